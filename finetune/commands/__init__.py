@@ -1,0 +1,1 @@
+"""Commands of stage 2; light imports only."""

@@ -1,0 +1,121 @@
+"""``samgraft COMMAND ...``: finds commands through entry points, prints refusals on one screen, sets the exit code."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint, entry_points, version
+
+from samgraft.shared.errors import ExitCode, SamgraftError, StoppedAndSaved, UsageError
+
+# MONAI runs pickles again when this is set; no command of ours may (guarantee 3 of the contract).
+UNSAFE_ENVIRONMENT = ("MONAI_ALLOW_PICKLE", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """One subcommand. Modules that define one import nothing heavy at the top: ``--help`` must be quick."""
+
+    help: str
+    """One line for ``samgraft --help``."""
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], int]
+    """Carries the command out; returns an exit code or raises ``SamgraftError``."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:  # type: ignore[override]
+        raise UsageError(f"{message}.", next_command=f"{self.prog} --help")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code; never shows a traceback without ``--debug``."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments
+    arguments = [a for a in arguments if a != "--debug"]
+    _configure_logging(debug=debug)
+    for name in UNSAFE_ENVIRONMENT:
+        if os.environ.pop(name, None) is not None:
+            logging.getLogger(__name__).warning("%s is set in the environment: ignored, it would allow pickles.", name)
+    try:
+        return _dispatch(arguments)
+    except SystemExit as stop:  # argparse --help
+        return int(stop.code or 0)
+    except SamgraftError as error:
+        if debug and not isinstance(error, StoppedAndSaved):
+            traceback.print_exc()
+        _print_error(error.render())
+        return int(error.exit_code)
+    except KeyboardInterrupt:
+        _print_error("interrupted: nothing further was written.")
+        return int(ExitCode.INTERRUPTED)
+    except BrokenPipeError:
+        sys.stderr.close()
+        return int(ExitCode.OK)
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        _print_error(_internal(error))
+        return int(ExitCode.INTERNAL)
+
+
+def _dispatch(arguments: list[str]) -> int:
+    found = {point.name: point for point in entry_points(group="samgraft.commands")}
+    if not arguments or arguments[0] in {"-h", "--help"}:
+        sys.stdout.write(_overview(found))
+        return int(ExitCode.OK if arguments else ExitCode.USAGE)
+    if arguments[0] == "--version":
+        sys.stdout.write(f"samgraft {version('samgraft')}\n")
+        return int(ExitCode.OK)
+    name = arguments[0]
+    if name not in found:
+        close = difflib.get_close_matches(name, list(found), n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise UsageError(
+            f"unknown command {name!r}.{hint} Known: {', '.join(sorted(found))}.", next_command="samgraft --help"
+        )
+    command: Command = found[name].load()
+    parser = _Parser(prog=f"samgraft {name}", description=command.help, allow_abbrev=False)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    command.add_arguments(parser)
+    return command.run(parser.parse_args(arguments[1:]))
+
+
+def _overview(found: dict[str, EntryPoint]) -> str:
+    width = max((len(name) for name in found), default=0)
+    lines = ["usage: samgraft COMMAND ...", "", "commands:"]
+    lines += [f"  {name:<{width}}  {found[name].load().help}" for name in sorted(found)]
+    lines += ["", "samgraft COMMAND --help describes one; `make help` lists the same as make targets."]
+    return "\n".join(lines) + "\n"
+
+
+def _configure_logging(*, debug: bool) -> None:
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
+    logging.getLogger("samgraft").setLevel(logging.DEBUG if debug else logging.INFO)
+    # Lightning prints device tables and promotional tips; torch.distributed repeats itself.
+    for noisy in ("pytorch_lightning", "lightning_fabric", "lightning.pytorch", "torch.distributed", "matplotlib"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+
+
+def _print_error(text: str) -> None:
+    sys.stderr.write(text + "\n")
+    sys.stderr.flush()
+
+
+def _internal(error: Exception) -> str:
+    import errno
+
+    if isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT}:
+        return "error: the disk is full. Nothing that was complete is lost.\n  next   free space, then run the same command again"
+    first = str(error).splitlines()[0] if str(error) else ""
+    return (
+        f"error: internal error, please report it: {type(error).__name__}: {first}\n"
+        "  kept   inputs and every verified training state\n"
+        "  next   the same command with --debug shows the traceback"
+    )

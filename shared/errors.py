@@ -1,0 +1,90 @@
+"""One hierarchy of refusals: what went wrong, where, what is kept, the next command, and the exit code."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+
+class ExitCode(IntEnum):
+    """Exit codes of every command; scripts and schedulers may rely on them."""
+
+    OK = 0
+    USAGE = 2
+    DATA = 3
+    WEIGHTS = 4
+    STORAGE = 5
+    NUMERICAL = 6
+    INTERNAL = 7
+    STOPPED_SAVED = 75
+    """Stopped with everything saved: run the same command again (``EX_TEMPFAIL``; requeue scripts test for it)."""
+    INTERRUPTED = 130
+
+
+class SamgraftError(Exception):
+    """A refusal that a user can act on.
+
+    Args:
+        what: One or two sentences: ``<what> must <requirement>, got <value>. <What to do>.``
+        where: File, key, series or tensor concerned; never an identifying path of a patient.
+        kept: What stays valid after the refusal.
+        next_command: A command ready to paste.
+    """
+
+    exit_code: ExitCode = ExitCode.INTERNAL
+
+    def __init__(
+        self, what: str, *, where: str | None = None, kept: str | None = None, next_command: str | None = None
+    ) -> None:
+        super().__init__(what)
+        self.what = what
+        self.where = where
+        self.kept = kept
+        self.next_command = next_command
+
+    def render(self) -> str:
+        """Return the one-screen text that the command line prints."""
+        lines = [f"error: {self.what}"]
+        for name, text in (("where", self.where), ("kept", self.kept), ("next", self.next_command)):
+            if text:
+                lines.append(f"  {name:<6} {text}")
+        return "\n".join(lines)
+
+
+class UsageError(SamgraftError, ValueError):
+    """Command line or configuration that cannot be carried out."""
+
+    exit_code = ExitCode.USAGE
+
+
+class DataError(SamgraftError, ValueError):
+    """Scans, labels, stores or splits that would corrupt a training run."""
+
+    exit_code = ExitCode.DATA
+
+
+class WeightsError(SamgraftError, ValueError):
+    """Weights files that are incomplete, foreign, unsafe or of another architecture."""
+
+    exit_code = ExitCode.WEIGHTS
+
+
+class StorageError(SamgraftError, OSError):
+    """Full disk, missing permission, a run folder in use."""
+
+    exit_code = ExitCode.STORAGE
+
+
+class NumericalError(SamgraftError, ArithmeticError):
+    """NaN or Inf in training."""
+
+    exit_code = ExitCode.NUMERICAL
+
+
+class StoppedAndSaved(SamgraftError):
+    """A signal asked to stop; everything is saved and the same command continues."""
+
+    exit_code = ExitCode.STOPPED_SAVED
+
+    def render(self) -> str:
+        """Return the text; a requested stop is not an error."""
+        return super().render().replace("error: ", "stopped: ", 1)

@@ -1,0 +1,1 @@
+"""SAM encoders at any size, and weights that load strictly."""
