@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import errno
 import logging
 import os
 import sys
@@ -11,8 +12,9 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points, version
+from pathlib import Path
 
-from samgraft.shared.errors import ExitCode, SamgraftError, StoppedAndSaved, UsageError
+from samgraft.shared.errors import ExitCode, SamgraftError, StoppedAndSaved, StorageError, UsageError
 
 # MONAI runs pickles again when this is set; no command of ours may (guarantee 3 of the contract).
 UNSAFE_ENVIRONMENT = ("MONAI_ALLOW_PICKLE", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD")
@@ -61,8 +63,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if debug:
             traceback.print_exc()
-        _print_error(_internal(error))
-        return int(ExitCode.INTERNAL)
+        storage = _as_storage_error(error)
+        _print_error(storage.render() if storage else _internal(error))
+        return int(storage.exit_code if storage else ExitCode.INTERNAL)
 
 
 def _dispatch(arguments: list[str]) -> int:
@@ -108,11 +111,22 @@ def _print_error(text: str) -> None:
     sys.stderr.flush()
 
 
-def _internal(error: Exception) -> str:
-    import errno
+def _as_storage_error(error: Exception) -> StorageError | None:
+    """Tell a full disk or a missing permission, wherever it was met, from a defect of ours."""
+    if not isinstance(error, OSError):
+        return None
+    name = Path(str(error.filename)).name if error.filename else None
+    kept = "everything that was complete"
+    if error.errno in {errno.ENOSPC, errno.EDQUOT}:
+        return StorageError(
+            "the disk is full.", where=name, kept=kept, next_command="free space, then the same command"
+        )
+    if error.errno in {errno.EACCES, errno.EPERM, errno.EROFS}:
+        return StorageError("no permission to read or write.", where=name, kept=kept)
+    return None
 
-    if isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT}:
-        return "error: the disk is full. Nothing that was complete is lost.\n  next   free space, then run the same command again"
+
+def _internal(error: Exception) -> str:
     first = str(error).splitlines()[0] if str(error) else ""
     return (
         f"error: internal error, please report it: {type(error).__name__}: {first}\n"

@@ -11,11 +11,12 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from enum import Enum
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_type_hints
 
 import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -26,7 +27,6 @@ from omegaconf.errors import (
     MissingMandatoryValue,
     OmegaConfBaseException,
 )
-
 from samgraft.shared.errors import UsageError
 
 Schema = TypeVar("Schema")
@@ -70,9 +70,9 @@ def load_config(
     config = OmegaConf.structured(schema)
     _make_writable(config)
     for layer in layers:
-        name = f"configs/{layer.parent.name}/{layer.name}" if isinstance(layer, Path) else "command line"
+        name = layer.name if isinstance(layer, Path) else "command line"
         values = _read_yaml(layer) if isinstance(layer, Path) else dict(layer)
-        config = _merge(config, OmegaConf.create(values), schema, where=name)
+        config = _merge(config, values, schema, where=name)
     for override in overrides:
         key, separator, text = override.partition("=")
         if not separator or not key or key.startswith("-"):
@@ -83,7 +83,9 @@ def load_config(
             single = OmegaConf.from_dotlist([override])
         except (OmegaConfBaseException, yaml.YAMLError) as err:
             raise UsageError(f"the value of {key} is not plain YAML: {text!r}.", where="command line") from err
-        config = _merge(config, single, schema, where=f"command line: {override}")
+        nested = OmegaConf.to_container(single)
+        assert isinstance(nested, dict)
+        config = _merge(config, {str(k): v for k, v in nested.items()}, schema, where=f"command line: {override}")
     return _to_object(config, schema)
 
 
@@ -112,19 +114,13 @@ def dotted_keys(schema: type) -> list[str]:
 
 
 def _walk(schema: type, prefix: str) -> Iterator[str]:
-    hints = _type_hints(schema)
+    hints = get_type_hints(schema)
     for field in dataclasses.fields(schema):
         key, kind = f"{prefix}{field.name}", hints[field.name]
         if isinstance(kind, type) and dataclasses.is_dataclass(kind):
             yield from _walk(kind, f"{key}.")
         else:
             yield key
-
-
-def _type_hints(schema: type) -> dict[str, Any]:
-    from typing import get_type_hints
-
-    return get_type_hints(schema)
 
 
 def _plain(value: object) -> object:
@@ -157,9 +153,11 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise UsageError(f"a configuration file must be under {MAX_CONFIG_BYTES} bytes.", where=path.name)
     try:
         text = path.read_text(encoding="utf-8")
-        values = yaml.load(text, Loader=_StrictLoader)  # noqa: S506 - a SafeLoader that also refuses duplicate keys
+        values = yaml.load(text, Loader=_StrictLoader)
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as err:
-        raise UsageError(f"the configuration file is not plain YAML: {str(err).splitlines()[0]}", where=path.name) from err
+        raise UsageError(
+            f"the configuration file is not plain YAML: {str(err).splitlines()[0]}", where=path.name
+        ) from err
     if values is None:
         return {}
     if not isinstance(values, dict):
@@ -186,8 +184,6 @@ class _StrictLoader(yaml.SafeLoader):
 
 def _plain_resolvers() -> dict[str, list[tuple[str, Any]]]:
     """YAML 1.2 core schema: only true/false are booleans, no dates, no octal or base-60 integers, 1e-4 is a float."""
-    import re
-
     number_start = list("-+0123456789.")
     rules = [
         ("tag:yaml.org,2002:bool", r"^(?:true|True|TRUE|false|False|FALSE)$", list("tTfF")),
@@ -205,22 +201,50 @@ def _plain_resolvers() -> dict[str, list[tuple[str, Any]]]:
 _StrictLoader.yaml_implicit_resolvers = _plain_resolvers()
 
 
-def _merge(config: Any, layer: Any, schema: type, *, where: str) -> Any:
+def _merge(config: Any, layer: Mapping[str, Any], schema: type, *, where: str) -> Any:
     try:
-        return OmegaConf.merge(config, layer)
+        return OmegaConf.merge(config, OmegaConf.create(_enums_by_value(layer, schema, where=where)))
     except (ConfigKeyError, ConfigAttributeError) as err:
         key = str(err.full_key)
         raise UsageError(f"unknown key {key!r}.{_hint(key, dotted_keys(schema))}", where=where) from err
     except ConfigTypeError as err:
-        raise UsageError(f"{err.full_key or 'the value'} cannot take this value: {_first_line(err)}", where=where) from err
+        raise UsageError(f"{err.full_key or 'a key'} cannot take this value: {_first_line(err)}", where=where) from err
     except OmegaConfBaseException as err:
         raise UsageError(f"{err.full_key} has a wrong value: {_first_line(err)}", where=where) from err
+
+
+def _enums_by_value(layer: Mapping[str, Any], schema: type, *, where: str, prefix: str = "") -> dict[str, Any]:
+    """Replace the text of enum fields by members: OmegaConf knows only their Python names, users write the values."""
+    hints = get_type_hints(schema)
+    result: dict[str, Any] = {}
+    for key, value in layer.items():
+        kind = hints.get(key)
+        members = [k for k in (kind, *get_args(kind)) if isinstance(k, type) and issubclass(k, Enum)]
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+            if not isinstance(value, Mapping):
+                raise UsageError(f"{prefix}{key} must hold keys and values, got {value!r}.", where=where)
+            value = _enums_by_value(value, kind, where=where, prefix=f"{prefix}{key}.")
+        elif members and isinstance(value, str):
+            value = _member(members[0], value, key=f"{prefix}{key}", where=where)
+        result[key] = value
+    return result
+
+
+def _member(kind: type[Enum], text: str, *, key: str, where: str) -> Enum:
+    known = {str(member.value): member for member in kind}
+    if text.lower() not in known:
+        raise UsageError(
+            f"{key} must be one of {', '.join(known)}, got {text!r}.{_hint(text.lower(), list(known))}", where=where
+        )
+    return known[text.lower()]
 
 
 def _to_object(config: Any, schema: type[Schema]) -> Schema:
     missing = sorted(OmegaConf.missing_keys(config))
     if missing:
-        raise UsageError(f"required key{'s' * (len(missing) > 1)} not given: {', '.join(missing)}.", where="configuration")
+        raise UsageError(
+            f"required key{'s' * (len(missing) > 1)} not given: {', '.join(missing)}.", where="configuration"
+        )
     try:
         result = OmegaConf.to_object(config)
     except MissingMandatoryValue as err:

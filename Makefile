@@ -1,0 +1,101 @@
+# The only interface: every target makes the environment it needs. `make help` lists them.
+SHELL := /bin/sh
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+SAMGRAFT := $(BIN)/samgraft
+STAMP := $(VENV)/.samgraft-installed
+
+# User variables reach the recipes through the environment, never through make's own text: paths with spaces,
+# quotes or other scripts stay whole.
+export MODALITY DATA MODEL METHOD BASE CKPT NAME PRESET OUT SPLIT LICENSE RUN FILE
+
+# A misspelt variable (CHKPT=...) would otherwise be ignored in silence.
+GIVEN := $(foreach v,$(.VARIABLES),$(if $(filter command line,$(origin $(v))),$(v)))
+GIVEN := $(filter-out MAKEFLAGS MAKEOVERRIDES -*-command-variables-*-,$(sort $(GIVEN)))
+ifneq ($(strip $(GIVEN)),)
+ifneq ($(shell SAMGRAFT_MAKE_VARIABLES="$(GIVEN)" $(PYTHON) shared/make_variables.py 1>&2; echo $$?),0)
+$(error see the message above)
+endif
+endif
+
+.PHONY: help install demo-data store pretrain finetune evaluate predict release inspect doctor test test-slow check format imports types wheel clean
+
+help: ## this list
+	@echo "samgraft: unlabelled scans -> better SAM encoder -> segmentation models you can release"
+	@echo
+	@awk 'BEGIN{FS=":.*## "} /^[a-z-]+:.*## /{split($$2, t, " *[|] *"); printf "  %-11s %-66s %s\n", $$1, t[1], t[2]}' $(firstword $(MAKEFILE_LIST))
+	@echo
+	@echo "  The same as commands: $(SAMGRAFT) --help"
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v=sys.version_info[:2]; sys.exit(0 if (3,11) <= v <= (3,13) else "error: Python must be 3.11 to 3.13, got %d.%d.\n  next   make $(firstword $(MAKECMDGOALS)) PYTHON=python3.12" % v)'
+	@echo "setting up $(VENV) (once, about a minute and 6 GB, plus downloads)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
+	  { echo "error: $(PYTHON) cannot make an environment (Debian and Ubuntu: apt install python3-venv)."; exit 2; }
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+install: $(STAMP) ## set up the environment (every other target does this by itself)
+
+demo-data: $(STAMP) ## fetch demo scans and base weights by hash, build data/demo | make demo-data MODALITY=mri
+	@$(SAMGRAFT) demo-data $${MODALITY:+--modality "$$MODALITY"}
+
+store: $(STAMP) ## scans -> slice store | make store DATA=scans/ OUT=data/mine.zarr MODALITY=mri
+	@$(SAMGRAFT) store build "$$DATA" --out "$$OUT" $${MODALITY:+--modality "$$MODALITY"}
+
+pretrain: $(STAMP) ## stage 1: continue SAM's encoder on unlabelled slices | make pretrain MODALITY=mri
+	@$(SAMGRAFT) pretrain $${MODALITY:+--modality "$$MODALITY"} $${DATA:+--data "$$DATA"} $${MODEL:+--model "$$MODEL"} \
+	  $${METHOD:+--method "$$METHOD"} $${BASE:+--base "$$BASE"} $${NAME:+--name "$$NAME"} $${PRESET:+--preset "$$PRESET"} $(ARGS)
+
+finetune: $(STAMP) ## stage 2: tune encoder and decoder on labelled slices | make finetune CKPT=runs/NAME
+	@$(SAMGRAFT) finetune $${CKPT:+--ckpt "$$CKPT"} $${MODALITY:+--modality "$$MODALITY"} $${DATA:+--data "$$DATA"} $${MODEL:+--model "$$MODEL"} \
+	  $${METHOD:+--method "$$METHOD"} $${BASE:+--base "$$BASE"} $${NAME:+--name "$$NAME"} $${PRESET:+--preset "$$PRESET"} $(ARGS)
+
+evaluate: $(STAMP) ## per-case scores with intervals, on the scans' own grid | make evaluate RUN=runs/NAME SPLIT=test
+	@$(SAMGRAFT) evaluate "$$RUN" $${DATA:+--data "$$DATA"} $${SPLIT:+--split "$$SPLIT"} $(ARGS)
+
+release: $(STAMP) ## checked weights, card and checksums from a run | make release RUN=runs/NAME OUT=releases/NAME LICENSE=cc-by-4.0
+	@$(SAMGRAFT) release "$$RUN" --out "$$OUT" $${LICENSE:+--license "$$LICENSE"} $(ARGS)
+
+inspect: $(STAMP) ## what a weights file is | make inspect FILE=sam_vit_b.pth
+	@$(SAMGRAFT) inspect "$$FILE"
+
+doctor: $(STAMP) ## environment, disk, devices, data, weights | make doctor
+	@$(SAMGRAFT) doctor
+
+test: $(STAMP) ## the fast suite, offline | make test
+	@$(BIN)/python -m pytest -n auto
+
+test-slow: $(STAMP) ## real shapes and long runs too | make test-slow
+	@$(BIN)/python -m pytest -n auto -m "not gpu and not weights"
+
+check: $(STAMP) imports types ## format, lint, types, one-way imports, spelling | make check
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/codespell README.md CHANGELOG.md CONTRIBUTING.md ssl finetune shared configs tests benchmarks docs
+
+# Static checkers see the namespace package through a tree of links. import-linter wants an __init__.py in every
+# package and ssl/ may not have one, so that its children are linked one by one beside an empty one.
+.PHONY: linktree
+linktree:
+	@rm -rf build/types && mkdir -p build/types/samgraft/ssl && touch build/types/samgraft/ssl/__init__.py
+	@ln -s ../../../finetune ../../../shared build/types/samgraft/
+	@for child in ssl/*; do ln -s "../../../../$$child" build/types/samgraft/ssl/; done
+
+types: $(STAMP) linktree
+	@MYPYPATH=build/types $(BIN)/mypy --namespace-packages --explicit-package-bases -p samgraft
+
+imports: $(STAMP) linktree
+	@PYTHONPATH=build/types $(BIN)/lint-imports
+
+format: $(STAMP) ## rewrite the files in the house's format | make format
+	@$(BIN)/ruff format . && $(BIN)/ruff check --fix .
+
+wheel: $(STAMP) ## build the wheel into dist/ | make wheel
+	@$(BIN)/python -m build --wheel --installer uv
+
+clean: ## remove build products (never data, weights or runs) | make clean
+	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

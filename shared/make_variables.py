@@ -1,0 +1,54 @@
+"""Check the variables given to ``make`` before anything is installed.
+
+Standard library only, runs on any Python from 3.9.
+Run by the Makefile with the names and values through the environment, so that quoting cannot bite.
+"""
+
+import difflib
+import os
+import sys
+
+KNOWN = (
+    "MODALITY",
+    "DATA",
+    "MODEL",
+    "METHOD",
+    "BASE",
+    "CKPT",
+    "NAME",
+    "PRESET",
+    "ARGS",
+    "OUT",
+    "SPLIT",
+    "LICENSE",
+    "RUN",
+    "FILE",
+    "VENV",
+    "PYTHON",
+)
+
+
+def check(given: list[str]) -> list[str]:
+    """Return one message for each name that no target reads."""
+    messages = []
+    for name in given:
+        if name in KNOWN:
+            continue
+        close = difflib.get_close_matches(name.upper(), KNOWN, n=1, cutoff=0.5)
+        hint = f" Did you mean {close[0]}?" if close else ""
+        messages.append(f"error: unknown make variable {name}.{hint} Known: {', '.join(KNOWN)}.")
+    return messages
+
+
+def main() -> int:
+    """Print what is wrong and the next command; return the exit code."""
+    messages = check(os.environ.get("SAMGRAFT_MAKE_VARIABLES", "").split())
+    for message in messages:
+        sys.stderr.write(message + "\n")
+    if messages:
+        sys.stderr.write("  kept   nothing was started\n  next   make help\n")
+    return 2 if messages else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

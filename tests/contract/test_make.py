@@ -1,0 +1,53 @@
+"""The Makefile is the interface: misspelt variables stop, odd paths survive, every target explains itself."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from samgraft.shared.make_variables import KNOWN, check
+
+ROOT = Path(__file__).resolve().parents[2]
+MAKE = shutil.which("make")
+pytestmark = pytest.mark.skipif(MAKE is None, reason="make is not installed")
+
+
+def _make(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    # A make that runs this suite passes its own flags and variables down; they are not what is tested here.
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("MAKE") and k not in {*KNOWN, "MFLAGS"}}
+    return subprocess.run(
+        [str(MAKE), *arguments], cwd=cwd, capture_output=True, text=True, check=False, env=environment
+    )
+
+
+def test_make__misspelt_variable_is_an_error_with_a_hint() -> None:
+    out = _make("pretrain", "CHKPT=x")
+    assert out.returncode == 2
+    assert "unknown make variable CHKPT. Did you mean CKPT?" in out.stderr
+
+
+def test_check__every_known_variable_passes_and_case_is_hinted() -> None:
+    assert check(list(KNOWN)) == []
+    assert "Did you mean DATA?" in check(["data"])[0]
+
+
+def test_make_help__lists_every_public_target_with_an_example() -> None:
+    out = _make("help").stdout
+    for target in ("pretrain", "finetune", "evaluate", "release", "test", "check", "doctor", "inspect", "demo-data"):
+        lines = [line for line in out.splitlines() if line.split()[:1] == [target]]
+        assert len(lines) == 1, target
+        assert f"make {target}" in lines[0]
+
+
+@pytest.mark.parametrize("value", ["plain", "with space", "dä ta/患者 1", "it's", 'say "hi"', "-dash", "semi;colon"])
+def test_make__odd_values_reach_the_command_whole(tmp_path: Path, value: str) -> None:
+    fake = tmp_path / "bin"
+    fake.mkdir()
+    script = fake / "samgraft"
+    script.write_text('#!/bin/sh\nprintf "[%s]" "$@"\n')
+    script.chmod(0o755)
+    (tmp_path / ".samgraft-installed").touch()
+    os.utime(tmp_path / ".samgraft-installed", (4e9, 4e9))
+    out = _make("pretrain", f"VENV={tmp_path}", f"DATA={value}", "MODALITY=mri", "ARGS=optim.lr=1e-4 seed=1")
+    assert out.stdout == f"[pretrain][--modality][mri][--data][{value}][optim.lr=1e-4][seed=1]"
