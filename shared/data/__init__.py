@@ -1,1 +1,1 @@
-"""Scans to slice stores to samples."""
+"""From files of a radiology department to slices on the training device: readers, store, splits, dataset, sampler."""

@@ -1,0 +1,224 @@
+"""Slices of a store as training samples, and batches of them on the training device.
+
+Shape letters: N = samples, C = channels (1, or neighbours of a 2.5D sample), H, W = rows and columns of a slice,
+S = side of the encoder's input.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NotRequired, TypedDict
+
+import numpy as np
+import torch
+from samgraft.shared.data.frame import InputFrame, fit_frame, image_to_frame, label_to_frame
+from samgraft.shared.data.intensity import IntensityPreset, normalise
+from samgraft.shared.data.orientation import Plane
+from samgraft.shared.data.sampler import sample_generator
+from samgraft.shared.data.store import SliceStore
+from samgraft.shared.errors import DataError
+from torch import Tensor
+from torch.utils.data import Dataset
+
+log = logging.getLogger(__name__)
+
+Augment = Callable[[Tensor, Tensor | None, np.random.Generator], tuple[Tensor, Tensor | None]]
+"""(image (C, H, W) in [0, 1], label (H, W) or None, generator of this sample) -> the same, changed."""
+
+
+@dataclass(frozen=True)
+class SliceRef:
+    """One slice of a store; ``plane`` None means the main plane of its series."""
+
+    series_id: str
+    slice_index: int
+    plane: Plane | None = None
+
+
+class SliceSample(TypedDict):
+    """One sample at the slice's own size."""
+
+    image: Tensor
+    """(C, H, W) float32 in [0, 1]."""
+    label: NotRequired[Tensor]
+    """(H, W) int64 label ids."""
+    series_index: int
+    """Position of the series in ``store.series``."""
+    slice_index: int
+    sample_counter: int
+
+
+class SliceBatch(TypedDict):
+    """Samples of one batch; sizes may differ between them."""
+
+    images: list[Tensor]
+    labels: NotRequired[list[Tensor]]
+    series_index: Tensor
+    slice_index: Tensor
+    sample_counter: Tensor
+
+
+def select_slices(
+    store: SliceStore,
+    patient_ids: Iterable[str],
+    *,
+    plane: Plane | str | None = None,
+    min_foreground_fraction: float = 0.0,
+    labelled_only: bool = False,
+) -> list[SliceRef]:
+    """List the usable slices of some patients and log how many were left out and why.
+
+    Args:
+        store: The store.
+        patient_ids: Whose slices.
+        plane: None takes every series in its main plane, else only series that have this plane.
+        min_foreground_fraction: Leave out slices with a smaller share of non-air pixels.
+        labelled_only: Leave out slices without a label pixel, and series without label.
+
+    Raises:
+        DataError: If no slice is left.
+    """
+    wanted = set(patient_ids)
+    chosen = Plane(plane) if isinstance(plane, str) else plane
+    counts = {"other plane": 0, "air": 0, "no label": 0}
+    refs: list[SliceRef] = []
+    for record in store.series:
+        if record.patient_id not in wanted:
+            continue
+        table = record.planes.get(chosen or record.plane)
+        if table is None:
+            counts["other plane"] += record.shape_zyx[0]
+            continue
+        labelled = np.zeros(table.shape_zyx[0], dtype=bool)
+        for pixels in table.label_pixels.values():
+            labelled |= np.asarray(pixels) > 0
+        for index, fraction in enumerate(table.foreground_fraction):
+            if fraction < min_foreground_fraction:
+                counts["air"] += 1
+            elif labelled_only and not labelled[index]:
+                counts["no label"] += 1
+            else:
+                refs.append(SliceRef(record.series_id, index, None if chosen is None else chosen))
+    left_out = ", ".join(f"{number} {reason}" for reason, number in counts.items() if number)
+    log.info(
+        "%s: %d slices of %d patients%s",
+        store.path.name,
+        len(refs),
+        len(wanted),
+        f" (left out: {left_out})" if left_out else "",
+    )
+    if not refs:
+        raise DataError(
+            f"0 usable slices: {left_out or 'no patient of the list is in the store'}.", where=store.path.name
+        )
+    return refs
+
+
+class SliceDataset(Dataset[SliceSample]):
+    """Slices normalised by the statistics of their volume; augmentation seeded by the sample counter.
+
+    Items are asked for as ``(index, sample_counter)``, see ``StepBatchSampler``.
+    """
+
+    def __init__(
+        self,
+        store: SliceStore,
+        slices: Sequence[SliceRef],
+        *,
+        intensity: IntensityPreset | None = None,
+        augment: Augment | None = None,
+        seed: int = 0,
+        with_label: bool = False,
+        num_neighbours: int = 0,
+    ) -> None:
+        """Keep the list; nothing is read.
+
+        Args:
+            store: The store.
+            slices: What index i means.
+            intensity: None takes the store's preset.
+            augment: Applied to every sample; None for evaluation.
+            seed: Of the run; with the sample counter it decides the augmentation.
+            with_label: Give the label too. A series without label is an error.
+            num_neighbours: Slices on each side that become extra channels (2.5D); the volume's edge is repeated.
+        """
+        self.store = store
+        self.slices = tuple(slices)
+        self.intensity = intensity or store.intensity
+        self.augment = augment
+        self.seed = seed
+        self.with_label = with_label
+        self.num_neighbours = num_neighbours
+        self._series_index = {record.series_id: i for i, record in enumerate(store.series)}
+
+    def __len__(self) -> int:
+        return len(self.slices)
+
+    def __getitem__(self, item: tuple[int, int]) -> SliceSample:
+        index, sample_counter = item
+        ref = self.slices[index]
+        image = torch.from_numpy(self._image(ref))
+        label: Tensor | None = None
+        if self.with_label:
+            label_HW = self.store.read_label_slice(ref.series_id, ref.slice_index, plane=ref.plane)
+            label = torch.from_numpy(label_HW.astype(np.int64))
+        if self.augment is not None:
+            image, label = self.augment(image, label, sample_generator(self.seed, sample_counter))
+        sample: SliceSample = {
+            "image": image,
+            "series_index": self._series_index[ref.series_id],
+            "slice_index": ref.slice_index,
+            "sample_counter": sample_counter,
+        }
+        if label is not None:
+            sample["label"] = label
+        return sample
+
+    def _image(self, ref: SliceRef) -> np.ndarray[Any, np.dtype[np.float32]]:
+        record = self.store.record(ref.series_id)
+        last = record.planes[ref.plane or record.plane].shape_zyx[0] - 1
+        offsets = range(-self.num_neighbours, self.num_neighbours + 1)
+        channels = [
+            normalise(
+                self.store.read_slice(ref.series_id, min(max(ref.slice_index + offset, 0), last), plane=ref.plane),
+                record.stats,
+                self.intensity,
+            )
+            for offset in offsets
+        ]
+        return np.stack(channels)
+
+
+def collate_slices(samples: Sequence[SliceSample]) -> SliceBatch:
+    """Put samples of any sizes into one batch without resizing: that is done on the training device."""
+    batch: SliceBatch = {
+        "images": [sample["image"] for sample in samples],
+        "series_index": torch.tensor([sample["series_index"] for sample in samples]),
+        "slice_index": torch.tensor([sample["slice_index"] for sample in samples]),
+        "sample_counter": torch.tensor([sample["sample_counter"] for sample in samples]),
+    }
+    if all("label" in sample for sample in samples):
+        batch["labels"] = [sample["label"] for sample in samples]
+    return batch
+
+
+def batch_to_input(
+    batch: SliceBatch, *, image_size: int, keep_aspect: bool, device: torch.device | str
+) -> tuple[Tensor, Tensor | None, list[InputFrame]]:
+    """Move a batch to the device and resize it there.
+
+    Returns:
+        Images (N, C, S, S) in [0, 1], label ids (N, S, S) or None, and the frame of every sample.
+    """
+    images, labels, frames = [], [], []
+    batch_labels = batch.get("labels")
+    for position, image in enumerate(batch["images"]):
+        native_hw = (int(image.shape[-2]), int(image.shape[-1]))
+        frame = fit_frame(native_hw, image_size=image_size, keep_aspect=keep_aspect)
+        images.append(image_to_frame(image[None].to(device, non_blocking=True), frame))
+        if batch_labels is not None:
+            labels.append(label_to_frame(batch_labels[position][None].to(device, non_blocking=True), frame))
+        frames.append(frame)
+    return torch.cat(images), torch.cat(labels) if batch_labels is not None else None, frames

@@ -1,0 +1,73 @@
+"""Bytes of a source file, read to their end: libraries stop at the last voxel and miss a cut or damaged tail.
+
+nibabel ignores a wrong gzip checksum and SimpleITK fills a truncated file with zeros (measured), so every reader of
+ours gets its bytes from here.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import stat
+import zlib
+from pathlib import Path
+
+from samgraft.shared.errors import DataError
+
+GZIP_MAGIC = b"\x1f\x8b"
+
+
+def read_bytes(path: Path, *, where: str) -> tuple[bytes, str]:
+    """Return every byte of a regular file and their sha256.
+
+    Raises:
+        DataError: If the file is missing, empty, a pipe, a socket or a folder.
+    """
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError as err:
+        raise DataError("the file vanished after it was listed. Run the command again.", where=where) from err
+    except OSError as err:
+        raise DataError(f"the file cannot be opened: {err.strerror}.", where=where) from err
+    if not stat.S_ISREG(mode):  # opening a pipe would wait for ever
+        raise DataError("a scan must be a regular file, got a folder, pipe or device.", where=where)
+    try:
+        data = path.read_bytes()
+    except OSError as err:
+        raise DataError(f"the file cannot be read: {err.strerror}.", where=where) from err
+    if not data:
+        raise DataError("the file is empty (0 bytes). Copy it again from its origin.", where=where)
+    return data, hashlib.sha256(data).hexdigest()
+
+
+def gunzip(data: bytes, *, limit: int, where: str) -> bytes:
+    """Decompress gzip data to its end, checking CRC and length.
+
+    Args:
+        data: The compressed bytes.
+        limit: Bytes that the header of the scan announces; more is refused before it is allocated.
+        where: Name for messages.
+
+    Raises:
+        DataError: If the data is cut, its checksum is wrong, or it is longer than ``limit``.
+    """
+    try:
+        with gzip.GzipFile(fileobj=io.BytesIO(data)) as stream:
+            plain = stream.read(limit)
+            # The checksum is only compared when the stream is read past its last byte.
+            if stream.read(1):
+                raise DataError(f"the compressed data must hold {limit} bytes, it goes on after them.", where=where)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as err:
+        raise DataError(
+            f"the gzip data is damaged or cut short ({err}). Copy the file again from its origin.", where=where
+        ) from err
+    return plain
+
+
+def peek_gzip(data: bytes, *, num_bytes: int, where: str) -> bytes:
+    """Return the first decompressed bytes, enough for a header."""
+    try:
+        return zlib.decompressobj(wbits=31).decompress(data, num_bytes)
+    except zlib.error as err:
+        raise DataError(f"the gzip data is damaged ({err}). Copy the file again from its origin.", where=where) from err

@@ -1,0 +1,230 @@
+"""Splits by patient, saved as files with a hash, and the guard against leaks across splits and stages."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from samgraft.shared.data.store import SliceStore
+from samgraft.shared.errors import DataError
+
+log = logging.getLogger(__name__)
+
+SCHEMA = 1
+DEFAULT_FRACTIONS = (0.7, 0.15, 0.15)
+"""Train, val, test."""
+PARTS = ("train", "val", "test")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """Patients of each part; slices follow their patient."""
+
+    train: tuple[str, ...]
+    val: tuple[str, ...]
+    test: tuple[str, ...]
+    seed: int
+    store_fingerprint: str
+
+    def part(self, name: str) -> tuple[str, ...]:
+        """Return the patients of ``train``, ``val`` or ``test``."""
+        if name not in PARTS:
+            raise DataError(f"a part of a split must be one of {', '.join(PARTS)}, got {name!r}.")
+        return {"train": self.train, "val": self.val, "test": self.test}[name]
+
+    @property
+    def sha256(self) -> str:
+        """Identity of the split, for run.json and cards."""
+        return hashlib.sha256(json.dumps(self._plain(), sort_keys=True).encode()).hexdigest()
+
+    def _plain(self) -> dict[str, Any]:
+        return {
+            "schema": SCHEMA,
+            "seed": self.seed,
+            "store_fingerprint": self.store_fingerprint,
+            "train": list(self.train),
+            "val": list(self.val),
+            "test": list(self.test),
+        }
+
+    def save(self, path: Path) -> None:
+        """Write the split with its own hash."""
+        values = {**self._plain(), "sha256": self.sha256}
+        path.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+
+
+def make_split(store: SliceStore, *, fractions: Sequence[float] = DEFAULT_FRACTIONS, seed: int = 0) -> Split:
+    """Draw a split by patient, stratified by which labels a patient has.
+
+    Every part with a positive fraction gets at least one patient where there are enough: test before val.
+    """
+    if len(fractions) != 3 or min(fractions) < 0 or not 0.999 < sum(fractions) < 1.001 or fractions[0] == 0:
+        raise DataError(f"fractions of train, val and test must be >= 0 and sum to 1, got {list(fractions)}.")
+    rng = np.random.default_rng([seed, 2])
+    strata: dict[tuple[int, ...], list[str]] = {}
+    for patient in store.patient_ids:
+        labels = {k for r in store.series if r.patient_id == patient for k in r.label_voxels}
+        strata.setdefault(tuple(sorted(labels)), []).append(patient)
+    # Interleaving shuffled strata by relative rank keeps their proportions in every contiguous piece.
+    ranked: list[tuple[float, str]] = []
+    for labels in sorted(strata):
+        shuffled = [strata[labels][i] for i in rng.permutation(len(strata[labels]))]
+        ranked += [((rank + float(rng.random())) / len(shuffled), patient) for rank, patient in enumerate(shuffled)]
+    ordered = [patient for _, patient in sorted(ranked)]
+    counts = _part_counts(len(ordered), fractions)
+    test, val = ordered[: counts[2]], ordered[counts[2] : counts[2] + counts[1]]
+    train = ordered[counts[2] + counts[1] :]
+    return Split(
+        train=tuple(sorted(train)),
+        val=tuple(sorted(val)),
+        test=tuple(sorted(test)),
+        seed=seed,
+        store_fingerprint=store.fingerprint,
+    )
+
+
+def load_split(path: Path | None, store: SliceStore) -> Split:
+    """Load a split file and check it; None takes ``<store>.split.json`` beside the store, else draws the default.
+
+    Raises:
+        DataError: If the file is damaged, belongs to another store, or leaks.
+    """
+    if path is None:
+        beside = default_split_path(store.path)
+        if not beside.is_file():
+            split = make_split(store)
+            log.info(
+                "no split file: drawn by patient with seed 0 (train %d, val %d, test %d patients)",
+                len(split.train),
+                len(split.val),
+                len(split.test),
+            )
+            return split
+        path = beside
+    if not path.is_file():
+        raise DataError("the split file does not exist.", where=path.name)
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        split = Split(
+            train=tuple(values["train"]),
+            val=tuple(values["val"]),
+            test=tuple(values["test"]),
+            seed=int(values["seed"]),
+            store_fingerprint=str(values["store_fingerprint"]),
+        )
+        recorded = str(values["sha256"])
+    except (ValueError, KeyError, TypeError) as err:
+        raise DataError(f"the split file is damaged ({type(err).__name__}).", where=path.name) from err
+    if recorded != split.sha256:
+        raise DataError("the split file was changed by hand: its hash differs. Make it again.", where=path.name)
+    check_split(split, store)
+    return split
+
+
+def default_split_path(store_path: Path) -> Path:
+    """Return where the split of a store lies: beside it."""
+    return store_path.with_name(f"{store_path.name.removesuffix('.zarr')}.split.json")
+
+
+def check_split(split: Split, store: SliceStore) -> None:
+    """Refuse a split that leaks or does not fit the store.
+
+    Raises:
+        DataError: If a patient is in two parts, is not in the store, the split was made for another store, or the same
+            voxels occur under patients of different parts.
+    """
+    if split.store_fingerprint != store.fingerprint:
+        raise DataError(
+            "the split belongs to another state of the store: fingerprints differ. Make the split again.",
+            where=store.path.name,
+        )
+    parts = {name: set(split.part(name)) for name in PARTS}
+    for first, second in (("train", "val"), ("train", "test"), ("val", "test")):
+        if both := sorted(parts[first] & parts[second]):
+            raise DataError(
+                f"split leaks: {len(both)} patients are in both {first} and {second} ({_some(both)}). Rebuild it.",
+                where=store.path.name,
+            )
+    everyone = set().union(*parts.values())
+    if strangers := sorted(everyone - set(store.patient_ids)):
+        raise DataError(
+            f"the split names {len(strangers)} patients that the store does not have ({_some(strangers)}).",
+            where=store.path.name,
+        )
+    if not split.train:
+        raise DataError("the split must have at least one training patient, got none.", where=store.path.name)
+    _refuse_equal_content(store, parts)
+
+
+def refuse_leak(pretrain_manifest: Mapping[str, Any], split: Split, store: SliceStore) -> None:
+    """Refuse fine-tuning on a split whose validation or test patients were used for pretraining.
+
+    Args:
+        pretrain_manifest: ``data_manifest`` of an encoder's card: ``patient_ids`` and ``content_sha256``, lists.
+        split: The split of stage 2.
+        store: The store of stage 2.
+
+    Raises:
+        DataError: By patient id (stores with one salt), or by voxel content (any salt, any file format).
+    """
+    seen_patients = set(pretrain_manifest.get("patient_ids", ()))
+    seen_content = set(pretrain_manifest.get("content_sha256", ()))
+    for name in ("val", "test"):
+        patients = set(split.part(name))
+        by_id = patients & seen_patients
+        by_content = {
+            r.patient_id for r in store.series if r.patient_id in patients and r.content_sha256 in seen_content
+        }
+        if leaked := sorted(by_id | by_content):
+            how = "by id" if by_id else "by equal voxels"
+            raise DataError(
+                f"{len(leaked)} {name} patients were in the pretraining set ({how}: {_some(leaked)}). Pretrain without "
+                "them, or move them to train; --allow-transductive goes on and the card records it.",
+                where=store.path.name,
+            )
+
+
+def pretrain_manifest(store: SliceStore, patient_ids: Iterable[str]) -> dict[str, Any]:
+    """Return what a card keeps of the pretraining set: fingerprint, hashed ids, content hashes."""
+    patients = set(patient_ids)
+    return {
+        "fingerprint": store.fingerprint,
+        "patient_ids": sorted(patients),
+        "content_sha256": sorted({r.content_sha256 for r in store.series if r.patient_id in patients}),
+    }
+
+
+def _part_counts(num_patients: int, fractions: Sequence[float]) -> tuple[int, int, int]:
+    wanted = [0, 0, 0]
+    left = num_patients - 1  # one for train
+    for part in (2, 1):
+        if fractions[part] > 0 and left > 0:
+            wanted[part] = min(left, max(1, round(fractions[part] * num_patients)))
+            left -= wanted[part]
+    return num_patients - wanted[1] - wanted[2], wanted[1], wanted[2]
+
+
+def _refuse_equal_content(store: SliceStore, parts: Mapping[str, set[str]]) -> None:
+    part_of = {patient: name for name, patients in parts.items() for patient in patients}
+    seen: dict[str, tuple[str, str]] = {}
+    for record in store.series:
+        part = part_of.get(record.patient_id)
+        if part is None:
+            continue
+        other = seen.setdefault(record.content_sha256, (part, record.patient_id))
+        if other[0] != part:
+            raise DataError(
+                f"split leaks: the same voxels occur in {other[0]} ({other[1]}) and {part} ({record.patient_id}). "
+                "Give both series one patient and rebuild the store.",
+                where=store.path.name,
+            )
+
+
+def _some(ids: Sequence[str]) -> str:
+    return ", ".join(ids[:3]) + (", ..." if len(ids) > 3 else "")

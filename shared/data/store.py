@@ -1,0 +1,187 @@
+"""The slice store: a zarr v3 group with one group per series, a table of series, and a completion mark.
+
+Layout::
+
+    NAME.zarr/
+      zarr.json                      group; attributes: schema, modality, label names
+      series/<series_id>/image       (z, y, x), native dtype, one chunk per slice, sharded, zstd with checksum
+      series/<series_id>/label       the same grid; absent without label
+      series/<series_id>/image_coronal, ...   other planes, when built with them
+      series/<series_id>/record.json one line of the table
+      manifest.json                  the table: every record, label names, intensity preset
+      complete.json                  sha256 of the table, written last
+
+A store without the mark, with a file missing or of another size, or with a failed checksum is refused by name.
+Shape letters: Z = slices, H, W = rows and columns of a slice.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import zarr
+from samgraft.shared.data.intensity import IntensityPreset
+from samgraft.shared.data.orientation import Plane
+from samgraft.shared.data.series import SeriesRecord, image_name, label_name
+from samgraft.shared.data.volume import Modality
+from samgraft.shared.errors import DataError
+
+Array = npt.NDArray[Any]
+
+SCHEMA = 1
+MANIFEST = "manifest.json"
+COMPLETE = "complete.json"
+SERIES = "series"
+
+
+class SliceStore:
+    """A complete store, open for reading. Picklable: every process opens its own arrays."""
+
+    def __init__(self, path: Path, manifest: Mapping[str, Any], *, fingerprint: str) -> None:
+        self.path = path
+        self.fingerprint = fingerprint
+        self.modality = Modality(manifest["modality"])
+        self.label_names: dict[int, str] = {int(k): str(v) for k, v in manifest["label_names"].items()}
+        self.intensity = IntensityPreset.from_dict(manifest["intensity"])
+        self.series: tuple[SeriesRecord, ...] = tuple(SeriesRecord.from_dict(r) for r in manifest["series"])
+        self._by_id = {record.series_id: record for record in self.series}
+        self._arrays: dict[tuple[str, str], Any] = {}
+
+    @classmethod
+    def open(cls, path: Path | str) -> SliceStore:
+        """Open a complete store.
+
+        Raises:
+            DataError: If the folder is not a store, the completion mark is missing, the table does not match the
+                mark, or a file of a series is missing or of another size. Bytes are verified by checksum when they
+                are read; ``samgraft store check`` reads them all.
+        """
+        path = Path(path)
+        manifest_bytes = _read_table(path)
+        manifest = json.loads(manifest_bytes)
+        if manifest.get("schema") != SCHEMA:
+            raise DataError(
+                f"the store must have schema {SCHEMA}, got {manifest.get('schema')!r}. Build it again.", where=path.name
+            )
+        store = cls(path, manifest, fingerprint=content_fingerprint(manifest))
+        store._check_files()
+        return store
+
+    def __len__(self) -> int:
+        return len(self.series)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_arrays": {}}
+
+    def record(self, series_id: str) -> SeriesRecord:
+        """Return the record of a series.
+
+        Raises:
+            DataError: If the store has no such series.
+        """
+        if series_id not in self._by_id:
+            raise DataError(f"the store has no series {series_id!r}.", where=self.path.name)
+        return self._by_id[series_id]
+
+    @property
+    def patient_ids(self) -> tuple[str, ...]:
+        """Every patient once, sorted."""
+        return tuple(sorted({record.patient_id for record in self.series}))
+
+    def read_slice(self, series_id: str, slice_index: int, *, plane: Plane | None = None) -> Array:
+        """Return one slice (H, W) in native units and dtype; None takes the main plane."""
+        record = self.record(series_id)
+        return self._read(record, image_name(plane or record.plane, record.plane), slice_index)
+
+    def read_label_slice(self, series_id: str, slice_index: int, *, plane: Plane | None = None) -> Array:
+        """Return the label ids (H, W) of one slice."""
+        record = self._labelled(series_id)
+        return self._read(record, label_name(plane or record.plane, record.plane), slice_index)
+
+    def read_volume(self, series_id: str, *, plane: Plane | None = None) -> Array:
+        """Return all slices (Z, H, W) in native units and dtype."""
+        record = self.record(series_id)
+        return self._read(record, image_name(plane or record.plane, record.plane), slice(None))
+
+    def read_label_volume(self, series_id: str, *, plane: Plane | None = None) -> Array:
+        """Return the label ids (Z, H, W) of all slices."""
+        record = self._labelled(series_id)
+        return self._read(record, label_name(plane or record.plane, record.plane), slice(None))
+
+    def _labelled(self, series_id: str) -> SeriesRecord:
+        record = self.record(series_id)
+        if not record.has_label:
+            raise DataError(f"series {series_id} has no label.", where=self.path.name)
+        return record
+
+    def _read(self, record: SeriesRecord, name: str, index: int | slice) -> Array:
+        key = (record.series_id, name)
+        try:
+            if key not in self._arrays:
+                location = self.path / SERIES / record.series_id / name
+                self._arrays[key] = zarr.open_array(location, mode="r")
+            return np.asarray(self._arrays[key][index])
+        except (RuntimeError, ValueError, KeyError, OSError, zarr.errors.BaseZarrError) as err:
+            raise DataError(
+                f"slice {index} of {name} could not be decoded ({type(err).__name__}): the store is damaged.",
+                where=f"{self.path.name}/{SERIES}/{record.series_id}",
+                kept="the source scans",
+                next_command=f"samgraft store check {self.path.name}",
+            ) from err
+
+    def _check_files(self) -> None:
+        for record in self.series:
+            folder = self.path / SERIES / record.series_id
+            for name, (size, _) in record.files.items():
+                path = folder / name
+                found = path.stat().st_size if path.is_file() else None
+                if found != size:
+                    state = "is missing" if found is None else f"must have {size} bytes, got {found}"
+                    raise DataError(
+                        f"a file of the store {state}: {name}. Build the store again.",
+                        where=f"{self.path.name}/{SERIES}/{record.series_id}",
+                        kept="the source scans",
+                        next_command=f"samgraft store check {self.path.name}",
+                    )
+
+
+def content_fingerprint(manifest: Mapping[str, Any]) -> str:
+    """Return the identity of a store's content: its table without file sizes and hashes.
+
+    Those depend on the versions of zarr and zstd; the same scans must have one fingerprint on every machine.
+    """
+    series = [{key: value for key, value in record.items() if key != "files"} for record in manifest["series"]]
+    return hashlib.sha256(json.dumps({**manifest, "series": series}, sort_keys=True).encode()).hexdigest()
+
+
+def _read_table(path: Path) -> bytes:
+    """Return the bytes of the table after comparing them with the completion mark."""
+    if not (path / "zarr.json").is_file():
+        what = "does not exist" if not path.exists() else "is not a slice store"
+        raise DataError(
+            f"the store {what}. Give a folder that `samgraft store build` wrote.",
+            where=path.name,
+            next_command="samgraft store build FOLDER --out STORE.zarr --modality mri",
+        )
+    if not (path / COMPLETE).is_file():
+        raise DataError(
+            "the store has no completion mark: its building was interrupted. Run the same build command again.",
+            where=path.name,
+            kept="every series that was complete",
+        )
+    manifest_bytes = (path / MANIFEST).read_bytes() if (path / MANIFEST).is_file() else b""
+    try:
+        expected = json.loads((path / COMPLETE).read_text(encoding="utf-8"))["manifest_sha256"]
+    except (ValueError, KeyError, TypeError) as err:
+        raise DataError("the completion mark is damaged. Build the store again.", where=path.name) from err
+    if hashlib.sha256(manifest_bytes).hexdigest() != expected:
+        raise DataError(
+            "the table of series does not match its checksum. Build the store again.", where=f"{path.name}/{MANIFEST}"
+        )
+    return manifest_bytes
