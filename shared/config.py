@@ -14,7 +14,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from enum import Enum
-from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
@@ -39,7 +39,10 @@ def packaged_config(relative: str) -> Path:
     Raises:
         UsageError: If there is no such file; the message lists its neighbours.
     """
-    root = Path(str(files("samgraft.configs")))
+    # An editable install adds a placeholder that is no folder to the namespace; importlib.resources trips over it.
+    spec = find_spec("samgraft.configs")
+    places = [Path(place) for place in (spec.submodule_search_locations or ())] if spec else []
+    root = next(place for place in places if place.is_dir())
     path = root / relative
     if not path.is_file():
         known = sorted(p.stem for p in path.parent.glob("*.yaml"))
