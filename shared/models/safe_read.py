@@ -1,0 +1,283 @@
+"""Reading foreign weights files without running their code or trusting their sizes.
+
+A file is told by its first bytes, never by its name. Everything that allocates memory is checked against the file's
+real size first; ``torch.load`` is only ever called with ``weights_only=True``, after its pickle has been scanned.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import pickletools
+import struct
+import zipfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from samgraft.shared.errors import WeightsError
+
+MAX_TENSORS = 8192
+MAX_PICKLE_BYTES = 64 * 2**20
+MAX_HEADER_BYTES = 64 * 2**20
+MAX_DEPTH = 16
+_DTYPE_BYTES = {
+    "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2, "I8": 1,
+    "U8": 1, "BOOL": 1,
+}  # fmt: skip
+# What torch.save writes for tensors; everything else in a pickle is a foreign object.
+_PLAIN_GLOBALS = frozenset({"collections.OrderedDict", "torch.Size", "torch.storage.UntypedStorage"})
+_PLAIN_PREFIXES = ("torch._utils._rebuild_", "torch.serialization._get_layout")
+
+
+@dataclass(kw_only=True)
+class RawFile:
+    """Everything in a file, before its layout is understood."""
+
+    name: str
+    container: str
+    """torch-zip or safetensors."""
+    content: dict[Any, Any]
+    """Tensors and plain values, possibly nested."""
+    sha256: str
+    metadata: dict[str, str] = field(default_factory=dict)
+    """Strings of a safetensors header."""
+
+
+def read_file(path: Path) -> RawFile:
+    """Read one weights file.
+
+    Raises:
+        WeightsError: If it is no weights file, is damaged, lies about its sizes, or holds more than tensors.
+    """
+    size, head = _size_and_head(path)
+    refuse_foreign(head, size, name=path.name)
+    if head.startswith(b"PK\x03\x04"):
+        content = _read_torch_zip(path, size)
+        return RawFile(name=path.name, container="torch-zip", content=content, sha256=file_sha256(path))
+    content, metadata = _read_safetensors(path, size)
+    digest = file_sha256(path)
+    return RawFile(name=path.name, container="safetensors", content=content, sha256=digest, metadata=metadata)
+
+
+def file_sha256(path: Path) -> str:
+    """Return the hash of a file, read in pieces."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _size_and_head(path: Path) -> tuple[int, bytes]:
+    if not path.is_file():
+        raise WeightsError("weights must be an existing file or run folder, and there is none.", where=str(path))
+    size = path.stat().st_size
+    with path.open("rb") as stream:
+        return size, stream.read(512)
+
+
+def refuse_foreign(head: bytes, size: int, *, name: str) -> None:
+    """Refuse, by its first bytes, what is no PyTorch or safetensors file."""
+    text = head.lstrip().lower()
+    if size == 0:
+        raise WeightsError("weights file is empty (0 bytes): the download or copy failed. Fetch it again.", where=name)
+    for magic, kind in _FOREIGN_MAGIC:
+        if head.startswith(magic):
+            raise WeightsError(f"weights must be a PyTorch .pth or safetensors file, got {kind}.", where=name)
+    if text.startswith((b"<!doctype", b"<html", b"<?xml")):
+        raise WeightsError(
+            "weights must be a PyTorch .pth or safetensors file, got a web page. Download the file itself.", where=name
+        )
+    if head[257:262] == b"ustar":
+        raise WeightsError(
+            "weights are in the old tar format of PyTorch < 1.0, which cannot be read safely. Re-save them with a "
+            "current PyTorch.",
+            where=name,
+        )
+
+
+_FOREIGN_MAGIC = (
+    (b"version https://git-lfs", "a git-lfs pointer, not the file it points to (run `git lfs pull`)"),
+    (b"GGUF", "a GGUF file"),
+    (b"\x89HDF", "an HDF5 file"),
+    (b"\x93NUMPY", "a NumPy array"),
+    (b"\x1f\x8b", "a gzip archive (unpack it first)"),
+    (b"7z\xbc\xaf", "a 7z archive (unpack it first)"),
+    (b"\x08\x07\x12", "an ONNX model"),
+    (b"\x08\x08\x12", "an ONNX model"),
+    (b"%PDF", "a PDF"),
+)
+
+
+def _read_torch_zip(path: Path, size: int) -> dict[Any, Any]:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            record_bytes = _check_zip(archive, size, name=path.name)
+    except zipfile.BadZipFile as err:
+        raise WeightsError(
+            f"weights file is damaged or incomplete ({size} bytes, its table of contents is missing). Fetch it again.",
+            where=path.name,
+        ) from err
+    try:
+        # First without data: shapes and storages on the meta device allocate nothing and can be checked.
+        plan = torch.load(path, map_location="meta", weights_only=True)
+        _check_plan(plan, record_bytes, name=path.name)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except WeightsError:
+        raise
+    except Exception as err:  # torch raises RuntimeError, UnpicklingError, EOFError, ... for damaged files
+        first = (str(err).splitlines() or [""])[0]
+        raise WeightsError(
+            f"weights file cannot be read: {type(err).__name__}: {first[:160]}", where=path.name
+        ) from err
+    return content if isinstance(content, dict) else {"": content}
+
+
+def _check_zip(archive: zipfile.ZipFile, size: int, *, name: str) -> list[int]:
+    infos = archive.infolist()
+    if len(infos) > MAX_TENSORS + 64:
+        raise WeightsError(
+            f"weights must hold at most {MAX_TENSORS} tensors, got {len(infos)} zip members.", where=name
+        )
+    names = [info.filename for info in infos]
+    if any(n.startswith(("/", "\\")) or ".." in Path(n).parts for n in names):
+        raise WeightsError(
+            "weights file has zip members with paths outside of it. Refused, nothing was extracted.", where=name
+        )
+    if sum(info.file_size for info in infos) > size or any(i.compress_type != zipfile.ZIP_STORED for i in infos):
+        raise WeightsError(
+            "weights file claims more data than it holds, or is compressed (torch.save stores plain).", where=name
+        )
+    pickles = [info for info in infos if info.filename.endswith("/data.pkl") and info.filename.count("/") == 1]
+    if any("/code/" in f"/{n}" or n.endswith("constants.pkl") for n in names):
+        raise WeightsError(
+            "weights must be plain tensors, got a TorchScript program. Save its state_dict instead.", where=name
+        )
+    if len(pickles) != 1:
+        raise WeightsError("weights must be a file written by torch.save, got another zip archive.", where=name)
+    if pickles[0].file_size > MAX_PICKLE_BYTES:
+        raise WeightsError(
+            f"weights' table of names must be at most {MAX_PICKLE_BYTES} bytes, got {pickles[0].file_size}.", where=name
+        )
+    refuse_foreign_objects(archive.read(pickles[0]), name=name)
+    return [info.file_size for info in infos if "/data/" in info.filename]
+
+
+def refuse_foreign_objects(pickled: bytes, *, name: str) -> None:
+    """Refuse a pickle that names anything but tensors; nothing in it is run."""
+    foreign = sorted({g for g in pickle_globals(pickled) if not _is_plain(g)})
+    if foreign:
+        raise WeightsError(
+            f"weights must hold tensors and plain values only, got foreign objects ({', '.join(foreign[:6])}). "
+            "Refused, nothing in the file was run. Re-save the state_dict alone, or as safetensors, where you trust the file.",
+            where=name,
+        )
+
+
+def _is_plain(name: str) -> bool:
+    if name in _PLAIN_GLOBALS or name.startswith(_PLAIN_PREFIXES):
+        return True
+    module, _, attribute = name.rpartition(".")
+    return module == "torch" and (
+        attribute.endswith("Storage") or isinstance(getattr(torch, attribute, None), torch.dtype)
+    )
+
+
+def pickle_globals(pickled: bytes) -> Iterator[str]:
+    """Yield the dotted names of all objects that a pickle would import, by reading its opcodes only."""
+    strings: list[str] = []
+    memo: dict[int, str] = {}
+    try:
+        for opcode, argument, _ in pickletools.genops(pickled):
+            if opcode.name in {"GLOBAL", "INST"}:
+                yield str(argument).replace(" ", ".")
+            elif opcode.name == "STACK_GLOBAL":
+                yield ".".join(strings[-2:])
+            elif isinstance(argument, str):
+                strings.append(argument)
+            elif opcode.name in {"MEMOIZE", "BINPUT", "LONG_BINPUT", "PUT"} and strings:
+                memo[len(memo) if argument is None else int(str(argument))] = strings[-1]
+            elif opcode.name in {"BINGET", "LONG_BINGET", "GET"} and int(str(argument)) in memo:
+                strings.append(memo[int(str(argument))])
+    except Exception as err:
+        raise WeightsError("weights file is damaged: its table of names cannot be read.") from err
+
+
+def _check_plan(plan: Any, record_bytes: list[int], *, name: str) -> None:
+    tensors = list(iterate_tensors(plan))
+    if len(tensors) > MAX_TENSORS:
+        raise WeightsError(f"weights must hold at most {MAX_TENSORS} tensors, got {len(tensors)}.", where=name)
+    available = max(record_bytes, default=0)
+    for key, tensor in tensors:
+        reach = tensor.storage_offset() + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+        needed = (reach + 1) * tensor.element_size() if tensor.numel() else 0
+        if needed > available or tensor.numel() * tensor.element_size() > available:
+            raise WeightsError(f"tensor {key} claims shape {list(tensor.shape)}, more than the file holds.", where=name)
+
+
+def iterate_tensors(content: Any, prefix: str = "", depth: int = 0) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield (dotted name, tensor) of nested dictionaries and lists."""
+    if isinstance(content, torch.Tensor):
+        yield prefix, content
+    elif depth < MAX_DEPTH:
+        items: Any = ()
+        if isinstance(content, Mapping):
+            items = content.items()
+        elif isinstance(content, list | tuple):
+            items = enumerate(content)
+        for key, value in items:
+            yield from iterate_tensors(value, f"{prefix}.{key}" if prefix else str(key), depth + 1)
+
+
+def _read_safetensors(path: Path, size: int) -> tuple[dict[Any, Any], dict[str, str]]:
+    with path.open("rb") as stream:
+        length_bytes = stream.read(8)
+        if len(length_bytes) < 8:
+            raise WeightsError(f"weights file is incomplete ({size} bytes). Fetch it again.", where=path.name)
+        (length,) = struct.unpack("<Q", length_bytes)
+        if length > min(size - 8, MAX_HEADER_BYTES):
+            raise WeightsError(
+                "weights must be a PyTorch .pth or safetensors file; the content is neither, or is cut off.",
+                where=path.name,
+            )
+        header_bytes = stream.read(length)
+    try:
+        header = json.loads(header_bytes)
+    except ValueError as err:
+        raise WeightsError(
+            "weights must be a PyTorch .pth or safetensors file; the content is neither.", where=path.name
+        ) from err
+    metadata = _check_header(header, size - 8 - length, name=path.name)
+    try:
+        return dict(load_file(path)), metadata
+    except Exception as err:
+        raise WeightsError(f"safetensors file cannot be read: {err}", where=path.name) from err
+
+
+def _check_header(header: Any, data_bytes: int, *, name: str) -> dict[str, str]:
+    if not isinstance(header, dict):
+        raise WeightsError("safetensors header must be an object.", where=name)
+    metadata = header.pop("__metadata__", {})
+    if len(header) > MAX_TENSORS:
+        raise WeightsError(f"weights must hold at most {MAX_TENSORS} tensors, got {len(header)}.", where=name)
+    end = 0
+    for key, entry in header.items():
+        try:
+            width, (start, stop) = _DTYPE_BYTES[entry["dtype"]], entry["data_offsets"]
+            needed = math.prod(entry["shape"]) * width
+        except (KeyError, TypeError, ValueError) as err:
+            raise WeightsError(f"safetensors entry {key[:80]!r} is malformed.", where=name) from err
+        if stop - start != needed or stop > data_bytes or start < 0:
+            raise WeightsError(
+                f"tensor {key[:80]} claims shape {entry['shape']}, and the file is incomplete or lies: it holds "
+                f"{data_bytes} bytes of data.",
+                where=name,
+            )
+        end = max(end, stop)
+    if end != data_bytes:
+        raise WeightsError(
+            f"safetensors file must hold {end} bytes of data, got {data_bytes}: cut off or padded.", where=name
+        )
+    return {str(k): str(v) for k, v in metadata.items()} if isinstance(metadata, dict) else {}

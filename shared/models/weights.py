@@ -1,0 +1,289 @@
+"""Weights in and out: one strict loader for every layout, and files that stock tools open.
+
+Loading accounts for every tensor both ways and prints it; less than all that was asked for is a ``WeightsError``.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors.torch import save_file
+from samgraft.shared.errors import WeightsError
+from samgraft.shared.models.architecture import ArchSpec, image_size_from_tensors, spec_from_tensors
+from samgraft.shared.models.card import Card
+from samgraft.shared.models.formats import PARTS, recognise
+from samgraft.shared.models.image_encoder import ImageEncoder, build_image_encoder
+from samgraft.shared.models.positions import resize_positions as resize_table
+from samgraft.shared.models.safe_read import file_sha256, read_file
+from samgraft.shared.models.sam import build_sam
+from samgraft.shared.models.tensor_report import ResizedTensor, TensorReport, shorten
+from samgraft.shared.models.tiny_vit import TinyViTEncoder
+from segment_anything.modeling import Sam
+from torch import nn
+
+log = logging.getLogger(__name__)
+
+Part = Literal["image_encoder", "sam"]
+# Where weights lie in our folders and in transformers'; the first that exists is taken.
+FOLDER_FILES = (
+    "encoder/encoder.safetensors",
+    "model/sam.safetensors",
+    "encoder.safetensors",
+    "sam.safetensors",
+    "model.safetensors",
+    "pytorch_model.bin",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightsFile:
+    """One weights file, recognised and brought to segment_anything's names; nothing loaded into a model yet."""
+
+    name: str
+    """File name, without its folder."""
+    format: str
+    spec: ArchSpec
+    image_size: int
+    tensors: dict[str, torch.Tensor]
+    """Float tensors are float32."""
+    sha256: str
+    card: Card | None = None
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def parts(self) -> set[str]:
+        """Which of image_encoder, prompt_encoder and mask_decoder are in the file."""
+        return {p for p in PARTS if any(k.startswith(f"{p}.") for k in self.tensors)}
+
+
+def read_weights(path: str | Path) -> WeightsFile:
+    """Read a weights file, a run folder or a transformers folder.
+
+    Args:
+        path: ``.pth``, ``.safetensors``, ``runs/NAME`` or a folder with ``card.json``. Told by content, not by name.
+
+    Raises:
+        WeightsError: If it is no weights, is damaged or unsafe, or holds NaN.
+    """
+    file = _find_file(Path(path))
+    raw = read_file(file)
+    found = recognise(raw)
+    notes = list(found.notes)
+    tensors = _as_float32(found.tensors, notes, name=raw.name)
+    spec = spec_from_tensors(tensors)
+    card_path = file.with_name("card.json")
+    card = Card.read(card_path) if card_path.is_file() else None
+    image_size = card.image_size if card else image_size_from_tensors(tensors, spec)
+    return WeightsFile(
+        name=raw.name,
+        format=found.format,
+        spec=spec,
+        image_size=image_size,
+        tensors=tensors,
+        sha256=raw.sha256,
+        card=card,
+        notes=notes,
+    )
+
+
+def load_into(
+    module: nn.Module,
+    weights: WeightsFile,
+    *,
+    part: Part = "image_encoder",
+    resize_positions: bool = False,
+    allow_missing: Collection[str] = (),
+) -> TensorReport:
+    """Load a file into a model, strictly.
+
+    Args:
+        module: A SAM, or an image encoder for ``part="image_encoder"``.
+        weights: From ``read_weights``.
+        part: What must come from the file, all of it.
+        resize_positions: Resize position tables to the model's grid; otherwise another size is refused.
+        allow_missing: Full names that may stay at the values ``module`` has.
+
+    Returns:
+        The account of every tensor, which is also logged.
+
+    Raises:
+        WeightsError: If anything asked for is missing, left over, or of another shape. The model is unchanged then.
+    """
+    target, prefix = _target(module, part)
+    report = TensorReport(
+        source=weights.name, source_sha256=weights.sha256, format=weights.format, part=part, notes=list(weights.notes)
+    )
+    wanted = {f"{prefix}{k}": v for k, v in target.state_dict().items()}
+    report.unexpected = [k for k in weights.tensors if k.startswith(prefix) and k not in wanted]
+    report.not_asked = [k for k in weights.tensors if not k.startswith(prefix)]
+    loaded: dict[str, torch.Tensor] = {}
+    wrong: list[str] = []
+    for name, current in wanted.items():
+        tensor = weights.tensors.get(name)
+        if tensor is None:
+            (report.left_at_base if name in allow_missing else report.missing).append(name)
+            loaded[name] = current
+        elif tensor.shape == current.shape:
+            report.matched.append(name)
+            loaded[name] = tensor
+        elif resize_positions and _is_position(name) and tensor.ndim == current.ndim:
+            size = current.shape[1] if current.ndim == 4 else (current.shape[0] + 1) // 2
+            loaded[name] = resize_table(tensor, size)
+            report.resized.append(
+                ResizedTensor(name=name, file_shape=list(tensor.shape), model_shape=list(current.shape))
+            )
+        else:
+            wrong.append(f"{name} {list(tensor.shape)} for {list(current.shape)}")
+    _refuse_incomplete(report, weights, wrong, module)
+    target.load_state_dict({k.removeprefix(prefix): v for k, v in loaded.items()}, strict=True)
+    log.info("%s", report.render())
+    return report
+
+
+def load_image_encoder(
+    path: str | Path, *, image_size: int | None = None
+) -> tuple[ImageEncoder | TinyViTEncoder, Card]:
+    """Load an image encoder of whatever architecture the file holds.
+
+    Args:
+        path: Weights file or run folder.
+        image_size: Side of the square input in pixels; default the file's own. Positions are resized and reported.
+
+    Returns:
+        The encoder in eval mode, and its card (made from what is known if the file has none).
+    """
+    weights = read_weights(path)
+    size = weights.image_size if image_size is None else image_size
+    encoder = build_image_encoder(weights.spec, image_size=size)
+    load_into(encoder, weights, part="image_encoder", resize_positions=True)
+    return encoder.eval(), card_of(weights, image_size=size)
+
+
+def load_sam(path: str | Path, *, image_size: int | None = None) -> Sam:
+    """Load a whole SAM (encoder, prompt encoder and mask decoder) of whatever architecture the file holds."""
+    weights = read_weights(path)
+    size = weights.image_size if image_size is None else image_size
+    tokens = weights.tensors.get("mask_decoder.mask_tokens.weight")
+    sam = build_sam(
+        weights.spec, image_size=size, num_multimask_outputs=3 if tokens is None else int(tokens.shape[0]) - 1
+    )
+    load_into(sam, weights, part="sam", resize_positions=True)
+    return sam.eval()
+
+
+def card_of(weights: WeightsFile, *, image_size: int | None = None) -> Card:
+    """Return the file's card, or one made from what its tensors tell; at ``image_size`` if given."""
+    size = weights.image_size if image_size is None else image_size
+    if weights.card is not None:
+        return Card.from_dict({**weights.card.to_dict(), "image_size": size})
+    spec = weights.spec
+    return Card(
+        arch=spec.arch.value,
+        stem=spec.stem.value if spec.stem else None,
+        image_size=size,
+        pixel_mean=list(spec.pixel_mean),
+        pixel_std=list(spec.pixel_std),
+        base_name=weights.name,
+        base_sha256=weights.sha256,
+    )
+
+
+def save_encoder(encoder: nn.Module, folder: Path, card: Card) -> Path:
+    """Write ``encoder.safetensors`` (keys ``image_encoder.*``) and ``card.json``.
+
+    Returns:
+        Path of the weights file. Both files appear whole or not at all.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "encoder.safetensors"
+    tensors = {f"image_encoder.{k}": v for k, v in encoder.state_dict().items()}
+    save_tensors(tensors, path)
+    Card.from_dict({**card.to_dict(), "weights_sha256": file_sha256(path)}).write(folder / "card.json")
+    return path
+
+
+def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """Write safetensors through a temporary neighbour; equal tensors give equal bytes."""
+    # channels_last parameters are written row-major, like everybody's.
+    plain = {k: tensors[k].detach().cpu().contiguous().clone() for k in sorted(tensors)}
+    temporary = path.with_name(path.name + ".tmp")
+    save_file(plain, temporary, metadata={"format": "pt"})
+    temporary.replace(path)
+
+
+def _find_file(path: Path) -> Path:
+    if not path.is_dir():
+        return path
+    for name in FOLDER_FILES:
+        if (path / name).is_file():
+            return path / name
+    raise WeightsError(
+        f"weights folder must hold one of {', '.join(FOLDER_FILES)}, and has none. Did the run finish?", where=path.name
+    )
+
+
+def _as_float32(tensors: dict[str, torch.Tensor], notes: list[str], *, name: str) -> dict[str, torch.Tensor]:
+    out: dict[str, torch.Tensor] = {}
+    converted: dict[str, int] = {}
+    for key, tensor in tensors.items():
+        if tensor.is_floating_point():
+            if tensor.dtype != torch.float32:
+                kind = str(tensor.dtype).removeprefix("torch.")
+                converted[kind] = converted.get(kind, 0) + 1
+            tensor = tensor.float()
+            if not bool(torch.isfinite(tensor).all()):
+                raise WeightsError(
+                    f"weights must be finite, got NaN or Inf in {key}. The training run diverged.", where=name
+                )
+            if (
+                tensor.ndim > 1
+                and tensor.numel() > 1
+                and "rel_pos" not in key
+                and bool((tensor == tensor.flatten()[0]).all())
+            ):
+                notes.append(f"warning: {key} is constant ({float(tensor.flatten()[0]):g})")
+        out[key] = tensor
+    notes += [f"{count} tensors converted from {kind} to float32" for kind, count in converted.items()]
+    return out
+
+
+def _target(module: nn.Module, part: Part) -> tuple[nn.Module, str]:
+    if part == "sam":
+        return module, ""
+    encoder = module.image_encoder if isinstance(module, Sam) else module
+    assert isinstance(encoder, nn.Module)
+    return encoder, "image_encoder."
+
+
+def _is_position(name: str) -> bool:
+    return name.endswith(("pos_embed", "rel_pos_h", "rel_pos_w"))
+
+
+def _refuse_incomplete(report: TensorReport, weights: WeightsFile, wrong: list[str], module: nn.Module) -> None:
+    if report.is_complete and not wrong:
+        return
+    encoder = module.image_encoder if isinstance(module, Sam) else module
+    spec = getattr(encoder, "spec", None)
+    if isinstance(spec, ArchSpec) and (spec.plain, spec.tiny) != (weights.spec.plain, weights.spec.tiny):
+        raise WeightsError(
+            f"weights must be of the model's architecture {spec.title}, the file is {weights.spec.title}. "
+            f"Use MODEL={weights.spec.arch.value}.",
+            where=weights.name,
+        )
+    problems = (("missing", report.missing), ("unexpected", report.unexpected), ("of another shape", wrong))
+    found = [f"{len(names)} {what} ({shorten(names)})" for what, names in problems if names]
+    hint = ""
+    if wrong and all(_is_position(w.split(" ", 1)[0]) for w in wrong):
+        size = weights.image_size
+        hint = f" The file is for {size} px: allow resizing of positions, or use image_size={size}."
+    raise WeightsError(
+        f"weights must hold all of {report.part}, got {report.num_loaded}/{report.num_asked}: "
+        f"{'; '.join(found)}.{hint}",
+        where=weights.name,
+        kept="the model is unchanged",
+    )
