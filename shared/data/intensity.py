@@ -21,10 +21,10 @@ Slice = npt.NDArray[np.float32]
 
 STORED_PERCENTILES = (0.0, 0.1, 0.5, 1.0, 2.0, 5.0, 10.0, 25.0, 50.0, 75.0, 90.0, 95.0, 98.0, 99.0, 99.5, 99.9, 100.0)
 AIR_FRACTION = 0.08
-"""Air of MR, X-ray and ultrasound lies below this share of the way from the darkest to the 99th percentile voxel:
-background noise of the demo scans ends at 0.05, the darkest tissue (cortical bone) is a loss that percentiles absorb."""
+"""Air of MR, X-ray and ultrasound lies below this share of the way from the darkest to the 99th percentile voxel.
+Background noise of the demo scans ends at 0.05; the darkest tissue (cortical bone) is lost, percentiles absorb it."""
 AIR_HU = -500.0
-"""Upper end of air on the Hounsfield scale: air is -1000, lung about -700 but always inside a slice with soft tissue."""
+"""Upper end of air on the Hounsfield scale: air is -1000, lung about -700 but always beside soft tissue."""
 MAX_SAMPLES = 2_000_000
 """Percentiles of larger volumes use every n-th voxel; the error is under 0.1 percentile."""
 
@@ -118,7 +118,8 @@ def measure_intensity(array_zyx: Array, *, modality: Modality) -> IntensityStats
     Raises:
         DataError: If a voxel is not finite.
     """
-    stride = max(1, array_zyx.size // MAX_SAMPLES)
+    # Odd, so that it walks through all columns: a stride of 256 would only see the left edge of 256-wide slices.
+    stride = (array_zyx.size // MAX_SAMPLES) | 1
     sample = array_zyx.reshape(-1)[::stride].astype(np.float64)
     low, high = float(array_zyx.min()), float(array_zyx.max())
     if not (np.isfinite(low) and np.isfinite(high)):

@@ -31,7 +31,7 @@ MAX_GAP_RATIO = 1.1
 class Frame:
     """One image plane: pixels in native units and where its first pixel lies (LPS mm)."""
 
-    pixels_HW: npt.NDArray[Any]
+    pixels: npt.NDArray[Any]
     origin: npt.NDArray[np.float64]
     row_direction: npt.NDArray[np.float64]
     """Direction in which the column index grows."""
@@ -111,7 +111,7 @@ def frames_of(dataset: pydicom.Dataset, *, where: str) -> Sequence[Frame]:
     inverted = str(dataset.get("PhotometricInterpretation", "MONOCHROME2")) == "MONOCHROME1"
     return [
         Frame(
-            pixels_HW=invert(values, dataset, slope=slope) if inverted else values,
+            pixels=invert(values, dataset, slope=slope) if inverted else values,
             origin=np.asarray(dataset.get("ImagePositionPatient", (0, 0, 0)), dtype=np.float64),
             row_direction=orientation[:3],
             column_direction=orientation[3:],
@@ -141,9 +141,9 @@ def stack_frames(
     """Sort frames along their common normal and build one grid (columns, rows, slices)."""
     first = frames[0]
     for frame in frames:
-        if frame.pixels_HW.shape != first.pixels_HW.shape:
+        if frame.pixels.shape != first.pixels.shape:
             raise DataError(
-                f"slices of a series must have one size, got {first.pixels_HW.shape} and {frame.pixels_HW.shape} "
+                f"slices of a series must have one size, got {first.pixels.shape} and {frame.pixels.shape} "
                 f"({frame.name}).",
                 where=where,
             )
@@ -152,7 +152,7 @@ def stack_frames(
     positions = np.array([float(frame.origin @ first.normal) for frame in frames])
     order = np.argsort(positions, kind="stable")
     step, notes = _slice_step(positions[order], first, where=where, allow_gaps=allow_gaps)
-    arrays = [frames[i].pixels_HW for i in order]
+    arrays = [frames[i].pixels for i in order]
     dtype = np.result_type(*{a.dtype for a in arrays})
     array_ijk = np.stack([a.astype(dtype, copy=False).T for a in arrays], axis=2)
     affine = np.eye(4)

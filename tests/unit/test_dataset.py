@@ -1,0 +1,129 @@
+"""Slices as samples: which are chosen, what they hold, and that randomness belongs to the sample alone."""
+
+import logging
+
+import numpy as np
+import pytest
+import torch
+from samgraft.shared.data.dataset import SliceDataset, SliceRef, batch_to_input, collate_slices, select_slices
+from samgraft.shared.data.intensity import IntensityKind, IntensityPreset, normalise
+from samgraft.shared.data.sampler import StepBatchSampler
+from samgraft.shared.data.store import SliceStore
+from samgraft.shared.errors import DataError
+from store_factory import make_store
+from torch.utils.data import DataLoader
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    return SliceStore.open(make_store(tmp_path_factory.mktemp("dataset"), num_patients=3))
+
+
+def jitter(image, label, generator):
+    return image + float(generator.random()), label
+
+
+def test_select_slices__filters_and_says_so(store, caplog):
+    caplog.set_level(logging.INFO)
+    everything = select_slices(store, store.patient_ids)
+    assert len(everything) == 18
+    labelled = select_slices(store, store.patient_ids, labelled_only=True)
+    expected = {
+        (r.series_id, z) for r in store.series for z in range(6) if store.read_label_slice(r.series_id, z).any()
+    }
+    assert {(ref.series_id, ref.slice_index) for ref in labelled} == expected
+    assert f"left out: {18 - len(expected)} no label" in caplog.text
+    fractions = [f for r in store.series for f in r.planes[r.plane].foreground_fraction]
+    limit = sorted(fractions)[9]
+    kept = select_slices(store, store.patient_ids, min_foreground_fraction=limit)
+    assert len(kept) == sum(f >= limit for f in fractions) < 18
+    one = select_slices(store, store.patient_ids[:1])
+    assert {store.record(ref.series_id).patient_id for ref in one} == {store.patient_ids[0]}
+
+
+def test_select_slices__nothing_left_is_an_error(store):
+    with pytest.raises(DataError, match="0 usable slices: 18 air"):
+        select_slices(store, store.patient_ids, min_foreground_fraction=0.999)
+    with pytest.raises(DataError, match="18 other plane"):
+        select_slices(store, store.patient_ids, plane="coronal")
+
+
+def test_item__is_the_normalised_slice_and_its_label(store):
+    record = store.series[1]
+    dataset = SliceDataset(store, [SliceRef(record.series_id, 2)], with_label=True)
+    sample = dataset[0, 41]
+    expected = normalise(store.read_slice(record.series_id, 2), record.stats, store.intensity)
+    np.testing.assert_array_equal(sample["image"][0].numpy(), expected)
+    np.testing.assert_array_equal(sample["label"].numpy(), store.read_label_slice(record.series_id, 2))
+    assert sample["label"].dtype == torch.int64
+    assert (sample["series_index"], sample["slice_index"], sample["sample_counter"]) == (1, 2, 41)
+    assert "label" not in SliceDataset(store, [SliceRef(record.series_id, 2)])[0, 0]
+
+
+def test_item__intensity_of_the_run_beats_the_store(store):
+    ref = SliceRef(store.series[0].series_id, 2)
+    preset = IntensityPreset(kind=IntensityKind.MINMAX)
+    assert not torch.equal(
+        SliceDataset(store, [ref])[0, 0]["image"], SliceDataset(store, [ref], intensity=preset)[0, 0]["image"]
+    )
+
+
+def test_item__neighbours_become_channels_and_edges_repeat(store):
+    record = store.series[0]
+    dataset = SliceDataset(store, [SliceRef(record.series_id, z) for z in range(6)], num_neighbours=1)
+    plain = SliceDataset(store, dataset.slices)
+    for z, neighbours in ((0, (0, 0, 1)), (3, (2, 3, 4)), (5, (4, 5, 5))):
+        expected = torch.cat([plain[n, 0]["image"] for n in neighbours])
+        assert torch.equal(dataset[z, 0]["image"], expected)
+
+
+def test_augment__depends_on_seed_and_counter_only(store):
+    refs = select_slices(store, store.patient_ids)
+    dataset = SliceDataset(store, refs, augment=jitter, seed=4)
+    assert torch.equal(dataset[0, 7]["image"], dataset[0, 7]["image"])
+    assert not torch.equal(dataset[0, 7]["image"], dataset[0, 8]["image"])
+    other = SliceDataset(store, refs, augment=jitter, seed=5)
+    assert not torch.equal(dataset[0, 7]["image"], other[0, 7]["image"])
+
+
+def _batches(store, *, num_workers, start=0):
+    refs = select_slices(store, store.patient_ids)
+    dataset = SliceDataset(store, refs, augment=jitter, seed=4, with_label=True)
+    sampler = StepBatchSampler(len(dataset), batch_size=4, seed=1, start_micro_step=start, num_micro_steps=6 - start)
+    context = "spawn" if num_workers else None
+    loader = DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        collate_fn=collate_slices,
+        num_workers=num_workers,
+        multiprocessing_context=context,
+    )
+    return [(b["sample_counter"].tolist(), torch.stack(b["images"]), torch.stack(b["labels"])) for b in loader]
+
+
+def test_loader__resumed_batches_equal_uninterrupted_ones(store):
+    whole, tail = _batches(store, num_workers=0), _batches(store, num_workers=0, start=4)
+    for (counters_a, images_a, labels_a), (counters_b, images_b, labels_b) in zip(whole[4:], tail, strict=True):
+        assert counters_a == counters_b
+        assert torch.equal(images_a, images_b)
+        assert torch.equal(labels_a, labels_b)
+
+
+@pytest.mark.slow
+def test_loader__number_of_workers_changes_nothing(store):
+    for (ca, ia, la), (cb, ib, lb) in zip(_batches(store, num_workers=0), _batches(store, num_workers=2), strict=True):
+        assert ca == cb
+        assert torch.equal(ia, ib)
+        assert torch.equal(la, lb)
+
+
+def test_batch_to_input__mixed_sizes(tmp_path):
+    small = SliceStore.open(make_store(tmp_path / "a", num_patients=1, shape_zyx=(2, 20, 30)))
+    large = SliceStore.open(make_store(tmp_path / "b", num_patients=1, shape_zyx=(2, 64, 40)))
+    samples = [SliceDataset(s, [SliceRef(s.series[0].series_id, 0)], with_label=True)[0, 0] for s in (small, large)]
+    images, labels, frames = batch_to_input(collate_slices(samples), image_size=32, keep_aspect=True, device="cpu")
+    assert images.shape == (2, 1, 32, 32)
+    assert labels is not None
+    assert labels.shape == (2, 32, 32)
+    assert [f.content_hw for f in frames] == [(21, 32), (32, 20)]
+    assert (images[0, :, 21:] == 0).all()

@@ -1,0 +1,81 @@
+"""Input frame: geometry known by hand, labels keep their ids, logits come back where they were."""
+
+import pytest
+import torch
+from samgraft.shared.data.frame import fit_frame, image_to_frame, label_to_frame, logits_to_native
+
+
+@pytest.mark.parametrize(
+    ("native", "keep", "spacing", "content"),
+    [
+        ((100, 50), True, None, (128, 64)),
+        ((50, 100), True, None, (64, 128)),
+        ((100, 50), False, None, (128, 128)),
+        ((100, 50), True, (1.0, 2.0), (128, 128)),
+        ((1, 300), True, None, (1, 128)),
+        ((128, 128), True, None, (128, 128)),
+    ],
+)
+def test_fit_frame__content(native, keep, spacing, content):
+    assert fit_frame(native, image_size=128, keep_aspect=keep, spacing_rc=spacing).content_hw == content
+
+
+def test_image_to_frame__pads_right_and_bottom():
+    frame = fit_frame((100, 50), image_size=128, keep_aspect=True)
+    out = image_to_frame(torch.ones(1, 1, 100, 50), frame)
+    assert out.shape == (1, 1, 128, 128)
+    assert (out[..., :64] == 1).all()
+    assert (out[..., 64:] == 0).all()
+
+
+def test_image_to_frame__downscale_averages_instead_of_picking():
+    checker = (torch.arange(64)[:, None] + torch.arange(64)[None]) % 2
+    out = image_to_frame(checker[None, None].float(), fit_frame((64, 64), image_size=16, keep_aspect=True))
+    torch.testing.assert_close(out[..., 2:-2, 2:-2], torch.full((1, 1, 12, 12), 0.5), atol=0.05, rtol=0)
+
+
+def test_label_to_frame__ids_stay_a_subset_and_large_ids_survive():
+    label = torch.zeros(1, 30, 20, dtype=torch.int64)
+    label[0, 5:9, 5:9] = 7
+    label[0, 20:, :10] = 65535
+    for size in (13, 64, 20):
+        out = label_to_frame(label, fit_frame((30, 20), image_size=size, keep_aspect=True))
+        assert out.dtype == torch.int64
+        assert set(out.unique().tolist()) <= {0, 7, 65535}
+        assert 65535 in out
+
+
+def test_label_and_image_are_aligned():
+    # A label doubled by nearest neighbour must lie on the image's doubled pixels, not half a pixel beside.
+    label = torch.zeros(1, 8, 8, dtype=torch.int64)
+    label[0, 2:4, 4:6] = 1
+    frame = fit_frame((8, 8), image_size=32, keep_aspect=True)
+    out = label_to_frame(label, frame)
+    expected = torch.zeros(32, 32, dtype=torch.int64)
+    expected[8:16, 16:24] = 1
+    assert torch.equal(out[0], expected)
+
+
+@pytest.mark.parametrize("side", [128, 32])
+@pytest.mark.parametrize("native", [(100, 50), (64, 64), (31, 200)])
+@pytest.mark.parametrize("keep", [True, False])
+def test_logits_to_native__undoes_image_to_frame(side, native, keep):
+    # A linear ramp survives bilinear resizing: every native pixel gets its own value back away from the border.
+    height, width = native
+    ramp = (torch.linspace(0, 1, height)[:, None] + torch.linspace(0, 2, width)[None])[None, None]
+    frame = fit_frame(native, image_size=128, keep_aspect=keep)
+    logits = image_to_frame(ramp, frame)
+    if side != 128:
+        logits = torch.nn.functional.interpolate(logits, size=(side, side), mode="bilinear")
+    back = logits_to_native(logits, frame)
+    assert back.shape == ramp.shape
+    inner = (..., slice(height // 4, 3 * height // 4), slice(width // 4, 3 * width // 4))
+    torch.testing.assert_close(back[inner], ramp[inner], atol=0.03, rtol=0)
+
+
+def test_frame__refuses_other_sizes():
+    frame = fit_frame((10, 10), image_size=32, keep_aspect=True)
+    with pytest.raises(ValueError, match=r"must have \(10, 10\) pixels"):
+        image_to_frame(torch.zeros(1, 1, 11, 10), frame)
+    with pytest.raises(ValueError, match="positive"):
+        fit_frame((0, 10), image_size=32, keep_aspect=True)

@@ -1,0 +1,120 @@
+"""Canonical slices: permutations and flips only, invertible, the same picture from any storage order."""
+
+import itertools
+
+import nibabel as nib
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from samgraft.shared.data.orientation import (
+    Plane,
+    check_affine,
+    grids_agree,
+    native_grid,
+    slice_plane,
+    to_native,
+    to_plane,
+)
+from samgraft.shared.errors import DataError
+
+LPS = np.diag([-1.0, -1.0, 3.0, 1.0])
+CODES = ["".join(p) for axes in itertools.permutations(("RL", "AP", "SI")) for p in itertools.product(*axes)]
+
+
+@pytest.mark.parametrize("codes", CODES)
+def test_to_plane__every_storage_order_gives_the_same_slices(codes):
+    rng = np.random.default_rng(0)
+    array_xyz = rng.normal(size=(4, 5, 6))
+    reference_zyx, reference_affine = to_plane(array_xyz, LPS, Plane.AXIAL)
+    np.testing.assert_array_equal(reference_zyx, array_xyz.transpose(2, 1, 0))
+    transform = nib.orientations.ornt_transform(nib.io_orientation(LPS), nib.orientations.axcodes2ornt(tuple(codes)))
+    stored = nib.apply_orientation(array_xyz, transform)
+    affine = LPS @ nib.orientations.inv_ornt_aff(transform, array_xyz.shape)
+    array_zyx, out_affine = to_plane(stored, affine, Plane.AXIAL)
+    np.testing.assert_array_equal(array_zyx, reference_zyx)
+    np.testing.assert_allclose(out_affine, reference_affine)
+    grid = native_grid(affine, stored.shape)
+    assert grid.orientation == codes
+    np.testing.assert_array_equal(to_native(array_zyx, grid, Plane.AXIAL), stored)
+
+
+@pytest.mark.parametrize(
+    ("plane", "top", "left"),
+    [
+        (Plane.AXIAL, "front", "right"),
+        (Plane.CORONAL, "head", "right"),
+        (Plane.SAGITTAL, "head", "front"),
+    ],
+)
+def test_to_plane__hangs_slices_as_radiologists_do(plane, top, left):
+    # World position of every voxel as its value: the picture says which way it lies.
+    position = {
+        "right": np.meshgrid(*[np.arange(4)] * 3, indexing="ij")[0],
+        "front": np.meshgrid(*[np.arange(4)] * 3, indexing="ij")[1],
+        "head": np.meshgrid(*[np.arange(4)] * 3, indexing="ij")[2],
+    }
+    for name, edge in ((top, "row"), (left, "column")):
+        array_zyx, _ = to_plane(position[name], np.eye(4), plane)
+        first = array_zyx[0, 0, 1] if edge == "row" else array_zyx[0, 1, 0]
+        last = array_zyx[0, 3, 1] if edge == "row" else array_zyx[0, 1, 3]
+        assert (first, last) == (3, 0)
+
+
+@pytest.mark.parametrize(
+    ("spacing", "shape", "plane"),
+    [
+        ((1, 1, 1), (9, 9, 9), Plane.AXIAL),
+        ((1, 1, 1.9), (9, 9, 9), Plane.AXIAL),
+        ((5, 1, 1), (9, 9, 9), Plane.SAGITTAL),
+        ((1, 4, 1), (9, 9, 9), Plane.CORONAL),
+        ((1, 1, 1), (9, 1, 9), Plane.CORONAL),
+    ],
+)
+def test_slice_plane__thickest_axis_or_axial(spacing, shape, plane):
+    assert slice_plane(np.diag([*spacing, 1.0]), shape) is plane
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 2**32 - 1))
+def test_to_native__inverts_any_rotation(seed):
+    rng = np.random.default_rng(seed)
+    rotation, _ = np.linalg.qr(rng.normal(size=(3, 3)))
+    affine = np.eye(4)
+    affine[:3, :3] = rotation * rng.uniform(0.5, 2, size=3)
+    shape = tuple(int(n) for n in rng.integers(1, 6, size=3))
+    array = rng.normal(size=shape)
+    for plane in Plane:
+        array_zyx, affine_xyz = to_plane(array, affine, plane)
+        np.testing.assert_array_equal(to_native(array_zyx, native_grid(affine, shape), plane), array)
+        # One voxel keeps its place in the patient.
+        index = np.unravel_index(int(array_zyx.argmax()), array_zyx.shape)[::-1]
+        native = np.unravel_index(int(array.argmax()), shape)
+        np.testing.assert_allclose(affine_xyz @ [*index, 1], affine @ [*native, 1], atol=1e-9)
+
+
+def test_check_affine__shear_nan_and_zero_are_named():
+    sheared = np.eye(4)
+    sheared[0, 1] = 0.1
+    with pytest.raises(DataError, match=r"shear of 5\.\d+ degrees"):
+        check_affine(sheared, where="x")
+    with pytest.raises(DataError, match="finite"):
+        check_affine(np.diag([np.nan, 1, 1, 1]), where="x")
+    with pytest.raises(DataError, match="positive"):
+        check_affine(np.diag([0.0, 1, 1, 1]), where="x")
+    check_affine(LPS, where="x")
+
+
+def test_grids_agree__measures_corners():
+    shape = (101, 101, 11)
+    shifted = LPS.copy()
+    shifted[0, 3] += 0.5
+    assert grids_agree(LPS, shape, LPS, shape, tolerance_mm=0.01)[0]
+    agree, text = grids_agree(LPS, shape, shifted, shape, tolerance_mm=0.01)
+    assert not agree
+    assert "0.5 mm" in text
+    # One thousandth per voxel is a tenth of a millimetre at the far corner.
+    scaled = LPS.copy()
+    scaled[0, 0] *= 1.001
+    assert not grids_agree(LPS, shape, scaled, shape, tolerance_mm=0.05)[0]
+    assert "shapes differ" in grids_agree(LPS, shape, LPS, (101, 101, 10), tolerance_mm=1)[1]

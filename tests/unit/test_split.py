@@ -1,0 +1,155 @@
+"""Splits by patient: disjoint, seeded, stratified, hashed; leaks are refused by id and by content."""
+
+import dataclasses
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from samgraft.shared.data.intensity import IntensityPreset
+from samgraft.shared.data.split import (
+    check_split,
+    default_split_path,
+    load_split,
+    make_split,
+    pretrain_manifest,
+    refuse_leak,
+)
+from samgraft.shared.data.store import SliceStore
+from samgraft.shared.data.store_build import BuildSettings, build_store
+from samgraft.shared.data.volume import Modality
+from samgraft.shared.errors import DataError
+from store_factory import make_cases, make_store
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    return SliceStore.open(make_store(tmp_path_factory.mktemp("split"), num_patients=10, shape_zyx=(2, 16, 16)))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10_000), st.sampled_from([(0.7, 0.15, 0.15), (0.5, 0.5, 0.0), (0.8, 0.0, 0.2), (1.0, 0, 0)]))
+def test_make_split__disjoint_complete_and_sized(store, seed, fractions):
+    split = make_split(store, fractions=fractions, seed=seed)
+    assert sorted((*split.train, *split.val, *split.test)) == list(store.patient_ids)
+    assert len(split.val) == round(10 * fractions[1])
+    assert len(split.test) == round(10 * fractions[2])
+    check_split(split, store)
+    assert split == make_split(store, fractions=fractions, seed=seed)
+
+
+def test_make_split__seed_changes_it(store):
+    assert len({make_split(store, seed=s).test for s in range(20)}) > 5
+
+
+def test_make_split__stratified_by_labels(tmp_path):
+    labelled = make_cases(tmp_path / "a", num_patients=10, shape_zyx=(3, 16, 16))
+    plain = make_cases(tmp_path / "b", num_patients=10, shape_zyx=(3, 16, 16), labelled=False, seed=7)
+    plain = [dataclasses.replace(c, name=f"b{c.name}", patient_key=f"b{c.patient_key}") for c in plain]
+    path = tmp_path / "s.zarr"
+    build_store(
+        [*labelled, *plain],
+        out=path,
+        settings=BuildSettings(modality=Modality.MRI, salt=""),
+        label_names={1: "lesion"},
+        intensity=IntensityPreset(),
+    )
+    mixed = SliceStore.open(path)
+    with_label = {r.patient_id for r in mixed.series if r.has_label}
+    for seed in range(10):
+        split = make_split(mixed, fractions=(0.5, 0.2, 0.3), seed=seed)
+        assert 2 <= len(with_label & set(split.test)) <= 4
+        assert 1 <= len(with_label & set(split.val)) <= 3
+
+
+def test_split__file_round_trip_and_tampering(store, tmp_path):
+    split = make_split(store, seed=3)
+    path = tmp_path / "x.split.json"
+    split.save(path)
+    assert load_split(path, store) == split
+    values = json.loads(path.read_text())
+    values["train"].append(values["test"].pop())
+    path.write_text(json.dumps(values))
+    with pytest.raises(DataError, match="changed by hand"):
+        load_split(path, store)
+    path.write_text("{}")
+    with pytest.raises(DataError, match="damaged"):
+        load_split(path, store)
+    with pytest.raises(DataError, match="does not exist"):
+        load_split(tmp_path / "none.json", store)
+
+
+def test_load_split__none_takes_the_file_beside_the_store(store):
+    default = load_split(None, store)
+    assert default == make_split(store)
+    beside = default_split_path(store.path)
+    assert beside.name == "store.split.json"
+    other = make_split(store, seed=77)
+    other.save(beside)
+    try:
+        assert load_split(None, store) == other != default
+    finally:
+        beside.unlink()
+
+
+def test_check_split__refuses_a_patient_in_two_parts(store):
+    split = make_split(store)
+    leaking = dataclasses.replace(split, val=(*split.val, split.train[0], split.train[1]))
+    with pytest.raises(DataError, match=r"2 patients are in both train and val \(p_[0-9a-f]{12}, p_"):
+        check_split(leaking, store)
+
+
+def test_check_split__refuses_strangers_other_stores_and_no_train(store):
+    split = make_split(store)
+    with pytest.raises(DataError, match="does not have"):
+        check_split(dataclasses.replace(split, test=("p_000000000000",)), store)
+    with pytest.raises(DataError, match="fingerprints differ"):
+        check_split(dataclasses.replace(split, store_fingerprint="0"), store)
+    with pytest.raises(DataError, match="at least one training patient"):
+        check_split(dataclasses.replace(split, train=()), store)
+
+
+def test_check_split__refuses_equal_voxels_under_two_ids(tmp_path):
+    cases = make_cases(tmp_path, num_patients=3, shape_zyx=(2, 16, 16), labelled=False)
+    twin = dataclasses.replace(cases[0], name="copy", patient_key="somebody else")
+    path = tmp_path / "s.zarr"
+    build_store(
+        [*cases, twin],
+        out=path,
+        settings=BuildSettings(modality=Modality.MRI, salt=""),
+        label_names={},
+        intensity=IntensityPreset(),
+    )
+    store = SliceStore.open(path)
+    by_content = {}
+    for record in store.series:
+        by_content.setdefault(record.content_sha256, []).append(record.patient_id)
+    first, second = next(ids for ids in by_content.values() if len(ids) == 2)
+    others = [p for p in store.patient_ids if p not in (first, second)]
+    split = dataclasses.replace(make_split(store), train=(first, *others), val=(second,), test=())
+    with pytest.raises(DataError, match="the same voxels occur in"):
+        check_split(split, store)
+    check_split(dataclasses.replace(split, train=(first, second, *others), val=()), store)
+
+
+def test_refuse_leak__by_id_and_by_content(store, tmp_path):
+    split = make_split(store)
+    refuse_leak(pretrain_manifest(store, split.train), split, store)
+    with pytest.raises(DataError, match=r"2 test patients were in the pretraining set.*by id"):
+        refuse_leak(pretrain_manifest(store, store.patient_ids), dataclasses.replace(split, val=()), store)
+    # Another salt gives other ids; the voxels still give the leak away.
+    manifest = {**pretrain_manifest(store, split.val), "patient_ids": ["p_ffffffffffff"]}
+    with pytest.raises(DataError, match=r"val patients were in the pretraining set.*by equal voxels"):
+        refuse_leak(manifest, split, store)
+
+
+def test_make_split__small_sets_keep_a_training_patient(tmp_path):
+    for num, expected in ((1, (1, 0, 0)), (2, (1, 0, 1)), (3, (1, 1, 1)), (4, (2, 1, 1))):
+        path = make_store(tmp_path / str(num), num_patients=num, shape_zyx=(2, 8, 8))
+        split = make_split(SliceStore.open(path))
+        assert (len(split.train), len(split.val), len(split.test)) == expected
+
+
+def test_make_split__bad_fractions(store):
+    with pytest.raises(DataError, match="sum to 1"):
+        make_split(store, fractions=(0.5, 0.1, 0.1))
