@@ -34,6 +34,13 @@ _PLAIN_GLOBALS = frozenset({"collections.OrderedDict", "torch.Size", "torch.stor
 _PLAIN_PREFIXES = ("torch._utils._rebuild_", "torch.serialization._get_layout")
 
 
+# Named in a pickle, these have no other purpose than to run something.
+_CODE_MODULES = frozenset(
+    "os posix nt sys subprocess builtins __builtin__ runpy shutil socket pty platform commands importlib ctypes webbrowser "
+    "timeit code pdb asyncio multiprocessing threading functools operator types".split()
+)
+
+
 @dataclass(kw_only=True)
 class RawFile:
     """Everything in a file, before its layout is understood."""
@@ -114,12 +121,22 @@ _FOREIGN_MAGIC = (
 def _read_torch_zip(path: Path, size: int) -> dict[Any, Any]:
     try:
         with zipfile.ZipFile(path) as archive:
-            record_bytes = _check_zip(archive, size, name=path.name)
+            refuse_foreign_objects(_torch_pickle(archive, size, name=path.name), name=path.name)
     except zipfile.BadZipFile as err:
-        raise WeightsError(
-            f"weights file is damaged or incomplete ({size} bytes, its table of contents is missing). Fetch it again.",
-            where=path.name,
-        ) from err
+        raise _damaged_zip(size, name=path.name) from err
+    return _load_checked(path, size)
+
+
+def _damaged_zip(size: int, *, name: str) -> WeightsError:
+    return WeightsError(
+        f"weights file is damaged or incomplete ({size} bytes, its table of contents is missing). Fetch it again.",
+        where=name,
+    )
+
+
+def _load_checked(path: Path, size: int) -> dict[Any, Any]:
+    with zipfile.ZipFile(path) as archive:
+        record_bytes = [info.file_size for info in archive.infolist() if "/data/" in info.filename]
     try:
         # First without data: shapes and storages on the meta device allocate nothing and can be checked.
         plan = torch.load(path, map_location="meta", weights_only=True)
@@ -135,7 +152,7 @@ def _read_torch_zip(path: Path, size: int) -> dict[Any, Any]:
     return content if isinstance(content, dict) else {"": content}
 
 
-def _check_zip(archive: zipfile.ZipFile, size: int, *, name: str) -> list[int]:
+def _torch_pickle(archive: zipfile.ZipFile, size: int, *, name: str) -> bytes:
     infos = archive.infolist()
     if len(infos) > MAX_TENSORS + 64:
         raise WeightsError(
@@ -161,19 +178,67 @@ def _check_zip(archive: zipfile.ZipFile, size: int, *, name: str) -> list[int]:
         raise WeightsError(
             f"weights' table of names must be at most {MAX_PICKLE_BYTES} bytes, got {pickles[0].file_size}.", where=name
         )
-    refuse_foreign_objects(archive.read(pickles[0]), name=name)
-    return [info.file_size for info in infos if "/data/" in info.filename]
+    return archive.read(pickles[0])
 
 
-def refuse_foreign_objects(pickled: bytes, *, name: str) -> None:
-    """Refuse a pickle that names anything but tensors; nothing in it is run."""
-    foreign = sorted({g for g in pickle_globals(pickled) if not _is_plain(g)})
-    if foreign:
+def read_tensors_only(path: Path) -> dict[str, torch.Tensor]:
+    """Read the tensors of a file that also holds foreign objects, without running any of its code.
+
+    Every foreign class is replaced by ``_Inert``, which keeps nothing and does nothing.
+
+    Raises:
+        WeightsError: As ``read_file``, foreign objects excepted.
+    """
+    size, head = _size_and_head(path)
+    refuse_foreign(head, size, name=path.name)
+    if not head.startswith(b"PK\x03\x04"):
+        return dict(iterate_tensors(read_file(path).content))
+    try:
+        with zipfile.ZipFile(path) as archive:
+            pickled = _torch_pickle(archive, size, name=path.name)
+            refuse_foreign_objects(pickled, name=path.name, code_only=True)
+            foreign = foreign_globals(pickled)
+    except zipfile.BadZipFile as err:
+        raise _damaged_zip(size, name=path.name) from err
+    inert: list[Any] = [(type(_Inert.__name__, (_Inert,), {}), name) for name in foreign]
+    with torch.serialization.safe_globals(inert):
+        return dict(iterate_tensors(_load_checked(path, size)))
+
+
+class _Inert:
+    """Stands in for any foreign class while tensors are taken out of a file."""
+
+    def __new__(cls, *_: object) -> _Inert:
+        return object.__new__(cls)
+
+    def __init__(self, *_: object) -> None:
+        pass
+
+    def __setstate__(self, state: object) -> None:
+        pass
+
+
+def refuse_foreign_objects(pickled: bytes, *, name: str, code_only: bool = False) -> None:
+    """Refuse a pickle that names anything but tensors (or, ``code_only``, that would run code); nothing is run."""
+    foreign = foreign_globals(pickled)
+    code = [g for g in foreign if g.split(".", 1)[0] in _CODE_MODULES]
+    if code:
         raise WeightsError(
-            f"weights must hold tensors and plain values only, got foreign objects ({', '.join(foreign[:6])}). "
-            "Refused, nothing in the file was run. Re-save the state_dict alone, or as safetensors, where you trust the file.",
+            f"weights file contains code to run on loading ({', '.join(code[:6])}). Refused, not loaded, nothing was run.",
             where=name,
         )
+    if foreign and not code_only:
+        raise WeightsError(
+            f"weights must hold tensors and plain values only, got foreign objects ({', '.join(foreign[:6])}). "
+            "Refused, nothing in the file was run.",
+            where=name,
+            next_command=f"samgraft inspect {name} --save-tensors {Path(name).stem}.safetensors",
+        )
+
+
+def foreign_globals(pickled: bytes) -> list[str]:
+    """Return the names in a pickle that are not part of how PyTorch stores tensors."""
+    return sorted({name for name in pickle_globals(pickled) if not _is_plain(name)})
 
 
 def _is_plain(name: str) -> bool:

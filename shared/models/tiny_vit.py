@@ -147,7 +147,7 @@ class TinyViTEncoder(nn.Module):
         # channels_last throughout: 1.4x faster training on a CPU, and the blocks' BHWC views then copy nothing.
         images = images_B3SS.contiguous(memory_format=torch.channels_last)
         if token_mask_Bhw is None:
-            features = self.patch_embed(images)
+            features: torch.Tensor = self.patch_embed(images)
         else:
             hidden = _upsample_mask(token_mask_Bhw, side=images.shape[-1], name="image")
             features = self.patch_embed(images.masked_fill(hidden, 0.0))
