@@ -36,8 +36,22 @@ _PLAIN_PREFIXES = ("torch._utils._rebuild_", "torch.serialization._get_layout")
 
 # Named in a pickle, these have no other purpose than to run something.
 _CODE_MODULES = frozenset(
-    "os posix nt sys subprocess builtins __builtin__ runpy shutil socket pty platform commands importlib ctypes webbrowser "
-    "timeit code pdb asyncio multiprocessing threading functools operator types".split()
+    {
+        "os",
+        "posix",
+        "nt",
+        "sys",
+        "subprocess",
+        "builtins",
+        "__builtin__",
+        "runpy",
+        "shutil",
+        "socket",
+        "pty",
+        "platform",
+    }
+    | {"commands", "importlib", "ctypes", "webbrowser", "timeit", "code", "pdb", "asyncio", "multiprocessing"}
+    | {"threading", "functools", "operator", "types"}
 )
 
 
@@ -224,7 +238,7 @@ def refuse_foreign_objects(pickled: bytes, *, name: str, code_only: bool = False
     code = [g for g in foreign if g.split(".", 1)[0] in _CODE_MODULES]
     if code:
         raise WeightsError(
-            f"weights file contains code to run on loading ({', '.join(code[:6])}). Refused, not loaded, nothing was run.",
+            f"weights file contains code to run on loading ({', '.join(code[:6])}). Refused: not loaded, nothing run.",
             where=name,
         )
     if foreign and not code_only:
