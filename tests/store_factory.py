@@ -7,9 +7,10 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 from samgraft.shared.data.case import LabelFiles, SourceCase
+from samgraft.shared.data.examine import BuildSettings
 from samgraft.shared.data.intensity import IntensityPreset
 from samgraft.shared.data.readers.scan import ScanFiles, ScanFormat
-from samgraft.shared.data.store_build import BuildSettings, build_store
+from samgraft.shared.data.store_build import build_store
 from samgraft.shared.data.volume import Modality
 
 

@@ -54,7 +54,7 @@ def read_label(case: SourceCase, scan: RawScan) -> tuple[Array, str]:
     merged = np.zeros(scan.array_ijk.shape, dtype=np.uint16)
     digests = []
     for label in case.labels:
-        part = read_scan(label.scan)
+        part = read_scan(label.scan, as_label=True, like=scan)
         _check_grid(part, scan, where=f"{case.name}: {label.scan.name}")
         ids_ijk = whole_numbers(part.array_ijk, round_values=label.round_values, where=label.scan.name)
         ids_ijk = map_ids(ids_ijk, label.ids, where=label.scan.name)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from samgraft.shared.data.case import LabelFiles, SourceCase
+from samgraft.shared.data.examine import BuildSettings
 from samgraft.shared.data.fetch import (
     Archive,
     OnBytes,
@@ -26,7 +27,7 @@ from samgraft.shared.data.pseudonym import pseudonym
 from samgraft.shared.data.readers.scan import ScanFiles, ScanFormat
 from samgraft.shared.data.split import Split, default_split_path
 from samgraft.shared.data.store import SliceStore
-from samgraft.shared.data.store_build import BuildReport, BuildSettings, build_store
+from samgraft.shared.data.store_build import BuildReport, build_store
 from samgraft.shared.data.volume import Modality
 from samgraft.shared.errors import DataError, UsageError
 

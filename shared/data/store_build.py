@@ -1,10 +1,8 @@
-"""Building a store: every case is read, checked, cut into slices and written; in parallel, resumable, atomic.
-
-Shape letters: Z = slices, H, W = rows and columns of a slice.
-"""
+"""Building a store: every case is read, checked, cut into slices and written; in parallel, resumable, atomic."""
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import logging
@@ -13,19 +11,16 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from samgraft.shared.data.case import SourceCase, label_on_plane, read_label
-from samgraft.shared.data.intensity import IntensityPreset, foreground_fractions, measure_intensity
-from samgraft.shared.data.orientation import Plane, is_near_isotropic
-from samgraft.shared.data.pseudonym import pseudonym
-from samgraft.shared.data.readers.scan import read_scan
-from samgraft.shared.data.series import PlaneTable, SeriesRecord
+from samgraft.shared.data.case import SourceCase
+from samgraft.shared.data.examine import BuildSettings, Finding, examine_case, series_id_of
+from samgraft.shared.data.intensity import IntensityPreset
+from samgraft.shared.data.series import SeriesRecord
 from samgraft.shared.data.store import COMPLETE, SCHEMA, SERIES, SliceStore
-from samgraft.shared.data.store_write import finish_store, read_record, start_store, write_series
-from samgraft.shared.data.volume import Array, Modality, Volume, content_sha256, volume_from_scan
+from samgraft.shared.data.store_write import PARTIAL, finish_store, read_record, start_store, write_series
 from samgraft.shared.errors import DataError, SamgraftError, StorageError, UsageError
 
 log = logging.getLogger(__name__)
@@ -34,29 +29,28 @@ LAYOUT_VERSION = 1
 """Part of every build key: raise it when the same source would give other bytes."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class BuildSettings:
-    """What decides the bytes of a store besides its sources."""
-
-    modality: Modality
-    salt: str
-    planes: tuple[Plane, ...] = ()
-    """Planes to store; the first is the main one. Empty: the acquired plane only."""
-    min_foreground_voxels: int = 0
-    """Refuse a scan with fewer non-air voxels."""
-
-
 @dataclass(kw_only=True)
 class BuildReport:
     """What happened to every case."""
 
     path: Path
-    records: list[SeriesRecord] = field(default_factory=list)
-    num_kept: int = 0
-    """Series of an earlier, interrupted build that were used again."""
-    refused: dict[str, str] = field(default_factory=dict)
-    """Case name -> reason."""
+    findings: list[Finding] = field(default_factory=list)
     already_complete: bool = False
+
+    @property
+    def records(self) -> list[SeriesRecord]:
+        """Records of the cases that passed."""
+        return [finding.record for finding in self.findings if finding.record is not None]
+
+    @property
+    def num_kept(self) -> int:
+        """Series of an earlier, interrupted build that were used again."""
+        return sum(finding.kept for finding in self.findings)
+
+    @property
+    def refused(self) -> dict[str, str]:
+        """Case name -> reason."""
+        return {finding.name: finding.refused for finding in self.findings if finding.refused is not None}
 
     @property
     def num_slices(self) -> int:
@@ -69,7 +63,7 @@ def build_store(
     *,
     out: Path,
     settings: BuildSettings,
-    label_names: Mapping[int, str],
+    label_names: Mapping[int, str] | None,
     intensity: IntensityPreset,
     num_workers: int = 1,
     skip_refused: bool = False,
@@ -82,7 +76,8 @@ def build_store(
         cases: What to put in.
         out: The store's folder, ``NAME.zarr``.
         settings: Modality, salt, planes.
-        label_names: Names of the label ids, without 0.
+        label_names: Names of the label ids, without 0; None names them after the ids that are found. An id that has no
+            name is refused.
         intensity: How slices of this store are normalised unless a run says otherwise.
         num_workers: Processes; 1 works in this one.
         skip_refused: Leave refused cases out and count them; otherwise nothing is finished when one is refused.
@@ -100,11 +95,13 @@ def build_store(
     if not cases:
         raise DataError("a store needs at least one case, found 0 usable scans.", where=out.name)
     _check_case_names(cases)
+    if label_names is not None:
+        settings = dataclasses.replace(settings, label_ids=tuple(sorted(label_names)))
     keys = {case.name: _build_key(case, settings) for case in cases}
     manifest_extra = {
         "schema": SCHEMA,
         "modality": settings.modality.value,
-        "label_names": {str(k): v for k, v in sorted(label_names.items())},
+        "label_names": None if label_names is None else {str(k): v for k, v in sorted(label_names.items())},
         "intensity": intensity.to_dict(),
     }
     report = BuildReport(path=out)
@@ -116,7 +113,10 @@ def build_store(
         _collect(cases, keys, out, settings, report, num_workers=num_workers, on_progress=on_progress)
         _judge(report, out, skip_refused=skip_refused)
         _remove_strangers(out, report)
-        finish_store(out, {**manifest_extra, "series": [r.to_dict() for r in _sorted(report.records)]})
+        names = manifest_extra["label_names"] or {str(k): f"label {k}" for k in _found_ids(report.records)}
+        finish_store(
+            out, {**manifest_extra, "label_names": names, "series": [r.to_dict() for r in _sorted(report.records)]}
+        )
     except OSError as err:
         if isinstance(err, SamgraftError):
             raise
@@ -126,6 +126,23 @@ def build_store(
             kept=f"{len(report.records)} finished series; the store is marked incomplete and training refuses it",
             next_command="free space or fix the permission, then run the same command again",
         ) from err
+    return report
+
+
+def examine_cases(
+    cases: Sequence[SourceCase],
+    *,
+    settings: BuildSettings,
+    num_workers: int = 1,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> BuildReport:
+    """Read and check every case and write nothing: the dry run of a build."""
+    report = BuildReport(path=Path())
+    work = partial(_examine_only, settings=settings)
+    for finding in _results(cases, work, num_workers=num_workers):
+        report.findings.append(finding)
+        if on_progress is not None:
+            on_progress(len(report.findings), len(cases))
     return report
 
 
@@ -141,111 +158,63 @@ def _collect(
 ) -> None:
     todo = []
     for case in cases:
-        record = read_record(out / SERIES / series_id_of(case, settings), build_key=keys[case.name])
-        if record is not None:
-            report.records.append(record)
-            report.num_kept += 1
+        kept = read_record(out / SERIES / series_id_of(case, settings), build_key=keys[case.name])
+        if kept is not None:
+            report.findings.append(Finding(name=case.name, record=kept[0], privacy=kept[1], kept=True))
         else:
             todo.append(case)
     if report.num_kept:
         log.info("continuing: %d of %d series are already there", report.num_kept, len(cases))
-    num_done = report.num_kept
-    for case, result in _results(todo, keys, out, settings, num_workers=num_workers):
-        if isinstance(result, SeriesRecord):
-            report.records.append(result)
-        else:
-            report.refused[case.name] = result
-        num_done += 1
+    work = partial(_examine_and_write, out=out, settings=settings, keys=dict(keys))
+    for finding in _results(todo, work, num_workers=num_workers):
+        report.findings.append(finding)
         if on_progress is not None:
-            on_progress(num_done, len(cases))
+            on_progress(len(report.findings), len(cases))
 
 
 def _results(
-    todo: Sequence[SourceCase], keys: Mapping[str, str], out: Path, settings: BuildSettings, *, num_workers: int
-) -> Iterator[tuple[SourceCase, SeriesRecord | str]]:
+    todo: Sequence[SourceCase], work: Callable[[SourceCase], Finding], *, num_workers: int
+) -> Iterator[Finding]:
     if num_workers <= 1 or len(todo) <= 1:
-        for case in todo:
-            yield case, build_series(case, out=out, settings=settings, build_key=keys[case.name])
+        yield from map(work, todo)
         return
+    # Spawned, not forked: codecs run threads, and a forked thread pool deadlocks.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(max_workers=min(num_workers, len(todo)), mp_context=context) as pool:
-        futures = {
-            pool.submit(build_series, case, out=out, settings=settings, build_key=keys[case.name]): case
-            for case in todo
-        }
+        futures = [pool.submit(work, case) for case in todo]
         try:
             for future in as_completed(futures):
-                yield futures[future], future.result()
+                yield future.result()
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def build_series(case: SourceCase, *, out: Path, settings: BuildSettings, build_key: str) -> SeriesRecord | str:
-    """Read, check and write one case; return its record, or the reason why its data is refused."""
+def _examine_only(case: SourceCase, *, settings: BuildSettings) -> Finding:
     try:
-        scan = read_scan(case.scan)
-        main = settings.planes[0] if settings.planes else None
-        volume = volume_from_scan(scan, modality=settings.modality, plane=main, where=case.name)
-        stats = measure_intensity(volume.array_zyx, modality=settings.modality)
-        label_ijk, label_digest = read_label(case, scan) if case.labels else (None, None)
+        examined = examine_case(case, settings)
     except DataError as err:
-        return f"{err.what}" + (f" [{err.where}]" if err.where and err.where != case.name else "")
-    images: dict[Plane, Array] = {}
-    labels: dict[Plane, Array] = {}
-    tables: dict[Plane, PlaneTable] = {}
-    for plane in _planes(volume, settings):
-        cut = (
-            volume
-            if plane is volume.plane
-            else volume_from_scan(scan, modality=settings.modality, plane=plane, where=case.name)
-        )
-        images[plane] = cut.array_zyx
-        if label_ijk is not None:
-            labels[plane] = label_on_plane(label_ijk, cut)
-        tables[plane] = _table(cut, labels.get(plane), air=stats.air_threshold)
-    record = SeriesRecord(
-        series_id=series_id_of(case, settings),
-        patient_id=pseudonym("p", case.patient_key, salt=settings.salt),
-        study_id=pseudonym("t", f"{case.patient_key}/{case.study_key}", salt=settings.salt),
-        site_id=pseudonym("c", case.site_key, salt=settings.salt) if case.site_key else None,
-        modality=settings.modality,
-        plane=volume.plane,
-        planes=tables,
-        has_label=label_ijk is not None,
-        source_sha256=volume.source_sha256,
-        label_sha256=label_digest,
-        content_sha256=content_sha256(volume.array_zyx),
-        stats=stats,
-        grid=volume.grid,
-        dtype=volume.array_zyx.dtype.name,
-        notes=volume.notes,
+        return Finding(name=case.name, refused=_reason(err, case))
+    return Finding(name=case.name, record=examined.record, privacy=examined.privacy)
+
+
+def _examine_and_write(case: SourceCase, *, out: Path, settings: BuildSettings, keys: Mapping[str, str]) -> Finding:
+    try:
+        examined = examine_case(case, settings)
+    except DataError as err:
+        return Finding(name=case.name, refused=_reason(err, case))
+    record = write_series(
+        out,
+        examined.record,
+        examined.images,
+        examined.labels,
+        build_key=keys[case.name],
+        privacy=examined.privacy,
     )
-    return write_series(out, record, images, labels, build_key=build_key)
+    return Finding(name=case.name, record=record, privacy=examined.privacy)
 
 
-def series_id_of(case: SourceCase, settings: BuildSettings) -> str:
-    """Return the pseudonymous id of a case's series."""
-    return pseudonym("s", f"{case.patient_key}/{case.study_key}/{case.name}", salt=settings.salt)
-
-
-def _planes(volume: Volume, settings: BuildSettings) -> tuple[Plane, ...]:
-    """The main plane, and the others only where they give usable slices."""
-    others = [plane for plane in settings.planes if plane is not volume.plane]
-    return (volume.plane, *(others if is_near_isotropic(volume.affine) else ()))
-
-
-def _table(volume: Volume, label_ZHW: Array | None, *, air: float) -> PlaneTable:
-    z, y, x = volume.array_zyx.shape
-    label_pixels: dict[int, tuple[int, ...]] = {}
-    if label_ZHW is not None:
-        for label in (int(v) for v in np.unique(label_ZHW) if v != 0):
-            label_pixels[label] = tuple(int(n) for n in np.count_nonzero(label_ZHW == label, axis=(1, 2)))
-    return PlaneTable(
-        shape_zyx=(z, y, x),
-        affine=tuple(tuple(float(v) for v in row) for row in volume.affine),
-        foreground_fraction=tuple(float(v) for v in foreground_fractions(volume.array_zyx, air=air)),
-        label_pixels=label_pixels,
-    )
+def _reason(err: DataError, case: SourceCase) -> str:
+    return err.what + (f" [{err.where}]" if err.where and err.where not in (case.name, case.scan.name) else "")
 
 
 def _build_key(case: SourceCase, settings: BuildSettings) -> str:
@@ -262,6 +231,7 @@ def _build_key(case: SourceCase, settings: BuildSettings) -> str:
         settings.salt,
         settings.modality.value,
         [plane.value for plane in settings.planes],
+        [settings.label_ids, settings.zero_non_finite, settings.accept_burned_in],
         case.patient_key,
         case.study_key,
         case.site_key,
@@ -289,12 +259,11 @@ def _is_complete(
         )
         same_extra = (
             store.modality.value == extra["modality"]
-            and {str(k): v for k, v in store.label_names.items()} == extra["label_names"]
+            and extra["label_names"] in (None, {str(k): v for k, v in store.label_names.items()})
             and store.intensity.to_dict() == extra["intensity"]
         )
         if same_content and same_extra:
-            report.records = list(store.series)
-            report.num_kept = len(report.records)
+            report.findings = [Finding(name=r.series_id, record=r, kept=True) for r in store.series]
             report.already_complete = True
             return True
         if not overwrite:
@@ -307,6 +276,10 @@ def _is_complete(
     return False
 
 
+def _found_ids(records: Sequence[SeriesRecord]) -> list[int]:
+    return sorted({label for record in records for label in record.label_voxels})
+
+
 def _prepare(out: Path, settings: BuildSettings) -> None:
     if out.exists() and not out.is_dir():
         raise UsageError("the store must be a folder, a file has this name.", where=out.name)
@@ -314,7 +287,7 @@ def _prepare(out: Path, settings: BuildSettings) -> None:
         if out.is_dir() and any(out.iterdir()):
             raise UsageError("the folder holds something else than a store. Give another --out.", where=out.name)
         start_store(out, modality=settings.modality)
-    shutil.rmtree(out / ".partial", ignore_errors=True)
+    shutil.rmtree(out / PARTIAL, ignore_errors=True)
 
 
 def _judge(report: BuildReport, out: Path, *, skip_refused: bool) -> None:

@@ -38,6 +38,7 @@ def write_series(
     labels: dict[Plane, Array],
     *,
     build_key: str,
+    privacy: tuple[str, ...] = (),
 ) -> SeriesRecord:
     """Write one series; it appears under its final name in one rename or not at all.
 
@@ -48,6 +49,7 @@ def write_series(
         labels: Label ids (Z, H, W) per plane; empty without label.
         build_key: Identity of source files and settings. It stands in ``record.json`` only: times of source files
             must not change the fingerprint of the store.
+        privacy: Kinds of identifying content of the source, for the report of a resumed build.
 
     Returns:
         The record with size and sha256 of every file, as written to ``record.json``.
@@ -62,7 +64,7 @@ def write_series(
         for plane, label_ZHW in labels.items():
             _write_array(partial / label_name(plane, record.plane), label_ZHW, record, plane)
         record = dataclasses.replace(record, files=_file_table(partial))
-        write_json(partial / RECORD, {**record.to_dict(), "build_key": build_key})
+        write_json(partial / RECORD, {**record.to_dict(), "build_key": build_key, "privacy": list(privacy)})
         final = store_path / SERIES / record.series_id
         shutil.rmtree(final, ignore_errors=True)
         final.parent.mkdir(exist_ok=True)
@@ -100,8 +102,8 @@ def write_json(path: Path, values: object) -> bytes:
     return text
 
 
-def read_record(folder: Path, *, build_key: str) -> SeriesRecord | None:
-    """Return the record of a finished series with this key whose files are all there, else None."""
+def read_record(folder: Path, *, build_key: str) -> tuple[SeriesRecord, tuple[str, ...]] | None:
+    """Return record and privacy findings of a finished series with this key whose files are all there, else None."""
     path = folder / RECORD
     if not path.is_file():
         return None
@@ -109,6 +111,7 @@ def read_record(folder: Path, *, build_key: str) -> SeriesRecord | None:
         values = json.loads(path.read_text(encoding="utf-8"))
         if values.pop("build_key") != build_key:
             return None
+        privacy = tuple(values.pop("privacy"))
         record = SeriesRecord.from_dict(values)
     except (ValueError, KeyError, TypeError):
         return None
@@ -116,7 +119,7 @@ def read_record(folder: Path, *, build_key: str) -> SeriesRecord | None:
         file = folder / name
         if not file.is_file() or file.stat().st_size != size:
             return None
-    return record
+    return record, privacy
 
 
 def _write_array(path: Path, array_ZHW: Array, record: SeriesRecord, plane: Plane) -> None:

@@ -50,6 +50,8 @@ class RawScan:
     """Decisions of the reader worth printing, free of identifying text."""
     modality_tag: str | None = None
     """DICOM modality (``MR``, ``CT``, ...) where the file says it."""
+    privacy: tuple[str, ...] = ()
+    """Kinds of identifying content in the headers, without values."""
     has_orientation: bool = True
     """False for formats without geometry: their axes are taken as axial slices, their spacing may be unknown."""
 

@@ -6,6 +6,7 @@ import json
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from samgraft.shared.data.examine import BuildSettings
 from samgraft.shared.data.intensity import IntensityPreset
 from samgraft.shared.data.split import (
     check_split,
@@ -16,7 +17,7 @@ from samgraft.shared.data.split import (
     refuse_leak,
 )
 from samgraft.shared.data.store import SliceStore
-from samgraft.shared.data.store_build import BuildSettings, build_store
+from samgraft.shared.data.store_build import build_store
 from samgraft.shared.data.volume import Modality
 from samgraft.shared.errors import DataError
 from store_factory import make_cases, make_store

@@ -12,10 +12,11 @@ import time
 import numpy as np
 import pytest
 from samgraft.shared.data.case import SourceCase
+from samgraft.shared.data.examine import BuildSettings
 from samgraft.shared.data.intensity import IntensityPreset
 from samgraft.shared.data.orientation import Plane
 from samgraft.shared.data.store import COMPLETE, SliceStore
-from samgraft.shared.data.store_build import BuildSettings, build_store
+from samgraft.shared.data.store_build import build_store
 from samgraft.shared.data.volume import Modality
 from samgraft.shared.errors import DataError, StorageError, UsageError
 from store_factory import make_cases, make_scan, make_store, nifti_files, write_nifti

@@ -11,6 +11,7 @@ import numpy as np
 from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
 from samgraft.shared.data.orientation import grids_agree
+from samgraft.shared.data.privacy import nifti_findings
 from samgraft.shared.data.readers.rescale import rescale, usable_slope
 from samgraft.shared.data.readers.verified import GZIP_MAGIC, gunzip, peek_gzip, read_bytes
 from samgraft.shared.data.volume import RawScan
@@ -53,7 +54,13 @@ def read_nifti(path: Path, *, where: str, frame: int | None = None) -> RawScan:
     array, notes = _voxels(image, header, where=where)
     array = _one_frame(array, frame=frame, where=where)
     affine, affine_notes = _affine(image, array.shape, where=where)
-    return RawScan(array_ijk=array, affine=affine, source_sha256=digest, notes=(*notes, *affine_notes))
+    return RawScan(
+        array_ijk=array,
+        affine=affine,
+        source_sha256=digest,
+        notes=(*notes, *affine_notes),
+        privacy=nifti_findings(header, num_extensions=len(image.header.extensions)),
+    )
 
 
 def nifti_kind(head: bytes, *, where: str) -> Any:

@@ -17,6 +17,9 @@ class ScanFormat(Enum):
     NIFTI = "nifti"
     NRRD = "nrrd"
     DICOM = "dicom"
+    DICOM_SEG = "dicom-seg"
+    IMAGES = "images"
+    NUMPY = "numpy"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,9 +36,15 @@ class ScanFiles:
     """Accept missing DICOM slices."""
 
 
-def read_scan(files: ScanFiles) -> RawScan:
-    """Read a scan with the reader of its format."""
-    # Imported here: a store of NIfTI files needs no pydicom in its workers.
+def read_scan(files: ScanFiles, *, as_label: bool = False, like: RawScan | None = None) -> RawScan:
+    """Read a scan with the reader of its format.
+
+    Args:
+        files: What to read.
+        as_label: The values are label ids; pictures are then read without any conversion.
+        like: The scan that a label belongs to; DICOM-SEG needs its grid.
+    """
+    # Imported here: a store of NIfTI files needs neither pydicom nor Pillow in its workers.
     if files.format is ScanFormat.NIFTI:
         from samgraft.shared.data.readers.nifti import read_nifti
 
@@ -44,6 +53,20 @@ def read_scan(files: ScanFiles) -> RawScan:
         from samgraft.shared.data.readers.nrrd_file import read_nrrd
 
         return read_nrrd(files.paths[0], where=files.name)
+    if files.format is ScanFormat.IMAGES:
+        from samgraft.shared.data.readers.images import read_image_stack
+
+        return read_image_stack(files.paths, where=files.name, as_label=as_label)
+    if files.format is ScanFormat.NUMPY:
+        from samgraft.shared.data.readers.numpy_file import read_numpy
+
+        return read_numpy(files.paths[0], where=files.name)
+    if files.format is ScanFormat.DICOM_SEG:
+        from samgraft.shared.data.readers.dicom_seg import read_dicom_seg
+
+        if like is None:
+            raise DataError("a DICOM segmentation is a label, not a scan.", where=files.name)
+        return read_dicom_seg(files.paths[0], like=like, where=files.name)
     from samgraft.shared.data.readers.dicom import read_dicom_series
 
     return read_dicom_series(files.paths, where=files.name, allow_gaps=files.allow_gaps)

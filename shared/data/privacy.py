@@ -1,0 +1,75 @@
+"""What in the sources could identify a person: reported by kind and count, never by value.
+
+The toolkit does not de-identify. Headers, paths and free text never enter a store; pixels do, so burned-in text is
+refused unless the user accepts it.
+
+Source: DICOM PS3.15 Annex E (Basic Application Level Confidentiality Profile).
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+BURNED_IN = "DICOM says that text is burned into the pixels (0028,0301)"
+_RISKY_MODALITIES = {"US", "SC", "XC", "ES", "OT"}
+_IDENTIFYING = (
+    "PatientName",
+    "PatientBirthDate",
+    "PatientAddress",
+    "PatientTelephoneNumbers",
+    "OtherPatientIDs",
+    "ReferringPhysicianName",
+    "InstitutionAddress",
+    "OperatorsName",
+    "AccessionNumber",
+)
+_PATH_SIGNS = {
+    "a date in a file or folder name": re.compile(
+        r"(?<!\d)(?:19|20)\d\d[-_.]?(?:0[1-9]|1[0-2])[-_.]?(?:0[1-9]|[12]\d|3[01])(?!\d)"
+    ),
+    "a long number (MRN, accession) in a file or folder name": re.compile(r"(?<!\d)\d{6,}(?!\d)"),
+    "what looks like a person's name in a file or folder name": re.compile(
+        r"(?:^|[/_ ])[A-Z][a-zà-ÿ]{2,}(?:\^|, ?| )[A-Z][a-zà-ÿ]{2,}(?=$|[/_ .])"
+    ),
+}
+
+
+def dicom_findings(dataset: Any) -> tuple[str, ...]:
+    """Return kinds of identifying content in a DICOM header; no values."""
+    found = []
+    if str(dataset.get("PatientIdentityRemoved", "")).upper() != "YES":
+        found.append("DICOM does not say that the identity was removed (0012,0062)")
+    if names := [name for name in _IDENTIFYING if str(dataset.get(name, "") or "").strip()]:
+        found.append(f"DICOM identifying tags: {', '.join(names)}")
+    burned = str(dataset.get("BurnedInAnnotation", "")).upper()
+    derived = {str(part).upper() for part in (dataset.get("ImageType") or ())}
+    risky = str(dataset.get("Modality", "")) in _RISKY_MODALITIES or bool(derived & {"SECONDARY", "SCREEN SAVE"})
+    if burned == "YES":
+        found.append(BURNED_IN)
+    elif burned != "NO" and risky:
+        found.append("DICOM of a kind that often has burned-in text does not say that it has none (0028,0301)")
+    if any(element.tag.is_private for element in dataset):
+        found.append("DICOM private tags")
+    return tuple(found)
+
+
+def nifti_findings(header: Any, *, num_extensions: int) -> tuple[str, ...]:
+    """Return kinds of free text in a NIfTI header; no values."""
+    fields = [name for name in ("descrip", "aux_file", "db_name", "intent_name") if _text(header, name)]
+    found = [f"NIfTI free text: {', '.join(fields)}"] if fields else []
+    if num_extensions:
+        found.append("NIfTI header extensions")
+    return tuple(found)
+
+
+def path_findings(relative: str) -> tuple[str, ...]:
+    """Return kinds of identifying patterns in a path below the source folder."""
+    return tuple(kind for kind, pattern in _PATH_SIGNS.items() if pattern.search(relative))
+
+
+def _text(header: Any, name: str) -> bool:
+    try:
+        return bool(bytes(header[name].tobytes()).strip(b"\x00 "))
+    except (KeyError, ValueError):
+        return False
