@@ -1,0 +1,49 @@
+"""Failures of the machine in words: memory, loader workers, shared memory."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+from samgraft.shared.errors import SamgraftError
+
+WORKER_DIED = re.compile(r"DataLoader worker \(pid.*\) (?:is killed by signal: (?P<signal>\w+)|exited unexpectedly)")
+
+
+def explain_failure(error: Exception, *, batch_size: int, accumulate: int, num_workers: int, kept: str) -> Exception:
+    """Return the error to raise for a failed training: a refusal in words where the cause is known, else itself."""
+    text = str(error)
+    if isinstance(error, torch.OutOfMemoryError) or "out of memory" in text.lower():
+        return SamgraftError(
+            f"out of memory with batch_size {batch_size} and trainer.accumulate {accumulate}.",
+            kept=kept,
+            next_command=_smaller_batch(batch_size, accumulate),
+        )
+    if "bus error" in text.lower() or "shared memory" in text.lower() or "/dev/shm" in text:
+        return SamgraftError(
+            "shared memory is full: the loader workers pass their batches through /dev/shm.",
+            kept=kept,
+            next_command="the same with trainer.num_workers=0, or mount a larger /dev/shm",
+        )
+    died = WORKER_DIED.search(text)
+    if died:
+        signal = f"signal {died['signal']}" if died["signal"] else "unexpectedly"
+        return SamgraftError(
+            f"a data worker died ({signal}, likely out of memory).",
+            kept=kept,
+            next_command=f"the same with trainer.num_workers={num_workers // 2}",
+        )
+    if "DataLoader timed out" in text:
+        return SamgraftError(
+            f"no data worker delivered a batch in time: {text.splitlines()[0]}",
+            kept=kept,
+            next_command="the same with trainer.num_workers=0 shows where it hangs",
+        )
+    return error
+
+
+def _smaller_batch(batch_size: int, accumulate: int) -> str:
+    if batch_size > 1:
+        same = f"a batch of {batch_size // 2} with trainer.accumulate={2 * accumulate}"
+        return f"{same}: the same global batch, under another NAME="
+    return "trainer.activation_checkpointing=true, or a smaller image_size, under another NAME="

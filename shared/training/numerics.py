@@ -1,0 +1,73 @@
+"""Stops before the update when the loss or the gradient is not finite, and clips the gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from samgraft.shared.training.step_log import StepLog
+from torch import Tensor
+from torch.optim import Optimizer
+
+
+class FiniteOnly(pl.Callback):
+    """Checks every loss and the whole gradient before each update; logs the gradient norm.
+
+    Args:
+        clip_norm: Largest gradient norm; None does not clip.
+        step_log: Takes ``train/grad_norm``.
+        on_bad: Called on every process with (loss, gradient norm) before the update; must raise.
+    """
+
+    def __init__(
+        self, *, clip_norm: float | None, step_log: StepLog, on_bad: Callable[[pl.Trainer, float, float], None]
+    ) -> None:
+        self.clip_norm = clip_norm
+        self.step_log = step_log
+        self.on_bad = on_bad
+        self._losses: list[Tensor] = []
+
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
+        """Remember the loss of a micro-step; it is read only once per step, so a GPU is not stalled twice."""
+        self._losses.append(loss.detach())
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        """Check, then clip."""
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        losses = torch.stack(self._losses)
+        self._losses.clear()
+        bad = ~(torch.isfinite(norm) & torch.isfinite(losses).all())
+        if trainer.world_size > 1:
+            # A loss can be NaN on one process alone; all must stop, or the others wait for it forever.
+            flag = bad.to(torch.int32)
+            torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
+            bad = flag > 0
+        if bool(bad):
+            self.on_bad(trainer, float(losses.float().mean()), float(norm))
+        # Gradients exist, so this step's number is one more than the finished ones.
+        self.step_log.record(trainer.global_step + 1, {"train/grad_norm": norm})
+        if self.clip_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.clip_norm, norm)
+
+
+def batch_tensors(batch: Any) -> dict[str, Tensor]:
+    """Return every tensor of a nested batch by name."""
+    found: dict[str, Tensor] = {}
+
+    def collect(value: Any, name: str) -> None:
+        if isinstance(value, Tensor):
+            found[name] = value
+        elif isinstance(value, dict):
+            for key, item in value.items():
+                collect(item, f"{name}.{key}")
+        elif isinstance(value, list | tuple):
+            for index, item in enumerate(value):
+                collect(item, f"{name}.{index}")
+
+    collect(batch, "batch")
+    return found

@@ -1,0 +1,206 @@
+"""Single-file HTML reports: no server, no network, no script; readable on a laptop and on paper."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import matplotlib as mpl
+import numpy as np
+import numpy.typing as npt
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from matplotlib.figure import Figure
+
+STYLE: dict[Any, Any] = {
+    "font.family": "sans-serif",
+    "font.size": 9.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#e3e6ea",
+    "grid.linewidth": 0.7,
+    "axes.edgecolor": "#8a929c",
+    "axes.labelcolor": "#333b45",
+    "xtick.color": "#55606b",
+    "ytick.color": "#55606b",
+    "legend.frameon": False,
+    "lines.linewidth": 1.6,
+}
+COLORS = ("#1f5fa8", "#c4572b", "#2f8f5b", "#7b4fa3", "#a67c00", "#5f6b78")
+"""Told apart by readers with any colour vision, and in a grey print."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Text:
+    """Paragraphs, separated by empty lines; plain text, escaped."""
+
+    text: str
+    kind: Literal["plain", "good", "warning", "command"] = "plain"
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeyValues:
+    """A short list of facts."""
+
+    items: Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """Rows under headings; numbers are set right-aligned."""
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Any]]
+    caption: str = ""
+    max_rows: int = 200
+    """Further rows are left out and counted, so that a report of thousands of cases stays small."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Picture:
+    """A PNG with its caption; the caption also serves readers who cannot see it."""
+
+    png: bytes
+    caption: str
+    width_px: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Section:
+    """A titled part of a report."""
+
+    title: str
+    parts: Sequence[Text | KeyValues | Table | Picture] = field(default_factory=tuple)
+
+
+def render_report(title: str, sections: Sequence[Section], *, subtitle: str = "") -> str:
+    """Return a complete HTML page; everything that comes from outside is escaped."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["data_uri"] = _data_uri
+    environment.filters["cell"] = _cell
+    environment.tests["number"] = _is_number
+    template = environment.get_template("report.html.jinja")
+    described = [
+        {"title": section.title, "anchor": f"s{number}", "parts": [(type(p).__name__, p) for p in section.parts]}
+        for number, section in enumerate(sections, start=1)
+    ]
+    return template.render(title=title, subtitle=subtitle, sections=described)
+
+
+def curve_figure(
+    curves: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    *,
+    ylabel: str,
+    xlabel: str = "step",
+    log_y: bool = False,
+    smooth: int = 1,
+    baseline: tuple[str, float] | None = None,
+    size_in: tuple[float, float] = (7.2, 2.9),
+) -> bytes:
+    """Draw curves over steps.
+
+    Args:
+        curves: Name to (x, y).
+        ylabel: With its unit.
+        xlabel: With its unit.
+        log_y: Logarithmic ordinate.
+        smooth: Length of a running mean drawn over the pale raw curve; 1 draws the raw curve only.
+        baseline: Name and height of a dashed line: the value to beat.
+        size_in: Width and height in inches.
+
+    Returns:
+        A PNG.
+    """
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=size_in, layout="constrained")
+        axes = figure.add_subplot()
+        for number, (name, (x, y)) in enumerate(curves.items()):
+            color = COLORS[number % len(COLORS)]
+            raw = np.asarray(y, dtype=float)
+            marker = "o" if len(raw) <= 30 else None
+            if smooth > 1 and len(raw) > 2 * smooth:
+                axes.plot(x, raw, color=color, alpha=0.25, linewidth=0.8)
+                axes.plot(x, running_mean(raw, smooth), color=color, label=f"{name} (mean of {smooth})")
+            else:
+                axes.plot(x, raw, color=color, label=name, marker=marker, markersize=3.5)
+        if baseline is not None:
+            axes.axhline(baseline[1], color="#55606b", linestyle="--", linewidth=1.1, label=baseline[0])
+        if log_y:
+            axes.set_yscale("log")
+        axes.set_xlabel(xlabel)
+        axes.set_ylabel(ylabel)
+        if len(curves) + (baseline is not None) > 1 or smooth > 1:
+            axes.legend(loc="best")
+        return figure_png(figure)
+
+
+def image_grid(
+    rows: Sequence[Sequence[npt.NDArray[Any]]], *, column_titles: Sequence[str] = (), cell_in: float = 1.6
+) -> bytes:
+    """Draw pictures in rows and columns.
+
+    Args:
+        rows: Pictures (H, W) or (H, W, 3): floats in [0, 1] or bytes.
+        column_titles: Above the first row.
+        cell_in: Side of one picture in inches.
+
+    Returns:
+        A PNG.
+    """
+    num_columns = max(len(row) for row in rows)
+    with mpl.rc_context(STYLE):
+        size = (num_columns * cell_in, len(rows) * cell_in + (0.25 if column_titles else 0))
+        figure = Figure(figsize=size)
+        figure.set_layout_engine("constrained", w_pad=0.015, h_pad=0.015, wspace=0.01, hspace=0.01)
+        grid = figure.subplots(len(rows), num_columns, squeeze=False)
+        for axes_row, row in zip(grid, rows, strict=True):
+            for column, axes in enumerate(axes_row):
+                axes.axis("off")
+                if column < len(row):
+                    top = 1.0 if np.asarray(row[column]).dtype.kind == "f" else 255
+                    axes.imshow(row[column], cmap="gray", vmin=0, vmax=top, interpolation="nearest")
+        for axes, title in zip(grid[0], column_titles, strict=False):
+            axes.set_title(title, fontsize=9)
+        return figure_png(figure)
+
+
+def figure_png(figure: Figure) -> bytes:
+    """Return a matplotlib figure as a PNG without metadata."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def running_mean(values: npt.NDArray[np.floating], length: int) -> npt.NDArray[np.float64]:
+    """Return the centred running mean; shorter windows at the ends, so the result is as long as the input."""
+    total = np.concatenate([[0.0], np.cumsum(values, dtype=np.float64)])
+    index = np.arange(len(values))
+    low, high = np.maximum(index - length // 2, 0), np.minimum(index + (length + 1) // 2, len(values))
+    mean: npt.NDArray[np.float64] = (total[high] - total[low]) / (high - low)
+    return mean
+
+
+def _data_uri(png: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(png).decode()
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "n/a"
+    if isinstance(value, float | np.floating):
+        return "n/a" if np.isnan(value) else f"{value:.4g}"
+    return str(value)

@@ -1,0 +1,65 @@
+"""May this run go on from that training state, and with the same bits?"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from samgraft.shared.errors import DataError, UsageError
+from samgraft.shared.training.environment import BITWISE_PACKAGES, software_versions, thread_count
+
+log = logging.getLogger(__name__)
+
+
+def check_resumable(
+    record: Mapping[str, Any],
+    *,
+    world_size: int,
+    batch_size: int,
+    accumulate: int,
+    precision: str,
+    data_fingerprint: str | None,
+    allow_resize: bool,
+    continue_command: str,
+) -> bool:
+    """Refuse what would silently change the run; warn about what changes the last bits.
+
+    Returns:
+        Whether the processes are as before, so that generators can be restored.
+
+    Raises:
+        UsageError: For another number of processes without ``allow_resize``.
+        DataError: If the data are not those the run began with.
+    """
+    if data_fingerprint != record["data_fingerprint"]:
+        raise DataError(
+            "the training data must be those the run began with, but their fingerprint differs. "
+            "Choose another NAME= for a run on other data.",
+            kept="the run, untouched",
+        )
+    before = int(record["world_size"])
+    if world_size != before and not allow_resize:
+        raise UsageError(
+            f"the run was started with {before} process{'es' * (before > 1)} and must go on with as many, got "
+            f"{world_size}. trainer.allow_resize=true goes on anyway: same order of samples, not the same bits.",
+            where="trainer.devices",
+            next_command=f"torchrun --nproc-per-node {before} -m samgraft.shared ..."
+            if before > 1
+            else continue_command,
+        )
+    if world_size != before:
+        log.warning("%d -> %d processes: not bit-exact from here; the order of samples is kept.", before, world_size)
+    for name, old, new in (
+        ("threads", record["num_threads"], thread_count()),
+        ("precision", record["precision"], precision),
+        ("batch size", record["batch_size"], batch_size),
+        ("accumulation", record["accumulate"], accumulate),
+    ):
+        if old != new:
+            log.warning("%s %s -> %s: not bit-exact from here.", name, old, new)
+    versions, stored = software_versions(), record["versions"]
+    for name in BITWISE_PACKAGES:
+        if stored.get(name) != versions[name]:
+            log.warning("%s %s -> %s: may not be bit-exact from here.", name, stored.get(name), versions[name])
+    return world_size == before

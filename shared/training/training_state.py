@@ -1,0 +1,238 @@
+"""Training states on disk: written whole or not at all, verified before use, never a pickle.
+
+``checkpoints/step-000300.tmp/`` is filled, every file flushed, then ``manifest.json`` with sizes and sha256, then the
+folder is renamed to ``step-000300/`` and its parent flushed. Only after that are older states pruned. A reader takes
+the newest folder whose manifest verifies; what does not verify is set aside as ``.corrupt``, never deleted.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import shutil
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from samgraft.shared.errors import StorageError, WeightsError
+from samgraft.shared.training.state_tree import unflatten_state
+from samgraft.shared.training.tensor_file import file_sha256, sync_folder, write_json, write_tensors
+from torch import Tensor, nn
+
+log = logging.getLogger(__name__)
+
+FORMAT = "samgraft.training_state"
+FORMAT_VERSION = 1
+STATE_NAME = re.compile(r"^step-(\d{6,})$")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingState:
+    """A verified training state in memory."""
+
+    step: int
+    record: dict[str, Any]
+    """Everything that is no tensor: positions, versions, settings, best value, nested structure."""
+    tensors: dict[str, Tensor]
+    path: Path
+
+    def rng(self, rank: int) -> dict[str, Tensor]:
+        """Return the generators of one rank."""
+        return load_file(self.path / _rng_name(rank))
+
+
+def state_folder_name(step: int) -> str:
+    """Return the folder name of a step."""
+    return f"step-{step:06d}"
+
+
+def write_state(
+    parent: Path,
+    name: str,
+    *,
+    step: int,
+    record: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    rng_per_rank: Sequence[Mapping[str, Tensor]],
+    attachments: Mapping[str, Mapping[str, Tensor]] = MappingProxyType({}),
+) -> Path:
+    """Write a training state so that a kill, a full disk or a power cut at any moment leaves the older ones intact.
+
+    Args:
+        parent: Folder of the states.
+        name: Of the new folder.
+        step: Optimizer steps done.
+        record: JSON values.
+        tensors: Of model and optimizer.
+        rng_per_rank: Generators, one entry per process.
+        attachments: Further tensor files by stem, e.g. the batch that made the loss NaN.
+
+    Returns:
+        The finished folder.
+
+    Raises:
+        StorageError: Disk full, quota, permission; nothing of the new state is left behind.
+    """
+    draft, final = parent / f"{name}.tmp", parent / name
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        if draft.exists():
+            shutil.rmtree(draft)
+        draft.mkdir()
+        digests = {"state.safetensors": write_tensors(draft / "state.safetensors", tensors)}
+        digests["state.json"] = write_json(draft / "state.json", {**record, "step": step})
+        for rank, rng in enumerate(rng_per_rank):
+            digests[_rng_name(rank)] = write_tensors(draft / _rng_name(rank), rng)
+        for stem, content in attachments.items():
+            digests[f"{stem}.safetensors"] = write_tensors(draft / f"{stem}.safetensors", content)
+        files = {file: {"bytes": d.num_bytes, "sha256": d.sha256} for file, d in digests.items()}
+        manifest = {"format": FORMAT, "version": FORMAT_VERSION, "step": step, "files": files}
+        write_json(draft / "manifest.json", manifest)
+        sync_folder(draft)
+        if final.exists():  # the same step again, after an exact resume: the same bytes
+            shutil.rmtree(final)
+        draft.rename(final)
+        sync_folder(parent)
+    except OSError as err:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise _storage_error(err, parent=parent, name=name, tensors=tensors) from err
+    return final
+
+
+def newest_state(parent: Path, *, set_aside: bool = True) -> Path | None:
+    """Return the newest folder that verifies, or None if none was ever finished.
+
+    Args:
+        parent: Folder of the states.
+        set_aside: Rename folders that do not verify to ``.corrupt``; only one process may.
+
+    Raises:
+        WeightsError: If there are states but not one of them verifies: starting from zero would waste a run silently.
+    """
+    if not parent.is_dir():
+        return None
+    damaged = sum(1 for p in parent.iterdir() if ".corrupt" in p.suffix)
+    for draft in sorted(parent.glob("step-*.tmp")):
+        log.warning("%s is incomplete (stopped while being written): ignored.", draft.name)
+    for path in reversed(finished_states(parent)):
+        problem = find_damage(path)
+        if problem is None:
+            return path
+        damaged += 1
+        log.warning("%s: %s. Set aside as %s.corrupt, using an older state.", path.name, problem, path.name)
+        if set_aside:
+            _set_aside(path)
+    if damaged:
+        raise WeightsError(
+            f"all {damaged} training states of the run are damaged; not starting from zero silently.",
+            where=f"{parent.parent.name}/{parent.name}",
+            kept="the damaged states, as step-*.corrupt",
+            next_command="another NAME=... to start a new run, or move the folder away",
+        )
+    return None
+
+
+def finished_states(parent: Path) -> list[Path]:
+    """Return the folders that were finished, oldest first, by step number and never by time."""
+    found = [(int(match[1]), p) for p in parent.iterdir() if (match := STATE_NAME.match(p.name)) and p.is_dir()]
+    return [path for _, path in sorted(found)]
+
+
+def find_damage(path: Path) -> str | None:
+    """Check every byte of a training state against its manifest; return what is wrong, or None."""
+    try:
+        manifest = json.loads((path / "manifest.json").read_bytes())
+        files = {str(name): (int(e["bytes"]), str(e["sha256"])) for name, e in manifest["files"].items()}
+        step, known = manifest["step"], manifest["format"] == FORMAT
+    except FileNotFoundError:
+        return "no manifest.json"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return "manifest.json is damaged"
+    match = STATE_NAME.match(path.name)
+    if not known or (match and step != int(match[1])) or not {"state.safetensors", "state.json"} <= set(files):
+        return "manifest.json is damaged"
+    if manifest.get("version") != FORMAT_VERSION:
+        return f"written in format version {manifest.get('version')}, this program reads {FORMAT_VERSION}"
+    for name, (num_bytes, sha256) in files.items():
+        file = path / Path(name).name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != num_bytes:
+            return f"{name} has {file.stat().st_size} of {num_bytes} bytes"
+        if file_sha256(file) != sha256:
+            return f"{name}: sha256 mismatch"
+    return None
+
+
+def read_state(path: Path) -> TrainingState:
+    """Read a training state after checking it.
+
+    Raises:
+        WeightsError: If it does not verify.
+    """
+    problem = find_damage(path)
+    if problem is not None:
+        raise WeightsError(f"the training state is damaged: {problem}.", where=f"{path.parent.name}/{path.name}")
+    try:
+        tensors = load_file(path / "state.safetensors")
+    except SafetensorError as err:
+        raise WeightsError("the training state is no safetensors file.", where=path.name) from err
+    record = json.loads((path / "state.json").read_bytes())
+    return TrainingState(step=int(record["step"]), record=record, tensors=tensors, path=path)
+
+
+def load_module_state(module: nn.Module, path: Path) -> int:
+    """Load the weights of a training state, strictly, into the module it was saved from; return its step."""
+    state = read_state(path)
+    module.load_state_dict(unflatten_state(state.record["model"], state.tensors), strict=True)
+    return state.step
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """Read only the JSON part of a state that has been verified."""
+    record: dict[str, Any] = json.loads((path / "state.json").read_bytes())
+    return record
+
+
+def prune_states(parent: Path, *, keep_last: int, keep_steps: Collection[int], keep_every: int | None) -> None:
+    """Delete older states; always keeps the newest two or more, the named steps (the best), and milestones."""
+    paths = finished_states(parent)
+    for path in paths[: -max(2, keep_last)]:
+        step = int(path.name.removeprefix("step-"))
+        if step in keep_steps or (keep_every and step % keep_every == 0):
+            continue
+        # Renamed first: a kill in the middle of deleting must not leave something that looks finished.
+        doomed = path.with_name(f"{path.name}.tmp")
+        path.rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _rng_name(rank: int) -> str:
+    return f"rng-{rank:04d}.safetensors"
+
+
+def _set_aside(path: Path) -> None:
+    target = path.with_name(f"{path.name}.corrupt")
+    number = 1
+    while target.exists():
+        number += 1
+        target = path.with_name(f"{path.name}.corrupt{number}")
+    path.rename(target)
+
+
+def _storage_error(err: OSError, *, parent: Path, name: str, tensors: Mapping[str, Tensor]) -> StorageError:
+    need = sum(t.numel() * t.element_size() for t in tensors.values())
+    free = shutil.disk_usage(parent).free if parent.exists() else 0
+    older = [p.name for p in finished_states(parent)] if parent.is_dir() else []
+    return StorageError(
+        f"the training state {name} could not be written: {err.strerror or type(err).__name__}. "
+        f"It needs {need / 1e9:.2f} GB, {free / 1e9:.2f} GB are free.",
+        where=f"runs folder of {parent.parent.name}",
+        kept=f"the verified state {older[-1]}" if older else "nothing was saved yet",
+        next_command="free space, then the same command",
+    )
