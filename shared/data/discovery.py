@@ -115,22 +115,38 @@ def _key(folders: Iterable[str], stem: str) -> str:
     return "/".join([*kept, found["case"] if found else stem]).casefold()
 
 
-def parse_pairs(text: str, *, option: str, values: type = int) -> dict[int, int] | dict[int, str]:
-    """Parse ``1=2,4=3`` or ``1=tumour,2=oedema``.
+def parse_label_map(text: str) -> dict[int, int]:
+    """Parse ``1=2,4=3``.
 
     Raises:
         UsageError: If it is not of this form.
     """
+    return {key: _whole(value, "--label-map") for key, value in _pairs(text, "--label-map").items()}
+
+
+def parse_label_names(text: str) -> dict[int, str]:
+    """Parse ``1=tumour,2=oedema``.
+
+    Raises:
+        UsageError: If it is not of this form.
+    """
+    return _pairs(text, "--label-names")
+
+
+def _pairs(text: str, option: str) -> dict[int, str]:
     result = {}
     for part in filter(None, (p.strip() for p in text.split(","))):
-        left, separator, right = part.partition("=")
-        try:
-            if not separator or not right.strip():
-                raise ValueError(part)
-            result[int(left)] = values(right.strip())
-        except ValueError as err:
-            raise UsageError(f"{option} must look like 1=2,4=3 or 1=name, got {part!r}.") from err
+        left, _, right = part.partition("=")
+        if not right.strip():
+            raise UsageError(f"{option} must look like 1=...,2=..., got {part!r}.")
+        result[_whole(left, option)] = right.strip()
     return result
+
+
+def _whole(text: str, option: str) -> int:
+    if not text.strip().isdecimal():
+        raise UsageError(f"{option} must have label ids that are whole numbers, got {text!r}.")
+    return int(text)
 
 
 def known_format(path: Path) -> ScanFormat | None:

@@ -31,6 +31,8 @@ class Split:
     test: tuple[str, ...]
     seed: int
     store_fingerprint: str
+    train_slices: tuple[tuple[str, int], ...] = ()
+    """(series_id, slice_index) that may be trained on; empty: all slices of the training patients."""
 
     def part(self, name: str) -> tuple[str, ...]:
         """Return the patients of ``train``, ``val`` or ``test``."""
@@ -44,7 +46,7 @@ class Split:
         return hashlib.sha256(json.dumps(self._plain(), sort_keys=True).encode()).hexdigest()
 
     def _plain(self) -> dict[str, Any]:
-        return {
+        values: dict[str, Any] = {
             "schema": SCHEMA,
             "seed": self.seed,
             "store_fingerprint": self.store_fingerprint,
@@ -52,6 +54,9 @@ class Split:
             "val": list(self.val),
             "test": list(self.test),
         }
+        if self.train_slices:
+            values["train_slices"] = [list(item) for item in self.train_slices]
+        return values
 
     def save(self, path: Path) -> None:
         """Write the split with its own hash."""
@@ -59,34 +64,60 @@ class Split:
         path.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
 
 
-def make_split(store: SliceStore, *, fractions: Sequence[float] = DEFAULT_FRACTIONS, seed: int = 0) -> Split:
+def make_split(
+    store: SliceStore, *, fractions: Sequence[float] = DEFAULT_FRACTIONS, seed: int = 0, by_site: bool = False
+) -> Split:
     """Draw a split by patient, stratified by which labels a patient has.
 
-    Every part with a positive fraction gets at least one patient where there are enough: test before val.
+    Patients that share voxels (one scan under two ids) stay together, and with ``by_site`` those of one site. Every
+    part with a positive fraction gets at least one group where there are enough: test before val.
     """
     if len(fractions) != 3 or min(fractions) < 0 or not 0.999 < sum(fractions) < 1.001 or fractions[0] == 0:
         raise DataError(f"fractions of train, val and test must be >= 0 and sum to 1, got {list(fractions)}.")
     rng = np.random.default_rng([seed, 2])
-    strata: dict[tuple[int, ...], list[str]] = {}
-    for patient in store.patient_ids:
-        labels = {k for r in store.series if r.patient_id == patient for k in r.label_voxels}
-        strata.setdefault(tuple(sorted(labels)), []).append(patient)
+    labels_of: dict[str, set[int]] = {patient: set() for patient in store.patient_ids}
+    for record in store.series:
+        labels_of[record.patient_id] |= set(record.label_voxels)
+    strata: dict[tuple[int, ...], list[tuple[str, ...]]] = {}
+    for group in patient_groups(store, by_site=by_site):
+        strata.setdefault(tuple(sorted(set().union(*(labels_of[p] for p in group)))), []).append(group)
     # Interleaving shuffled strata by relative rank keeps their proportions in every contiguous piece.
-    ranked: list[tuple[float, str]] = []
+    ranked: list[tuple[float, tuple[str, ...]]] = []
     for labels in sorted(strata):
         shuffled = [strata[labels][i] for i in rng.permutation(len(strata[labels]))]
-        ranked += [((rank + float(rng.random())) / len(shuffled), patient) for rank, patient in enumerate(shuffled)]
-    ordered = [patient for _, patient in sorted(ranked)]
-    counts = _part_counts(len(ordered), fractions)
-    test, val = ordered[: counts[2]], ordered[counts[2] : counts[2] + counts[1]]
-    train = ordered[counts[2] + counts[1] :]
+        ranked += [((rank + float(rng.random())) / len(shuffled), group) for rank, group in enumerate(shuffled)]
+    ordered = [group for _, group in sorted(ranked)]
+    counts = _part_counts([len(group) for group in ordered], fractions)
+    test, val = ordered[: counts[0]], ordered[counts[0] : counts[0] + counts[1]]
+    train = ordered[counts[0] + counts[1] :]
     return Split(
-        train=tuple(sorted(train)),
-        val=tuple(sorted(val)),
-        test=tuple(sorted(test)),
+        train=tuple(sorted(patient for group in train for patient in group)),
+        val=tuple(sorted(patient for group in val for patient in group)),
+        test=tuple(sorted(patient for group in test for patient in group)),
         seed=seed,
         store_fingerprint=store.fingerprint,
     )
+
+
+def patient_groups(store: SliceStore, *, by_site: bool = False) -> list[tuple[str, ...]]:
+    """Return groups of patients that must not be parted: those who share voxels, and on request those of one site."""
+    parent = {patient: patient for patient in store.patient_ids}
+
+    def root(patient: str) -> str:
+        while parent[patient] != patient:
+            parent[patient] = parent[parent[patient]]
+            patient = parent[patient]
+        return patient
+
+    first: dict[str, str] = {}
+    for record in store.series:
+        for mark in (record.content_sha256, record.site_id if by_site else None):
+            if mark is not None:
+                parent[root(record.patient_id)] = root(first.setdefault(mark, record.patient_id))
+    groups: dict[str, list[str]] = {}
+    for patient in store.patient_ids:
+        groups.setdefault(root(patient), []).append(patient)
+    return sorted(tuple(group) for group in groups.values())
 
 
 def load_split(path: Path | None, store: SliceStore) -> Split:
@@ -117,6 +148,7 @@ def load_split(path: Path | None, store: SliceStore) -> Split:
             test=tuple(values["test"]),
             seed=int(values["seed"]),
             store_fingerprint=str(values["store_fingerprint"]),
+            train_slices=tuple((str(series), int(index)) for series, index in values.get("train_slices", ())),
         )
         recorded = str(values["sha256"])
     except (ValueError, KeyError, TypeError) as err:
@@ -200,14 +232,21 @@ def pretrain_manifest(store: SliceStore, patient_ids: Iterable[str]) -> dict[str
     }
 
 
-def _part_counts(num_patients: int, fractions: Sequence[float]) -> tuple[int, int, int]:
-    wanted = [0, 0, 0]
-    left = num_patients - 1  # one for train
+def _part_counts(sizes: Sequence[int], fractions: Sequence[float]) -> tuple[int, int]:
+    """Return how many groups from the front are test, and how many after them val; the last group is always train."""
+    counts, start = [], 0
     for part in (2, 1):
-        if fractions[part] > 0 and left > 0:
-            wanted[part] = min(left, max(1, round(fractions[part] * num_patients)))
-            left -= wanted[part]
-    return num_patients - wanted[1] - wanted[2], wanted[1], wanted[2]
+        wanted, count, patients = fractions[part] * sum(sizes), 0, 0
+        while fractions[part] > 0 and start + count < len(sizes) - 1:
+            size = sizes[start + count]
+            # Take the group if that brings the part nearer to its size; the first one always.
+            if count and abs(patients + size - wanted) >= abs(patients - wanted):
+                break
+            patients += size
+            count += 1
+        counts.append(count)
+        start += count
+    return counts[0], counts[1]
 
 
 def _refuse_equal_content(store: SliceStore, parts: Mapping[str, set[str]]) -> None:

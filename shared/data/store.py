@@ -63,15 +63,18 @@ class SliceStore:
                 are read; ``samgraft store check`` reads them all.
         """
         path = Path(path)
-        manifest_bytes = _read_table(path)
-        manifest = json.loads(manifest_bytes)
+        store = cls.from_manifest(path, json.loads(read_table(path)))
+        store._check_files()
+        return store
+
+    @classmethod
+    def from_manifest(cls, path: Path, manifest: Mapping[str, Any]) -> SliceStore:
+        """Make a store from its table without looking at its files; :meth:`open` is what everybody else wants."""
         if manifest.get("schema") != SCHEMA:
             raise DataError(
                 f"the store must have schema {SCHEMA}, got {manifest.get('schema')!r}. Build it again.", where=path.name
             )
-        store = cls(path, manifest, fingerprint=content_fingerprint(manifest))
-        store._check_files()
-        return store
+        return cls(path, manifest, fingerprint=content_fingerprint(manifest))
 
     def __len__(self) -> int:
         return len(self.series)
@@ -160,8 +163,12 @@ def content_fingerprint(manifest: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps({**manifest, "series": series}, sort_keys=True).encode()).hexdigest()
 
 
-def _read_table(path: Path) -> bytes:
-    """Return the bytes of the table after comparing them with the completion mark."""
+def read_table(path: Path) -> bytes:
+    """Return the bytes of the table after comparing them with the completion mark.
+
+    Raises:
+        DataError: If the folder is no store, has no mark, or the table does not match it.
+    """
     if not (path / "zarr.json").is_file():
         what = "does not exist" if not path.exists() else "is not a slice store"
         raise DataError(

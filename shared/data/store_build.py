@@ -58,6 +58,14 @@ class BuildReport:
         return sum(record.shape_zyx[0] for record in self.records)
 
 
+class CasesRefused(DataError):
+    """Some cases are refused; ``report`` says which and why."""
+
+    def __init__(self, report: BuildReport, what: str, *, where: str, kept: str, next_command: str) -> None:
+        super().__init__(what, where=where, kept=kept, next_command=next_command)
+        self.report = report
+
+
 def build_store(
     cases: Sequence[SourceCase],
     *,
@@ -89,14 +97,14 @@ def build_store(
 
     Raises:
         UsageError: If ``out`` holds something else.
-        DataError: If cases are refused (all of them in one message) or none is left.
+        CasesRefused: If cases are refused; all of them in one message.
+        DataError: If no case is left.
         StorageError: If the disk is full or not writable; finished series stay.
     """
     if not cases:
         raise DataError("a store needs at least one case, found 0 usable scans.", where=out.name)
     _check_case_names(cases)
-    if label_names is not None:
-        settings = dataclasses.replace(settings, label_ids=tuple(sorted(label_names)))
+    settings = _with_label_ids(settings, label_names)
     keys = {case.name: _build_key(case, settings) for case in cases}
     manifest_extra = {
         "schema": SCHEMA,
@@ -133,10 +141,13 @@ def examine_cases(
     cases: Sequence[SourceCase],
     *,
     settings: BuildSettings,
+    label_names: Mapping[int, str] | None = None,
     num_workers: int = 1,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> BuildReport:
     """Read and check every case and write nothing: the dry run of a build."""
+    _check_case_names(cases)
+    settings = _with_label_ids(settings, label_names)
     report = BuildReport(path=Path())
     work = partial(_examine_only, settings=settings)
     for finding in _results(cases, work, num_workers=num_workers):
@@ -276,6 +287,12 @@ def _is_complete(
     return False
 
 
+def _with_label_ids(settings: BuildSettings, label_names: Mapping[int, str] | None) -> BuildSettings:
+    if label_names is None:
+        return settings
+    return dataclasses.replace(settings, label_ids=tuple(sorted(label_names)))
+
+
 def _found_ids(records: Sequence[SeriesRecord]) -> list[int]:
     return sorted({label for record in records for label in record.label_voxels})
 
@@ -294,7 +311,8 @@ def _judge(report: BuildReport, out: Path, *, skip_refused: bool) -> None:
     if report.refused and not skip_refused:
         lines = [f"{name}: {reason}" for name, reason in sorted(report.refused.items())]
         more = f"\n    ... and {len(lines) - 8} more" if len(lines) > 8 else ""
-        raise DataError(
+        raise CasesRefused(
+            report,
             f"{len(lines)} of {len(lines) + len(report.records)} cases are refused:\n    "
             + "\n    ".join(lines[:8])
             + more,

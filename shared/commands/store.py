@@ -1,0 +1,289 @@
+"""``samgraft store``: build a slice store from scans, verify one, describe one, split one."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from samgraft.shared.cli import Command
+from samgraft.shared.errors import DataError, StorageError, UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from rich.console import Console
+    from samgraft.shared.data.discovery import SourceOptions
+    from samgraft.shared.data.examine import BuildSettings
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", required=True, metavar="build|check|info|split")
+    build = actions.add_parser("build", help="scans and labels -> slice store", allow_abbrev=False)
+    build.add_argument("source", type=Path, help="folder (plain, nnU-Net raw, Decathlon, BIDS, DICOM) or CSV list")
+    build.add_argument("--out", type=Path, required=True, help="the store, NAME.zarr")
+    build.add_argument("--dry-run", action="store_true", help="read and check everything, write nothing")
+    build.add_argument("--overwrite", action="store_true", help="replace a complete store with other content")
+    build.add_argument("--skip-refused", action="store_true", help="leave refused cases out and count them")
+    _add_source_options(build)
+    check = actions.add_parser("check", help="verify every byte of a store, or examine scans", allow_abbrev=False)
+    check.add_argument("path", type=Path, help="a store, or a folder of scans")
+    check.add_argument("--source", type=Path, help="compare the store with these scans as well")
+    _add_source_options(check)
+    info = actions.add_parser("info", help="describe a store", allow_abbrev=False)
+    info.add_argument("path", type=Path)
+    info.add_argument("--json", action="store_true", help="the same for programs")
+    split = actions.add_parser("split", help="draw a split by patient and save it", allow_abbrev=False)
+    split.add_argument("path", type=Path)
+    split.add_argument("--fractions", default="0.7,0.15,0.15", help="train,val,test")
+    split.add_argument("--seed", type=int, default=0)
+    split.add_argument("--by-site", action="store_true", help="keep every site or scanner in one part")
+    split.add_argument("--few-shot", type=int, help="keep so many training patients or slices")
+    split.add_argument("--unit", choices=["patients", "slices"], default="patients", help="what --few-shot counts")
+    split.add_argument("--repeats", type=int, default=1, help="so many few-shot files, each with its own draw")
+    split.add_argument("--out", type=Path, help="file; default: beside the store")
+
+
+def _add_source_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--modality", default="mri", help="mri, ct, xray or ultrasound")
+    parser.add_argument(
+        "--planes", default="", help="axial,coronal,sagittal: these planes of near-isotropic scans"
+    )
+    parser.add_argument("--patient-pattern", help="regular expression on paths; its first group is the patient")
+    parser.add_argument("--site-pattern", help="the same for site or scanner")
+    parser.add_argument("--label-map", default="", help="1=1,4=3,9=0: label id in the files = in the store, 0 drops it")
+    parser.add_argument("--label-names", default="", help="1=tumour,2=oedema")
+    parser.add_argument("--frame", type=int, help="which volume of 4D files")
+    parser.add_argument("--allow-gaps", action="store_true", help="accept missing DICOM slices")
+    parser.add_argument("--round-labels", action="store_true", help="round label values that are nearly whole")
+    parser.add_argument(
+        "--nan-policy", choices=["refuse", "zero"], default="refuse", help="NaN and Inf: refuse, or set to 0"
+    )
+    parser.add_argument("--accept-burned-in", action="store_true", help="take scans with text burned into the pixels")
+    parser.add_argument(
+        "--pictures", choices=["auto", "stack", "single"], default="auto", help="a folder of pictures is"
+    )
+    parser.add_argument("--workers", type=int, default=0, help="processes; 0: one per core")
+    parser.add_argument("--report", type=Path, help="write the report as JSON (it names cases: keep it local)")
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    return {"build": _build, "check": _check, "info": _info, "split": _split}[arguments.action](arguments)
+
+
+def _build(arguments: argparse.Namespace) -> int:
+    # Imported here and below: `samgraft --help` must not wait for zarr.
+    from rich.console import Console
+    from samgraft.shared.data.build_report import print_report, summarise
+    from samgraft.shared.data.preset import load_preset
+    from samgraft.shared.data.sources import discover
+    from samgraft.shared.data.store_build import CasesRefused, build_store, examine_cases
+
+    console = Console(stderr=True)
+    found = discover(arguments.source, _source_options(arguments))
+    settings = _settings(arguments, arguments.out.parent)
+    with _progress(console, "reading") as show:
+        if arguments.dry_run:
+            report = examine_cases(
+                found.cases,
+                settings=settings,
+                label_names=found.label_names,
+                num_workers=_workers(arguments),
+                on_progress=show,
+            )
+        else:
+            try:
+                report = build_store(
+                    found.cases,
+                    out=arguments.out,
+                    settings=settings,
+                    label_names=found.label_names,
+                    intensity=load_preset(settings.modality).intensity,
+                    num_workers=_workers(arguments),
+                    skip_refused=arguments.skip_refused,
+                    overwrite=arguments.overwrite,
+                    on_progress=show,
+                )
+            except CasesRefused as refusal:
+                report = refusal.report
+    values = summarise(found, report)
+    _write_report(arguments.report, values)
+    print_report(values, console)
+    if report.refused and not (arguments.skip_refused and report.records):
+        raise DataError(
+            f"{len(report.refused)} of {len(report.findings)} cases are refused, see the list above.",
+            where=str(arguments.out),
+            kept="finished series; the store is not complete and training refuses it",
+            next_command="repair them and run the same command again, or add --skip-refused",
+        )
+    if arguments.dry_run:
+        console.print("dry run: nothing was written")
+    else:
+        state = "already complete" if report.already_complete else "complete"
+        console.print(f"{arguments.out}: {state}. next: samgraft store split {arguments.out}", markup=False)
+    return 0
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+    from samgraft.shared.data.store_check import check_sources, check_store, refuse_problems
+
+    console = Console(stderr=True)
+    if not (arguments.path / "zarr.json").is_file():
+        return _check_scans(arguments, console)
+    with _progress(console, "verifying") as show:
+        check = check_store(arguments.path, on_progress=show)
+    if arguments.source is not None and not check.problems:
+        from samgraft.shared.data.sources import discover
+        from samgraft.shared.data.store import SliceStore
+        from samgraft.shared.data.store_build import examine_cases
+
+        found = discover(arguments.source, _source_options(arguments))
+        settings = _settings(arguments, arguments.path.parent)
+        report = examine_cases(found.cases, settings=settings, num_workers=_workers(arguments))
+        digests = {r.series_id: r.source_sha256 for r in report.records}
+        check.problems += [f"source {name}: {reason}" for name, reason in sorted(report.refused.items())]
+        check.problems += check_sources(SliceStore.open(arguments.path), digests)
+    refuse_problems(check)
+    console.print(
+        f"{arguments.path}: every byte is right ({check.num_series} series, {check.num_files} files, "
+        f"{check.num_bytes / 1e6:.1f} MB)",
+        markup=False,
+    )
+    return 0
+
+
+def _check_scans(arguments: argparse.Namespace, console: Console) -> int:
+    from samgraft.shared.data.build_report import print_report, summarise
+    from samgraft.shared.data.sources import discover
+    from samgraft.shared.data.store_build import examine_cases
+
+    found = discover(arguments.path, _source_options(arguments))
+    with _progress(console, "reading") as show:
+        report = examine_cases(
+            found.cases,
+            settings=_settings(arguments, None),
+            label_names=found.label_names,
+            num_workers=_workers(arguments),
+            on_progress=show,
+        )
+    values = summarise(found, report)
+    _write_report(arguments.report, values)
+    print_report(values, console)
+    if report.refused:
+        raise DataError(
+            f"{len(report.refused)} of {len(report.findings)} cases would be refused, see the list above.",
+            where=str(arguments.path),
+        )
+    return 0
+
+
+def _info(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+    from samgraft.shared.data.store import SliceStore
+    from samgraft.shared.data.store_info import describe_store, print_description
+
+    values = describe_store(SliceStore.open(arguments.path))
+    if arguments.json:
+        sys.stdout.write(json.dumps(values, indent=1) + "\n")
+    else:
+        print_description(values, Console())
+    return 0
+
+
+def _split(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+    from samgraft.shared.data.few_shot import few_shot
+    from samgraft.shared.data.split import default_split_path, make_split
+    from samgraft.shared.data.store import SliceStore
+
+    try:
+        fractions = [float(part) for part in arguments.fractions.split(",")]
+    except ValueError as err:
+        raise UsageError(f"--fractions must be three numbers like 0.7,0.15,0.15, got {arguments.fractions!r}.") from err
+    store = SliceStore.open(arguments.path)
+    split = make_split(store, fractions=fractions, seed=arguments.seed, by_site=arguments.by_site)
+    path = arguments.out or default_split_path(arguments.path)
+    console = Console(stderr=True)
+    if arguments.few_shot is None:
+        split.save(path)
+        console.print(f"{path}: train {len(split.train)}, val {len(split.val)}, test {len(split.test)} patients")
+        return 0
+    for repeat in range(arguments.repeats):
+        small = few_shot(split, store, num=arguments.few_shot, unit=arguments.unit, repeat=repeat)
+        name = path.name.removesuffix(".json").removesuffix(".split")
+        target = path.with_name(f"{name}.{arguments.few_shot}{arguments.unit}.{repeat}.split.json")
+        small.save(target)
+        console.print(f"{target}: {len(small.train)} training patients, draw {repeat}")
+    return 0
+
+
+def _source_options(arguments: argparse.Namespace) -> SourceOptions:
+    from samgraft.shared.data.discovery import SourceOptions, parse_label_map, parse_label_names
+
+    single = arguments.pictures == "single" or (
+        arguments.pictures == "auto" and arguments.modality.lower() in ("xray", "ultrasound")
+    )
+    return SourceOptions(
+        patient_pattern=arguments.patient_pattern,
+        site_pattern=arguments.site_pattern,
+        label_map=parse_label_map(arguments.label_map) or None,
+        label_names=parse_label_names(arguments.label_names) or None,
+        frame=arguments.frame,
+        allow_gaps=arguments.allow_gaps,
+        round_labels=arguments.round_labels,
+        pictures_are_scans=single,
+    )
+
+
+def _settings(arguments: argparse.Namespace, salt_folder: Path | None) -> BuildSettings:
+    from samgraft.shared.data.examine import BuildSettings
+    from samgraft.shared.data.orientation import Plane
+    from samgraft.shared.data.preset import load_preset
+    from samgraft.shared.data.pseudonym import local_salt
+
+    known = {plane.value: plane for plane in Plane}
+    names = [part.strip().lower() for part in arguments.planes.split(",") if part.strip()]
+    if unknown := [name for name in names if name not in known]:
+        raise UsageError(f"--planes must be among {', '.join(known)}, got {', '.join(unknown)}.")
+    dry = salt_folder is None or getattr(arguments, "dry_run", False)
+    return BuildSettings(
+        modality=load_preset(arguments.modality).modality,
+        salt="not stored" if dry or salt_folder is None else local_salt(salt_folder),
+        planes=tuple(known[name] for name in names),
+        zero_non_finite=arguments.nan_policy == "zero",
+        accept_burned_in=arguments.accept_burned_in,
+    )
+
+
+def _workers(arguments: argparse.Namespace) -> int:
+    if arguments.workers < 0:
+        raise UsageError(f"--workers must be 0 or more, got {arguments.workers}.")
+    return arguments.workers or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+
+
+def _write_report(path: Path | None, values: dict[str, Any]) -> None:
+    if path is None:
+        return
+    try:
+        path.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    except OSError as err:
+        raise StorageError(f"the report cannot be written: {err.strerror}.", where=str(path)) from err
+
+
+@contextmanager
+def _progress(console: Console, what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on a terminal, nothing elsewhere: logs keep only results."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+COMMAND = Command(help="build, check, describe and split slice stores", add_arguments=_add_arguments, run=_run)
