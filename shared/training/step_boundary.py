@@ -5,17 +5,17 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import pytorch_lightning as pl
-import torch
-import torch.distributed as dist
 from pytorch_lightning.callbacks import Checkpoint
 from samgraft.shared.errors import NumericalError, StoppedAndSaved
+from samgraft.shared.training.bookkeeping import Bookkeeping
 from samgraft.shared.training.environment import software_versions, thread_count
 from samgraft.shared.training.numerics import batch_tensors
-from samgraft.shared.training.periodic import Boundary, EvaluationDropped, Periodic, run_periodic
+from samgraft.shared.training.periodic import PeriodicTasks
+from samgraft.shared.training.processes import any_process, from_first, gather
 from samgraft.shared.training.progress import Progress, format_duration
 from samgraft.shared.training.resume import capture_rng, restore_rng, seed_process
 from samgraft.shared.training.run_folder import RunFolder
@@ -24,7 +24,7 @@ from samgraft.shared.training.state_tree import flatten_state, load_optimizer_st
 from samgraft.shared.training.step_log import StepLog
 from samgraft.shared.training.training_state import (
     TrainingState,
-    finished_states,
+    newest_name,
     prune_states,
     state_folder_name,
     write_state,
@@ -45,24 +45,6 @@ class SavePlan:
     every_s: float
     keep_last: int
     keep_every_steps: int | None
-    monitor: str | None
-    """Name of a periodic value; the state where it was best is kept."""
-    higher_is_better: bool = True
-
-
-@dataclass(kw_only=True)
-class Bookkeeping:
-    """Where the run stands; saved with every state."""
-
-    seed: int
-    batch_size: int
-    accumulate: int
-    samples_seen: int = 0
-    best: dict[str, float] | None = None
-    """``{"step": ..., "value": ...}`` of the monitored value."""
-    pending: list[str] = field(default_factory=list)
-    """Periodic tasks of this step that were dropped for a stop and run first after the resume."""
-    data_fingerprint: str | None = None
 
 
 class StepBoundary(Checkpoint):
@@ -79,7 +61,7 @@ class StepBoundary(Checkpoint):
         run: RunFolder,
         plan: SavePlan,
         books: Bookkeeping,
-        periodic: Sequence[Periodic],
+        tasks: PeriodicTasks,
         progress: Progress,
         step_log: StepLog,
         stop: StopRequest,
@@ -89,7 +71,7 @@ class StepBoundary(Checkpoint):
         self.run = run
         self.plan = plan
         self.books = books
-        self.periodic = tuple(periodic)
+        self.tasks = tasks
         self.progress = progress
         self.step_log = step_log
         self.stop = stop
@@ -101,26 +83,26 @@ class StepBoundary(Checkpoint):
         self._batch: Any = None
         self._micro_steps = 0
         self._last_save = time.monotonic()
-        self._last_saved_step = state.step if state else None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Restore the state, or seed a fresh run; then run what is due before the first step."""
         listen(self.stop)  # again: Lightning has just put its own SIGTERM handler on top
         state, self._state = self._state, None
         step = state.step if state else 0
-        _check_same_on_all(trainer, step)
-        # Logs first: loading may already warn.
+        if from_first(step) != step:
+            raise RuntimeError(f"process {trainer.global_rank} would resume at step {step}, the first one elsewhere.")
         self.step_log.start(after_step=step)
         if state is not None:
             self._restore(trainer, pl_module, state)
         else:
             seed_process(self.books.seed, rank=trainer.global_rank)
-        pending, self.books.pending = self.books.pending, []
-        due = [t for t in self.periodic if (t.name in pending if state else t.is_due(0, max_steps=trainer.max_steps))]
-        self._run_tasks(trainer, pl_module, due, step=step)
-        if self.books.pending and self._agree(trainer, stop=self.stop.requested)[0]:
+        run = self.tasks.run_pending if state else self.tasks.run_due
+        improved = run(pl_module, step, rank=trainer.global_rank, world_size=trainer.world_size)
+        (stop,) = any_process(self.stop.requested)
+        if improved or (stop and (state or self.books.pending)):
             self._save(trainer, pl_module, step)
-            self._stop(step)
+        if stop:
+            raise stopped(step, run=self.run, signal_name=self.stop.signal_name)
         self._last_save = time.monotonic()
         self.progress.resume_clock()
 
@@ -143,22 +125,21 @@ class StepBoundary(Checkpoint):
         self._batch = None
         if self._micro_steps % self.books.accumulate:
             return
-        step, max_steps = trainer.global_step, trainer.max_steps
+        step = trainer.global_step
         self.books.samples_seen += self.books.accumulate * self.books.batch_size * trainer.world_size
-        time_is_up = time.monotonic() - self._last_save >= self.plan.every_s
-        stop, time_is_up = self._agree(trainer, stop=self.stop.requested, save=time_is_up)
-        due = [task for task in self.periodic if task.is_due(step, max_steps=max_steps)]
-        improved = self._run_tasks(trainer, pl_module, due, step=step)
-        if due:
-            stop, _ = self._agree(trainer, stop=self.stop.requested)
-        at_save = step % self.plan.every_steps == 0 or step == max_steps
-        if stop or improved or time_is_up or at_save:
+        improved = self.tasks.run_due(pl_module, step, rank=trainer.global_rank, world_size=trainer.world_size)
+        long_ago = time.monotonic() - self._last_save >= self.plan.every_s
+        stop, long_ago = any_process(self.stop.requested, long_ago)
+        last = step == trainer.max_steps
+        if stop or improved or long_ago or last or step % self.plan.every_steps == 0:
             self._save(trainer, pl_module, step)
         elif step % self.step_log.every_steps == 0:
             self.step_log.flush()
-        if stop and (step < max_steps or self.books.pending):
-            self._stop(step)
-        self.progress.steps_to_save = self.plan.every_steps - step % self.plan.every_steps
+        if stop and (not last or self.books.pending):
+            raise stopped(step, run=self.run, signal_name=self.stop.signal_name)
+        self.progress.steps_to_save = min(
+            self.plan.every_steps - step % self.plan.every_steps, trainer.max_steps - step
+        )
         self.progress.resume_clock()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
@@ -178,32 +159,17 @@ class StepBoundary(Checkpoint):
         step = trainer.global_step + 1
         name = f"nan-step-{step}"
         self.step_log.flush()
-        self._write(
-            trainer,
-            trainer.lightning_module,
-            step - 1,
-            name=name,
-            rng=self._rng_of_step,
-            batch=batch_tensors(self._batch),
-        )
-        last = self._newest_name()
+        batch = batch_tensors(self._batch)
+        self._write(trainer, trainer.lightning_module, step - 1, name=name, rng=self._rng_of_step, batch=batch)
+        last = newest_name(self.run.checkpoints)
+        rate = max(float(group["lr"]) for group in trainer.optimizers[0].param_groups)
         raise NumericalError(
-            f"loss is {loss:g} and gradient norm {grad_norm:g} at step {step} "
-            f"(lr {max(g['lr'] for g in trainer.optimizers[0].param_groups):.1e}); stopped before the update. "
-            "Lower the learning rate, lengthen the warm-up, or look at the batch.",
+            f"loss is {loss:g} and gradient norm {grad_norm:g} at step {step} (lr {rate:.1e}); stopped before the "
+            "update. Lower the learning rate, lengthen the warm-up, or look at the batch.",
             where=f"{self.run.path.name}/{name} holds weights, optimizer, generators and batch of this step",
             kept=f"last good state: {last}" if last else f"the state before step {step}, in {name}",
             next_command=f"replay: {self.run.continue_command} trainer.resume_from={name}",
         )
-
-    def describe_kept(self) -> str:
-        """Return which state is safe now, in words."""
-        last = self._newest_name()
-        return f"the verified state {last}" if last else "nothing was saved yet"
-
-    def _newest_name(self) -> str | None:
-        paths = finished_states(self.run.checkpoints) if self.run.checkpoints.is_dir() else []
-        return paths[-1].name if paths else None
 
     def _restore(self, trainer: pl.Trainer, module: pl.LightningModule, state: TrainingState) -> None:
         record = state.record
@@ -212,7 +178,7 @@ class StepBoundary(Checkpoint):
         extra = unflatten_state(record["extra"], state.tensors)
         if extra:
             module.on_load_checkpoint(extra)
-        # Lightning counts steps here; its own resume sets the same two numbers.
+        # Lightning counts steps here; its own resume sets the same numbers.
         loop = trainer.fit_loop.epoch_loop
         loop.automatic_optimization.optim_progress.optimizer.step.total.completed = state.step
         loop.automatic_optimization.optim_progress.optimizer.step.total.ready = state.step
@@ -222,57 +188,19 @@ class StepBoundary(Checkpoint):
         else:
             seed_process(self.books.seed + state.step, rank=trainer.global_rank)
 
-    def _run_tasks(
-        self, trainer: pl.Trainer, module: pl.LightningModule, tasks: Sequence[Periodic], *, step: int
-    ) -> bool:
-        """Run tasks; note those that a stop request dropped. Return whether the monitored value improved."""
-        boundary = Boundary(
-            module=module,
-            step=step,
-            rank=trainer.global_rank,
-            world_size=trainer.world_size,
-            stop=self.stop,
-            log=self.step_log,
-        )
-        values: dict[str, float] = {}
-        for position, task in enumerate(tasks):
-            try:
-                done, result = True, run_periodic(task, boundary)
-            except EvaluationDropped:
-                done, result = False, {}
-            # All processes must agree on what is still to do; one may have heard the signal earlier.
-            if self._agree(trainer, stop=not done)[0]:
-                self.books.pending = [t.name for t in tasks[position:]]
-                break
-            values |= result
-        if values:
-            values = _from_first(trainer, values)
-            self.step_log.record(step, values)
-        return self._improved(values, step)
-
-    def _improved(self, values: Mapping[str, float], step: int) -> bool:
-        value = values.get(self.plan.monitor) if self.plan.monitor else None
-        if value is None or value != value:
-            return False
-        best = self.books.best
-        if best is not None and (value <= best["value"] if self.plan.higher_is_better else value >= best["value"]):
-            return False
-        self.books.best = {"step": step, "value": value}
-        return step > 0
-
     def _save(self, trainer: pl.Trainer, module: pl.LightningModule, step: int) -> None:
         self.step_log.flush()
         started = time.monotonic()
-        rng = self._rng_to_restore or capture_rng()
-        self._write(trainer, module, step, name=state_folder_name(step), rng=rng)
+        name = state_folder_name(step)
+        self._write(trainer, module, step, name=name, rng=self._rng_to_restore or capture_rng())
         self._last_save = time.monotonic()
-        self._last_saved_step = step
-        self.stop.kept = f"the verified state {state_folder_name(step)}"
+        self.stop.kept = f"the verified state {name}"
         if trainer.is_global_zero:
+            best = {int(self.books.best["step"])} if self.books.best else set()
             prune_states(
                 self.run.checkpoints,
                 keep_last=self.plan.keep_last,
-                keep_steps={int(self.books.best["step"])} if self.books.best else set(),
+                keep_steps=best,
                 keep_every=self.plan.keep_every_steps,
             )
         seconds = self._last_save - started
@@ -292,14 +220,14 @@ class StepBoundary(Checkpoint):
         rng: dict[str, Tensor],
         batch: Mapping[str, Tensor] | None = None,
     ) -> None:
-        every_rng = _gather(trainer, rng)
+        rng_per_rank = gather(rng)
         error: Exception | None = None
         if trainer.is_global_zero:
             try:
-                self._write_first(trainer, module, step, name=name, every_rng=every_rng, batch=batch)
+                self._write_first(trainer, module, step, name=name, rng_per_rank=rng_per_rank, batch=batch)
             except Exception as err:  # told to the other processes, which would wait forever, then raised on all
                 error = err
-        error = _from_first(trainer, error)
+        error = from_first(error)
         if error is not None:
             raise error
 
@@ -310,7 +238,7 @@ class StepBoundary(Checkpoint):
         step: int,
         *,
         name: str,
-        every_rng: Sequence[Mapping[str, Tensor]],
+        rng_per_rank: Sequence[Mapping[str, Tensor]],
         batch: Mapping[str, Tensor] | None,
     ) -> None:
         tensors: dict[str, Tensor] = {}
@@ -332,44 +260,17 @@ class StepBoundary(Checkpoint):
             step=step,
             record=record,
             tensors=tensors,
-            rng_per_rank=every_rng,
+            rng_per_rank=rng_per_rank,
             attachments={} if batch is None else {"batch": batch},
         )
 
-    def _stop(self, step: int) -> None:
-        raise StoppedAndSaved(
-            f"{self.stop.signal_name or 'another process'} asked to stop; everything is saved at step {step}.",
-            where=f"{self.run.path.name}/checkpoints/{state_folder_name(step)}",
-            kept="all of it: going on gives the same result as not stopping",
-            next_command=self.run.continue_command,
-        )
 
-    def _agree(self, trainer: pl.Trainer, *, stop: bool, save: bool = False) -> tuple[bool, bool]:
-        """Return whether any process wants to stop or save: all must do it at the same step."""
-        if trainer.world_size == 1:
-            return stop, save
-        flags = torch.tensor([stop, save], dtype=torch.int32, device=trainer.strategy.root_device)
-        dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-        return bool(flags[0]), bool(flags[1])
-
-
-def _gather(trainer: pl.Trainer, rng: dict[str, Tensor]) -> list[dict[str, Tensor]]:
-    if trainer.world_size == 1:
-        return [rng]
-    every: list[Any] = [None] * trainer.world_size
-    dist.all_gather_object(every, rng)
-    return every
-
-
-def _from_first(trainer: pl.Trainer, value: Any) -> Any:
-    if trainer.world_size == 1:
-        return value
-    box = [value]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
-
-
-def _check_same_on_all(trainer: pl.Trainer, step: int) -> None:
-    first = _from_first(trainer, step)
-    if first != step:
-        raise RuntimeError(f"process {trainer.global_rank} would resume at step {step}, process 0 at {first}.")
+def stopped(step: int, *, run: RunFolder, signal_name: str | None) -> StoppedAndSaved:
+    """Return the message of a requested stop."""
+    name = newest_name(run.checkpoints)
+    return StoppedAndSaved(
+        f"{signal_name or 'another process'} asked to stop; everything is saved at step {step}.",
+        where=f"{run.path.name}/checkpoints/{name}" if name else None,
+        kept="all of it: going on gives the same result as not stopping",
+        next_command=run.continue_command,
+    )

@@ -193,10 +193,22 @@ def load_module_state(module: nn.Module, path: Path) -> int:
     return state.step
 
 
-def read_record(path: Path) -> dict[str, Any]:
-    """Read only the JSON part of a state that has been verified."""
-    record: dict[str, Any] = json.loads((path / "state.json").read_bytes())
-    return record
+def rewrite_record(state: TrainingState, changes: Mapping[str, Any]) -> None:
+    """Write a finished state again with other values in its record, e.g. after a validation that was made up for."""
+    write_state(
+        state.path.parent,
+        state.path.name,
+        step=state.step,
+        record={**state.record, **changes},
+        tensors=state.tensors,
+        rng_per_rank=[state.rng(rank) for rank in range(int(state.record["world_size"]))],
+    )
+
+
+def newest_name(parent: Path) -> str | None:
+    """Return the name of the newest finished state, for messages."""
+    paths = finished_states(parent) if parent.is_dir() else []
+    return paths[-1].name if paths else None
 
 
 def prune_states(parent: Path, *, keep_last: int, keep_steps: Collection[int], keep_every: int | None) -> None:
@@ -228,11 +240,11 @@ def _set_aside(path: Path) -> None:
 def _storage_error(err: OSError, *, parent: Path, name: str, tensors: Mapping[str, Tensor]) -> StorageError:
     need = sum(t.numel() * t.element_size() for t in tensors.values())
     free = shutil.disk_usage(parent).free if parent.exists() else 0
-    older = [p.name for p in finished_states(parent)] if parent.is_dir() else []
+    older = newest_name(parent)
     return StorageError(
         f"the training state {name} could not be written: {err.strerror or type(err).__name__}. "
         f"It needs {need / 1e9:.2f} GB, {free / 1e9:.2f} GB are free.",
         where=f"runs folder of {parent.parent.name}",
-        kept=f"the verified state {older[-1]}" if older else "nothing was saved yet",
+        kept=f"the verified state {older}" if older else "nothing was saved yet",
         next_command="free space, then the same command",
     )

@@ -1,0 +1,64 @@
+"""Settings of the training engine, the same for both stages."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from samgraft.shared.training.device import Device, Precision
+from samgraft.shared.training.run_folder import MAY_CHANGE
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerConfig:
+    """How long, on what, and how safely to train."""
+
+    max_steps: int
+    """Optimizer steps of the whole run."""
+    accumulate: int = 1
+    """Micro-steps whose gradients make one step: the global batch is batch_size * accumulate * processes."""
+    clip_grad_norm: float | None = 1.0
+    """Largest gradient norm; null does not clip."""
+    device: Device = Device.AUTO
+    """auto takes a GPU if one works."""
+    devices: int | None = field(default=None, metadata=MAY_CHANGE)
+    """Processes on this machine; null takes what torchrun or SLURM say, else 1. Another number than before is refused
+    unless allow_resize."""
+    precision: Precision = Precision.AUTO
+    """auto takes bf16 where it is fast."""
+    channels_last: bool = False
+    """Memory layout in which convolutions are faster, 1.4x for vit_t on a CPU."""
+    activation_checkpointing: bool = False
+    """Recompute activations in the backward pass: a third slower, far less memory. The stage applies it."""
+    find_unused_parameters: bool = False
+    """For several processes, when a step leaves some trainable parameters without gradient."""
+    num_workers: int = field(default=0, metadata=MAY_CHANGE)
+    """Processes that load data; 0 loads in the training process. Does not change the numbers."""
+    log_every_steps: int = field(default=10, metadata=MAY_CHANGE)
+    """Steps between points in TensorBoard; metrics.jsonl has every step."""
+    save_every_steps: int = field(default=500, metadata=MAY_CHANGE)
+    """Steps between saved training states."""
+    save_every_min: float = field(default=10.0, metadata=MAY_CHANGE)
+    """A state is also saved after this many minutes without one."""
+    keep_last: int = field(default=2, metadata=MAY_CHANGE)
+    """Newest states to keep, at least 2; the best one is kept as well."""
+    keep_every_steps: int | None = field(default=None, metadata=MAY_CHANGE)
+    """States at multiples of this are never deleted; null deletes them."""
+    allow_resize: bool = field(default=False, metadata=MAY_CHANGE)
+    """Go on with another number of processes; not bit-exact from there."""
+    resume_from: str | None = field(default=None, metadata=MAY_CHANGE)
+    """A state of this run's folder to start from instead of the newest, e.g. nan-step-120 to replay it."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        positive = ("max_steps", "accumulate", "log_every_steps", "save_every_steps", "save_every_min")
+        for name in positive:
+            if getattr(self, name) <= 0:
+                raise ValueError(f"trainer.{name} must be positive, got {getattr(self, name)}.")
+        if self.clip_grad_norm is not None and self.clip_grad_norm <= 0:
+            raise ValueError(f"trainer.clip_grad_norm must be positive or null, got {self.clip_grad_norm}.")
+        if self.num_workers < 0 or self.num_workers > 256:
+            raise ValueError(f"trainer.num_workers must be 0 to 256, got {self.num_workers}.")
+        if self.keep_last < 2:
+            raise ValueError(f"trainer.keep_last must be at least 2, got {self.keep_last}: one may be damaged.")
+        if self.devices is not None and self.devices < 1:
+            raise ValueError(f"trainer.devices must be at least 1 or null, got {self.devices}.")
