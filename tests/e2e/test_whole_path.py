@@ -1,15 +1,12 @@
 """The whole path by its own commands, small: scans -> store -> pretrain -> finetune -> evaluate -> release -> load."""
 
-import json
-import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from model_factory import make_sam, tiny_vit_t_spec
 from samgraft.shared.cli import main
-from samgraft.shared.models.weights import load_into, load_sam, read_weights, save_tensors
+from samgraft.shared.models.weights import load_sam, read_weights, save_tensors
 from store_factory import make_scan, write_nifti
 
 PRETRAIN = [
