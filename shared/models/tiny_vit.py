@@ -99,12 +99,7 @@ class TinyViTEncoder(nn.Module):
         tiny = spec.tiny
         self.patch_embed = TinyPatchEmbed(tiny.embed_dims[0], stem=tiny.stem)
         self.layers = nn.ModuleList(_build_stage(spec, index) for index in range(len(tiny.depths)))
-        self.neck = nn.Sequential(
-            nn.Conv2d(spec.feature_dim, spec.neck_dim, kernel_size=1, bias=False),
-            LayerNorm2d(spec.neck_dim),
-            nn.Conv2d(spec.neck_dim, spec.neck_dim, kernel_size=3, padding=1, bias=False),
-            LayerNorm2d(spec.neck_dim),
-        )
+        self.neck = build_neck(spec.feature_dim, spec.neck_dim)
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
@@ -182,6 +177,16 @@ def freeze_batch_norm(module: nn.Module, *, frozen: bool = True) -> None:
         if isinstance(child, TinyViTEncoder):
             child.batch_norm_frozen = frozen
             child.train(child.training)
+
+
+def build_neck(feature_dim: int, neck_dim: int) -> nn.Sequential:
+    """Build segment_anything's neck: features to image embeddings."""
+    return nn.Sequential(
+        nn.Conv2d(feature_dim, neck_dim, kernel_size=1, bias=False),
+        LayerNorm2d(neck_dim),
+        nn.Conv2d(neck_dim, neck_dim, kernel_size=3, padding=1, bias=False),
+        LayerNorm2d(neck_dim),
+    )
 
 
 def _build_stage(spec: ArchSpec, index: int) -> TinyStage:
