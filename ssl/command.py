@@ -1,0 +1,57 @@
+"""``samgraft pretrain``: flags in, a finished stage-1 run out. Heavy imports wait until it runs."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from pathlib import Path
+
+from samgraft.shared.cli import Command
+
+log = logging.getLogger(__name__)
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--modality", default=None, help="mri, ct, xray or ultrasound (default: the store's, or mri)")
+    add("--data", type=Path, default=None, help="slice store; default: the demo scans, fetched by hash")
+    add("--model", default=None, help="vit_t, vit_b, vit_l or vit_h (default: what BASE is, or vit_t)")
+    add("--method", default=None, help="objective (default: the one that suits the model)")
+    add("--base", default=None, help="weights to start from: a file, a run folder, or random")
+    add("--name", default=None, help="name of the run under runs/; the same name goes on with the same run")
+    add("--preset", default=None, help="cpu or gpu (default: what this machine has)")
+    add("--config", type=Path, action="append", default=[], metavar="FILE", help="YAML on top of the preset")
+    add("--runs", type=Path, default=Path("runs"), help="folder of all runs")
+    add("--dry-run", action="store_true", help="stop after the pre-flight; writes nothing")
+    add("overrides", nargs="*", metavar="key=value", help="e.g. optim.lr=1e-4 trainer.max_steps=500")
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    # Imported here: `samgraft --help` must not wait for torch.
+    from samgraft.shared.training.device import choose_device
+    from samgraft.ssl.prepare import Request, prepare
+    from samgraft.ssl.pretrain import pretrain
+
+    request = Request(
+        modality=arguments.modality,
+        data=arguments.data,
+        model=arguments.model,
+        method=arguments.method,
+        base=arguments.base,
+        name=arguments.name,
+        preset=arguments.preset,
+        config_files=tuple(arguments.config),
+        overrides=tuple(arguments.overrides),
+    )
+    config, name = prepare(request, has_gpu=choose_device().accelerator != "cpu")
+    trainer = config.trainer
+    device = choose_device(trainer.device, precision=trainer.precision, devices=trainer.devices)
+    pretrain(config, name=name, runs=arguments.runs, device=device, dry_run=arguments.dry_run)
+    return 0
+
+
+COMMAND = Command(
+    help="stage 1: go on training SAM's image encoder on unlabelled slices",
+    add_arguments=_add_arguments,
+    run=_run,
+)

@@ -1,0 +1,106 @@
+"""The configuration of stage 1; every part lives next to the code it configures or below."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from samgraft.shared.data.preset import ModalityPreset
+from samgraft.shared.models.architecture import Arch
+from samgraft.shared.training.optimizer import OptimizerConfig
+from samgraft.shared.training.trainer import TrainerConfig
+from samgraft.ssl.objectives.settings import ObjectiveConfig
+from samgraft.ssl.views import ViewConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Slices to learn from."""
+
+    store: str
+    """Slice store (``*.zarr``)."""
+    split: str | None = None
+    """Split file by patient. None takes <store>.split.json beside the store, else holds out every fourth patient."""
+    batch_size: int = 8
+    """Slices per micro-step and process."""
+    min_foreground_fraction: float | None = None
+    """Leave out slices with a smaller share of non-air pixels. None takes the modality's preset."""
+    keep_aspect: bool = True
+    """Pad to a square (right, bottom) instead of squashing."""
+    views: ViewConfig = field(default_factory=ViewConfig)
+    """Random crop, flip and contrast."""
+    num_held_out_slices: int = 16
+    """Slices of held-out patients for the held-out loss and the pictures, evenly spread; 0 switches both off."""
+    test_stores: list[str] = field(default_factory=list)
+    """Labelled stores whose validation and test patients must not be among the training slices (leak check)."""
+    allow_transductive: bool = False
+    """Go on although patients of ``test_stores`` leak; the card then says so."""
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1 or self.num_held_out_slices < 0:
+            raise ValueError("batch_size must be at least 1 and num_held_out_slices at least 0.")
+
+    def least_foreground(self, preset: ModalityPreset) -> float:
+        """Return the smallest share of non-air pixels that a slice must have."""
+        return preset.min_foreground_fraction if self.min_foreground_fraction is None else self.min_foreground_fraction
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The encoder and what it starts from."""
+
+    arch: Arch = Arch.vit_t
+    """vit_t, vit_b, vit_l or vit_h."""
+    base: str
+    """Weights file or run folder to start from, or ``random``."""
+    image_size: int = 256
+    """Side of the square input in pixels."""
+    num_frozen_depths: int = 0
+    """Depths, counted from the stem, that keep their weights: nothing is saved for backward below the first trained
+    one. 0 trains everything; 3 freezes stem, first stage and the step to the second of vit_t."""
+
+    def __post_init__(self) -> None:
+        if self.num_frozen_depths < 0:
+            raise ValueError(f"num_frozen_depths must be at least 0, got {self.num_frozen_depths}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainOptimizerConfig(OptimizerConfig):
+    """AdamW and its schedule, with a rate of its own for what is thrown away afterwards."""
+
+    head_lr_factor: float = 10.0
+    """Learning rate of decoder, heads and mask token as a multiple of ``lr``: they start from random weights, the
+    encoder does not."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.head_lr_factor > 0:
+            raise ValueError(f"optim.head_lr_factor must be positive, got {self.head_lr_factor}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WatchConfig:
+    """What a run shows of itself while it learns."""
+
+    every_n_steps: int = 50
+    """Held-out loss, health measures and pictures; always at the start and at the end too."""
+    num_panel_rows: int = 6
+    """Slices in the pictures."""
+    log_images: bool = False
+    """Write pictures of slices to TensorBoard and the report. They are patient images: only the demo scans, which are
+    public, switch it on by themselves."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig:
+    """Everything a stage-1 run is decided by."""
+
+    modality: str
+    """Name of a preset under configs/modality."""
+    seed: int = 0
+    """Order of slices, views, masks and fresh weights."""
+    data: DataConfig
+    model: ModelConfig
+    objective: ObjectiveConfig
+    trainer: TrainerConfig
+    optim: PretrainOptimizerConfig = field(default_factory=PretrainOptimizerConfig)
+    watch: WatchConfig = field(default_factory=WatchConfig)

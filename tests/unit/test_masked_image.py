@@ -1,0 +1,175 @@
+"""The objective masked_image: what enters the loss, what trains, what a hidden pixel may influence: nothing."""
+
+import pytest
+import torch
+
+from samgraft.ssl.masking import MaskKind, token_masks, upsample_mask
+from samgraft.ssl.objectives.masked_image import (
+    MaskedImage,
+    MaskedImageConfig,
+    PixelTarget,
+    fill_by_smoothing,
+)
+from samgraft.ssl.start import freeze_depths
+from tiny_encoders import slices, tiny_encoder
+
+COUNTERS = (7, 8)
+
+
+def make_objective(**settings):
+    torch.manual_seed(1)
+    config = MaskedImageConfig(mask_unit_px=8, decoder_dim=8, num_decoder_blocks=1, **settings)
+    return MaskedImage(tiny_encoder(), config, seed=3)
+
+
+def hidden_pixels(mask_ratio=0.5, size=32):
+    masks = token_masks(COUNTERS, seed=3, grid_hw=(size // 8, size // 8), mask_ratio=mask_ratio)
+    return upsample_mask(masks, image_size=size)
+
+
+def warm(objective):
+    """Give the answering layer weights: it starts at zero, which would hide every influence."""
+    with torch.no_grad():
+        objective.decoder.to_pixels.weight.normal_(std=0.5)
+        objective.mask_token.normal_()
+    return objective
+
+
+def test_loss__by_hand_for_a_decoder_that_answers_zero():
+    images = slices()
+    hidden = hidden_pixels()
+    expected = []
+    for image, holes in zip(images, hidden, strict=True):
+        visible = image[~holes]
+        deviation = visible.std(unbiased=False).clamp_min(0.05)
+        expected.append(((image[holes] - visible.mean()) / deviation).abs())
+    result = make_objective().loss(images, sample_counters=COUNTERS, step=0)
+    torch.testing.assert_close(result.total, torch.cat(expected).mean())
+
+
+def test_loss__by_hand_in_units_of_each_hidden_square():
+    images = slices()
+    squares = images.unfold(2, 8, 8).unfold(3, 8, 8)  # (B, 1, 4, 4, 8, 8)
+    mean = squares.mean((-1, -2), keepdim=True)
+    normalised = ((squares - mean) / (squares.var((-1, -2), unbiased=False, keepdim=True) + 1e-6).sqrt()).abs()
+    masks = token_masks(COUNTERS, seed=3, grid_hw=(4, 4), mask_ratio=0.5)
+    expected = normalised[:, 0][masks].mean()
+    result = make_objective(target=PixelTarget.UNIT).loss(images, sample_counters=COUNTERS, step=0)
+    torch.testing.assert_close(result.total, expected, rtol=1e-4, atol=0)
+
+
+def test_loss__visible_pixels_do_not_enter():
+    objective = warm(make_objective())
+    images, hidden = slices(), hidden_pixels()
+    _, features = objective._guess(images, objective._masks(COUNTERS))
+    guess = objective.decoder(features)
+    mean, std = objective._units(images, hidden)
+    by_hand = (guess - (images - mean) / std).abs()[hidden].mean()
+    result = objective.loss(images, sample_counters=COUNTERS, step=0)
+    torch.testing.assert_close(result.total, by_hand)
+
+
+@pytest.mark.parametrize("train_neck", [False, True])
+def test_output__does_not_depend_on_hidden_pixels(train_neck):
+    objective = warm(make_objective(train_neck=train_neck))
+    images, hidden = slices(), hidden_pixels()
+    changed = torch.where(hidden, torch.rand_like(images), images)
+    first = objective.panel(images, sample_counters=COUNTERS)
+    second = objective.panel(changed, sample_counters=COUNTERS)
+    guess = first.columns.index("output")
+    assert torch.equal(first.images_KBHW[guess], second.images_KBHW[guess])
+    visible_changed = objective.panel(torch.where(hidden, images, 1 - images), sample_counters=COUNTERS)
+    assert not torch.equal(first.images_KBHW[guess], visible_changed.images_KBHW[guess])
+
+
+def moved_by_one_step(objective):
+    before = {name: tensor.clone() for name, tensor in objective.state_dict().items()}
+    optimizer = torch.optim.SGD([p for p in objective.parameters() if p.requires_grad], lr=0.1)
+    objective.loss(slices(), sample_counters=COUNTERS, step=0).total.backward()
+    optimizer.step()
+    return {name for name, tensor in objective.state_dict().items() if not torch.equal(tensor, before[name])}
+
+
+def parameter_names(objective, *, without=()):
+    return {name for name, _ in objective.named_parameters() if not name.startswith(tuple(without))}
+
+
+def test_gradient_flow__everything_moves_but_the_neck_and_the_statistics():
+    objective = warm(make_objective())
+    assert moved_by_one_step(objective) == parameter_names(objective, without=["encoder.neck"])
+
+
+def test_gradient_flow__the_neck_moves_when_asked():
+    objective = warm(make_objective(train_neck=True))
+    assert moved_by_one_step(objective) == parameter_names(objective)
+
+
+def test_gradient_flow__frozen_depths_and_the_mask_token_below_them_stay():
+    objective = warm(make_objective())
+    frozen = freeze_depths(objective.encoder, 2)
+    assert frozen[0].startswith("patch_embed")
+    objective = MaskedImage(objective.encoder, objective.config, seed=3)
+    warm(objective)
+    kept = ["encoder.neck", "mask_token", *(f"encoder.{name}" for name in frozen)]
+    assert moved_by_one_step(objective) == parameter_names(objective, without=kept)
+
+
+def test_panel__shows_input_holes_guess_and_filling():
+    objective = warm(make_objective())
+    images, hidden = slices(), hidden_pixels()[:, 0]
+    given, seen, guess, filled = objective.panel(images, sample_counters=COUNTERS).images_KBHW
+    assert torch.equal(given, images[:, 0])
+    assert (seen[hidden] == 0.5).all()
+    assert torch.equal(seen[~hidden], given[~hidden])
+    assert torch.equal(filled[hidden], guess[hidden])
+    assert torch.equal(filled[~hidden], given[~hidden])
+
+
+def test_references__the_mean_answer_scores_as_the_untrained_decoder():
+    objective = make_objective()
+    images = slices()
+    untrained = objective.loss(images, sample_counters=COUNTERS, step=0).parts["grey_error"]
+    references = objective.references(images, sample_counters=COUNTERS)
+    assert references["mean of the visible pixels"] == pytest.approx(float(untrained), rel=1e-5)
+    ramp = torch.linspace(0, 1, 32).expand(2, 1, 32, 32).contiguous()
+    references = objective.references(ramp, sample_counters=COUNTERS)
+    assert references["smoothing of the visible pixels"] < 0.5 * references["mean of the visible pixels"]
+
+
+def test_fill_by_smoothing__is_the_weighted_mean_of_visible_neighbours():
+    images = torch.tensor([[[[1.0, 5.0, 3.0]]]])
+    hidden = torch.tensor([[[[False, True, False]]]])
+    filled = fill_by_smoothing(images, hidden, sigma_px=1.0)
+    assert filled[0, 0, 0, 1].item() == pytest.approx(2.0)
+
+
+def test_loss__learns_to_fill_a_constant_slice():
+    objective = make_objective()
+    optimizer = torch.optim.Adam(objective.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(30):
+        loss = objective.loss(slices(), sample_counters=COUNTERS, step=0).total
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert losses[-1] < 0.5 * losses[0]
+
+
+@pytest.mark.parametrize("unit", [6, 24])
+def test_masked_image__refuses_squares_that_do_not_fit(unit):
+    with pytest.raises(ValueError, match=f"mask_unit_px must be a multiple of the encoder's stride 4.*got {unit}"):
+        MaskedImage(tiny_encoder(), MaskedImageConfig(mask_unit_px=unit), seed=0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"mask_kind": MaskKind.PER_WINDOW}, "mask_kind must be random or block"),
+        ({"mask_ratio": 1.0}, "mask_ratio must lie between 0 and 1, got 1.0"),
+        ({"mask_unit_px": 0}, "must be positive"),
+    ],
+)
+def test_config__refuses(settings, message):
+    with pytest.raises(ValueError, match=message):
+        MaskedImageConfig(**settings)
