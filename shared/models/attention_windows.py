@@ -79,6 +79,10 @@ class Windows:
             terms.append((query @ table.t()).gather(-1, index.expand(query.shape[0], -1, -1)))
         return terms[0], terms[1]
 
+    def keys(self) -> torch.Tensor:
+        """What queries meet: the keys, augmented unless the cheap form of the bias applies."""
+        return self.k if self.bundle.raster else self.augmented_keys()
+
     def augmented_keys(self) -> torch.Tensor:
         """Keys with their one-hot row and column behind: (x, n, d + 2 W (+ 1))."""
         code = self.bundle.key_code
@@ -94,23 +98,26 @@ class Windows:
         return padding_logit(row_bias, col_bias, extent=self.bundle.extent) + shared
 
     def probabilities(
-        self, pairs: slice, queries: slice, keys: torch.Tensor | None
+        self, pairs: slice, queries: slice, key_columns: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Softmax of a block, (x, q, n (+ 1 for the padding)), and its two bias terms."""
+        """Softmax of a block, (x, q, n (+ 1 for the padding)), and its two bias terms.
+
+        ``key_columns`` are ``keys()`` transposed and contiguous: a fifth faster than a transposed view.
+        """
         row_bias, col_bias = self.bias_terms(pairs, queries)
         query, num_keys = self.q[pairs, queries], self.k.shape[1]
         rows, cols = self.bundle.extent
         logits = query.new_empty(*query.shape[:2], num_keys + self.bundle.has_padding)
         real = logits[..., :num_keys]
-        if keys is None:
+        if self.bundle.raster:
             grid = real.unflatten(-1, (rows, cols))
             torch.add(row_bias[..., :rows, None], col_bias[..., None, :cols], out=grid)
-            real.baddbmm_(query, self.k[pairs].transpose(1, 2), alpha=self.scale)
+            real.baddbmm_(query, key_columns[pairs], alpha=self.scale)
         else:
             augmented = torch.cat([query * self.scale, row_bias, col_bias], -1)
             if self.bundle.has_empty:
                 augmented = F.pad(augmented, (0, 1), value=1.0)
-            torch.bmm(augmented, keys[pairs].transpose(1, 2), out=real)
+            torch.bmm(augmented, key_columns[pairs], out=real)
         if self.bundle.has_padding:
             logits[..., num_keys] = self.sink(row_bias, col_bias, query, pairs).to(logits.dtype)
         return torch.softmax(logits, -1, out=logits), row_bias, col_bias

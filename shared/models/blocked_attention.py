@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from samgraft.shared.models.attention_windows import Windows, padding_logit, put, take
 from samgraft.shared.models.window_attention import Bundle
 
-BLOCK_ELEMENTS = 2**20
-"""Logits per block: 4 MiB in float32; 2**18 to 2**21 measured, the attention map of one window stays in cache."""
+BLOCK_ELEMENTS = 2**19
+"""Logits per block: 2 MiB in float32, about what the cache of one core holds (2**17 to 2**21 were measured)."""
 
 
 def _steps(total: int, step: int) -> Iterator[slice]:
@@ -137,10 +137,10 @@ class _Sums:
 
 def _mix(windows: Windows) -> torch.Tensor:
     """Attention of some windows: (x, n, d)."""
-    keys = None if windows.bundle.raster else windows.augmented_keys()
+    key_columns = windows.keys().transpose(1, 2).contiguous()
     mixed, slots = torch.empty_like(windows.q), windows.k.shape[1]
     for pairs, queries in _block_steps(windows.q.shape[0], slots):
-        p, _, _ = windows.probabilities(pairs, queries, keys)
+        p, _, _ = windows.probabilities(pairs, queries, key_columns)
         block = torch.bmm(p[..., :slots], windows.v[pairs])
         if windows.bundle.has_padding:
             block.addcmul_(p[..., slots:], windows.padding_value[pairs, None])
@@ -152,25 +152,26 @@ def _mix_backward(
     windows: Windows, grad_out: torch.Tensor, mixed: torch.Tensor, sums: _Sums
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of queries, keys and values of some windows; adds to ``sums``."""
-    keys = None if windows.bundle.raster else windows.augmented_keys()
-    precise = torch.promote_types(windows.q.dtype, torch.float32)
+    # Keys and values as columns, (x, d, n), make every product below a plain or left-transposed one, the fast kinds.
+    keys, value_columns = windows.keys(), windows.v.transpose(1, 2).contiguous()
+    key_columns = keys.transpose(1, 2).contiguous()
     grad_q = torch.empty_like(windows.q)
-    grad_k = torch.zeros_like(windows.k, dtype=precise)
-    grad_v = torch.zeros_like(windows.v, dtype=precise)
+    precise = torch.promote_types(windows.q.dtype, torch.float32)
+    grad_k, grad_v = (torch.zeros_like(value_columns, dtype=precise) for _ in range(2))
     weight = (grad_out * mixed).sum(-1, keepdim=True)
     slots = windows.k.shape[1]
     for pairs, queries in _block_steps(windows.q.shape[0], slots):
-        p, row_bias, col_bias = windows.probabilities(pairs, queries, keys)
+        p, row_bias, col_bias = windows.probabilities(pairs, queries, key_columns)
         grad, query = grad_out[pairs, queries], windows.q[pairs, queries]
-        grad_v[pairs] += torch.bmm(p[..., :slots].transpose(1, 2), grad)
+        _accumulate(grad_v[pairs], grad, p[..., :slots])
         grad_p = torch.empty_like(p)
-        torch.bmm(grad, windows.v[pairs].transpose(1, 2), out=grad_p[..., :slots])
+        torch.bmm(grad, value_columns[pairs], out=grad_p[..., :slots])
         if windows.bundle.has_padding:
             grad_p[..., slots] = (grad * windows.padding_value[pairs, None]).sum(-1)
         grad_p.sub_(weight[pairs, queries]).mul_(p)
         real = grad_p[..., :slots]
-        grad_k[pairs] += torch.bmm(real.transpose(1, 2), query).mul_(windows.scale)
-        block, grad_row, grad_col = _bias_backward(windows, real, keys, pairs)
+        _accumulate(grad_k[pairs], query, real, scale=windows.scale)
+        block, grad_row, grad_col = _bias_backward(windows, real, keys[pairs])
         if windows.bundle.has_padding:
             sink = (grad_p[..., slots], p[..., slots])
             extra = _sink_backward(windows, sink, grad, (row_bias, col_bias), query, pairs, sums)
@@ -183,24 +184,28 @@ def _mix_backward(
             block += spread @ table
             sums.tables[axis] += spread.flatten(0, 1).t() @ query.flatten(0, 1)
         grad_q[pairs, queries] = block
-    return grad_q, grad_k, grad_v
+    return grad_q, grad_k.transpose(1, 2), grad_v.transpose(1, 2)
+
+
+def _accumulate(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, *, scale: float = 1.0) -> None:
+    """Add the product of ``left`` transposed and ``right``; a sum over many blocks is never kept in half precision."""
+    if total.dtype == left.dtype:
+        total.baddbmm_(left.transpose(1, 2), right, alpha=scale)
+    else:
+        total.add_(torch.bmm(left.transpose(1, 2), right), alpha=scale)
 
 
 def _bias_backward(
-    windows: Windows, grad_logits: torch.Tensor, keys: torch.Tensor | None, pairs: slice
+    windows: Windows, grad_logits: torch.Tensor, keys: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of the queries (through keys) and of the two bias terms (x, q, W)."""
     side, dim = windows.bundle.side, windows.q.shape[-1]
-    if keys is not None:
-        spread = torch.bmm(grad_logits, keys[pairs])
-        return (
-            spread[..., :dim] * windows.scale,
-            spread[..., dim : dim + side],
-            spread[..., dim + side : dim + 2 * side],
-        )
+    spread = torch.bmm(grad_logits, keys)
+    grad_query = spread[..., :dim] * windows.scale
+    if not windows.bundle.raster:
+        return grad_query, spread[..., dim : dim + side], spread[..., dim + side : dim + 2 * side]
     rows, cols = windows.bundle.extent
     grid = grad_logits.unflatten(-1, (rows, cols))
-    grad_query = torch.bmm(grad_logits, windows.k[pairs]).mul_(windows.scale)
     return grad_query, F.pad(grid.sum(-1), (0, side - rows)), F.pad(grid.sum(-2), (0, side - cols))
 
 
