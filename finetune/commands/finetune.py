@@ -1,0 +1,131 @@
+"""``samgraft finetune``: from a stage-1 run (or any SAM weights) and labelled slices to a segmentation model."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from samgraft.shared.cli import Command
+from samgraft.shared.errors import ExitCode, UsageError
+
+if TYPE_CHECKING:
+    from samgraft.finetune.config import FinetuneConfig
+
+log = logging.getLogger(__name__)
+
+RUNS = Path("runs")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.add_argument("--ckpt", help="a stage-1 run, or any image encoder or SAM weights")
+    parser.add_argument("--data", help="labelled slice store; default the tumour demo")
+    parser.add_argument("--modality", default="mri", help="kind of scan (default mri)")
+    parser.add_argument("--model", help="expected architecture: vit_t, vit_b, vit_l, vit_h; default what CKPT holds")
+    parser.add_argument("--method", help="what trains: lora, full; default the preset's")
+    parser.add_argument("--base", help="SAM weights that give prompt encoder and decoder; default CKPT's or the demo's")
+    parser.add_argument("--name", help="run name; default made from CKPT and DATA, so the same command resumes")
+    parser.add_argument("--preset", default="auto", help="a file of configs/finetune; auto takes cpu without a GPU")
+    parser.add_argument("--config", type=Path, help="YAML on top of the preset")
+    parser.add_argument("--dry-run", action="store_true", help="stop after the pre-flight; nothing is written")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. trainer.max_steps=500")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Carry the command out."""
+    if not arguments.ckpt:
+        raise UsageError(
+            f"CKPT must say what to start from{_candidates()}.",
+            next_command="make finetune CKPT=runs/NAME   (make pretrain MODALITY=mri makes one)",
+        )
+    from samgraft.finetune.train import finetune, prepare_seeded
+    from samgraft.shared.training.device import choose_device
+    from samgraft.shared.training.run_folder import RunFolder
+
+    started = time.monotonic()
+    config = build_config(arguments)
+    device = choose_device(config.trainer.device, precision=config.trainer.precision, devices=config.trainer.devices)
+    log.info("device: %s", device.reason)
+    prepared = prepare_seeded(config)
+    from samgraft.finetune.preparation import describe
+
+    for line in describe(prepared):
+        log.info("%s", line)
+    name = arguments.name or default_name(arguments.ckpt, arguments.data)
+    if arguments.dry_run:
+        log.info("dry run: %s would take %d steps; nothing was written.", RUNS / name, config.trainer.max_steps)
+        return int(ExitCode.OK)
+    with RunFolder.open(RUNS, name, config=config, stage="finetune") as folder:
+        if folder.is_complete:
+            log.info("%s is complete already; choose another NAME= to train again.", folder.path)
+        else:
+            log.info("TensorBoard: tensorboard --logdir %s", folder.tb)
+            log.info("Ctrl-C saves and ends; the same command goes on.")
+            finetune(config, folder, device, prepared)
+        _say_end(folder.path, seconds=time.monotonic() - started)
+    return int(ExitCode.OK)
+
+
+def build_config(arguments: argparse.Namespace) -> FinetuneConfig:
+    """Merge preset, file, flags and overrides; without DATA the demo store is made if it is not there."""
+    from samgraft.finetune.config import FinetuneConfig
+    from samgraft.shared.config import load_config, packaged_config
+
+    flags: dict[str, Any] = {"modality": arguments.modality.lower(), "data": {}, "model": {"ckpt": arguments.ckpt}}
+    if arguments.base:
+        flags["model"]["base"] = arguments.base
+    if arguments.model:
+        flags["model"]["arch"] = arguments.model
+    if arguments.method:
+        flags["adapter"] = {"method": arguments.method}
+    if arguments.data:
+        flags["data"]["store"] = arguments.data
+    else:
+        from samgraft.shared.data.demo import demo_data
+
+        paths = demo_data(modality=arguments.modality)
+        flags["data"] |= {"store": str(paths.labelled), "split": str(paths.split)}
+        flags["watch"] = {"log_images": True}  # the demo scans are public
+    layers: list[Any] = [packaged_config(f"finetune/{_preset(arguments.preset)}.yaml")]
+    layers += [arguments.config] if arguments.config else []
+    return load_config(FinetuneConfig, layers=[*layers, flags], overrides=arguments.overrides)
+
+
+def default_name(ckpt: str, data: str | None) -> str:
+    """Return a name that the same CKPT and DATA always give."""
+    path = Path(ckpt)
+    parts = [path.stem if path.is_file() else path.resolve().name]
+    if data:
+        parts.append(Path(data).resolve().name.removesuffix(".zarr"))
+    return "-".join([*parts, "finetune"])
+
+
+def _preset(name: str) -> str:
+    if name != "auto":
+        return name
+    from samgraft.shared.training.device import choose_device
+
+    return "cpu" if choose_device().accelerator == "cpu" else "default"
+
+
+def _candidates() -> str:
+    found = sorted(p.parent.name for p in RUNS.glob("*/encoder")) if RUNS.is_dir() else []
+    return f": {', '.join(f'CKPT=runs/{name}' for name in found[:5])}" if found else "; there is no stage-1 run yet"
+
+
+def _say_end(path: Path, *, seconds: float) -> None:
+    log.info("done in %.1f min", seconds / 60)
+    log.info("  model    %s", path / "model")
+    log.info("  report   %s", path / "report.html")
+    log.info("  next     make evaluate RUN=%s SPLIT=test", path)
+    log.info("  then     make release RUN=%s OUT=releases/%s LICENSE=...", path, path.name)
+
+
+COMMAND = Command(
+    help="stage 2: fine-tune SAM on labelled slices (LoRA in encoder and decoder)",
+    add_arguments=add_arguments,
+    run=run,
+)

@@ -1,0 +1,113 @@
+"""The configuration of stage 2; every part lives next to the code it configures or below."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from samgraft.finetune.adapters import AdapterConfig
+from samgraft.finetune.augment import AugmentConfig
+from samgraft.shared.training.optimizer import OptimizerConfig
+from samgraft.shared.training.trainer import TrainerConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Labelled slices to learn from, and whole scans to validate on."""
+
+    store: str
+    """Labelled slice store (``*.zarr``)."""
+    split: str | None = None
+    """Split file by patient. None takes <store>.split.json beside the store, else draws one with seed 0."""
+    classes: list[int] = field(default_factory=list)
+    """Label ids to learn; empty takes every id of the store. All others count as background."""
+    batch_size: int = 8
+    """Slices per micro-step and process."""
+    num_workers: int = 0
+    """Reader processes. 0 reads in the training process, which keeps up with a CPU."""
+    keep_aspect: bool = True
+    """Pad to a square (right, bottom) instead of squashing."""
+    min_foreground_fraction: float = 0.05
+    """Leave training slices out whose share of non-air pixels is smaller; never slices of validation or test."""
+    foreground_fraction: float = 0.67
+    """Share of training slices that show a class, reached by repeating them; 0 takes slices as they are."""
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    """Random geometry and intensity."""
+    allow_transductive: bool = False
+    """Go on although validation or test patients were in the encoder's pretraining; the card then says so."""
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1 or self.num_workers < 0:
+            raise ValueError(
+                f"data.batch_size must be at least 1 and data.num_workers at least 0, got {self.batch_size} and "
+                f"{self.num_workers}."
+            )
+        if not 0 <= self.foreground_fraction < 1 or not 0 <= self.min_foreground_fraction < 1:
+            raise ValueError("data.foreground_fraction and data.min_foreground_fraction must lie in [0, 1).")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Which weights are tuned."""
+
+    ckpt: str
+    """Stage-1 run, or any encoder or SAM weights."""
+    base: str | None = None
+    """SAM that gives prompt encoder and mask decoder. None takes ``ckpt`` if it is a whole SAM, else the demo's."""
+    arch: str | None = None
+    """Expected architecture; None takes what the file holds."""
+    image_size: int | None = None
+    """Side of the square input in pixels; None takes the encoder's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """Dice and cross-entropy."""
+
+    dice_weight: float = 1.0
+    """Foreground Dice over the batch."""
+    ce_weight: float = 1.0
+    """Cross-entropy over all pixels."""
+
+    def __post_init__(self) -> None:
+        if self.dice_weight < 0 or self.ce_weight < 0 or self.dice_weight + self.ce_weight == 0:
+            raise ValueError("loss.dice_weight and loss.ce_weight must not be negative nor both 0.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WatchConfig:
+    """Validation and what a run shows of itself."""
+
+    validate_every_n_steps: int = 50
+    """Dice on whole validation scans; always at the last step too. The best of these rounds is kept."""
+    num_overlays: int = 6
+    """Slices per scan in TensorBoard and the report."""
+    log_images: bool = False
+    """Write pictures of slices. They are patient images: only the demo scans, which are public, switch it on."""
+    batch_size: int = 8
+    """Slices per forward pass of validation."""
+
+    def __post_init__(self) -> None:
+        if self.validate_every_n_steps < 1 or self.batch_size < 1 or self.num_overlays < 1:
+            raise ValueError("watch.validate_every_n_steps, num_overlays and batch_size must be at least 1.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig:
+    """Everything a stage-2 run is decided by."""
+
+    modality: str
+    """Kind of scan."""
+    seed: int = 0
+    """Order of slices, augmentation, fresh adapter weights."""
+    data: DataConfig
+    model: ModelConfig
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimizerConfig = field(
+        default_factory=lambda: OptimizerConfig(
+            lr=1e-3, weight_decay=0.01, beta2=0.999, warmup_steps=20, final_lr_factor=0.02
+        )
+    )
+    """For ``full`` use a tenth of the rate or less."""
+    trainer: TrainerConfig
+    watch: WatchConfig = field(default_factory=WatchConfig)

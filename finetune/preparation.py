@@ -1,0 +1,165 @@
+"""Everything a fine-tuning decides before it trains: data, classes, weights, what trains; and that in words."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from samgraft.finetune.adapters import adapt, trainable_table
+from samgraft.finetune.augment import SliceAugment
+from samgraft.finetune.classes import ClassTable, choose_classes
+from samgraft.finetune.config import FinetuneConfig
+from samgraft.finetune.inference import InferenceConfig
+from samgraft.finetune.sampling import balance_foreground, has_foreground
+from samgraft.finetune.segmenter import Segmenter, make_room_for_classes
+from samgraft.finetune.starting_point import StartingPoint, find_starting_point
+from samgraft.finetune.validation import labelled_series
+from samgraft.shared.data.dataset import SliceDataset, select_slices
+from samgraft.shared.data.intensity import IntensityPreset
+from samgraft.shared.data.split import Split, load_split, refuse_leak
+from samgraft.shared.data.store import SliceStore
+from samgraft.shared.errors import DataError, UsageError
+from samgraft.shared.models.card import Card
+from samgraft.shared.models.tensor_report import TensorReport
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """A fine-tuning ready to train."""
+
+    store: SliceStore
+    split: Split
+    classes: ClassTable
+    dataset: SliceDataset
+    val_series: list[str]
+    start: StartingPoint
+    segmenter: Segmenter
+    peft_model: PeftModel | None
+    reports: list[TensorReport]
+    inference: InferenceConfig
+    transductive: bool
+
+
+def prepare(config: FinetuneConfig) -> Prepared:
+    """Open data and weights, check that they fit, and adapt the model; writes nothing.
+
+    Raises:
+        DataError, WeightsError, UsageError: If the run could not give a trustworthy result.
+    """
+    store = SliceStore.open(Path(config.data.store))
+    split = load_split(Path(config.data.split) if config.data.split else None, store)
+    classes = choose_classes(store, config.data.classes, train_patients=split.train)
+    val_series = labelled_series(store, split.val)
+    if not val_series:
+        raise DataError(
+            f"validation must have at least one labelled scan, got {len(split.val)} patients and 0 scans. "
+            "Make another split.",
+            where=store.path.name,
+        )
+    start = find_starting_point(
+        Path(config.model.ckpt),
+        base=Path(config.model.base) if config.model.base else None,
+        image_size=config.model.image_size,
+        model=config.model.arch,
+    )
+    transductive = check_leak(start.encoder.card, split, store, allow=config.data.allow_transductive)
+    intensity = intensity_of(start.card, store)
+    dataset = training_set(config, store, split, classes, intensity)
+    if len(dataset) < config.data.batch_size:
+        raise UsageError(
+            f"data.batch_size must be at most the number of training slices {len(dataset)}, got "
+            f"{config.data.batch_size}."
+        )
+    sam, reports = start.build()
+    make_room_for_classes(sam, num_classes=classes.num_classes)
+    peft_model = adapt(sam, config.adapter, num_classes=classes.num_classes)
+    return Prepared(
+        store=store,
+        split=split,
+        classes=classes,
+        dataset=dataset,
+        val_series=val_series,
+        start=start,
+        segmenter=Segmenter(sam, num_classes=classes.num_classes),
+        peft_model=peft_model,
+        reports=reports,
+        inference=InferenceConfig(
+            intensity=intensity, keep_aspect=config.data.keep_aspect, batch_size=config.watch.batch_size
+        ),
+        transductive=transductive,
+    )
+
+
+def training_set(
+    config: FinetuneConfig, store: SliceStore, split: Split, classes: ClassTable, intensity: IntensityPreset
+) -> SliceDataset:
+    """Return the augmented training slices of labelled series, foreground repeated."""
+    labelled = {record.series_id for record in store.series if record.has_label}
+    refs = select_slices(store, split.train, min_foreground_fraction=config.data.min_foreground_fraction)
+    refs = [ref for ref in refs if ref.series_id in labelled]
+    flags = [has_foreground(store, ref, classes) for ref in refs]
+    balanced = balance_foreground(refs, flags, foreground_fraction=config.data.foreground_fraction)
+    augment = SliceAugment(config.data.augment)
+    return SliceDataset(store, balanced, intensity=intensity, augment=augment, seed=config.seed, with_label=True)
+
+
+def check_leak(card: Card | None, split: Split, store: SliceStore, *, allow: bool) -> bool:
+    """Compare the encoder's pretraining patients with validation and test; return whether the run is transductive.
+
+    Raises:
+        DataError: If they overlap and it was not allowed.
+    """
+    manifest: Mapping[str, object] = card.data_manifest if card else {}
+    if not manifest:
+        return False
+    try:
+        refuse_leak(manifest, split, store)
+    except DataError:
+        if not allow:
+            raise
+        log.warning("transductive: validation or test patients were in the pretraining set; the card says so.")
+        return True
+    log.info("no validation or test patient was in the encoder's pretraining set")
+    return False
+
+
+def intensity_of(card: Card, store: SliceStore) -> IntensityPreset:
+    """Return the preset the encoder was pretrained with, else the store's."""
+    if not card.intensity:
+        return store.intensity
+    preset = IntensityPreset.from_dict(card.intensity)
+    if preset != store.intensity:
+        log.info("intensity preset %s of the encoder, not %s of the store", preset.name, store.intensity.name)
+    return preset
+
+
+def describe(prepared: Prepared) -> list[str]:
+    """Return the pre-flight lines on data and weights."""
+    store, split, classes = prepared.store, prepared.split, prepared.classes
+    lines = [f"data: {store.path.name} ({store.modality.value}), {len(store.series)} scans"]
+    for label_id, name in zip(classes.ids, classes.names, strict=True):
+        counts = ", ".join(
+            f"{part} {_voxels(store, split.part(part), label_id):,}" for part in ("train", "val", "test")
+        )
+        lines.append(f"class {label_id} {name}: voxels {counts}")
+    lines.append(
+        f"patients: train {len(split.train)}, val {len(split.val)}, test {len(split.test)}; "
+        f"{len(prepared.dataset)} training slices per epoch, {len(prepared.val_series)} validation scans"
+    )
+    lines += [
+        f"trains: {part} {trainable / 1e6:.3f} of {total / 1e6:.3f} M parameters ({100 * trainable / total:.1f} %)"
+        for part, trainable, total in trainable_table(prepared.segmenter.sam)
+    ]
+    return lines
+
+
+def _voxels(store: SliceStore, patients: tuple[str, ...], label_id: int) -> int:
+    return sum(r.label_voxels.get(label_id, 0) for r in store.series if r.patient_id in patients)

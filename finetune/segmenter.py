@@ -1,0 +1,69 @@
+"""SAM as an automatic segmenter of named classes: no prompt in, one logit map per class out.
+
+Shape letters: N = slices, C = foreground classes, S = side of the encoder's input, h, w = sides of the logits.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from samgraft.shared.models.sam import decode_automatic, to_pixels
+from segment_anything.modeling import Sam
+from torch import Tensor, nn
+
+SAM_MULTIMASK_OUTPUTS = 3
+"""Multimask tokens of every published SAM."""
+
+
+class Segmenter(nn.Module):
+    """Holds a SAM (adapted or not) and the classes' place among its mask tokens."""
+
+    def __init__(self, sam: Sam, *, num_classes: int) -> None:
+        super().__init__()
+        self.sam = sam
+        self.num_classes = num_classes
+
+    @property
+    def image_size(self) -> int:
+        """Side of the input in pixels."""
+        return int(self.sam.image_encoder.image_size)
+
+    def forward(self, images_N1SS: Tensor) -> Tensor:
+        """Return logits (N, C, h, w) at SAM's own, lower resolution; background's logit is 0 and not included.
+
+        Args:
+            images_N1SS: Slices in [0, 1].
+        """
+        pixels = to_pixels(images_N1SS, self.sam.image_encoder.spec)
+        embeddings = self.sam.image_encoder(pixels)
+        logits, _ = decode_automatic(self.sam, embeddings, multimask=self.num_classes > 1)
+        return logits[:, : self.num_classes]
+
+
+def make_room_for_classes(sam: Sam, *, num_classes: int) -> None:
+    """Give the mask decoder more mask tokens when there are more classes than SAM has, in place.
+
+    Up to three classes change nothing and the released file has stock SAM's shape. New tokens, hypernetworks and rows
+    of the IoU head start as copies of SAM's multimask ones, in turn; labels tell them apart.
+    """
+    decoder = sam.mask_decoder
+    present = decoder.num_mask_tokens - 1
+    if num_classes <= max(1, present):
+        return
+    sources = [*range(present + 1), *(1 + i % present for i in range(num_classes - present))]
+    tokens = nn.Embedding(num_classes + 1, decoder.transformer_dim)
+    last = decoder.iou_prediction_head.layers[-1]
+    iou_last = nn.Linear(last.in_features, num_classes + 1)
+    with torch.no_grad():
+        tokens.weight.copy_(decoder.mask_tokens.weight[sources])
+        iou_last.weight.copy_(last.weight[sources])
+        iou_last.bias.copy_(last.bias[sources])
+    hypernetworks = decoder.output_hypernetworks_mlps
+    decoder.output_hypernetworks_mlps = nn.ModuleList(
+        hypernetworks[s] if place <= present else copy.deepcopy(hypernetworks[s]) for place, s in enumerate(sources)
+    )
+    decoder.mask_tokens = tokens
+    decoder.iou_prediction_head.layers[-1] = iou_last
+    decoder.num_multimask_outputs = num_classes
+    decoder.num_mask_tokens = num_classes + 1

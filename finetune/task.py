@@ -1,0 +1,88 @@
+"""task.json beside a model: which classes it segments and how scans must reach it; ``card.json`` says what it is."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from samgraft.finetune.classes import ClassTable
+from samgraft.finetune.inference import InferenceConfig
+from samgraft.shared.data.intensity import IntensityPreset
+from samgraft.shared.errors import WeightsError
+
+SCHEMA = 1
+TASK_FILE = "task.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """Everything beside weights that a prediction or an evaluation needs."""
+
+    class_ids: list[int]
+    class_names: list[str]
+    modality: str
+    image_size: int
+    keep_aspect: bool
+    intensity: dict[str, Any]
+    store_fingerprint: str
+    """Store it was trained on."""
+    split_sha256: str
+    split: dict[str, list[str]]
+    """Pseudonymous patients of train, val and test."""
+    transductive: bool = False
+    """True when the user allowed patients of val or test in pretraining."""
+    trainable_millions: dict[str, float] = field(default_factory=dict)
+    """Trainable parameters per part, in millions."""
+    validation: dict[str, Any] = field(default_factory=dict)
+    """Foreground Dice on validation: zero_shot, start, best, and the step of the best."""
+    schema: int = SCHEMA
+
+    @property
+    def classes(self) -> ClassTable:
+        """Channel order."""
+        return ClassTable(ids=tuple(self.class_ids), names=tuple(self.class_names))
+
+    def inference(self, *, batch_size: int = 8) -> InferenceConfig:
+        """Return how slices reach the encoder."""
+        return InferenceConfig(
+            intensity=IntensityPreset.from_dict(self.intensity), keep_aspect=self.keep_aspect, batch_size=batch_size
+        )
+
+    def write(self, folder: Path) -> None:
+        """Write ``task.json`` through a temporary neighbour."""
+        path = folder / TASK_FILE
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.write_text(json.dumps(dataclasses.asdict(self), indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        temporary.replace(path)
+
+    @classmethod
+    def read(cls, folder: Path) -> Task:
+        """Read a task strictly.
+
+        Raises:
+            WeightsError: If the file is missing, damaged or of another schema.
+        """
+        path = folder / TASK_FILE
+        if not path.is_file():
+            raise WeightsError(
+                f"a fine-tuned model must have {TASK_FILE} beside its weights. Give a finished run or a release.",
+                where=folder.name,
+                next_command="make finetune CKPT=...",
+            )
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            known = {f.name for f in dataclasses.fields(cls)}
+            if values.get("schema") != SCHEMA or set(values) != known:
+                raise WeightsError(
+                    f"{TASK_FILE} must have schema {SCHEMA} and exactly its fields, got schema "
+                    f"{values.get('schema')!r} and other fields {sorted(set(values) ^ known)}.",
+                    where=folder.name,
+                )
+            return cls(**values)
+        except (ValueError, TypeError, AttributeError) as err:
+            if isinstance(err, WeightsError):
+                raise
+            raise WeightsError(f"{TASK_FILE} is damaged.", where=folder.name) from err

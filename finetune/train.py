@@ -1,0 +1,306 @@
+"""Stage 2 from top to bottom: prepare, measure what there is, train, keep the best, merge, report."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from samgraft.finetune.adapters import trainable_table, trainable_tensors
+from samgraft.finetune.config import FinetuneConfig
+from samgraft.finetune.evaluate import summarise, write_evaluation
+from samgraft.finetune.finetune_report import write_report
+from samgraft.finetune.model_folder import write_model
+from samgraft.finetune.module import FinetuneModule
+from samgraft.finetune.overlays import choose_slices, overlay, slice_pictures
+from samgraft.finetune.preparation import Prepared, describe, prepare
+from samgraft.finetune.rounds import ValidationRounds
+from samgraft.finetune.segmenter import Segmenter
+from samgraft.finetune.task import Task
+from samgraft.finetune.validation import CaseResult, mean_dice, measure
+from samgraft.shared.config import config_sha256
+from samgraft.shared.data.dataset import collate_slices
+from samgraft.shared.data.sampler import StepBatchSampler
+from samgraft.shared.data.split import pretrain_manifest
+from samgraft.shared.errors import UsageError, WeightsError
+from samgraft.shared.models.card import Card
+from samgraft.shared.training.device import DeviceChoice
+from samgraft.shared.training.environment import code_revision
+from samgraft.shared.training.loader import build_step_loader
+from samgraft.shared.training.periodic import Boundary, Periodic
+from samgraft.shared.training.resume import LoaderPosition, rng_untouched, seed_process
+from samgraft.shared.training.run_folder import RunFolder
+from samgraft.shared.training.schedule import LearningRate
+from samgraft.shared.training.trainer import fit
+from segment_anything.modeling import Sam
+from torch.utils.data import DataLoader
+
+log = logging.getLogger(__name__)
+
+MERGE_TOLERANCE = 1e-3
+"""Largest absolute difference of logits, which span tens, between the adapted and the merged model in float32."""
+
+
+def finetune(config: FinetuneConfig, run: RunFolder, device: DeviceChoice, prepared: Prepared) -> Path:
+    """Fine-tune SAM on labelled slices; return the folder of the merged model.
+
+    Args:
+        config: Everything the run is decided by.
+        run: Open run folder; a run in it goes on where it stood.
+        device: What to train on.
+        prepared: From ``prepare``, with the same configuration.
+    """
+    _refuse_other_inputs(run, prepared)
+    run.write_run_json(**_provenance(prepared))
+    rounds = ValidationRounds(run.path)
+    if run.is_writer and rounds.record.zero_shot is None:
+        dice = rounds.set_reference("zero_shot", measure_zero_shot(prepared, device.torch_device))
+        log.info("validation Dice of the base weights without training or prompt (zero-shot): %.3f", dice)
+
+    module = FinetuneModule(prepared.segmenter, config, prepared.classes)
+    result = fit(
+        module,
+        config=config.trainer,
+        run=run,
+        device=device,
+        loader_factory=lambda position: _loader(prepared, config, position),
+        batch_size=config.data.batch_size,
+        seed=config.seed,
+        callbacks=[_learning_rate(config)],
+        periodic=[_validation(prepared, config, rounds)],
+        data_fingerprint=prepared.store.fingerprint,
+    )
+    if not run.is_writer:
+        return run.path / "model"
+    sam = restore_best(prepared, rounds)
+    trainable = trainable_table(sam)
+    results = measure(prepared.segmenter, prepared.store, prepared.val_series, prepared.classes, prepared.inference)
+    folder = write_finished(sam, prepared, config, run, rounds, trainable=trainable)
+    evaluation = summarise(results, prepared.store, prepared.classes, part="val")
+    write_evaluation(evaluation, run.path / "evaluation" / "val", provenance={"chosen_on": "this part"})
+    write_report(run, config, prepared, rounds.record, results, trainable=trainable, slices_per_s=result.slices_per_s)
+    rounds.discard_others()
+    run.mark_complete(best_step=rounds.record.best_step, best_dice=round(mean_dice(results) or 0.0, 4))
+    return folder
+
+
+def prepare_seeded(config: FinetuneConfig) -> Prepared:
+    """Prepare with fresh adapter weights drawn from the run's seed; the caller's generators stay as they were."""
+    with rng_untouched():
+        seed_process(config.seed)
+        return prepare(config)
+
+
+def measure_zero_shot(prepared: Prepared, device: torch.device) -> list[CaseResult]:
+    """Measure the base weights in automatic mode on the validation scans."""
+    sam = prepared.start.build_base()
+    segmenter = Segmenter(sam, num_classes=min(prepared.classes.num_classes, sam.mask_decoder.num_multimask_outputs))
+    return measure(segmenter.to(device), prepared.store, prepared.val_series, prepared.classes, prepared.inference)
+
+
+def restore_best(prepared: Prepared, rounds: ValidationRounds) -> Sam:
+    """Put the best round's tensors into the model and return a merged SAM under segment_anything's names.
+
+    Raises:
+        WeightsError: If tensors do not fit or the merged model gives other outputs than the adapted one.
+    """
+    segmenter = prepared.segmenter.cpu().eval()
+    best = load_file(rounds.best_file())
+    trained = trainable_tensors(segmenter.sam)
+    if set(best) != set(trained):
+        raise WeightsError("the best round must hold exactly the trained tensors.", where="best/")
+    with torch.no_grad():
+        for name, parameter in trained.items():
+            parameter.copy_(best[name])
+    return segmenter.sam
+
+
+def write_finished(
+    sam: Sam,
+    prepared: Prepared,
+    config: FinetuneConfig,
+    run: RunFolder,
+    rounds: ValidationRounds,
+    *,
+    trainable: list[tuple[str, int, int]],
+) -> Path:
+    """Write the adapter pair, merge, compare, and write the merged model; the merged one stays in ``prepared``."""
+    folder = run.path / "model"
+    if prepared.peft_model is not None:
+        size = prepared.segmenter.image_size
+        images = torch.rand(2, 1, size, size, generator=torch.Generator().manual_seed(0))
+        prepared.peft_model.save_pretrained(str(folder / "adapter"))
+        with torch.inference_mode():
+            adapted = prepared.segmenter(images)
+        sam = prepared.peft_model.merge_and_unload()
+        prepared.segmenter.sam = sam
+        with torch.inference_mode():
+            difference = float((prepared.segmenter(images) - adapted).abs().max())
+        if not difference <= MERGE_TOLERANCE:
+            raise WeightsError(
+                f"the merged model must give the adapted one's outputs, logits differ by {difference:.1e}.",
+                kept="the adapter, in model/adapter",
+            )
+        log.info("adapters merged: logits differ by %.1e at most", difference)
+    card = finished_card(prepared, config, run)
+    task = finished_task(prepared, config, rounds, trainable={p: round(t / 1e6, 4) for p, t, _ in trainable})
+    write_model(sam, folder, card=card, task=task)
+    return folder
+
+
+def finished_card(prepared: Prepared, config: FinetuneConfig, run: RunFolder) -> Card:
+    """Return the card of the fine-tuned model; the encoder's history goes on in it."""
+    manifest = pretrain_manifest(prepared.store, prepared.split.train)
+    start = prepared.start
+    if start.encoder.card and start.encoder.card.data_manifest:
+        manifest["pretraining"] = start.encoder.card.data_manifest
+    notes = [*start.card.notes]
+    if prepared.transductive:
+        notes.append("transductive: validation or test patients were in the unlabelled pretraining set")
+    return dataclasses.replace(
+        start.card,
+        stage="model",
+        steps=config.trainer.max_steps,
+        slices_seen=config.trainer.max_steps * config.trainer.accumulate * config.data.batch_size,
+        intensity=prepared.inference.intensity.to_dict(),
+        base_name=start.base.name,
+        base_sha256=start.base.sha256,
+        data_manifest=manifest,
+        config_sha256=config_sha256(config),
+        code_revision=code_revision(),
+        notes=notes,
+        weights_sha256=None,
+    )
+
+
+def finished_task(
+    prepared: Prepared, config: FinetuneConfig, rounds: ValidationRounds, *, trainable: dict[str, float]
+) -> Task:
+    """Return what the model segments and how it did on validation."""
+    record, best = rounds.record, rounds.record.best_step
+    validation: dict[str, Any] = {
+        "zero_shot": _rounded(record.zero_shot),
+        "start": _rounded(record.start),
+        "best": _rounded(record.rounds[best]) if best is not None else None,
+        "best_step": best,
+    }
+    split = prepared.split
+    return Task(
+        class_ids=list(prepared.classes.ids),
+        class_names=list(prepared.classes.names),
+        modality=prepared.store.modality.value,
+        image_size=prepared.segmenter.image_size,
+        keep_aspect=config.data.keep_aspect,
+        intensity=prepared.inference.intensity.to_dict(),
+        store_fingerprint=prepared.store.fingerprint,
+        split_sha256=split.sha256,
+        split={"train": list(split.train), "val": list(split.val), "test": list(split.test)},
+        transductive=prepared.transductive,
+        trainable_millions=trainable,
+        validation=validation,
+    )
+
+
+def _validation(prepared: Prepared, config: FinetuneConfig, rounds: ValidationRounds) -> Periodic:
+    def run_round(boundary: Boundary) -> Mapping[str, float]:
+        results = []
+        for series_id in prepared.val_series:
+            boundary.check_stop()
+            results += measure(prepared.segmenter, prepared.store, [series_id], prepared.classes, prepared.inference)
+        if boundary.step == 0:
+            dice = rounds.set_reference("start", results)
+            log.info("validation Dice before training: %.3f", dice)
+        else:
+            rounds.forget_after(boundary.step - 1)
+            dice = rounds.add(boundary.step, results, lambda: _detached(prepared.segmenter.sam))
+            best = rounds.record.best_step
+            log.info("step %d: validation Dice %.3f (best %.3f, step %s)", boundary.step, dice,
+                     rounds.record.rounds[best] if best is not None else dice, best)  # fmt: skip
+        if config.watch.log_images:
+            for number, result in enumerate(results):
+                boundary.add_image(f"images/val_{number}", _panel(prepared, result, number=config.watch.num_overlays))
+        return {"val/dice": dice, **_per_class(results, prepared)}
+
+    return Periodic(
+        name="validation", every_steps=config.watch.validate_every_n_steps, run=run_round, at_start=True, at_end=True
+    )
+
+
+def _per_class(results: list[CaseResult], prepared: Prepared) -> dict[str, float]:
+    evaluation = summarise(results, prepared.store, prepared.classes, part="val")
+    return {f"val/dice/{name}": i.mean for name, i in evaluation.per_class.items() if i is not None}
+
+
+def _panel(prepared: Prepared, result: CaseResult, *, number: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    true = prepared.store.read_label_volume(result.series_id)
+    indexes = choose_slices(true, number=number)
+    pictures = slice_pictures(prepared.store, result.series_id, indexes, intensity=prepared.inference.intensity)
+    tiles = [
+        overlay(image, true_HW=label, predicted_HW=result.predicted[index])
+        for index, (image, label) in zip(indexes, pictures, strict=True)
+    ]
+    return (np.concatenate(tiles, axis=1) * 255).round().astype(np.uint8)
+
+
+def _loader(prepared: Prepared, config: FinetuneConfig, position: LoaderPosition) -> DataLoader[Any]:
+    sampler = StepBatchSampler(
+        len(prepared.dataset),
+        batch_size=config.data.batch_size,
+        seed=config.seed,
+        start_micro_step=position.start_micro_step,
+        num_micro_steps=position.num_micro_steps,
+        rank=position.rank,
+        world_size=position.world_size,
+    )
+    return build_step_loader(
+        prepared.dataset,
+        batch_sampler=sampler,
+        collate_fn=collate_slices,
+        num_workers=config.trainer.num_workers,
+    )
+
+
+def _learning_rate(config: FinetuneConfig) -> LearningRate:
+    return LearningRate(
+        warmup_steps=min(config.optim.warmup_steps, config.trainer.max_steps - 1),
+        max_steps=config.trainer.max_steps,
+        final_factor=config.optim.final_lr_factor,
+    )
+
+
+def _provenance(prepared: Prepared) -> dict[str, Any]:
+    return {
+        "store_fingerprint": prepared.store.fingerprint,
+        "split_sha256": prepared.split.sha256,
+        "encoder_sha256": prepared.start.encoder.sha256,
+        "base_sha256": prepared.start.base.sha256,
+        "tensors": [report.to_dict() for report in prepared.reports],
+        "preflight": describe(prepared),
+    }
+
+
+def _refuse_other_inputs(run: RunFolder, prepared: Prepared) -> None:
+    """A path may hold another file today: a run goes on with the weights it began with, or not at all."""
+    before = run.read_run_json()
+    now = _provenance(prepared)
+    for key in ("store_fingerprint", "split_sha256", "encoder_sha256", "base_sha256"):
+        if before.get(key, now[key]) != now[key]:
+            raise UsageError(
+                f"the run began with another {key.split('_')[0]} ({before[key][:12]}... before, {now[key][:12]}... "
+                "now). Give the old one, or choose another NAME=.",
+                where=run.path.name,
+                kept="the old run, untouched",
+            )
+
+
+def _detached(sam: Sam) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach() for name, parameter in trainable_tensors(sam).items()}
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 4)

@@ -1,0 +1,72 @@
+"""Dice of a model on whole scans of one part of the split; used while training and by ``evaluate``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from samgraft.finetune.classes import ClassTable
+from samgraft.finetune.inference import InferenceConfig, segment_series
+from samgraft.finetune.metrics import ClassScore, class_scores, mean_or_none
+from samgraft.finetune.segmenter import Segmenter
+from samgraft.shared.data.store import SliceStore
+from samgraft.shared.errors import DataError
+
+Labels = npt.NDArray[Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaseResult:
+    """One scan: its scores and the predicted label ids on its own grid."""
+
+    series_id: str
+    patient_id: str
+    scores: tuple[ClassScore, ...]
+    predicted: Labels
+
+    @property
+    def dice(self) -> float | None:
+        """Mean over the classes that can be measured."""
+        return mean_or_none([score.dice for score in self.scores])
+
+
+def labelled_series(store: SliceStore, patient_ids: Iterable[str]) -> list[str]:
+    """Return the labelled series of some patients, in the store's order."""
+    patients = set(patient_ids)
+    return [record.series_id for record in store.series if record.patient_id in patients and record.has_label]
+
+
+def measure(
+    segmenter: Segmenter,
+    store: SliceStore,
+    series_ids: Iterable[str],
+    classes: ClassTable,
+    config: InferenceConfig,
+) -> list[CaseResult]:
+    """Segment and score whole scans; the model and all generators are left as they were."""
+    results = []
+    for series_id in series_ids:
+        predicted = segment_series(segmenter, store, series_id, classes, config)
+        true = store.read_label_volume(series_id).astype(np.int32)
+        results.append(
+            CaseResult(
+                series_id=series_id,
+                patient_id=store.record(series_id).patient_id,
+                scores=tuple(class_scores(predicted, true, classes)),
+                predicted=predicted,
+            )
+        )
+    if not results:
+        raise DataError("0 labelled scans to measure in this part of the split.", where=store.path.name)
+    return results
+
+
+def mean_dice(results: Iterable[CaseResult]) -> float | None:
+    """Return foreground Dice: mean over classes per scan, over scans per patient, then over patients."""
+    per_patient: dict[str, list[float | None]] = {}
+    for result in results:
+        per_patient.setdefault(result.patient_id, []).append(result.dice)
+    return mean_or_none([mean_or_none(values) for values in per_patient.values()])

@@ -1,0 +1,202 @@
+"""What trains, what stays, and that merging changes nothing."""
+
+import re
+
+import pytest
+import torch
+from model_factory import make_sam, tiny_plain_spec, tiny_vit_t_spec
+from samgraft.finetune.adapters import (
+    AdapterConfig,
+    LoraTargets,
+    Method,
+    Scope,
+    adapt,
+    head_names,
+    key_rows,
+    target_pattern,
+    trainable_tensors,
+)
+from samgraft.finetune.loss import SegmentationLoss
+from samgraft.finetune.segmenter import Segmenter, make_room_for_classes
+from torch import nn
+
+SPECS = {"vit_t": (tiny_vit_t_spec(), 32), "plain": (tiny_plain_spec(), 160)}
+
+
+def make_segmenter(family, config, *, num_classes=1):
+    spec, size = SPECS[family]
+    sam = make_sam(spec, image_size=size)
+    make_room_for_classes(sam, num_classes=num_classes)
+    torch.manual_seed(1)
+    peft_model = adapt(sam, config, num_classes=num_classes)
+    return Segmenter(sam, num_classes=num_classes), peft_model
+
+
+def one_step(segmenter, *, num_classes=1, lr=0.1):
+    """Two updates: LoRA's A gets a gradient only once B has left 0."""
+    size = segmenter.image_size
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(2, 1, size, size, generator=generator)
+    channels = torch.randint(0, num_classes + 1, (2, size, size), generator=generator)
+    segmenter.train()
+    optimizer = torch.optim.SGD([p for p in segmenter.parameters() if p.requires_grad], lr=lr)
+    for _ in range(2):
+        optimizer.zero_grad()
+        SegmentationLoss()(segmenter(images), channels).backward()
+        optimizer.step()
+
+
+def changed(before, module):
+    return {name for name, tensor in module.state_dict().items() if not torch.equal(before[name], tensor)}
+
+
+@pytest.mark.parametrize("family", SPECS)
+@pytest.mark.parametrize("scope", Scope)
+@pytest.mark.parametrize("targets", LoraTargets)
+def test_lora__exactly_the_expected_tensors_move(family, scope, targets):
+    config = AdapterConfig(scope=scope, lora_targets=targets, r=2, lora_alpha=2)
+    segmenter, _ = make_segmenter(family, config)
+    before = {name: tensor.clone() for name, tensor in segmenter.sam.state_dict().items()}
+    one_step(segmenter)
+    pattern = target_pattern(SPECS[family][0], config)
+    moved = changed(before, segmenter.sam)
+    adapted = {name.split(".lora_")[0] for name in moved if ".lora_" in name}
+    linear = {n.removesuffix(".base_layer") for n, m in segmenter.sam.named_modules() if isinstance(m, nn.Linear)}
+    assert adapted == {name for name in linear if re.fullmatch(pattern, name)}
+    others = {name for name in moved if ".lora_" not in name}
+    # The mask tokens train through the first hypernetwork and the transformer.
+    expected = {n for n in trainable_tensors(segmenter.sam) if ".modules_to_save." in n}
+    assert others == expected
+    assert {re.sub(r"\.modules_to_save\.default.*", "", name) for name in others} == set(head_names(1))
+    assert any(name.startswith("image_encoder.") for name in moved) is (scope is Scope.ENCODER_DECODER)
+    assert not any(name.startswith("prompt_encoder.") for name in moved)
+    assert not any("running_" in name or "num_batches_tracked" in name for name in moved)
+
+
+@pytest.mark.parametrize("family", SPECS)
+@pytest.mark.parametrize("scope", Scope)
+def test_full__moves_all_that_the_loss_reaches(family, scope):
+    segmenter, peft_model = make_segmenter(family, AdapterConfig(method=Method.FULL, scope=scope))
+    assert peft_model is None
+    before = {name: tensor.clone() for name, tensor in segmenter.sam.state_dict().items()}
+    one_step(segmenter)
+    moved = changed(before, segmenter.sam)
+    trainable = set(trainable_tensors(segmenter.sam))
+    assert moved <= trainable
+    # Softmax does not see a bias that is the same for every key: its gradient is 0 up to rounding.
+    still = {n for n, p in segmenter.sam.named_parameters() if p.requires_grad and not p.grad.any()}
+    assert all(n.endswith("k_proj.bias") for n in still)
+    unreached = {n for n in before if n.startswith("mask_decoder.") and n not in trainable}
+    assert {n.split(".")[1] for n in unreached} == {"iou_prediction_head", "output_hypernetworks_mlps"}
+    assert not any("hypernetworks_mlps.0." in n for n in unreached)
+    assert any(n.startswith("image_encoder.") for n in moved) is (scope is Scope.ENCODER_DECODER)
+
+
+@pytest.mark.parametrize("family", SPECS)
+def test_lora__is_a_no_op_before_training(family):
+    spec, size = SPECS[family]
+    images = torch.rand(2, 1, size, size)
+    plain = Segmenter(make_sam(spec, image_size=size), num_classes=1)
+    segmenter, _ = make_segmenter(family, AdapterConfig(r=2))
+    with torch.no_grad():
+        assert torch.equal(plain(images), segmenter.eval()(images))
+
+
+@pytest.mark.parametrize("family", SPECS)
+def test_lora__merged_equals_unmerged_under_sams_own_names(family):
+    spec, size = SPECS[family]
+    segmenter, peft_model = make_segmenter(family, AdapterConfig(r=2))
+    one_step(segmenter, lr=0.05)
+    images = torch.rand(2, 1, size, size)
+    segmenter.eval()
+    with torch.no_grad():
+        unmerged = segmenter(images)
+        merged_sam = peft_model.merge_and_unload()
+        merged = Segmenter(merged_sam, num_classes=1).eval()(images)
+    torch.testing.assert_close(merged, unmerged, atol=1e-4, rtol=1e-4)
+    original = make_sam(spec, image_size=size)
+    assert set(merged_sam.state_dict()) == set(original.state_dict())
+    with torch.no_grad():
+        start = Segmenter(original, num_classes=1)(images)
+    assert (merged - start).abs().max() > 1e-3
+
+
+def test_key_rows__tiny_vit_has_keys_inside_every_head():
+    spec, _ = SPECS["vit_t"]
+    # Two heads of three wide: head 0 is rows 0-8 (q 0-2, k 3-5, v 6-8), head 1 rows 9-17.
+    assert key_rows(spec, out_features=18, num_heads=2).tolist() == [3, 4, 5, 12, 13, 14]
+
+
+def test_key_rows__plain_vit_has_keys_in_the_middle_third():
+    spec, _ = SPECS["plain"]
+    assert key_rows(spec, out_features=18, num_heads=2).tolist() == [6, 7, 8, 9, 10, 11]
+
+
+@pytest.mark.parametrize("family", SPECS)
+def test_qv__keys_are_not_adapted(family):
+    config = AdapterConfig(lora_targets=LoraTargets.QV, r=2)
+    segmenter, _ = make_segmenter(family, config)
+    one_step(segmenter)
+    spec = SPECS[family][0]
+    found = 0
+    for name, module in segmenter.sam.named_modules():
+        if name.startswith("image_encoder") and name.endswith(".attn") and hasattr(module.qkv, "lora_B"):
+            weight = module.qkv.lora_B["default"].weight
+            rows = key_rows(spec, out_features=weight.shape[0], num_heads=module.num_heads)
+            rest = torch.ones(len(weight), dtype=torch.bool)
+            rest[rows] = False
+            assert torch.count_nonzero(weight[rows]) == 0
+            assert (weight[rest].abs().sum(dim=1) > 0).all()
+            found += 1
+    assert found > 0
+
+
+def test_frozen_layers_keep_no_activations():
+    """Below the first trainable tensor nothing is saved for backward."""
+    segmenter, _ = make_segmenter("vit_t", AdapterConfig(scope=Scope.DECODER, r=2))
+    images = torch.rand(1, 1, 32, 32)
+    embeddings = segmenter.sam.image_encoder(images.repeat(1, 3, 1, 1))
+    assert not embeddings.requires_grad
+    assert segmenter(images).requires_grad
+
+
+@pytest.mark.parametrize("num_classes", [1, 3])
+def test_room__up_to_three_classes_keep_sams_shape(num_classes):
+    spec, size = SPECS["vit_t"]
+    sam = make_sam(spec, image_size=size)
+    before = {k: v.clone() for k, v in sam.state_dict().items()}
+    make_room_for_classes(sam, num_classes=num_classes)
+    assert all(torch.equal(before[k], v) for k, v in sam.state_dict().items())
+    assert Segmenter(sam, num_classes=num_classes)(torch.rand(1, 1, size, size)).shape[1] == num_classes
+
+
+def test_room__more_classes_reuse_sams_tokens_first():
+    spec, size = SPECS["vit_t"]
+    sam = make_sam(spec, image_size=size)
+    images = torch.rand(2, 1, size, size)
+    with torch.no_grad():
+        old = Segmenter(sam, num_classes=3)(images)
+    old_tokens = sam.mask_decoder.mask_tokens.weight.detach().clone()
+    make_room_for_classes(sam, num_classes=5)
+    tokens = sam.mask_decoder.mask_tokens.weight
+    assert torch.equal(tokens[:4], old_tokens)
+    assert torch.equal(tokens[4:], old_tokens[1:3])
+    with torch.no_grad():
+        assert Segmenter(sam, num_classes=5)(images).shape[1] == 5
+    assert old.shape[1] == 3
+    segmenter = Segmenter(sam, num_classes=5)
+    adapt(sam, AdapterConfig(r=2), num_classes=5)
+    one_step(segmenter, num_classes=5)
+    trained = sam.mask_decoder.output_hypernetworks_mlps
+    assert not torch.equal(
+        trained[1].modules_to_save["default"].layers[0].weight, trained[4].modules_to_save["default"].layers[0].weight
+    )
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [({"r": 0}, "adapter.r"), ({"lora_dropout": 1.0}, "lora_dropout"), ({"lora_alpha": 0}, "lora_alpha")],
+)
+def test_adapter_config__refuses(values, message):
+    with pytest.raises(ValueError, match=message):
+        AdapterConfig(**values)
