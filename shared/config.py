@@ -145,6 +145,9 @@ def _make_writable(node: DictConfig | ListConfig) -> None:
     OmegaConf.set_readonly(node, False)
     items = (node._get_node(key) for key in node) if isinstance(node, DictConfig) else iter(node._content or ())
     for child in items:
+        if isinstance(child, DictConfig) and child._is_missing() and dataclasses.is_dataclass(child._metadata.ref_type):
+            # A required section: expanded now, because merging would expand it read-only. Its leaves stay required.
+            child._set_value(OmegaConf.structured(child._metadata.ref_type))
         if isinstance(child, DictConfig | ListConfig) and not child._is_none() and not child._is_missing():
             _make_writable(child)
 
