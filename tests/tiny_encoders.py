@@ -1,7 +1,6 @@
 """Encoders small enough that a training step takes milliseconds; the shapes keep what matters of the real ones."""
 
 import torch
-
 from samgraft.shared.models.architecture import Arch, ArchSpec, PlainShape, Stem, TinyShape
 from samgraft.shared.models.image_encoder import build_image_encoder
 

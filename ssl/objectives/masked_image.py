@@ -11,7 +11,7 @@ the bit; with ``true`` it reads the image embeddings behind the neck, and the ne
 Shape letters: B = slices, S = image size in pixels, h, w = feature rows and columns, C = channels.
 
 Source: Xie et al., SimMIM (CVPR 2022): mask tokens in place, L1 on hidden pixels, a light head. Liu et al., A ConvNet
-for the 2020s (CVPR 2022): the decoder's block.
+for the 2020s (CVPR 2022): the decoder's block. Tian et al., SparK (ICLR 2023): a decoder with skip connections.
 """
 
 from __future__ import annotations
@@ -56,6 +56,10 @@ class MaskedImageConfig:
     """Whether SAM's neck is trained too. False keeps it bit for bit; stage 2 trains it in either case."""
     decoder_dim: int = 192
     """Channels of the decoder."""
+    decoder_sees_pixels: bool = False
+    """Give the decoder the visible pixels too, holes smoothed over, beside the encoder's features (a skip connection as
+    in SparK). Pictures get sharp in a short run, because grey values need not pass through the encoder, which is then
+    asked only for what smoothing cannot know. False sends everything through the encoder, as SimMIM does."""
     num_decoder_blocks: int = 2
     """Depth of the decoder. Light on purpose: what the decoder can do by itself, the encoder need not learn."""
 
@@ -89,9 +93,10 @@ class DecoderBlock(nn.Module):
 class PixelDecoder(nn.Module):
     """Features (B, C, h, w) -> one grey value per pixel (B, 1, h * stride, w * stride). Starts by answering zero."""
 
-    def __init__(self, in_dim: int, *, dim: int, num_blocks: int, stride: int) -> None:
+    def __init__(self, in_dim: int, *, dim: int, num_blocks: int, stride: int, sees_pixels: bool) -> None:
         super().__init__()
         self.stride = stride
+        self.embed_pixels = nn.Conv2d(stride * stride + 1, dim, kernel_size=1) if sees_pixels else None
         self.norm = nn.GroupNorm(1, in_dim)
         self.embed = nn.Conv2d(in_dim, dim, kernel_size=1)
         self.blocks = nn.Sequential(*(DecoderBlock(dim) for _ in range(num_blocks)))
@@ -101,10 +106,35 @@ class PixelDecoder(nn.Module):
         nn.init.zeros_(self.to_pixels.weight)
         nn.init.zeros_(self.to_pixels.bias)  # type: ignore[arg-type]
 
-    def forward(self, features_BChw: torch.Tensor) -> torch.Tensor:
-        """Return the guessed picture in units of the target."""
-        hidden_BChw = self.blocks(self.embed(self.norm(features_BChw)))
+    def forward(self, features_BChw: torch.Tensor, seen_B1SS: torch.Tensor, hidden_B1SS: torch.Tensor) -> torch.Tensor:
+        """Return the guessed picture in units of the target.
+
+        Args:
+            features_BChw: From the encoder.
+            seen_B1SS: The picture with its holes smoothed over, in units of the target.
+            hidden_B1SS: True = hidden pixel.
+        """
+        hidden_BChw = self.embed(self.norm(features_BChw))
+        if self.embed_pixels is not None:
+            holes_B1hw = hidden_B1SS[:, :, :: self.stride, :: self.stride].to(seen_B1SS.dtype)
+            pixels_BPhw = torch.cat([F.pixel_unshuffle(seen_B1SS, self.stride), holes_B1hw], dim=1)
+            hidden_BChw = hidden_BChw + self.embed_pixels(pixels_BPhw)
+        hidden_BChw = self.blocks(hidden_BChw)
         return F.pixel_shuffle(self.to_pixels(self.last_norm(hidden_BChw)), self.stride)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Guess:
+    """One pass through encoder and decoder."""
+
+    picture_B1SS: torch.Tensor
+    """In units of the target."""
+    features_BChw: torch.Tensor
+    hidden_B1SS: torch.Tensor
+    mean: torch.Tensor
+    """What was subtracted from the grey values, broadcastable to them."""
+    std: torch.Tensor
+    """What divided the grey values, broadcastable to them."""
 
 
 class MaskedImage(nn.Module):
@@ -126,25 +156,22 @@ class MaskedImage(nn.Module):
         self.mask_token = nn.Parameter(torch.zeros(encoder.mask_token_dim), requires_grad=stem_is_trained(encoder))
         in_dim = encoder.spec.neck_dim if config.train_neck else encoder.feature_dim
         self.decoder = PixelDecoder(
-            in_dim, dim=config.decoder_dim, num_blocks=config.num_decoder_blocks, stride=encoder.stride
+            in_dim,
+            dim=config.decoder_dim,
+            num_blocks=config.num_decoder_blocks,
+            stride=encoder.stride,
+            sees_pixels=config.decoder_sees_pixels,
         )
 
     def loss(self, images_B1SS: torch.Tensor, *, sample_counters: Sequence[int], step: int) -> ObjectiveLoss:
         """Return the mean absolute error over hidden pixels. ``step`` is not used."""
-        mask_Bhw = self._masks(sample_counters).to(images_B1SS.device)
-        guess_B1SS, features_BChw = self._guess(images_B1SS, mask_Bhw)
-        hidden_B1SS = upsample_mask(mask_Bhw, image_size=images_B1SS.shape[-1])
-        mean_B1SS, std_B1SS = self._units(images_B1SS, hidden_B1SS)
-        error_B1SS = (guess_B1SS.float() - (images_B1SS - mean_B1SS) / std_B1SS).abs()
-        num_hidden = hidden_B1SS.sum()
-        total = (error_B1SS * hidden_B1SS).sum() / num_hidden
-        with torch.no_grad():
-            grey_error = (error_B1SS * std_B1SS * hidden_B1SS).sum() / num_hidden
-        return ObjectiveLoss(
-            total=total,
-            parts={"grey_error": grey_error},
-            features_BC=features_BChw.detach().float().mean((2, 3)),
-        )
+        guess = self._guess(images_B1SS, sample_counters)
+        error_B1SS = (guess.picture_B1SS - (images_B1SS - guess.mean) / guess.std).abs()
+        num_hidden = guess.hidden_B1SS.sum()
+        total = (error_B1SS * guess.hidden_B1SS).sum() / num_hidden
+        grey_error = (error_B1SS.detach() * guess.std * guess.hidden_B1SS).sum() / num_hidden
+        features_BC = guess.features_BChw.detach().float().mean((2, 3))
+        return ObjectiveLoss(total=total, parts={"grey_error": grey_error}, features_BC=features_BC)
 
     def after_step(self, step: int) -> None:
         """Nothing to do: there is no teacher."""
@@ -152,13 +179,10 @@ class MaskedImage(nn.Module):
     @torch.no_grad()
     def panel(self, images_B1SS: torch.Tensor, *, sample_counters: Sequence[int]) -> Panel:
         """Return input, what the encoder saw, its guess, and the guess in the holes of the input."""
-        mask_Bhw = self._masks(sample_counters).to(images_B1SS.device)
-        guess_B1SS, _ = self._guess(images_B1SS, mask_Bhw)
-        hidden_B1SS = upsample_mask(mask_Bhw, image_size=images_B1SS.shape[-1])
-        mean_B1SS, std_B1SS = self._units(images_B1SS, hidden_B1SS)
-        grey_B1SS = (guess_B1SS.float() * std_B1SS + mean_B1SS).clamp(0, 1)
-        seen_B1SS = images_B1SS.masked_fill(hidden_B1SS, 0.5)
-        filled_B1SS = torch.where(hidden_B1SS, grey_B1SS, images_B1SS)
+        guess = self._guess(images_B1SS, sample_counters)
+        grey_B1SS = (guess.picture_B1SS * guess.std + guess.mean).clamp(0, 1)
+        seen_B1SS = images_B1SS.masked_fill(guess.hidden_B1SS, 0.5)
+        filled_B1SS = torch.where(guess.hidden_B1SS, grey_B1SS, images_B1SS)
         columns = torch.stack([images_B1SS, seen_B1SS, grey_B1SS, filled_B1SS]).squeeze(2)
         return Panel(columns=("input", "visible", "output", "output in the holes"), images_KBHW=columns.float().cpu())
 
@@ -184,11 +208,24 @@ class MaskedImage(nn.Module):
             kind=self.config.mask_kind,
         )
 
-    def _guess(self, images_B1SS: torch.Tensor, mask_Bhw: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        pixels_B3SS = to_pixels(images_B1SS, self.encoder.spec)
-        features_BChw = self.encoder.forward_features(pixels_B3SS, token_mask_Bhw=mask_Bhw, mask_token=self.mask_token)
+    def _guess(self, images_B1SS: torch.Tensor, sample_counters: Sequence[int]) -> _Guess:
+        mask_Bhw = self._masks(sample_counters).to(images_B1SS.device)
+        features_BChw = self.encoder.forward_features(
+            to_pixels(images_B1SS, self.encoder.spec), token_mask_Bhw=mask_Bhw, mask_token=self.mask_token
+        )
         read_BChw = self.encoder.neck(features_BChw) if self.config.train_neck else features_BChw
-        return self.decoder(read_BChw), features_BChw
+        hidden_B1SS = upsample_mask(mask_Bhw, image_size=images_B1SS.shape[-1])
+        mean, std = self._units(images_B1SS, hidden_B1SS)
+        seen_B1SS = torch.zeros_like(images_B1SS)
+        if self.config.decoder_sees_pixels:
+            # In units of the visible pixels whatever the target: those of hidden squares would give them away.
+            visible_mean, visible_std = _visible_statistics(images_B1SS, hidden_B1SS)
+            smooth_B1SS = fill_by_smoothing(images_B1SS, hidden_B1SS, sigma_px=self.config.mask_unit_px / 2)
+            seen_B1SS = (torch.where(hidden_B1SS, smooth_B1SS, images_B1SS) - visible_mean) / visible_std
+        picture_B1SS = self.decoder(read_BChw, seen_B1SS, hidden_B1SS).float()
+        return _Guess(
+            picture_B1SS=picture_B1SS, features_BChw=features_BChw, hidden_B1SS=hidden_B1SS, mean=mean, std=std
+        )
 
     def _units(self, images_B1SS: torch.Tensor, hidden_B1SS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return what is subtracted from and divides the grey values, see ``PixelTarget``."""

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-
 from samgraft.ssl.masking import MaskKind, token_masks, upsample_mask
 from samgraft.ssl.objectives.masked_image import (
     MaskedImage,
@@ -61,17 +60,16 @@ def test_loss__by_hand_in_units_of_each_hidden_square():
 def test_loss__visible_pixels_do_not_enter():
     objective = warm(make_objective())
     images, hidden = slices(), hidden_pixels()
-    _, features = objective._guess(images, objective._masks(COUNTERS))
-    guess = objective.decoder(features)
-    mean, std = objective._units(images, hidden)
-    by_hand = (guess - (images - mean) / std).abs()[hidden].mean()
+    guess = objective._guess(images, COUNTERS)
+    assert torch.equal(guess.hidden_B1SS, hidden)
+    by_hand = (guess.picture_B1SS - (images - guess.mean) / guess.std).abs()[hidden].mean()
     result = objective.loss(images, sample_counters=COUNTERS, step=0)
     torch.testing.assert_close(result.total, by_hand)
 
 
-@pytest.mark.parametrize("train_neck", [False, True])
-def test_output__does_not_depend_on_hidden_pixels(train_neck):
-    objective = warm(make_objective(train_neck=train_neck))
+@pytest.mark.parametrize("settings", [{}, {"train_neck": True}, {"decoder_sees_pixels": True}])
+def test_output__does_not_depend_on_hidden_pixels(settings):
+    objective = warm(make_objective(**settings))
     images, hidden = slices(), hidden_pixels()
     changed = torch.where(hidden, torch.rand_like(images), images)
     first = objective.panel(images, sample_counters=COUNTERS)
@@ -102,6 +100,21 @@ def test_gradient_flow__everything_moves_but_the_neck_and_the_statistics():
 def test_gradient_flow__the_neck_moves_when_asked():
     objective = warm(make_objective(train_neck=True))
     assert moved_by_one_step(objective) == parameter_names(objective)
+
+
+def test_gradient_flow__the_skip_connection_moves_too():
+    objective = warm(make_objective(decoder_sees_pixels=True))
+    moved = moved_by_one_step(objective)
+    assert moved == parameter_names(objective, without=["encoder.neck"])
+    assert "decoder.embed_pixels.weight" in moved
+
+
+def test_output__with_unit_target_does_not_see_the_squares_own_statistics():
+    objective = warm(make_objective(decoder_sees_pixels=True, target=PixelTarget.UNIT))
+    images, hidden = slices(), hidden_pixels()
+    changed = torch.where(hidden, torch.rand_like(images), images)
+    first, second = (objective._guess(x, COUNTERS).picture_B1SS for x in (images, changed))
+    assert torch.equal(first, second)
 
 
 def test_gradient_flow__frozen_depths_and_the_mask_token_below_them_stay():

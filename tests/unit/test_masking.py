@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-
 from samgraft.ssl.masking import MaskKind, hidden_count, token_masks, upsample_mask
 
 
