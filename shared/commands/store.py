@@ -50,9 +50,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_source_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--modality", default="mri", help="mri, ct, xray or ultrasound")
-    parser.add_argument(
-        "--planes", default="", help="axial,coronal,sagittal: these planes of near-isotropic scans"
-    )
+    parser.add_argument("--planes", default="", help="axial,coronal,sagittal: these planes of near-isotropic scans")
     parser.add_argument("--patient-pattern", help="regular expression on paths; its first group is the patient")
     parser.add_argument("--site-pattern", help="the same for site or scanner")
     parser.add_argument("--label-map", default="", help="1=1,4=3,9=0: label id in the files = in the store, 0 drops it")

@@ -94,9 +94,9 @@ def _is_role_folder(name: str) -> bool:
 def _labels_by_key(index: FileIndex, options: SourceOptions, found: Discovery) -> dict[str, list[LabelFiles]]:
     entries: list[tuple[str, str | None, Path]] = []
     for path in index.of(ScanFormat.NIFTI, ScanFormat.NRRD, ScanFormat.NUMPY):
-        key = label_key(path, index.root)
-        if key is not None:
-            entries.append((key[0], key[1], path))
+        found_key = label_key(path, index.root)
+        if found_key is not None:
+            entries.append((*found_key, path))
     class_ids = {name: n for n, name in enumerate(sorted({name for _, name, _ in entries if name}), start=1)}
     if class_ids:
         found.label_names = {number: name for name, number in class_ids.items()}
@@ -121,10 +121,9 @@ def _add_pictures(
         ordered = tuple(sorted(paths, key=natural_order))
         relative = place.relative_to(index.root).as_posix()
         is_label = label_key(ordered[0], index.root)
-        if options.pictures_are_scans:
-            key = is_label[0] if is_label else image_key(place, index.root)
-        else:
-            key = image_key(place / "stack", index.root)
+        key = image_key(place if options.pictures_are_scans else place / "stack", index.root)
+        if is_label is not None and options.pictures_are_scans:
+            key = is_label[0]
         scan = ScanFiles(format=ScanFormat.IMAGES, paths=ordered, name=relative)
         if is_label:
             label = LabelFiles(scan=scan, ids=options.label_map, round_values=options.round_labels)

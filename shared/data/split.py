@@ -240,7 +240,7 @@ def _part_counts(sizes: Sequence[int], fractions: Sequence[float]) -> tuple[int,
         while fractions[part] > 0 and start + count < len(sizes) - 1:
             size = sizes[start + count]
             # Take the group if that brings the part nearer to its size; the first one always.
-            if count and abs(patients + size - wanted) >= abs(patients - wanted):
+            if count and abs(patients + size - wanted) > abs(patients - wanted) + 1e-9:
                 break
             patients += size
             count += 1

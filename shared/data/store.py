@@ -25,10 +25,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import zarr
 from samgraft.shared.data.intensity import IntensityPreset
 from samgraft.shared.data.orientation import Plane
 from samgraft.shared.data.series import SeriesRecord, image_name, label_name
+from samgraft.shared.data.shard import ShardedArray
 from samgraft.shared.data.volume import Modality
 from samgraft.shared.errors import DataError
 
@@ -51,7 +51,7 @@ class SliceStore:
         self.intensity = IntensityPreset.from_dict(manifest["intensity"])
         self.series: tuple[SeriesRecord, ...] = tuple(SeriesRecord.from_dict(r) for r in manifest["series"])
         self._by_id = {record.series_id: record for record in self.series}
-        self._arrays: dict[tuple[str, str], Any] = {}
+        self._arrays: dict[tuple[str, str], ShardedArray] = {}
 
     @classmethod
     def open(cls, path: Path | str) -> SliceStore:
@@ -99,23 +99,21 @@ class SliceStore:
 
     def read_slice(self, series_id: str, slice_index: int, *, plane: Plane | None = None) -> Array:
         """Return one slice (H, W) in native units and dtype; None takes the main plane."""
-        record = self.record(series_id)
-        return self._read(record, image_name(plane or record.plane, record.plane), slice_index)
+        return self._array(self.record(series_id), plane, label=False).read(slice_index)
 
     def read_label_slice(self, series_id: str, slice_index: int, *, plane: Plane | None = None) -> Array:
         """Return the label ids (H, W) of one slice."""
-        record = self._labelled(series_id)
-        return self._read(record, label_name(plane or record.plane, record.plane), slice_index)
+        return self._array(self._labelled(series_id), plane, label=True).read(slice_index)
 
     def read_volume(self, series_id: str, *, plane: Plane | None = None) -> Array:
         """Return all slices (Z, H, W) in native units and dtype."""
-        record = self.record(series_id)
-        return self._read(record, image_name(plane or record.plane, record.plane), slice(None))
+        array = self._array(self.record(series_id), plane, label=False)
+        return np.stack([array.read(index) for index in range(array.shape_zyx[0])])
 
     def read_label_volume(self, series_id: str, *, plane: Plane | None = None) -> Array:
         """Return the label ids (Z, H, W) of all slices."""
-        record = self._labelled(series_id)
-        return self._read(record, label_name(plane or record.plane, record.plane), slice(None))
+        array = self._array(self._labelled(series_id), plane, label=True)
+        return np.stack([array.read(index) for index in range(array.shape_zyx[0])])
 
     def _labelled(self, series_id: str) -> SeriesRecord:
         record = self.record(series_id)
@@ -123,20 +121,22 @@ class SliceStore:
             raise DataError(f"series {series_id} has no label.", where=self.path.name)
         return record
 
-    def _read(self, record: SeriesRecord, name: str, index: int | slice) -> Array:
-        key = (record.series_id, name)
-        try:
-            if key not in self._arrays:
-                location = self.path / SERIES / record.series_id / name
-                self._arrays[key] = zarr.open_array(location, mode="r")
-            return np.asarray(self._arrays[key][index])
-        except (RuntimeError, ValueError, KeyError, OSError, zarr.errors.BaseZarrError) as err:
+    def _array(self, record: SeriesRecord, plane: Plane | None, *, label: bool) -> ShardedArray:
+        plane = plane or record.plane
+        if plane not in record.planes:
+            have = ", ".join(p.value for p in record.planes)
             raise DataError(
-                f"slice {index} of {name} could not be decoded ({type(err).__name__}): the store is damaged.",
-                where=f"{self.path.name}/{SERIES}/{record.series_id}",
-                kept="the source scans",
-                next_command=f"samgraft store check {self.path.name}",
-            ) from err
+                f"series {record.series_id} has no {plane.value} slices, only {have}.", where=self.path.name
+            )
+        name = label_name(plane, record.plane) if label else image_name(plane, record.plane)
+        key = (record.series_id, name)
+        if key not in self._arrays:
+            where = f"{self.path.name}/{SERIES}/{record.series_id}/{name}"
+            shape_zyx = record.planes[plane].shape_zyx
+            self._arrays[key] = ShardedArray(
+                self.path / SERIES / record.series_id / name, shape_zyx=shape_zyx, where=where
+            )
+        return self._arrays[key]
 
     def _check_files(self) -> None:
         for record in self.series:

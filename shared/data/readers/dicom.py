@@ -49,7 +49,7 @@ class Frame:
     @property
     def normal(self) -> npt.NDArray[np.float64]:
         """Direction across the slices."""
-        return np.cross(self.row_direction, self.column_direction)
+        return np.asarray(np.cross(self.row_direction, self.column_direction), dtype=np.float64)
 
 
 def read_dicom_series(paths: Sequence[Path], *, where: str, allow_gaps: bool = False) -> RawScan:
@@ -278,7 +278,7 @@ def _step_vector(frames: Sequence[Frame], order: npt.NDArray[np.intp], step: flo
     """The vector between neighbouring slices: from the positions, so that a tilted stack shows as shear."""
     first, last = frames[order[0]], frames[order[-1]]
     if len(frames) == 1:
-        return first.normal * step
+        return np.asarray(first.normal * step)
     whole = last.origin - first.origin
     return np.asarray(whole * (step / abs(float(whole @ first.normal))))
 
