@@ -34,6 +34,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "setting up $(VENV) (once, about a minute and 6 GB, plus downloads)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
 	  { echo "error: $(PYTHON) cannot make an environment (Debian and Ubuntu: apt install python3-venv)."; exit 2; }
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(BIN)/python -m ensurepip >/dev/null
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[dev]'
 	@touch $@
@@ -75,7 +76,7 @@ test-slow: $(STAMP) ## real shapes and long runs too | make test-slow
 check: $(STAMP) imports types ## format, lint, types, one-way imports, spelling | make check
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
-	@$(BIN)/codespell README.md CHANGELOG.md CONTRIBUTING.md ssl finetune shared configs tests benchmarks docs
+	@$(BIN)/codespell README.md CHANGELOG.md CONTRIBUTING.md ssl finetune shared configs tests benchmarks
 
 # Static checkers see the namespace package through a tree of links. import-linter wants an __init__.py in every
 # package and ssl/ may not have one, so that its children are linked one by one beside an empty one.
