@@ -10,7 +10,7 @@ import logging
 import re
 from dataclasses import dataclass
 from enum import Enum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from samgraft.shared.errors import WeightsError
@@ -112,7 +112,8 @@ def adapt(sam: Sam, config: AdapterConfig, *, num_classes: int) -> PeftModel | N
         modules_to_save=heads,
     )
     peft_model = get_peft_model(sam, peft_config)
-    targeted = set(peft_model.base_model.targeted_module_names)
+    names: Any = peft_model.base_model.targeted_module_names
+    targeted = set(names)
     if targeted != expected or not targeted:
         raise WeightsError(f"LoRA must sit in {len(expected)} layers, peft placed it in {len(targeted)}.")
     if config.lora_targets is LoraTargets.QV and config.scope is Scope.ENCODER_DECODER:

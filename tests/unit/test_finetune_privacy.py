@@ -1,0 +1,129 @@
+"""The gate before a release finds a canary in every place it could hide, and passes what is clean."""
+
+import getpass
+import json
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from samgraft.finetune import privacy
+from samgraft.finetune.privacy import refuse_findings, scan_folder
+from samgraft.shared.errors import DataError
+
+NAME = "Jane^Canary"
+KNOWN = ["CanaryHospital"]
+
+
+@pytest.fixture
+def clean(tmp_path: Path) -> Path:
+    """A folder like a release: hashes, decimals, tensors, a zip with torch's own digits."""
+    folder = tmp_path / "release"
+    folder.mkdir()
+    generator = torch.Generator().manual_seed(0)
+    tensors = {"image_encoder.w": torch.randn(500, 500, generator=generator), "i": torch.arange(100000)}
+    save_file(tensors, folder / "sam.safetensors", metadata={"format": "pt"})
+    torch.save(tensors, folder / "sam.pth")
+    facts = {"sha256": "0123456789" * 6 + "abcd", "dice": 0.8123456, "revision": "1234567890" * 4}
+    (folder / "card.json").write_text(json.dumps(facts))
+    (folder / "README.md").write_text("# A model\n\n93.7 M parameters, Dice 0.812.\n")
+    return folder
+
+
+def test_gate__passes_a_clean_release(clean):
+    assert scan_folder(clean, known=KNOWN) == []
+    refuse_findings([])
+
+
+def in_readme(text):
+    def plant(folder):
+        with (folder / "README.md").open("a") as file:
+            file.write(f"\nseen by {text} today\n")
+
+    return plant
+
+
+def in_card(folder):
+    (folder / "card.json").write_text(json.dumps({"notes": ["from canaryhospital"]}))
+
+
+def in_tensor_name(folder):
+    save_file({"CanaryHospital.w": torch.zeros(3)}, folder / "sam.safetensors")
+
+
+def in_tensor_metadata(folder):
+    save_file({"w": torch.zeros(3)}, folder / "sam.safetensors", metadata={"from": "/home/jane/scans"})
+
+
+def in_tensor_bytes(folder):
+    raw = torch.tensor(list(b"....patient MRN12345678 ...."), dtype=torch.uint8)
+    save_file({"w": raw}, folder / "sam.safetensors")
+
+
+def in_utf16_bytes(folder):
+    raw = torch.tensor(list("CanaryHospital".encode("utf-16-le")), dtype=torch.uint8)
+    save_file({"w": raw}, folder / "sam.safetensors")
+
+
+def in_pickle(folder):
+    torch.save({"args": "/home/jane/scans/a.nii", "w": torch.zeros(2)}, folder / "sam.pth")
+
+
+def in_archive_root(folder):
+    torch.save({"w": torch.zeros(2)}, folder / "MRN12345678_best.pth")
+    (folder / "MRN12345678_best.pth").rename(folder / "sam.pth")
+
+
+def in_file_name(folder):
+    (folder / "CanaryHospital.txt").write_text("x")
+
+
+def in_folder_name(folder):
+    (folder / "scan_20260101").mkdir()
+
+
+def far_inside(folder):
+    (folder / "blob.bin").write_bytes(b"\0" * 9000 + b"jane.canary@hospital.example" + b"\0" * 100)
+
+
+def on_a_chunk_border(folder):
+    (folder / "blob.bin").write_bytes(b"\0" * 995 + b"CanaryHospital" + b"\0" * 2000)
+
+
+def as_event_file(folder):
+    (folder / "events.out.tfevents").write_bytes(b"x")
+
+
+PLANTS = [
+    in_readme(NAME), in_readme("jane@hospital.example"), in_readme("1.2.840.113619.2.55.3.604688"),
+    in_readme("ID 4711081500"), in_readme("/home/jane/x"), in_readme("CANARYHOSPITAL"),
+    in_readme(socket.gethostname()), in_readme(str(Path.home()) + "/x") if str(Path.home()) != "/" else in_card,
+    in_card, in_tensor_name, in_tensor_metadata, in_tensor_bytes, in_utf16_bytes, in_pickle, in_archive_root,
+    in_file_name, in_folder_name, far_inside, on_a_chunk_border, as_event_file,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("plant", PLANTS, ids=lambda p: p.__qualname__)
+def test_gate__finds_the_canary(clean, plant, monkeypatch):
+    monkeypatch.setattr(privacy, "CHUNK", 1000)
+    plant(clean)
+    findings = scan_folder(clean, known=KNOWN)
+    assert findings
+    with pytest.raises(DataError, match="identifies a person or a machine") as refusal:
+        refuse_findings(findings)
+    assert "Canary" not in refusal.value.what.replace("CanaryHospital.txt", "").replace("CanaryHospital.w", "")
+
+
+def test_gate__finds_the_user_as_a_word(clean, monkeypatch):
+    monkeypatch.setattr(getpass, "getuser", lambda: "kim")
+    (clean / "README.md").write_text("skimming is no finding\n")
+    assert scan_folder(clean) == []
+    (clean / "README.md").write_text("made by kim\n")
+    assert [f.kind for f in scan_folder(clean)] == ["user name"]
+
+
+def test_gate__refuses_what_it_cannot_search(clean):
+    (clean / "link").symlink_to(clean / "README.md")
+    with pytest.raises(DataError, match="plain files only"):
+        scan_folder(clean)
