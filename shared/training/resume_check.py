@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import shlex
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -45,7 +47,7 @@ def check_resumable(
             f"the run was started with {before} process{'es' * (before > 1)} and must go on with as many, got "
             f"{world_size}. trainer.allow_resize=true goes on anyway: same order of samples, not the same bits.",
             where="trainer.devices",
-            next_command=f"torchrun --nproc-per-node {before} -m samgraft.shared ..."
+            next_command=f"torchrun --no-python --nproc-per-node {before} {shlex.join(['samgraft', *sys.argv[1:]])}"
             if before > 1
             else continue_command,
         )

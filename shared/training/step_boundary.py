@@ -80,8 +80,10 @@ class StepBoundary(Checkpoint):
         self._state = state
         self._rng_to_restore: dict[str, Tensor] | None = None
         self._rng_of_step: dict[str, Tensor] = {}
+        self._buffers_of_step: dict[str, Tensor] = {}
         self._batch: Any = None
         self._micro_steps = 0
+        self._at_whole_step = False
         self._last_save = time.monotonic()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -115,7 +117,10 @@ class StepBoundary(Checkpoint):
             self._rng_to_restore = None
         if self._micro_steps % self.books.accumulate == 0:
             self._rng_of_step = capture_rng()
+            # Batch norm's statistics change in the forward pass, before anyone can see that a loss is not finite.
+            self._buffers_of_step = {name: buffer.clone() for name, buffer in pl_module.named_buffers()}
         self._batch = batch
+        self._at_whole_step = False
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -141,9 +146,15 @@ class StepBoundary(Checkpoint):
             self.plan.every_steps - step % self.plan.every_steps, trainer.max_steps - step
         )
         self.progress.resume_clock()
+        self._at_whole_step = True
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Write the values that were collected."""
+        """Save the last whole step if the loader failed after it; write the values that were collected."""
+        if self._at_whole_step and trainer.world_size == 1 and isinstance(exception, Exception):
+            try:
+                self._save(trainer, pl_module, trainer.global_step)
+            except OSError as err:
+                log.warning("The last step could not be saved: %s", err)
         self.step_log.close()
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -160,6 +171,8 @@ class StepBoundary(Checkpoint):
         name = f"nan-step-{step}"
         self.step_log.flush()
         batch = batch_tensors(self._batch)
+        for buffer_name, buffer in trainer.lightning_module.named_buffers():
+            buffer.copy_(self._buffers_of_step[buffer_name])
         self._write(trainer, trainer.lightning_module, step - 1, name=name, rng=self._rng_of_step, batch=batch)
         last = newest_name(self.run.checkpoints)
         rate = max(float(group["lr"]) for group in trainer.optimizers[0].param_groups)

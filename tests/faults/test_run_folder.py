@@ -1,0 +1,134 @@
+"""A run folder belongs to one configuration and one process, and says so before anything is written."""
+
+from __future__ import annotations
+
+import getpass
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from samgraft.shared.errors import StorageError, UsageError
+from samgraft.shared.training.metrics_log import MetricsLog
+from samgraft.shared.training.run_folder import RunFolder, keys_that_may_change
+from tiny_training import TinyConfig, tiny_config
+
+
+def open_run(root: Path, name: str = "a", *, stage: str = "pretrain", **settings: object) -> RunFolder:
+    return RunFolder.open(root, name, config=tiny_config(**settings), stage=stage)
+
+
+def snapshot(root: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file() and ".lock" not in p.name}
+
+
+def test_same_configuration__taken_up(tmp_path: Path) -> None:
+    open_run(tmp_path).close()
+    before = snapshot(tmp_path)
+    open_run(tmp_path, num_workers=3, save_every_steps=99).close()
+    assert snapshot(tmp_path) == before
+
+
+def test_other_configuration__refused_naming_the_keys(tmp_path: Path) -> None:
+    open_run(tmp_path).close()
+    before = snapshot(tmp_path)
+    message = (
+        r"another configuration, 2 differences: trainer\.max_steps: 15 -> 20; trainer\.clip_grad_norm: 1\.0 -> None"
+    )
+    with pytest.raises(UsageError, match=message):
+        open_run(tmp_path, max_steps=20, clip_grad_norm=None)
+    assert snapshot(tmp_path) == before
+    open_run(tmp_path).close()  # the refusal has let go of the lock
+
+
+def test_other_stage__refused(tmp_path: Path) -> None:
+    open_run(tmp_path).close()
+    with pytest.raises(UsageError, match="another stage than finetune"):
+        open_run(tmp_path, stage="finetune")
+
+
+def test_what_may_change__is_a_known_list() -> None:
+    names = (
+        "devices num_workers log_every_steps save_every_steps save_every_min keep_last keep_every_steps allow_resize "
+        "resume_from"
+    )
+    assert set(keys_that_may_change(TinyConfig)) == {"note", *(f"trainer.{name}" for name in names.split(" "))}
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "a\nb", "x" * 201])
+def test_bad_names__refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UsageError, match="must be a plain folder name"):
+        open_run(tmp_path, name)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["dä ta", "患者 1", "-x", "it's"])
+def test_odd_names__work(tmp_path: Path, name: str) -> None:
+    with open_run(tmp_path, name) as run:
+        assert run.path == tmp_path / name
+
+
+def test_file_in_the_way__refused(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("x")
+    with pytest.raises(UsageError, match="a is a file"):
+        open_run(tmp_path)
+
+
+def test_foreign_folder__refused(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "scan.txt").write_text("x")
+    with pytest.raises(UsageError, match=r"holds no run .*scan\.txt"):
+        open_run(tmp_path)
+
+
+def test_unwritable_place__exit_5(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(StorageError, match="cannot be written: Permission denied"):
+        open_run(tmp_path)
+
+
+def test_second_process__refused_with_the_holder(tmp_path: Path) -> None:
+    with open_run(tmp_path):
+        script = (
+            f"import sys; sys.path.insert(0, {str(Path(__file__).parents[1])!r})\n"
+            "from filelock import FileLock\nfrom pathlib import Path\n"
+            f"lock = FileLock(Path({str(tmp_path)!r}) / 'a' / '.lock')\n"
+            "try: lock.acquire(timeout=0)\nexcept Exception as e: print(type(e).__name__)"
+        )
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == "Timeout"
+        with pytest.raises(UsageError, match=rf"in use by process {os.getpid()} on {socket.gethostname()} since 20"):
+            open_run(tmp_path)
+    open_run(tmp_path).close()
+
+
+def test_run_json__has_versions_but_no_names_of_people_or_places(tmp_path: Path) -> None:
+    with open_run(tmp_path) as run:
+        run.write_run_json(data_fingerprint="abc")
+        run.mark_complete(encoder_sha256="def")
+        assert run.is_complete
+    text = (tmp_path / "a" / "run.json").read_text()
+    facts = json.loads(text)
+    assert facts["data_fingerprint"] == "abc"
+    assert facts["encoder_sha256"] == "def"
+    assert facts["versions"]["torch"].startswith("2.")
+    for secret in (str(tmp_path), str(Path.home()), socket.gethostname(), getpass.getuser()):
+        assert len(secret) < 4 or secret not in text
+    assert [p.name for p in (tmp_path / "a").iterdir() if "holder" in p.name] == []
+
+
+def test_metrics__torn_last_line_and_later_steps_dropped(tmp_path: Path) -> None:
+    metrics = MetricsLog(tmp_path / "metrics.jsonl")
+    for step in range(1, 6):
+        metrics.append(step, {"train/loss": 1 / step})
+    with metrics.path.open("a") as file:
+        file.write('{"step": 6, "train/l')
+    assert [line["step"] for line in metrics.read()] == [1, 2, 3, 4, 5]
+    assert metrics.truncate_after(3) == {"step": 3, "train/loss": 1 / 3}
+    assert metrics.path.read_text() == '{"step": 1, "train/loss": 1.0}\n{"step": 2, "train/loss": 0.5}\n'

@@ -1,0 +1,199 @@
+"""Signals: finish the step, save, exit 75; a second Ctrl-C ends at once; nobody else is disturbed."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from samgraft.shared.errors import SamgraftError, StoppedAndSaved
+from samgraft.shared.training.failures import explain_failure
+from samgraft.shared.training.periodic import Boundary, Periodic
+from samgraft.shared.training.signals import StopRequest, listening
+from tiny_dataset import FatalDataset, PatientDataset
+from tiny_training import At, TinyModule, curve, final_bytes, noisy_validation, tiny_config, tiny_fit
+
+
+def send(number: int) -> None:
+    os.kill(os.getpid(), number)
+
+
+def same(root: Path) -> bool:
+    return final_bytes(root, "whole", 15) == final_bytes(root, "killed", 15) and curve(root, "whole") == curve(
+        root, "killed"
+    )
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT])
+def test_signal__saves_this_step_and_exits_75(tmp_path: Path, number: signal.Signals) -> None:
+    handlers = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
+    with pytest.raises(StoppedAndSaved, match=rf"{number.name} asked to stop; everything is saved at step 6\.") as stop:
+        tiny_fit(tmp_path, "killed", tiny_config(), callbacks=[At(6, lambda: send(number))])
+    assert stop.value.exit_code == 75
+    assert stop.value.next_command == "make pretrain NAME=killed"
+    assert stop.value.where == "killed/checkpoints/step-000006"
+    assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == handlers
+    tiny_fit(tmp_path, "killed", tiny_config())
+    tiny_fit(tmp_path, "whole", tiny_config())
+    assert same(tmp_path)
+
+
+def test_signal_in_validation__dropped_and_made_up_for(tmp_path: Path) -> None:
+    def interrupted(boundary: Boundary) -> dict[str, float]:
+        if boundary.step == 9:
+            send(signal.SIGTERM)
+        return noisy_validation(boundary) if boundary.step != 9 else (boundary.check_stop() or {})
+
+    tasks = [Periodic(name="validation", every_steps=3, run=interrupted, at_start=True)]
+    with pytest.raises(StoppedAndSaved, match="at step 9"):
+        tiny_fit(tmp_path, "killed", tiny_config(), periodic=tasks)
+    assert "val/score" not in dict(curve(tmp_path, "killed"))[9]
+    tiny_fit(tmp_path, "killed", tiny_config())
+    tiny_fit(tmp_path, "whole", tiny_config())
+    assert same(tmp_path)
+
+
+def test_signal_in_the_last_validation__made_up_for_without_training(tmp_path: Path) -> None:
+    def interrupted(boundary: Boundary) -> dict[str, float]:
+        if boundary.step == 15:
+            send(signal.SIGTERM)
+            boundary.check_stop()
+        return noisy_validation(boundary)
+
+    tasks = [Periodic(name="validation", every_steps=3, run=interrupted, at_start=True)]
+    with pytest.raises(StoppedAndSaved, match="at step 15"):
+        tiny_fit(tmp_path, "killed", tiny_config(), periodic=tasks)
+    result = tiny_fit(tmp_path, "killed", tiny_config())
+    assert result.best == tiny_fit(tmp_path, "whole", tiny_config()).best
+    assert same(tmp_path)
+
+
+def test_fifty_signals_at_random_times__state_is_whole(tmp_path: Path) -> None:
+    finished = threading.Event()
+
+    def pester() -> None:
+        chance = random.Random(1)
+        for _ in range(50):
+            time.sleep(chance.random() * 0.004)
+            if finished.is_set():
+                return
+            send(signal.SIGUSR1)
+
+    def start() -> None:
+        threading.Thread(target=pester, daemon=True).start()
+
+    def train() -> None:
+        with listening(StopRequest()):  # the last ones may come after the training has ended
+            try:
+                tiny_fit(tmp_path, "killed", tiny_config(max_steps=100), callbacks=[At(2, start)])
+            finally:
+                finished.set()
+                time.sleep(0.02)
+
+    with pytest.raises(StoppedAndSaved):
+        train()
+    assert not list((tmp_path / "killed" / "checkpoints").glob("*.tmp"))
+    assert tiny_fit(tmp_path, "killed", tiny_config(max_steps=100)).step == 100
+
+
+SCRIPT = """
+import sys, time, threading, os, signal
+from samgraft.shared.training.signals import StopRequest, listening
+stop = StopRequest()
+stop.kept = "the verified state step-000004"
+with listening(stop):
+    for _ in range(2):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.1)
+    print("still here")
+"""
+
+
+def test_second_ctrl_c__ends_at_once_with_130() -> None:
+    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=60, env=os.environ)
+    assert done.returncode == 130
+    assert "SIGINT: stopping after this step, saving everything (Ctrl-C again ends at once)" in done.stderr
+    assert "kept   the verified state step-000004" in done.stderr
+    assert "still here" not in done.stdout
+
+
+def test_workers__ignore_signals_of_the_group(tmp_path: Path) -> None:
+    """A scheduler signals every process of the job; the workers must live until the parent has its last batch."""
+
+    signalled: list[int] = []
+
+    def whole_group() -> None:
+        forkservers = _children(os.getpid())
+        signalled.extend(worker for server in forkservers for worker in _children(server))
+        for pid in signalled:
+            os.kill(pid, signal.SIGTERM)
+            os.kill(pid, signal.SIGUSR1)
+
+    config = tiny_config(num_workers=2)
+    with pytest.raises(StoppedAndSaved, match="at step 12"):
+        tiny_fit(tmp_path, "killed", config, callbacks=[At(6, whole_group), At(12, lambda: send(signal.SIGTERM))])
+    assert len(signalled) == 2
+
+
+def test_worker_killed__said_in_words(tmp_path: Path) -> None:
+    message = r"a data worker died \((signal Killed|unexpectedly), likely out of memory\)"
+    with pytest.raises(SamgraftError, match=message) as refusal:
+        tiny_fit(tmp_path, "killed", tiny_config(num_workers=2), dataset=FatalDataset(at_sample=40))
+    assert refusal.value.next_command == "the same with trainer.num_workers=1"
+    # Sample 40 belongs to step 11; the workers are up to four batches ahead. The last whole step was saved.
+    assert re.fullmatch(r"the verified state step-0000(0[6-9]|10)", str(refusal.value.kept))
+    tiny_fit(tmp_path, "killed", tiny_config())
+    tiny_fit(tmp_path, "whole", tiny_config())
+    assert same(tmp_path)
+
+
+def test_worker_hangs__said_in_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("samgraft.shared.training.loader.WORKER_TIMEOUT_S", 1)
+    with pytest.raises(SamgraftError, match="no data worker delivered a batch in time"):
+        tiny_fit(tmp_path, "a", tiny_config(num_workers=1), dataset=PatientDataset(at_sample=8))
+
+
+def test_out_of_memory__names_the_same_global_batch(tmp_path: Path) -> None:
+    class Greedy(TinyModule):
+        def training_step(self, batch: dict[str, Any]) -> dict[str, Any]:
+            if self.trainer.global_step == 5:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+            return super().training_step(batch)
+
+    with pytest.raises(SamgraftError, match=r"out of memory with batch_size 4 and trainer\.accumulate 1") as refusal:
+        tiny_fit(tmp_path, "a", tiny_config(), module=Greedy)
+    assert refusal.value.exit_code == 7
+    assert refusal.value.kept == "the verified state step-000004"
+    assert "a batch of 2 with trainer.accumulate=2: the same global batch" in str(refusal.value.next_command)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("DataLoader worker (pid 7) is killed by signal: Bus error. It is possible", "shared memory is full"),
+        ("DataLoader worker (pid(s) 3, 4) exited unexpectedly", "a data worker died (unexpectedly"),
+        ("unable to write to file </torch_1>: No space left on device (28), /dev/shm", "shared memory is full"),
+    ],
+)
+def test_loader_failures__said_in_words(text: str, message: str) -> None:
+    error = explain_failure(RuntimeError(text), batch_size=4, accumulate=1, num_workers=4, kept="all")
+    assert isinstance(error, SamgraftError)
+    assert message in str(error)
+
+
+def test_other_failures__stay_themselves() -> None:
+    error = KeyError("x")
+    assert explain_failure(error, batch_size=4, accumulate=1, num_workers=0, kept="all") is error
+
+
+def _children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]

@@ -1,0 +1,296 @@
+"""Training states: a damaged one is never used, a full disk or a kill never costs an older one."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import resource
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from samgraft.shared.errors import NumericalError, StorageError, WeightsError
+from samgraft.shared.training import tensor_file
+from samgraft.shared.training.state_tree import flatten_state, unflatten_state
+from samgraft.shared.training.training_state import (
+    find_damage,
+    finished_states,
+    newest_state,
+    prune_states,
+    read_state,
+    write_state,
+)
+from tiny_training import At, Killed, TinyModule, curve, die, final_bytes, tiny_config, tiny_fit
+
+
+def write(parent: Path, step: int, *, size: int = 100) -> Path:
+    tensors = {"model.w": torch.arange(size, dtype=torch.float32) + step, "model.empty": torch.zeros(0, 3)}
+    rng = [{"torch": torch.get_rng_state()}]
+    return write_state(
+        parent, f"step-{step:06d}", step=step, record={"world_size": 1}, tensors=tensors, rng_per_rank=rng
+    )
+
+
+def test_written_state__is_plain_safetensors(tmp_path: Path) -> None:
+    tensors = {
+        "a": torch.tensor([1.5, float("nan"), float("inf")]),
+        "b.bf16": torch.tensor([[1.0, 2.0]], dtype=torch.bfloat16),
+        "c": torch.tensor(3, dtype=torch.int64),
+        "d": torch.tensor([True, False]),
+        "e": torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last),
+        "f": torch.arange(6).reshape(2, 3).T,
+    }
+    digest = tensor_file.write_tensors(tmp_path / "t.safetensors", tensors)
+    assert tensor_file.file_sha256(tmp_path / "t.safetensors") == digest.sha256
+    loaded = load_file(tmp_path / "t.safetensors")
+    assert loaded.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert loaded[name].dtype == tensor.dtype
+        assert torch.equal(loaded[name].nan_to_num(), tensor.nan_to_num()), name
+
+
+def test_nested_state__round_trip_keeps_types_and_bits() -> None:
+    state = {
+        "state": {0: {"step": torch.tensor(3.0)}},
+        "groups": [{"betas": (0.1, 1 / 3), "lr": float("inf"), "x": None}],
+    }
+    tensors: dict[str, torch.Tensor] = {}
+    text = json.dumps(flatten_state(state, prefix="optimizer", tensors=tensors))
+    assert list(tensors) == ["optimizer.state.0.step"]
+    assert unflatten_state(json.loads(text), tensors) == state
+    with pytest.raises(TypeError, match=r"extra.path must be a tensor, number, .* got PosixPath"):
+        flatten_state({"path": Path()}, prefix="extra", tensors={})
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda p: flip(p / "state.safetensors"), "state.safetensors: sha256 mismatch"),
+        (lambda p: flip(p / "state.json"), "state.json: sha256 mismatch"),
+        (lambda p: flip(p / "rng-0000.safetensors"), "rng-0000.safetensors: sha256 mismatch"),
+        (lambda p: flip(p / "manifest.json", at=0), "manifest.json is damaged"),
+        (lambda p: (p / "manifest.json").write_text('{"files": 3}'), "manifest.json is damaged"),
+        (lambda p: (p / "manifest.json").unlink(), "no manifest.json"),
+        (lambda p: (p / "state.json").unlink(), "state.json is missing"),
+        (lambda p: os.truncate(p / "state.safetensors", 50), "state.safetensors has 50 of "),
+    ],
+)
+def test_damaged_state__set_aside_and_older_one_used(tmp_path, damage, message, caplog) -> None:
+    write(tmp_path, 297)
+    damage(write(tmp_path, 300))
+    with caplog.at_level("WARNING"):
+        chosen = newest_state(tmp_path)
+    assert chosen == tmp_path / "step-000297"
+    assert f"step-000300: {message}" in caplog.text
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-000297", "step-000300.corrupt"]
+
+
+def test_all_states_damaged__not_started_from_zero(tmp_path: Path) -> None:
+    for step in (1, 2):
+        flip(write(tmp_path, step) / "state.safetensors")
+    for _ in range(2):  # the second time, they are already set aside
+        with pytest.raises(WeightsError, match="all 2 training states of the run are damaged"):
+            newest_state(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-000001.corrupt", "step-000002.corrupt"]
+
+
+def test_unfinished_state__ignored_with_a_message(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write(tmp_path, 297)
+    write(tmp_path, 300).rename(tmp_path / "step-000300.tmp")
+    with caplog.at_level("WARNING"):
+        assert newest_state(tmp_path) == tmp_path / "step-000297"
+    assert "step-000300.tmp is incomplete" in caplog.text
+
+
+def test_newest__by_step_not_by_time(tmp_path: Path) -> None:
+    for step in (9, 1000000, 100):
+        os.utime(write(tmp_path, step), (1, 1) if step == 1000000 else None)
+    assert [p.name for p in finished_states(tmp_path)] == ["step-000009", "step-000100", "step-1000000"]
+    assert newest_state(tmp_path) == tmp_path / "step-1000000"
+
+
+def test_files_are_flushed_before_the_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+    fsync, rename = os.fsync, Path.rename
+
+    def note_fsync(descriptor: int) -> None:
+        events.append("sync " + Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        fsync(descriptor)
+
+    def note_rename(self: Path, target: Path) -> Path:
+        events.append(f"rename {self.name}")
+        return rename(self, target)
+
+    monkeypatch.setattr(os, "fsync", note_fsync)
+    monkeypatch.setattr(Path, "rename", note_rename)
+    write(tmp_path, 3)
+    assert events == [
+        "sync state.safetensors",
+        "sync state.json",
+        "sync rng-0000.safetensors",
+        "sync manifest.json",
+        "sync step-000003.tmp",
+        "rename step-000003.tmp",
+        f"sync {tmp_path.name}",
+    ]
+
+
+@pytest.mark.parametrize("die_at", range(6))
+def test_killed_while_writing__older_state_survives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, die_at: int
+) -> None:
+    older = write(tmp_path, 297)
+    calls = iter(range(100))
+
+    def dying_fsync(_: int) -> None:
+        if next(calls) == die_at:
+            raise Killed
+
+    monkeypatch.setattr(os, "fsync", dying_fsync)
+    with pytest.raises(Killed):
+        write(tmp_path, 300)
+    expected = "step-000300" if die_at == 5 else older.name  # 5: renamed, only its name not yet flushed
+    assert newest_state(tmp_path) == tmp_path / expected
+    assert find_damage(older) is None
+    assert find_damage(write(tmp_path, 300)) is None, "the leftovers are no hindrance"
+
+
+def test_prune__keeps_two_the_best_and_milestones(tmp_path: Path) -> None:
+    for step in range(10, 80, 10):
+        write(tmp_path, step)
+    prune_states(tmp_path, keep_last=2, keep_steps={20}, keep_every=30)
+    assert [p.name for p in finished_states(tmp_path)] == [f"step-0000{n}" for n in (20, 30, 60, 70)]
+    prune_states(tmp_path, keep_last=0, keep_steps=set(), keep_every=None)
+    assert [p.name for p in finished_states(tmp_path)] == ["step-000060", "step-000070"]
+
+
+def test_full_disk__exit_5_and_older_state_kept(tmp_path: Path) -> None:
+    write(tmp_path, 297)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
+    try:
+        with pytest.raises(StorageError, match="step-000300 could not be written: File too large") as refusal:
+            write(tmp_path, 300, size=1000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert refusal.value.exit_code == 5
+    assert refusal.value.kept == "the verified state step-000297"
+    assert [p.name for p in tmp_path.iterdir()] == ["step-000297"]
+    assert newest_state(tmp_path) == tmp_path / "step-000297"
+
+
+@pytest.mark.parametrize(("code", "tries"), [(errno.ENOSPC, 1), (errno.EDQUOT, 1), (errno.EIO, 3), (errno.ESTALE, 3)])
+def test_failing_disk__network_errors_are_tried_again(tmp_path, monkeypatch, code, tries) -> None:
+    calls = []
+
+    def failing(_: int, __: memoryview) -> int:
+        calls.append(1)
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(tensor_file.os, "write", failing)
+    monkeypatch.setattr(tensor_file.time, "sleep", lambda _: None)
+    with pytest.raises(StorageError, match=os.strerror(code)):
+        write(tmp_path, 1)
+    assert len(calls) == tries
+
+
+def test_full_disk_in_training__older_state_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.write
+    armed: list[bool] = []
+
+    def full(descriptor: int, data: memoryview) -> int:
+        if armed and "step-" in os.readlink(f"/proc/self/fd/{descriptor}"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(descriptor, data)
+
+    monkeypatch.setattr(tensor_file.os, "write", full)
+    with pytest.raises(StorageError, match="No space left on device") as refusal:
+        tiny_fit(tmp_path, "killed", tiny_config(), callbacks=[At(6, lambda: armed.append(True))])
+    assert refusal.value.kept == "the verified state step-000004"
+    armed.clear()
+    tiny_fit(tmp_path, "killed", tiny_config())
+    tiny_fit(tmp_path, "whole", tiny_config())
+    assert final_bytes(tmp_path, "whole", 15) == final_bytes(tmp_path, "killed", 15)
+
+
+def test_disk_need__refused_before_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=10**6)
+    monkeypatch.setattr("samgraft.shared.training.disk_need.shutil.disk_usage", lambda _: usage)
+    with pytest.raises(StorageError, match=r"needs 0\.07 GB for its training states"):
+        tiny_fit(tmp_path, "a", tiny_config())
+    assert not (tmp_path / "a" / "checkpoints").exists()
+
+
+def test_full_disk_in_the_logs__training_goes_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def lose_logs() -> None:
+        (tmp_path / "a" / "metrics.jsonl").unlink(missing_ok=True)
+        (tmp_path / "a" / "metrics.jsonl").mkdir()  # as unwritable as a full disk
+
+    with caplog.at_level("WARNING"):
+        result = tiny_fit(tmp_path, "a", tiny_config(), callbacks=[At(6, lose_logs)])
+    assert result.step == 15
+    assert caplog.text.count("metrics.jsonl cannot be written") == 1
+
+
+def test_nan__stops_before_the_update_and_can_be_replayed(tmp_path: Path) -> None:
+    with pytest.raises(NumericalError, match=r"loss is nan and gradient norm nan at step 7 ") as refusal:
+        tiny_fit(tmp_path, "a", tiny_config(), nan_at=7)
+    assert refusal.value.kept == "last good state: step-000004"
+    assert refusal.value.next_command == "replay: make pretrain NAME=a trainer.resume_from=nan-step-7"
+    assert [step for step, _ in curve(tmp_path, "a")] == list(range(7))
+    kept = tmp_path / "a" / "nan-step-7"
+    state = read_state(kept)
+    assert state.step == 6
+    assert all(t.isfinite().all() for name, t in state.tensors.items() if t.is_floating_point())
+    assert load_file(kept / "batch.safetensors")["batch.image"].shape == (4, 3, 6, 6)
+    with pytest.raises(NumericalError, match="at step 7"):
+        tiny_fit(tmp_path, "a", tiny_config(resume_from="nan-step-7"), nan_at=7)
+    # The replayable state is exact: without the NaN it leads to the same end as a run that never had one.
+    tiny_fit(tmp_path, "a", tiny_config(resume_from="nan-step-7"))
+    tiny_fit(tmp_path, "whole", tiny_config())
+    assert final_bytes(tmp_path, "whole", 15) == final_bytes(tmp_path, "a", 15)
+
+
+def test_gradient_clipping__limits_the_norm(tmp_path: Path) -> None:
+    norms = []
+
+    class Watch(TinyModule):
+        def optimizer_step(self, *args, **kwargs):
+            super().optimizer_step(*args, **kwargs)
+            norms.append(
+                float(torch.nn.utils.get_total_norm([p.grad for p in self.parameters() if p.grad is not None]))
+            )
+
+    tiny_fit(tmp_path, "a", tiny_config(max_steps=3, clip_grad_norm=0.25), module=Watch)
+    assert norms == pytest.approx([0.25] * 3, rel=1e-4)
+
+
+def test_module_hook_after_the_save__refused(tmp_path: Path) -> None:
+    class Late(TinyModule):
+        def on_train_batch_end(self, *_):
+            """Would run after the state was saved."""
+
+    with pytest.raises(TypeError, match="Late must not define on_train_batch_end"):
+        tiny_fit(tmp_path, "a", tiny_config(), module=Late)
+
+
+def test_killed__leaves_the_file_permissions_of_the_folder(tmp_path: Path) -> None:
+    before = os.umask(0o007)
+    try:
+        with pytest.raises(Killed):
+            tiny_fit(tmp_path, "a", tiny_config(), callbacks=[At(6, die)])
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a/checkpoints/step-000004/state.safetensors").stat().st_mode & 0o777 == 0o660
+
+
+def flip(path: Path, *, at: int = -3) -> None:
+    data = bytearray(path.read_bytes())
+    data[at] ^= 0x40
+    path.write_bytes(data)

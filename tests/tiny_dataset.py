@@ -1,0 +1,47 @@
+"""Samples for the tiny run; apart from it because loader workers import this module, and Lightning takes seconds."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+
+NUM_SAMPLES = 26
+BATCH_SIZE = 4  # 6 batches per epoch, 2 samples dropped
+
+
+class TinyDataset(Dataset[dict[str, Any]]):
+    """Noise that depends on the sample counter alone."""
+
+    def __len__(self) -> int:
+        return NUM_SAMPLES
+
+    def __getitem__(self, item: tuple[int, int]) -> dict[str, Any]:
+        index, sample_counter = item
+        noise = torch.randn(3, 6, 6, generator=torch.Generator().manual_seed(sample_counter))
+        return {"image": noise + index / 10, "sample_counter": sample_counter}
+
+
+class FatalDataset(TinyDataset):
+    """Is killed like a worker that ran out of memory."""
+
+    def __init__(self, *, at_sample: int) -> None:
+        self.at_sample = at_sample
+
+    def __getitem__(self, item: tuple[int, int]) -> dict[str, Any]:
+        if item[1] == self.at_sample:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__getitem__(item)
+
+
+class PatientDataset(FatalDataset):
+    """Hangs."""
+
+    def __getitem__(self, item: tuple[int, int]) -> dict[str, Any]:
+        if item[1] == self.at_sample:
+            time.sleep(60)
+        return TinyDataset.__getitem__(self, item)

@@ -1,0 +1,207 @@
+"""Schedules, parameter groups, devices, generators: the parts of the engine that are plain functions."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from samgraft.shared.errors import UsageError
+from samgraft.shared.training import device as device_module
+from samgraft.shared.training.device import choose_device, cpu_has_fast_bf16, tune_cpu
+from samgraft.shared.training.optimizer import OptimizerConfig, build_optimizer, parameter_groups
+from samgraft.shared.training.periodic import Periodic, evaluating
+from samgraft.shared.training.progress import format_duration
+from samgraft.shared.training.report import running_mean
+from samgraft.shared.training.resume import capture_rng, restore_rng, rng_untouched, seed_process
+from samgraft.shared.training.schedule import LearningRate, cosine, warmup_cosine
+from samgraft.shared.training.trainer import TrainerConfig, state_bytes
+from torch import nn
+
+
+@pytest.mark.parametrize(("step", "expected"), [(0, 0.25), (3, 1.0), (4, 1.0), (8, 0.55), (12, 0.1), (99, 0.1)])
+def test_warmup_cosine__known_points(step: int, expected: float) -> None:
+    assert warmup_cosine(step, warmup_steps=4, max_steps=12, final_factor=0.1) == pytest.approx(expected)
+
+
+def test_cosine__from_start_to_end() -> None:
+    assert [cosine(s, start=0.996, end=1.0, last_step=10) for s in (0, 5, 10, 20)] == pytest.approx(
+        [0.996, 0.998, 1.0, 1.0]
+    )
+
+
+def test_warmup_longer_than_run__refused() -> None:
+    with pytest.raises(ValueError, match="warmup_steps must be at least 0 and below max_steps, got 10 of 10"):
+        LearningRate(warmup_steps=10, max_steps=10)
+
+
+class Encoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch_embed = nn.Linear(4, 4)
+        self.pos_embed = nn.Parameter(torch.zeros(1, 2, 2, 4))
+        self.blocks = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
+        self.norm = nn.LayerNorm(4)
+        self.head = nn.Linear(4, 2)
+        self.frozen = nn.Linear(4, 4).requires_grad_(False)
+
+    def layer_groups(self) -> list[tuple[int, list[nn.Parameter]]]:
+        first = [*self.patch_embed.parameters(), self.pos_embed]
+        return [(0, first), (1, list(self.blocks[0].parameters())), (2, list(self.blocks[1].parameters()))]
+
+
+def test_parameter_groups__every_parameter_once_with_its_rate_and_decay() -> None:
+    module = Encoder()
+    config = OptimizerConfig(lr=1e-3, weight_decay=0.1, layer_decay=0.5)
+    groups = parameter_groups(module, config, layer_groups=module.layer_groups())
+    names = {id(p): name for name, p in module.named_parameters()}
+    found = {names[id(p)]: (g["lr"], g["weight_decay"]) for g in groups for p in g["params"]}
+    assert found == {
+        "patch_embed.weight": (0.25e-3, 0.1),
+        "patch_embed.bias": (0.25e-3, 0.0),
+        "pos_embed": (0.25e-3, 0.0),
+        "blocks.0.weight": (0.5e-3, 0.1),
+        "blocks.0.bias": (0.5e-3, 0.0),
+        "blocks.1.weight": (1e-3, 0.1),
+        "blocks.1.bias": (1e-3, 0.0),
+        "norm.weight": (1e-3, 0.0),
+        "norm.bias": (1e-3, 0.0),
+        "head.weight": (1e-3, 0.1),
+        "head.bias": (1e-3, 0.0),
+    }
+    assert sum(len(g["params"]) for g in groups) == len(found)
+
+
+def test_nothing_trainable__refused() -> None:
+    with pytest.raises(UsageError, match="at least one parameter must be trainable"):
+        build_optimizer(nn.Linear(2, 2).requires_grad_(False), OptimizerConfig())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"lr": 0.0}, "optim.lr must be in"),
+        ({"lr": 1e3}, "optim.lr must be in"),
+        ({"weight_decay": -1.0}, "optim.weight_decay must be"),
+        ({"layer_decay": 0.0}, "optim.layer_decay must be"),
+        ({"beta2": 1.0}, "optim.beta1 and beta2 must be"),
+    ],
+)
+def test_optimizer_ranges(settings: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        OptimizerConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"max_steps": 0}, "trainer.max_steps must be positive"),
+        ({"accumulate": 0}, "trainer.accumulate must be positive"),
+        ({"keep_last": 1}, "trainer.keep_last must be at least 2"),
+        ({"num_workers": -1}, "trainer.num_workers must be 0 to 256"),
+        ({"clip_grad_norm": 0.0}, "trainer.clip_grad_norm must be positive or null"),
+        ({"devices": 0}, "trainer.devices must be at least 1"),
+    ],
+)
+def test_trainer_ranges(settings: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TrainerConfig(**{"max_steps": 5, **settings})
+
+
+def test_state_bytes__weights_buffers_and_two_moments() -> None:
+    module = nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5), nn.Linear(5, 2).requires_grad_(False))
+    weights, trainable = 20 + 10 + 12, 20 + 10
+    assert state_bytes(module) == 4 * (weights + 2 * trainable) + 4 * (5 + 5) + 8
+
+
+def test_device__auto_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    choice = choose_device()
+    assert (choice.accelerator, choice.devices, choice.torch_device) == ("cpu", 1, torch.device("cpu"))
+    assert "CUDA_VISIBLE_DEVICES hides every GPU" in choice.reason
+    with pytest.raises(UsageError, match="device must be there, got cuda, but CUDA_VISIBLE_DEVICES hides every GPU"):
+        choose_device("cuda")
+
+
+def test_device__torchrun_decides_the_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("WORLD_SIZE", "4"), ("LOCAL_WORLD_SIZE", "2"), ("RANK", "3"), ("LOCAL_RANK", "1")):
+        monkeypatch.setenv(name, value)
+    choice = choose_device("cpu")
+    assert (choice.devices, choice.num_nodes) == (2, 2)
+
+
+@pytest.mark.parametrize(
+    ("machine", "flags", "fast"),
+    [
+        ("x86_64", "fpu avx512f avx512_bf16", True),
+        ("x86_64", "fpu amx_bf16", True),
+        ("x86_64", "fpu avx2 avx512f", False),
+        ("aarch64", "fp bf16", True),
+        ("aarch64", "fp asimd", False),
+    ],
+)
+def test_fast_bf16__by_cpu_flags(monkeypatch: pytest.MonkeyPatch, machine: str, flags: str, fast: bool) -> None:
+    monkeypatch.setattr(device_module.platform, "machine", lambda: machine)
+    monkeypatch.setattr(device_module, "_cpu_flags", lambda: frozenset(flags.split()))
+    assert cpu_has_fast_bf16() is fast
+    assert choose_device("cpu").precision == ("bf16-mixed" if fast else "32-true")
+
+
+def test_tune_cpu__accepted_by_glibc() -> None:
+    import platform
+
+    assert tune_cpu() is (platform.system() == "Linux" and platform.libc_ver()[0] == "glibc")
+
+
+def test_generators__captured_and_restored() -> None:
+    seed_process(3, rank=1)
+    np.random.standard_normal()  # leaves a cached second value behind
+    before = capture_rng()
+    first = torch.rand(2).tolist(), random.random(), np.random.standard_normal(3).tolist()
+    with rng_untouched():
+        torch.rand(5)
+    restore_rng(before)
+    assert (torch.rand(2).tolist(), random.random(), np.random.standard_normal(3).tolist()) == first
+    seed_process(3, rank=0)
+    assert torch.rand(2).tolist() != first[0]
+
+
+def test_rng_untouched__also_after_an_error() -> None:
+    before = capture_rng()
+
+    def fail() -> None:
+        with rng_untouched():
+            torch.rand(1)
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert torch.equal(before["torch"], capture_rng()["torch"])
+
+
+def test_evaluating__gives_every_part_its_own_mode_back() -> None:
+    module = nn.Sequential(nn.BatchNorm1d(2).eval(), nn.Dropout())
+    with evaluating(module):
+        assert [m.training for m in module.modules()] == [False, False, False]
+    assert [m.training for m in module.modules()] == [True, False, True]
+
+
+def test_periodic__due_steps() -> None:
+    task = Periodic(name="p", every_steps=4, run=lambda _: {}, at_start=True)
+    assert [s for s in range(11) if task.is_due(s, max_steps=10)] == [0, 4, 8, 10]
+    with pytest.raises(ValueError, match="every_steps of p must be at least 1"):
+        Periodic(name="p", every_steps=0, run=lambda _: {})
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(45, "45 s"), (720, "12 min"), (12000, "3 h 20 min"), (187200, "2 d 4 h")]
+)
+def test_durations(seconds: float, text: str) -> None:
+    assert format_duration(seconds) == text
+
+
+def test_running_mean__shorter_at_the_ends() -> None:
+    np.testing.assert_allclose(running_mean(np.array([1.0, 2.0, 6.0, 3.0]), 3), [1.5, 3.0, 11 / 3, 4.5])
