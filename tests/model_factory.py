@@ -33,7 +33,7 @@ def tiny_vit_t_spec(*, stem: Stem = Stem.conv1x1) -> ArchSpec:
         stem=stem,
         embed_dims=(8, 16, 16, 32),
         depths=(1, 1, 2, 1),
-        num_heads=(1, 2, 2, 4),
+        num_heads=(2, 2, 2, 4),
         attn_window_sizes=(7, 3, 5, 3),
     )
     return ArchSpec(

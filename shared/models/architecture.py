@@ -15,6 +15,8 @@ from samgraft.shared.errors import UsageError, WeightsError
 
 SAM_PIXEL_MEAN = (123.675, 116.28, 103.53)
 SAM_PIXEL_STD = (58.395, 57.12, 57.375)
+MEDSAM_SHA256 = "34b34b78c1d18cb8c6bf84cf9c00e135d6d6c965699f3c0e31ef1bc9dcb5be74"
+"""MedSAM has the shape of SAM ViT-B and other pixel statistics: only its hash tells them apart."""
 
 
 class Arch(Enum):
@@ -210,22 +212,26 @@ def _num_blocks(encoder: Mapping[str, torch.Tensor], prefix: str) -> int:
 
 
 def _plain_from_tensors(encoder: Mapping[str, torch.Tensor]) -> ArchSpec:
+    embed_dim, depth = int(encoder["pos_embed"].shape[-1]), _num_blocks(encoder, "blocks.")
+    if not any("rel_pos" in key for key in encoder):
+        return _partial_spec(embed_dim, depth, grid=int(encoder["pos_embed"].shape[1]))
     try:
-        embed_dim = int(encoder["pos_embed"].shape[-1])
         patch_size = int(encoder["patch_embed.proj.weight"].shape[-1])
-        depth = _num_blocks(encoder, "blocks.")
         rows = [int(encoder[f"blocks.{i}.attn.rel_pos_h"].shape[0]) for i in range(depth)]
         head_dim = int(encoder["blocks.0.attn.rel_pos_h"].shape[1])
         neck_dim = int(encoder["neck.0.weight"].shape[0])
     except (KeyError, IndexError) as err:
-        raise WeightsError(f"image encoder must be complete, {err.args[0]} is missing or of another rank.") from err
+        raise WeightsError(f"image encoder must be complete, image_encoder.{err.args[0]} is missing.") from err
     for spec in SPECS.values():
         known = spec.plain
         if known and (known.embed_dim, known.depth, embed_dim // head_dim) == (embed_dim, depth, known.num_heads):
             return spec
-    # Positions of a windowed block cover the window (27 rows at 14); a global block covers the grid.
-    window = (min(rows) + 1) // 2
-    global_blocks = tuple(i for i, n in enumerate(rows) if n != min(rows))
+    # Positions of a global block cover the grid, those of a windowed block the window (27 rows at 14). Where both are
+    # equal, one window is the grid and the two kinds are the same.
+    grid = int(encoder["pos_embed"].shape[1])
+    global_blocks = tuple(i for i, n in enumerate(rows) if n == 2 * grid - 1)
+    global_blocks = () if len(global_blocks) == depth else global_blocks
+    window = (next(n for i, n in enumerate(rows) if i not in global_blocks) + 1) // 2
     shape = PlainShape(
         embed_dim=embed_dim,
         depth=depth,
@@ -234,8 +240,17 @@ def _plain_from_tensors(encoder: Mapping[str, torch.Tensor]) -> ArchSpec:
         patch_size=patch_size,
         attn_window_size=window,
     )
-    native = int(encoder["pos_embed"].shape[1]) * patch_size
+    native = grid * patch_size
     return ArchSpec(arch=Arch.vit_b, native_image_size=native, plain=shape, neck_dim=neck_dim)
+
+
+def _partial_spec(embed_dim: int, depth: int, *, grid: int) -> ArchSpec:
+    """Guess the shape of a plain ViT, whose heads and windows cannot be seen, from its width and depth."""
+    for spec in SPECS.values():
+        if spec.plain and (spec.plain.embed_dim, spec.plain.depth) == (embed_dim, depth):
+            return spec
+    shape = PlainShape(embed_dim=embed_dim, depth=depth, num_heads=max(1, embed_dim // 64), global_blocks=())
+    return ArchSpec(arch=Arch.vit_b, native_image_size=16 * grid, plain=shape)
 
 
 def _tiny_from_tensors(encoder: Mapping[str, torch.Tensor]) -> ArchSpec:
@@ -255,7 +270,7 @@ def _tiny_from_tensors(encoder: Mapping[str, torch.Tensor]) -> ArchSpec:
             windows.append(round(int(biases.shape[1]) ** 0.5))
         neck_dim = int(encoder["neck.0.weight"].shape[0])
     except (KeyError, IndexError) as err:
-        raise WeightsError(f"image encoder must be complete, {err.args[0]} is missing or of another rank.") from err
+        raise WeightsError(f"image encoder must be complete, image_encoder.{err.args[0]} is missing.") from err
     shape = TinyShape(
         stem=stem,
         embed_dims=tuple(embed_dims),

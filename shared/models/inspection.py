@@ -9,7 +9,8 @@ import torch
 from samgraft.shared.models.formats import PARTS
 from samgraft.shared.models.safe_read import read_tensors_only
 from samgraft.shared.models.sam import build_sam
-from samgraft.shared.models.weights import WeightsFile, card_of, read_weights, save_tensors
+from samgraft.shared.models.tensor_files import save_tensors
+from samgraft.shared.models.weights import WeightsFile, card_of, read_weights
 
 
 def describe(path: Path) -> dict[str, Any]:

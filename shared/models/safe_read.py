@@ -92,6 +92,8 @@ def file_sha256(path: Path) -> str:
 
 
 def _size_and_head(path: Path) -> tuple[int, bytes]:
+    if ":/" in str(path):
+        raise WeightsError("weights must be a local file, got an address. Download it first.", where=str(path))
     if not path.is_file():
         raise WeightsError("weights must be an existing file or run folder, and there is none.", where=str(path))
     size = path.stat().st_size
@@ -121,6 +123,8 @@ def refuse_foreign(head: bytes, size: int, *, name: str) -> None:
 
 _FOREIGN_MAGIC = (
     (b"version https://git-lfs", "a git-lfs pointer, not the file it points to (run `git lfs pull`)"),
+    (b"\x80\x02\x8a", "a file in the old format of PyTorch < 1.6, which has no sizes to check (re-save it)"),
+    (b"\x80", "a bare pickle, which could run code"),
     (b"GGUF", "a GGUF file"),
     (b"\x89HDF", "an HDF5 file"),
     (b"\x93NUMPY", "a NumPy array"),
@@ -152,10 +156,13 @@ def _load_checked(path: Path, size: int) -> dict[Any, Any]:
     with zipfile.ZipFile(path) as archive:
         record_bytes = [info.file_size for info in archive.infolist() if "/data/" in info.filename]
     try:
-        # First without data: shapes and storages on the meta device allocate nothing and can be checked.
-        plan = torch.load(path, map_location="meta", weights_only=True)
+        # Streams, because torch.load chooses a reader by the ending of a path. First without data: shapes and storages
+        # on the meta device allocate nothing and can be checked.
+        with path.open("rb") as stream:
+            plan = torch.load(stream, map_location="meta", weights_only=True)
         _check_plan(plan, record_bytes, name=path.name)
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with path.open("rb") as stream:
+            content = torch.load(stream, map_location="cpu", weights_only=True)
     except WeightsError:
         raise
     except Exception as err:  # torch raises RuntimeError, UnpicklingError, EOFError, ... for damaged files
@@ -335,6 +342,12 @@ def _read_safetensors(path: Path, size: int) -> tuple[dict[Any, Any], dict[str, 
         raise WeightsError(f"safetensors file cannot be read: {err}", where=path.name) from err
 
 
+def _size(value: Any) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError(value)
+    return value
+
+
 def _check_header(header: Any, data_bytes: int, *, name: str) -> dict[str, str]:
     if not isinstance(header, dict):
         raise WeightsError("safetensors header must be an object.", where=name)
@@ -345,7 +358,7 @@ def _check_header(header: Any, data_bytes: int, *, name: str) -> dict[str, str]:
     for key, entry in header.items():
         try:
             width, (start, stop) = _DTYPE_BYTES[entry["dtype"]], entry["data_offsets"]
-            needed = math.prod(entry["shape"]) * width
+            needed = math.prod(_size(n) for n in entry["shape"]) * width
         except (KeyError, TypeError, ValueError) as err:
             raise WeightsError(f"safetensors entry {key[:80]!r} is malformed.", where=name) from err
         if stop - start != needed or stop > data_bytes or start < 0:

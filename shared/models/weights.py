@@ -7,24 +7,39 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors.torch import save_file
 from samgraft.shared.errors import WeightsError
-from samgraft.shared.models.architecture import ArchSpec, image_size_from_tensors, spec_from_tensors
+from samgraft.shared.models.architecture import MEDSAM_SHA256, ArchSpec, image_size_from_tensors, spec_from_tensors
 from samgraft.shared.models.card import Card
 from samgraft.shared.models.formats import PARTS, recognise
 from samgraft.shared.models.image_encoder import ImageEncoder, build_image_encoder
 from samgraft.shared.models.positions import resize_positions as resize_table
 from samgraft.shared.models.safe_read import file_sha256, read_file
 from samgraft.shared.models.sam import build_sam
+from samgraft.shared.models.tensor_files import save_pth, save_tensors
 from samgraft.shared.models.tensor_report import ResizedTensor, TensorReport, shorten
 from samgraft.shared.models.tiny_vit import TinyViTEncoder
 from segment_anything.modeling import Sam
 from torch import nn
+
+__all__ = [
+    "TensorReport",
+    "WeightsFile",
+    "absent_by_nature",
+    "card_of",
+    "load_image_encoder",
+    "load_into",
+    "load_sam",
+    "read_weights",
+    "save_encoder",
+    "save_pth",
+    "save_sam",
+    "save_tensors",
+]
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +68,8 @@ class WeightsFile:
     """Float tensors are float32."""
     sha256: str
     card: Card | None = None
+    is_partial: bool = False
+    """True for a plain ViT (MAE, DINO): relative positions and neck are not part of it by nature."""
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -79,6 +96,7 @@ def read_weights(path: str | Path) -> WeightsFile:
     card_path = file.with_name("card.json")
     card = Card.read(card_path) if card_path.is_file() else None
     image_size = card.image_size if card else image_size_from_tensors(tensors, spec)
+    spec = _with_pixel_statistics(spec, card, raw.sha256, notes)
     return WeightsFile(
         name=raw.name,
         format=found.format,
@@ -87,6 +105,7 @@ def read_weights(path: str | Path) -> WeightsFile:
         tensors=tensors,
         sha256=raw.sha256,
         card=card,
+        is_partial=found.is_partial,
         notes=notes,
     )
 
@@ -146,22 +165,42 @@ def load_into(
 
 
 def load_image_encoder(
-    path: str | Path, *, image_size: int | None = None
+    path: str | Path, *, image_size: int | None = None, base: str | Path | None = None
 ) -> tuple[ImageEncoder | TinyViTEncoder, Card]:
     """Load an image encoder of whatever architecture the file holds.
 
     Args:
         path: Weights file or run folder.
         image_size: Side of the square input in pixels; default the file's own. Positions are resized and reported.
+        base: SAM weights that give relative positions and neck where the file is a plain ViT without them.
 
     Returns:
         The encoder in eval mode, and its card (made from what is known if the file has none).
+
+    Raises:
+        WeightsError: If anything is missing. A plain ViT without ``base`` would start from random weights in part.
     """
     weights = read_weights(path)
     size = weights.image_size if image_size is None else image_size
-    encoder = build_image_encoder(weights.spec, image_size=size)
-    load_into(encoder, weights, part="image_encoder", resize_positions=True)
+    if not weights.is_partial:
+        encoder = build_image_encoder(weights.spec, image_size=size)
+        load_into(encoder, weights, part="image_encoder", resize_positions=True)
+    elif base is None:
+        raise WeightsError(
+            f"weights are a {weights.format} without SAM's relative positions and neck: they must come from a SAM. "
+            "Give one with BASE=.",
+            where=weights.name,
+        )
+    else:
+        encoder, _ = load_image_encoder(base, image_size=size)
+        load_into(encoder, weights, resize_positions=True, allow_missing=absent_by_nature(encoder))
     return encoder.eval(), card_of(weights, image_size=size)
+
+
+def absent_by_nature(encoder: nn.Module) -> set[str]:
+    """Return the full names of what a plain ViT does not have: relative positions and neck."""
+    names = (f"image_encoder.{name}" for name in encoder.state_dict())
+    return {name for name in names if ".rel_pos_" in name or name.startswith("image_encoder.neck.")}
 
 
 def load_sam(path: str | Path, *, image_size: int | None = None) -> Sam:
@@ -207,13 +246,19 @@ def save_encoder(encoder: nn.Module, folder: Path, card: Card) -> Path:
     return path
 
 
-def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    """Write safetensors through a temporary neighbour; equal tensors give equal bytes."""
-    # channels_last parameters are written row-major, like everybody's.
-    plain = {k: tensors[k].detach().cpu().contiguous().clone() for k in sorted(tensors)}
-    temporary = path.with_name(path.name + ".tmp")
-    save_file(plain, temporary, metadata={"format": "pt"})
-    temporary.replace(path)
+def save_sam(sam: Sam, path: Path) -> Path:
+    """Write a whole SAM under segment_anything's names, as ``.pth`` or ``.safetensors`` by the ending.
+
+    Returns:
+        ``path``. ``load_state_dict(strict=True)`` of the matching stock builder takes the file.
+    """
+    if path.suffix == ".safetensors":
+        save_tensors(sam.state_dict(), path)
+    elif path.suffix == ".pth":
+        save_pth(sam.state_dict(), path)
+    else:
+        raise WeightsError(f"weights file must end in .pth or .safetensors, got {path.suffix!r}.", where=path.name)
+    return path
 
 
 def _find_file(path: Path) -> Path:
@@ -222,6 +267,17 @@ def _find_file(path: Path) -> Path:
     for name in FOLDER_FILES:
         if (path / name).is_file():
             return path / name
+    if (path / ".metadata").exists() or any(path.glob("*.distcp")):
+        raise WeightsError(
+            "weights must be one file, got a distributed checkpoint folder, whose table is a pickle. Convert it where "
+            "you trust it: python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER FILE.",
+            where=path.name,
+        )
+    if (path / "adapter_config.json").is_file():
+        raise WeightsError(
+            "weights folder holds an adapter alone: it needs its base. Give the whole run or release folder.",
+            where=path.name,
+        )
     raise WeightsError(
         f"weights folder must hold one of {', '.join(FOLDER_FILES)}, and has none. Did the run finish?", where=path.name
     )
@@ -260,6 +316,25 @@ def _target(module: nn.Module, part: Part) -> tuple[nn.Module, str]:
     return encoder, "image_encoder."
 
 
+def _with_pixel_statistics(spec: ArchSpec, card: Card | None, sha256: str, notes: list[str]) -> ArchSpec:
+    """Take the pixel statistics from the card, or from what is known of the file; else the architecture's stay."""
+    if card is not None:
+        mean, std = card.pixel_mean, card.pixel_std
+    elif sha256 == MEDSAM_SHA256:
+        mean, std = [0.0] * 3, [255.0] * 3
+        notes.append("MedSAM's own file: images in [0, 1], not SAM's pixel statistics")
+    else:
+        return spec
+    return replace(spec, pixel_mean=(mean[0], mean[1], mean[2]), pixel_std=(std[0], std[1], std[2]))
+
+
+def _same_shape(first: ArchSpec, second: ArchSpec) -> bool:
+    if first.plain is None or second.plain is None:
+        return first.tiny == second.tiny
+    pairs = (first.plain, second.plain)
+    return len({(p.embed_dim, p.depth, p.num_heads, p.patch_size) for p in pairs}) == 1
+
+
 def _is_position(name: str) -> bool:
     return name.endswith(("pos_embed", "rel_pos_h", "rel_pos_w"))
 
@@ -269,7 +344,7 @@ def _refuse_incomplete(report: TensorReport, weights: WeightsFile, wrong: list[s
         return
     encoder = module.image_encoder if isinstance(module, Sam) else module
     spec = getattr(encoder, "spec", None)
-    if isinstance(spec, ArchSpec) and (spec.plain, spec.tiny) != (weights.spec.plain, weights.spec.tiny):
+    if isinstance(spec, ArchSpec) and not weights.is_partial and not _same_shape(spec, weights.spec):
         raise WeightsError(
             f"weights must be of the model's architecture {spec.title}, the file is {weights.spec.title}. "
             f"Use MODEL={weights.spec.arch.value}.",

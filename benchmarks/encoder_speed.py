@@ -1,0 +1,278 @@
+"""Speed and memory of our image encoder against segment_anything's, interleaved in one process.
+
+    python benchmarks/encoder_speed.py --sizes 256 512 1024 --types float32 bfloat16 --repeats 3 --write
+
+Every case is forward + backward on random data of the real shape, after a warm-up and a check that outputs agree.
+Both sides take turns (A B A B); the claim is the ratio of medians, with the smallest and largest ratio of a turn.
+Saved bytes are distinct storages that autograd keeps for the backward pass, weights left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from samgraft.shared.models.architecture import Arch, ArchSpec, arch_spec
+from samgraft.shared.models.image_encoder import ImageEncoder
+from segment_anything.modeling import ImageEncoderViT
+from torch import nn
+
+RESULTS = Path(__file__).parent / "results"
+Run = Callable[[], torch.Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One measured case."""
+
+    image_size: int
+    dtype: str
+    case: str
+    baseline_s: float
+    ours_s: float
+    lowest_ratio: float
+    highest_ratio: float
+    baseline_mib: float
+    ours_mib: float
+
+    @property
+    def ratio(self) -> float:
+        return self.baseline_s / self.ours_s
+
+    def cells(self) -> list[str]:
+        saved = f"{self.ours_mib / self.baseline_mib:.3f}" if self.baseline_mib else "-"
+        return [
+            str(self.image_size), self.dtype, self.case, f"{self.baseline_s:.2f}", f"{self.ours_s:.2f}",
+            f"**{self.ratio:.2f}**", f"{self.lowest_ratio:.2f}-{self.highest_ratio:.2f}",
+            f"{self.baseline_mib:.0f}", f"{self.ours_mib:.0f}", saved,
+        ]  # fmt: skip
+
+
+HEADER = [
+    "px", "type", "case", "segment_anything s", "ours s", "speed-up", "range", "its saved MiB", "our saved MiB", "share",
+]  # fmt: skip
+
+
+def build(arch: Arch, image_size: int, depth: int | None, device: str) -> tuple[ImageEncoder, ImageEncoderViT]:
+    """Both encoders with the same random weights."""
+    spec = arch_spec(arch)
+    plain = spec.plain
+    assert plain is not None
+    if depth is not None:
+        plain = replace(plain, depth=depth, global_blocks=tuple(i for i in plain.global_blocks if i < depth))
+        spec = replace(spec, plain=plain)
+    ours = ImageEncoder(spec, image_size=image_size)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in ours.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator) * 0.02
+            parameter.copy_(noise + (1.0 if parameter.ndim == 1 and name.endswith("weight") else 0.0))
+    stock = stock_encoder(spec, image_size)
+    stock.load_state_dict(ours.state_dict(), strict=True)
+    return ours.to(device), stock.to(device)
+
+
+def stock_encoder(spec: ArchSpec, image_size: int) -> ImageEncoderViT:
+    plain = spec.plain
+    assert plain is not None
+    return ImageEncoderViT(
+        img_size=image_size,
+        embed_dim=plain.embed_dim,
+        depth=plain.depth,
+        num_heads=plain.num_heads,
+        norm_layer=partial(nn.LayerNorm, eps=1e-6),
+        use_rel_pos=True,
+        window_size=plain.attn_window_size,
+        global_attn_indexes=plain.global_blocks,
+    )
+
+
+def backward(run: Run) -> None:
+    run().float().pow(2).mean().backward()
+
+
+def seconds(action: Callable[[], None], device: str) -> float:
+    if device == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    action()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def saved_mib(run: Run, module: nn.Module) -> float:
+    """MiB of distinct storages kept for the backward pass, parameters left out."""
+    weights = {p.untyped_storage().data_ptr() for p in module.parameters()}
+    kept: dict[int, int] = {}
+    alive: list[torch.Tensor] = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+            alive.append(tensor)  # an address must not be used again while we count
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        out = run()
+    total = sum(kept.values()) / 2**20
+    del out, alive
+    gc.collect()
+    return total
+
+
+def measure(
+    baseline: Run, ours: Run, modules: tuple[nn.Module, nn.Module], *, repeats: int, device: str
+) -> tuple[list[float], list[float], float, float]:
+    mib = (saved_mib(baseline, modules[0]), saved_mib(ours, modules[1]))
+    for run in (baseline, ours):
+        seconds(partial(backward, run), device)
+    times: tuple[list[float], list[float]] = ([], [])
+    for _ in range(repeats):
+        for run, module, taken in zip((baseline, ours), modules, times, strict=True):
+            module.zero_grad(set_to_none=True)
+            taken.append(seconds(partial(backward, run), device))
+    return times[0], times[1], mib[0], mib[1]
+
+
+def cases(
+    ours: ImageEncoder, stock: ImageEncoderViT, images: torch.Tensor, hidden: float
+) -> dict[str, tuple[Run, Run]]:
+    """(baseline, ours) per case. The baseline of masked training is the dense encoder with mask tokens in place."""
+    total = ours.grid**2
+    kept = round(total * (1 - hidden))
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.stack([torch.randperm(total, generator=generator)[:kept] for _ in images]).to(images.device)
+
+    def checkpointed() -> torch.Tensor:
+        ours.activation_checkpointing = True
+        return ours(images)
+
+    def plain() -> torch.Tensor:
+        ours.activation_checkpointing = False
+        return ours(images)
+
+    def visible() -> torch.Tensor:
+        ours.activation_checkpointing = False
+        return ours.forward_visible(images, ids)
+
+    def original() -> torch.Tensor:
+        return stock(images)
+
+    def original_features() -> torch.Tensor:
+        tokens = stock.patch_embed(images) + stock.pos_embed
+        for block in stock.blocks:
+            tokens = block(tokens)
+        return tokens
+
+    return {
+        "dense": (original, plain),
+        "dense, checkpointed": (original, checkpointed),
+        f"kept tokens, {hidden:.0%} hidden": (original_features, visible),
+    }
+
+
+def hardware(device: str) -> str:
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    name = platform.processor()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        names = [
+            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
+        ]
+        name = names[0] if names else name
+    bf16 = "with" if torch.cpu._is_avx512_bf16_supported() else "without"
+    return f"{name}, {os.cpu_count()} logical cores, {bf16} avx512_bf16"
+
+
+def table(rows: list[Row], arguments: argparse.Namespace, loads: list[float]) -> str:
+    lines = [
+        f"# Encoder speed, {datetime.now(UTC):%Y-%m-%d}",
+        "",
+        f"- {arguments.arch}, depth {arguments.depth or 'full'}, batch {arguments.batch}, forward + backward, "
+        f"{arguments.repeats} interleaved turns after one warm-up; median, and the range of the ratio per turn",
+        f"- {hardware(arguments.device)}; {torch.get_num_threads()} thread(s) used; load average during the run "
+        f"{min(loads):.1f}-{max(loads):.1f} (other work on the machine: absolute times are inflated, read the ratios)",
+        f"- torch {version('torch')}, segment-anything {version('segment-anything')}, Python {platform.python_version()}",
+        f"- `python benchmarks/encoder_speed.py {' '.join(sys.argv[1:])}`",
+        "",
+        "| " + " | ".join(HEADER) + " |",
+        "|" + "---|" * len(HEADER),
+    ]
+    lines += ["| " + " | ".join(row.cells()) + " |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--arch", default="vit_b", choices=["vit_b", "vit_l", "vit_h"])
+    parser.add_argument("--depth", type=int, help="only the first blocks (a quick look; ratios are of these blocks)")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[256, 512, 1024])
+    parser.add_argument("--types", nargs="+", default=["float32"], choices=["float32", "bfloat16"])
+    parser.add_argument("--cases", nargs="+", help="words; only cases that contain one of them")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--hidden", type=float, default=0.75)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--write", metavar="NAME", help="keep the table as benchmarks/results/DATE-NAME.md")
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse()
+    torch.set_num_threads(arguments.threads)
+    rows: list[Row] = []
+    loads = [os.getloadavg()[0]]
+    for image_size in arguments.sizes:
+        for dtype in arguments.types:
+            ours, stock = build(Arch(arguments.arch), image_size, arguments.depth, arguments.device)
+            shape = (arguments.batch, 3, image_size, image_size)
+            images = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(arguments.device)
+            if dtype == "bfloat16":
+                ours, stock, images = ours.bfloat16(), stock.bfloat16(), images.bfloat16()
+            else:
+                with torch.no_grad():
+                    torch.testing.assert_close(ours(images), stock(images), atol=1e-4, rtol=1e-4)
+            for name, (baseline, run) in cases(ours, stock, images, arguments.hidden).items():
+                if arguments.cases and not any(word in name for word in arguments.cases):
+                    continue
+                measured = measure(baseline, run, (stock, ours), repeats=arguments.repeats, device=arguments.device)
+                ratios = [a / b for a, b in zip(measured[0], measured[1], strict=True)]
+                row = Row(
+                    image_size=image_size,
+                    dtype=dtype,
+                    case=name,
+                    baseline_s=statistics.median(measured[0]),
+                    ours_s=statistics.median(measured[1]),
+                    lowest_ratio=min(ratios),
+                    highest_ratio=max(ratios),
+                    baseline_mib=measured[2],
+                    ours_mib=measured[3],
+                )
+                loads.append(os.getloadavg()[0])
+                rows.append(row)
+                print(" | ".join(row.cells()), flush=True)
+                if arguments.write:  # after every case: a long run that is stopped keeps what it has
+                    RESULTS.mkdir(parents=True, exist_ok=True)
+                    path = RESULTS / f"{datetime.now(UTC):%Y-%m-%d}-{arguments.write}.md"
+                    path.write_text(table(rows, arguments, loads), encoding="utf-8")
+    print(table(rows, arguments, loads))
+
+
+if __name__ == "__main__":
+    main()

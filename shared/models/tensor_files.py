@@ -1,0 +1,36 @@
+"""Writing tensors: whole or not at all, equal tensors giving equal bytes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+
+def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Write safetensors through a temporary neighbour."""
+    temporary = path.with_name(path.name + ".tmp")
+    save_file(_plain(tensors), temporary, metadata={"format": "pt"})
+    _settle(temporary, path)
+
+
+def save_pth(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Write what ``torch.load`` opens in segment_anything: a flat dictionary of plain tensors."""
+    temporary = path.with_name(path.name + ".tmp")
+    torch.save(_plain(tensors), temporary)
+    _settle(temporary, path)
+
+
+def _plain(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    # channels_last parameters are written row-major, like everybody's; clones share no storage.
+    return {name: tensors[name].detach().cpu().contiguous().clone() for name in sorted(tensors)}
+
+
+def _settle(temporary: Path, path: Path) -> None:
+    """Bring a written file to disk and to its name."""
+    with temporary.open("rb") as stream:
+        os.fsync(stream.fileno())
+    temporary.replace(path)
