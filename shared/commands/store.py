@@ -122,7 +122,9 @@ def _build(arguments: argparse.Namespace) -> int:
         console.print("dry run: nothing was written")
     else:
         state = "already complete" if report.already_complete else "complete"
-        console.print(f"{arguments.out}: {state}. next: samgraft store split {arguments.out}", markup=False)
+        console.print(
+            f"{arguments.out}: {state}. next: samgraft store split {arguments.out}", markup=False, soft_wrap=True
+        )
     return 0
 
 
@@ -151,6 +153,7 @@ def _check(arguments: argparse.Namespace) -> int:
         f"{arguments.path}: every byte is right ({check.num_series} series, {check.num_files} files, "
         f"{check.num_bytes / 1e6:.1f} MB)",
         markup=False,
+        soft_wrap=True,
     )
     return 0
 
@@ -209,14 +212,18 @@ def _split(arguments: argparse.Namespace) -> int:
     console = Console(stderr=True)
     if arguments.few_shot is None:
         split.save(path)
-        console.print(f"{path}: train {len(split.train)}, val {len(split.val)}, test {len(split.test)} patients")
+        console.print(
+            f"{path}: train {len(split.train)}, val {len(split.val)}, test {len(split.test)} patients",
+            markup=False,
+            soft_wrap=True,
+        )
         return 0
     for repeat in range(arguments.repeats):
         small = few_shot(split, store, num=arguments.few_shot, unit=arguments.unit, repeat=repeat)
         name = path.name.removesuffix(".json").removesuffix(".split")
         target = path.with_name(f"{name}.{arguments.few_shot}{arguments.unit}.{repeat}.split.json")
         small.save(target)
-        console.print(f"{target}: {len(small.train)} training patients, draw {repeat}")
+        console.print(f"{target}: {len(small.train)} training patients, draw {repeat}", markup=False, soft_wrap=True)
     return 0
 
 

@@ -105,7 +105,7 @@ def print_report(values: dict[str, Any], console: Console) -> None:
 def _print_list(console: Console, title: str, lines: list[str]) -> None:
     if not lines:
         return
-    console.print(f"{title}:", markup=False)
+    console.print(f"{title}:", markup=False, soft_wrap=True)
     for line in lines[:MAX_ROWS]:
         console.print(f"  {line}", markup=False, highlight=False, soft_wrap=True)
     if len(lines) > MAX_ROWS:

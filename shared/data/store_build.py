@@ -114,9 +114,9 @@ def build_store(
     }
     report = BuildReport(path=out)
     ids = {series_id_of(case, settings): keys[case.name] for case in cases}
-    if _is_complete(out, ids, manifest_extra, report, overwrite=overwrite):
-        return report
     try:
+        if _is_complete(out, ids, manifest_extra, report, overwrite=overwrite):
+            return report
         _prepare(out, settings)
         _collect(cases, keys, out, settings, report, num_workers=num_workers, on_progress=on_progress)
         _judge(report, out, skip_refused=skip_refused)

@@ -1,0 +1,481 @@
+"""Folders of scans as people have them: rows 36-50 and 130-135 of the catalogue, and every layout."""
+
+import dataclasses
+import json
+import os
+import socket
+import time
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+from dicom_factory import write_segmentation, write_series
+from PIL import Image
+from samgraft.shared.cli import main
+from samgraft.shared.data.discovery import SourceOptions
+from samgraft.shared.data.examine import BuildSettings, examine_case
+from samgraft.shared.data.file_index import index_files
+from samgraft.shared.data.intensity import IntensityPreset
+from samgraft.shared.data.sources import discover
+from samgraft.shared.data.store import SliceStore
+from samgraft.shared.data.store_build import CasesRefused, build_store, examine_cases
+from samgraft.shared.data.volume import Modality
+from samgraft.shared.errors import DataError, StorageError, UsageError
+from store_factory import make_scan, write_nifti
+
+IMAGE, LABEL = make_scan(shape_zyx=(6, 24, 20))
+SETTINGS = BuildSettings(modality=Modality.MRI, salt="")
+
+
+def snapshot(folder):
+    return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def build(source, out, options=None, **build_options):
+    found = discover(source, options)
+    return build_store(
+        found.cases,
+        out=out,
+        settings=SETTINGS,
+        label_names=found.label_names,
+        intensity=IntensityPreset(),
+        **build_options,
+    )
+
+
+def only_label(source, options=None):
+    found = discover(source, options)
+    assert len(found.cases) == 1
+    examined = examine_case(found.cases[0], SETTINGS)
+    return examined.labels[examined.record.plane], found
+
+
+# Rows 36-50: paths and files -----------------------------------------------------------------------------------------
+
+
+def test_row_36_output_that_cannot_be_written_is_said_first(tmp_path):
+    write_nifti(tmp_path / "in" / "a.nii", IMAGE)
+    (tmp_path / "file").write_text("x")
+    with pytest.raises((StorageError, UsageError)) as caught:
+        build(tmp_path / "in", tmp_path / "file" / "s.zarr")
+    assert caught.value.exit_code in (2, 5)
+
+
+def test_row_37_nothing_is_written_beside_the_scans(tmp_path):
+    write_nifti(tmp_path / "in" / "a.nii.gz", IMAGE)
+    write_series(tmp_path / "in" / "dicom", IMAGE)
+    before = snapshot(tmp_path / "in")
+    build(tmp_path / "in", tmp_path / "out" / "s.zarr")
+    assert snapshot(tmp_path / "in") == before
+
+
+@pytest.mark.parametrize("name", ["with space", "dä ta", "患者 1", "quo'te\"s", "-leading", "new\nline", "[brackets]*"])
+def test_row_40_any_path(tmp_path, name):
+    write_nifti(tmp_path / name / "scans" / f"{name}.nii.gz", IMAGE)
+    report = build(tmp_path / name / "scans", tmp_path / name / "s.zarr")
+    assert SliceStore.open(report.path).series[0].shape_zyx == (6, 24, 20)
+
+
+def test_row_41_path_too_long(tmp_path):
+    write_nifti(tmp_path / "in" / "a.nii", IMAGE)
+    with pytest.raises(StorageError, match="too long"):
+        build(tmp_path / "in", tmp_path / ("x" * 300) / "s.zarr")
+
+
+def test_row_42_symlink_loop(tmp_path):
+    write_nifti(tmp_path / "in" / "a.nii", IMAGE)
+    (tmp_path / "in" / "b").mkdir()
+    (tmp_path / "in" / "b" / "loop").symlink_to(tmp_path / "in")
+    found = discover(tmp_path / "in")
+    assert len(found.cases) == 1
+    assert found.left_out["folder reached twice through a link (a loop or a copy)"] == 1
+
+
+def test_row_43_link_that_leaves_the_folder_is_followed_and_said(tmp_path):
+    write_nifti(tmp_path / "elsewhere" / "a.nii", IMAGE)
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "far").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "in" / "broken").symlink_to(tmp_path / "nowhere")
+    found = discover(tmp_path / "in")
+    assert len(found.cases) == 1
+    assert found.left_out["note: link that leaves the folder, followed for reading"] == 1
+    assert found.left_out["broken link"] == 1
+
+
+def test_row_44_same_file_twice_is_reported_by_content(tmp_path):
+    from samgraft.shared.data.build_report import summarise
+
+    path = write_nifti(tmp_path / "in" / "a.nii", IMAGE)
+    os.link(path, tmp_path / "in" / "b.nii")
+    found = discover(tmp_path / "in")
+    values = summarise(found, examine_cases(found.cases, settings=SETTINGS))
+    assert values["duplicates"] == [["a.nii", "b.nii"]]
+
+
+def test_row_45_names_that_differ_in_case(tmp_path):
+    write_nifti(tmp_path / "A.nii", IMAGE)
+    write_nifti(tmp_path / "a.nii", IMAGE + 1)
+    assert "differ only in upper and lower case" in " ".join(discover(tmp_path).notes)
+
+
+def test_row_46_plain_and_compressed_side_by_side(tmp_path):
+    write_nifti(tmp_path / "A.nii", IMAGE)
+    write_nifti(tmp_path / "A.nii.gz", IMAGE + 1)
+    with pytest.raises(DataError, match=r"A\.nii and A\.nii\.gz: ambiguous"):
+        discover(tmp_path)
+
+
+def test_row_47_file_that_vanished(tmp_path):
+    write_nifti(tmp_path / "in" / "a.nii", IMAGE)
+    write_nifti(tmp_path / "in" / "b.nii", IMAGE)
+    found = discover(tmp_path / "in")
+    (tmp_path / "in" / "a.nii").unlink()
+    with pytest.raises(CasesRefused, match=r"1 of 2 cases are refused(?s:.*)a\.nii: the file vanished"):
+        build_store(
+            found.cases,
+            out=tmp_path / "s.zarr",
+            settings=SETTINGS,
+            label_names=None,
+            intensity=IntensityPreset(),
+        )
+
+
+def test_row_48_source_changed_since_it_was_stored(tmp_path, capsys):
+    path = write_nifti(tmp_path / "in" / "a.nii", IMAGE)
+    out = tmp_path / "s.zarr"
+    assert main(["store", "build", str(tmp_path / "in"), "--out", str(out), "--workers", "1"]) == 0
+    assert main(["store", "check", str(out), "--source", str(tmp_path / "in"), "--workers", "1"]) == 0
+    write_nifti(path, IMAGE + 1)
+    assert main(["store", "check", str(out), "--source", str(tmp_path / "in"), "--workers", "1"]) == 3
+    assert "the source differs from what was stored" in capsys.readouterr().err
+
+
+@pytest.mark.timeout(20)
+def test_row_49_empty_file_folder_pipe_and_socket(tmp_path):
+    source = tmp_path / "in"
+    write_nifti(source / "good.nii.gz", IMAGE)
+    (source / "empty.nii.gz").touch()
+    (source / "folder.nii.gz").mkdir()
+    os.mkfifo(source / "pipe.nii.gz")
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(source / "socket.nii"))
+    found = discover(source)
+    listener.close()
+    assert found.left_out["pipe, socket or device (not opened)"] == 2
+    report = examine_cases(found.cases, settings=SETTINGS)
+    assert report.refused == {"empty.nii.gz": "the file is empty (0 bytes). Copy it again from its origin."}
+    assert len(report.records) == 1
+
+
+@pytest.mark.slow
+def test_row_50_twenty_thousand_files(tmp_path):
+    for number in range(20_000):
+        (tmp_path / f"{number:05d}.nii.gz").touch()
+    start = time.perf_counter()
+    assert len(index_files(tmp_path).files) == 20_000
+    assert time.perf_counter() - start < 60
+
+
+# Rows 130-135: labels and lists --------------------------------------------------------------------------------------
+
+
+def pair(folder, label, name="a", **options):
+    write_nifti(folder / f"{name}.nii.gz", IMAGE)
+    return write_nifti(folder / f"{name}_label.nii.gz", label, **options)
+
+
+def test_row_130_unexpected_ids_come_with_a_suggested_map(tmp_path):
+    pair(tmp_path / "in", (LABEL * 4).astype(np.uint8))
+    options = SourceOptions(label_names={1: "tumour"})
+    with pytest.raises(CasesRefused, match=r"among \[1\], got \[4\] too. Try --label-map 4=0"):
+        build(tmp_path / "in", tmp_path / "s.zarr", options)
+    label, _ = only_label(tmp_path / "in", SourceOptions(label_map={4: 1}))
+    np.testing.assert_array_equal(label, LABEL)
+    with pytest.raises(DataError, match=r"among \[5\], got \[4\] too. Try --label-map 4=0"):
+        only_label(tmp_path / "in", SourceOptions(label_map={5: 1}))
+
+
+@pytest.mark.parametrize(
+    ("factor", "message"),
+    [
+        (0.999, "whole numbers, got values up to 0.001"),
+        (0.6, "whole numbers"),
+        (-1.0, r"0\.\.65535, got -1"),
+        (70000.0, r"0\.\.65535"),
+    ],
+)
+def test_row_130_values_that_are_no_ids(tmp_path, factor, message):
+    pair(tmp_path, LABEL.astype(np.float32) * factor)
+    with pytest.raises(DataError, match=message):
+        only_label(tmp_path)
+    if factor == 0.999:  # never cut to 0: rounded on request
+        label, _ = only_label(tmp_path, SourceOptions(round_labels=True))
+        np.testing.assert_array_equal(label, LABEL)
+
+
+def test_row_130_label_255_and_nan(tmp_path):
+    pair(tmp_path / "a", LABEL * 255)
+    label, _ = only_label(tmp_path / "a")
+    assert set(np.unique(label)) == {0, 255}
+    pair(tmp_path / "b", np.where(LABEL, np.nan, 0).astype(np.float32))
+    with pytest.raises(DataError, match="finite"):
+        only_label(tmp_path / "b")
+
+
+def test_row_131_empty_labels_are_counted_not_dropped(tmp_path):
+    from samgraft.shared.data.build_report import summarise
+
+    pair(tmp_path, LABEL, name="a")
+    pair(tmp_path, LABEL * 0, name="b")
+    found = discover(tmp_path)
+    values = summarise(found, examine_cases(found.cases, settings=SETTINGS))
+    assert (values["num_labelled"], values["num_empty_labels"], values["num_series"]) == (2, 1, 2)
+
+
+@pytest.mark.parametrize(
+    ("affine", "message"),
+    [
+        (np.array([[-1, 0, 0, 0.5], [0, -1, 0, 0], [0, 0, 5, 0], [0, 0, 0, 1.0]]), r"0\.5 mm apart"),
+        (np.diag([1.0, -1, 5, 1]), "orientations LPS and RPS"),
+        (np.diag([-1.0, -1, 5.1, 1]), r"0\.5 mm apart"),
+    ],
+)
+def test_row_132_label_on_another_grid(tmp_path, affine, message):
+    pair(tmp_path, LABEL, affine=affine)
+    with pytest.raises(DataError, match=message):
+        only_label(tmp_path)
+
+
+def test_row_132_label_of_another_shape(tmp_path):
+    pair(tmp_path, LABEL[:5])
+    with pytest.raises(DataError, match="shapes differ"):
+        only_label(tmp_path)
+
+
+def test_label_stored_in_another_orientation_is_refused_not_mixed_up(tmp_path):
+    write_nifti(tmp_path / "a.nii.gz", IMAGE)
+    flipped = nib.Nifti1Image(LABEL.T[::-1], np.array([[1, 0, 0, -19], [0, -1, 0, 0], [0, 0, 5, 0], [0, 0, 0, 1.0]]))
+    nib.save(flipped, tmp_path / "a_label.nii.gz")
+    with pytest.raises(DataError, match="one grid"):
+        only_label(tmp_path)
+
+
+def test_row_133_several_label_files_and_their_conflicts(tmp_path):
+    half = LABEL.copy()
+    half[3:] = 0
+    write_nifti(tmp_path / "a.nii.gz", IMAGE)
+    write_nifti(tmp_path / "a_seg_core.nii.gz", half * 255)
+    write_nifti(tmp_path / "a_seg_edema.nii.gz", LABEL - half)
+    label, found = only_label(tmp_path)
+    assert found.label_names == {1: "core", 2: "edema"}
+    np.testing.assert_array_equal(label, half + 2 * (LABEL - half))
+    write_nifti(tmp_path / "a_seg_edema.nii.gz", LABEL)
+    with pytest.raises(DataError, match=rf"{int(half.sum())} voxels are claimed by two labels \(1 and 2\)"):
+        only_label(tmp_path)
+
+
+def test_row_134_three_lists(tmp_path):
+    pair(tmp_path, LABEL, name="both")
+    write_nifti(tmp_path / "alone.nii.gz", IMAGE)
+    write_nifti(tmp_path / "orphan_label.nii.gz", LABEL)
+    write_nifti(tmp_path / "both_seg.nii.gz", LABEL)
+    found = discover(tmp_path)
+    assert [case.name for case in found.cases] == ["alone.nii.gz", "both.nii.gz"]
+    assert found.images_without_label == ["alone.nii.gz"]
+    assert found.labels_without_image == ["orphan_label.nii.gz"]
+    assert any("1 scans have two labels" in note for note in found.notes)
+
+
+@pytest.mark.parametrize(
+    ("text", "encoding"),
+    [
+        ('image,label,patient\na b.nii,"l,1.nii",p1\n\nc.nii,,p2\n', "utf-8-sig"),
+        ("IMAGE\tLabel\tPatient\r\na b.nii\tl,1.nii\tp1\r\nc.nii\t\tp2\r\n", "utf-8"),
+        ('a b.nii;"l,1.nii";p1\nc.nii;;p2\n', "utf-8"),
+    ],
+)
+def test_row_135_lists_in_every_dialect(tmp_path, text, encoding):
+    write_nifti(tmp_path / "a b.nii", IMAGE)
+    write_nifti(tmp_path / "c.nii", IMAGE + 1)
+    write_nifti(tmp_path / "l,1.nii", LABEL)
+    (tmp_path / "list.csv").write_text(text, encoding=encoding, newline="")
+    found = discover(tmp_path / "list.csv")
+    assert [(c.name, c.patient_key, len(c.labels)) for c in found.cases] == [("a b.nii", "p1", 1), ("c.nii", "p2", 0)]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("image,label\na.nii,\nb.nii,\n", "line 3: b.nii is not there"),
+        ("image\na.nii,extra,cells\n", "line 2 has 3 cells for 1 columns"),
+        ('image\n"a.nii\n', "line 2 is not CSV"),
+        ("image,patient\n,p\n", "line 2 has no image"),
+    ],
+)
+def test_row_135_errors_have_line_numbers(tmp_path, text, message):
+    write_nifti(tmp_path / "a.nii", IMAGE)
+    (tmp_path / "list.csv").write_text(text)
+    with pytest.raises(DataError, match=message):
+        discover(tmp_path / "list.csv")
+
+
+# Layouts ------------------------------------------------------------------------------------------------------------
+
+
+def test_layout_nnunet(tmp_path):
+    for case in ("BRA_001", "BRA_002"):
+        for channel in (0, 1):
+            write_nifti(tmp_path / "imagesTr" / f"{case}_{channel:04d}.nii.gz", IMAGE + channel)
+        write_nifti(tmp_path / "labelsTr" / f"{case}.nii.gz", LABEL)
+    write_nifti(tmp_path / "imagesTs" / "BRA_003_0000.nii.gz", IMAGE)
+    write_nifti(tmp_path / "labelsTr" / "BRA_009.nii.gz", LABEL)
+    info = {"channel_names": {"0": "T1", "1": "T2"}, "labels": {"background": 0, "tumour": 1}, "file_ending": ".nii.gz"}
+    (tmp_path / "dataset.json").write_text(json.dumps(info))
+    found = discover(tmp_path)
+    assert found.layout == "nnU-Net raw"
+    assert found.label_names == {1: "tumour"}
+    assert len(found.cases) == 5
+    assert len({case.patient_key for case in found.cases}) == 3
+    assert sum(bool(case.labels) for case in found.cases) == 4
+    assert found.labels_without_image == ["BRA_009"]
+    for labels, message in (({"a": [1, 2]}, "region-based"), ({"ignore": 3}, "ignore label 3")):
+        (tmp_path / "dataset.json").write_text(json.dumps({**info, "labels": labels}))
+        with pytest.raises(DataError, match=message):
+            discover(tmp_path)
+
+
+def test_layout_decathlon_with_channels(tmp_path):
+    stack = np.stack([IMAGE.T, IMAGE.T + 1], axis=3)
+    (tmp_path / "imagesTr").mkdir()
+    nib.save(nib.Nifti1Image(stack, np.diag([-1, -1, 5, 1])), tmp_path / "imagesTr" / "a.nii.gz")
+    write_nifti(tmp_path / "labelsTr" / "a.nii.gz", LABEL)
+    entry = {"image": "./imagesTr/a.nii.gz", "label": "./labelsTr/a.nii.gz"}
+    info = {
+        "modality": {"0": "T1", "1": "T2"},
+        "labels": {"0": "background", "1": "x"},
+        "training": [entry],
+        "test": [],
+    }
+    (tmp_path / "dataset.json").write_text(json.dumps(info))
+    found = discover(tmp_path)
+    assert [case.name for case in found.cases] == ["a_0000", "a_0001"]
+    second = examine_case(found.cases[1], SETTINGS)
+    np.testing.assert_array_equal(second.images[second.record.plane], IMAGE + 1)
+    np.testing.assert_array_equal(second.labels[second.record.plane], LABEL)
+    info["training"] = [{"image": "../../etc/passwd"}]
+    (tmp_path / "dataset.json").write_text(json.dumps(info))
+    with pytest.raises(DataError, match="leaves the data set"):
+        discover(tmp_path)
+
+
+def test_layout_bids(tmp_path):
+    (tmp_path / "dataset_description.json").write_text("{}")
+    for session in ("1", "2"):
+        anat = tmp_path / "sub-01" / f"ses-{session}" / "anat"
+        write_nifti(anat / f"sub-01_ses-{session}_T1w.nii.gz", IMAGE)
+    write_nifti(tmp_path / "sub-01" / "ses-1" / "func" / "sub-01_ses-1_bold.nii.gz", IMAGE)
+    derived = tmp_path / "derivatives" / "manual" / "sub-01" / "ses-1" / "anat"
+    write_nifti(derived / "sub-01_ses-1_space-T1w_desc-manual_dseg.nii.gz", LABEL)
+    (tmp_path / "derivatives" / "manual" / "x_dseg.tsv").write_text("index\tname\n0\tbackground\n1\ttumour\n")
+    found = discover(tmp_path)
+    assert found.layout == "BIDS"
+    assert [(c.name, c.patient_key, c.study_key, len(c.labels)) for c in found.cases] == [
+        ("sub-01_ses-1_T1w", "sub-01", "ses-1", 1),
+        ("sub-01_ses-2_T1w", "sub-01", "ses-2", 0),
+    ]
+    assert found.label_names == {1: "tumour"}
+    assert found.left_out["BIDS image that is not anatomical"] == 1
+
+
+def test_layout_plain_patients_by_folder_or_pattern(tmp_path):
+    for name in ("p1/a.nii", "p1/b.nii", "p2/a.nii"):
+        write_nifti(tmp_path / name, IMAGE)
+    assert [c.patient_key for c in discover(tmp_path).cases] == ["p1", "p1", "p2"]
+    options = SourceOptions(patient_pattern=r"/(\w)\.nii", site_pattern="^(p.)")
+    assert [(c.patient_key, c.site_key) for c in discover(tmp_path, options).cases] == [
+        ("a", "p1"),
+        ("b", "p1"),
+        ("a", "p2"),
+    ]
+    with pytest.raises(DataError, match="--patient-pattern must match every scan"):
+        discover(tmp_path, SourceOptions(patient_pattern="(zzz)"))
+    for bad, message in (("(", "regular expression"), ("abc", "one group")):
+        with pytest.raises(UsageError, match=message):
+            discover(tmp_path, SourceOptions(patient_pattern=bad))
+
+
+def test_layout_pictures_as_stack_or_single(tmp_path):
+    for z in range(6):
+        for kind, array in (("images", IMAGE.astype(np.uint16)), ("labels", LABEL)):
+            path = tmp_path / kind / "p1" / f"s{z}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(array[z]).save(path)
+    label, _ = only_label(tmp_path)
+    np.testing.assert_array_equal(label, LABEL)
+    single = discover(tmp_path, SourceOptions(pictures_are_scans=True))
+    assert len(single.cases) == 6
+    assert all(len(case.labels) == 1 for case in single.cases)
+
+
+def test_dicom_segmentation_becomes_the_label(tmp_path):
+    write_series(tmp_path, IMAGE)
+    half = LABEL.copy().astype(bool)
+    half[3:] = False
+    write_segmentation(tmp_path / "seg.dcm", {"tumour": LABEL.astype(bool) & ~half, "core": half})
+    label, found = only_label(tmp_path)
+    assert found.label_names == {1: "core", 2: "tumour"}
+    np.testing.assert_array_equal(label, np.where(half, 1, LABEL * 2))
+
+
+def test_dicom_segmentation_shifted_or_overlapping(tmp_path):
+    write_series(tmp_path, IMAGE)
+    write_segmentation(tmp_path / "seg.dcm", {"tumour": LABEL.astype(bool)}, shift=1.5)
+    with pytest.raises(DataError, match="lie on the scan's grid"):
+        only_label(tmp_path)
+    write_segmentation(tmp_path / "seg.dcm", {"a": LABEL.astype(bool), "b": LABEL.astype(bool)})
+    with pytest.raises(DataError, match="claimed by two segments"):
+        only_label(tmp_path)
+
+
+def test_twins__dicom_nifti_and_pictures_give_the_same_slices(tmp_path):
+    image, _ = make_scan(shape_zyx=(20, 32, 28))
+    write_series(tmp_path / "dicom", image, step=3.0)
+    write_nifti(tmp_path / "nifti" / "a.nii.gz", image, spacing_mm=(3, 1, 1))
+    # The same scan as another program stores it: mirrored axes, other order.
+    mirrored = np.ascontiguousarray(image[::-1, :, ::-1].transpose(1, 2, 0))
+    affine = np.array([[0, 1.0, 0, -27], [-1.0, 0, 0, 0], [0, 0, -3.0, 57], [0, 0, 0, 1]])
+    (tmp_path / "other").mkdir()
+    nib.save(nib.Nifti1Image(mirrored, affine), tmp_path / "other" / "a.nii.gz")
+    (tmp_path / "png").mkdir()
+    for z in range(20):
+        Image.fromarray(image[z].astype(np.uint16)).save(tmp_path / "png" / f"slice_{z}.png")
+    (tmp_path / "png" / "spacing.json").write_text('{"spacing_mm": [3, 1, 1]}')
+    records = []
+    for kind in ("dicom", "nifti", "other", "png"):
+        examined = examine_case(discover(tmp_path / kind).cases[0], SETTINGS)
+        np.testing.assert_array_equal(examined.images[examined.record.plane], image)
+        np.testing.assert_allclose(examined.record.spacing_mm, (3, 1, 1), rtol=1e-6)
+        records.append(examined.record)
+    assert len({record.content_sha256 for record in records}) == 1
+    assert {dataclasses.replace(r.stats) for r in records} == {records[0].stats}
+
+
+def test_discover__nothing_there(tmp_path):
+    with pytest.raises(DataError, match="does not exist"):
+        discover(tmp_path / "none")
+    (tmp_path / "a.mha").write_text("x")
+    with pytest.raises(DataError, match=r"no scan was found(?s:.*)MetaImage"):
+        discover(tmp_path)
+
+
+@pytest.mark.skipif(
+    not os.environ.get("SAMGRAFT_MSD_HIPPOCAMPUS"),
+    reason="SAMGRAFT_MSD_HIPPOCAMPUS does not name a folder with the Decathlon's Task04 (fetch it from its origin)",
+)
+def test_decathlon_hippocampus_builds_without_manual_steps(tmp_path):
+    found = discover(Path(os.environ["SAMGRAFT_MSD_HIPPOCAMPUS"]))
+    assert found.label_names == {1: "Anterior", 2: "Posterior"}
+    report = examine_cases(found.cases[:20], settings=SETTINGS, label_names=found.label_names)
+    assert not report.refused
+    assert all(set(record.label_voxels) == {1, 2} for record in report.records)
