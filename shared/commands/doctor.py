@@ -1,0 +1,69 @@
+"""``samgraft doctor``: is this machine ready for a run, and if not, what to do."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from samgraft.shared.cli import Command
+from samgraft.shared.errors import UsageError
+
+if TYPE_CHECKING:
+    from samgraft.shared.training.diagnosis import Finding
+
+MARKS = {"ok": "ok     ", "warning": "warning", "problem": "PROBLEM"}
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--data", type=Path, action="append", default=[], help="store to check; default: those in data/"
+    )
+    parser.add_argument(
+        "--weights", type=Path, action="append", default=[], help="weights file; default: those in data/weights/"
+    )
+    parser.add_argument("--json", action="store_true", help="machine-readable, without user, host or path names")
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    try:
+        # Imported here: `samgraft --help` must not wait for torch; and a broken installation is a finding.
+        import torchvision  # noqa: F401
+        from samgraft.shared.training.diagnosis import diagnose, exit_code
+    except (ImportError, OSError, RuntimeError) as err:
+        raise UsageError(
+            f"the installation is broken: {str(err).splitlines()[0]}", next_command="rm -r .venv && make install"
+        ) from err
+    findings = diagnose(Path(), data=arguments.data, weights=arguments.weights)
+    code = exit_code(findings)
+    if arguments.json:
+        content = {"ready": int(code) == 0, "findings": [finding.as_dict() for finding in findings]}
+        sys.stdout.write(json.dumps(content, indent=1) + "\n")
+    else:
+        sys.stdout.write(_render(findings))
+    return int(code)
+
+
+def _render(findings: Sequence[Finding]) -> str:
+    lines: list[str] = []
+    area = ""
+    for finding in findings:
+        if finding.area != area:
+            area = finding.area
+            lines += [*([""] if lines else []), area]
+        lines.append(f"  {MARKS[finding.status.value]}  {finding.name}: {finding.text}")
+        if finding.advice:
+            lines.append(f"           -> {finding.advice}")
+    problems = sum(finding.status.value == "problem" for finding in findings)
+    warnings = sum(finding.status.value == "warning" for finding in findings)
+    verdict = f"{problems} problem{'s' * (problems != 1)}" if problems else "ready"
+    lines += ["", verdict + (f", {warnings} warning{'s' * (warnings != 1)}" if warnings else "")]
+    return "\n".join(lines) + "\n"
+
+
+COMMAND = Command(
+    help="environment, disk, devices, data, weights: is this machine ready", add_arguments=_add_arguments, run=_run
+)

@@ -1,0 +1,66 @@
+"""Reports: one file, no network, nothing executed, nothing of the machine in it."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+from samgraft.shared.training.report import (
+    KeyValues,
+    Picture,
+    Section,
+    Table,
+    Text,
+    curve_figure,
+    image_grid,
+    render_report,
+)
+
+EVIL = '"><script>alert(1)</script>'
+
+
+def test_report__escapes_everything_from_outside() -> None:
+    parts = [
+        Text(text=EVIL),
+        Text(text=EVIL, kind="command"),
+        KeyValues(items={EVIL: EVIL}),
+        Table(columns=[EVIL], rows=[[EVIL]], caption=EVIL),
+        Picture(png=b"x", caption=EVIL),
+    ]
+    html = render_report(EVIL, [Section(title=EVIL, parts=parts)], subtitle=EVIL)
+    assert "<script" not in html
+    assert html.count("&lt;script&gt;") == 13
+
+
+def test_report__is_one_file_without_addresses() -> None:
+    png = curve_figure({"loss": (range(5), range(5))}, ylabel="loss", baseline=("start", 2.0))
+    html = render_report("Run", [Section(title="Curves", parts=[Picture(png=png, caption="Loss.")])])
+    assert not re.search(r"https?:", html)
+    assert re.findall(r'src="([^"]{0,22})', html) == ["data:image/png;base64,"]
+    assert b"tEXt" not in png, "no software or path names in the picture"
+
+
+def test_table__numbers_right_missing_said_long_ones_cut() -> None:
+    rows = [["case", 0.123456, None, float("nan"), 7]] * 3
+    html = render_report("T", [Section(title="s", parts=[Table(columns=list("abcde"), rows=rows, max_rows=2)])])
+    assert html.count('<td class="n">0.1235</td>') == 2
+    assert html.count("n/a</td>") == 4
+    assert "1 of 3 rows left out." in html
+
+
+def test_thousands_of_cases__stay_small() -> None:
+    rows = [[f"case {i}", i / 2000] for i in range(2000)]
+    html = render_report("T", [Section(title="s", parts=[Table(columns=["case", "Dice"], rows=rows)])])
+    assert len(html) < 100_000
+
+
+def test_image_grid__shows_grey_values_where_they_belong() -> None:
+    from io import BytesIO
+
+    from PIL import Image
+
+    black, white = np.zeros((8, 8)), np.ones((8, 8))
+    picture = np.asarray(Image.open(BytesIO(image_grid([[black, white]], column_titles=["a", "b"]))).convert("L"))
+    row = picture[picture.shape[0] * 2 // 3]
+    assert row[len(row) // 4] == 0
+    assert row[3 * len(row) // 4] == 255
