@@ -1,4 +1,4 @@
-"""Fast reading of single slices from the shards of a local store: one index read per file, one byte range per slice.
+"""Fast reading of single slices from the shards of a store: one index read per file, one byte range per slice.
 
 zarr itself needs about a millisecond per slice, most of it event loop and bookkeeping. Arrays of a store have exactly
 one layout (see ``store_write``), and :func:`check_layout` refuses every other before a byte is decoded: no codec named
@@ -10,15 +10,15 @@ Source of the shard layout: zarr v3 specification, sharding-indexed codec, versi
 from __future__ import annotations
 
 import json
-import os
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import google_crc32c
 import numpy as np
 import numpy.typing as npt
 from numcodecs.zstd import Zstd
-from samgraft.shared.errors import DataError
+from samgraft.shared.data.store_files import StoreFiles
+from samgraft.shared.errors import DataError, SamgraftError
 
 MAX_SLICE_BYTES = 2**30
 _MISSING = 2**64 - 1
@@ -31,23 +31,31 @@ _INDEX = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "cr
 
 
 class ShardedArray:
-    """One array (Z, H, W) of a local store, open for reading slices."""
+    """One array (Z, H, W) of a store, open for reading slices."""
 
-    def __init__(self, path: Path, *, shape_zyx: tuple[int, int, int], where: str) -> None:
+    def __init__(
+        self, files: StoreFiles, folder: str, *, shape_zyx: tuple[int, int, int], sizes: Mapping[str, int], where: str
+    ) -> None:
         """Read and check the metadata.
 
         Args:
-            path: Folder of the array.
+            files: The store.
+            folder: Name of the array's folder in the store.
             shape_zyx: Shape that the table of series announces.
+            sizes: Size of every file of the array, by name below ``folder``, from the table.
             where: Name for messages.
         """
         try:
-            metadata = json.loads((path / "zarr.json").read_bytes())
+            metadata = json.loads(files.read(f"{folder}/zarr.json"))
         except (OSError, ValueError) as err:
+            if isinstance(err, SamgraftError):
+                raise
             raise DataError("the metadata of an array cannot be read: the store is damaged.", where=where) from err
         self.dtype, self.shard_slices = check_layout(metadata, shape_zyx=shape_zyx, where=where)
         self.shape_zyx = shape_zyx
-        self._path = path
+        self._files = files
+        self._folder = folder
+        self._sizes = sizes
         self._where = where
         self._indices: dict[int, npt.NDArray[np.uint64]] = {}
         self._decoder = Zstd()
@@ -65,20 +73,18 @@ class ShardedArray:
         shard, inner = divmod(slice_index, self.shard_slices)
         out = np.empty((height, width), dtype=self.dtype)
         try:
-            descriptor = os.open(self._path / "c" / str(shard) / "0" / "0", os.O_RDONLY)
-            try:
-                if shard not in self._indices:
-                    self._indices[shard] = self._read_index(descriptor)
-                offset, size = (int(v) for v in self._indices[shard][inner])
-                if offset == _MISSING or size > 2 * out.nbytes + 1024:
-                    raise ValueError("chunk missing or of an impossible size")
-                data = os.pread(descriptor, size, offset)
-            finally:
-                os.close(descriptor)
+            if shard not in self._indices:
+                self._indices[shard] = self._read_index(shard)
+            offset, size = (int(v) for v in self._indices[shard][inner])
+            if offset == _MISSING or size > 2 * out.nbytes + 1024:
+                raise ValueError("chunk missing or of an impossible size")
+            data = self._files.read_range(f"{self._folder}/c/{shard}/0/0", offset, size)
             if len(data) != size:
                 raise ValueError("chunk cut short")
             self._decoder.decode(data, out)
         except (OSError, ValueError, RuntimeError) as err:
+            if isinstance(err, SamgraftError):
+                raise
             raise DataError(
                 f"slice {slice_index} could not be decoded ({err}): the store is damaged.",
                 where=self._where,
@@ -87,13 +93,14 @@ class ShardedArray:
             ) from err
         return out
 
-    def _read_index(self, descriptor: int) -> npt.NDArray[np.uint64]:
+    def _read_index(self, shard: int) -> npt.NDArray[np.uint64]:
+        name = f"c/{shard}/0/0"
         num_bytes = 16 * self.shard_slices + 4
-        size = os.fstat(descriptor).st_size
-        if size < num_bytes:
-            raise ValueError("shard cut short")
-        data = os.pread(descriptor, num_bytes, size - num_bytes)
-        if google_crc32c.value(data[:-4]) != int.from_bytes(data[-4:], "little"):
+        start = self._sizes.get(name, 0) - num_bytes
+        if start < 0:
+            raise ValueError("shard not in the table or too short")
+        data = self._files.read_range(f"{self._folder}/{name}", start, num_bytes)
+        if len(data) != num_bytes or google_crc32c.value(data[:-4]) != int.from_bytes(data[-4:], "little"):
             raise ValueError("checksum of the shard index differs")
         return np.frombuffer(data[:-4], dtype="<u8").reshape(self.shard_slices, 2)
 

@@ -29,6 +29,7 @@ from samgraft.shared.data.intensity import IntensityPreset
 from samgraft.shared.data.orientation import Plane
 from samgraft.shared.data.series import SeriesRecord, image_name, label_name
 from samgraft.shared.data.shard import ShardedArray
+from samgraft.shared.data.store_files import LocalFiles, RemoteFiles, StoreFiles, is_address
 from samgraft.shared.data.volume import Modality
 from samgraft.shared.errors import DataError
 
@@ -43,8 +44,11 @@ SERIES = "series"
 class SliceStore:
     """A complete store, open for reading. Picklable: every process opens its own arrays."""
 
-    def __init__(self, path: Path, manifest: Mapping[str, Any], *, fingerprint: str) -> None:
+    def __init__(
+        self, path: Path, manifest: Mapping[str, Any], *, fingerprint: str, files: StoreFiles | None = None
+    ) -> None:
         self.path = path
+        self.files: StoreFiles = files or LocalFiles(path)
         self.fingerprint = fingerprint
         self.modality = Modality(manifest["modality"])
         self.label_names: dict[int, str] = {int(k): str(v) for k, v in manifest["label_names"].items()}
@@ -57,24 +61,30 @@ class SliceStore:
     def open(cls, path: Path | str) -> SliceStore:
         """Open a complete store.
 
+        Args:
+            path: A folder, or an address like ``s3://bucket/NAME.zarr`` that fsspec understands. Remote files are not
+                listed when the store is opened; a missing one is named when it is read.
+
         Raises:
             DataError: If the folder is not a store, the completion mark is missing, the table does not match the
                 mark, or a file of a series is missing or of another size. Bytes are verified by checksum when they
                 are read; ``samgraft store check`` reads them all.
         """
-        path = Path(path)
-        store = cls.from_manifest(path, json.loads(read_table(path)))
-        store._check_files()
+        files: StoreFiles = RemoteFiles(str(path)) if is_address(path) else LocalFiles(Path(path))
+        path = Path(str(path).rstrip("/"))
+        store = cls.from_manifest(path, json.loads(read_table(path, files)), files=files)
+        if isinstance(files, LocalFiles):
+            store._check_files(files)
         return store
 
     @classmethod
-    def from_manifest(cls, path: Path, manifest: Mapping[str, Any]) -> SliceStore:
+    def from_manifest(cls, path: Path, manifest: Mapping[str, Any], *, files: StoreFiles | None = None) -> SliceStore:
         """Make a store from its table without looking at its files; :meth:`open` is what everybody else wants."""
         if manifest.get("schema") != SCHEMA:
             raise DataError(
                 f"the store must have schema {SCHEMA}, got {manifest.get('schema')!r}. Build it again.", where=path.name
             )
-        return cls(path, manifest, fingerprint=content_fingerprint(manifest))
+        return cls(path, manifest, fingerprint=content_fingerprint(manifest), files=files)
 
     def __len__(self) -> int:
         return len(self.series)
@@ -133,17 +143,19 @@ class SliceStore:
         if key not in self._arrays:
             where = f"{self.path.name}/{SERIES}/{record.series_id}/{name}"
             shape_zyx = record.planes[plane].shape_zyx
-            self._arrays[key] = ShardedArray(
-                self.path / SERIES / record.series_id / name, shape_zyx=shape_zyx, where=where
-            )
+            sizes = {
+                file.removeprefix(f"{name}/"): size
+                for file, (size, _) in record.files.items()
+                if file.startswith(f"{name}/")
+            }
+            folder = f"{SERIES}/{record.series_id}/{name}"
+            self._arrays[key] = ShardedArray(self.files, folder, shape_zyx=shape_zyx, sizes=sizes, where=where)
         return self._arrays[key]
 
-    def _check_files(self) -> None:
+    def _check_files(self, files: LocalFiles) -> None:
         for record in self.series:
-            folder = self.path / SERIES / record.series_id
             for name, (size, _) in record.files.items():
-                path = folder / name
-                found = path.stat().st_size if path.is_file() else None
+                found = files.size(f"{SERIES}/{record.series_id}/{name}")
                 if found != size:
                     state = "is missing" if found is None else f"must have {size} bytes, got {found}"
                     raise DataError(
@@ -163,28 +175,30 @@ def content_fingerprint(manifest: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps({**manifest, "series": series}, sort_keys=True).encode()).hexdigest()
 
 
-def read_table(path: Path) -> bytes:
+def read_table(path: Path, files: StoreFiles | None = None) -> bytes:
     """Return the bytes of the table after comparing them with the completion mark.
 
     Raises:
         DataError: If the folder is no store, has no mark, or the table does not match it.
     """
-    if not (path / "zarr.json").is_file():
-        what = "does not exist" if not path.exists() else "is not a slice store"
+    files = files or LocalFiles(path)
+    if _read_or_none(files, "zarr.json") is None:
+        what = "is not a slice store" if path.exists() or not isinstance(files, LocalFiles) else "does not exist"
         raise DataError(
             f"the store {what}. Give a folder that `samgraft store build` wrote.",
             where=path.name,
             next_command="samgraft store build FOLDER --out STORE.zarr --modality mri",
         )
-    if not (path / COMPLETE).is_file():
+    mark = _read_or_none(files, COMPLETE)
+    if mark is None:
         raise DataError(
             "the store has no completion mark: its building was interrupted. Run the same build command again.",
             where=path.name,
             kept="every series that was complete",
         )
-    manifest_bytes = (path / MANIFEST).read_bytes() if (path / MANIFEST).is_file() else b""
+    manifest_bytes = _read_or_none(files, MANIFEST) or b""
     try:
-        expected = json.loads((path / COMPLETE).read_text(encoding="utf-8"))["manifest_sha256"]
+        expected = json.loads(mark)["manifest_sha256"]
     except (ValueError, KeyError, TypeError) as err:
         raise DataError("the completion mark is damaged. Build the store again.", where=path.name) from err
     if hashlib.sha256(manifest_bytes).hexdigest() != expected:
@@ -192,3 +206,10 @@ def read_table(path: Path) -> bytes:
             "the table of series does not match its checksum. Build the store again.", where=f"{path.name}/{MANIFEST}"
         )
     return manifest_bytes
+
+
+def _read_or_none(files: StoreFiles, name: str) -> bytes | None:
+    try:
+        return files.read(name)
+    except (FileNotFoundError, NotADirectoryError):
+        return None

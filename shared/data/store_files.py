@@ -1,0 +1,114 @@
+"""Where the files of a store lie: a local folder, or an object store reached through fsspec (s3://, gs://, http://).
+
+Reading only. Every method takes a name below the store, with forward slashes.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any, Protocol
+
+from samgraft.shared.errors import StorageError, UsageError
+
+NUM_ATTEMPTS = 4
+FIRST_WAIT_S = 0.2
+"""Doubled after every failure: 0.2, 0.4, 0.8 s; servers answer 503 when they want to be asked more slowly."""
+
+
+class StoreFiles(Protocol):
+    """What reading a store needs."""
+
+    def read(self, name: str) -> bytes:
+        """Return a whole file; FileNotFoundError if there is none."""
+        ...
+
+    def read_range(self, name: str, start: int, length: int) -> bytes:
+        """Return bytes of a file; fewer if it ends before."""
+        ...
+
+
+class LocalFiles:
+    """A folder."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = str(root)
+
+    def read(self, name: str) -> bytes:
+        """Return a whole file."""
+        with open(f"{self._root}/{name}", "rb") as file:
+            return file.read()
+
+    def read_range(self, name: str, start: int, length: int) -> bytes:
+        """Return bytes of a file."""
+        descriptor = os.open(f"{self._root}/{name}", os.O_RDONLY)
+        try:
+            return os.pread(descriptor, length, start)
+        finally:
+            os.close(descriptor)
+
+    def size(self, name: str) -> int | None:
+        """Return the size of a file, None if there is none."""
+        try:
+            info = os.stat(f"{self._root}/{name}")
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        return info.st_size
+
+
+class RemoteFiles:
+    """An object store. The connection is made at the first use in each process, and never pickled."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url.rstrip("/")
+        self._connection: tuple[Any, str] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_url": self._url, "_connection": None}
+
+    def read(self, name: str) -> bytes:
+        """Return a whole file."""
+        return bytes(self._ask("cat_file", name))
+
+    def read_range(self, name: str, start: int, length: int) -> bytes:
+        """Return bytes of a file."""
+        return bytes(self._ask("cat_file", name, start=start, end=start + length))
+
+    def _ask(self, method: str, name: str, **options: int) -> Any:
+        filesystem, root = self._connect()
+        wait = FIRST_WAIT_S
+        for attempt in range(1, NUM_ATTEMPTS + 1):
+            try:
+                return getattr(filesystem, method)(f"{root}/{name}", **options)
+            except FileNotFoundError:
+                raise
+            except Exception as err:  # each backend raises types of its own for 503, time-outs and expired keys
+                if attempt == NUM_ATTEMPTS:
+                    raise StorageError(
+                        f"the object store does not answer ({type(err).__name__}) after {NUM_ATTEMPTS} attempts: "
+                        "check network and credentials.",
+                        where=name,
+                        kept="every saved training state",
+                        next_command="run the same command again",
+                    ) from err
+                time.sleep(wait)
+                wait *= 2
+        raise AssertionError("unreachable")
+
+    def _connect(self) -> tuple[Any, str]:
+        if self._connection is None:
+            import fsspec
+
+            try:
+                self._connection = fsspec.core.url_to_fs(self._url)
+            except (ImportError, ValueError) as err:
+                raise UsageError(
+                    f"this kind of address needs another package: {err}. For s3:// pip install 'samgraft[s3]'."
+                ) from err
+        return self._connection
+
+
+def is_address(path: Path | str) -> bool:
+    """Return whether a store is named by an address instead of a folder."""
+    return isinstance(path, str) and "://" in path
