@@ -1,0 +1,146 @@
+"""Stage 1, stopped and started again, ends with the bytes of a run that was not; its results are what they claim."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from samgraft.shared.config import load_config
+from samgraft.shared.errors import StoppedAndSaved
+from samgraft.shared.models.card import Card
+from samgraft.shared.models.weights import card_of, read_weights, save_encoder
+from samgraft.shared.training.device import choose_device
+from samgraft.ssl.config import PretrainConfig
+from samgraft.ssl.objectives.masked_image import MaskedImage
+from samgraft.ssl.pretrain import pretrain
+from store_factory import make_store
+from tiny_encoders import TINY_VIT, tiny_encoder
+
+NUM_STEPS = 4
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("lab")
+    make_store(root, num_patients=4, shape_zyx=(4, 24, 20), labelled=False)
+    card = Card(arch="vit_t", stem="conv1x1", image_size=32, pixel_mean=[0.0] * 3, pixel_std=[255.0] * 3)
+    save_encoder(tiny_encoder(), root / "base", card)
+    return root
+
+
+def config_of(lab: Path, *overrides: str) -> PretrainConfig:
+    layer = {
+        "modality": "mri",
+        "data": {"store": str(lab / "store.zarr"), "batch_size": 2, "num_held_out_slices": 2},
+        "model": {"base": str(lab / "base"), "image_size": 32},
+        "objective": {"name": "masked_image", "masked_image": {"mask_unit_px": 8, "decoder_dim": 8}},
+        "optim": {"warmup_steps": 1},
+        "trainer": {"max_steps": NUM_STEPS, "save_every_steps": 2},
+        "watch": {"every_n_steps": 2, "num_panel_rows": 2},
+    }
+    return load_config(PretrainConfig, layers=[layer], overrides=overrides)
+
+
+def run(lab: Path, name: str, *overrides: str) -> Path:
+    weights = pretrain(config_of(lab, *overrides), name=name, runs=lab / "runs", device=choose_device("cpu"))
+    assert weights is not None
+    return weights
+
+
+def results(weights: Path) -> tuple[str, list[dict[str, float]]]:
+    lines = (weights.parents[1] / "metrics.jsonl").read_text().splitlines()
+    timings = ("perf/",)
+    metrics = [{k: v for k, v in json.loads(line).items() if not k.startswith(timings)} for line in lines]
+    return hashlib.sha256(weights.read_bytes()).hexdigest(), metrics
+
+
+def stop_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def after_step(self: MaskedImage, done: int) -> None:
+        if done == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(MaskedImage, "after_step", after_step)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        pytest.param((), id="plain"),
+        pytest.param(("trainer.accumulate=2", "trainer.channels_last=true"), id="accumulate, channels last"),
+        pytest.param(("trainer.precision=bf16",), id="bf16"),
+    ],
+)
+def test_resume__same_bytes_as_uninterrupted(
+    lab: Path, monkeypatch: pytest.MonkeyPatch, overrides: tuple[str, ...], request: pytest.FixtureRequest
+) -> None:
+    name = request.node.callspec.id.replace(", ", "-").replace(" ", "-")
+    whole = run(lab, f"whole-{name}", *overrides)
+    with monkeypatch.context() as patch:
+        stop_after(3, patch)
+        with pytest.raises(StoppedAndSaved):
+            run(lab, f"stopped-{name}", *overrides)
+    assert not (lab / "runs" / f"stopped-{name}" / "encoder").exists()
+    resumed = run(lab, f"stopped-{name}", *overrides)
+    for ours, theirs in zip(results(resumed)[1], results(whole)[1], strict=True):
+        assert {k: v for k, v in ours.items() if v != theirs.get(k)} == {k: v for k, v in theirs.items() if v != ours.get(k)}
+    assert results(resumed)[0] == results(whole)[0]
+    base = read_weights(lab / "base")
+    assert any(not torch.equal(base.tensors[k], v) for k, v in read_weights(resumed).tensors.items())
+
+
+def test_results__card_says_what_was_done(lab: Path) -> None:
+    weights = run(lab, "card")
+    card = Card.read(weights.with_name("card.json"))
+    base = read_weights(lab / "base")
+    assert (card.stage, card.objective, card.steps, card.slices_seen) == ("encoder", "masked_image", 4, 8)
+    assert card.base_sha256 == base.sha256
+    assert card.image_size == 32
+    assert card.intensity["name"] == "mr-percentile"
+    assert len(card.data_manifest["patient_ids"]) == 3
+    assert card_of(read_weights(weights.parents[1]), image_size=32).arch == TINY_VIT.arch.value
+    state = read_weights_names(weights.parents[1] / "ssl_state" / "state.safetensors")
+    assert "mask_token" in state
+    assert not any(name.startswith("encoder.") for name in state)
+
+
+def read_weights_names(path: Path) -> set[str]:
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        return set(file.keys())
+
+
+def test_pictures__only_when_they_may_be_shown(lab: Path) -> None:
+    quiet = run(lab, "quiet").parents[1]
+    shown = run(lab, "shown", "watch.log_images=true").parents[1]
+    assert not (quiet / "panels").exists()
+    assert "Pictures are off" in (quiet / "report.html").read_text()
+    picture = Image.open(shown / "panels" / f"step-{NUM_STEPS:06d}.png")
+    assert picture.size == (4 * (32 + 2), 2 * (32 + 2))
+    assert "output before" in (shown / "report.html").read_text() or "data:image/png" in (shown / "report.html").read_text()
+
+
+def test_dry_run__writes_nothing(lab: Path, caplog: pytest.LogCaptureFixture) -> None:
+    before = {p for p in lab.rglob("*") if p.is_file()}
+    with caplog.at_level("INFO"):
+        done = pretrain(
+            config_of(lab), name="dry", runs=lab / "runs", device=choose_device("cpu"), dry_run=True
+        )
+    assert done is None
+    assert {p for p in lab.rglob("*") if p.is_file()} == before
+    assert "new run" in caplog.text
+    assert "12 training slices of 3 volumes of 3 patients; 1 patients held out" in caplog.text
+
+
+def test_second_command__finds_the_finished_run(lab: Path, caplog: pytest.LogCaptureFixture) -> None:
+    first = run(lab, "again")
+    before = first.read_bytes()
+    with caplog.at_level("INFO"):
+        second = run(lab, "again")
+    assert second.read_bytes() == before
