@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from samgraft.shared.data.preset import ModalityPreset
 from samgraft.shared.models.architecture import Arch
 from samgraft.shared.training.optimizer import OptimizerConfig
-from samgraft.shared.training.trainer import TrainerConfig
+from samgraft.shared.training.trainer_config import TrainerConfig
 from samgraft.ssl.objectives.settings import ObjectiveConfig
 from samgraft.ssl.views import ViewConfig
 

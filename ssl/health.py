@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import torch
 
+ROUNDING = 1e-5
+"""Differences between slices below this share of the features are rounding, not content: collapsed."""
+
 
 def feature_health(features_NC: torch.Tensor) -> dict[str, float]:
     """Measure how varied the features of different slices are.
@@ -21,8 +24,12 @@ def feature_health(features_NC: torch.Tensor) -> dict[str, float]:
     Source:
         Roy and Vetterli, The effective rank (EUSIPCO 2007): exp of the entropy of the normalised singular values.
     """
-    centred_NC = features_NC.float() - features_NC.float().mean(dim=0)
+    features_NC = features_NC.float()
+    centred_NC = features_NC - features_NC.mean(dim=0)
+    spread = float(centred_NC.std(dim=0, correction=0).mean())
+    if spread <= ROUNDING * float(features_NC.abs().mean()):
+        return {"effective_rank": 1.0, "feature_std": 0.0}
     values = torch.linalg.svdvals(centred_NC)
-    shares = values / values.sum().clamp_min(1e-12)
+    shares = values / values.sum()
     entropy = -(shares * shares.clamp_min(1e-12).log()).sum()
-    return {"effective_rank": float(entropy.exp()), "feature_std": float(centred_NC.std(dim=0, correction=0).mean())}
+    return {"effective_rank": float(entropy.exp()), "feature_std": spread}

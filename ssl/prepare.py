@@ -23,7 +23,12 @@ from samgraft.ssl.start import RANDOM
 log = logging.getLogger(__name__)
 
 DEFAULT_MODALITY = "mri"
-DEFAULT_METHOD = {Arch.vit_t: Method.MASKED_IMAGE}
+DEFAULT_METHOD = {
+    Arch.vit_t: Method.MASKED_IMAGE,
+    Arch.vit_b: Method.MAE,
+    Arch.vit_l: Method.MAE,
+    Arch.vit_h: Method.MAE,
+}
 """What suits an architecture when METHOD is not given."""
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from enum import Enum
 
+from samgraft.ssl.objectives.mae import MAEConfig
 from samgraft.ssl.objectives.masked_image import MaskedImageConfig
 
 
@@ -12,6 +13,7 @@ class Method(Enum):
     """Self-supervised objective, by the name users type as METHOD."""
 
     MASKED_IMAGE = "masked_image"
+    MAE = "mae"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +24,8 @@ class ObjectiveConfig:
     """What the encoder learns from. Required: the presets under configs/pretrain say it."""
     masked_image: MaskedImageConfig = field(default_factory=MaskedImageConfig)
     """Settings of masked_image."""
+    mae: MAEConfig = field(default_factory=MAEConfig)
+    """Settings of mae."""
 
     def __post_init__(self) -> None:
         for section in fields(self):

@@ -1,0 +1,127 @@
+"""The objective mae: hidden tokens neither cost nor influence anything, and only they enter the loss."""
+
+import pytest
+import torch
+from samgraft.shared.errors import UsageError
+from samgraft.ssl.masking import MaskKind, token_masks, upsample_mask
+from samgraft.ssl.objectives.mae import MAE, MAEConfig, sincos_positions
+from tiny_encoders import plain_encoder, slices, tiny_encoder
+
+COUNTERS = (7, 8)
+
+
+def make_objective(**settings):
+    torch.manual_seed(1)
+    config = MAEConfig(decoder_dim=16, num_decoder_heads=2, num_decoder_blocks=1, **settings)
+    return MAE(plain_encoder(), config, seed=3)
+
+
+def images_of(seed=0):
+    return slices(size=96, seed=seed)
+
+
+def masks_of(mask_ratio=0.75, **settings):
+    return token_masks(COUNTERS, seed=3, grid_hw=(6, 6), mask_ratio=mask_ratio, **settings)
+
+
+def test_loss__by_hand_on_hidden_tokens_only():
+    objective = make_objective()
+    images, masks = images_of(), masks_of()
+    guess, _, ids_hidden = objective._guess(images, masks)
+    errors = []
+    for image, answers, numbers in zip(images[:, 0], guess, ids_hidden, strict=True):
+        for answer, number in zip(answers, numbers.tolist(), strict=True):
+            row, column = divmod(number, 6)
+            square = image[row * 16 : row * 16 + 16, column * 16 : column * 16 + 16].flatten()
+            target = (square - square.mean()) / (square.var() + 1e-6).sqrt()
+            errors.append((answer - target).square())
+    result = objective.loss(images, sample_counters=COUNTERS, step=0)
+    torch.testing.assert_close(result.total, torch.cat(errors).mean())
+    assert ids_hidden.shape == (2, 27)
+    assert all(masks[b].flatten()[ids_hidden[b]].all() for b in range(2))
+
+
+def test_loss__by_hand_without_normalised_targets():
+    objective = make_objective(norm_pix_loss=False)
+    with torch.no_grad():
+        objective.decoder.to_pixels.weight.zero_()
+        objective.decoder.to_pixels.bias.fill_(0.25)
+    images = images_of()
+    hidden = upsample_mask(masks_of(), image_size=96)
+    expected = (images[hidden] - 0.25).square().mean()
+    torch.testing.assert_close(objective.loss(images, sample_counters=COUNTERS, step=0).total, expected)
+
+
+@pytest.mark.parametrize("kind", list(MaskKind))
+def test_guess__does_not_depend_on_hidden_pixels(kind):
+    objective = make_objective(mask_kind=kind)
+    images, masks = images_of(), objective._masks(COUNTERS)
+    hidden = upsample_mask(masks, image_size=96)
+    first, _, _ = objective._guess(images, masks)
+    second, _, _ = objective._guess(torch.where(hidden, torch.rand_like(images), images), masks)
+    assert torch.equal(first, second)
+    third, _, _ = objective._guess(torch.where(hidden, images, 1 - images), masks)
+    assert not torch.equal(first, third)
+
+
+def test_gradient_flow__everything_moves_but_the_neck():
+    objective = make_objective()
+    before = {name: tensor.clone() for name, tensor in objective.state_dict().items()}
+    optimizer = torch.optim.SGD([p for p in objective.parameters() if p.requires_grad], lr=1.0)
+    objective.loss(images_of(), sample_counters=COUNTERS, step=0).total.backward()
+    optimizer.step()
+    moved = {name for name, tensor in objective.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert moved == {name for name in before if not name.startswith("encoder.neck")}
+
+
+def test_panel__fills_only_the_holes():
+    objective = make_objective(norm_pix_loss=False)
+    with torch.no_grad():
+        objective.decoder.to_pixels.weight.zero_()
+        objective.decoder.to_pixels.bias.copy_(torch.linspace(0, 1, 256))
+    images = images_of()
+    hidden = upsample_mask(objective._masks(COUNTERS), image_size=96)[:, 0]
+    given, seen, filled = objective.panel(images, sample_counters=COUNTERS).images_KBHW
+    assert torch.equal(given, images[:, 0])
+    assert (seen[hidden] == 0.5).all()
+    assert torch.equal(filled[~hidden], given[~hidden])
+    ramp = torch.linspace(0, 1, 256).view(16, 16).repeat(6, 6)
+    assert torch.equal(filled[0][hidden[0]], ramp[hidden[0]])
+
+
+def test_loss__falls_when_trained():
+    objective = make_objective(norm_pix_loss=False)
+    optimizer = torch.optim.Adam([p for p in objective.parameters() if p.requires_grad], lr=3e-3)
+    losses = []
+    for _ in range(30):
+        loss = objective.loss(images_of(), sample_counters=COUNTERS, step=0).total
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert losses[-1] < 0.3 * losses[0]
+
+
+def test_sincos_positions__tell_rows_and_columns_apart():
+    positions = sincos_positions(4, 16).view(4, 4, 16)
+    assert torch.equal(positions[1, 0, :8], positions[1, 3, :8])
+    assert torch.equal(positions[0, 2, 8:], positions[3, 2, 8:])
+    assert len({tuple(p.tolist()) for p in positions.flatten(0, 1)}) == 16
+
+
+def test_mae__refuses_an_encoder_that_cannot_leave_tokens_out():
+    with pytest.raises(UsageError, match=r"vit_b, vit_l, vit_h.*got vit_t. Use METHOD=masked_image"):
+        MAE(tiny_encoder(), MAEConfig(), seed=0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"mask_ratio": 0.0}, "mask_ratio must lie between 0 and 1"),
+        ({"decoder_dim": 100}, "decoder_dim must be a multiple of 4 times num_decoder_heads"),
+        ({"num_decoder_blocks": 0}, "num_decoder_blocks must be at least 1"),
+    ],
+)
+def test_config__refuses(settings, message):
+    with pytest.raises(ValueError, match=message):
+        MAEConfig(**settings)
