@@ -49,9 +49,11 @@ class Row:
 
     @property
     def ratio(self) -> float:
+        """How many times faster ours is."""
         return self.baseline_s / self.ours_s
 
     def cells(self) -> list[str]:
+        """Return the row of the table."""
         saved = f"{self.ours_mib / self.baseline_mib:.3f}" if self.baseline_mib else "-"
         return [
             str(self.image_size), self.dtype, self.case, f"{self.baseline_s:.2f}", f"{self.ours_s:.2f}",
@@ -61,7 +63,7 @@ class Row:
 
 
 HEADER = [
-    "px", "type", "case", "segment_anything s", "ours s", "speed-up", "range", "its saved MiB", "our saved MiB", "share",
+    "px", "type", "case", "original s", "ours s", "speed-up", "range", "original saved MiB", "ours saved MiB", "share",
 ]  # fmt: skip
 
 
@@ -129,7 +131,8 @@ def saved_mib(run: Run, module: nn.Module) -> float:
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         out = run()
     total = sum(kept.values()) / 2**20
-    del out, alive
+    del out
+    alive.clear()
     gc.collect()
     return total
 
@@ -207,7 +210,8 @@ def table(rows: list[Row], arguments: argparse.Namespace, loads: list[float]) ->
         f"{arguments.repeats} interleaved turns after one warm-up; median, and the range of the ratio per turn",
         f"- {hardware(arguments.device)}; {torch.get_num_threads()} thread(s) used; load average during the run "
         f"{min(loads):.1f}-{max(loads):.1f} (other work on the machine: absolute times are inflated, read the ratios)",
-        f"- torch {version('torch')}, segment-anything {version('segment-anything')}, Python {platform.python_version()}",
+        f"- torch {version('torch')}, segment-anything {version('segment-anything')} (the original), "
+        f"Python {platform.python_version()}",
         f"- `python benchmarks/encoder_speed.py {' '.join(sys.argv[1:])}`",
         "",
         "| " + " | ".join(HEADER) + " |",

@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 CACHE_VARIABLE = "SAMGRAFT_CACHE"
 OFFLINE_VARIABLE = "SAMGRAFT_OFFLINE"
-CHUNK_BYTES = 1 << 20
+CHUNK_BYTES = 1 << 16
 TIMEOUT_S = (15.0, 60.0)
 """To connect, and between two packets."""
 NUM_ATTEMPTS = 3
