@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from samgraft.shared.config import load_config, packaged_config
+from samgraft.shared.data.augment import AugmentPreset
 from samgraft.shared.data.intensity import IntensityPreset
 from samgraft.shared.data.volume import Modality
 
@@ -19,6 +20,9 @@ class ModalityPreset:
     """How native units become [0, 1]."""
     min_foreground_fraction: float = 0.05
     """Slices with a smaller share of non-air pixels are left out of pretraining."""
+
+    augment: AugmentPreset = field(default_factory=AugmentPreset)
+    """What may be changed at random without leaving what scanners and patients do."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.min_foreground_fraction < 1:

@@ -1,0 +1,29 @@
+"""Modality presets: every file loads, says what suits its physics, and unknown names are helped."""
+
+import pytest
+from samgraft.shared.data.intensity import IntensityKind
+from samgraft.shared.data.preset import load_preset
+from samgraft.shared.data.volume import Modality
+from samgraft.shared.errors import UsageError
+
+
+@pytest.mark.parametrize("modality", list(Modality))
+def test_every_modality_has_a_preset(modality):
+    assert load_preset(modality).modality is modality
+    assert load_preset(f" {modality.value.upper()} ") == load_preset(modality)
+
+
+def test_presets_suit_the_physics():
+    ct, mri = load_preset("ct"), load_preset("mri")
+    assert ct.intensity.kind is IntensityKind.WINDOW
+    assert (ct.intensity.window_center, ct.intensity.window_width) == (40, 400)
+    assert ct.augment.bias_field_probability == 0
+    assert ct.augment.flip_columns_probability == 0
+    assert mri.intensity.kind is IntensityKind.PERCENTILE
+    assert mri.augment.bias_field_probability > 0
+
+
+@pytest.mark.parametrize("name", ["mr", "mrt", "", "pet"])
+def test_unknown_modality_lists_the_known(name):
+    with pytest.raises(UsageError, match="must be one of ct, mri, ultrasound, xray"):
+        load_preset(name)
