@@ -106,13 +106,16 @@ def backward(run: Run) -> None:
 
 
 def seconds(action: Callable[[], None], device: str) -> float:
+    """Wall time on a GPU; processor time on a CPU, which other work on a shared machine distorts less."""
     if device == "cuda":
         torch.cuda.synchronize()
-    start = time.perf_counter()
+        start = time.perf_counter()
+        action()
+        torch.cuda.synchronize()
+        return time.perf_counter() - start
+    start = time.process_time()
     action()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return time.process_time() - start
 
 
 def saved_mib(run: Run, module: nn.Module) -> float:
@@ -140,9 +143,7 @@ def saved_mib(run: Run, module: nn.Module) -> float:
 def measure(
     baseline: Run, ours: Run, modules: tuple[nn.Module, nn.Module], *, repeats: int, device: str
 ) -> tuple[list[float], list[float], float, float]:
-    mib = (saved_mib(baseline, modules[0]), saved_mib(ours, modules[1]))
-    for run in (baseline, ours):
-        seconds(partial(backward, run), device)
+    mib = (saved_mib(baseline, modules[0]), saved_mib(ours, modules[1]))  # also the warm-up
     times: tuple[list[float], list[float]] = ([], [])
     for _ in range(repeats):
         for run, module, taken in zip((baseline, ours), modules, times, strict=True):
@@ -207,9 +208,11 @@ def table(rows: list[Row], arguments: argparse.Namespace, loads: list[float]) ->
         f"# Encoder speed, {datetime.now(UTC):%Y-%m-%d}",
         "",
         f"- {arguments.arch}, depth {arguments.depth or 'full'}, batch {arguments.batch}, forward + backward, "
-        f"{arguments.repeats} interleaved turns after one warm-up; median, and the range of the ratio per turn",
+        f"{arguments.repeats} interleaved turns after a warm-up; median, and the range of the ratio per turn",
         f"- {hardware(arguments.device)}; {torch.get_num_threads()} thread(s) used; load average during the run "
-        f"{min(loads):.1f}-{max(loads):.1f} (other work on the machine: absolute times are inflated, read the ratios)",
+        f"{min(loads):.1f}-{max(loads):.1f} ",
+        "- times are processor seconds on a CPU, wall seconds on a GPU; other work on a shared machine inflates both: "
+        "read the ratios",
         f"- torch {version('torch')}, segment-anything {version('segment-anything')} (the original), "
         f"Python {platform.python_version()}",
         f"- `python benchmarks/encoder_speed.py {' '.join(sys.argv[1:])}`",

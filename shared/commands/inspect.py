@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,12 @@ from samgraft.shared.cli import Command
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", type=Path, help="weights file, run folder or transformers folder")
+    parser.add_argument(
+        "file",
+        type=Path,
+        help="weights file, run folder, transformers folder, or official weights by name (sam_vit_b, mobile_sam, ...)",
+    )
+    parser.add_argument("--offline", action="store_true", help="never download official weights")
     parser.add_argument("--json", action="store_true", help="machine-readable output")
     parser.add_argument(
         "--save-tensors",
@@ -24,8 +30,11 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _run(arguments: argparse.Namespace) -> int:
     # Imported here: `samgraft --help` must not wait for torch.
+    from samgraft.shared.models.download import OFFLINE_VARIABLE
     from samgraft.shared.models.inspection import describe, extract_tensors
 
+    if arguments.offline:
+        os.environ[OFFLINE_VARIABLE] = "1"
     if arguments.save_tensors is not None:
         count = extract_tensors(arguments.file, arguments.save_tensors)
         sys.stdout.write(f"{count} tensors written to {arguments.save_tensors}; no code of the file was run\n")

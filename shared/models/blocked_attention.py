@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from samgraft.shared.models.attention_windows import Windows, padding_logit, put, take
 from samgraft.shared.models.window_attention import Bundle
 
-BLOCK_ELEMENTS = 2**19
-"""Logits per block: 2 MiB in float32, about what the cache of one core holds (2**17 to 2**21 were measured)."""
+BLOCK_ELEMENTS = 2**18
+"""Logits per block: 1 MiB in float32, about what the cache of one core holds (2**17 to 2**21 were measured)."""
 
 
 def _steps(total: int, step: int) -> Iterator[slice]:

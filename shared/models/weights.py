@@ -15,6 +15,7 @@ import torch
 from samgraft.shared.errors import WeightsError
 from samgraft.shared.models.architecture import MEDSAM_SHA256, ArchSpec, image_size_from_tensors, spec_from_tensors
 from samgraft.shared.models.card import Card
+from samgraft.shared.models.download import OFFICIAL, official_weights
 from samgraft.shared.models.formats import PARTS, recognise
 from samgraft.shared.models.image_encoder import ImageEncoder, build_image_encoder
 from samgraft.shared.models.positions import resize_positions as resize_table
@@ -52,6 +53,7 @@ FOLDER_FILES = (
     "sam.safetensors",
     "model.safetensors",
     "pytorch_model.bin",
+    "state.safetensors",
 )
 
 
@@ -82,7 +84,8 @@ def read_weights(path: str | Path) -> WeightsFile:
     """Read a weights file, a run folder or a transformers folder.
 
     Args:
-        path: ``.pth``, ``.safetensors``, ``runs/NAME`` or a folder with ``card.json``. Told by content, not by name.
+        path: ``.pth``, ``.safetensors``, ``runs/NAME`` or a folder with ``card.json``, told by content, not by name.
+            Where there is none of that name, official weights such as ``sam_vit_b`` are fetched by pinned hash.
 
     Raises:
         WeightsError: If it is no weights, is damaged or unsafe, or holds NaN.
@@ -262,6 +265,8 @@ def save_sam(sam: Sam, path: Path) -> Path:
 
 
 def _find_file(path: Path) -> Path:
+    if not path.exists() and str(path) in OFFICIAL:
+        return official_weights(str(path))
     if not path.is_dir():
         return path
     for name in FOLDER_FILES:

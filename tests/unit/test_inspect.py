@@ -1,0 +1,63 @@
+"""``samgraft inspect``: what a person and a script are told."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from model_factory import make_sam, tiny_plain_spec, tiny_vit_t_spec
+from samgraft.shared.cli import main
+from samgraft.shared.models import weights as weights_module
+from samgraft.shared.models.card import Card
+from samgraft.shared.models.weights import read_weights, save_encoder, save_sam
+
+
+def test_inspect__counts_each_part(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_sam(make_sam(tiny_plain_spec(), image_size=160), tmp_path / "w.pth")
+    assert main(["inspect", str(tmp_path / "w.pth")]) == 0
+    shown = capsys.readouterr().out
+    assert "w.pth: SAM, ViT of unpublished shape (32x4), 160 px" in shown
+    assert "image_encoder   65/65 keys" in shown
+    assert "mask_decoder    120/120 keys" in shown
+
+
+def test_inspect__names_what_is_missing_and_left_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tensors = dict(make_sam(tiny_plain_spec(), image_size=160).state_dict())
+    del tensors["mask_decoder.iou_token.weight"]
+    torch.save({**tensors, "mask_decoder.odd": torch.ones(1)}, tmp_path / "w.pth")
+    assert main(["inspect", str(tmp_path / "w.pth"), "--json"]) == 0
+    decoder = json.loads(capsys.readouterr().out)["parts"]["mask_decoder"]
+    assert (decoder["matched"], decoder["expected"]) == (119, 120)
+    assert decoder["missing"] == ["mask_decoder.iou_token.weight"]
+    assert decoder["unexpected"] == ["mask_decoder.odd"]
+
+
+def test_inspect__run_folder_shows_its_card(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    encoder = make_sam(tiny_vit_t_spec(), image_size=64).image_encoder
+    card = Card(
+        arch="vit_t", stem="conv1x1", image_size=64, pixel_mean=[1.0] * 3, pixel_std=[2.0] * 3, stage="encoder",
+        objective="masked_image", steps=12,
+    )  # fmt: skip
+    save_encoder(encoder, tmp_path / "encoder", card)
+    assert main(["inspect", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    assert "TinyViT of unpublished shape (LiteMedSAM stem), 64 px" in shown
+    assert "objective       masked_image" in shown
+    assert "steps           12" in shown
+    # What the card says about pixels reaches the model.
+    assert read_weights(tmp_path).spec.pixel_std == (2.0, 2.0, 2.0)
+
+
+def test_official_name__fetched_unless_a_file_has_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = save_sam(make_sam(tiny_plain_spec(), image_size=160), tmp_path / "w.pth")
+    monkeypatch.setattr(weights_module, "official_weights", lambda _: path)
+    assert read_weights("sam_vit_b").name == "w.pth"
+    monkeypatch.undo()
+    monkeypatch.setenv("SAMGRAFT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("SAMGRAFT_OFFLINE", "")
+    assert main(["inspect", "sam_vit_b", "--offline"]) == 5
+    assert "must be in the cache when offline" in capsys.readouterr().err
