@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import sys
 from collections.abc import Sequence
@@ -31,7 +32,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 def _run(arguments: argparse.Namespace) -> int:
     try:
         # Imported here: `samgraft --help` must not wait for torch; and a broken installation is a finding.
-        import torchvision  # noqa: F401
+        importlib.import_module("torchvision")  # fails with a torch that it was not built for
         from samgraft.shared.training.diagnosis import diagnose, exit_code
     except (ImportError, OSError, RuntimeError) as err:
         raise UsageError(

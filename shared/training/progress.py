@@ -19,6 +19,7 @@ log = logging.getLogger(__name__)
 
 PLAIN_LINE_EVERY_S = 60.0
 FIRST_PLAIN_LINE_AFTER_S = 10.0
+BAR_EVERY_S = 0.5
 
 
 class Progress(pl.Callback):
@@ -32,14 +33,23 @@ class Progress(pl.Callback):
         max_steps: Length of the run.
         slices_per_micro_step: Of all processes together.
         accumulate: Micro-steps per step.
+        save_every_steps: Interval of saving, shown as the steps to go.
     """
 
-    def __init__(self, step_log: StepLog, *, max_steps: int, slices_per_micro_step: int, accumulate: int = 1) -> None:
+    def __init__(
+        self,
+        step_log: StepLog,
+        *,
+        max_steps: int,
+        slices_per_micro_step: int,
+        accumulate: int = 1,
+        save_every_steps: int = 1,
+    ) -> None:
         self.step_log = step_log
         self.max_steps = max_steps
         self.slices_per_micro_step = slices_per_micro_step
         self.accumulate = accumulate
-        self.steps_to_save = 0
+        self.save_every_steps = save_every_steps
         self.wait_s = 0.0
         """Seconds spent waiting for data so far."""
         self.work_s = 0.0
@@ -126,12 +136,14 @@ class Progress(pl.Callback):
             self._rates = self._measure()
             values["perf/slices_per_s"], values["perf/data_wait_percent"] = self._rates
         self.step_log.record(step, values)
-        due = now - self._last_line >= PLAIN_LINE_EVERY_S
-        if self._bar is not None and (due or step % self.step_log.every_steps == 0):
+        # Not at every step: reading the loss makes a GPU wait.
+        if now - self._last_line < (PLAIN_LINE_EVERY_S if self._bar is None else BAR_EVERY_S) and step < self.max_steps:
+            return
+        self._last_line = now
+        if self._bar is not None:
             self._bar.update(step, self._line(step, values))
-        elif due and trainer.is_global_zero and self._bar is None:
+        elif trainer.is_global_zero:
             log.info("%s", self._line(step, values))
-            self._last_line = now
 
     def _measure(self) -> tuple[float, float]:
         wait, work, count = self._window
@@ -143,11 +155,12 @@ class Progress(pl.Callback):
     def _line(self, step: int, values: Mapping[str, float | Tensor]) -> str:
         steps_here = max(1, self.micro_steps // self.accumulate)
         eta_s = (time.monotonic() - self._started) / steps_here * (self.max_steps - step)
+        to_save = min(self.save_every_steps - step % self.save_every_steps, self.max_steps - step)
         return (
             f"step {step}/{self.max_steps}  loss {float(values.get('train/loss', float('nan'))):.4g}  "
-            f"lr {float(values['train/lr']):.1e}  {self.slices_per_s:.3g} slices/s  "
+            f"lr {float(values['train/lr']):.1e}  {format_rate(self.slices_per_s)} slices/s  "
             f"data wait {100 * self.data_wait_share:.0f} %  ETA {format_duration(eta_s)}  "
-            f"next save in {self.steps_to_save} steps"
+            f"next save in {to_save} step{'s' * (to_save != 1)}"
         )
 
 
@@ -173,6 +186,11 @@ class _BarLine:
         for handler in self._handlers:
             handler.setStream(self._plain)
         self._bar.stop()
+
+
+def format_rate(rate: float) -> str:
+    """Return a rate with three digits, or whole numbers from 100 on."""
+    return f"{rate:.0f}" if rate >= 100 else f"{rate:.3g}"
 
 
 def format_duration(seconds: float) -> str:

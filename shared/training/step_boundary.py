@@ -142,9 +142,6 @@ class StepBoundary(Checkpoint):
             self.step_log.flush()
         if stop and (not last or self.books.pending):
             raise stopped(step, run=self.run, signal_name=self.stop.signal_name)
-        self.progress.steps_to_save = min(
-            self.plan.every_steps - step % self.plan.every_steps, trainer.max_steps - step
-        )
         self.progress.resume_clock()
         self._at_whole_step = True
 

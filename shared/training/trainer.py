@@ -117,7 +117,11 @@ def fit(
     )
     slices = batch_size * device.devices * device.num_nodes
     progress = Progress(
-        step_log, max_steps=config.max_steps, slices_per_micro_step=slices, accumulate=config.accumulate
+        step_log,
+        max_steps=config.max_steps,
+        slices_per_micro_step=slices,
+        accumulate=config.accumulate,
+        save_every_steps=config.save_every_steps,
     )
     if state is not None and state.step >= config.max_steps:
         with listening(stop):
