@@ -93,6 +93,8 @@ def main():
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
+        (folder / "warm").mkdir()
+        build_speed(write_scans(folder / "warm", 1, suffix=".nii"), folder / "warm.zarr")  # imports are not building
         plain = build_speed(write_scans(folder, arguments.series, suffix=".nii"), folder / "plain.zarr")
         packed = build_speed(write_scans(folder, arguments.series, suffix=".nii.gz"), folder / "packed.zarr")
         store = SliceStore.open(folder / "plain.zarr")

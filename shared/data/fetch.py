@@ -28,7 +28,8 @@ from samgraft.shared.errors import DataError, SamgraftError, StorageError
 log = logging.getLogger(__name__)
 
 CACHE_VARIABLE = "SAMGRAFT_CACHE"
-CHUNK_BYTES = 1 << 20
+CHUNK_BYTES = 1 << 16
+"""Also what is lost at most when a connection breaks: an unfinished chunk is dropped by requests."""
 TIMEOUT_S = (15.0, 60.0)
 """To connect, and between two packets."""
 NUM_ATTEMPTS = 3

@@ -120,7 +120,9 @@ def measure_intensity(array_zyx: Array, *, modality: Modality) -> IntensityStats
     """
     # Odd, so that it walks through all columns: a stride of 256 would only see the left edge of 256-wide slices.
     stride = (array_zyx.size // MAX_SAMPLES) | 1
-    sample = array_zyx.reshape(-1)[::stride].astype(np.float64)
+    sample = array_zyx.reshape(-1)[::stride]
+    if sample.dtype.kind == "f":  # integers are sorted several times faster as they are
+        sample = sample.astype(np.float64)
     low, high = float(array_zyx.min()), float(array_zyx.max())
     if not (np.isfinite(low) and np.isfinite(high)):
         num_bad = int((~np.isfinite(array_zyx)).sum())
@@ -130,6 +132,7 @@ def measure_intensity(array_zyx: Array, *, modality: Modality) -> IntensityStats
     if tissue.size == 0:  # a constant volume: statistics of what there is
         tissue = sample
     values = np.percentile(tissue, STORED_PERCENTILES)
+    tissue = tissue.astype(np.float64)
     return IntensityStats(
         minimum=low,
         maximum=high,
@@ -140,7 +143,7 @@ def measure_intensity(array_zyx: Array, *, modality: Modality) -> IntensityStats
     )
 
 
-def air_threshold(sample: npt.NDArray[np.float64], *, modality: Modality) -> float:
+def air_threshold(sample: Array, *, modality: Modality) -> float:
     """Return the value at or below which a voxel counts as air."""
     if modality is Modality.CT:
         return AIR_HU

@@ -478,3 +478,13 @@ def test_gzip_longer_than_its_header_says(tmp_path, nii):
     path.write_bytes(gzip.compress(nii.read_bytes() + b"\0" * 1000))
     with pytest.raises(DataError, match="goes on after"):
         read(path)
+
+
+def test_gzip_of_several_members_and_zero_padding(tmp_path, nii):
+    data = nii.read_bytes()
+    path = tmp_path / "members.nii.gz"
+    path.write_bytes(gzip.compress(data[:500]) + gzip.compress(data[500:]) + b"\0" * 64)
+    np.testing.assert_array_equal(slices(read(path)), IMAGE)
+    path.write_bytes(gzip.compress(data) + b"garbage")
+    with pytest.raises(DataError, match="damaged"):
+        read(path)

@@ -6,9 +6,7 @@ ours gets its bytes from here.
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import io
 import stat
 import zlib
 from pathlib import Path
@@ -52,17 +50,27 @@ def gunzip(data: bytes, *, limit: int, where: str) -> bytes:
     Raises:
         DataError: If the data is cut, its checksum is wrong, or it is longer than ``limit``.
     """
-    try:
-        with gzip.GzipFile(fileobj=io.BytesIO(data)) as stream:
-            plain = stream.read(limit)
-            # The checksum is only compared when the stream is read past its last byte.
-            if stream.read(1):
-                raise DataError(f"the compressed data must hold {limit} bytes, it goes on after them.", where=where)
-    except (EOFError, zlib.error, gzip.BadGzipFile) as err:
-        raise DataError(
-            f"the gzip data is damaged or cut short ({err}). Copy the file again from its origin.", where=where
-        ) from err
-    return plain
+    parts: list[bytes] = []
+    left = limit
+    while data.strip(b"\0"):  # some writers pad with zeros; others write several members
+        stream = zlib.decompressobj(wbits=31)
+        try:
+            # One byte more than wanted, so that zlib reaches the trailer and compares CRC and length.
+            parts.append(stream.decompress(data, left + 1))
+        except zlib.error as err:
+            raise DataError(
+                f"the gzip data is damaged or cut short ({err}). Copy the file again from its origin.", where=where
+            ) from err
+        left -= len(parts[-1])
+        if left < 0:
+            raise DataError(f"the compressed data must hold {limit} bytes, it goes on after them.", where=where)
+        if not stream.eof:
+            raise DataError(
+                "the gzip data is damaged or cut short (it ends too early). Copy the file again from its origin.",
+                where=where,
+            )
+        data = stream.unused_data
+    return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
 def peek_gzip(data: bytes, *, num_bytes: int, where: str) -> bytes:
