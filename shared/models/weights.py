@@ -361,6 +361,8 @@ def _refuse_incomplete(report: TensorReport, weights: WeightsFile, wrong: list[s
     if wrong and all(_is_position(w.split(" ", 1)[0]) for w in wrong):
         size = weights.image_size
         hint = f" The file is for {size} px: allow resizing of positions, or use image_size={size}."
+    if weights.is_partial and not wrong:
+        hint = f" A {weights.format} has no relative positions and no neck: give a SAM to take them from with BASE=."
     raise WeightsError(
         f"weights must hold all of {report.part}, got {report.num_loaded}/{report.num_asked}: "
         f"{'; '.join(found)}.{hint}",
