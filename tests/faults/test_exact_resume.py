@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import pytorch_lightning as pl
 import torch
 from safetensors.torch import load_file
 from samgraft.shared.errors import DataError, UsageError
@@ -168,22 +169,61 @@ def test_other_world_size__refused_with_the_command(
     assert "torch 2.0.0 -> " in caplog.text
 
 
+class Slow(pl.Callback):
+    """Announces and lengthens every step, so that a kill can hit its middle as well as a save."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: object) -> None:
+        self.path.write_text(str(trainer.global_step))
+        time.sleep(0.01)
+
+
+def wait_for_step(path: Path, step: int) -> None:
+    deadline = time.monotonic() + 60
+    while not (path.exists() and (path.read_text() or "0").isdigit() and int(path.read_text() or "0") >= step):
+        assert time.monotonic() < deadline, "the training does not get on"
+        time.sleep(0.002)
+
+
+def test_sigkill__same_bytes(tmp_path: Path) -> None:
+    """Killed three times at random moments, saving at every step: between steps or in the middle of a save."""
+    config = tiny_config(max_steps=40, save_every_steps=1)
+    tiny_fit(tmp_path, "whole", config)
+    chance = random.Random()
+    for step in (5, 15, 25):
+        child = os.fork()  # not a new interpreter: importing takes longer than all the rest
+        if child == 0:
+            try:
+                tiny_fit(tmp_path, "killed", config, callbacks=[Slow(tmp_path / "step")])
+            finally:
+                os._exit(1)  # never back into pytest
+        wait_for_step(tmp_path / "step", step)
+        time.sleep(chance.random() * 0.03)
+        os.kill(child, signal.SIGKILL)
+        assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+    result = tiny_fit(tmp_path, "killed", config)
+    assert result.resumed_from_step is not None
+    assert result.resumed_from_step >= 24
+    assert final_bytes(tmp_path, "whole", 40) == final_bytes(tmp_path, "killed", 40)
+    assert curve(tmp_path, "whole") == curve(tmp_path, "killed")
+
+
 SCRIPT = """
 import sys
 sys.path.insert(0, {tests!r})
 from pathlib import Path
 from tiny_training import *
-import os, time
-class Slow(pl.Callback):
+class Say(pl.Callback):
     def on_train_batch_end(self, trainer, *_):
         print("step", trainer.global_step, flush=True)
-        time.sleep(0.03)
-tiny_fit(Path({root!r}), "killed", tiny_config(max_steps=60, save_every_steps=1), callbacks=[Slow()])
+tiny_fit(Path({root!r}), "killed", tiny_config(max_steps=60, save_every_steps=1), callbacks=[Say()])
 """
 
 
-def test_sigkill_of_the_process__same_bytes(tmp_path: Path) -> None:
-    """The true thing: killed while saving or stepping, wherever it happens to be."""
+@pytest.mark.slow
+def test_sigkill_of_another_interpreter__same_bytes(tmp_path: Path) -> None:
     config = tiny_config(max_steps=60, save_every_steps=1)
     tiny_fit(tmp_path, "whole", config)
     script = SCRIPT.format(tests=str(TESTS), root=str(tmp_path))
@@ -192,10 +232,8 @@ def test_sigkill_of_the_process__same_bytes(tmp_path: Path) -> None:
     for line in process.stdout:
         if line.startswith("step 7"):
             break
-    time.sleep(0.01 * (int(hashlib.sha256(str(time.time_ns()).encode()).hexdigest(), 16) % 10))
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
-    result = tiny_fit(tmp_path, "killed", config)
-    assert result.resumed_from_step is not None
-    assert 6 <= result.resumed_from_step < 60
-    assert same(tmp_path, 60)
+    assert tiny_fit(tmp_path, "killed", config).resumed_from_step in range(6, 60)
+    assert final_bytes(tmp_path, "whole", 60) == final_bytes(tmp_path, "killed", 60)
+    assert curve(tmp_path, "whole") == curve(tmp_path, "killed")
