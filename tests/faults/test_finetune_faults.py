@@ -1,0 +1,252 @@
+"""Fine-tuning, evaluation and release refuse what would give an untrustworthy result, on one screen."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from model_factory import make_sam, tiny_plain_spec, tiny_vit_t_spec
+from samgraft.finetune.classes import ClassTable
+from samgraft.finetune.evaluate import evaluate
+from samgraft.finetune.metrics import class_scores
+from samgraft.finetune.model_folder import read_model, write_model
+from samgraft.finetune.preparation import check_leak
+from samgraft.finetune.release import release
+from samgraft.finetune.rounds import ValidationRounds
+from samgraft.finetune.starting_point import find_starting_point
+from samgraft.finetune.task import Task
+from samgraft.finetune.validation import CaseResult
+from samgraft.shared.cli import main
+from samgraft.shared.data.split import Split, make_split, pretrain_manifest
+from samgraft.shared.data.store import SliceStore
+from samgraft.shared.errors import DataError, StorageError, UsageError, WeightsError
+from samgraft.shared.models.card import Card
+from samgraft.shared.models.weights import save_encoder, save_tensors
+from store_factory import make_store
+
+SPEC = tiny_vit_t_spec()
+
+
+def card(spec=SPEC, **facts):
+    return Card(
+        arch=spec.arch.value, stem=spec.stem.value if spec.stem else None, image_size=32,
+        pixel_mean=list(spec.pixel_mean), pixel_std=list(spec.pixel_std), **facts,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A store of five patients, weights of two architectures, a stage-1 encoder, a finished run."""
+    root = tmp_path_factory.mktemp("lab")
+    store = SliceStore.open(make_store(root, num_patients=5, shape_zyx=(4, 32, 32)))
+    sam = make_sam(SPEC, image_size=32)
+    save_tensors(dict(sam.state_dict()), root / "base.safetensors")
+    save_encoder(sam.image_encoder, root / "ssl" / "encoder", card(stage="encoder", objective="masked_image"))
+    other = make_sam(tiny_plain_spec(), image_size=160)
+    save_tensors(dict(other.state_dict()), root / "other.safetensors")
+    (root / "notes.pth").write_bytes(b"not weights at all")
+    split = make_split(store)
+    task = Task(
+        class_ids=[1], class_names=["lesion"], modality="mri", image_size=32, keep_aspect=True,
+        intensity=store.intensity.to_dict(), store_fingerprint=store.fingerprint, split_sha256=split.sha256,
+        split={"train": list(split.train), "val": list(split.val), "test": list(split.test)},
+    )  # fmt: skip
+    manifest = pretrain_manifest(store, split.train)
+    write_model(sam, root / "runs" / "seg" / "model", card=card(stage="model", data_manifest=manifest), task=task)
+    return root, store, split
+
+
+def start(root, ckpt, **given):
+    given = {"base": None, "image_size": 32, **given}
+    return find_starting_point(root / ckpt, **given)
+
+
+def test_ckpt__that_is_missing_or_no_weights(place):
+    root, _, _ = place
+    with pytest.raises(WeightsError, match="exists") as refusal:
+        start(root, "nothing.pth")
+    assert "make pretrain" in refusal.value.next_command
+    with pytest.raises(WeightsError):
+        start(root, "notes.pth")
+
+
+def test_ckpt__of_another_architecture_than_base_or_model(place):
+    root, _, _ = place
+    with pytest.raises(WeightsError, match="one architecture"):
+        start(root, "ssl", base=root / "other.safetensors")
+    with pytest.raises(WeightsError, match="MODEL=vit_b"):
+        start(root, "base.safetensors", model="vit_b")
+
+
+def test_ckpt__encoder_alone_takes_its_decoder_from_base(place, caplog):
+    root, _, _ = place
+    caplog.set_level("INFO")
+    point = start(root, "ssl", base=root / "base.safetensors")
+    _, reports = point.build()
+    assert [r.part for r in reports] == ["sam", "image_encoder"]
+    assert all(r.num_loaded == r.num_asked for r in reports)
+    assert "prompt encoder and mask decoder: base.safetensors" in caplog.text
+    assert point.is_continued
+
+
+def test_base__without_decoder_is_refused(place):
+    root, _, _ = place
+    with pytest.raises(WeightsError, match="whole SAM"):
+        start(root, "ssl", base=root / "ssl")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "text"),
+    [
+        (["--ckpt", "gone.pth", "--data", "store.zarr"], 4, "CKPT must"),
+        (["--ckpt", "notes.pth", "--data", "store.zarr"], 4, "error"),
+        ([], 2, "CKPT must say"),
+        (["--ckpt", "base.safetensors", "--data", "no.zarr"], 3, "does not exist"),
+        (["--ckpt", "base.safetensors", "--data", "store.zarr", "data.classes=[7]"], 3, "got 7; it has 1"),
+        (["--ckpt", "base.safetensors", "--data", "store.zarr", "data.batchsize=2"], 2, "data.batch_size"),
+        (
+            ["--ckpt", "base.safetensors", "--data", "store.zarr", "data.batch_size=9999"],
+            2,
+            "batch_size must be at most",
+        ),
+        (["--ckpt", "base.safetensors", "--data", "store.zarr", "--method", "lorra"], 2, "lora"),
+        (["--ckpt", "base.safetensors", "--data", "store.zarr", "--preset", "gpu"], 2, "cpu, default"),
+    ],
+)
+def test_command__refuses_on_one_screen_with_its_code(place, monkeypatch, capsys, arguments, code, text):
+    root, _, _ = place
+    monkeypatch.chdir(root)
+    before = sorted(p.name for p in (root / "runs").iterdir())
+    assert main(["finetune", *arguments, "model.image_size=32"]) == code
+    shown = capsys.readouterr().err
+    assert text in shown
+    assert "Traceback" not in shown
+    assert sorted(p.name for p in (root / "runs").iterdir()) == before
+
+
+def test_command__store_without_mark(tmp_path, place, monkeypatch, capsys):
+    root, _, _ = place
+    store = make_store(tmp_path, num_patients=3)
+    (store / "complete.json").unlink()
+    monkeypatch.chdir(root)
+    assert main(["finetune", "--ckpt", "base.safetensors", "--data", str(store)]) == 3
+    assert "completion mark" in capsys.readouterr().err
+
+
+def test_leak__pretraining_on_test_patients_is_refused_by_id_and_by_content(place):
+    _, store, split = place
+    by_id = pretrain_manifest(store, split.test)
+    by_content = {**by_id, "patient_ids": ["p_elsewhere"]}
+    for manifest in (by_id, by_content):
+        leaky = card(data_manifest=manifest)
+        with pytest.raises(DataError, match="allow-transductive"):
+            check_leak(leaky, split, store, allow=False)
+        assert check_leak(leaky, split, store, allow=True)
+    assert not check_leak(card(data_manifest=pretrain_manifest(store, split.train)), split, store, allow=False)
+    assert not check_leak(None, split, store, allow=False)
+
+
+def test_evaluate__has_no_side_effects_and_scores_the_test_part(place):
+    root, store, split = place
+    model = read_model(root / "runs" / "seg")
+    model.segmenter.train()
+    weights = {k: v.clone() for k, v in model.segmenter.state_dict().items()}
+    modes = [m.training for m in model.segmenter.modules()]
+    torch.manual_seed(5)
+    rng, numpy_rng = torch.get_rng_state(), np.random.get_state()[1].copy()
+    evaluation, results = evaluate(model, store, split, part="test")
+    assert {row["patient_id"] for row in evaluation.rows} == set(split.test)
+    assert results[0].predicted.shape == store.record(results[0].series_id).shape_zyx
+    assert all(torch.equal(weights[k], v) for k, v in model.segmenter.state_dict().items())
+    assert [m.training for m in model.segmenter.modules()] == modes
+    assert torch.equal(rng, torch.get_rng_state())
+    assert np.array_equal(numpy_rng, np.random.get_state()[1])
+
+
+def test_evaluate__refuses_patients_the_model_was_trained_on(place):
+    root, store, split = place
+    model = read_model(root / "runs" / "seg")
+    swapped = Split(train=split.test, val=split.val, test=split.train, seed=0, store_fingerprint=store.fingerprint)
+    with pytest.raises(DataError, match="were trained on"):
+        evaluate(model, store, swapped, part="test")
+    # A release does not know patients, but their scans.
+    nameless = dataclasses.replace(model, task=dataclasses.replace(model.task, split={}))
+    with pytest.raises(DataError, match="were trained on"):
+        evaluate(nameless, store, swapped, part="test")
+
+
+def test_model__changed_weights_are_refused(place, tmp_path):
+    root, _, _ = place
+    copy = tmp_path / "model"
+    copy.mkdir()
+    for name in ("card.json", "task.json"):
+        (copy / name).write_bytes((root / "runs/seg/model" / name).read_bytes())
+    data = bytearray((root / "runs/seg/model/sam.safetensors").read_bytes())
+    data[-1] ^= 1
+    (copy / "sam.safetensors").write_bytes(data)
+    with pytest.raises(WeightsError, match="sha256 differs"):
+        read_model(copy)
+    with pytest.raises(WeightsError, match=r"task\.json"):
+        read_model(root / "ssl" / "encoder")
+
+
+def test_release__asks_for_a_licence_and_never_overwrites(place, tmp_path):
+    root, _, _ = place
+    with pytest.raises(UsageError, match="licence"):
+        release(root / "runs" / "seg", out=tmp_path / "out", licence=None)
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "out").mkdir()
+    with pytest.raises(StorageError, match="must not exist"):
+        release(root / "runs" / "seg", out=tmp_path / "out", licence="cc-by-4.0")
+
+
+def test_release__fails_closed_on_a_canary(place, tmp_path):
+    root, _, _ = place
+    run = tmp_path / "runs" / "leaky"
+    model = read_model(root / "runs" / "seg")
+    task = dataclasses.replace(model.task, class_names=["lesion of Jane^Canary"])
+    write_model(model.segmenter.sam, run / "model", card=model.card, task=task)
+    with pytest.raises(DataError, match="person name"):
+        release(run, out=tmp_path / "out", licence="cc-by-4.0")
+    assert [p.name for p in tmp_path.iterdir()] == ["runs"]
+
+
+def test_release__leaves_patients_out(place, tmp_path):
+    root, _, split = place
+    checked = release(root / "runs" / "seg", out=tmp_path / "out", licence="cc-by-4.0")
+    assert {c.name for c in checked} == {"sam.safetensors", "sam.pth"}
+    assert all(c.max_difference == 0 for c in checked)
+    everything = b"".join(p.read_bytes() for p in (tmp_path / "out").iterdir())
+    assert not any(p.encode() in everything for p in (*split.train, *split.val, *split.test))
+    facts = json.loads((tmp_path / "out" / "card.json").read_text())
+    assert facts["license"] == "cc-by-4.0"
+    assert "not evaluated" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_rounds__keep_the_best_and_survive_a_resume(tmp_path):
+    classes = ClassTable(ids=(1,), names=("a",))
+
+    def result(predicted):
+        scores = tuple(class_scores(np.array(predicted), np.array([1, 1, 0]), classes))
+        return [CaseResult(series_id="s", patient_id="p", scores=scores, predicted=np.array(predicted))]
+
+    rounds = ValidationRounds(tmp_path)
+    for step, predicted in ((10, [1, 0, 0]), (20, [1, 1, 0]), (30, [0, 0, 0])):
+        rounds.add(step, result(predicted), lambda step=step: {"w": torch.tensor([float(step)])})
+    again = ValidationRounds(tmp_path)
+    assert again.record.rounds == {10: pytest.approx(2 / 3), 20: 1.0, 30: 0.0}
+    assert again.best_file().name == "step-000020.safetensors"
+    again.forget_after(15)
+    assert again.best_file().name == "step-000010.safetensors"
+    with pytest.raises(DataError, match="no validation scan shows a class"):
+        rounds.add(40, [dataclasses.replace(result([0, 0, 0])[0], scores=())], dict)
+
+
+def test_workplace_has_no_absolute_path(place):
+    """Guards the fixtures above: messages name files, not where they lie."""
+    root, _, _ = place
+    with pytest.raises(WeightsError) as refusal:
+        start(root, "nothing.pth")
+    assert str(Path(root)) not in refusal.value.render()
