@@ -14,7 +14,12 @@ log = logging.getLogger(__name__)
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--modality", default=None, help="mri, ct, xray or ultrasound (default: the store's, or mri)")
-    add("--data", type=Path, default=None, help="slice store; default: the demo scans, fetched by hash")
+    add(
+        "--data",
+        type=Path,
+        default=None,
+        help="slice store or folder of scans; default: the demo scans, fetched by hash",
+    )
     add("--model", default=None, help="vit_t, vit_b, vit_l or vit_h (default: what BASE is, or vit_t)")
     add("--method", default=None, help="objective (default: the one that suits the model)")
     add("--base", default=None, help="weights to start from: a file, a run folder, or random")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from samgraft.shared.config import config_sha256
-from samgraft.shared.data.preset import load_preset
+from samgraft.shared.data.intensity import IntensityPreset
 from samgraft.shared.data.split import Split, pretrain_manifest
 from samgraft.shared.data.store import SliceStore
 from samgraft.shared.models.card import Card
@@ -59,6 +59,7 @@ def hand_over(
     *,
     store: SliceStore,
     split: Split,
+    intensity: IntensityPreset,
     notes: Sequence[str],
 ) -> Path:
     """Write the results of a finished run with their card, and mark the run complete; return the encoder's file."""
@@ -72,7 +73,7 @@ def hand_over(
         * config.trainer.accumulate
         * config.data.batch_size
         * processes_expected(),
-        intensity=load_preset(config.modality).intensity.to_dict(),
+        intensity=intensity.to_dict(),
         data_manifest=manifest,
         config_sha256=config_sha256(config),
         code_revision=code_revision(),

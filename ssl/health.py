@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-ROUNDING = 1e-5
+ROUNDING = 1e-4
 """Differences between slices below this share of the features are rounding, not content: collapsed."""
 
 

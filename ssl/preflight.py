@@ -87,8 +87,8 @@ def describe_data(store: SliceStore, split: Split, slices: Sequence[SliceRef]) -
     """Return patients, volumes and slices after filters, in one line."""
     series = {ref.series_id for ref in slices}
     return (
-        f"{store.path.name} ({store.modality.value}): {len(slices)} training slices of {len(series)} volumes of "
-        f"{len(split.train)} patients; {len(split.val)} patients held out"
+        f"{store.path.name} ({store.modality.value}): {len(slices)} training slices, volumes: {len(series)}, "
+        f"patients: {len(split.train)} for training, {len(split.val)} held out"
     )
 
 

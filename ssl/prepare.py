@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from samgraft.shared.commands.store import COMMAND
 from samgraft.shared.config import load_config, packaged_config
 from samgraft.shared.data.demo import DemoPaths, demo_data, demo_paths, fetch_base_weights
 from samgraft.shared.data.fetch import cache_folder
@@ -69,7 +71,10 @@ def prepare(request: Request, *, has_gpu: bool) -> tuple[PretrainConfig, str]:
 
 
 def _modality_of(data: Path | None) -> str:
-    return SliceStore.open(data).modality.value if data is not None else DEFAULT_MODALITY
+    """Return the store's own modality; a folder of scans does not say."""
+    if data is None or (data.is_dir() and data.suffix != ".zarr" and not (data / "zarr.json").is_file()):
+        return DEFAULT_MODALITY
+    return SliceStore.open(data).modality.value
 
 
 def _arch(request: Request) -> Arch:
@@ -96,8 +101,20 @@ def _data(data: Path | None, modality: str) -> dict[str, Any]:
     if data is None:
         demo = demo_data(modality=modality)
     elif data.resolve() != demo.unlabelled.resolve():
-        return {"data": {"store": str(data)}}
+        return {"data": {"store": str(_store_of(data, modality))}}
     return _demo_part(demo)
+
+
+def _store_of(data: Path, modality: str) -> Path:
+    """Return the store itself, or build one from a folder of scans; built before, it is taken as it is."""
+    if data.suffix == ".zarr" or not data.is_dir() or (data / "zarr.json").is_file():
+        return data
+    out = demo_paths().unlabelled.parent.with_name(f"{data.resolve().name}.zarr")
+    log.info("%s is a folder of scans: building the store %s", data.name, out)
+    parser = argparse.ArgumentParser()
+    COMMAND.add_arguments(parser)
+    COMMAND.run(parser.parse_args(["build", str(data), "--out", str(out), "--modality", modality]))
+    return out
 
 
 def _demo_part(demo: DemoPaths) -> dict[str, Any]:

@@ -85,7 +85,9 @@ def pretrain(
             periodic=watch(held_out, config.watch, run_path=run.path, batch_size=config.data.batch_size),
             data_fingerprint=store.fingerprint,
         )
-        weights = hand_over(objective, run, config, start_card, store=store, split=split, notes=leaks)
+        weights = hand_over(
+            objective, run, config, start_card, store=store, split=split, intensity=preset.intensity, notes=leaks
+        )
         write_report(run, config, objective, held_out, result=result, notes=leaks)
     log.info("next: make finetune CKPT=%s", run.path)
     return weights

@@ -83,12 +83,13 @@ def verdict(held_out_loss: Sequence[float]) -> Text:
 def _summary(
     run: RunFolder, config: PretrainConfig, lines: Sequence[Mapping[str, Any]], *, result: FitResult
 ) -> list[Any]:
-    facts = {
+    facts: dict[str, Any] = {
         "steps": result.step,
         "slices seen": config.trainer.max_steps * config.trainer.accumulate * config.data.batch_size,
-        "time of the last session": format_duration(result.seconds),
-        "speed": f"{result.slices_per_s:.3g} slices/s, {100 * result.data_wait_share:.1f} % waiting for data",
     }
+    if result.slices_per_s:  # nothing was trained when a finished run is asked for again
+        facts["time of the last session"] = format_duration(result.seconds)
+        facts["speed"] = f"{result.slices_per_s:.3g} slices/s, {100 * result.data_wait_share:.1f} % waiting for data"
     next_step = (
         "A lower loss does not prove a better encoder for segmentation: fine-tune from this run and from the base "
         "weights, and compare."
@@ -116,8 +117,9 @@ def _loss_caption(held_out: HeldOut | None) -> str:
     if held_out is None:
         return "Training loss. No patient was held out."
     return (
-        f"Training loss, and the loss on {len(held_out.refs)} slices of {held_out.num_patients} patients that were "
-        "never trained on, always with the same masks. The slices are spread evenly by rule."
+        f"Training loss, and the loss on {len(held_out.refs)} slices of held-out patients "
+        f"({held_out.num_patients}) that were never trained on, always with the same masks. The slices are "
+        "spread evenly by rule."
     )
 
 

@@ -47,7 +47,12 @@ def load_start(config: ModelConfig) -> tuple[Encoder, Card]:
         spec = weights.spec if weights.spec.arch is config.arch else arch_spec(config.arch)
         encoder = build_image_encoder(spec, image_size=config.image_size)
         load_into(encoder, weights, part="image_encoder", resize_positions=True)
-        card = dataclasses.replace(card_of(weights, image_size=config.image_size), weights_sha256=None)
+        card = dataclasses.replace(
+            card_of(weights, image_size=config.image_size),
+            base_name=weights.name,
+            base_sha256=weights.sha256,
+            weights_sha256=None,
+        )
     freeze_depths(encoder, config.num_frozen_depths)
     return encoder.train(), card
 

@@ -80,7 +80,8 @@ class CrossBlock(nn.Module):
         return out_BMD
 
     def _heads(self, tokens: torch.Tensor) -> torch.Tensor:
-        return tokens.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        heads: torch.Tensor = tokens.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        return heads
 
 
 class CrossDecoder(nn.Module):

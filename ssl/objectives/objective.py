@@ -36,8 +36,10 @@ class Panel:
 class Objective(Protocol):
     """A module that owns the encoder being trained and everything that is thrown away with the objective."""
 
-    encoder: MaskableEncoder
-    """The encoder that is exported. For self-distillation: the student's or the teacher's, as the objective says."""
+    @property
+    def encoder(self) -> MaskableEncoder:
+        """The encoder that is exported; an objective with a teacher says which of the two."""
+        ...
 
     def loss(self, images_B1SS: torch.Tensor, *, sample_counters: Sequence[int], step: int) -> ObjectiveLoss:
         """Return the loss of a batch; a pure function of the weights, the images, the counters and the step."""

@@ -1,0 +1,98 @@
+"""What a user gets for bad input to `samgraft pretrain`: one screen, the right exit code, a hint, nothing written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from samgraft.shared.cli import main
+from samgraft.shared.models.card import Card
+from samgraft.shared.models.weights import save_encoder
+from store_factory import make_store
+from tiny_encoders import plain_encoder, tiny_encoder
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("lab")
+    make_store(root, num_patients=3, shape_zyx=(3, 20, 20), labelled=False)
+    card = Card(arch="vit_t", stem="conv1x1", image_size=32, pixel_mean=[0.0] * 3, pixel_std=[255.0] * 3)
+    save_encoder(tiny_encoder(), root / "tiny", card)
+    save_encoder(
+        plain_encoder(), root / "plain", Card(arch="vit_b", image_size=96, pixel_mean=[0.0] * 3, pixel_std=[1.0] * 3)
+    )
+    (root / "notes.txt").write_text("no weights at all")
+    (root / "half.zarr").mkdir()
+    return root
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "messages"),
+    [
+        pytest.param(
+            ["--modality", "mrri"], 2, ["must be one of ct, mri, ultrasound, xray, got 'mrri'", "Did you mean 'mri'"],
+            id="unknown modality",
+        ),
+        pytest.param(["--data", "nowhere.zarr"], 3, ["the store does not exist", "samgraft store build"], id="none"),
+        pytest.param(["--data", "half.zarr"], 3, ["is not a slice store"], id="a folder that is no store"),
+        pytest.param(
+            ["--data", "store.zarr", "--modality", "ct", "--base", "tiny"], 3,
+            ["must be of modality ct, got mri. Use MODALITY=mri"], id="another modality than the store's",
+        ),
+        pytest.param(
+            ["--data", "store.zarr", "--base", "tiny", "optim.lrr=1e-4"], 2, ["lrr", "Did you mean 'optim.lr'"],
+            id="misspelt key",
+        ),
+        pytest.param(
+            ["--data", "store.zarr", "--base", "tiny", "--method", "maee"], 2,
+            ["METHOD must be one of mae, masked_image, got 'maee'"], id="unknown method",
+        ),
+        pytest.param(
+            ["--data", "store.zarr", "--base", "tiny", "--preset", "tpu"], 2, ["must be one of", "'masked_image-tpu'"],
+            id="unknown preset",
+        ),
+        pytest.param(
+            ["--data", "store.zarr", "--base", "tiny", "--model", "vit_x"], 2,
+            ["model must be one of vit_t, vit_b, vit_l, vit_h, got 'vit_x'"], id="unknown model",
+        ),
+        pytest.param(["--data", "store.zarr", "--base", "notes.txt"], 4, ["notes.txt"], id="base that is no weights"),
+        pytest.param(
+            ["--data", "store.zarr", "--base", "plain", "--model", "vit_t"], 4,
+            ["must be of the model's architecture", "Use MODEL=vit_b"], id="base of another architecture",
+        ),
+        pytest.param(
+            ["--data", "store.zarr", "--model", "vit_b"], 2, ["MODEL=vit_b must be given weights", "BASE=sam"],
+            id="no base",
+        ),
+        pytest.param(
+            ["--data", "store.zarr", "--base", "tiny", "objective.mae.mask_ratio=0.5"], 2,
+            ["objective.mae is set but objective.name is masked_image"], id="setting of another objective",
+        ),
+        pytest.param(
+            ["--data", "store.zarr", "--base", "tiny", "data.batch_size=500"], 2,
+            ["batch_size must not exceed the 6 training slices, got 500"], id="batch larger than the data",
+        ),
+        pytest.param(
+            ["--data", "store.zarr", "--base", "tiny", "model.num_frozen_depths=99"], 2,
+            ["num_frozen_depths must be below", "nothing would be trained"], id="everything frozen",
+        ),
+    ],
+)  # fmt: skip
+def test_bad_input__one_screen_and_nothing_written(
+    lab: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    code: int,
+    messages: list[str],
+) -> None:
+    monkeypatch.chdir(lab)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(["pretrain", *arguments]) == code
+    shown = capsys.readouterr().err
+    for message in messages:
+        assert message in shown
+    assert "Traceback" not in shown
+    assert len(shown.splitlines()) < 25
+    assert not (lab / "runs").exists()
