@@ -45,7 +45,6 @@ def stop(root: Path) -> None:
     except NumericalError as stopped:
         sys.stdout.write(f"NumericalError at {re.search('step [0-9]+', str(stopped))[0]}\n")
     if not second:
-
         write = os.write
 
         def full(descriptor: int, data: memoryview) -> int:
