@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -22,9 +23,12 @@ from samgraft.shared.training.report import (
 from samgraft.shared.training.run_folder import RunFolder
 from samgraft.shared.training.trainer import FitResult
 from samgraft.ssl.config import PretrainConfig
+from samgraft.ssl.health import warnings_in_words
 from samgraft.ssl.held_out import HeldOut, held_out_panel, split_picture
 from samgraft.ssl.objectives.objective import Objective, Panel
 from samgraft.ssl.watch import panel_path
+
+log = logging.getLogger(__name__)
 
 Curve = tuple[list[float], list[float]]
 SMOOTH_STEPS = 5
@@ -54,6 +58,8 @@ def write_report(
         Section(title="Features", parts=_features(lines)),
         Section(title="How this run was made", parts=[KeyValues(items=_facts(config, notes))]),
     ]
+    for text in verdict(lines):
+        (log.warning if text.kind == "warning" else log.info)("%s", text.text)
     title = f"Stage 1: {run.path.name}"
     subtitle = f"{config.objective.name.value} on {config.model.arch.value}, {config.modality}"
     run.report.write_text(render_report(title, sections, subtitle=subtitle), encoding="utf-8")
@@ -65,19 +71,21 @@ def curve(lines: Sequence[Mapping[str, Any]], name: str) -> Curve:
     return [step for step, _ in found], [value for _, value in found]
 
 
-def verdict(held_out_loss: Sequence[float]) -> Text:
-    """Say in words whether the held-out loss fell."""
-    if len(held_out_loss) < 2:
-        return Text(text="No patient was held out: the loss on unseen slices is not known.", kind="warning")
-    start, end = held_out_loss[0], held_out_loss[-1]
-    change = f"The loss on held-out slices went from {start:.4g} to {end:.4g}"
-    if end < 0.98 * start:
-        return Text(text=f"{change}: {100 * (1 - end / start):.0f} % lower than at the start.", kind="good")
-    return Text(
-        text=f"{change}: nothing was learned that carries over to unseen patients. Use more slices, a lower "
-        "optim.lr, or more steps before spending a fine-tuning budget on this encoder.",
-        kind="warning",
+def verdict(lines: Sequence[Mapping[str, Any]]) -> list[Text]:
+    """Say in words whether the run learned, and what a person should worry about."""
+    loss = curve(lines, "held_out/loss")[1]
+    if len(loss) < 2:
+        return [Text(text="No patient was held out: the loss on unseen slices is not known.", kind="warning")]
+    worries = warnings_in_words(
+        held_out_loss=loss,
+        effective_rank=curve(lines, "held_out/effective_rank")[1],
+        feature_std=curve(lines, "held_out/feature_std")[1],
     )
+    change = f"The loss on held-out slices went from {loss[0]:.4g} to {loss[-1]:.4g}"
+    if loss[-1] < loss[0]:
+        change += f": {100 * (1 - loss[-1] / loss[0]):.0f} % lower than at the start"
+    kind: Literal["plain", "good"] = "plain" if worries else "good"
+    return [Text(text=f"{change}.", kind=kind), *(Text(text=worry, kind="warning") for worry in worries)]
 
 
 def _summary(
@@ -95,7 +103,7 @@ def _summary(
         "weights, and compare."
     )
     return [
-        verdict(curve(lines, "held_out/loss")[1]),
+        *verdict(lines),
         KeyValues(items=facts),
         Text(text=next_step),
         Text(text=f"make finetune CKPT={run.path}", kind="command"),

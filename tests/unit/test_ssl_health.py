@@ -1,0 +1,59 @@
+"""Health of a stage-1 run: the numbers against known cases, and when which rule speaks."""
+
+import pytest
+import torch
+from samgraft.ssl.health import feature_health, warnings_in_words
+from samgraft.ssl.held_out import panel_picture, split_picture, spread
+from samgraft.ssl.objectives import Panel
+
+HEALTHY = {"held_out_loss": [1.0, 0.6, 0.5], "effective_rank": [8.0, 7.0, 6.0], "feature_std": [0.2, 0.2, 0.15]}
+
+
+def test_feature_health__equal_directions_count_fully():
+    # Four points at +-e1 and +-e2: two directions of equal weight.
+    features = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]])
+    health = feature_health(features)
+    assert health["effective_rank"] == pytest.approx(2.0)
+    assert health["feature_std"] == pytest.approx(0.5**0.5)
+
+
+def test_feature_health__one_direction():
+    line = torch.arange(5.0)[:, None] * torch.tensor([[1.0, 2.0, 3.0]])
+    assert feature_health(line)["effective_rank"] == pytest.approx(1.0, abs=1e-3)
+
+
+def test_feature_health__the_same_features_for_every_slice_are_a_collapse():
+    same = torch.ones(4, 3) + 1e-7 * torch.rand(4, 3, generator=torch.Generator().manual_seed(0))
+    assert feature_health(same) == {"effective_rank": 1.0, "feature_std": 0.0}
+
+
+def test_warnings__none_for_a_healthy_run():
+    assert warnings_in_words(**HEALTHY) == []
+
+
+@pytest.mark.parametrize(
+    ("changed", "word"),
+    [
+        ({"effective_rank": [8.0, 2.0]}, "Collapse: the features of different slices spread over 2.0 directions"),
+        ({"feature_std": [0.2, 0.01]}, "Collapse: slices differ by 0.01"),
+        ({"held_out_loss": [1.0, 0.99]}, "Dead loss: 0.99"),
+        ({"held_out_loss": [1.0, 0.5, 0.7]}, "rose from its best, 0.5, to 0.7"),
+    ],
+)
+def test_warnings__each_rule_speaks_for_its_case_alone(changed, word):
+    words = warnings_in_words(**{**HEALTHY, **changed})
+    assert len(words) == 1
+    assert word in words[0]
+
+
+def test_spread__evenly_and_away_from_the_ends():
+    assert spread(100, 4) == [12, 37, 62, 87]
+    assert spread(2, 5) == [0, 1]
+
+
+def test_split_picture__undoes_panel_picture():
+    pictures = torch.rand(3, 2, 5, 5, generator=torch.Generator().manual_seed(0))
+    grid = panel_picture(Panel(columns=("a", "b", "c"), images_KBHW=pictures))
+    assert grid.shape == (2 * 7, 3 * 7)
+    back = torch.from_numpy(split_picture(grid, num_columns=3, side=5))
+    assert torch.equal(back, (pictures * 255).round().to(torch.uint8))
