@@ -17,8 +17,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from rich.console import Console
-    from samgraft.shared.data.discovery import SourceOptions
+    from samgraft.shared.data.discovery import Discovery, SourceOptions
     from samgraft.shared.data.examine import BuildSettings
+    from samgraft.shared.data.store_build import BuildReport
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -77,37 +78,12 @@ def _build(arguments: argparse.Namespace) -> int:
     # Imported here and below: `samgraft --help` must not wait for zarr.
     from rich.console import Console
     from samgraft.shared.data.build_report import print_report, summarise
-    from samgraft.shared.data.preset import load_preset
     from samgraft.shared.data.sources import discover
-    from samgraft.shared.data.store_build import CasesRefused, build_store, examine_cases
 
     console = Console(stderr=True)
     found = discover(arguments.source, _source_options(arguments))
-    settings = _settings(arguments, arguments.out.parent)
     with _progress(console, "reading") as show:
-        if arguments.dry_run:
-            report = examine_cases(
-                found.cases,
-                settings=settings,
-                label_names=found.label_names,
-                num_workers=_workers(arguments),
-                on_progress=show,
-            )
-        else:
-            try:
-                report = build_store(
-                    found.cases,
-                    out=arguments.out,
-                    settings=settings,
-                    label_names=found.label_names,
-                    intensity=load_preset(settings.modality).intensity,
-                    num_workers=_workers(arguments),
-                    skip_refused=arguments.skip_refused,
-                    overwrite=arguments.overwrite,
-                    on_progress=show,
-                )
-            except CasesRefused as refusal:
-                report = refusal.report
+        report = _examine(arguments, found, show) if arguments.dry_run else _write(arguments, found, show)
     values = summarise(found, report)
     _write_report(arguments.report, values)
     print_report(values, console)
@@ -126,6 +102,39 @@ def _build(arguments: argparse.Namespace) -> int:
             f"{arguments.out}: {state}. next: samgraft store split {arguments.out}", markup=False, soft_wrap=True
         )
     return 0
+
+
+def _examine(arguments: argparse.Namespace, found: Discovery, show: Callable[[int, int], None]) -> BuildReport:
+    from samgraft.shared.data.store_build import examine_cases
+
+    return examine_cases(
+        found.cases,
+        settings=_settings(arguments, None),
+        label_names=found.label_names,
+        num_workers=_workers(arguments),
+        on_progress=show,
+    )
+
+
+def _write(arguments: argparse.Namespace, found: Discovery, show: Callable[[int, int], None]) -> BuildReport:
+    from samgraft.shared.data.preset import load_preset
+    from samgraft.shared.data.store_build import CasesRefused, build_store
+
+    settings = _settings(arguments, arguments.out.parent)
+    try:
+        return build_store(
+            found.cases,
+            out=arguments.out,
+            settings=settings,
+            label_names=found.label_names,
+            intensity=load_preset(settings.modality).intensity,
+            num_workers=_workers(arguments),
+            skip_refused=arguments.skip_refused,
+            overwrite=arguments.overwrite,
+            on_progress=show,
+        )
+    except CasesRefused as refusal:
+        return refusal.report
 
 
 def _check(arguments: argparse.Namespace) -> int:
@@ -161,17 +170,10 @@ def _check(arguments: argparse.Namespace) -> int:
 def _check_scans(arguments: argparse.Namespace, console: Console) -> int:
     from samgraft.shared.data.build_report import print_report, summarise
     from samgraft.shared.data.sources import discover
-    from samgraft.shared.data.store_build import examine_cases
 
     found = discover(arguments.path, _source_options(arguments))
     with _progress(console, "reading") as show:
-        report = examine_cases(
-            found.cases,
-            settings=_settings(arguments, None),
-            label_names=found.label_names,
-            num_workers=_workers(arguments),
-            on_progress=show,
-        )
+        report = _examine(arguments, found, show)
     values = summarise(found, report)
     _write_report(arguments.report, values)
     print_report(values, console)
@@ -255,10 +257,9 @@ def _settings(arguments: argparse.Namespace, salt_folder: Path | None) -> BuildS
     names = [part.strip().lower() for part in arguments.planes.split(",") if part.strip()]
     if unknown := [name for name in names if name not in known]:
         raise UsageError(f"--planes must be among {', '.join(known)}, got {', '.join(unknown)}.")
-    dry = salt_folder is None or getattr(arguments, "dry_run", False)
     return BuildSettings(
         modality=load_preset(arguments.modality).modality,
-        salt="not stored" if dry or salt_folder is None else local_salt(salt_folder),
+        salt="not stored" if salt_folder is None else local_salt(salt_folder),
         planes=tuple(known[name] for name in names),
         zero_non_finite=arguments.nan_policy == "zero",
         accept_burned_in=arguments.accept_burned_in,

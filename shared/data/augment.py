@@ -8,7 +8,6 @@ Shape letters: C = channels, H, W = rows and columns of a slice.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -122,14 +121,10 @@ class SliceAugmentation:
         return image_CHW, label_HW
 
     @cached_property
-    def _intensity(self) -> tuple[Callable[[Tensor], Tensor] | Any, ...]:
+    def _intensity(self) -> tuple[Any, ...]:
         # Imported here: MONAI takes seconds, and stores are read without augmentation too.
-        from monai.transforms import (
-            RandAdjustContrast,
-            RandBiasField,
-            RandGaussianNoise,
-            RandSimulateLowResolution,
-        )
+        from monai.transforms.intensity.array import RandAdjustContrast, RandBiasField, RandGaussianNoise
+        from monai.transforms.spatial.array import RandSimulateLowResolution
 
         p = self.preset
 

@@ -17,6 +17,7 @@ from samgraft.shared.data.frame import InputFrame, fit_frame, image_to_frame, la
 from samgraft.shared.data.intensity import IntensityPreset, normalise
 from samgraft.shared.data.orientation import Plane
 from samgraft.shared.data.sampler import sample_generator
+from samgraft.shared.data.series import PlaneTable
 from samgraft.shared.data.store import SliceStore
 from samgraft.shared.errors import DataError
 from torch import Tensor
@@ -91,29 +92,29 @@ def select_slices(
         if table is None:
             counts["other plane"] += record.shape_zyx[0]
             continue
-        labelled = np.zeros(table.shape_zyx[0], dtype=bool)
-        for pixels in table.label_pixels.values():
-            labelled |= np.asarray(pixels) > 0
+        labelled = _labelled_slices(table)
         for index, fraction in enumerate(table.foreground_fraction):
             if fraction < min_foreground_fraction:
                 counts["air"] += 1
             elif labelled_only and not labelled[index]:
                 counts["no label"] += 1
             else:
-                refs.append(SliceRef(record.series_id, index, None if chosen is None else chosen))
+                refs.append(SliceRef(record.series_id, index, chosen))
     left_out = ", ".join(f"{number} {reason}" for reason, number in counts.items() if number)
-    log.info(
-        "%s: %d slices of %d patients%s",
-        store.path.name,
-        len(refs),
-        len(wanted),
-        f" (left out: {left_out})" if left_out else "",
-    )
+    suffix = f" (left out: {left_out})" if left_out else ""
+    log.info("%s: %d slices of %d patients%s", store.path.name, len(refs), len(wanted), suffix)
     if not refs:
         raise DataError(
             f"0 usable slices: {left_out or 'no patient of the list is in the store'}.", where=store.path.name
         )
     return refs
+
+
+def _labelled_slices(table: PlaneTable) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    labelled = np.zeros(table.shape_zyx[0], dtype=bool)
+    for pixels in table.label_pixels.values():
+        labelled |= np.asarray(pixels) > 0
+    return labelled
 
 
 class SliceDataset(Dataset[SliceSample]):

@@ -106,12 +106,7 @@ def build_store(
     _check_case_names(cases)
     settings = _with_label_ids(settings, label_names)
     keys = {case.name: _build_key(case, settings) for case in cases}
-    manifest_extra = {
-        "schema": SCHEMA,
-        "modality": settings.modality.value,
-        "label_names": None if label_names is None else {str(k): v for k, v in sorted(label_names.items())},
-        "intensity": intensity.to_dict(),
-    }
+    manifest_extra = _manifest_head(settings, label_names, intensity)
     report = BuildReport(path=out)
     ids = {series_id_of(case, settings): keys[case.name] for case in cases}
     try:
@@ -291,6 +286,23 @@ def _with_label_ids(settings: BuildSettings, label_names: Mapping[int, str] | No
     if label_names is None:
         return settings
     return dataclasses.replace(settings, label_ids=tuple(sorted(label_names)))
+
+
+def _manifest_head(
+    settings: BuildSettings, label_names: Mapping[int, str] | None, intensity: IntensityPreset
+) -> dict[str, Any]:
+    return {
+        "schema": SCHEMA,
+        "modality": settings.modality.value,
+        "label_names": None if label_names is None else {str(k): v for k, v in sorted(label_names.items())},
+        "intensity": intensity.to_dict(),
+    }
+
+
+def _finish(out: Path, head: Mapping[str, Any], report: BuildReport) -> None:
+    names = head["label_names"] or {str(k): f"label {k}" for k in _found_ids(report.records)}
+    table = [record.to_dict() for record in sorted(report.records, key=lambda record: record.series_id)]
+    finish_store(out, {**head, "label_names": names, "series": table})
 
 
 def _found_ids(records: Sequence[SeriesRecord]) -> list[int]:
