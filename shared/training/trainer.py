@@ -100,11 +100,7 @@ def fit(
     books = Bookkeeping(
         seed=seed, batch_size=batch_size, accumulate=config.accumulate, data_fingerprint=data_fingerprint
     )
-    if state is not None:
-        books.take_up(state.record)
-    exact = state is None or check_resumable(
-        state.record, config=config, device=device, books=books, continue_command=run.continue_command
-    )
+    exact = _take_up(state, books, config=config, device=device, run=run)
     stop = StopRequest()
     step_log = StepLog(run, every_steps=config.log_every_steps)
     tasks = PeriodicTasks(
@@ -116,13 +112,7 @@ def fit(
         max_steps=config.max_steps,
     )
     slices = batch_size * device.devices * device.num_nodes
-    progress = Progress(
-        step_log,
-        max_steps=config.max_steps,
-        slices_per_micro_step=slices,
-        accumulate=config.accumulate,
-        save_every_steps=config.save_every_steps,
-    )
+    progress = _progress(step_log, config=config, slices_per_micro_step=slices)
     if state is not None and state.step >= config.max_steps:
         with listening(stop):
             _finish(module, state, run=run, device=device, tasks=tasks, books=books, step_log=step_log, stop=stop)
@@ -151,6 +141,28 @@ def fit(
         slices_per_s=progress.slices_per_s,
         data_wait_share=progress.data_wait_share,
         best=books.best,
+    )
+
+
+def _take_up(
+    state: TrainingState | None, books: Bookkeeping, *, config: TrainerConfig, device: DeviceChoice, run: RunFolder
+) -> bool:
+    """Go on with the books of ``state``; tell whether the rest of the run can be bit-exact."""
+    if state is None:
+        return True
+    books.take_up(state.record)
+    return check_resumable(
+        state.record, config=config, device=device, books=books, continue_command=run.continue_command
+    )
+
+
+def _progress(step_log: StepLog, *, config: TrainerConfig, slices_per_micro_step: int) -> Progress:
+    return Progress(
+        step_log,
+        max_steps=config.max_steps,
+        slices_per_micro_step=slices_per_micro_step,
+        accumulate=config.accumulate,
+        save_every_steps=config.save_every_steps,
     )
 
 

@@ -27,6 +27,7 @@ def test_repository__no_file_over_500_kb() -> None:
 
 
 # Split so that this file does not find itself.
+MADE_UP_PATHS = {"test_finetune_privacy.py"}  # canaries for the release gate
 FORBIDDEN = {
     "path of a machine": re.compile(r"(?<![\w.])/(?:" + "work|farm|root" + r"|home/[a-z]+)/"),
     "package index host": re.compile("pypi" + r"\.org|pythonhosted" + r"\.org|registry\.npm" + r"js\.org"),
@@ -39,6 +40,8 @@ def test_repository__names_no(what: str) -> None:
     found = []
     for path in _tracked():
         if path.suffix in {".png", ".js"} or path == Path(__file__):
+            continue
+        if what == "path of a machine" and path.name in MADE_UP_PATHS:
             continue
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
             if FORBIDDEN[what].search(line):
