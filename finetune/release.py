@@ -23,7 +23,7 @@ from samgraft.finetune.task import Task
 from samgraft.shared.errors import StorageError, UsageError, WeightsError
 from samgraft.shared.models.card import Card
 from samgraft.shared.models.safe_read import file_sha256
-from samgraft.shared.models.weights import save_tensors
+from samgraft.shared.models.weights import save_sam
 
 log = logging.getLogger(__name__)
 
@@ -82,10 +82,9 @@ def _write_files(model: FinishedModel, run: Path, folder: Path, *, title: str, l
     scores = read_test_scores(run / "evaluation" / "test" / "cases.csv")
     if scores is None:
         log.warning("no test scores: the card will say so. samgraft evaluate %s --split test makes them.", run.name)
-    tensors = model.segmenter.sam.state_dict()
-    save_tensors(tensors, folder / WEIGHTS_FILE)
-    # torch names the archive's inner folder after the file: sam.pth, nothing that identifies.
-    torch.save({key: tensor.contiguous().clone() for key, tensor in tensors.items()}, folder / PTH_FILE)
+    for name in (WEIGHTS_FILE, PTH_FILE):
+        # torch names the archive's inner folder after the file: nothing that identifies.
+        save_sam(model.segmenter.sam, folder / name)
     card = _public_card(model.card, licence=licence, weights=folder / WEIGHTS_FILE)
     card.write(folder / CARD_FILE)
     write_model_card(folder, title=title, card=card, task=model.task, licence=licence, scores=scores)

@@ -9,9 +9,10 @@ from pathlib import Path
 from samgraft.shared.errors import UsageError, WeightsError
 from samgraft.shared.models.architecture import Arch
 from samgraft.shared.models.card import Card
+from samgraft.shared.models.download import OFFICIAL
 from samgraft.shared.models.sam import build_sam
 from samgraft.shared.models.tensor_report import TensorReport
-from samgraft.shared.models.weights import WeightsFile, card_of, load_into, read_weights
+from samgraft.shared.models.weights import WeightsFile, absent_by_nature, card_of, load_into, read_weights
 from segment_anything.modeling import Sam
 
 log = logging.getLogger(__name__)
@@ -43,22 +44,25 @@ class StartingPoint:
 
     def build_base(self) -> Sam:
         """Return the base SAM as published, for the zero-shot comparison."""
-        sam = self._empty()
+        sam = self._empty(self.base)
         load_into(sam, self.base, part="sam", resize_positions=True)
         return sam
 
     def build(self) -> tuple[Sam, list[TensorReport]]:
         """Return the SAM to tune, every part strictly loaded, and the account of its tensors."""
-        sam = self._empty()
+        sam = self._empty(self.encoder)
         reports = [load_into(sam, self.base, part="sam", resize_positions=True)]
         if self.is_continued:
-            reports.append(load_into(sam.image_encoder, self.encoder, part="image_encoder", resize_positions=True))
+            # Plain ViTs (MAE, DINO) have no relative positions and no neck: those stay the base's, and it is printed.
+            absent = absent_by_nature(sam.image_encoder) if self.encoder.is_partial else set()
+            reports.append(load_into(sam.image_encoder, self.encoder, resize_positions=True, allow_missing=absent))
         return sam, reports
 
-    def _empty(self) -> Sam:
+    def _empty(self, stands_for: WeightsFile) -> Sam:
+        """Build the model; shape is common to both files, pixel statistics are those its encoder was trained with."""
         tokens = self.base.tensors["mask_decoder.mask_tokens.weight"]
         return build_sam(
-            self.base.spec, image_size=self.image_size, num_multimask_outputs=int(tokens.shape[0]) - 1
+            stands_for.spec, image_size=self.image_size, num_multimask_outputs=int(tokens.shape[0]) - 1
         ).eval()
 
 
@@ -77,9 +81,9 @@ def find_starting_point(
         WeightsError: If a file is missing, is no weights, has another architecture, or parts are missing.
         UsageError: If no base weights are known.
     """
-    if not ckpt.exists():
+    if not ckpt.exists() and str(ckpt) not in OFFICIAL:
         raise WeightsError(
-            "CKPT must be a run or a weights file that exists.",
+            f"CKPT must be a run or a weights file that exists, or one of {', '.join(OFFICIAL)}.",
             where=ckpt.name,
             next_command="make pretrain MODALITY=mri   (or CKPT=data/weights/lite_medsam.pth for the base weights)",
         )
@@ -115,7 +119,7 @@ def _read_base(base: Path | None, encoder: WeightsFile) -> WeightsFile:
                 next_command=f"make finetune CKPT=... BASE=sam_{encoder.spec.arch.value}.pth",
             )
         base = BASE_OF_DEMO
-    if not base.exists():
+    if not base.exists() and str(base) not in OFFICIAL:
         raise WeightsError(
             "BASE must be a weights file that exists.", where=base.name, next_command="make demo-data MODALITY=mri"
         )
