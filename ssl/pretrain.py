@@ -23,7 +23,7 @@ from samgraft.ssl.module import PretrainModule
 from samgraft.ssl.objectives import OBJECTIVES
 from samgraft.ssl.optimizer import build_schedule
 from samgraft.ssl.preflight import leak_check, preflight, pretraining_split
-from samgraft.ssl.report import write_report
+from samgraft.ssl.report import verdict, write_report
 from samgraft.ssl.start import load_start
 from samgraft.ssl.views import RandomView
 from samgraft.ssl.watch import watch
@@ -89,5 +89,14 @@ def pretrain(
             objective, run, config, start_card, store=store, split=split, intensity=preset.intensity, notes=leaks
         )
         write_report(run, config, objective, held_out, result=result, notes=leaks)
-    log.info("next: make finetune CKPT=%s", run.path)
+        _say_end(run, weights)
     return weights
+
+
+def _say_end(run: RunFolder, weights: Path) -> None:
+    """Tell what the run learned, where its results are, and what to do with them."""
+    for remark in verdict(list(run.metrics.read())):
+        log.info("%s", remark.text)
+    log.info("  encoder  %s", weights)
+    log.info("  report   %s", run.report)
+    log.info("  next     make finetune CKPT=%s", run.path)

