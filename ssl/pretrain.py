@@ -23,7 +23,7 @@ from samgraft.ssl.module import PretrainModule
 from samgraft.ssl.objectives import OBJECTIVES
 from samgraft.ssl.optimizer import build_schedule
 from samgraft.ssl.preflight import leak_check, preflight, pretraining_split
-from samgraft.ssl.report import verdict, write_report
+from samgraft.ssl.report import write_report
 from samgraft.ssl.start import load_start
 from samgraft.ssl.views import RandomView
 from samgraft.ssl.watch import watch
@@ -94,9 +94,7 @@ def pretrain(
 
 
 def _say_end(run: RunFolder, weights: Path) -> None:
-    """Tell what the run learned, where its results are, and what to do with them."""
-    for remark in verdict(list(run.metrics.read())):
-        log.info("%s", remark.text)
+    """Tell where the results are and what to do with them; the report has said what the run learned."""
     log.info("  encoder  %s", weights)
     log.info("  report   %s", run.report)
     log.info("  next     make finetune CKPT=%s", run.path)
