@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from samgraft.finetune.adapters import adapt, trainable_table
+from samgraft.finetune.adapters import adapt, render_groups, trainable_groups, trainable_table
 from samgraft.finetune.augment import SliceAugment
 from samgraft.finetune.classes import ClassTable, choose_classes
 from samgraft.finetune.config import FinetuneConfig
@@ -80,7 +80,7 @@ def prepare(config: FinetuneConfig) -> Prepared:
         )
     sam, reports = start.build()
     make_room_for_classes(sam, num_classes=classes.num_classes)
-    peft_model = adapt(sam, config.adapter, num_classes=classes.num_classes)
+    peft_model = adapt(sam, config.adapter, num_classes=classes.num_classes, max_steps=config.trainer.max_steps)
     return Prepared(
         store=store,
         split=split,
@@ -158,6 +158,7 @@ def describe(prepared: Prepared) -> list[str]:
         f"trains: {part} {trainable / 1e6:.3f} of {total / 1e6:.3f} M parameters ({100 * trainable / total:.1f} %)"
         for part, trainable, total in trainable_table(prepared.segmenter.sam)
     ]
+    lines += [f"  {line}" for line in render_groups(trainable_groups(prepared.segmenter.sam))]
     return lines
 
 

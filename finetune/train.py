@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import load_file
-from samgraft.finetune.adapters import trainable_table, trainable_tensors
+from samgraft.finetune.adapters import merge_adapters, trainable_table, trainable_tensors
 from samgraft.finetune.config import FinetuneConfig
 from samgraft.finetune.evaluate import summarise, write_evaluation
 from samgraft.finetune.finetune_report import write_report
@@ -137,7 +137,7 @@ def write_finished(
         prepared.peft_model.save_pretrained(str(folder / "adapter"))
         with torch.inference_mode():
             adapted = prepared.segmenter(images)
-        sam = prepared.peft_model.merge_and_unload()
+        sam = merge_adapters(prepared.peft_model)
         prepared.segmenter.sam = sam
         with torch.inference_mode():
             difference = float((prepared.segmenter(images) - adapted).abs().max())

@@ -1,0 +1,45 @@
+"""What trains: PEFT methods through peft, whole parts, and the heads of the mask decoder.
+
+adapt(sam, config, num_classes=...)   in place; returns peft's wrapper, or None where SAM's own tensors train
+"""
+
+from samgraft.finetune.adapters.adapt import adapt, can_merge, key_rows
+from samgraft.finetune.adapters.config import (
+    AdapterConfig,
+    BottleneckInit,
+    Heads,
+    Method,
+    Scope,
+    Targets,
+)
+from samgraft.finetune.adapters.merge import merge_adapters, take_out
+from samgraft.finetune.adapters.placement import block_names, head_names, target_pattern
+from samgraft.finetune.adapters.table import (
+    TensorGroup,
+    render_groups,
+    trainable_groups,
+    trainable_table,
+    trainable_tensors,
+)
+
+__all__ = [
+    "AdapterConfig",
+    "BottleneckInit",
+    "Heads",
+    "Method",
+    "Scope",
+    "Targets",
+    "TensorGroup",
+    "adapt",
+    "block_names",
+    "can_merge",
+    "head_names",
+    "key_rows",
+    "merge_adapters",
+    "render_groups",
+    "take_out",
+    "target_pattern",
+    "trainable_groups",
+    "trainable_table",
+    "trainable_tensors",
+]

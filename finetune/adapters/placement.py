@@ -1,0 +1,141 @@
+"""Where updates sit: full regular expressions over SAM's module names, and the modules that train whole.
+
+Every target is named by a full expression and asserted afterwards: peft takes a list of suffixes wherever it matches,
+also in parts that were to stay frozen, and ignores entries that match nothing.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from samgraft.finetune.adapters.config import AdapterConfig, Heads, Method, Scope, Targets
+from samgraft.shared.errors import UsageError
+from samgraft.shared.models.architecture import ArchSpec
+
+_DECODER_ATTENTION = r"mask_decoder\.transformer\.(layers\.\d+\.\w*attn\w*|final_attn_token_to_image)"
+DECODER_LINEAR = rf"({_DECODER_ATTENTION}\.([qkv]_proj|out_proj)|mask_decoder\.transformer\.layers\.\d+\.mlp\.lin[12])"
+DECODER_QV = rf"{_DECODER_ATTENTION}\.[qv]_proj"
+DECODER_NORMS = r"mask_decoder\.transformer\.(layers\.\d+\.norm\d|norm_final_attn)"
+NECK_CONVS = r"image_encoder\.neck\.[02]"
+NECK_NORMS = r"image_encoder\.neck\.[13]"
+VIT_T_CONVS = r"image_encoder\.layers\.(0\.blocks\.\d+|\d+\.downsample)\.conv[13]\.c"
+
+# Inside one encoder block, by family.
+_LINEAR = {"plain": r"(attn\.(qkv|proj)|mlp\.lin[12])", "vit_t": r"(attn\.(qkv|proj)|mlp\.fc[12])"}
+_NORMS = {"plain": r"norm[12]", "vit_t": r"(attn|mlp)\.norm"}
+
+
+def family_of(spec: ArchSpec) -> str:
+    """Return ``plain`` or ``vit_t``: the two ways in which encoders name their layers."""
+    return "plain" if spec.plain is not None else "vit_t"
+
+
+def block_names(spec: ArchSpec) -> list[str]:
+    """Return the encoder's transformer blocks by module name, from the input to the neck."""
+    if spec.plain is not None:
+        return [f"image_encoder.blocks.{index}" for index in range(spec.plain.depth)]
+    assert spec.tiny is not None
+    stages = enumerate(spec.tiny.depths)
+    return [f"image_encoder.layers.{stage}.blocks.{i}" for stage, depth in stages if stage for i in range(depth)]
+
+
+def chosen_blocks(spec: ArchSpec, config: AdapterConfig) -> list[str]:
+    """Return the encoder blocks that train; none when the scope leaves them out.
+
+    Raises:
+        UsageError: If a block is asked for that this architecture does not have.
+    """
+    names = block_names(spec)
+    if config.scope is not Scope.ENCODER_DECODER:
+        return []
+    if config.last_blocks is not None and config.last_blocks > len(names):
+        raise UsageError(
+            f"adapter.last_blocks must be at most the {len(names)} transformer blocks of {spec.title}, got "
+            f"{config.last_blocks}.",
+            where="adapter.last_blocks",
+        )
+    if beyond := [index for index in config.blocks if index >= len(names)]:
+        raise UsageError(
+            f"adapter.blocks must be numbers below the {len(names)} transformer blocks of {spec.title}, got {beyond}.",
+            where="adapter.blocks",
+        )
+    if config.last_blocks is not None:
+        return names[-config.last_blocks :]
+    return [names[index] for index in sorted(config.blocks)] if config.blocks else names
+
+
+def is_everywhere(config: AdapterConfig) -> bool:
+    """Tell whether the whole encoder takes part, not chosen blocks only."""
+    return config.scope is Scope.ENCODER_DECODER and not config.blocks and config.last_blocks is None
+
+
+def target_pattern(spec: ArchSpec, config: AdapterConfig) -> str:
+    """Return the full regular expression of the layers that get an update."""
+    if config.method is Method.ADAPTER:
+        return _either([sequential_pattern(spec, config), parallel_pattern(spec, config)])
+    family, blocks = family_of(spec), chosen_blocks(spec, config)
+    has_encoder = bool(blocks)
+    if config.method is Method.LN_TUNING:
+        return _either([*_inside(blocks, _NORMS[family]), *[NECK_NORMS][: int(has_encoder)], DECODER_NORMS])
+    if config.targets is Targets.QV:
+        return _either([*_inside(blocks, r"attn\.qkv"), DECODER_QV])
+    parts = [*_inside(blocks, _LINEAR[family]), DECODER_LINEAR]
+    if config.targets is Targets.LINEAR_CONV and has_encoder:
+        parts.append(NECK_CONVS)
+        if family == "vit_t" and is_everywhere(config):
+            parts.append(VIT_T_CONVS)
+    return _either(parts)
+
+
+def sequential_pattern(spec: ArchSpec, config: AdapterConfig) -> str:
+    """Return the modules that a bottleneck adapter follows (encoder attention) or precedes (decoder norms)."""
+    return _either([*_inside(chosen_blocks(spec, config), "attn"), r"mask_decoder\.transformer\.layers\.\d+\.norm[24]"])
+
+
+def parallel_pattern(spec: ArchSpec, config: AdapterConfig) -> str:
+    """Return the modules that a bottleneck adapter runs beside."""
+    return _either([*_inside(chosen_blocks(spec, config), "mlp"), r"mask_decoder\.transformer\.layers\.\d+\.mlp"])
+
+
+def head_names(num_classes: int) -> list[str]:
+    """Return the modules that turn mask tokens into logits; they train whole with every method.
+
+    One class uses SAM's first mask token, several its multimask tokens 1, 2, ...: what stock SAM shows for
+    ``multimask_output`` False and True.
+    """
+    first = 0 if num_classes == 1 else 1
+    hypernetworks = [f"mask_decoder.output_hypernetworks_mlps.{first + i}" for i in range(num_classes)]
+    return ["mask_decoder.mask_tokens", "mask_decoder.output_upscaling", *hypernetworks]
+
+
+def whole_modules(spec: ArchSpec, config: AdapterConfig, *, num_classes: int, num_mask_tokens: int) -> list[str]:
+    """Return the modules that train whole beside the updates (peft's ``modules_to_save``)."""
+    names = head_names(num_classes)
+    if config.heads is Heads.RELEASED:
+        names = _released_heads(spec, config, num_mask_tokens=num_mask_tokens)
+    if config.scope is Scope.NECK_DECODER:
+        names.append("image_encoder.neck")
+    return names
+
+
+def _released_heads(spec: ArchSpec, config: AdapterConfig, *, num_mask_tokens: int) -> list[str]:
+    if config.method is Method.ADAPTER:
+        return []
+    names = [
+        *(f"mask_decoder.{name}" for name in ("iou_token", "mask_tokens", "output_upscaling", "iou_prediction_head")),
+        *(f"mask_decoder.output_hypernetworks_mlps.{index}" for index in range(num_mask_tokens)),
+        "prompt_encoder",
+    ]
+    if spec.tiny is not None and config.scope is Scope.ENCODER_DECODER:
+        names += [f"image_encoder.layers.0.blocks.{index}" for index in range(spec.tiny.depths[0])]
+        names.append("image_encoder.layers.0.downsample")
+    return names
+
+
+def _inside(blocks: Sequence[str], tail: str) -> list[str]:
+    return [f"({'|'.join(re.escape(name) for name in blocks)})\\.{tail}"] if blocks else []
+
+
+def _either(parts: Sequence[str]) -> str:
+    return f"({'|'.join(parts)})" if len(parts) > 1 else parts[0]

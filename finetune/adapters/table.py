@@ -1,0 +1,70 @@
+"""Which tensors train, and how many numbers they hold."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from torch import nn
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorGroup:
+    """Trainable tensors whose names differ in numbers only."""
+
+    name: str
+    """Name with numbers as ``*``."""
+    tensors: int
+    parameters: int
+    share: float
+    """Of all that trains."""
+
+
+def trainable_tensors(sam: nn.Module) -> dict[str, nn.Parameter]:
+    """Return what trains, by name inside ``sam``; a tensor that two modules share occurs once."""
+    return {name: parameter for name, parameter in sam.named_parameters() if parameter.requires_grad}
+
+
+def trainable_table(sam: nn.Module) -> list[tuple[str, int, int]]:
+    """Return (part, trainable, all) parameter counts; peft's frozen copies of trained heads are not counted."""
+    counts: dict[str, list[int]] = {}
+    for name, parameter in sam.named_parameters():
+        if ".original_module." in name or (".ln_tuning_layers." not in name and _is_replaced_norm(name, sam)):
+            continue
+        entry = counts.setdefault(name.split(".")[0], [0, 0])
+        entry[0] += num_free(parameter) * parameter.requires_grad
+        entry[1] += parameter.numel()
+    return [(part, trainable, total) for part, (trainable, total) in counts.items()]
+
+
+def trainable_groups(sam: nn.Module) -> list[TensorGroup]:
+    """Return what trains, grouped: one line per kind of tensor."""
+    groups: dict[str, list[int]] = {}
+    for name, parameter in trainable_tensors(sam).items():
+        plain = re.sub(r"\.(modules_to_save\.)?default(?=\.|$)", "", name)
+        entry = groups.setdefault(re.sub(r"(?<=\.)\d+(?=\.|$)", "*", plain), [0, 0])
+        entry[0] += 1
+        entry[1] += num_free(parameter)
+    total = max(1, sum(parameters for _, parameters in groups.values()))
+    return [
+        TensorGroup(name=name, tensors=tensors, parameters=parameters, share=parameters / total)
+        for name, (tensors, parameters) in groups.items()
+    ]
+
+
+def num_free(parameter: nn.Parameter) -> int:
+    """Return how many numbers of a tensor can move; some of qkv's updates are held at 0."""
+    return parameter.numel() - int(getattr(parameter, "num_held", 0))
+
+
+def render_groups(groups: list[TensorGroup]) -> list[str]:
+    """Return the table for a log, widest names first cut to what a terminal shows."""
+    return [f"{g.parameters:>12,}  {100 * g.share:5.1f} %  {g.tensors:>4} x  {g.name}" for g in groups]
+
+
+def _is_replaced_norm(name: str, sam: nn.Module) -> bool:
+    """ln_tuning keeps the original norm beside its trained copy."""
+    if ".base_layer." not in name:
+        return False
+    owner = sam.get_submodule(name.rsplit(".base_layer.", 1)[0])
+    return hasattr(owner, "ln_tuning_layers")

@@ -1,0 +1,100 @@
+"""Parameter counts of the study's 18 combinations, as measured on its released code (millions, rounded as there)."""
+
+import pytest
+import torch
+from samgraft.finetune.adapters import AdapterConfig, BottleneckInit, Heads, Method, Scope, Targets, adapt
+from samgraft.finetune.adapters.table import num_free, trainable_groups
+from samgraft.shared.models.architecture import Stem
+from samgraft.shared.models.sam import build_sam
+
+UNUSED_HEAD = 2 * 320 + 320 * 1000 + 1000
+"""mobile_sam builds TinyViT with its ImageNet head, which nothing uses; ours has none."""
+DEAD_DEPTH_ADAPTER = {
+    arch: depth * (2 * dim * (dim // 4) + dim // 4 + dim)
+    for arch, depth, dim in (("vit_b", 12, 768), ("vit_h", 32, 1280))
+}
+"""The released code builds a third adapter per ViT block that only its 3D mode uses; ours has none."""
+NUM_CLS = 2
+"""The released code's default: background and one class, two outputs beside SAM's first."""
+RELEASED = {Method.FULL: {}, Method.ADAPTER: {"bottleneck_init": BottleneckInit.RANDOM}, Method.LORA: {
+    "targets": Targets.QV, "r": 4, "lora_alpha": 4,
+}}  # fmt: skip
+
+
+def build(arch, method, scope, **options):
+    """On the meta device: shapes without numbers."""
+    with torch.device("meta"):
+        stem = Stem.conv3x3 if arch == "vit_t" else None
+        sam = build_sam(arch, stem=stem, num_multimask_outputs=NUM_CLS)
+    config = AdapterConfig(method=method, scope=scope, heads=Heads.RELEASED, **RELEASED[method], **options)
+    adapt(sam, config, num_classes=1)
+    return sam
+
+
+def millions(sam):
+    counts = {"image_encoder": 0, "prompt_encoder": 0, "mask_decoder": 0}
+    for group in trainable_groups(sam):
+        counts[group.name.split(".")[0]] += group.parameters
+    total = sum(num_free(p) for n, p in sam.named_parameters() if ".original_module." not in n)
+    return counts, total
+
+
+@pytest.mark.parametrize(
+    ("arch", "method", "total", "encoder", "prompt", "decoder"),
+    [
+        ("vit_t", Method.FULL, 9.990, 6.066, 0.006, 3.918),
+        ("vit_b", Method.FULL, 93.595, 89.671, 0.006, 3.918),
+        ("vit_h", Method.FULL, 640.95, 637.03, 0.006, 3.918),
+        ("vit_t", Method.ADAPTER, 10.518, 0.396, 0.0, 0.132),
+        ("vit_b", Method.ADAPTER, 104.379, 10.651, 0.0, 0.132),
+        ("vit_h", Method.ADAPTER, 719.88, 78.80, 0.0, 0.132),
+        ("vit_t", Method.LORA, None, 0.129, 0.006, 0.650),
+        ("vit_b", Method.LORA, None, 0.1475, 0.006, 0.650),
+        ("vit_h", Method.LORA, None, 0.655, 0.006, 0.650),
+    ],
+)
+def test_paper__encoder_and_decoder(arch, method, total, encoder, prompt, decoder):
+    counts, everything = millions(build(arch, method, Scope.ENCODER_DECODER))
+    if arch == "vit_t":  # counted there although no gradient ever reaches it
+        everything += UNUSED_HEAD
+        counts["image_encoder"] += UNUSED_HEAD if method is Method.FULL else 0
+    elif method is Method.ADAPTER:
+        assert counts["image_encoder"] / 1e6 == pytest.approx({"vit_b": 7.10, "vit_h": 52.5}[arch], abs=0.05)
+        counts["image_encoder"] += DEAD_DEPTH_ADAPTER[arch]
+        everything += DEAD_DEPTH_ADAPTER[arch]
+    assert counts["image_encoder"] / 1e6 == pytest.approx(encoder, abs=0.005 if encoder > 50 else 0.0005)
+    assert counts["prompt_encoder"] / 1e6 == pytest.approx(prompt, abs=0.0005)
+    assert counts["mask_decoder"] / 1e6 == pytest.approx(decoder, abs=0.0005)
+    if total is not None:
+        assert everything / 1e6 == pytest.approx(total, abs=0.005 if total > 500 else 0.001)
+
+
+@pytest.mark.parametrize("arch", ["vit_t", "vit_b", "vit_h"])
+@pytest.mark.parametrize(
+    ("method", "prompt", "decoder"),
+    [(Method.FULL, 0.006, 3.918), (Method.ADAPTER, 0.0, 0.132), (Method.LORA, 0.006, 0.650)],
+)
+def test_paper__decoder_only(arch, method, prompt, decoder):
+    counts, _ = millions(build(arch, method, Scope.DECODER))
+    assert counts["image_encoder"] == 0
+    assert counts["prompt_encoder"] / 1e6 == pytest.approx(prompt, abs=0.0005)
+    assert counts["mask_decoder"] / 1e6 == pytest.approx(decoder, abs=0.0005)
+
+
+@pytest.mark.parametrize(
+    ("arch", "method", "blocks", "encoder"),
+    [
+        ("vit_b", Method.ADAPTER, [0, 1, 10, 11], 3.551),
+        ("vit_h", Method.ADAPTER, [0, 1, 10, 11], 9.85),
+        ("vit_t", Method.ADAPTER, [0, 1, 2, 3, 4, 5, 6, 7], 0.189),
+        ("vit_b", Method.LORA, [0, 1, 10, 11], 0.0492),
+        ("vit_h", Method.LORA, [0, 1, 10, 11], 0.0819),
+        ("vit_t", Method.LORA, [0, 1, 2, 3, 4, 5, 6, 7], 0.118),
+    ],
+)
+def test_released_default_depths(arch, method, blocks, encoder):
+    """The released defaults: four blocks of a ViT, the first two attention stages of TinyViT."""
+    counts, _ = millions(build(arch, method, Scope.ENCODER_DECODER, blocks=blocks))
+    dead = 4 * DEAD_DEPTH_ADAPTER[arch] // {"vit_b": 12, "vit_h": 32}[arch] if arch != "vit_t" else 0
+    total = counts["image_encoder"] + (dead if method is Method.ADAPTER else 0)
+    assert total / 1e6 == pytest.approx(encoder, abs=0.0006 if encoder < 9 else 0.005)
