@@ -14,6 +14,8 @@ from samgraft.finetune.adapters.config import (
 )
 from samgraft.finetune.adapters.merge import merge_adapters, take_out
 from samgraft.finetune.adapters.placement import block_names, head_names, target_pattern
+from samgraft.finetune.adapters.rank_updates import RankUpdates
+from samgraft.finetune.adapters.saving import base_tensors, load_adapter, save_adapter
 from samgraft.finetune.adapters.table import (
     TensorGroup,
     render_groups,
@@ -27,16 +29,20 @@ __all__ = [
     "BottleneckInit",
     "Heads",
     "Method",
+    "RankUpdates",
     "Scope",
     "Targets",
     "TensorGroup",
     "adapt",
+    "base_tensors",
     "block_names",
     "can_merge",
     "head_names",
     "key_rows",
+    "load_adapter",
     "merge_adapters",
     "render_groups",
+    "save_adapter",
     "take_out",
     "target_pattern",
     "trainable_groups",

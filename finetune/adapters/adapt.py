@@ -17,7 +17,6 @@ from samgraft.finetune.adapters.config import (
     Scope,
     Targets,
 )
-from samgraft.finetune.adapters.merge import quiet_about_norms
 from samgraft.finetune.adapters.placement import (
     chosen_blocks,
     head_names,
@@ -25,6 +24,7 @@ from samgraft.finetune.adapters.placement import (
     target_pattern,
     whole_modules,
 )
+from samgraft.finetune.adapters.saving import remember_start
 from samgraft.shared.errors import UsageError, WeightsError
 from samgraft.shared.models.architecture import ArchSpec
 from segment_anything.modeling import Sam
@@ -65,6 +65,7 @@ def adapt(sam: Sam, config: AdapterConfig, *, num_classes: int, max_steps: int |
         return None
     from peft import get_peft_model
     from samgraft.finetune.adapters.methods import peft_config_of
+    from samgraft.finetune.adapters.own_types import without_warnings_of_peft
 
     pattern = target_pattern(spec, config)
     expected = {name: module for name, module in sam.named_modules() if re.fullmatch(pattern, name)}
@@ -72,13 +73,15 @@ def adapt(sam: Sam, config: AdapterConfig, *, num_classes: int, max_steps: int |
     whole = whole_modules(spec, config, num_classes=num_classes, num_mask_tokens=int(sam.mask_decoder.num_mask_tokens))
     made = peft_config_of(config, spec, pattern=pattern, modules_to_save=whole, max_steps=max_steps)
     sam.requires_grad_(False)
-    with quiet_about_norms():
+    with without_warnings_of_peft():
         peft_model = get_peft_model(sam, made)
     names: Any = peft_model.base_model.targeted_module_names
     if set(names) != set(expected) or not expected:
         raise WeightsError(f"updates must sit in {len(expected)} layers, peft placed them in {len(set(names))}.")
     if config.targets is Targets.QV and blocks:
         hold_keys(sam, spec, r=config.r)
+    if config.method is Method.PISSA:
+        remember_start(peft_model)
     return peft_model
 
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from segment_anything.modeling import Sam
@@ -47,11 +44,3 @@ def take_out(peft_model: PeftModel) -> Sam:
         del sam.peft_config
     assert isinstance(sam, Sam)
     return sam
-
-
-@contextmanager
-def quiet_about_norms() -> Iterator[None]:
-    """Hide peft's warning that a norm has no inputs and outputs of its own; ln_tuning does not use them."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Unsupported layer type")
-        yield

@@ -4,10 +4,24 @@ import re
 
 import pytest
 import torch
-from samgraft.finetune.adapters import AdapterConfig, Method, Scope, Targets, adapt, can_merge, merge_adapters
+from samgraft.finetune.adapters import (
+    AdapterConfig,
+    Method,
+    RankUpdates,
+    Scope,
+    Targets,
+    adapt,
+    base_tensors,
+    can_merge,
+    load_adapter,
+    merge_adapters,
+    save_adapter,
+)
 from samgraft.finetune.adapters.config import WHOLE_MODEL
+from samgraft.finetune.adapters.eva import initialise_eva
 from samgraft.finetune.segmenter import Segmenter
-from tiny_sams import SPECS, logits_of, take_steps, tiny_sam
+from samgraft.shared.errors import UsageError, WeightsError
+from tiny_sams import SPECS, images_for, logits_of, take_steps, tiny_sam
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
 LAYERS = [f"mask_decoder.transformer.layers.{i}" for i in (0, 1)]
@@ -133,7 +147,6 @@ def test_the_18__exactly_the_expected_tensors_move(arch, scope, method):
     assert moved == without_still(expected)
 
 
-@pytest.mark.filterwarnings("ignore:Unsupported layer type")  # of peft, on loading ln_tuning
 @pytest.mark.parametrize("arch", ["vit_t", "vit_b"])
 @pytest.mark.parametrize("method", [m for m in PEFT_METHODS if m is not Method.EVA], ids=lambda m: m.value)
 def test_method__starts_as_a_no_op_moves_what_it_should_merges_and_loads(arch, method, tmp_path):
@@ -157,15 +170,17 @@ def test_method__starts_as_a_no_op_moves_what_it_should_merges_and_loads(arch, m
 
     trained = logits_of(segmenter.sam, arch)
     assert (trained - start).abs().max() > 1e-3
-    if method is not Method.PISSA:
-        peft_model.save_pretrained(str(tmp_path))
-        from peft import PeftModel
-
-        loaded = PeftModel.from_pretrained(tiny_sam(arch), str(tmp_path))
+    save_adapter(peft_model, tmp_path, method=method)
+    loaded = load_adapter(tiny_sam(arch), tmp_path)
+    if method is not Method.PISSA:  # written as the LoRA that it amounts to
         stored, again = peft_model.state_dict(), loaded.state_dict()
         assert set(stored) == set(again)
         assert all(torch.equal(tensor, again[name]) for name, tensor in stored.items())
-        torch.testing.assert_close(logits_of(loaded.base_model.model, arch), trained, atol=2e-6, rtol=2e-6)
+        base = base_tensors(segmenter.sam)
+        assert set(base) == set(tiny_sam(arch).state_dict())
+        assert all(torch.equal(tensor, base[name]) for name, tensor in tiny_sam(arch).state_dict().items())
+    bound = 1e-4 if method is Method.PISSA else 2e-6
+    torch.testing.assert_close(logits_of(loaded.base_model.model, arch), trained, atol=bound, rtol=bound)
 
     if not can_merge(method):
         with pytest.raises(TypeError, match="cannot be merged"):
@@ -237,3 +252,124 @@ def test_convolutions__are_adapted_and_merge(arch, method):
     trained = logits_of(segmenter.sam, arch)
     merged = merge_adapters(peft_model)
     torch.testing.assert_close(logits_of(merged, arch), trained, atol=2e-5, rtol=2e-5)
+
+
+def test_eva__starts_along_what_the_layers_see():
+    arch = "vit_b"
+    segmenter, peft_model = adapted(arch, config_of(Method.EVA))
+    start = logits_of(tiny_sam(arch), arch)
+    torch.manual_seed(3)
+    initialise_eva(peft_model, segmenter.eval(), [images_for(arch)])
+    torch.testing.assert_close(logits_of(segmenter.sam, arch), start, atol=2e-6, rtol=2e-6)
+
+    layer = segmenter.sam.image_encoder.blocks[0].mlp.lin1
+    rows = layer.lora_A["default"].weight.detach()
+    torch.testing.assert_close(rows @ rows.T, torch.eye(2), atol=1e-4, rtol=1e-4)
+    seen = []
+    handle = layer.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].reshape(-1, 16)))
+    logits_of(segmenter.sam, arch)
+    handle.remove()
+    centred = torch.cat(seen) - torch.cat(seen).mean(0)
+    directions = torch.linalg.svd(centred, full_matrices=False).Vh[:2]
+    kept = (centred @ rows.T).pow(2).sum() / (centred @ directions.T).pow(2).sum()
+    assert kept > 0.99
+
+    before = parameters_of(segmenter.sam)
+    take_steps(segmenter, arch)
+    moved = without_still(moved_tensors(before, segmenter.sam))
+    assert moved == expected_tensors(arch, Method.EVA, Scope.ENCODER_DECODER)
+
+
+def test_adalora__moves_ranks_and_resumes_them(tmp_path):
+    arch = "vit_t"
+
+    def train(segmenter, peft_model, *, first, last, state=None):
+        updates = RankUpdates.of(peft_model)
+        if state is not None:
+            updates.load(state)
+        segmenter.train()
+        parameters = [p for p in segmenter.parameters() if p.requires_grad]
+        for step in range(first, last):
+            for parameter in parameters:
+                parameter.grad = None
+            (segmenter(images_for(arch)).square().mean() + updates.penalty()).backward()
+            with torch.no_grad():
+                for parameter in parameters:
+                    if parameter.grad is not None:
+                        parameter -= 0.05 * parameter.grad
+            updates.after_update(step + 1)
+        return updates.state()
+
+    whole, whole_model = adapted(arch, config_of(Method.ADALORA))
+    train(whole, whole_model, first=0, last=70)
+    part, part_model = adapted(arch, config_of(Method.ADALORA))
+    state = train(part, part_model, first=0, last=37)
+    rest, rest_model = adapted(arch, config_of(Method.ADALORA))
+    rest.load_state_dict(part.state_dict())
+    train(rest, rest_model, first=37, last=70, state=state)
+    for (name, expected), tensor in zip(whole.state_dict().items(), rest.state_dict().values(), strict=True):
+        assert torch.equal(expected, tensor), name
+
+    pattern = whole_model.peft_config["default"].rank_pattern
+    ranks = [sum(kept) for kept in pattern.values()]
+    assert sum(ranks) == 2 * len(ranks)  # down to rank 2 on average, from 3
+    assert len(set(ranks)) > 1
+    trained = logits_of(whole.sam, arch)
+    save_adapter(whole_model, tmp_path, method=Method.ADALORA)
+    loaded = load_adapter(tiny_sam(arch), tmp_path)
+    torch.testing.assert_close(logits_of(loaded.base_model.model, arch), trained, atol=2e-6, rtol=2e-6)
+    assert RankUpdates.of(adapted(arch, config_of(Method.LORA))[1]) is None
+    assert RankUpdates.of(None) is None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": Method.LORA, "last_blocks": 4}, r"last_blocks must be at most the 3 transformer blocks"),
+        ({"method": Method.FULL, "blocks": [0, 7]}, r"blocks must be numbers below the 3 .*got \[7\]"),
+        ({"method": Method.LORA, "r": 9}, r"r must be at most 8, the smaller side of mask_decoder"),
+        ({"method": Method.BOFT, "boft_block_size": 3}, r"boft_block_size must divide .* 3 does not"),
+        ({"method": Method.ADALORA}, r"must know trainer.max_steps"),
+    ],
+)
+def test_adapt__refuses_what_does_not_fit_and_leaves_the_model(options, message):
+    sam = tiny_sam("vit_b")
+    names, flags = set(sam.state_dict()), [p.requires_grad for p in sam.parameters()]
+    with pytest.raises(UsageError, match=message):
+        adapt(sam, AdapterConfig(**options), num_classes=1)
+    assert (set(sam.state_dict()), [p.requires_grad for p in sam.parameters()]) == (names, flags)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": Method.HRA, "r": 3}, "must be even for hra"),
+        ({"method": Method.VERA, "targets": Targets.QV}, "targets=qv must go with lora, dora, rslora"),
+        ({"method": Method.VERA, "targets": Targets.LINEAR_CONV}, "linear_conv must go with"),
+        ({"scope": Scope.DECODER, "last_blocks": 2}, "scope=encoder_decoder"),
+        ({"last_blocks": 0}, "last_blocks must be at least 1"),
+        ({"last_blocks": 1, "blocks": [0]}, "must not both be given"),
+        ({"blocks": [1, 1]}, "different numbers"),
+        ({"bottleneck_ratio": 0.0}, "bottleneck_ratio"),
+        ({"vera_r": 0}, "vera_r"),
+    ],
+)
+def test_adapter_config__refuses_what_contradicts_itself(options, message):
+    with pytest.raises(ValueError, match=message):
+        AdapterConfig(**options)
+
+
+def test_adapter__of_another_architecture_is_refused(tmp_path):
+    _, peft_model = adapted("vit_b", config_of(Method.LORA))
+    save_adapter(peft_model, tmp_path, method=Method.LORA)
+    with pytest.raises(WeightsError, match="must fit the weights beside it"):
+        load_adapter(tiny_sam("vit_t"), tmp_path)
+    (tmp_path / "adapter_model.safetensors").unlink()
+    with pytest.raises(WeightsError, match=r"adapter_model\.safetensors is missing"):
+        load_adapter(tiny_sam("vit_b"), tmp_path)
+
+
+def test_unread_options__are_said(caplog):
+    caplog.set_level("WARNING")
+    adapt(tiny_sam("vit_b"), AdapterConfig(method=Method.IA3, r=4), num_classes=1)
+    assert "adapter.r is not read by adapter.method=ia3" in caplog.text
