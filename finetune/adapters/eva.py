@@ -40,7 +40,9 @@ def initialise_eva(peft_model: PeftModel, forward: Callable[[Tensor], object], b
     import peft
     from peft.tuners.lora import LoraLayer
 
-    layers: dict[str, Any] = {name: module for name, module in peft_model.named_modules() if isinstance(module, LoraLayer)}
+    layers: dict[str, Any] = {
+        name: module for name, module in peft_model.named_modules() if isinstance(module, LoraLayer)
+    }
     seen: dict[str, list[Tensor]] = {name: [] for name in layers}
     handles = [module.register_forward_pre_hook(_keep_rows(seen[name])) for name, module in layers.items()]
     try:
