@@ -1,20 +1,30 @@
 """Which label ids become which channels, and back.
 
-Channel 0 is background and has no logit of its own: its logit is fixed to 0, so that one foreground class gives
-exactly SAM's own rule "mask where the logit is above 0" and several give a softmax.
+Exclusive classes: channel 0 is background and has no logit of its own: its logit is fixed to 0, so that one foreground
+class gives exactly SAM's own rule "mask where the logit is above 0" and several give a softmax.
+
+Overlapping classes (regions): each is a union of label ids, e.g. whole tumour = core + oedema, with a sigmoid of its
+own. A store has one label id per voxel, so overlapping structures are unions of ids. Predictions hold a bit per class.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from samgraft.shared.data.store import SliceStore
 from samgraft.shared.errors import DataError, UsageError
 from torch import Tensor
 
 BACKGROUND = 0
+MAX_OVERLAPPING = 30
+"""Classes that fit into the bits of an int32."""
+
+Labels = npt.NDArray[Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,9 +32,11 @@ class ClassTable:
     """Foreground classes in channel order."""
 
     ids: tuple[int, ...]
-    """Label id of channel 1, 2, ..."""
+    """Label id of channel 1, 2, ...; of overlapping classes the bit in predictions: 1, 2, 4, ..."""
     names: tuple[str, ...]
     """Name of channel 1, 2, ..."""
+    members: tuple[tuple[int, ...], ...] = ()
+    """Overlapping classes only: the label ids that each class joins."""
 
     def __post_init__(self) -> None:
         if not self.ids or len(set(self.ids)) != len(self.ids) or BACKGROUND in self.ids:
@@ -34,14 +46,80 @@ class ClassTable:
             )
         if len(self.names) != len(self.ids):
             raise ValueError(f"names must be one per class, got {len(self.names)} for {len(self.ids)}.")
+        if self.members and (
+            len(self.members) != len(self.ids) or self.ids != tuple(2**i for i in range(len(self.ids)))
+        ):
+            raise ValueError("overlapping classes must have members and a bit each.")
+
+    @classmethod
+    def of_regions(cls, regions: Mapping[str, Sequence[int]]) -> ClassTable:
+        """Make a table of overlapping classes from name -> label ids.
+
+        Raises:
+            UsageError: If a region is empty, repeats an id, names the background, or two are the same.
+        """
+        for name, labels in regions.items():
+            if not labels or len(set(labels)) != len(labels) or BACKGROUND in labels:
+                raise UsageError(
+                    f"a region must join different label ids other than {BACKGROUND} (background), got "
+                    f"{name}: {list(labels)}.",
+                    where="data.regions",
+                )
+        members = tuple(tuple(sorted(labels)) for labels in regions.values())
+        if len(set(members)) != len(members):
+            raise UsageError("two regions join the same label ids. Name each union once.", where="data.regions")
+        if len(members) > MAX_OVERLAPPING:
+            raise UsageError(
+                f"data.regions must have at most {MAX_OVERLAPPING} regions, got {len(members)}.", where="data.regions"
+            )
+        return cls(ids=tuple(2**i for i in range(len(members))), names=tuple(regions), members=members)
 
     @property
     def num_classes(self) -> int:
         """Foreground classes."""
         return len(self.ids)
 
+    @property
+    def is_overlapping(self) -> bool:
+        """True for regions: one pixel may belong to several classes."""
+        return bool(self.members)
+
+    def store_ids(self, channel: int) -> tuple[int, ...]:
+        """Return the label ids of a store that make up a class, counted from 0."""
+        return self.members[channel] if self.members else (self.ids[channel],)
+
+    def true_mask(self, label: Labels, channel: int) -> npt.NDArray[np.bool_]:
+        """Return where a label volume of a store shows a class, counted from 0."""
+        return np.isin(label, self.store_ids(channel))
+
+    def predicted_mask(self, predicted: Labels, channel: int) -> npt.NDArray[np.bool_]:
+        """Return where a predicted volume shows a class, counted from 0."""
+        if self.members:
+            return np.asarray((predicted & self.ids[channel]) != 0)
+        return np.asarray(predicted == self.ids[channel])
+
+    def to_masks(self, label_NHW: Tensor) -> Tensor:
+        """Return one bool mask per class, (N, C, H, W), of label ids (N, H, W) as a store has them."""
+        masks = [
+            torch.isin(label_NHW, torch.tensor(self.store_ids(channel), device=label_NHW.device))
+            for channel in range(self.num_classes)
+        ]
+        return torch.stack(masks, dim=1)
+
+    def to_target(self, label_NHW: Tensor) -> Tensor:
+        """Return what ``SegmentationLoss`` compares with: channels (N, H, W), or masks (N, C, H, W) of regions."""
+        return self.to_masks(label_NHW) if self.members else self.to_channels(label_NHW)
+
+    def from_logits(self, logits_NCHW: Tensor) -> Tensor:
+        """Return predicted label ids (N, H, W), or bits of overlapping classes; 0 where no logit is above 0."""
+        if self.members:
+            bits = torch.tensor(self.ids, device=logits_NCHW.device).view(1, -1, 1, 1)
+            return ((logits_NCHW > 0) * bits).sum(dim=1)
+        best, channel = logits_NCHW.max(dim=1)
+        return self.to_ids(torch.where(best > 0, channel + 1, 0))
+
     def to_channels(self, label: Tensor) -> Tensor:
-        """Map label ids to channels; ids that are not a class become background. Same shape, int64."""
+        """Map label ids to channels of exclusive classes, other ids to background. Same shape, int64."""
         channels = torch.zeros_like(label, dtype=torch.int64)
         for channel, label_id in enumerate(self.ids, start=1):
             channels[label == label_id] = channel
@@ -53,17 +131,27 @@ class ClassTable:
         return table[channels.to(torch.int64)]
 
 
-def choose_classes(store: SliceStore, wanted: Sequence[int], *, train_patients: Iterable[str]) -> ClassTable:
+def choose_classes(
+    store: SliceStore,
+    wanted: Sequence[int],
+    *,
+    train_patients: Iterable[str],
+    regions: Mapping[str, Sequence[int]] | None = None,
+) -> ClassTable:
     """Choose the classes to learn and check that they can be learnt.
 
     Args:
         store: The labelled store.
         wanted: Label ids; empty takes every id that occurs in the store.
         train_patients: Patients of the training part.
+        regions: Overlapping classes instead: name -> label ids that it joins.
 
     Raises:
         DataError: If the store has no label, a wanted id does not occur, or an id does not occur in training.
+        UsageError: If both ids and regions are given.
     """
+    if wanted and regions:
+        raise UsageError("data.classes and data.regions must not both be given.", where="data")
     present = sorted({label for record in store.series for label, voxels in record.label_voxels.items() if voxels})
     if not present:
         raise DataError(
@@ -71,12 +159,13 @@ def choose_classes(store: SliceStore, wanted: Sequence[int], *, train_patients: 
             where=store.path.name,
             next_command="samgraft store build FOLDER --out STORE.zarr --modality mri",
         )
-    if strangers := sorted(set(wanted) - set(present)):
+    asked = sorted({label for labels in regions.values() for label in labels}) if regions else list(wanted)
+    if strangers := sorted(set(asked) - set(present) - {BACKGROUND}):
         raise DataError(
             f"classes must be label ids of the store, got {_listed(strangers)}; it has {_listed(present)}.",
-            where=f"data.classes, {store.path.name}",
+            where=f"data.{'regions' if regions else 'classes'}, {store.path.name}",
         )
-    ids = tuple(wanted) if wanted else tuple(present)
+    ids = asked or list(present)
     patients = set(train_patients)
     learnable = {
         label
@@ -85,13 +174,15 @@ def choose_classes(store: SliceStore, wanted: Sequence[int], *, train_patients: 
         for label, voxels in record.label_voxels.items()
         if voxels
     }
-    if absent := [label for label in ids if label not in learnable]:
+    if absent := [label for label in ids if label not in learnable and label != BACKGROUND]:
         raise DataError(
             f"every class must occur in the training part, {_listed(absent)} does not. "
             "Make another split, or name the classes to learn: data.classes=[...].",
             where=store.path.name,
         )
-    return ClassTable(ids=ids, names=tuple(store.label_names.get(label, f"label {label}") for label in ids))
+    if regions:
+        return ClassTable.of_regions(regions)
+    return ClassTable(ids=tuple(ids), names=tuple(store.label_names.get(label, f"label {label}") for label in ids))
 
 
 def _listed(labels: Sequence[int]) -> str:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from samgraft.finetune.adapters import AdapterConfig
 from samgraft.finetune.augment import AugmentConfig
+from samgraft.finetune.loss import LossConfig
 from samgraft.shared.training.optimizer import OptimizerConfig
 from samgraft.shared.training.trainer import TrainerConfig
 
@@ -20,6 +21,9 @@ class DataConfig:
     """Split file by patient. None takes <store>.split.json beside the store, else draws one with seed 0."""
     classes: list[int] = field(default_factory=list)
     """Label ids to learn; empty takes every id of the store. All others count as background."""
+    regions: dict[str, list[int]] = field(default_factory=dict)
+    """Overlapping classes instead: name -> label ids that it joins, e.g. {whole: [1, 2], core: [2]}. Each gets a
+    sigmoid of its own."""
     batch_size: int = 8
     """Slices per micro-step and process."""
     num_workers: int = 0
@@ -57,20 +61,6 @@ class ModelConfig:
     """Expected architecture; None takes what the file holds."""
     image_size: int | None = None
     """Side of the square input in pixels; None takes the encoder's."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class LossConfig:
-    """Dice and cross-entropy."""
-
-    dice_weight: float = 1.0
-    """Foreground Dice over the batch."""
-    ce_weight: float = 1.0
-    """Cross-entropy over all pixels."""
-
-    def __post_init__(self) -> None:
-        if self.dice_weight < 0 or self.ce_weight < 0 or self.dice_weight + self.ce_weight == 0:
-            raise ValueError("loss.dice_weight and loss.ce_weight must not be negative nor both 0.")
 
 
 @dataclass(frozen=True, kw_only=True)

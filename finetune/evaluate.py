@@ -120,7 +120,9 @@ def _per_patient(results: Sequence[CaseResult], channel: int | None) -> list[flo
 
 def _refuse_foreign_store(model: FinishedModel, store: SliceStore) -> None:
     known = {label for record in store.series for label in record.label_voxels}
-    if missing := [label for label in model.task.class_ids if label not in known]:
+    classes = model.task.classes
+    wanted = sorted({label for channel in range(classes.num_classes) for label in classes.store_ids(channel)})
+    if missing := [label for label in wanted if label not in known]:
         raise DataError(
             f"the store must hold the model's classes, label ids {missing} do not occur; it has {sorted(known)}.",
             where=store.path.name,

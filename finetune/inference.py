@@ -14,12 +14,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from samgraft.finetune.classes import ClassTable
-from samgraft.finetune.loss import with_background
 from samgraft.finetune.segmenter import Segmenter
 from samgraft.shared.data.frame import fit_frame, image_to_frame, logits_to_native
 from samgraft.shared.data.intensity import IntensityPreset, IntensityStats, normalise
 from samgraft.shared.data.store import SliceStore
-from torch import Tensor, nn
+from torch import nn
 
 Volume = npt.NDArray[Any]
 
@@ -75,7 +74,7 @@ def segment_volume(
             images = np.stack([normalise(slice_HW, stats, config.intensity) for slice_HW in slices])
             images_N1SS = image_to_frame(torch.from_numpy(images)[:, None].to(device), frame)
             logits_NCHW = logits_to_native(segmenter(images_N1SS).float(), frame)
-            labels[start : start + len(slices)] = classes.to_ids(choose_channel(logits_NCHW)).cpu().numpy()
+            labels[start : start + len(slices)] = classes.from_logits(logits_NCHW).cpu().numpy()
     return labels
 
 
@@ -84,8 +83,3 @@ def segment_series(
 ) -> npt.NDArray[np.int32]:
     """Segment one series of a store on its own grid."""
     return segment_volume(segmenter, store.read_volume(series_id), store.record(series_id).stats, classes, config)
-
-
-def choose_channel(logits_NCHW: Tensor) -> Tensor:
-    """Return the most likely channel per pixel, 0 where no class has a logit above 0. Shape (N, H, W)."""
-    return with_background(logits_NCHW).argmax(dim=1)

@@ -47,8 +47,8 @@ def class_scores(predicted: Labels, true: Labels, classes: ClassTable) -> list[C
     if predicted.shape != true.shape:
         raise ValueError(f"predicted must have the shape of true {true.shape}, got {predicted.shape}.")
     scores = []
-    for label_id, name in zip(classes.ids, classes.names, strict=True):
-        in_prediction, in_truth = predicted == label_id, true == label_id
+    for channel, (label_id, name) in enumerate(zip(classes.ids, classes.names, strict=True)):
+        in_prediction, in_truth = classes.predicted_mask(predicted, channel), classes.true_mask(true, channel)
         scores.append(
             ClassScore(
                 label_id=label_id,

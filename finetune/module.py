@@ -24,7 +24,7 @@ class FinetuneModule(pl.LightningModule):
         self.segmenter = segmenter
         self.config = config
         self.classes = classes
-        self.loss = SegmentationLoss(dice_weight=config.loss.dice_weight, ce_weight=config.loss.ce_weight)
+        self.loss = SegmentationLoss(config.loss, overlapping=classes.is_overlapping)
 
     def training_step(self, batch: SliceBatch, batch_idx: int) -> dict[str, Tensor]:
         """Return the loss of one micro-step."""
@@ -35,8 +35,7 @@ class FinetuneModule(pl.LightningModule):
             device=self.device,
         )
         assert labels_NSS is not None
-        channels_NSS = self.classes.to_channels(labels_NSS)
-        return {"loss": self.loss(self.segmenter(images_N1SS), channels_NSS)}
+        return {"loss": self.loss(self.segmenter(images_N1SS), self.classes.to_target(labels_NSS))}
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Return AdamW over what trains; mask tokens that no class uses must not decay."""

@@ -56,7 +56,10 @@ def prepare(config: FinetuneConfig) -> Prepared:
     """
     store = SliceStore.open(Path(config.data.store))
     split = load_split(Path(config.data.split) if config.data.split else None, store)
-    classes = choose_classes(store, config.data.classes, train_patients=split.train)
+    classes = choose_classes(
+        store, config.data.classes, regions=config.data.regions or None, train_patients=split.train
+    )
+    config.loss.check_classes(classes.num_classes)
     val_series = labelled_series(store, split.val)
     if not val_series:
         raise DataError(
@@ -145,11 +148,10 @@ def describe(prepared: Prepared) -> list[str]:
     """Return the pre-flight lines on data and weights."""
     store, split, classes = prepared.store, prepared.split, prepared.classes
     lines = [f"data: {store.path.name} ({store.modality.value}), {len(store.series)} scans"]
-    for label_id, name in zip(classes.ids, classes.names, strict=True):
-        counts = ", ".join(
-            f"{part} {_voxels(store, split.part(part), label_id):,}" for part in ("train", "val", "test")
-        )
-        lines.append(f"class {label_id} {name}: voxels {counts}")
+    for channel, name in enumerate(classes.names):
+        ids = classes.store_ids(channel)
+        counts = ", ".join(f"{part} {_voxels(store, split.part(part), ids):,}" for part in ("train", "val", "test"))
+        lines.append(f"class {'+'.join(map(str, ids))} {name}: voxels {counts}")
     lines.append(
         f"patients: train {len(split.train)}, val {len(split.val)}, test {len(split.test)}; "
         f"{len(prepared.dataset)} training slices per epoch, {len(prepared.val_series)} validation scans"
@@ -162,5 +164,5 @@ def describe(prepared: Prepared) -> list[str]:
     return lines
 
 
-def _voxels(store: SliceStore, patients: tuple[str, ...], label_id: int) -> int:
-    return sum(r.label_voxels.get(label_id, 0) for r in store.series if r.patient_id in patients)
+def _voxels(store: SliceStore, patients: tuple[str, ...], label_ids: tuple[int, ...]) -> int:
+    return sum(r.label_voxels.get(i, 0) for r in store.series if r.patient_id in patients for i in label_ids)

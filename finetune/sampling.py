@@ -16,7 +16,8 @@ def has_foreground(store: SliceStore, ref: SliceRef, classes: ClassTable) -> boo
     """Tell from the store's table whether a slice shows a class, without reading it."""
     record = store.record(ref.series_id)
     pixels = record.planes[ref.plane or record.plane].label_pixels
-    return any(pixels[label][ref.slice_index] > 0 for label in classes.ids if label in pixels)
+    wanted = {label for channel in range(classes.num_classes) for label in classes.store_ids(channel)}
+    return any(pixels[label][ref.slice_index] > 0 for label in wanted & set(pixels))
 
 
 def balance_foreground(

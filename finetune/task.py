@@ -23,6 +23,8 @@ class Task:
 
     class_ids: list[int]
     class_names: list[str]
+    class_members: list[list[int]] = field(default_factory=list)
+    """Overlapping classes only: the label ids that each joins; predictions then hold one bit per class."""
     modality: str
     image_size: int
     keep_aspect: bool
@@ -43,7 +45,11 @@ class Task:
     @property
     def classes(self) -> ClassTable:
         """Channel order."""
-        return ClassTable(ids=tuple(self.class_ids), names=tuple(self.class_names))
+        return ClassTable(
+            ids=tuple(self.class_ids),
+            names=tuple(self.class_names),
+            members=tuple(tuple(labels) for labels in self.class_members),
+        )
 
     def inference(self, *, batch_size: int = 8) -> InferenceConfig:
         """Return how slices reach the encoder."""

@@ -193,6 +193,7 @@ def finished_task(
     return Task(
         class_ids=list(prepared.classes.ids),
         class_names=list(prepared.classes.names),
+        class_members=[list(labels) for labels in prepared.classes.members],
         modality=prepared.store.modality.value,
         image_size=prepared.segmenter.image_size,
         keep_aspect=config.data.keep_aspect,

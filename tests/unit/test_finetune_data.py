@@ -7,8 +7,8 @@ import pytest
 import torch
 from samgraft.finetune.augment import AugmentConfig, SliceAugment
 from samgraft.finetune.classes import ClassTable, choose_classes
-from samgraft.finetune.inference import choose_channel
-from samgraft.finetune.loss import SegmentationLoss
+from samgraft.finetune.loss import LossConfig, MaskLoss, Overlap, PixelTerm, SegmentationLoss
+from samgraft.finetune.metrics import class_scores
 from samgraft.finetune.sampling import balance_foreground, has_foreground
 from samgraft.shared.data.dataset import SliceRef
 from samgraft.shared.data.store import SliceStore
@@ -136,21 +136,166 @@ def test_loss__hand_computed():
     logits = torch.zeros(1, 1, 2, 2)
     channels = torch.tensor([[[1, 0], [0, 1]]])
     assert SegmentationLoss()(logits, channels).item() == pytest.approx(0.5 + math.log(2), abs=1e-4)
-    assert SegmentationLoss(dice_weight=0.0)(logits, channels).item() == pytest.approx(math.log(2), abs=1e-6)
+    assert SegmentationLoss(LossConfig(dice_weight=0.0))(logits, channels).item() == pytest.approx(
+        math.log(2), abs=1e-6
+    )
 
 
 def test_loss__resizes_logits_never_labels():
     """A one-pixel lesion at label resolution must still count; shrunk to the logits' grid it would be lost."""
     logits = torch.full((1, 1, 2, 2), -4.0, requires_grad=True)
     channels = torch.zeros(1, 8, 8, dtype=torch.int64)
-    empty = SegmentationLoss(dice_weight=0.0)(logits, channels)
+    empty = SegmentationLoss(LossConfig(dice_weight=0.0))(logits, channels)
     channels[0, 1, 1] = 1
-    one = SegmentationLoss(dice_weight=0.0)(logits, channels)
+    one = SegmentationLoss(LossConfig(dice_weight=0.0))(logits, channels)
     # One of 64 pixels costs 4.018 instead of 0.018.
     assert (one - empty).item() == pytest.approx(4.0 / 64, abs=1e-4)
 
 
-def test_choose_channel__one_class_is_sams_rule_and_several_compete():
+def test_from_logits__one_class_is_sams_rule_and_several_compete():
     logits = torch.tensor([[[[-1.0, 2.0]], [[-2.0, 3.0]]]])
-    assert choose_channel(logits).tolist() == [[[0, 2]]]
-    assert choose_channel(logits[:, :1]).tolist() == [[[0, 1]]]
+    table = ClassTable(ids=(9, 4), names=("a", "b"))
+    assert table.from_logits(logits).tolist() == [[[0, 4]]]
+    assert ClassTable(ids=(9,), names=("a",)).from_logits(logits[:, :1]).tolist() == [[[0, 9]]]
+
+
+REGIONS = {"whole": [1, 2], "core": [2]}
+
+
+def test_regions__overlap_on_the_way_in_and_out():
+    table = ClassTable.of_regions(REGIONS)
+    label = torch.tensor([[[0, 1, 2]]])
+    masks = table.to_target(label)
+    assert masks.tolist() == [[[[False, True, True]], [[False, False, True]]]]
+    logits = torch.where(masks, 3.0, -3.0)
+    predicted = table.from_logits(logits).numpy()
+    assert predicted.tolist() == [[[0, 1, 3]]]
+    for channel in range(2):
+        truth = table.true_mask(label.numpy(), channel)
+        assert np.array_equal(table.predicted_mask(predicted, channel), truth)
+    scores = class_scores(predicted, label.numpy(), table)
+    assert [s.dice for s in scores] == [1.0, 1.0]
+    assert [s.true_voxels for s in scores] == [2, 1]
+
+
+@pytest.mark.parametrize("regions", [{"a": []}, {"a": [0, 1]}, {"a": [1, 1]}, {"a": [1, 2], "b": [2, 1]}])
+def test_regions__refuse_what_is_no_union(regions):
+    with pytest.raises(UsageError, match="label ids"):
+        ClassTable.of_regions(regions)
+
+
+def test_regions__are_checked_against_the_store(store):
+    everyone = store.patient_ids
+    assert choose_classes(store, [], regions={"x": [1]}, train_patients=everyone).members == ((1,),)
+    with pytest.raises(DataError, match="got 2; it has 1"):
+        choose_classes(store, [], regions={"x": [1, 2]}, train_patients=everyone)
+    with pytest.raises(DataError, match="must occur in the training part, 1 does not"):
+        choose_classes(store, [], regions={"x": [1]}, train_patients=[])
+    with pytest.raises(UsageError, match="not both"):
+        choose_classes(store, [1], regions={"x": [1]}, train_patients=everyone)
+
+
+def test_regions__loss_is_a_sigmoid_per_class():
+    """Logits 0 in one class and confident right in the other: half Dice and log 2 there, nothing here; the mean."""
+    masks = torch.tensor([[[[True, False], [False, True]], [[True, True], [True, False]]]])
+    logits = torch.stack([torch.zeros(2, 2), torch.where(masks[0, 1], 30.0, -30.0)])[None]
+    loss = SegmentationLoss(overlapping=True)(logits, masks)
+    assert loss.item() == pytest.approx((0.5 + math.log(2)) / 2, abs=1e-4)
+
+
+def two_class_case():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 2, 8, 8, generator=generator)
+    channels = torch.randint(0, 3, (2, 8, 8), generator=generator)
+    return logits, channels
+
+
+@pytest.mark.parametrize("overlapping", [False, True])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"overlap": Overlap.TVERSKY}, {"overlap": Overlap.TVERSKY, "tversky_fn": 3.0}, {"pixel": PixelTerm.FOCAL},
+        {"pixel": PixelTerm.FOCAL, "focal_gamma": 0.5}, {"boundary_weight": 0.1}, {"class_weights": [1.0, 5.0]},
+        {"size": 16}, {"dice_weight": 0.5}, {"ce_weight": 0.0},
+    ],
+)  # fmt: skip
+def test_loss__every_option_changes_it_and_leaves_a_gradient(change, overlapping):
+    logits, channels = two_class_case()
+    target = torch.stack([channels == 1, channels == 2], dim=1) if overlapping else channels
+    logits.requires_grad_()
+    plain = SegmentationLoss(overlapping=overlapping)(logits, target)
+    changed = SegmentationLoss(LossConfig(**change), overlapping=overlapping)(logits, target)
+    assert abs(plain.item() - changed.item()) > 1e-3
+    changed.backward()
+    assert torch.isfinite(logits.grad).all()
+    assert logits.grad.abs().sum() > 0
+
+
+def test_loss__default_is_monais_dice_ce():
+    from monai.losses.dice import DiceCELoss
+
+    logits, channels = two_class_case()
+    oracle = DiceCELoss(include_background=False, to_onehot_y=True, softmax=True, batch=True)
+    filled = torch.cat([torch.zeros_like(logits[:, :1]), logits], dim=1)
+    expected = oracle(filled, channels[:, None])
+    assert SegmentationLoss()(logits, channels).item() == pytest.approx(expected.item(), abs=1e-6)
+
+
+def test_loss__focal_without_focus_is_cross_entropy():
+    logits, channels = two_class_case()
+    focal = SegmentationLoss(LossConfig(pixel=PixelTerm.FOCAL, focal_gamma=0.0))(logits, channels)
+    assert focal.item() == pytest.approx(SegmentationLoss()(logits, channels).item(), abs=1e-5)
+
+
+def test_loss__tversky_with_halves_is_dice():
+    logits, channels = two_class_case()
+    even = LossConfig(overlap=Overlap.TVERSKY, tversky_fp=0.5, tversky_fn=0.5)
+    assert SegmentationLoss(even)(logits, channels).item() == pytest.approx(
+        SegmentationLoss()(logits, channels).item(), abs=1e-4
+    )
+
+
+def test_loss__class_weights_scale_each_class():
+    """With the second class weighing nothing next to the first, only the first one's Dice is left."""
+    logits, channels = two_class_case()
+    heavy = LossConfig(ce_weight=0.0, class_weights=[1e6, 1.0])
+    only_first = SegmentationLoss(LossConfig(ce_weight=0.0, class_weights=[1.0, 1e-6]))(logits, channels)
+    assert SegmentationLoss(heavy)(logits, channels).item() == pytest.approx(only_first.item(), abs=1e-4)
+
+
+def test_loss__works_on_volumes():
+    logits = torch.zeros(1, 2, 4, 4, 4)
+    channels = torch.randint(0, 3, (1, 4, 4, 4), generator=torch.Generator().manual_seed(0))
+    # Three equal probabilities: cross-entropy is log 3, Dice between 0 and 1.
+    loss = SegmentationLoss(LossConfig(dice_weight=0.0))(logits, channels)
+    assert loss.item() == pytest.approx(math.log(3), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "change", [{}, {"overlap": Overlap.TVERSKY}, {"pixel": PixelTerm.FOCAL}, {"boundary_weight": 0.1}]
+)
+def test_mask_loss__is_one_value_per_mask(change):
+    """Each value is what the mask alone gives, so that the best of several can be chosen."""
+    generator = torch.Generator().manual_seed(1)
+    logits = torch.randn(3, 4, 4, generator=generator)
+    masks = torch.rand(3, 8, 8, generator=generator) > 0.5
+    loss = MaskLoss(LossConfig(**change))
+    together = loss(logits, masks)
+    alone = torch.cat([loss(logits[i : i + 1], masks[i : i + 1]) for i in range(3)])
+    torch.testing.assert_close(together, alone)
+    assert len(set(together.tolist())) == 3
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [({"dice_weight": 0.0, "ce_weight": 0.0}, "not both 0"), ({"tversky_fp": 0.0}, "tversky"),
+     ({"class_weights": [1.0, 0.0]}, "class_weights"), ({"size": 2}, r"loss\.size")],
+)  # fmt: skip
+def test_loss_config__refuses(values, message):
+    with pytest.raises(ValueError, match=message):
+        LossConfig(**values)
+
+
+def test_loss_config__class_weights_must_fit_the_classes():
+    with pytest.raises(UsageError, match=r"one per class \(3\), got 2"):
+        LossConfig(class_weights=[1.0, 2.0]).check_classes(3)

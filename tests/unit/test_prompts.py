@@ -1,0 +1,281 @@
+"""Prompts: decoding many at once equals segment_anything one by one; drawing them is deterministic and stays inside."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from model_factory import make_sam, tiny_vit_t_spec
+from samgraft.finetune.prompt_sampling import (
+    MASK_LOGIT,
+    PromptConfig,
+    PromptMode,
+    PromptUnit,
+    center_of,
+    correct,
+    draw_box,
+    draw_points,
+    draw_prompt,
+    find_objects,
+    mask_prompt,
+    roughen,
+    thin_out,
+)
+from samgraft.finetune.prompts import (
+    Prompt,
+    best_masks,
+    box_to_frame,
+    check_inside,
+    decode_prompts,
+    points_to_frame,
+    predict_prompts,
+)
+from samgraft.shared.data.frame import fit_frame
+from samgraft.shared.errors import UsageError
+
+SIZE = 32
+BOX = Prompt(image=0, box=torch.tensor([4.0, 5.0, 20.0, 18.0]))
+POINT = Prompt(image=1, points=torch.tensor([[9.0, 7.0]]), labels=torch.tensor([1.0]))
+THREE = Prompt(image=0, points=torch.tensor([[9.0, 7], [3, 2], [30, 30]]), labels=torch.tensor([1.0, 0, 0]))
+BOX_POINT = dataclasses.replace(THREE, image=2, box=torch.tensor([1.0, 2.0, 9.0, 9.0]))
+
+
+@pytest.fixture(scope="module")
+def sam():
+    return make_sam(tiny_vit_t_spec(), image_size=SIZE)
+
+
+@pytest.fixture(scope="module")
+def embeddings(sam):
+    grid = sam.prompt_encoder.image_embedding_size
+    return torch.randn(3, sam.prompt_encoder.embed_dim, *grid, generator=torch.Generator().manual_seed(0))
+
+
+def mask_of(sam, image=1):
+    side = sam.prompt_encoder.mask_input_size[0]
+    return Prompt(image=image, mask=torch.randn(side, side, generator=torch.Generator().manual_seed(2)))
+
+
+def one_by_one(sam, embeddings, prompt, *, multimask):
+    """segment_anything as its own predictor calls it."""
+    points = None if prompt.points is None else (prompt.points[None], prompt.labels[None])
+    boxes = None if prompt.box is None else prompt.box[None]
+    masks = None if prompt.mask is None else prompt.mask[None, None]
+    sparse, dense = sam.prompt_encoder(points=points, boxes=boxes, masks=masks)
+    return sam.mask_decoder(
+        image_embeddings=embeddings[prompt.image : prompt.image + 1],
+        image_pe=sam.prompt_encoder.get_dense_pe(),
+        sparse_prompt_embeddings=sparse,
+        dense_prompt_embeddings=dense,
+        multimask_output=multimask,
+    )
+
+
+@pytest.mark.parametrize("multimask", [False, True])
+@pytest.mark.parametrize("max_per_pass", [1, 2, 64])
+def test_decode__equals_segment_anything_prompt_by_prompt(sam, embeddings, multimask, max_per_pass):
+    """Boxes, ragged points, masks and mixtures over three images, in any order."""
+    second_mask = dataclasses.replace(mask_of(sam, image=0), mask=-mask_of(sam).mask)
+    prompts = [BOX, POINT, mask_of(sam), THREE, dataclasses.replace(BOX, image=2), BOX_POINT, second_mask]
+    with torch.no_grad():
+        logits, iou = decode_prompts(sam, embeddings, prompts, multimask=multimask, max_per_pass=max_per_pass)
+        for place, prompt in enumerate(prompts):
+            expected_logits, expected_iou = one_by_one(sam, embeddings, prompt, multimask=multimask)
+            torch.testing.assert_close(logits[place], expected_logits[0], atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(iou[place], expected_iou[0], atol=1e-5, rtol=1e-5)
+    assert logits.shape[1] == (3 if multimask else 1)
+    assert (logits[0] - logits[4]).abs().max() > 1e-3, "the image does not matter"
+
+
+def test_decode__positions_are_exact_under_autocast(sam, embeddings):
+    """The prompt encoder must not compute positions in bf16."""
+    with torch.no_grad():
+        exact, _ = decode_prompts(sam, embeddings, [BOX], multimask=False)
+        encoded = []
+        keep = sam.mask_decoder.register_forward_pre_hook(
+            lambda _, args, kwargs: encoded.append(kwargs["sparse_prompt_embeddings"]), with_kwargs=True
+        )
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            decode_prompts(sam, embeddings, [BOX], multimask=False)
+        keep.remove()
+        expected, _ = sam.prompt_encoder(points=None, boxes=BOX.box[None], masks=None)
+    assert torch.equal(encoded[0], expected)
+    assert torch.isfinite(exact).all()
+
+
+def test_predict__takes_the_best_of_three_for_a_single_point_only(sam, embeddings):
+    with torch.no_grad():
+        logits, iou = predict_prompts(sam, embeddings, [BOX, POINT, THREE])
+        three, ious = decode_prompts(sam, embeddings, [POINT], multimask=True)
+        single, _ = decode_prompts(sam, embeddings, [BOX, THREE], multimask=False)
+    assert torch.allclose(logits[1], three[0, ious[0].argmax()], atol=1e-6)
+    assert iou[1].item() == pytest.approx(ious.max().item(), abs=1e-6)
+    assert torch.allclose(logits[[0, 2]], single[:, 0], atol=1e-6)
+
+
+def test_best_masks__follows_the_predicted_iou():
+    logits = torch.arange(6.0).reshape(2, 3, 1, 1)
+    best, iou = best_masks(logits, torch.tensor([[0.1, 0.9, 0.2], [0.7, 0.1, 0.2]]))
+    assert best.flatten().tolist() == [1.0, 3.0]
+    assert iou.tolist() == pytest.approx([0.9, 0.7])
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [({}, "must have a box"), ({"points": torch.zeros(1, 2)}, "together"),
+     ({"points": torch.zeros(2, 2), "labels": torch.zeros(1)}, "K labels")],
+)  # fmt: skip
+def test_prompt__refuses_what_is_no_prompt(parts, message):
+    with pytest.raises(ValueError, match=message):
+        Prompt(image=0, **parts)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        (Prompt(image=0, box=torch.tensor([0.0, 0, 40, 10])), "0..39 in x and 0..29 in y"),
+        (Prompt(image=0, box=torch.tensor([9.0, 2, 3, 10])), "x0 <= x1"),
+        (Prompt(image=0, points=torch.tensor([[3.0, -1]]), labels=torch.ones(1)), "inside the slice"),
+        (Prompt(image=0, points=torch.tensor([[3.0, 30]]), labels=torch.ones(1)), "got 3, 30"),
+    ],
+)
+def test_check_inside__refuses_prompts_outside_the_slice(prompt, message):
+    with pytest.raises(UsageError, match=message):
+        check_inside(prompt, height=30, width=40)
+
+
+def test_check_inside__takes_the_edges():
+    check_inside(Prompt(image=0, box=torch.tensor([0.0, 0, 39, 29])), height=30, width=40)
+
+
+def test_frame__a_box_around_a_mask_is_the_box_around_the_resized_mask():
+    frame = fit_frame((20, 10), image_size=40, keep_aspect=True)
+    box = box_to_frame(torch.tensor([2.0, 4.0, 5.0, 9.0]), frame)
+    # Twice as large: columns 2..5 become 4..11, rows 4..9 become 8..19.
+    assert box.tolist() == [4.0, 8.0, 11.0, 19.0]
+    assert points_to_frame(torch.tensor([[2.0, 4.0]]), frame).tolist() == [[4.5, 8.5]]
+
+
+def masks(*rectangles, size=24):
+    out = np.zeros((len(rectangles), size, size), dtype=bool)
+    for channel, pieces in enumerate(rectangles):
+        for y0, x0, y1, x1 in pieces:
+            out[channel, y0:y1, x0:x1] = True
+    return out
+
+
+TWO_CLASSES = masks([(2, 2, 6, 6), (10, 12, 16, 20)], [(18, 3, 22, 9), (0, 20, 1, 22)])
+
+
+def test_objects__components_or_classes_without_crumbs():
+    config = PromptConfig(mode=PromptMode.BOX, min_pixels=4)
+    found = find_objects(TWO_CLASSES, config)
+    assert [o.channel for o in found] == [0, 0, 1]
+    assert [int(o.mask_HW.sum()) for o in found] == [16, 48, 24]
+    whole = find_objects(TWO_CLASSES, dataclasses.replace(config, unit=PromptUnit.CLASS))
+    assert [int(o.mask_HW.sum()) for o in whole] == [64, 26]
+    kept = thin_out(found, dataclasses.replace(config, max_objects=2), np.random.default_rng(0))
+    assert len(kept) == 2
+    assert all(any(o is k for o in found) for k in kept)
+
+
+def test_box__is_tight_without_jitter_and_bounded_with_it():
+    mask_HW = TWO_CLASSES[0] & masks([(10, 12, 16, 20)])[0]
+    still = PromptConfig(mode=PromptMode.BOX).for_evaluation()
+    assert draw_box(mask_HW, still, np.random.default_rng(0)).tolist() == [12, 10, 19, 15]
+    config = PromptConfig(mode=PromptMode.BOX, box_jitter=0.5, max_jitter=0.1)
+    boxes = np.array([draw_box(mask_HW, config, np.random.default_rng(seed)) for seed in range(50)])
+    moved = np.abs(boxes - [12, 10, 19, 15])
+    assert 0 < moved.max() <= 0.1 * 24 + 1e-6
+    assert (boxes >= 0).all()
+    assert (boxes <= 23).all()
+    assert (boxes[:, :2] <= boxes[:, 2:]).all()
+
+
+def test_points__positive_inside_negative_beside():
+    mask_HW = masks([(10, 12, 16, 20)])[0]
+    config = PromptConfig(mode=PromptMode.POINTS, num_positive=3, num_negative=4)
+    for seed in range(10):
+        points, labels = draw_points(mask_HW, config, np.random.default_rng(seed), central=False)
+        inside = [mask_HW[int(y), int(x)] for x, y in points]
+        assert inside == [True] * 3 + [False] * 4
+        assert labels.tolist() == [1, 1, 1, 0, 0, 0, 0]
+    points, _ = draw_points(mask_HW, config, np.random.default_rng(0), central=True)
+    assert tuple(points[0]) == center_of(mask_HW)
+
+
+def test_center__is_the_pixel_farthest_from_the_edge():
+    assert center_of(masks([(3, 4, 8, 9)])[0]) == (6.0, 5.0)
+    # An object at the border of the slice: outside counts as edge.
+    assert center_of(masks([(0, 0, 5, 5)])[0]) == (2.0, 2.0)
+
+
+def test_mask_prompt__has_sams_size_and_sign():
+    logits = mask_prompt(masks([(0, 0, 12, 24)])[0], side=8)
+    assert logits.shape == (8, 8)
+    assert logits[:4].min() == MASK_LOGIT
+    assert logits[4:].max() == -MASK_LOGIT
+
+
+def test_roughen__changes_the_mask_and_never_empties_it():
+    config = PromptConfig(mode=PromptMode.MASK, mask_jitter=0.4)
+    mask_HW = masks([(8, 8, 16, 16)])[0]
+    changed = [roughen(mask_HW, config, np.random.default_rng(seed)) for seed in range(12)]
+    assert sum(not np.array_equal(mask_HW, rough) for rough in changed) > 6
+    dot = masks([(3, 3, 4, 4)])[0]
+    assert all(roughen(dot, config, np.random.default_rng(seed)).any() for seed in range(12))
+    assert np.array_equal(roughen(mask_HW, config.for_evaluation(), np.random.default_rng(0)), mask_HW)
+
+
+@pytest.mark.parametrize("mode", [m for m in PromptMode if m is not PromptMode.NONE])
+def test_draw__depends_on_its_generator_only(mode):
+    config = PromptConfig(mode=mode)
+    draw = {"image": 1, "mask_size": 16, "central": False}
+    first, again, *others = (
+        draw_prompt(TWO_CLASSES[0], config, np.random.default_rng(seed), **draw) for seed in (3, 3, 4, 5, 6, 7)
+    )
+
+    def parts(prompt):
+        return [None if p is None else p.tolist() for p in (prompt.box, prompt.points, prompt.labels, prompt.mask)]
+
+    assert parts(first) == parts(again)
+    assert any(parts(first) != parts(other) for other in others)
+    if mode is PromptMode.CLICKS:
+        kinds = {o.box is None for o in (first, *others)}
+        assert kinds == {True, False}
+
+
+def test_draw__without_a_mode_is_a_mistake():
+    with pytest.raises(ValueError, match="prompt mode"):
+        draw_prompt(TWO_CLASSES[0], PromptConfig(), np.random.default_rng(0), image=0, mask_size=8, central=False)
+
+
+def test_correct__clicks_where_the_mask_is_wrong():
+    true_HW = masks([(4, 4, 12, 12)])[0]
+    missed = masks([(4, 4, 12, 8)])[0]
+    too_much = masks([(4, 4, 12, 12), (2, 15, 3, 16)]).any(axis=0) | masks([(4, 14, 12, 20)])[0]
+    logits = torch.zeros(8, 8)
+    first = Prompt(image=0, box=torch.tensor([4.0, 4, 11, 11]))
+    rng = np.random.default_rng(0)
+    positive = correct(first, missed, true_HW, rng, low_res_logits=logits, central=False)
+    (x, y), label = positive.points[0].tolist(), positive.labels[0]
+    assert label == 1
+    assert true_HW[int(y), int(x)]
+    assert not missed[int(y), int(x)]
+    negative = correct(positive, too_much, true_HW, rng, low_res_logits=logits, central=True)
+    # The larger of two wrong regions, its middle.
+    assert negative.labels.tolist() == [1, 0]
+    assert negative.points[1].tolist() == list(center_of(masks([(4, 14, 12, 20)])[0]))
+    assert negative.mask is logits
+    assert negative.box is first.box
+    right = correct(first, true_HW, true_HW, rng, low_res_logits=logits, central=False)
+    assert right.labels.tolist() == [1]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [({"num_clicks": 0}, "num_clicks"), ({"num_positive": 0}, "num_positive"), ({"box_jitter": -1.0}, "box_jitter")],
+)
+def test_prompt_config__refuses(values, message):
+    with pytest.raises(ValueError, match=message):
+        PromptConfig(mode=PromptMode.POINTS, **values)
