@@ -105,7 +105,7 @@ class SegmentationLoss(nn.Module):
         super().__init__()
         self.config = config or LossConfig()
         self.overlapping = overlapping
-        activation = {"sigmoid": True} if overlapping else {"softmax": True}
+        activation: dict[str, Any] = {"sigmoid": True} if overlapping else {"softmax": True}
         # A single sigmoid channel is no background.
         options = {**activation, "to_onehot_y": not overlapping, "include_background": overlapping}
         self.overlap = _overlap_term(self.config, batch=True, **options)
@@ -156,9 +156,9 @@ class SegmentationLoss(nn.Module):
 
             def focal_term(logits: Tensor, target: Tensor) -> Tensor:
                 # Softmax: only the true class's term differs from 0, so that the sum is one value per pixel.
-                values = focal(logits, target)
-                weights = self._channel_weights(values)
-                return (values * weights).sum(dim=1).mean() / (values.shape[1] if self.overlapping else 1)
+                values: Tensor = focal(logits, target)
+                values = (values * self._channel_weights(values)).sum(dim=1)
+                return values.mean() / (logits.shape[1] if self.overlapping else 1)
 
             return focal_term
         if self.overlapping:
@@ -225,7 +225,7 @@ def on_loss_grid(logits_NChw: Tensor, target_NXSS: Tensor, *, size: int | None) 
     return logits_NChw, target_NXSS
 
 
-def _overlap_term(config: LossConfig, *, batch: bool, **options: bool) -> nn.Module:
+def _overlap_term(config: LossConfig, *, batch: bool, **options: Any) -> nn.Module:
     # Imported here: MONAI takes seconds, and configurations are read without it.
     if config.overlap is Overlap.TVERSKY:
         from monai.losses.tversky import TverskyLoss
@@ -236,7 +236,7 @@ def _overlap_term(config: LossConfig, *, batch: bool, **options: bool) -> nn.Mod
     return DiceLoss(batch=batch, reduction="none", **options)
 
 
-def _boundary_term(config: LossConfig, **options: bool) -> nn.Module | None:
+def _boundary_term(config: LossConfig, **options: Any) -> nn.Module | None:
     if not config.boundary_weight:
         return None
     from monai.losses.boundary_loss import BoundaryLoss
