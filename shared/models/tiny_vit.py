@@ -14,23 +14,11 @@ import torch
 import torch.nn.functional as F
 from samgraft.shared.errors import UsageError
 from samgraft.shared.models.architecture import ArchSpec, Stem
+from samgraft.shared.models.tiny_attention import GridBlock
 from segment_anything.modeling.common import LayerNorm2d
-from timm.models.tiny_vit import Attention, ConvNorm, MBConv, PatchMerging, TinyVitBlock
+from timm.models.tiny_vit import ConvNorm, MBConv, PatchMerging
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-
-
-class UncachedAttention(Attention):
-    """timm's window attention without its bias cache.
-
-    timm caches the gathered biases in eval mode. They then stay stale after an in-place update (EMA teacher,
-    ``load_state_dict``), and a second backward in eval mode fails on the freed graph.
-    """
-
-    def get_attention_biases(self, device: torch.device) -> torch.Tensor:
-        """Gather the biases afresh: (heads, N, N)."""
-        index: torch.Tensor = self.attention_bias_idxs  # type: ignore[assignment]  # a buffer
-        return self.attention_biases.index_select(1, index.flatten()).view(-1, *index.shape)
 
 
 class TinyStage(nn.Module):
@@ -198,9 +186,7 @@ def _build_stage(spec: ArchSpec, index: int) -> TinyStage:
         blocks = [MBConv(dim, dim, 4.0, nn.GELU, 0.0) for _ in range(tiny.depths[0])]
     else:
         window, heads = tiny.attn_window_sizes[index], tiny.num_heads[index]
-        blocks = [TinyVitBlock(dim, heads, window_size=window) for _ in range(tiny.depths[index])]
-        for block in blocks:
-            block.attn = UncachedAttention(dim, dim // heads, heads, attn_ratio=1, resolution=(window, window))
+        blocks = [GridBlock(dim, heads, window_size=window) for _ in range(tiny.depths[index])]
     downsample = None
     if index < last:
         downsample = PatchMerging(dim, tiny.embed_dims[index + 1], nn.GELU)
