@@ -82,6 +82,7 @@ def prepare(config: FinetuneConfig) -> Prepared:
             f"{config.data.batch_size}."
         )
     sam, reports = start.build()
+    sam.image_encoder.activation_checkpointing = config.trainer.activation_checkpointing
     make_room_for_classes(sam, num_classes=classes.num_classes)
     peft_model = adapt(sam, config.adapter, num_classes=classes.num_classes, max_steps=config.trainer.max_steps)
     return Prepared(

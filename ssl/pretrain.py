@@ -56,6 +56,7 @@ def pretrain(
 
     seed_process(config.seed)
     encoder, start_card = load_start(config.model)
+    encoder.activation_checkpointing = config.trainer.activation_checkpointing
     objective = OBJECTIVES[config.objective.name](encoder, config.objective, config.seed)
     module = PretrainModule(
         objective, config.optim, image_size=config.model.image_size, keep_aspect=config.data.keep_aspect

@@ -1,24 +1,27 @@
 """Attention on a CPU: blocks of queries that fit the cache, recomputed in the backward pass.
 
-No attention map is kept, as in flash attention; only queries, keys, values and the output are.
+No attention map is kept, as in flash attention; only queries, keys and values are.
 
-Shape letters: B = images; N = tokens; C = channels; X = windows; h = heads; x = (window, head) pairs in a block;
-n = slots; q = queries in a block; d = channels per head; W = window side; L = 2 W - 1.
+Shape letters: as in ``attention_windows``; also b = (window, head) pairs in a block; q = queries in a block.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from samgraft.shared.models.attention_windows import Windows, padding_logit, put, take
+from samgraft.shared.models.attention_windows import Operands, Tables, operands, put, take
 from samgraft.shared.models.window_attention import Bundle
+from torch.autograd.function import once_differentiable
 
-BLOCK_ELEMENTS = 2**18
-"""Logits per block: 1 MiB in float32, about what the cache of one core holds (2**17 to 2**21 were measured)."""
+BLOCK_ELEMENTS = 2**20
+"""Logits per block: 2 MiB in bfloat16, near what the cache of one core holds."""
+STEP_TOKENS = 2**13
+"""Tokens whose queries, keys and values are gathered at once: few calls for windows, one large image at a time."""
+RASTER_COLS = 48
+"""From this many columns on, adding the row and column terms of a raster in bfloat16 is faster than multiplying with
+codes; in narrower grids the additions are too short to vectorise (1.1 against 0.15 ns per logit at 16 columns)."""
 
 
 def _steps(total: int, step: int) -> Iterator[slice]:
@@ -26,28 +29,15 @@ def _steps(total: int, step: int) -> Iterator[slice]:
         yield slice(start, min(start + step, total))
 
 
-def _window_steps(bundle: Bundle, num_heads: int) -> Iterator[slice]:
-    count, slots = bundle.tokens.shape
-    return _steps(count, max(1, BLOCK_ELEMENTS // (num_heads * slots * slots)))
-
-
-def _block_steps(num_pairs: int, slots: int) -> Iterator[tuple[slice, slice]]:
-    queries = min(slots, max(1, BLOCK_ELEMENTS // slots))
-    pairs = max(1, BLOCK_ELEMENTS // (queries * slots))
-    for pair_step in _steps(num_pairs, pairs):
-        for query_step in _steps(slots, queries):
-            yield pair_step, query_step
-
-
 def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Blocks are computed in float32 where the processor only emulates bfloat16: faster, and more exact."""
-    if dtype in {torch.bfloat16, torch.float16} and not torch.cpu._is_avx512_bf16_supported():
+    """Blocks are computed in float32 where the processor only emulates the type: faster, and more exact."""
+    if dtype == torch.float16 or (dtype == torch.bfloat16 and not torch.cpu._is_avx512_bf16_supported()):
         return torch.float32
     return dtype
 
 
 class BlockedAttention(torch.autograd.Function):
-    """Attention block by block; only qkv and the output are kept for the backward pass."""
+    """Attention block by block; only its inputs are kept for the backward pass."""
 
     @staticmethod
     def forward(
@@ -62,173 +52,188 @@ class BlockedAttention(torch.autograd.Function):
         """Return (B, N, C)."""
         num_images, num_tokens, width = qkv_BND.shape
         flat, out = qkv_BND.reshape(-1, width), qkv_BND.new_zeros(num_images * num_tokens + 1, width // 3)
-        cast = _Cast(qkv_BND.dtype, padding_D, rel_pos_h_Ld, rel_pos_w_Ld)
+        cast = _Cast(qkv_BND.dtype, padding_D, (rel_pos_h_Ld, rel_pos_w_Ld))
         with torch.autocast("cpu", enabled=False):
             for bundle in bundles:
-                for chosen in _window_steps(bundle, num_heads):
-                    windows = cast.gather(flat, bundle, chosen, num_heads)
-                    put(out, bundle.tokens[chosen], [_mix(windows)], num_heads=num_heads)
-        ctx.save_for_backward(qkv_BND, padding_D, rel_pos_h_Ld, rel_pos_w_Ld, out)
+                for chosen in _window_steps(bundle):
+                    parts = cast.take(flat, bundle.tokens[chosen], parts=3, num_heads=num_heads)
+                    given = cast.operands(*parts, cast.padding, cast.tables, bundle, chosen)
+                    put(out, bundle.tokens[chosen], (_mix(given).unflatten(0, (-1, num_heads)),))
+        ctx.save_for_backward(qkv_BND, padding_D, rel_pos_h_Ld, rel_pos_w_Ld)
         ctx.bundles, ctx.num_heads = bundles, num_heads
         return out[:-1].view(num_images, num_tokens, -1)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_BNC: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Recompute each block and return the gradients of the tensors."""
-        qkv_BND, padding_D, rel_pos_h_Ld, rel_pos_w_Ld, out = ctx.saved_tensors
+        qkv_BND, padding_D, rel_pos_h_Ld, rel_pos_w_Ld = ctx.saved_tensors
         num_heads, width = ctx.num_heads, qkv_BND.shape[-1]
         flat, grad = qkv_BND.reshape(-1, width), grad_BNC.reshape(-1, width // 3)
         grad_qkv = flat.new_zeros(flat.shape[0] + 1, width)
-        cast = _Cast(qkv_BND.dtype, padding_D, rel_pos_h_Ld, rel_pos_w_Ld)
-        sums = _Sums.like(cast)
+        cast = _Cast(qkv_BND.dtype, padding_D, (rel_pos_h_Ld, rel_pos_w_Ld))
+        shared = (cast.padding, *cast.tables)
+        sums = [torch.zeros_like(t, dtype=torch.promote_types(t.dtype, torch.float32)) for t in shared]
         with torch.autocast("cpu", enabled=False):
             for bundle in ctx.bundles:
-                for chosen in _window_steps(bundle, num_heads):
-                    windows = cast.gather(flat, bundle, chosen, num_heads)
+                for chosen in _window_steps(bundle):
                     tokens = bundle.tokens[chosen]
-                    (grad_out,) = take(grad, tokens, parts=1, num_heads=num_heads)
-                    (mixed,) = take(out, tokens, parts=1, num_heads=num_heads)
-                    grad_out = grad_out.to(windows.q.dtype)
+                    (grad_out,) = cast.take(grad, tokens, parts=1, num_heads=num_heads)
                     if bundle.has_empty:
-                        empty = bundle.empty[chosen].repeat_interleave(num_heads, 0)
-                        grad_out = grad_out.masked_fill(empty[..., None], 0.0)
-                    parts = _mix_backward(windows, grad_out, mixed.to(windows.q.dtype), sums)
-                    put(grad_qkv, tokens, parts, num_heads=num_heads)
-        return (
-            grad_qkv[:-1].view_as(qkv_BND),
-            sums.padding.reshape(padding_D.shape).to(padding_D.dtype),
-            sums.tables[0].to(rel_pos_h_Ld.dtype),
-            sums.tables[1].to(rel_pos_w_Ld.dtype),
-            None,
-            None,
-        )
+                        grad_out.masked_fill_(bundle.empty[chosen][:, None, :, None], 0.0)
+                    parts = cast.take(flat, tokens, parts=3, num_heads=num_heads)
+                    grads = _through_operands(cast, parts, bundle, chosen, grad_out.flatten(0, 1))
+                    put(grad_qkv, tokens, grads[:3])
+                    for total, part in zip(sums, grads[3:], strict=True):
+                        total += part
+        grads = [total.to(t.dtype) for total, t in zip(sums, (padding_D, rel_pos_h_Ld, rel_pos_w_Ld), strict=True)]
+        return (grad_qkv[:-1].view_as(qkv_BND), *grads, None, None)
 
 
 class _Cast:
-    """Brings everything to the type in which blocks are computed."""
+    """Brings everything to the type in which blocks are computed, and picks the form of the bias for it."""
 
-    def __init__(self, dtype: torch.dtype, padding: torch.Tensor, table_h: torch.Tensor, table_w: torch.Tensor) -> None:
+    def __init__(self, dtype: torch.dtype, padding: torch.Tensor, tables: Tables) -> None:
         self.dtype = _compute_dtype(dtype)
         self.padding = padding.to(self.dtype)
-        self.tables = (table_h.to(self.dtype), table_w.to(self.dtype))
+        self.tables = (tables[0].to(self.dtype), tables[1].to(self.dtype))
 
-    def gather(self, flat: torch.Tensor, bundle: Bundle, chosen: slice, num_heads: int) -> Windows:
-        windows = Windows.gather(flat, self.padding, self.tables, bundle, chosen, num_heads)
-        if flat.dtype != self.dtype:
-            windows.q, windows.k, windows.v = (t.to(self.dtype) for t in (windows.q, windows.k, windows.v))
-        return windows
+    def take(self, flat: torch.Tensor, tokens: torch.Tensor, *, parts: int, num_heads: int) -> tuple[torch.Tensor, ...]:
+        return tuple(part.to(self.dtype) for part in take(flat, tokens, parts=parts, num_heads=num_heads))
 
-
-@dataclass(kw_only=True)
-class _Sums:
-    """Gradients that every block adds to, at least in float32."""
-
-    tables: list[torch.Tensor]
-    padding: torch.Tensor  # (3 h d,), queries' third stays 0
-
-    @classmethod
-    def like(cls, cast: _Cast) -> _Sums:
-        precise = torch.promote_types(cast.dtype, torch.float32)
-        return cls(
-            tables=[torch.zeros_like(t, dtype=precise) for t in cast.tables],
-            padding=torch.zeros_like(cast.padding, dtype=precise),
-        )
+    def operands(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        padding: torch.Tensor,
+        tables: Tables,
+        bundle: Bundle,
+        chosen: slice,
+    ) -> Operands:
+        wide = self.dtype.itemsize > 2 or bundle.extent[1] >= RASTER_COLS
+        as_raster = wide and bundle.raster and not bundle.has_padding
+        return operands(q, k, v, padding, tables, bundle, chosen=chosen, as_raster=as_raster)
 
 
-def _mix(windows: Windows) -> torch.Tensor:
+def _through_operands(
+    cast: _Cast, parts: tuple[torch.Tensor, ...], bundle: Bundle, chosen: slice, grad_out: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    """Return the gradients of queries, keys, values (X, h, n, d), padding and the two tables."""
+    leaves = [t.detach().requires_grad_() for t in (*parts, cast.padding, *cast.tables)]
+    with torch.enable_grad():
+        given = cast.operands(*leaves[:4], (leaves[4], leaves[5]), bundle, chosen)
+    grads = _mix_backward(given, grad_out)
+    taken = torch.autograd.grad(given.differentiable, leaves, grads, allow_unused=True)
+    # Without padding nothing depends on what padding contributes.
+    return tuple(torch.zeros_like(leaf) if g is None else g for g, leaf in zip(taken, leaves, strict=True))
+
+
+def _window_steps(bundle: Bundle) -> Iterator[slice]:
+    count, slots = bundle.tokens.shape
+    return _steps(count, max(1, STEP_TOKENS // slots))
+
+
+class _Blocks:
+    """The softmax of a block of pairs and queries at a time, in memory that is used again."""
+
+    def __init__(self, given: Operands) -> None:
+        self.given = given
+        self.num_pairs, self.num_queries = given.queries_xnd.shape[:2]
+        self.num_keys = given.keys_xmd.shape[1]
+        self.queries = min(self.num_queries, max(1, BLOCK_ELEMENTS // self.num_keys))
+        self.pairs = min(self.num_pairs, max(1, BLOCK_ELEMENTS // (self.queries * self.num_keys)))
+        if given.codes_xmE is None:
+            self.left, keys = given.queries_xnd, given.keys_xmd
+        else:
+            self.left = torch.cat([given.queries_xnd, given.terms_xnE], -1)
+            keys = torch.cat([given.keys_xmd, given.codes_xmE], -1)
+        self.keys = keys
+        # Contiguous columns: a fifth faster than a transposed view in float32.
+        self.columns = keys.transpose(1, 2).contiguous() if keys.element_size() > 2 else keys.transpose(1, 2)
+
+    def __iter__(self) -> Iterator[tuple[slice, slice]]:
+        for pairs in _steps(self.num_pairs, self.pairs):
+            for queries in _steps(self.num_queries, self.queries):
+                yield pairs, queries
+
+    def scratch(self) -> torch.Tensor:
+        """Return memory for one block."""
+        return self.keys.new_empty(self.pairs * self.queries * self.num_keys)
+
+    def view(self, scratch: torch.Tensor, pairs: slice, queries: slice) -> torch.Tensor:
+        """Return the part of ``scratch`` that a block takes: (b, q, m)."""
+        shape = (pairs.stop - pairs.start, queries.stop - queries.start, self.num_keys)
+        return scratch[: shape[0] * shape[1] * shape[2]].view(shape)
+
+    def probabilities(self, out: torch.Tensor, pairs: slice, queries: slice) -> torch.Tensor:
+        """Write the softmax of a block to ``out``."""
+        left, right = self.left[pairs, queries], self.columns[pairs]
+        if self.given.codes_xmE is None:
+            rows, cols = self.given.grid
+            terms = self.given.terms_xnE[pairs, queries]
+            torch.add(terms[..., :rows, None], terms[..., None, rows:], out=out.unflatten(-1, (rows, cols)))
+            out.baddbmm_(left, right)
+        else:
+            torch.bmm(left, right, out=out)
+        return torch.softmax(out, -1, out=out)
+
+
+def _mix(given: Operands) -> torch.Tensor:
     """Attention of some windows: (x, n, d)."""
-    key_columns = windows.keys().transpose(1, 2).contiguous()
-    mixed, slots = torch.empty_like(windows.q), windows.k.shape[1]
-    for pairs, queries in _block_steps(windows.q.shape[0], slots):
-        p, _, _ = windows.probabilities(pairs, queries, key_columns)
-        block = torch.bmm(p[..., :slots], windows.v[pairs])
-        if windows.bundle.has_padding:
-            block.addcmul_(p[..., slots:], windows.padding_value[pairs, None])
-        mixed[pairs, queries] = block
+    blocks = _Blocks(given)
+    mixed, scratch = torch.empty_like(given.queries_xnd), blocks.scratch()
+    for pairs, queries in blocks:
+        p = blocks.probabilities(blocks.view(scratch, pairs, queries), pairs, queries)
+        torch.bmm(p, given.values_xmd[pairs], out=mixed[pairs, queries])
     return mixed
 
 
-def _mix_backward(
-    windows: Windows, grad_out: torch.Tensor, mixed: torch.Tensor, sums: _Sums
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of queries, keys and values of some windows; adds to ``sums``."""
-    # Keys and values as columns, (x, d, n), make every product below a plain or left-transposed one, the fast kinds.
-    keys, value_columns = windows.keys(), windows.v.transpose(1, 2).contiguous()
-    key_columns = keys.transpose(1, 2).contiguous()
-    grad_q = torch.empty_like(windows.q)
-    precise = torch.promote_types(windows.q.dtype, torch.float32)
-    grad_k, grad_v = (torch.zeros_like(value_columns, dtype=precise) for _ in range(2))
-    weight = (grad_out * mixed).sum(-1, keepdim=True)
-    slots = windows.k.shape[1]
-    for pairs, queries in _block_steps(windows.q.shape[0], slots):
-        p, row_bias, col_bias = windows.probabilities(pairs, queries, key_columns)
-        grad, query = grad_out[pairs, queries], windows.q[pairs, queries]
-        _accumulate(grad_v[pairs], grad, p[..., :slots])
-        grad_p = torch.empty_like(p)
-        torch.bmm(grad, value_columns[pairs], out=grad_p[..., :slots])
-        if windows.bundle.has_padding:
-            grad_p[..., slots] = (grad * windows.padding_value[pairs, None]).sum(-1)
-        grad_p.sub_(weight[pairs, queries]).mul_(p)
-        real = grad_p[..., :slots]
-        _accumulate(grad_k[pairs], query, real, scale=windows.scale)
-        block, grad_row, grad_col = _bias_backward(windows, real, keys[pairs])
-        if windows.bundle.has_padding:
-            sink = (grad_p[..., slots], p[..., slots])
-            extra = _sink_backward(windows, sink, grad, (row_bias, col_bias), query, pairs, sums)
-            block += extra[0]
-            grad_row, grad_col = grad_row + extra[1], grad_col + extra[2]
-        for axis, grad_bias in enumerate((grad_row, grad_col)):
-            table = windows.tables[axis]
-            index = windows.index(axis, pairs, queries).expand(*grad_bias.shape)
-            spread = grad_bias.new_zeros(*grad_bias.shape[:2], table.shape[0]).scatter_(-1, index, grad_bias)
-            block += spread @ table
-            sums.tables[axis] += spread.flatten(0, 1).t() @ query.flatten(0, 1)
-        grad_q[pairs, queries] = block
-    return grad_q, grad_k.transpose(1, 2), grad_v.transpose(1, 2)
+def _mix_backward(given: Operands, grad_out: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Gradients of queries, terms, keys and values of some windows."""
+    with torch.no_grad():
+        blocks = _Blocks(given)
+        grad_left, grad_terms = torch.empty_like(blocks.left), torch.empty_like(given.terms_xnE)
+        grad_keys, grad_values = (_Total(t, split=blocks.queries < blocks.num_queries)
+                                  for t in (given.keys_xmd, given.values_xmd))  # fmt: skip
+        scratch, scratch_grad = blocks.scratch(), blocks.scratch()
+        value_columns = given.values_xmd.transpose(1, 2)
+        for pairs, queries in blocks:
+            p = blocks.probabilities(blocks.view(scratch, pairs, queries), pairs, queries)
+            grad = grad_out[pairs, queries]
+            grad_values.add(pairs, p, grad)
+            ds = blocks.view(scratch_grad, pairs, queries)
+            torch.bmm(grad, value_columns[pairs], out=ds)
+            torch.ops.aten._softmax_backward_data.out(ds, p, -1, p.dtype, grad_input=ds)
+            grad_keys.add(pairs, ds, given.queries_xnd[pairs, queries])
+            torch.bmm(ds, blocks.keys[pairs], out=grad_left[pairs, queries])
+            if given.codes_xmE is None:
+                rows = given.grid[0]
+                raster = ds.unflatten(-1, given.grid)
+                grad_terms[pairs, queries, :rows] = raster.sum(-1)
+                grad_terms[pairs, queries, rows:] = raster.sum(-2)
+        if given.codes_xmE is not None:
+            grad_left, grad_terms = grad_left.split([given.queries_xnd.shape[-1], grad_terms.shape[-1]], -1)
+        return grad_left, grad_terms, grad_keys.result(), grad_values.result()
 
 
-def _accumulate(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, *, scale: float = 1.0) -> None:
-    """Add the product of ``left`` transposed and ``right``; a sum over many blocks is never kept in half precision."""
-    if total.dtype == left.dtype:
-        total.baddbmm_(left.transpose(1, 2), right, alpha=scale)
-    else:
-        total.add_(torch.bmm(left.transpose(1, 2), right), alpha=scale)
+class _Total:
+    """Sum over blocks of queries; never kept in half precision."""
 
+    def __init__(self, like: torch.Tensor, *, split: bool) -> None:
+        self.dtype = like.dtype
+        precise = torch.promote_types(like.dtype, torch.float32)
+        self.split = split
+        self.total = torch.zeros_like(like, dtype=precise) if split else torch.empty_like(like)
 
-def _bias_backward(
-    windows: Windows, grad_logits: torch.Tensor, keys: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of the queries (through keys) and of the two bias terms (x, q, W)."""
-    side, dim = windows.bundle.side, windows.q.shape[-1]
-    spread = torch.bmm(grad_logits, keys)
-    grad_query = spread[..., :dim] * windows.scale
-    if not windows.bundle.raster:
-        return grad_query, spread[..., dim : dim + side], spread[..., dim + side : dim + 2 * side]
-    rows, cols = windows.bundle.extent
-    grid = grad_logits.unflatten(-1, (rows, cols))
-    return grad_query, F.pad(grid.sum(-1), (0, side - rows)), F.pad(grid.sum(-2), (0, side - cols))
+    def add(self, pairs: slice, left_bqm: torch.Tensor, right_bqd: torch.Tensor) -> None:
+        total, left_bmq = self.total[pairs], left_bqm.transpose(1, 2)
+        if not self.split:
+            torch.bmm(left_bmq, right_bqd, out=total)
+        elif total.dtype == right_bqd.dtype:
+            total.baddbmm_(left_bmq, right_bqd)
+        else:
+            total += torch.bmm(left_bmq, right_bqd)
 
-
-def _sink_backward(
-    windows: Windows,
-    sink: tuple[torch.Tensor, torch.Tensor],
-    grad_out: torch.Tensor,
-    biases: tuple[torch.Tensor, torch.Tensor],
-    query: torch.Tensor,
-    pairs: slice,
-    sums: _Sums,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients through the padding's logit to queries and bias terms; adds those of its key and value."""
-    grad_sink, p_sink = sink
-    with torch.enable_grad():
-        leaves = tuple(bias.detach().requires_grad_() for bias in biases)
-        logit = padding_logit(leaves[0], leaves[1], extent=windows.bundle.extent)
-    grad_row, grad_col = torch.autograd.grad(logit, leaves, grad_sink.to(logit.dtype))
-    scaled = grad_sink[..., None] * windows.scale
-    per_pair = torch.stack([(scaled * query).sum(1), (p_sink[..., None] * grad_out).sum(1)])
-    first = pairs.start % windows.num_heads
-    heads = (torch.arange(per_pair.shape[1]) + first) % windows.num_heads
-    by_head = sums.padding.view(3, windows.num_heads, -1)
-    by_head[1].index_add_(0, heads, per_pair[0].to(by_head.dtype))
-    by_head[2].index_add_(0, heads, per_pair[1].to(by_head.dtype))
-    return scaled * windows.padding_key[pairs, None], grad_row, grad_col
+    def result(self) -> torch.Tensor:
+        return self.total.to(self.dtype)

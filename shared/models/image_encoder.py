@@ -59,8 +59,9 @@ class RelPosAttention(Attention):
     def forward(self, tokens_BNC: torch.Tensor, plan: Plan) -> torch.Tensor:
         """Attend within the plan's windows, or globally."""
         bundles = plan.windowed if self.windowed else plan.everyone
-        # What a zero-padded position contributes; through the layer itself, which may carry an adapter.
-        padding_D = self.qkv(tokens_BNC.new_zeros(tokens_BNC.shape[-1]))
+        # What a zero-padded position contributes; a layer that carries an adapter is asked itself.
+        is_plain = type(self.qkv) is nn.Linear
+        padding_D = self.qkv.bias if is_plain else self.qkv(tokens_BNC.new_zeros(tokens_BNC.shape[-1]))
         mixed = attend(
             self.qkv(tokens_BNC), padding_D, self.rel_pos_h, self.rel_pos_w, bundles, num_heads=self.num_heads
         )

@@ -3,8 +3,7 @@
 On a CPU: ``blocked_attention``. Elsewhere: the bias is written as extra channels of queries and keys, so that fused
 kernels run without a bias tensor.
 
-Shape letters: B = images; N = tokens; C = channels; X = windows; h = heads; x = (window, head) pairs in a block;
-n = slots; q = queries in a block; d = channels per head; W = window side; L = 2 W - 1.
+Shape letters: as in ``attention_windows``.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from samgraft.shared.models.attention_windows import Windows
+from samgraft.shared.models.attention_windows import operands, take
 from samgraft.shared.models.blocked_attention import BlockedAttention
 from samgraft.shared.models.window_attention import Bundle
 
@@ -64,25 +63,16 @@ def attend_fused(
     out = qkv_BND.new_zeros(num_images * num_tokens + 1, dim)
     tables = (rel_pos_h_Ld.to(flat.dtype), rel_pos_w_Ld.to(flat.dtype))
     for bundle in bundles:
-        windows = Windows.gather(flat, padding_D.to(flat.dtype), tables, bundle, slice(None), num_heads)
-        row_bias, col_bias = windows.bias_terms(slice(None), slice(None))
-        query = torch.cat([windows.q * windows.scale, row_bias, col_bias], -1)
-        key = windows.augmented_keys()
-        value = windows.v
-        if bundle.has_empty:
-            query = F.pad(query, (0, 1), value=1.0)
-        if bundle.has_padding:
-            sink = windows.sink(row_bias, col_bias, windows.q).to(query.dtype)
-            query = torch.cat([query, sink[..., None]], -1)
-            one = F.pad(key.new_zeros(key.shape[0], 1, key.shape[2]), (0, 1), value=1.0)
-            key = torch.cat([F.pad(key, (0, 1)), one], 1)
-            value = torch.cat([value, windows.padding_value[:, None]], 1)
-        pad = -query.shape[-1] % 8
+        q, k, v = take(flat, bundle.tokens, parts=3, num_heads=num_heads)
+        given = operands(q, k, v, padding_D.to(flat.dtype), tables, bundle, chosen=slice(None), as_raster=False)
+        assert given.codes_xmE is not None
+        query = torch.cat([given.queries_xnd, given.terms_xnE], -1)
+        key = torch.cat([given.keys_xmd, given.codes_xmE], -1)
+        pad = -query.shape[-1] % 8  # the multiple that fused kernels take
         query, key = F.pad(query, (0, pad)), F.pad(key, (0, pad))
-        value = F.pad(value, (0, query.shape[-1] - value.shape[-1]))
-        shape = (-1, num_heads, *query.shape[1:])
-        key, value = key.view(-1, num_heads, *key.shape[1:]), value.view(-1, num_heads, *value.shape[1:])
-        mixed = F.scaled_dot_product_attention(query.view(shape), key, value, scale=1.0)
+        value = F.pad(given.values_xmd, (0, query.shape[-1] - given.values_xmd.shape[-1]))
+        query, key, value = (t.unflatten(0, (-1, num_heads)) for t in (query, key, value))
+        mixed = F.scaled_dot_product_attention(query, key, value, scale=1.0)
         rows = mixed[..., : dim // num_heads].transpose(1, 2).reshape(-1, dim)
         out = out.index_copy(0, bundle.tokens.flatten(), rows.to(out.dtype))
     return out[:-1].view(num_images, num_tokens, dim)

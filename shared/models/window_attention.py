@@ -3,8 +3,8 @@
 segment_anything pads its grid with zeros to whole windows and lets real tokens attend to the padding. Nothing is padded
 here: windows at the edge are smaller groups of tokens, and their padding is a closed-form term (``relpos_attention``).
 
-Shape letters: B = images; N = tokens kept per image; X = windows (of all images); n = slots per window; g = grid side;
-W = window side.
+Shape letters: B = images; N = tokens kept per image; X = windows (of all images); n = slots per window; m = keys;
+E = terms; g = grid side; W = window side.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 
 
 @dataclass(kw_only=True)
@@ -41,8 +42,9 @@ class Bundle:
     """(X, n, W): the same for columns."""
     empty: torch.Tensor = field(init=False)
     """(X, n): True where a slot holds no token."""
-    key_code: torch.Tensor = field(init=False)
-    """(X, n, 2 W (+ 1)): one-hot row and column, and a penalty for empty slots: the bias becomes a matmul."""
+    codes: torch.Tensor = field(init=False)
+    """(X, m, E): which of a query's terms apply to each key: its one-hot row and column, a penalty if its slot is
+    empty; padding is one more key with a term of its own. (1, m, E) if equal for all windows."""
 
     @property
     def has_padding(self) -> bool:
@@ -60,7 +62,10 @@ class Bundle:
         if self.has_empty:
             # exp(-30000) is 0 in every float type, and the product with 1 stays finite in float16.
             parts.append(self.empty[..., None].float() * -30000.0)
-        self.key_code = torch.cat(parts, dim=-1)
+        self.codes = torch.cat(parts, dim=-1)
+        if self.has_padding:
+            self.codes = F.pad(self.codes, (0, 1, 0, 1))
+            self.codes[:, -1, -1] = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,142 @@
+"""Activation checkpointing: one switch of the trainer reaches the encoder; fewer bytes, the same gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from model_factory import make_sam, randomise, tiny_plain_spec, tiny_vit_t_spec
+from samgraft.finetune import preparation, train
+from samgraft.shared.cli import main
+from samgraft.shared.models import image_encoder, tiny_vit
+from samgraft.shared.models.card import Card
+from samgraft.shared.models.image_encoder import ImageEncoder
+from samgraft.shared.models.tiny_vit import TinyViTEncoder
+from samgraft.shared.models.weights import save_encoder, save_sam
+from store_factory import make_store
+from tiny_encoders import plain_encoder
+from torch import nn
+
+
+class Saved:
+    """Counts bytes of the distinct storages that autograd keeps while it is open; parameters left out."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.weights = {p.untyped_storage().data_ptr() for p in module.parameters()}
+        self.kept: dict[int, torch.Tensor] = {}
+
+    def __enter__(self) -> Saved:
+        self.hooks = torch.autograd.graph.saved_tensors_hooks(self._keep, lambda tensor: tensor)
+        self.hooks.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.hooks.__exit__(*error)
+
+    def _keep(self, tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in self.weights:
+            self.kept[tensor.untyped_storage().data_ptr()] = tensor  # kept alive: an address is not used again
+        return tensor
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(tensor.untyped_storage().nbytes() for tensor in self.kept.values())
+
+
+def dense(encoder: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    return encoder(images)
+
+
+def visible(encoder: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    return encoder.forward_visible(images, torch.arange(0, 100, 3).repeat(len(images), 1))
+
+
+CASES = {
+    "dense": (lambda: ImageEncoder(tiny_plain_spec(), image_size=160), dense),
+    "kept tokens": (lambda: ImageEncoder(tiny_plain_spec(), image_size=160), visible),
+    "vit_t": (lambda: TinyViTEncoder(tiny_vit_t_spec(), image_size=64), dense),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_checkpointing__fewer_saved_bytes_and_the_same_gradients(case: str) -> None:
+    build, run = CASES[case]
+    encoder = build()
+    randomise(encoder)
+    images = torch.randn(2, 3, encoder.image_size, encoder.image_size)
+    sizes, grads = [], []
+    for encoder.activation_checkpointing in (False, True):
+        encoder.zero_grad()
+        with Saved(encoder) as saved:
+            out = run(encoder, images)
+        out.pow(2).sum().backward()
+        sizes.append(saved.num_bytes)
+        grads.append({name: p.grad.clone() for name, p in encoder.named_parameters() if p.grad is not None})
+    assert sizes[1] < 0.5 * sizes[0]
+    assert grads[0].keys() == grads[1].keys()
+    for name, grad in grads[0].items():
+        assert torch.equal(grads[1][name], grad), name
+
+
+def test_frozen_start__nothing_saved_below_the_first_trainable_block() -> None:
+    """What a fine-tuning of the last block keeps does not depend on how many frozen blocks lie below."""
+    sizes = []
+    for depth in (2, 6):
+        encoder = ImageEncoder(tiny_plain_spec(depth=depth), image_size=160)
+        randomise(encoder)
+        encoder.requires_grad_(requires_grad=False)
+        encoder.blocks[-1].requires_grad_()
+        with Saved(encoder) as saved:
+            encoder(torch.randn(1, 3, 160, 160))
+        sizes.append(saved.num_bytes)
+    assert sizes[0] == sizes[1] > 0
+    encoder.requires_grad_(requires_grad=False)
+    with Saved(encoder) as saved:
+        encoder(torch.randn(1, 3, 160, 160))
+    assert saved.num_bytes == 0
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """Modules whose activations were recomputed."""
+    calls: list[object] = []
+    for module in (image_encoder, tiny_vit):
+        original: Callable[..., torch.Tensor] = module.checkpoint
+
+        def counting(function: object, *given: object, original: object = original, **settings: object) -> object:
+            calls.append(function)
+            return original(function, *given, **settings)
+
+        monkeypatch.setattr(module, "checkpoint", counting)
+    return calls
+
+
+@pytest.mark.parametrize("wanted", [False, True])
+def test_pretrain__trainer_switch_reaches_the_encoder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, counted: list[object], wanted: bool
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    make_store(tmp_path, num_patients=3, shape_zyx=(3, 20, 20), labelled=False)
+    card = Card(arch="vit_b", image_size=96, pixel_mean=[0.0] * 3, pixel_std=[1.0] * 3)
+    save_encoder(plain_encoder(), tmp_path / "plain", card)
+    arguments = ["--data", "store.zarr", "--base", "plain", "--model", "vit_b", "--dry-run"]
+    settings = [f"trainer.activation_checkpointing={str(wanted).lower()}", "data.batch_size=2"]
+    assert main(["pretrain", *arguments, *settings]) == 0
+    assert bool(counted) is wanted
+
+
+@pytest.mark.parametrize("wanted", [False, True])
+def test_finetune__trainer_switch_reaches_the_encoder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wanted: bool
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    make_store(tmp_path, num_patients=5, shape_zyx=(4, 32, 32))
+    save_sam(make_sam(tiny_vit_t_spec(), image_size=32), tmp_path / "base.pth")
+    prepared: list[preparation.Prepared] = []
+    original = train.prepare_seeded
+    monkeypatch.setattr(train, "prepare_seeded", lambda c: prepared.append(original(c)) or prepared[0])
+    arguments = ["--ckpt", "base.pth", "--data", "store.zarr", "--dry-run", "data.batch_size=2"]
+    assert main(["finetune", *arguments, f"trainer.activation_checkpointing={str(wanted).lower()}"]) == 0
+    assert prepared[0].segmenter.sam.image_encoder.activation_checkpointing is wanted
