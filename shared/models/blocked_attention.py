@@ -7,7 +7,7 @@ Shape letters: as in ``attention_windows``; also b = (window, head) pairs in a b
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -57,7 +57,7 @@ class BlockedAttention(torch.autograd.Function):
             for bundle in bundles:
                 for chosen in _window_steps(bundle):
                     parts = cast.take(flat, bundle.tokens[chosen], parts=3, num_heads=num_heads)
-                    given = cast.operands(*parts, cast.padding, cast.tables, bundle, chosen)
+                    given = cast.operands((*parts, cast.padding, *cast.tables), bundle, chosen)
                     put(out, bundle.tokens[chosen], (_mix(given).unflatten(0, (-1, num_heads)),))
         ctx.save_for_backward(qkv_BND, padding_D, rel_pos_h_Ld, rel_pos_w_Ld)
         ctx.bundles, ctx.num_heads = bundles, num_heads
@@ -86,8 +86,8 @@ class BlockedAttention(torch.autograd.Function):
                     put(grad_qkv, tokens, grads[:3])
                     for total, part in zip(sums, grads[3:], strict=True):
                         total += part
-        grads = [total.to(t.dtype) for total, t in zip(sums, (padding_D, rel_pos_h_Ld, rel_pos_w_Ld), strict=True)]
-        return (grad_qkv[:-1].view_as(qkv_BND), *grads, None, None)
+        sums = [total.to(t.dtype) for total, t in zip(sums, (padding_D, rel_pos_h_Ld, rel_pos_w_Ld), strict=True)]
+        return (grad_qkv[:-1].view_as(qkv_BND), *sums, None, None)
 
 
 class _Cast:
@@ -101,19 +101,11 @@ class _Cast:
     def take(self, flat: torch.Tensor, tokens: torch.Tensor, *, parts: int, num_heads: int) -> tuple[torch.Tensor, ...]:
         return tuple(part.to(self.dtype) for part in take(flat, tokens, parts=parts, num_heads=num_heads))
 
-    def operands(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        padding: torch.Tensor,
-        tables: Tables,
-        bundle: Bundle,
-        chosen: slice,
-    ) -> Operands:
+    def operands(self, inputs: Sequence[torch.Tensor], bundle: Bundle, chosen: slice) -> Operands:
+        q, k, v, padding, table_h, table_w = inputs
         wide = self.dtype.itemsize > 2 or bundle.extent[1] >= RASTER_COLS
         as_raster = wide and bundle.raster and not bundle.has_padding
-        return operands(q, k, v, padding, tables, bundle, chosen=chosen, as_raster=as_raster)
+        return operands(q, k, v, padding, (table_h, table_w), bundle, chosen=chosen, as_raster=as_raster)
 
 
 def _through_operands(
@@ -122,7 +114,7 @@ def _through_operands(
     """Return the gradients of queries, keys, values (X, h, n, d), padding and the two tables."""
     leaves = [t.detach().requires_grad_() for t in (*parts, cast.padding, *cast.tables)]
     with torch.enable_grad():
-        given = cast.operands(*leaves[:4], (leaves[4], leaves[5]), bundle, chosen)
+        given = cast.operands(leaves, bundle, chosen)
     grads = _mix_backward(given, grad_out)
     taken = torch.autograd.grad(given.differentiable, leaves, grads, allow_unused=True)
     # Without padding nothing depends on what padding contributes.
