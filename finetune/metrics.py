@@ -1,7 +1,8 @@
 """Overlap of a predicted and a true label volume, per class, with stated rules for empty cases.
 
-Rules: neither has the class: nothing to measure, the value is n/a and does not enter a mean (1 would reward scans
-without a lesion, 0 would punish them). One of the two has it: Dice is 0.
+Rules: neither has the class: nothing to measure, every value is n/a and does not enter a mean (1 would reward scans
+without a lesion, 0 would punish them). One of the two has it: Dice and IoU are 0. Sensitivity needs a true voxel,
+precision a predicted one, a relative volume error a true volume; otherwise they are n/a.
 """
 
 from __future__ import annotations
@@ -31,6 +32,32 @@ class ClassScore:
         """2 |A and B| / (|A| + |B|); None when both are empty."""
         total = self.true_voxels + self.predicted_voxels
         return 2 * self.intersection_voxels / total if total else None
+
+    @property
+    def iou(self) -> float | None:
+        """|A and B| / |A or B|; None when both are empty."""
+        union = self.true_voxels + self.predicted_voxels - self.intersection_voxels
+        return self.intersection_voxels / union if union else None
+
+    @property
+    def sensitivity(self) -> float | None:
+        """Share of the true voxels that were found; None without a true voxel."""
+        return self.intersection_voxels / self.true_voxels if self.true_voxels else None
+
+    @property
+    def precision(self) -> float | None:
+        """Share of the predicted voxels that are true; None without a predicted voxel."""
+        return self.intersection_voxels / self.predicted_voxels if self.predicted_voxels else None
+
+    @property
+    def relative_volume_error(self) -> float | None:
+        """(predicted - true) / true volume, signed; None without a true voxel."""
+        return (self.predicted_voxels - self.true_voxels) / self.true_voxels if self.true_voxels else None
+
+    @property
+    def is_one_sided(self) -> bool:
+        """Whether exactly one of prediction and truth has the class."""
+        return bool(self.true_voxels) != bool(self.predicted_voxels)
 
 
 def class_scores(predicted: Labels, true: Labels, classes: ClassTable) -> list[ClassScore]:

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from samgraft.finetune.adapters import merge_adapters, trainable_table, trainable_tensors
 from samgraft.finetune.config import FinetuneConfig
-from samgraft.finetune.evaluate import summarise, write_evaluation
+from samgraft.finetune.evaluate import dice_per_class, summarise, write_evaluation
 from samgraft.finetune.finetune_report import write_report
 from samgraft.finetune.model_folder import write_model
 from samgraft.finetune.module import FinetuneModule
@@ -225,16 +225,11 @@ def _validation(prepared: Prepared, config: FinetuneConfig, rounds: ValidationRo
         if config.watch.log_images:
             for number, result in enumerate(results):
                 boundary.add_image(f"images/val_{number}", _panel(prepared, result, number=config.watch.num_overlays))
-        return {"val/dice": dice, **_per_class(results, prepared)}
+        return {"val/dice": dice, **{f"val/dice/{name}": mean for name, mean in dice_per_class(results).items()}}
 
     return Periodic(
         name="validation", every_steps=config.watch.validate_every_n_steps, run=run_round, at_start=True, at_end=True
     )
-
-
-def _per_class(results: list[CaseResult], prepared: Prepared) -> dict[str, float]:
-    evaluation = summarise(results, prepared.store, prepared.classes, part="val")
-    return {f"val/dice/{name}": i.mean for name, i in evaluation.per_class.items() if i is not None}
 
 
 def _panel(prepared: Prepared, result: CaseResult, *, number: int) -> np.ndarray[Any, np.dtype[np.uint8]]:

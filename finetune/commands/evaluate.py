@@ -1,13 +1,22 @@
-"""``samgraft evaluate``: Dice per case and class on the scans' own grids, with intervals over patients."""
+"""``samgraft evaluate``: scores per case and class on the scans' own grids, with intervals over patients."""
 
 from __future__ import annotations
 
 import argparse
 import logging
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from samgraft.shared.cli import Command
 from samgraft.shared.errors import ExitCode, UsageError
+
+if TYPE_CHECKING:
+    from samgraft.finetune.evaluate import Evaluation
+    from samgraft.finetune.model_folder import FinishedModel
+    from samgraft.finetune.postprocess import PostProcessing
+    from samgraft.finetune.subgroups import Subgroups
+    from samgraft.shared.data.split import Split
+    from samgraft.shared.data.store import SliceStore
 
 log = logging.getLogger(__name__)
 
@@ -19,6 +28,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--split-file", type=Path, help="split by patient; default the one beside the store")
     parser.add_argument("--split", default="test", choices=("train", "val", "test"), help="part (default test)")
     parser.add_argument("--out", type=Path, help="folder; default RUN/evaluation/PART")
+    parser.add_argument("--tolerance-mm", type=float, default=2.0, help="of the surface Dice (default 2)")
+    parser.add_argument(
+        "--by", action="append", default=[], help="table per subgroup: site, plane, orientation, slice_spacing"
+    )
+    parser.add_argument("--groups", type=Path, help="table per subgroup: CSV with patient_id and group")
+    parser.add_argument(
+        "--choose-postprocessing",
+        action="store_true",
+        help="choose largest component and hole filling per class on the validation part first, and keep the choice",
+    )
+    parser.add_argument("--no-postprocessing", action="store_true", help="score the bare segmentation")
+    parser.add_argument("--log-images", action="store_true", help="the data is shareable: pictures in the report")
     parser.add_argument("--batch-size", type=int, default=8, help="slices per forward pass")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
 
@@ -26,31 +47,116 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Carry the command out."""
     from samgraft.finetune.evaluate import evaluate, write_evaluation
+    from samgraft.finetune.evaluation_report import Pictured, write_evaluation_report
     from samgraft.finetune.model_folder import read_model
     from samgraft.shared.data.split import load_split
     from samgraft.shared.data.store import SliceStore
     from samgraft.shared.training.device import choose_device
 
+    _check(arguments)
     path = Path(arguments.model)
     model = read_model(path)
     store = SliceStore.open(arguments.data or _store_of_run(path))
     split = load_split(arguments.split_file, store)
+    subgroups = _subgroups(arguments, store, split)
     model.segmenter.to(choose_device(arguments.device).torch_device)
-    evaluation, _ = evaluate(model, store, split, part=arguments.split, batch_size=arguments.batch_size)
+    postprocessing = _postprocessing(arguments, model, store, split)
+    evaluation = evaluate(
+        model,
+        store,
+        split,
+        part=arguments.split,
+        batch_size=arguments.batch_size,
+        tolerance_mm=arguments.tolerance_mm,
+        postprocessing=postprocessing,
+        on_case=_say_case,
+    )
     folder = arguments.out or path / "evaluation" / arguments.split
     provenance = {
         "weights_sha256": model.card.weights_sha256,
         "store_fingerprint": store.fingerprint,
         "split_sha256": split.sha256,
     }
-    write_evaluation(evaluation, folder, provenance=provenance)
-    for row in evaluation.rows:
-        dice = "n/a" if row["dice"] is None else f"{row['dice']:.3f}"
-        log.info("%s %s: Dice %s (%d voxels true, %d predicted)", row["series_id"], row["class"], dice,
-                 row["true_voxels"], row["predicted_voxels"])  # fmt: skip
-    log.info("%s, mean: %s", arguments.split, evaluation.overall.render() if evaluation.overall else "n/a")
-    log.info("written: %s, %s", folder / "cases.csv", folder / "summary.json")
+    write_evaluation(evaluation, folder, provenance=provenance, subgroups=subgroups)
+    shareable = arguments.log_images or (arguments.data is None and _may_show_images(path))
+    pictured = Pictured(store=store, intensity=model.task.inference().intensity) if shareable else None
+    write_evaluation_report(
+        evaluation, folder, title=path.name, provenance=provenance, subgroups=subgroups, pictured=pictured
+    )
+    _say_result(evaluation)
+    log.info("written: cases.csv, summary.json and report.html in %s", folder)
     return int(ExitCode.OK)
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    if not 0 < arguments.tolerance_mm < float("inf"):
+        raise UsageError(f"--tolerance-mm must be a positive length, got {arguments.tolerance_mm:g}.")
+    if arguments.batch_size < 1:
+        raise UsageError(f"--batch-size must be at least 1, got {arguments.batch_size}.")
+    if arguments.choose_postprocessing and arguments.no_postprocessing:
+        raise UsageError("--choose-postprocessing and --no-postprocessing contradict each other. Give one.")
+
+
+def _subgroups(arguments: argparse.Namespace, store: SliceStore, split: Split) -> list[Subgroups]:
+    from samgraft.finetune.subgroups import read_subgroups, subgroups_by
+
+    found = [subgroups_by(attribute, store) for attribute in arguments.by]
+    if arguments.groups:
+        found.append(read_subgroups(arguments.groups, store, patients=split.part(arguments.split)))
+    return found
+
+
+def _postprocessing(
+    arguments: argparse.Namespace, model: FinishedModel, store: SliceStore, split: Split
+) -> PostProcessing | None:
+    """Return what was chosen on validation, now or before; None for the bare segmentation."""
+    from samgraft.finetune.evaluate import choose_on_validation
+    from samgraft.finetune.postprocess import read_postprocessing
+
+    if arguments.no_postprocessing:
+        return None
+    classes = model.task.classes
+    if arguments.choose_postprocessing:
+        chosen = choose_on_validation(model, store, split, batch_size=arguments.batch_size)
+        path = chosen.write(model.folder)
+        log.info("post-processing chosen on %d validation patients: %s (%s)", chosen.num_patients,
+                 chosen.describe(classes), path.name)  # fmt: skip
+        return chosen
+    found = read_postprocessing(model.folder, weights_sha256=model.card.weights_sha256, classes=classes)
+    if found.steps:
+        log.info("post-processing as chosen on validation: %s", found.describe(classes))
+    return found
+
+
+def _say_case(number: int, total: int, rows: Any) -> None:
+    for row in rows:
+        dice, distance = row["dice"], row["hd95_mm"]
+        log.info("%d/%d %s %s: Dice %s, HD95 %s mm (%d voxels true, %d predicted)", number, total, row["series_id"],
+                 row["class"], "n/a" if dice is None else f"{dice:.3f}",
+                 "n/a" if distance is None else f"{distance:.1f}", row["true_voxels"],
+                 row["predicted_voxels"])  # fmt: skip
+
+
+def _say_result(evaluation: Evaluation) -> None:
+    from samgraft.finetune.scores import METRICS, count_one_sided, interval_of
+
+    for metric in METRICS:
+        interval = interval_of(evaluation.rows, metric.key)
+        log.info("%s, %s: %s", evaluation.part, metric.title, interval.render() if interval else "n/a")
+    if one_sided := count_one_sided(evaluation.rows):
+        log.info("%d of %d rows are one-sided (missed or invented): Dice 0, distances the scan's diagonal", one_sided,
+                 len(evaluation.rows))  # fmt: skip
+
+
+def _may_show_images(path: Path) -> bool:
+    """Tell whether the run's own data was declared shareable; a release does not say so."""
+    config = path / "config.yaml"
+    if not config.is_file():
+        return False
+    import yaml
+
+    watch = yaml.safe_load(config.read_text(encoding="utf-8")).get("watch") or {}
+    return bool(watch.get("log_images", False))
 
 
 def _store_of_run(path: Path) -> Path:

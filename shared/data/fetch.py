@@ -219,7 +219,7 @@ def fetch_npm(name: str, version: str, *, sha256: str, cache: Path) -> Path | No
     Raises:
         DataError: If what arrived has another sha256.
     """
-    path = cache / f"{name}-{version}.tgz"
+    path = cache / f"{name.removeprefix('@').replace('/', '-')}-{version}.tgz"
     if not path.is_file():
         npm = shutil.which("npm")
         if npm is None:
@@ -231,6 +231,9 @@ def fetch_npm(name: str, version: str, *, sha256: str, cache: Path) -> Path | No
             f"{name}@{version}",
             "--ignore-scripts",
             "--silent",
+            # Without these a machine that is offline waits minutes for retries.
+            "--fetch-retries=1",
+            "--fetch-retry-maxtimeout=5000",
             "--pack-destination",
             str(cache.resolve()),
         ]

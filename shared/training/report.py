@@ -1,8 +1,12 @@
-"""Single-file HTML reports: no server, no network, no script; readable on a laptop and on paper."""
+"""Single-file HTML reports: no server, no network; readable on a laptop and on paper.
+
+Scripts are ours, inside the page and named by their hash in its content policy: nothing else can run in it.
+"""
 
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -58,6 +62,8 @@ class Table:
     caption: str = ""
     max_rows: int = 200
     """Further rows are left out and counted, so that a report of thousands of cases stays small."""
+    sortable: bool = False
+    """A click on a heading sorts by its column; on paper and without scripts the order is that of ``rows``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,15 +76,37 @@ class Picture:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Fragment:
+    """HTML written by this program; the only part that is not escaped, so that nothing from outside may be in it."""
+
+    html: str
+
+
+Part = Text | KeyValues | Table | Picture | Fragment
+
+
+@dataclass(frozen=True, kw_only=True)
 class Section:
     """A titled part of a report."""
 
     title: str
-    parts: Sequence[Text | KeyValues | Table | Picture] = field(default_factory=tuple)
+    parts: Sequence[Part] = field(default_factory=tuple)
 
 
-def render_report(title: str, sections: Sequence[Section], *, subtitle: str = "") -> str:
-    """Return a complete HTML page; everything that comes from outside is escaped."""
+def render_report(title: str, sections: Sequence[Section], *, subtitle: str = "", scripts: Sequence[str] = ()) -> str:
+    """Return a complete HTML page; everything that comes from outside is escaped.
+
+    Args:
+        title: Heading.
+        sections: In order.
+        subtitle: Under the heading.
+        scripts: JavaScript to run after the page, in order; sorting is added where a table asks for it.
+    """
+    scripts = list(scripts)
+    if any(isinstance(part, Table) and part.sortable for section in sections for part in section.parts):
+        scripts.append((Path(__file__).parent / "sort_tables.js").read_text(encoding="utf-8"))
+    # Inside a page "</script" ends a script wherever it stands; in JavaScript "<\\/script" is the same string.
+    scripts = [script.replace("</script", "<\\/script") for script in scripts]
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -88,13 +116,14 @@ def render_report(title: str, sections: Sequence[Section], *, subtitle: str = ""
     )
     environment.filters["data_uri"] = _data_uri
     environment.filters["cell"] = _cell
+    environment.filters["script_hash"] = _script_hash
     environment.tests["number"] = _is_number
     template = environment.get_template("report.html.jinja")
     described = [
         {"title": section.title, "anchor": f"s{number}", "parts": [(type(p).__name__, p) for p in section.parts]}
         for number, section in enumerate(sections, start=1)
     ]
-    return template.render(title=title, subtitle=subtitle, sections=described)
+    return template.render(title=title, subtitle=subtitle, sections=described, scripts=scripts)
 
 
 def curve_figure(
@@ -192,6 +221,10 @@ def running_mean(values: npt.NDArray[np.floating], length: int) -> npt.NDArray[n
 
 def _data_uri(png: bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(png).decode()
+
+
+def _script_hash(script: str) -> str:
+    return "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
 
 
 def _is_number(value: Any) -> bool:

@@ -28,7 +28,7 @@ def test_packages__list_equals_the_folders_on_disk() -> None:
 
 
 def test_package_data__every_other_file_is_shipped() -> None:
-    shipped = {".py", ".yaml", ".jinja", ".css", ".typed", ".sh", ".sbatch", ".html", ".js"}
+    shipped = {".py", ".yaml", ".jinja", ".css", ".typed", ".sh", ".sbatch", ".html", ".js", ".txt"}
     odd = [
         str(path.relative_to(ROOT))
         for top in FOLDERS

@@ -156,9 +156,10 @@ def test_evaluate__has_no_side_effects_and_scores_the_test_part(place):
     modes = [m.training for m in model.segmenter.modules()]
     torch.manual_seed(5)
     rng, numpy_rng = torch.get_rng_state(), np.random.get_state()[1].copy()
-    evaluation, results = evaluate(model, store, split, part="test")
+    evaluation = evaluate(model, store, split, part="test")
     assert {row["patient_id"] for row in evaluation.rows} == set(split.test)
-    assert results[0].predicted.shape == store.record(results[0].series_id).shape_zyx
+    series_id, packed = next(iter(evaluation.predictions.items()))
+    assert packed.unpack().shape == store.record(series_id).shape_zyx
     assert all(torch.equal(weights[k], v) for k, v in model.segmenter.state_dict().items())
     assert [m.training for m in model.segmenter.modules()] == modes
     assert torch.equal(rng, torch.get_rng_state())

@@ -1,0 +1,220 @@
+"""Two or more evaluated models on the same patients: paired differences, tests corrected for their number, as files.
+
+Works on ``cases.csv`` files alone, so that models that need different software can be compared too.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+from samgraft.finetune.evaluate import plain, write_text
+from samgraft.finetune.scores import (
+    METRIC_BY_KEY,
+    Row,
+    class_names,
+    interval_of,
+    per_patient,
+    read_cases,
+    render_csv,
+)
+from samgraft.finetune.statistics import PairedComparison, compare_paired, holm
+from samgraft.shared.errors import DataError, UsageError
+
+DEFAULT_METRICS = ("dice", "nsd", "hd95_mm")
+ALL_CLASSES = "all"
+SAME_KEYS = ("store_fingerprint", "split_sha256", "part", "surface_tolerance_mm")
+"""What must be equal for two tables to speak of the same patients and the same measure."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluatedRun:
+    """One evaluation read back."""
+
+    name: str
+    rows: list[dict[str, Any]]
+    summary: Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairResult:
+    """Two runs in one metric and class."""
+
+    metric: str
+    class_name: str
+    first: str
+    second: str
+    paired: PairedComparison | None
+    p_holm: float | None
+    num_cases_dropped: int
+    """Patients that one of the runs could not be measured on (n/a) and the pair therefore lacks."""
+
+    def to_row(self) -> dict[str, Any]:
+        """Return a line of ``comparison.csv``."""
+        pair = self.paired
+        return {
+            "metric": self.metric,
+            "class": self.class_name,
+            "first": self.first,
+            "second": self.second,
+            "difference": pair.difference.mean if pair else None,
+            "low": pair.difference.low if pair else None,
+            "high": pair.difference.high if pair else None,
+            "effect": pair.effect.mean if pair else None,
+            "effect_low": pair.effect.low if pair else None,
+            "effect_high": pair.effect.high if pair else None,
+            "p_wilcoxon": pair.p_value if pair else None,
+            "p_holm": self.p_holm,
+            "num_patients": pair.difference.num_patients if pair else 0,
+            "num_patients_dropped": self.num_cases_dropped,
+        }
+
+
+def read_run(path: Path, *, part: str) -> EvaluatedRun:
+    """Read the evaluation of a run, of a release, or a folder that holds ``cases.csv`` itself.
+
+    Raises:
+        DataError: If there is none or it is damaged.
+    """
+    folder = path if (path / "cases.csv").is_file() else path / "evaluation" / part
+    if not (folder / "cases.csv").is_file():
+        raise DataError(
+            f"the run must have been evaluated on {part}, it has no cases.csv.",
+            where=path.name,
+            next_command=f"samgraft evaluate {path} --split {part}",
+        )
+    rows = read_cases(folder / "cases.csv")
+    try:
+        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        name = path.name if folder != path or path.parent.name != "evaluation" else path.parent.parent.name
+        found = EvaluatedRun(name=name, rows=rows, summary=dict(summary))
+    except (OSError, ValueError, TypeError) as err:
+        raise DataError("an evaluation must have a readable summary.json. Evaluate again.", where=path.name) from err
+    if summary.get("num_cases") != len({row["series_id"] for row in rows}):
+        raise DataError(
+            f"cases.csv must hold every scan of the evaluation, {summary.get('num_cases')}, got "
+            f"{len({row['series_id'] for row in rows})}. Evaluate again.",
+            where=path.name,
+        )
+    return found
+
+
+def compare(runs: Sequence[EvaluatedRun], *, metrics: Sequence[str] = DEFAULT_METRICS) -> list[PairResult]:
+    """Compare every pair of runs, patient by patient.
+
+    Args:
+        runs: Two or more; the order says what is first and second.
+        metrics: Columns of cases.csv.
+
+    Returns:
+        Per metric: the mean over classes, then every class. Holm's correction runs over all tests of one metric.
+
+    Raises:
+        UsageError: With fewer than two runs, equal names, or an unknown metric.
+        DataError: If the runs were not evaluated on the same scans.
+    """
+    _refuse_unequal(runs, metrics)
+    results: list[PairResult] = []
+    for metric in metrics:
+        family: list[tuple[str, str, str, PairedComparison | None, int]] = []
+        for class_name in (None, *class_names(runs[0].rows)):
+            values = {run.name: per_patient(run.rows, metric, class_name=class_name) for run in runs}
+            for first, second in combinations(values, 2):
+                a, b = values[first], values[second]
+                both = sorted(set(a) & set(b))
+                paired = compare_paired([a[p] for p in both], [b[p] for p in both])
+                family.append((class_name or ALL_CLASSES, first, second, paired, len(set(a) | set(b)) - len(both)))
+        corrected = holm([paired.p_value if paired else None for _, _, _, paired, _ in family])
+        results += [
+            PairResult(
+                metric=metric,
+                class_name=class_name,
+                first=first,
+                second=second,
+                paired=paired,
+                p_holm=p_holm,
+                num_cases_dropped=dropped,
+            )
+            for (class_name, first, second, paired, dropped), p_holm in zip(family, corrected, strict=True)
+        ]
+    return results
+
+
+def write_comparison(
+    runs: Sequence[EvaluatedRun], results: Sequence[PairResult], folder: Path, *, metrics: Sequence[str]
+) -> None:
+    """Write ``comparison.csv`` and ``comparison.json``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [result.to_row() for result in results]
+    write_text(folder / "comparison.csv", render_csv(rows, tuple(rows[0])))
+    values = {
+        "part": runs[0].summary.get("part"),
+        "store_fingerprint": runs[0].summary.get("store_fingerprint"),
+        "split_sha256": runs[0].summary.get("split_sha256"),
+        "test": "two-sided Wilcoxon signed-rank over patients, Holm over all pairs and classes of a metric",
+        "difference": "second minus first, mean over patients, 95 % bootstrap",
+        "effect": "matched-pairs rank-biserial correlation, 95 % bootstrap",
+        "runs": {
+            run.name: {
+                "weights_sha256": run.summary.get("weights_sha256"),
+                **{metric: plain(interval_of(run.rows, metric)) for metric in metrics},
+            }
+            for run in runs
+        },
+        "pairs": [{k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()} for row in rows],
+    }
+    write_text(folder / "comparison.json", json.dumps(values, indent=2, sort_keys=True) + "\n")
+
+
+def render_pair(result: PairResult) -> str:
+    """Return one line for people."""
+    title = METRIC_BY_KEY[result.metric].title
+    head = f"{title}, {result.class_name}: {result.second} - {result.first} = "
+    pair = result.paired
+    if pair is None:
+        return f"{head}n/a (no patient in both)"
+    text = f"{head}{_signed(pair.difference.mean)}"
+    if pair.difference.low is not None and pair.difference.high is not None:
+        text += f" ({_signed(pair.difference.low)} to {_signed(pair.difference.high)})"
+    text += f", effect {_signed(pair.effect.mean)}"
+    text += ", too few patients for a test" if result.p_holm is None else f", p (Holm) {result.p_holm:.3g}"
+    dropped = f", {result.num_cases_dropped} without a value in one run" if result.num_cases_dropped else ""
+    return f"{text}, {pair.difference.num_patients} patients{dropped}"
+
+
+def _refuse_unequal(runs: Sequence[EvaluatedRun], metrics: Sequence[str]) -> None:
+    if len(runs) < 2 or len({run.name for run in runs}) != len(runs):
+        raise UsageError(
+            f"a comparison must have two or more runs of different names, got {[run.name for run in runs]}.",
+            next_command="samgraft compare runs/A runs/B --split test",
+        )
+    if unknown := [metric for metric in metrics if metric not in METRIC_BY_KEY]:
+        raise UsageError(f"metrics must be among {', '.join(METRIC_BY_KEY)}, got {', '.join(unknown)}.")
+    first = runs[0]
+    for run in runs[1:]:
+        for key in SAME_KEYS:
+            if run.summary.get(key) != first.summary.get(key):
+                raise DataError(
+                    f"runs must be evaluated on the same data, {key} of {run.name} differs from {first.name}'s.",
+                    where=run.name,
+                    next_command=f"samgraft evaluate runs/{run.name} with the store and split of {first.name}",
+                )
+        _refuse_other_cases(run.rows, first.rows, name=run.name, first=first.name)
+
+
+def _refuse_other_cases(rows: Sequence[Row], reference: Sequence[Row], *, name: str, first: str) -> None:
+    ours, theirs = ({(r["series_id"], r["class"]) for r in table} for table in (rows, reference))
+    if ours != theirs:
+        raise DataError(
+            f"runs must have the same scans and classes, {len(ours - theirs)} are only in {name} and "
+            f"{len(theirs - ours)} only in {first}. Averages over different cases do not compare.",
+            where=name,
+        )
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.3f}"

@@ -1,0 +1,100 @@
+"""report.html of a comparison: the runs side by side, every paired difference, what was tested."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.figure import Figure
+from samgraft.finetune.comparison import EvaluatedRun, PairResult
+from samgraft.finetune.evaluate import write_text
+from samgraft.finetune.scores import METRIC_BY_KEY, interval_of
+from samgraft.shared.training.report import (
+    COLORS,
+    STYLE,
+    KeyValues,
+    Picture,
+    Section,
+    Table,
+    figure_png,
+    render_report,
+)
+
+
+def write_comparison_report(
+    runs: Sequence[EvaluatedRun], results: Sequence[PairResult], folder: Path, *, metrics: Sequence[str]
+) -> Path:
+    """Write ``report.html`` into the folder of a comparison; return its path."""
+    sections = [
+        Section(title="Runs", parts=[_runs_table(runs, metrics)]),
+        *(
+            Section(title=METRIC_BY_KEY[metric].title, parts=[_forest(results, metric), _pairs_table(results, metric)])
+            for metric in metrics
+        ),
+        Section(title="How it was compared", parts=[KeyValues(items=_facts(runs))]),
+    ]
+    names = " and ".join(run.name for run in runs) if len(runs) == 2 else f"{len(runs)} runs"
+    page = render_report(f"Comparison of {names}", sections, subtitle=f"part {runs[0].summary.get('part')}")
+    path = folder / "report.html"
+    write_text(path, page)
+    return path
+
+
+def _runs_table(runs: Sequence[EvaluatedRun], metrics: Sequence[str]) -> Table:
+    lines: list[list[Any]] = []
+    for run in runs:
+        intervals = [interval_of(run.rows, metric) for metric in metrics]
+        lines.append([run.name, *(interval.render() if interval else None for interval in intervals)])
+    columns = ["run", *(METRIC_BY_KEY[metric].title for metric in metrics)]
+    return Table(columns=columns, rows=lines, caption="Means over patients with 95 % bootstrap intervals.")
+
+
+def _pairs_table(results: Sequence[PairResult], metric: str) -> Table:
+    lines = []
+    for result in (one for one in results if one.metric == metric):
+        row = result.to_row()
+        lines.append(
+            [
+                result.class_name,
+                f"{result.second} - {result.first}",
+                *(row[key] for key in ("difference", "low", "high", "effect", "effect_low", "effect_high")),
+                row["p_wilcoxon"],
+                row["p_holm"],
+                row["num_patients"],
+            ]
+        )
+    columns = ["class", "pair", "difference", "low", "high", "effect", "low", "high", "p", "p (Holm)", "patients"]
+    return Table(columns=columns, rows=lines, sortable=True, caption=f"{METRIC_BY_KEY[metric].better} is better.")
+
+
+def _forest(results: Sequence[PairResult], metric: str) -> Picture:
+    chosen = [one for one in results if one.metric == metric and one.paired is not None]
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(7.2, 0.9 + 0.32 * max(1, len(chosen))), layout="constrained")
+        axes = figure.add_subplot()
+        for place, result in enumerate(chosen):
+            assert result.paired is not None
+            difference = result.paired.difference
+            if difference.low is not None and difference.high is not None:
+                axes.plot([difference.low, difference.high], [place, place], color=COLORS[0])
+            axes.plot([difference.mean], [place], "o", color=COLORS[0], markersize=5)
+        axes.axvline(0, color="#55606b", linestyle="--", linewidth=1.1)
+        axes.set_yticks(range(len(chosen)), [f"{r.class_name}: {r.second} - {r.first}" for r in chosen])
+        axes.set_ylim(max(1, len(chosen)) - 0.5, -0.5)
+        axes.set_xlabel(f"difference in {METRIC_BY_KEY[metric].title}")
+        caption = "Mean paired difference over patients with its 95 % bootstrap interval."
+        return Picture(png=figure_png(figure), caption=caption)
+
+
+def _facts(runs: Sequence[EvaluatedRun]) -> dict[str, Any]:
+    first = runs[0].summary
+    return {
+        "test": "two-sided Wilcoxon signed-rank test over patients; Holm's correction over all pairs and classes of "
+        "a metric",
+        "effect": "matched-pairs rank-biserial correlation: 1 if every patient gains, -1 if every patient loses",
+        "patients": first.get("num_patients"),
+        "store": first.get("store_fingerprint"),
+        "split": first.get("split_sha256"),
+    }

@@ -1,0 +1,278 @@
+"""report.html of an evaluation: numbers with intervals, every case, pictures of worst and best, how it was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.figure import Figure
+from samgraft.finetune.evaluate import Evaluation, write_text
+from samgraft.finetune.overlays import choose_slices, overlay, slice_pictures
+from samgraft.finetune.scores import (
+    AVERAGING,
+    EMPTY_RULE,
+    METRICS,
+    Row,
+    class_names,
+    count_one_sided,
+    interval_of,
+    per_patient,
+)
+from samgraft.finetune.statistics import Interval
+from samgraft.finetune.subgroups import Subgroups
+from samgraft.finetune.viewer import ViewedCase, find_bundle, viewer_html, viewer_scripts
+from samgraft.shared.data.intensity import IntensityPreset, normalise
+from samgraft.shared.data.store import SliceStore
+from samgraft.shared.training.report import (
+    COLORS,
+    STYLE,
+    Fragment,
+    KeyValues,
+    Part,
+    Picture,
+    Section,
+    Table,
+    Text,
+    figure_png,
+    image_grid,
+    render_report,
+)
+
+SLICES_PER_CASE = 4
+MAX_CASE_ROWS = 4000
+CASE_METRICS = ("dice", "nsd", "hd95_mm", "mean_surface_distance_mm", "volume_error_ml", "sensitivity", "precision")
+NO_PICTURES = (
+    "Pictures of patients are left out: they are shown only for data that was declared shareable "
+    "(watch.log_images of the run, or --log-images here)."
+)
+NO_VIEWER = "The 3D viewer is left out: niivue is not installed. `make install` fetches it where npm is online."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pictured:
+    """What pictures need; without it a report has none."""
+
+    store: SliceStore
+    intensity: IntensityPreset
+
+
+def write_evaluation_report(
+    evaluation: Evaluation,
+    folder: Path,
+    *,
+    title: str,
+    provenance: Mapping[str, Any],
+    subgroups: Sequence[Subgroups] = (),
+    pictured: Pictured | None = None,
+) -> Path:
+    """Write ``report.html`` beside the tables; return its path.
+
+    Args:
+        evaluation: With predictions if there shall be pictures.
+        folder: Of ``cases.csv``.
+        title: Name of the model; escaped.
+        provenance: What was evaluated: hashes.
+        subgroups: One table each.
+        pictured: None leaves pictures of patients out.
+    """
+    rows = evaluation.rows
+    sections = [
+        Section(title="Result", parts=[*_headline(evaluation), _metric_table(rows), _strip_plot(rows)]),
+        *(Section(title=f"By {one.attribute}", parts=[_subgroup_table(one, rows)]) for one in subgroups),
+        Section(title="Cases", parts=[_case_table(rows)]),
+    ]
+    scripts: list[str] = []
+    if pictured is None:
+        sections.append(Section(title="Pictures", parts=[Text(text=NO_PICTURES)]))
+    else:
+        chosen = choose_cases(rows)
+        parts, scripts = _viewer(evaluation, chosen, pictured)
+        pictures = _pictures(evaluation, chosen, pictured)
+        sections.append(Section(title="Worst, median, best", parts=[*pictures, *parts]))
+    sections.append(Section(title="How it was measured", parts=[KeyValues(items=_facts(evaluation, provenance))]))
+    page = render_report(title, sections, subtitle=_subtitle(evaluation), scripts=scripts)
+    path = folder / "report.html"
+    write_text(path, page)
+    return path
+
+
+def choose_cases(rows: Sequence[Row]) -> dict[str, str]:
+    """Return the scans to look at: ``worst``, ``median`` and ``best`` by mean Dice over classes; fewer if there are."""
+    values: dict[str, list[float]] = {}
+    for row in rows:
+        if row["dice"] is not None:
+            values.setdefault(row["series_id"], []).append(row["dice"])
+    ranked = sorted(values, key=lambda series_id: (float(np.mean(values[series_id])), series_id))
+    places = {"worst": 0, "median": len(ranked) // 2, "best": len(ranked) - 1}
+    chosen: dict[str, str] = {}
+    for name, place in places.items():
+        if ranked and ranked[place] not in chosen.values():
+            chosen[name] = ranked[place]
+    return chosen
+
+
+def _headline(evaluation: Evaluation) -> list[Part]:
+    rows, overall = evaluation.rows, evaluation.overall
+    text = f"Dice {overall.render()}." if overall else "No case could be measured."
+    distance = interval_of(rows, "hd95_mm")
+    if distance:
+        text += f" HD95 {distance.render()} mm."
+    parts: list[Part] = [Text(text=text, kind="good")]
+    if evaluation.part == "train":
+        parts.append(Text(kind="warning", text="These are training cases: they say nothing about new patients."))
+    if evaluation.part == "val":
+        parts.append(Text(kind="warning", text="The model was chosen on these patients: only test estimates new ones."))
+    if one_sided := count_one_sided(rows):
+        parts.append(
+            Text(
+                kind="warning",
+                text=f"{one_sided} of {len(rows)} times a class was only true (missed) or only predicted (invented): "
+                "Dice is 0 and distances are the diagonal of the scan there.",
+            )
+        )
+    if overall and overall.low is None:
+        parts.append(Text(kind="warning", text=f"{overall.num_patients} patients are too few for intervals."))
+    return parts
+
+
+def _metric_table(rows: Sequence[Row]) -> Table:
+    names = class_names(rows)
+    columns = ["metric", "better", "all classes", *(names if len(names) > 1 else [])]
+    lines = []
+    for metric in METRICS:
+        line: list[Any] = [metric.title, metric.better, _short(interval_of(rows, metric.key))]
+        if len(names) > 1:
+            line += [_short(interval_of(rows, metric.key, class_name=name)) for name in names]
+        lines.append(line)
+    return Table(columns=columns, rows=lines, caption=f"{AVERAGING[0].upper()}{AVERAGING[1:]}.")
+
+
+def _subgroup_table(subgroups: Subgroups, rows: Sequence[Row]) -> Table:
+    lines = [
+        [line["group"], line["class"], METRIC_TITLES[line["metric"]], *_bounds(line), line["num_patients"]]
+        for line in subgroups.table(rows)
+        if line["metric"] in {"dice", "nsd", "hd95_mm"}
+    ]
+    columns = ["group", "class", "metric", "mean", "low", "high", "patients"]
+    caption = "Means over the patients of each group with 95 % bootstrap intervals; n/a: too few patients."
+    return Table(columns=columns, rows=lines, caption=caption, sortable=True, max_rows=MAX_CASE_ROWS)
+
+
+METRIC_TITLES = {metric.key: metric.title for metric in METRICS}
+
+
+def _case_table(rows: Sequence[Row]) -> Table:
+    ranked = sorted(rows, key=lambda row: row["dice"] if row["dice"] is not None else 2.0)
+    lines = [
+        [row[key] for key in ("patient_id", "series_id", "class", *CASE_METRICS, "true_ml", "predicted_ml")]
+        for row in ranked
+    ]
+    columns = ["patient", "scan", "class", *(METRIC_TITLES[key] for key in CASE_METRICS), "true (ml)", "predicted (ml)"]
+    caption = "Worst Dice first; a click on a heading sorts. n/a: cannot be measured. All columns are in cases.csv."
+    return Table(columns=columns, rows=lines, caption=caption, sortable=True, max_rows=MAX_CASE_ROWS)
+
+
+def _strip_plot(rows: Sequence[Row]) -> Picture:
+    """One dot per patient and class, the mean as a line."""
+    names = class_names(rows)
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(7.2, 0.9 + 0.45 * len(names)), layout="constrained")
+        axes = figure.add_subplot()
+        for place, name in enumerate(names):
+            values = np.array(list(per_patient(rows, "dice", class_name=name).values()))
+            offsets = np.random.default_rng([place, 5]).uniform(-0.16, 0.16, size=len(values))
+            axes.plot(values, place + offsets, "o", color=COLORS[0], alpha=0.55, markersize=4, markeredgewidth=0)
+            if len(values):
+                axes.plot([values.mean()] * 2, [place - 0.3, place + 0.3], color=COLORS[1], linewidth=2)
+        axes.set_yticks(range(len(names)), names)
+        axes.set_ylim(len(names) - 0.5, -0.5)
+        axes.set_xlim(-0.02, 1.02)
+        axes.set_xlabel("Dice per patient")
+        return Picture(png=figure_png(figure), caption="Dice of every patient (dots) and the mean (line).")
+
+
+def _pictures(evaluation: Evaluation, chosen: Mapping[str, str], pictured: Pictured) -> list[Part]:
+    parts: list[Part] = []
+    for name, series_id in chosen.items():
+        store = pictured.store
+        predicted, true = evaluation.predictions[series_id].unpack(), store.read_label_volume(series_id)
+        indexes = choose_slices(np.maximum(true > 0, predicted > 0), number=SLICES_PER_CASE)
+        pictures = slice_pictures(store, series_id, indexes, intensity=pictured.intensity)
+        tiles = [
+            overlay(image, true_HW=label, predicted_HW=predicted[index])
+            for index, (image, label) in zip(indexes, pictures, strict=True)
+        ]
+        plain_tiles = [overlay(image) for image, _ in pictures]
+        titles = [f"slice {index}" for index in indexes]
+        parts.append(
+            Picture(
+                png=image_grid([plain_tiles, tiles], column_titles=titles, cell_in=1.9),
+                caption=f"{name.capitalize()}: {_case_title(evaluation.rows, series_id)}. Truth outlined in green, "
+                "prediction filled in red.",
+            )
+        )
+    return parts
+
+
+def _viewer(evaluation: Evaluation, chosen: Mapping[str, str], pictured: Pictured) -> tuple[list[Part], list[str]]:
+    bundle = find_bundle()
+    if bundle is None:
+        return [Text(text=NO_VIEWER)], []
+    cases = []
+    for name, series_id in chosen.items():
+        record = pictured.store.record(series_id)
+        volume = pictured.store.read_volume(series_id)
+        cases.append(
+            ViewedCase(
+                title=f"{name}: {_case_title(evaluation.rows, series_id)}",
+                image_ZHW=np.stack([normalise(one, record.stats, pictured.intensity) for one in volume]),
+                true_ZHW=_of_classes(pictured.store.read_label_volume(series_id), evaluation.rows),
+                predicted_ZHW=evaluation.predictions[series_id].unpack(),
+                affine=record.affine,
+            )
+        )
+    return [Fragment(html=viewer_html(cases))], viewer_scripts(bundle)
+
+
+def _of_classes(true: Any, rows: Sequence[Row]) -> Any:
+    """Blank label ids that are no class of the model: they were not its task."""
+    return np.where(np.isin(true, list({row["label_id"] for row in rows})), true, 0)
+
+
+def _facts(evaluation: Evaluation, provenance: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "part": evaluation.part,
+        "cases": f"{evaluation.num_cases} scans of {len({row['patient_id'] for row in evaluation.rows})} patients",
+        "grid": "the scans' own; nothing was resampled before measuring",
+        "averages": AVERAGING,
+        "empty cases": EMPTY_RULE,
+        "surface Dice": f"share of both surfaces within {evaluation.tolerance_mm:g} mm of the other",
+        "HD95": "larger of the two directed distances below which 95 % of the surface area lies",
+        "post-processing": evaluation.postprocessing,
+        **provenance,
+    }
+
+
+def _case_title(rows: Sequence[Row], series_id: str) -> str:
+    scores = [row["dice"] for row in rows if row["series_id"] == series_id and row["dice"] is not None]
+    return f"scan {series_id}, Dice {np.mean(scores):.3f}"
+
+
+def _subtitle(evaluation: Evaluation) -> str:
+    return f"evaluation on {evaluation.part}, {evaluation.num_cases} scans"
+
+
+def _short(interval: Interval | None) -> str | None:
+    if interval is None:
+        return None
+    if interval.low is None or interval.high is None:
+        return f"{interval.mean:.3g}"
+    return f"{interval.mean:.3g} ({interval.low:.3g} to {interval.high:.3g})"
+
+
+def _bounds(line: Mapping[str, Any]) -> list[Any]:
+    return [line["mean"], line["low"], line["high"]]

@@ -1,0 +1,174 @@
+"""What is done to a segmented volume afterwards, and how that is chosen: on validation patients, never on test ones.
+
+Shape letters: Z = slices, H, W = rows and columns of a slice.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from samgraft.finetune.classes import ClassTable
+from samgraft.finetune.metrics import class_scores, mean_or_none
+from samgraft.shared.errors import WeightsError
+from scipy import ndimage
+
+Labels = npt.NDArray[Any]
+
+SCHEMA = 1
+POSTPROCESSING_FILE = "postprocessing.json"
+MIN_PATIENTS = 3
+"""Below, a step that helps one patient by chance would be kept for all."""
+MIN_GAIN = 0.002
+"""Rise of the mean Dice below which a step is not worth its risk of removing a second, real structure."""
+STEPS = ("largest_component", "fill_holes")
+CANDIDATES: tuple[tuple[str, ...], ...] = (("largest_component",), ("fill_holes",), ("largest_component", "fill_holes"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class PostProcessing:
+    """Steps per class, and on what grounds they were chosen."""
+
+    steps: dict[int, list[str]] = field(default_factory=dict)
+    """Label id to steps, in order; a class that is not listed stays as segmented."""
+    weights_sha256: str = ""
+    """Model it was chosen for."""
+    split_sha256: str = ""
+    """Split whose validation part it was chosen on."""
+    num_patients: int = 0
+    """Validation patients that decided."""
+    dice: dict[int, dict[str, float | None]] = field(default_factory=dict)
+    """Label id to mean validation Dice ``before`` and ``after``."""
+    schema: int = SCHEMA
+
+    def describe(self, classes: ClassTable) -> str:
+        """Return e.g. ``lesion: largest component, fill holes``; ``none`` without steps."""
+        names = dict(zip(classes.ids, classes.names, strict=True))
+        parts = [f"{names[i]}: {', '.join(s.replace('_', ' ') for s in steps)}" for i, steps in self.steps.items()]
+        return "; ".join(parts) or "none"
+
+    def write(self, folder: Path) -> Path:
+        """Write ``postprocessing.json`` through a temporary neighbour."""
+        path = folder / POSTPROCESSING_FILE
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.write_text(json.dumps(dataclasses.asdict(self), indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        temporary.replace(path)
+        return path
+
+
+def read_postprocessing(folder: Path, *, weights_sha256: str | None, classes: ClassTable) -> PostProcessing:
+    """Read what was chosen for a model; nothing chosen gives no steps.
+
+    Raises:
+        WeightsError: If the file is damaged, chosen for other weights, or names what does not exist.
+    """
+    path = folder / POSTPROCESSING_FILE
+    if not path.is_file():
+        return PostProcessing()
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if values.get("schema") != SCHEMA or set(values) != {f.name for f in dataclasses.fields(PostProcessing)}:
+            raise WeightsError(
+                f"{POSTPROCESSING_FILE} must have schema {SCHEMA} and its fields.", where=folder.parent.name
+            )
+        steps = {int(label): [str(step) for step in chosen] for label, chosen in values["steps"].items()}
+        dice = {int(label): dict(pair) for label, pair in values["dice"].items()}
+    except (ValueError, TypeError, AttributeError, KeyError) as err:
+        if isinstance(err, WeightsError):
+            raise
+        raise WeightsError(f"{POSTPROCESSING_FILE} is damaged.", where=folder.parent.name) from err
+    found = PostProcessing(**{**values, "steps": steps, "dice": dice})
+    strangers = sorted({step for chosen in steps.values() for step in chosen} - set(STEPS))
+    if strangers or not set(steps) <= set(classes.ids):
+        raise WeightsError(
+            f"{POSTPROCESSING_FILE} must name steps among {', '.join(STEPS)} for classes {list(classes.ids)}, got "
+            f"{', '.join(strangers) or sorted(steps)}.",
+            where=folder.parent.name,
+        )
+    if found.weights_sha256 != weights_sha256:
+        raise WeightsError(
+            f"{POSTPROCESSING_FILE} was chosen for other weights. Choose again, or delete it.",
+            where=folder.parent.name,
+            next_command="samgraft evaluate RUN --choose-postprocessing",
+        )
+    return found
+
+
+def apply_postprocessing(labels_ZHW: Labels, steps: Mapping[int, Sequence[str]]) -> Labels:
+    """Return the label volume after the steps of every class.
+
+    Connected means sharing a face (in three dimensions), a hole is background of a slice that its structure encloses
+    in that slice: scans with thick slices leave a cavity open at the top or bottom. Filling never takes a voxel of
+    another class.
+    """
+    result = labels_ZHW.copy()
+    for label_id, chosen in steps.items():
+        mask = result == label_id
+        if not mask.any():
+            continue
+        if "largest_component" in chosen:
+            kept = _largest_component(mask)
+            result[mask & ~kept] = 0
+            mask = kept
+        if "fill_holes" in chosen:
+            filled = np.stack([ndimage.binary_fill_holes(slice_HW) for slice_HW in mask])
+            result[filled & (result == 0)] = label_id
+    return result
+
+
+def choose_postprocessing(
+    cases: Sequence[tuple[str, Labels, Labels]], classes: ClassTable, *, weights_sha256: str, split_sha256: str
+) -> PostProcessing:
+    """Choose steps per class by the mean Dice over validation patients.
+
+    Args:
+        cases: Patient, predicted and true label volume of every validation scan.
+        classes: Of the model.
+        weights_sha256: Recorded.
+        split_sha256: Recorded.
+
+    Returns:
+        A class gets the steps with the best mean if they raise it by ``MIN_GAIN``; all stay as segmented below
+        ``MIN_PATIENTS`` patients.
+    """
+    num_patients = len({patient for patient, _, _ in cases})
+    steps: dict[int, list[str]] = {}
+    dice: dict[int, dict[str, float | None]] = {}
+    for label_id, name in zip(classes.ids, classes.names, strict=True):
+        only = ClassTable(ids=(label_id,), names=(name,))
+        before = _mean_dice(cases, only, ())
+        dice[label_id] = {"before": before, "after": before}
+        if num_patients < MIN_PATIENTS or before is None:
+            continue
+        scores = {candidate: _mean_dice(cases, only, candidate) or 0.0 for candidate in CANDIDATES}
+        best = max(scores, key=lambda candidate: scores[candidate])
+        if scores[best] >= before + MIN_GAIN:
+            steps[label_id] = list(best)
+            dice[label_id]["after"] = scores[best]
+    rounded = {i: {k: None if v is None else round(v, 4) for k, v in pair.items()} for i, pair in dice.items()}
+    return PostProcessing(
+        steps=steps, weights_sha256=weights_sha256, split_sha256=split_sha256, num_patients=num_patients, dice=rounded
+    )
+
+
+def _mean_dice(cases: Sequence[tuple[str, Labels, Labels]], only: ClassTable, steps: Sequence[str]) -> float | None:
+    per_patient: dict[str, list[float | None]] = {}
+    for patient, predicted, true in cases:
+        after = apply_postprocessing(predicted, {only.ids[0]: steps}) if steps else predicted
+        per_patient.setdefault(patient, []).append(class_scores(after, true, only)[0].dice)
+    return mean_or_none([mean_or_none(values) for values in per_patient.values()])
+
+
+def _largest_component(mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+    parts, number = ndimage.label(mask)
+    if number <= 1:
+        return mask
+    sizes = np.bincount(parts.ravel())
+    sizes[0] = 0
+    return np.asarray(parts == int(sizes.argmax()))

@@ -1,0 +1,207 @@
+"""The table of an evaluation: one row per case and class, what each column means, and how rows become one number.
+
+A row is a plain mapping with the keys ``CASE_COLUMNS``, so that a table read back from ``cases.csv`` is as good as a
+fresh one: comparisons and reports work on tables, never on models.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from samgraft.finetune.classes import ClassTable
+from samgraft.finetune.metrics import ClassScore, class_scores, mean_or_none
+from samgraft.finetune.statistics import Interval, bootstrap_mean
+from samgraft.finetune.surface import SurfaceScore, surface_score
+from samgraft.shared.data.series import SeriesRecord
+from samgraft.shared.errors import DataError
+
+Labels = npt.NDArray[Any]
+Row = Mapping[str, Any]
+
+MISSING = "n/a"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric:
+    """One number per case and class."""
+
+    key: str
+    """Column of cases.csv."""
+    title: str
+    """For tables and reports, with its unit."""
+    better: Literal["higher", "lower", "near 0"]
+
+
+METRICS = (
+    Metric(key="dice", title="Dice", better="higher"),
+    Metric(key="iou", title="IoU", better="higher"),
+    Metric(key="nsd", title="surface Dice", better="higher"),
+    Metric(key="hd95_mm", title="HD95 (mm)", better="lower"),
+    Metric(key="mean_surface_distance_mm", title="mean surface distance (mm)", better="lower"),
+    Metric(key="volume_error_ml", title="volume error (ml)", better="near 0"),
+    Metric(key="relative_volume_error", title="relative volume error", better="near 0"),
+    Metric(key="sensitivity", title="sensitivity", better="higher"),
+    Metric(key="precision", title="precision", better="higher"),
+)
+METRIC_BY_KEY = {metric.key: metric for metric in METRICS}
+CASE_COLUMNS = (
+    "patient_id",
+    "series_id",
+    "label_id",
+    "class",
+    *METRIC_BY_KEY,
+    "true_voxels",
+    "predicted_voxels",
+    "true_ml",
+    "predicted_ml",
+)
+_TEXT = {"patient_id", "series_id", "class"}
+_WHOLE = {"label_id", "true_voxels", "predicted_voxels"}
+
+EMPTY_RULE = (
+    "neither true nor predicted: every value is n/a and enters no mean; only one of the two: Dice, IoU, surface Dice "
+    "are 0, HD95 and mean surface distance are the diagonal of the scan; sensitivity needs a true voxel, precision a "
+    "predicted one, a relative volume error a true volume"
+)
+AVERAGING = "mean over classes per scan, over scans per patient, over patients; 95 % bootstrap over patients"
+
+
+def case_rows(
+    predicted: Labels, true: Labels, record: SeriesRecord, classes: ClassTable, *, tolerance_mm: float
+) -> list[dict[str, Any]]:
+    """Score one scan in every metric.
+
+    Args:
+        predicted: Label ids (Z, H, W) on the scan's own grid.
+        true: Label ids of the same shape.
+        record: The scan.
+        classes: Which ids to score.
+        tolerance_mm: Of the surface Dice.
+    """
+    rows = []
+    for score in class_scores(predicted, true, classes):
+        surface = surface_score(
+            predicted == score.label_id,
+            true == score.label_id,
+            spacing_mm=record.spacing_mm,
+            tolerance_mm=tolerance_mm,
+        )
+        rows.append(_row(score, surface, record))
+    return rows
+
+
+def _row(score: ClassScore, surface: SurfaceScore | None, record: SeriesRecord) -> dict[str, Any]:
+    z_mm, row_mm, column_mm = record.spacing_mm
+    voxel_ml = z_mm * row_mm * column_mm / 1000
+    nothing = not score.true_voxels and not score.predicted_voxels
+    error_ml = (score.predicted_voxels - score.true_voxels) * voxel_ml
+    return {
+        "patient_id": record.patient_id,
+        "series_id": record.series_id,
+        "label_id": score.label_id,
+        "class": score.class_name,
+        "dice": score.dice,
+        "iou": score.iou,
+        "nsd": surface.nsd if surface else None,
+        "hd95_mm": surface.hd95_mm if surface else None,
+        "mean_surface_distance_mm": surface.mean_surface_distance_mm if surface else None,
+        "volume_error_ml": None if nothing else error_ml,
+        "relative_volume_error": score.relative_volume_error,
+        "sensitivity": score.sensitivity,
+        "precision": score.precision,
+        "true_voxels": score.true_voxels,
+        "predicted_voxels": score.predicted_voxels,
+        "true_ml": score.true_voxels * voxel_ml,
+        "predicted_ml": score.predicted_voxels * voxel_ml,
+    }
+
+
+def per_patient(rows: Iterable[Row], metric: str, *, class_name: str | None = None) -> dict[str, float]:
+    """Return one value per patient: mean over classes per scan, then over the patient's scans.
+
+    Args:
+        rows: Of any number of patients.
+        metric: Column.
+        class_name: One class only; None takes the mean over classes.
+    """
+    scans: dict[str, dict[str, list[float | None]]] = {}
+    for row in rows:
+        if class_name is None or row["class"] == class_name:
+            scans.setdefault(row["patient_id"], {}).setdefault(row["series_id"], []).append(row[metric])
+    means = {patient: mean_or_none([mean_or_none(v) for v in series.values()]) for patient, series in scans.items()}
+    return {patient: mean for patient, mean in means.items() if mean is not None}
+
+
+def interval_of(rows: Iterable[Row], metric: str, *, class_name: str | None = None) -> Interval | None:
+    """Return the mean over patients with its bootstrap interval."""
+    return bootstrap_mean(list(per_patient(rows, metric, class_name=class_name).values()))
+
+
+def class_names(rows: Iterable[Row]) -> list[str]:
+    """Return the classes of a table in their order."""
+    return list(dict.fromkeys(row["class"] for row in rows))
+
+
+def count_one_sided(rows: Iterable[Row]) -> int:
+    """Return how many rows have a class that is only true or only predicted; their distances are diagonals."""
+    return sum(bool(row["true_voxels"]) != bool(row["predicted_voxels"]) for row in rows)
+
+
+def render_csv(rows: Sequence[Row], columns: Sequence[str] = CASE_COLUMNS) -> str:
+    """Return CSV text; equal tables give equal text."""
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, fieldnames=list(columns), lineterminator="\n", extrasaction="raise")
+    writer.writeheader()
+    writer.writerows([{column: _cell(row[column]) for column in columns} for row in rows])
+    return text.getvalue()
+
+
+def read_cases(path: Path) -> list[dict[str, Any]]:
+    """Read a ``cases.csv`` back.
+
+    Raises:
+        DataError: If it is missing or not what ``evaluate`` writes.
+    """
+    if not path.is_file():
+        raise DataError(
+            "the evaluation must have cases.csv, there is none.",
+            where=path.parent.name,
+            next_command="samgraft evaluate RUN --split test",
+        )
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file)
+            if tuple(reader.fieldnames or ()) != CASE_COLUMNS:
+                missing = [column for column in CASE_COLUMNS if column not in (reader.fieldnames or ())]
+                raise DataError(
+                    f"cases.csv must have the columns that this version writes, missing: {', '.join(missing)}. "
+                    "Evaluate again.",
+                    where=path.name,
+                )
+            return [{column: _parse(column, row[column]) for column in CASE_COLUMNS} for row in reader]
+    except (ValueError, UnicodeDecodeError, csv.Error, TypeError) as err:
+        if isinstance(err, DataError):
+            raise
+        raise DataError(f"cases.csv is damaged ({type(err).__name__}). Evaluate again.", where=path.name) from err
+
+
+def _parse(column: str, text: str) -> Any:
+    if column in _TEXT:
+        return text
+    if text == MISSING:
+        return None
+    convert: Callable[[str], Any] = int if column in _WHOLE else float
+    return convert(text)
+
+
+def _cell(value: object) -> object:
+    if value is None:
+        return MISSING
+    return f"{value:.4f}" if isinstance(value, float | np.floating) else value

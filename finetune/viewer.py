@@ -1,0 +1,185 @@
+"""Scans in a report's own 3D and multiplanar viewer: niivue, pinned by version and sha256, put inside the page.
+
+niivue is not part of the repository. ``python -m samgraft.finetune.viewer`` puts it beside this file (``make install``
+and ``make wheel`` do); without it reports say so and have everything else.
+
+Shape letters: Z = slices, H, W = rows and columns of a slice.
+"""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import html
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from samgraft.shared.data.fetch import cache_folder, extract_members, fetch_npm, sha256_of
+from samgraft.shared.errors import SamgraftError
+
+log = logging.getLogger(__name__)
+
+Array = npt.NDArray[Any]
+
+PACKAGE = "@niivue/niivue"
+VERSION = "0.69.0"
+PACKAGE_SHA256 = "6e9a6a471b428eb3b258a0086beca9187d95e43a781a39e8a519c6da246af485"
+BUNDLE_MEMBER = "package/dist/niivue.umd.js"
+BUNDLE_FILE = "niivue.umd.js"
+BUNDLE_SHA256 = "47b896b77ec4a5be3ef1949c33ad393b6f45629921f326c279000bcf51bdb4af"
+LICENCE_FILE = Path(__file__).parent / "niivue_licence.txt"
+VENDOR_FOLDER = Path(__file__).parent / "vendor"
+
+MAX_VOXELS = 1_500_000
+"""Of an embedded scan: about 1 MB of compressed grey values. Larger scans are thinned out evenly."""
+FOUND, MISSED, EXTRA, CONFUSED = 1, 2, 3, 4
+KEY = (
+    {"name": "found (true and predicted)", "rgb": [47, 143, 91]},
+    {"name": "missed (only true)", "rgb": [31, 95, 168]},
+    {"name": "extra (only predicted)", "rgb": [196, 87, 43]},
+    {"name": "another class predicted", "rgb": [123, 79, 163]},
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViewedCase:
+    """One scan to look at."""
+
+    title: str
+    image_ZHW: Array
+    """Grey values in [0, 1]."""
+    true_ZHW: Array
+    """Label ids."""
+    predicted_ZHW: Array
+    """Label ids."""
+    affine: npt.NDArray[np.float64]
+    """Voxel (x, y, z) to RAS+ mm."""
+
+
+def find_bundle() -> str | None:
+    """Return niivue's script if it was vendored and is the pinned one, else None."""
+    path = VENDOR_FOLDER / BUNDLE_FILE
+    if not path.is_file():
+        return None
+    if sha256_of(path) != BUNDLE_SHA256:
+        log.warning("%s is not the pinned niivue %s: not used.", BUNDLE_FILE, VERSION)
+        return None
+    return path.read_text(encoding="utf-8")
+
+
+def vendor(cache: Path) -> bool:
+    """Put niivue beside this file unless it is there; return whether it is."""
+    if find_bundle() is not None:
+        return True
+    archive = fetch_npm(PACKAGE, VERSION, sha256=PACKAGE_SHA256, cache=cache)
+    if archive is None:
+        return False
+    (VENDOR_FOLDER / BUNDLE_FILE).unlink(missing_ok=True)
+    extract_members(archive, {BUNDLE_MEMBER: VENDOR_FOLDER / BUNDLE_FILE})
+    return find_bundle() is not None
+
+
+def viewer_html(cases: Sequence[ViewedCase]) -> str:
+    """Return the viewer's part of the page; scripts come with :func:`viewer_scripts`."""
+    options, data = [], []
+    for place, case in enumerate(cases):
+        scan, marks, center = _embed(case)
+        data.append(f'<script type="application/octet-stream" id="scan-{place}">{scan}</script>')
+        data.append(f'<script type="application/octet-stream" id="marks-{place}">{marks}</script>')
+        options.append(f'<option data-center="{json.dumps(center)}">{html.escape(case.title)}</option>')
+    key = "".join(
+        f'<span class="key" style="background:rgb({",".join(map(str, entry["rgb"]))})"></span>{entry["name"]}'
+        for entry in KEY
+    )
+    licence = html.escape(LICENCE_FILE.read_text(encoding="utf-8"))
+    return (
+        f'<div class="viewer" id="viewer" data-state="off" data-key=\'{html.escape(json.dumps(KEY))}\'>'
+        f"<p><label>Case <select>{''.join(options)}</select></label>"
+        '<label>Opacity <input type="range" min="0" max="1" step="0.05" value="0.6"></label></p>'
+        '<div class="stage"><canvas aria-label="Three planes and a 3D view of the chosen scan"></canvas></div>'
+        f'<p>{key}</p><p class="state">The viewer needs scripts to be allowed.</p>'
+        f"<details><summary>Viewer: NiiVue {VERSION}, BSD 2-Clause</summary><pre>{licence}</pre></details></div>"
+        + "".join(data)
+    )
+
+
+def viewer_scripts(bundle: str) -> list[str]:
+    """Return the scripts that :func:`viewer_html` needs."""
+    return [bundle, (Path(__file__).parent / "viewer.js").read_text(encoding="utf-8")]
+
+
+def agreement(true: Array, predicted: Array) -> npt.NDArray[np.uint8]:
+    """Return per voxel 0 for background in both, else ``FOUND``, ``MISSED``, ``EXTRA`` or ``CONFUSED``."""
+    marks = np.zeros(true.shape, dtype=np.uint8)
+    marks[(true > 0) & (predicted == true)] = FOUND
+    marks[(true > 0) & (predicted == 0)] = MISSED
+    marks[(true == 0) & (predicted > 0)] = EXTRA
+    marks[(true > 0) & (predicted > 0) & (predicted != true)] = CONFUSED
+    return marks
+
+
+def _embed(case: ViewedCase) -> tuple[str, str, list[float]]:
+    """Return scan and marks as base64 NIfTI, and where to look first as fractions of x, y, z."""
+    step = thinning(case.image_ZHW.shape)
+    cut = tuple(slice(None, None, s) for s in step)
+    grey = np.rint(np.clip(case.image_ZHW[cut], 0, 1) * 255).astype(np.uint8)
+    marks = agreement(case.true_ZHW, case.predicted_ZHW)[cut]
+    affine = case.affine.copy()
+    affine[:3, :3] = affine[:3, :3] * np.asarray(step[::-1])
+    places = np.argwhere(marks)
+    middle = places[len(places) // 2] if len(places) else np.asarray(marks.shape) // 2
+    # niivue turns axes so that they grow to the right, front and head.
+    fractions = [(int(n) + 0.5) / size for n, size in zip(middle[::-1], marks.shape[::-1], strict=True)]
+    return _nifti(grey, affine), _nifti(marks, affine), _canonical(fractions, affine)
+
+
+def thinning(shape_zyx: tuple[int, ...]) -> tuple[int, int, int]:
+    """Return every how-many-th slice, row and column to keep: rows and columns first, they are the finer ones."""
+    step = [1, 1, 1]
+    while np.prod([-(-n // s) for n, s in zip(shape_zyx, step, strict=True)]) > MAX_VOXELS:
+        kept = [-(-n // s) for n, s in zip(shape_zyx, step, strict=True)]
+        axes = (1, 2) if kept[1] * kept[2] >= kept[0] ** 2 else (0,)
+        for axis in axes:
+            step[axis] += 1
+    return step[0], step[1], step[2]
+
+
+def _canonical(fractions: list[float], affine: npt.NDArray[np.float64]) -> list[float]:
+    """Reorder fractions along x, y, z of the array to fractions along right, front, head."""
+    result = [0.5, 0.5, 0.5]
+    for axis, fraction in enumerate(fractions):
+        column = affine[:3, axis]
+        world = int(np.abs(column).argmax())
+        result[world] = round(fraction if column[world] > 0 else 1 - fraction, 4)
+    return result
+
+
+def _nifti(array_ZHW: Array, affine: npt.NDArray[np.float64]) -> str:
+    import nibabel as nib
+
+    image = nib.Nifti1Image(np.ascontiguousarray(array_ZHW.transpose(2, 1, 0)), affine)
+    # A fixed time keeps equal reports equal to the byte.
+    return base64.b64encode(gzip.compress(image.to_bytes(), mtime=0)).decode()
+
+
+def main() -> int:
+    """Vendor niivue; a machine without npm or network gets reports without the viewer."""
+    try:
+        there = vendor(cache_folder(Path("data")))
+    except SamgraftError as error:
+        sys.stderr.write(error.render() + "\n")
+        return int(error.exit_code)
+    if not there:
+        sys.stderr.write(f"reports will have no 3D viewer: niivue {VERSION} needs npm online, once.\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,322 @@
+"""The table of an evaluation, its averages, comparisons, subgroups and post-processing against hand-made cases."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+from samgraft.finetune.classes import ClassTable
+from samgraft.finetune.comparison import compare, read_run, render_pair, write_comparison
+from samgraft.finetune.evaluate import Evaluation, write_evaluation
+from samgraft.finetune.metrics import class_scores
+from samgraft.finetune.packed import PackedLabels
+from samgraft.finetune.postprocess import (
+    PostProcessing,
+    apply_postprocessing,
+    choose_postprocessing,
+    read_postprocessing,
+)
+from samgraft.finetune.scores import (
+    CASE_COLUMNS,
+    METRICS,
+    case_rows,
+    count_one_sided,
+    interval_of,
+    per_patient,
+    read_cases,
+    render_csv,
+)
+from samgraft.finetune.statistics import compare_paired, holm, rank_biserial
+from samgraft.finetune.subgroups import read_subgroups, subgroups_by
+from samgraft.shared.data.store import SliceStore
+from samgraft.shared.errors import DataError, UsageError, WeightsError
+from scipy import stats
+from store_factory import make_store
+
+CLASSES = ClassTable(ids=(1, 4), names=("core", "rim"))
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    return SliceStore.open(make_store(tmp_path_factory.mktemp("store"), num_patients=4, series_per_patient=2))
+
+
+def rows_of(store, change=lambda label, number: label, classes=CLASSES):
+    rows = []
+    for number, record in enumerate(store.series):
+        true = store.read_label_volume(record.series_id)
+        rows += case_rows(change(true, number), true, record, classes, tolerance_mm=1.0)
+    return rows
+
+
+def table(values, *, name="core"):
+    """Rows of patients p0, p1, ... with one scan each and the given Dice."""
+    rows = []
+    for number, dice in enumerate(values):
+        row = dict.fromkeys(CASE_COLUMNS)
+        row |= {"patient_id": f"p{number}", "series_id": f"s{number}", "label_id": 1, "class": name}
+        row |= {"true_voxels": 1, "predicted_voxels": 1, "true_ml": 0.1, "predicted_ml": 0.1, "dice": dice}
+        rows.append(row)
+    return rows
+
+
+def write_run(folder, rows, **facts):
+    values = {"store_fingerprint": "f", "split_sha256": "s", "weights_sha256": "w", **facts}
+    out = folder / "evaluation" / "test"
+    write_evaluation(Evaluation(part="test", rows=rows, tolerance_mm=1.0), out, provenance=values)
+    return folder
+
+
+def test_overlap__by_hand():
+    predicted = np.array([1, 1, 1, 0, 4, 0])
+    true = np.array([1, 1, 0, 1, 0, 0])
+    core, rim = class_scores(predicted, true, CLASSES)
+    assert core.iou == pytest.approx(2 / 4)
+    assert core.sensitivity == pytest.approx(2 / 3)
+    assert core.precision == pytest.approx(2 / 3)
+    assert core.relative_volume_error == 0
+    assert not core.is_one_sided
+    assert (rim.iou, rim.sensitivity, rim.precision, rim.relative_volume_error) == (0.0, None, 0.0, None)
+    assert rim.is_one_sided
+    missed = class_scores(np.zeros(3), np.array([4, 4, 0]), CLASSES)[1]
+    assert (missed.sensitivity, missed.precision, missed.relative_volume_error) == (0.0, None, -1.0)
+
+
+def test_rows__perfect_and_missed(store):
+    perfect = rows_of(store)
+    core = [row for row in perfect if row["class"] == "core"]
+    assert all(row["dice"] == row["iou"] == row["nsd"] == row["precision"] == 1 for row in core)
+    assert all(row["hd95_mm"] == row["volume_error_ml"] == 0 for row in core)
+    # Spacing 5 x 1 x 1 mm: a voxel is 0.005 ml.
+    assert all(row["true_ml"] == pytest.approx(row["true_voxels"] * 0.005) for row in core)
+    # The store has no rim: nothing can be said of it.
+    assert all(row[metric.key] is None for row in perfect if row["class"] == "rim" for metric in METRICS)
+    missed = rows_of(store, lambda label, number: label * (number > 0))
+    assert count_one_sided(missed) == 1
+    z, y, x = store.series[0].shape_zyx
+    assert missed[0]["hd95_mm"] == pytest.approx(np.linalg.norm([5 * z, y, x]))
+    assert missed[0]["volume_error_ml"] == pytest.approx(-missed[0]["true_ml"])
+
+
+def test_averages__scans_then_patients(store):
+    """One of eight scans of four patients is missed: its patient has 1/2, the mean over patients is 7/8."""
+    rows = rows_of(store, lambda label, number: label * (number > 0))
+    assert sorted(per_patient(rows, "dice").values()) == [0.5, 1, 1, 1]
+    assert interval_of(rows, "dice").mean == pytest.approx(7 / 8)
+    assert interval_of(rows, "dice", class_name="rim") is None
+
+
+def test_files__come_back_and_equal_inputs_give_equal_bytes(store, tmp_path):
+    rows = rows_of(store, lambda label, number: np.roll(label, number, axis=2))
+    evaluation = Evaluation(part="test", rows=rows, tolerance_mm=1.0)
+    for name in ("a", "b"):
+        write_evaluation(evaluation, tmp_path / name, provenance={}, subgroups=[subgroups_by("plane", store)])
+    for name in ("cases.csv", "summary.json", "subgroups.csv"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    back = read_cases(tmp_path / "a" / "cases.csv")
+    assert [r["series_id"] for r in back] == [r["series_id"] for r in rows]
+    for metric in METRICS:
+        assert [r[metric.key] for r in back] == pytest.approx([r[metric.key] for r in rows], abs=1e-4)
+    summary = json.loads((tmp_path / "a" / "summary.json").read_text())
+    assert set(summary["metrics"]) == {m.key for m in METRICS}
+    assert summary["metrics"]["hd95_mm"]["better"] == "lower"
+    assert summary["subgroups"] == {"plane": {"axial": 8}}
+    assert render_csv(back) == render_csv(read_cases(tmp_path / "b" / "cases.csv"))
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [("", "columns"), ("a,b\n1,2\n", "columns"), (",".join(CASE_COLUMNS) + "\np,s,x" + ",1" * 14 + "\n", "damaged")],
+)
+def test_cases_csv__damaged_is_refused(tmp_path, content, text):
+    (tmp_path / "cases.csv").write_text(content)
+    with pytest.raises(DataError, match=text):
+        read_cases(tmp_path / "cases.csv")
+    with pytest.raises(DataError, match="there is none"):
+        read_cases(tmp_path / "nothing" / "cases.csv")
+
+
+def test_packed__is_lossless_and_small():
+    labels = np.zeros((20, 64, 64), dtype=np.int32)
+    labels[3:9, 10:40, 20:50] = 300
+    packed = PackedLabels.pack(labels)
+    assert np.array_equal(packed.unpack(), labels)
+    assert len(packed.content) < labels.nbytes / 100
+
+
+# --- statistics -------------------------------------------------------------------------------------------------------
+
+
+def test_paired__by_hand():
+    """Gains 1, 2, 3, 4, 5 and a loss of 6 tenths: ranks 15 against 6 of 21."""
+    first = np.full(6, 0.2)
+    second = first + np.array([0.01, 0.02, 0.03, 0.04, 0.05, -0.06])
+    pair = compare_paired(first, second)
+    assert pair.difference.mean == pytest.approx(0.09 / 6)
+    assert pair.effect.mean == pytest.approx((15 - 6) / 21)
+    assert pair.p_value == pytest.approx(stats.wilcoxon(second - first).pvalue)
+    assert pair.effect.low < pair.effect.mean < pair.effect.high
+    back = compare_paired(second, first)
+    assert back.difference.mean == pytest.approx(-pair.difference.mean)
+    assert back.effect.mean == pytest.approx(-pair.effect.mean)
+
+
+def test_paired__equal_models_and_few_patients():
+    same = compare_paired([0.5] * 8, [0.5] * 8)
+    assert (same.p_value, same.effect.mean, same.difference.mean) == (1.0, 0.0, 0.0)
+    few = compare_paired([0.1, 0.2], [0.2, 0.3])
+    assert few.p_value is None
+    assert few.difference.low is None
+    assert few.effect.mean == 1.0
+    assert compare_paired([], []) is None
+    with pytest.raises(ValueError, match="one per patient"):
+        compare_paired([0.1], [])
+    assert rank_biserial(np.array([1.0, 2.0, 0.0])) == 1.0
+
+
+def test_holm__by_hand():
+    """0.01 * 4, then 0.02 * 3 = 0.06, then 0.03 * 2 = 0.06, then 0.9: never falling, at most 1."""
+    corrected = holm([0.02, None, 0.01, 0.9, 0.03])
+    assert corrected == [pytest.approx(0.06), None, pytest.approx(0.04), pytest.approx(0.9), pytest.approx(0.06)]
+    assert holm([0.6, 0.7]) == [1.0, 1.0]
+
+
+def test_compare__three_runs(tmp_path):
+    rng = np.random.default_rng(0)
+    base = rng.uniform(0.4, 0.6, size=12)
+    runs = [
+        read_run(write_run(tmp_path / name, table(base + gain)), part="test")
+        for name, gain in (("a", 0), ("b", rng.uniform(0.1, 0.3, size=12)), ("c", rng.normal(0, 0.1, size=12)))
+    ]
+    results = {(r.first, r.second): r for r in compare(runs, metrics=["dice"]) if r.class_name == "all"}
+    assert set(results) == {("a", "b"), ("a", "c"), ("b", "c")}
+    winner = results["a", "b"]
+    assert winner.paired.effect.mean == 1.0
+    assert winner.paired.difference.low > 0.1
+    # Six tests: three pairs, over all classes and in the only class.
+    assert winner.p_holm == pytest.approx(winner.paired.p_value * 6)
+    assert results["a", "c"].p_holm > 0.05
+    assert "p (Holm)" in render_pair(winner)
+    write_comparison(runs, list(results.values()), tmp_path / "out", metrics=["dice"])
+    with (tmp_path / "out" / "comparison.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    assert [line["second"] for line in lines] == ["b", "c", "c"]
+    assert float(lines[0]["difference"]) == pytest.approx(winner.paired.difference.mean, abs=1e-4)
+
+
+def test_compare__refuses_what_does_not_compare(tmp_path):
+    a = read_run(write_run(tmp_path / "a", table([0.5, 0.6])), part="test")
+    with pytest.raises(UsageError, match="two or more runs"):
+        compare([a])
+    with pytest.raises(UsageError, match="metrics must be among"):
+        compare([a, read_run(write_run(tmp_path / "b", table([0.5, 0.6])), part="test")], metrics=["dicee"])
+    other = read_run(write_run(tmp_path / "c", table([0.5, 0.6]), store_fingerprint="g"), part="test")
+    with pytest.raises(DataError, match="store_fingerprint of c differs"):
+        compare([a, other])
+    fewer = read_run(write_run(tmp_path / "d", table([0.5])), part="test")
+    with pytest.raises(DataError, match="0 are only in d and 1 only in a"):
+        compare([a, fewer])
+    with pytest.raises(DataError, match="evaluated on val"):
+        read_run(tmp_path / "a", part="val")
+    cases = tmp_path / "a" / "evaluation" / "test" / "cases.csv"
+    cases.write_text("".join(cases.read_text().splitlines(keepends=True)[:-1]))
+    with pytest.raises(DataError, match="every scan of the evaluation, 2, got 1"):
+        read_run(tmp_path / "a", part="test")
+
+
+# --- subgroups --------------------------------------------------------------------------------------------------------
+
+
+def test_subgroups__by_table_and_by_store(store, tmp_path):
+    patients = store.patient_ids
+    path = tmp_path / "scanner.csv"
+    path.write_text("patient_id,group\n" + "".join(f"{p},{'AB'[n % 2]}\n" for n, p in enumerate(patients)))
+    groups = read_subgroups(path, store, patients=patients)
+    missed_patient = patients[0]
+    ids = {r.series_id for r in store.series if r.patient_id == missed_patient}
+    rows = [row | ({"dice": 0.0} if row["series_id"] in ids else {}) for row in rows_of(store)]
+    lines = {(x["group"], x["class"]): x for x in groups.table(rows) if x["metric"] == "dice"}
+    assert lines["A", "core"]["mean"] == pytest.approx(0.5)
+    assert lines["B", "all"]["mean"] == 1.0
+    assert lines["A", "all"]["num_patients"] == 2
+    assert groups.counts(rows) == {"A": 4, "B": 4}
+    assert groups.attribute == "scanner"
+    assert set(subgroups_by("slice_spacing", store).group_of.values()) == {"5.0 mm"}
+    with pytest.raises(UsageError, match="by one of site"):
+        subgroups_by("hospital", store)
+    with pytest.raises(DataError, match="does not know the site"):
+        subgroups_by("site", store)
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [("patient,group\n", "columns patient_id"), ("patient_id,group\n", "have none"), (None, "does not exist")],
+)
+def test_subgroups__bad_tables(store, tmp_path, content, text):
+    path = tmp_path / "groups.csv"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(DataError, match=text):
+        read_subgroups(path, store, patients=store.patient_ids)
+
+
+def test_subgroups__a_patient_in_two_groups(store, tmp_path):
+    path = tmp_path / "groups.csv"
+    patient = store.patient_ids[0]
+    path.write_text(f"patient_id,group\n{patient},A\n{patient},B\n")
+    with pytest.raises(DataError, match="line 3: every patient must have one group"):
+        read_subgroups(path, store, patients=[patient])
+
+
+# --- post-processing --------------------------------------------------------------------------------------------------
+
+
+def spotty():
+    """A 6x6x3 block with a hole in its middle slice, a small piece elsewhere, and another class inside a ring."""
+    true = np.zeros((5, 20, 20), dtype=np.int32)
+    true[1:4, 2:8, 2:8] = 1
+    predicted = true.copy()
+    predicted[2, 4:6, 4:6] = 0
+    predicted[1, 15, 15] = 1
+    predicted[3, 4, 4] = 4
+    return predicted, true
+
+
+def test_postprocessing__by_hand():
+    predicted, true = spotty()
+    largest = apply_postprocessing(predicted, {1: ["largest_component"]})
+    assert largest[1, 15, 15] == 0
+    assert largest[2, 4, 4] == 0
+    filled = apply_postprocessing(predicted, {1: ["fill_holes"]})
+    assert filled[2, 4, 4] == 1
+    assert filled[1, 15, 15] == 1
+    assert filled[3, 4, 4] == 4, "filling takes no voxel of another class"
+    both = apply_postprocessing(predicted, {1: ["largest_component", "fill_holes"]})
+    assert (both != true).sum() == 1
+    assert np.array_equal(apply_postprocessing(predicted, {}), predicted)
+    assert predicted[1, 15, 15] == 1, "the input stays as it is"
+
+
+def test_postprocessing__is_chosen_only_where_it_helps_enough_patients(tmp_path):
+    predicted, true = spotty()
+    facts = {"weights_sha256": "w", "split_sha256": "s"}
+    cases = [(f"p{n}", predicted, true) for n in range(3)]
+    chosen = choose_postprocessing(cases, CLASSES, **facts)
+    assert chosen.steps == {1: ["largest_component", "fill_holes"]}
+    assert chosen.dice[1]["after"] > chosen.dice[1]["before"]
+    assert chosen.describe(CLASSES) == "core: largest component, fill holes"
+    assert choose_postprocessing(cases[:2], CLASSES, **facts).steps == {}
+    two_lesions = true.copy()
+    two_lesions[0:2, 12:18, 12:18] = 1
+    harmful = [(f"p{n}", two_lesions, two_lesions) for n in range(3)]
+    assert choose_postprocessing(harmful, CLASSES, **facts).steps == {}
+    chosen.write(tmp_path)
+    assert read_postprocessing(tmp_path, weights_sha256="w", classes=CLASSES) == chosen
+    with pytest.raises(WeightsError, match="other weights"):
+        read_postprocessing(tmp_path, weights_sha256="x", classes=CLASSES)
+    with pytest.raises(WeightsError, match="must name steps"):
+        read_postprocessing(tmp_path, weights_sha256="w", classes=ClassTable(ids=(7,), names=("z",)))
+    (tmp_path / "postprocessing.json").write_text("{")
+    with pytest.raises(WeightsError, match="damaged"):
+        read_postprocessing(tmp_path, weights_sha256="w", classes=CLASSES)
+    assert read_postprocessing(tmp_path / "none", weights_sha256="w", classes=CLASSES) == PostProcessing()
