@@ -57,7 +57,10 @@ finetune: $(STAMP) ## stage 2: tune encoder and decoder on labelled slices | mak
 	  $${METHOD:+--method "$$METHOD"} $${BASE:+--base "$$BASE"} $${NAME:+--name "$$NAME"} $${PRESET:+--preset "$$PRESET"} $(ARGS)
 
 evaluate: $(STAMP) ## per-case scores with intervals, on the scans' own grid | make evaluate RUN=runs/NAME SPLIT=test
-	@$(SAMGRAFT) evaluate "$$RUN" $${DATA:+--data "$$DATA"} $${SPLIT:+--split "$$SPLIT"} $(ARGS)
+	@$(SAMGRAFT) evaluate "$$RUN" $${DATA:+--data "$$DATA"} $${SPLIT:+--split "$$SPLIT"} $${OUT:+--out "$$OUT"} $(ARGS)
+
+predict: $(STAMP) ## masks for new scans, in their own geometry | make predict RUN=releases/NAME DATA=scans/ OUT=masks/
+	@$(SAMGRAFT) predict "$$RUN" "$$DATA" --out "$$OUT" $(ARGS)
 
 release: $(STAMP) ## checked weights, card and checksums from a run | make release RUN=runs/NAME OUT=releases/NAME LICENSE=cc-by-4.0
 	@$(SAMGRAFT) release "$$RUN" --out "$$OUT" $${LICENSE:+--license "$$LICENSE"} $(ARGS)

@@ -107,7 +107,7 @@ def evaluate(
     for number, series_id in enumerate(series_ids, start=1):
         predicted = segment_series(model.segmenter, store, series_id, classes, config)
         if postprocessing is not None:
-            predicted = apply_postprocessing(predicted, postprocessing.steps)
+            predicted = apply_postprocessing(predicted, postprocessing.steps, is_overlapping=classes.is_overlapping)
         true = store.read_label_volume(series_id).astype(np.int32)
         new = case_rows(predicted, true, store.record(series_id), classes, tolerance_mm=tolerance_mm)
         rows += new

@@ -9,7 +9,9 @@ from typing import Any
 
 import matplotlib as mpl
 import numpy as np
+import numpy.typing as npt
 from matplotlib.figure import Figure
+from samgraft.finetune.classes import ClassTable
 from samgraft.finetune.evaluate import Evaluation, write_text
 from samgraft.finetune.overlays import choose_slices, overlay, slice_pictures
 from samgraft.finetune.scores import (
@@ -58,6 +60,16 @@ class Pictured:
 
     store: SliceStore
     intensity: IntensityPreset
+    classes: ClassTable
+
+    def true_labels(self, series_id: str) -> npt.NDArray[np.int32]:
+        """Return the truth in the terms of a prediction: the model's ids (or bits), everything else background."""
+        label = self.store.read_label_volume(series_id)
+        true = np.zeros(label.shape, dtype=np.int32)
+        for channel, label_id in enumerate(self.classes.ids):
+            # Ids of exclusive classes never meet in a voxel, bits of overlapping ones add up.
+            true[self.classes.true_mask(label, channel)] |= label_id
+        return true
 
 
 def write_evaluation_report(
@@ -199,12 +211,12 @@ def _pictures(evaluation: Evaluation, chosen: Mapping[str, str], pictured: Pictu
     parts: list[Part] = []
     for name, series_id in chosen.items():
         store = pictured.store
-        predicted, true = evaluation.predictions[series_id].unpack(), store.read_label_volume(series_id)
+        predicted, true = evaluation.predictions[series_id].unpack(), pictured.true_labels(series_id)
         indexes = choose_slices(np.maximum(true > 0, predicted > 0), number=SLICES_PER_CASE)
         pictures = slice_pictures(store, series_id, indexes, intensity=pictured.intensity)
         tiles = [
-            overlay(image, true_HW=label, predicted_HW=predicted[index])
-            for index, (image, label) in zip(indexes, pictures, strict=True)
+            overlay(image, true_HW=true[index], predicted_HW=predicted[index])
+            for index, (image, _) in zip(indexes, pictures, strict=True)
         ]
         plain_tiles = [overlay(image) for image, _ in pictures]
         titles = [f"slice {index}" for index in indexes]
@@ -230,17 +242,12 @@ def _viewer(evaluation: Evaluation, chosen: Mapping[str, str], pictured: Picture
             ViewedCase(
                 title=f"{name}: {_case_title(evaluation.rows, series_id)}",
                 image_ZHW=np.stack([normalise(one, record.stats, pictured.intensity) for one in volume]),
-                true_ZHW=_of_classes(pictured.store.read_label_volume(series_id), evaluation.rows),
+                true_ZHW=pictured.true_labels(series_id),
                 predicted_ZHW=evaluation.predictions[series_id].unpack(),
                 affine=record.affine,
             )
         )
     return [Fragment(html=viewer_html(cases))], viewer_scripts(bundle)
-
-
-def _of_classes(true: Any, rows: Sequence[Row]) -> Any:
-    """Blank label ids that are no class of the model: they were not its task."""
-    return np.where(np.isin(true, list({row["label_id"] for row in rows})), true, 0)
 
 
 def _facts(evaluation: Evaluation, provenance: Mapping[str, Any]) -> dict[str, Any]:

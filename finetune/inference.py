@@ -5,7 +5,7 @@ Shape letters: Z = slices, H, W = rows and columns of a slice, N = slices of a b
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,12 +15,16 @@ import numpy.typing as npt
 import torch
 from samgraft.finetune.classes import ClassTable
 from samgraft.finetune.segmenter import Segmenter
-from samgraft.shared.data.frame import fit_frame, image_to_frame, logits_to_native
+from samgraft.shared.data.frame import InputFrame, fit_frame, image_to_frame, logits_to_native
 from samgraft.shared.data.intensity import IntensityPreset, IntensityStats, normalise
 from samgraft.shared.data.store import SliceStore
-from torch import nn
+from torch import Tensor, nn
 
 Volume = npt.NDArray[Any]
+Flips = tuple[tuple[int, ...], ...]
+"""Axes to mirror, one entry per pass."""
+NO_FLIPS: Flips = ((),)
+ALL_FLIPS: Flips = ((), (-1,), (-2,), (-2, -1))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +53,14 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 
 def segment_volume(
-    segmenter: Segmenter, volume_ZHW: Volume, stats: IntensityStats, classes: ClassTable, config: InferenceConfig
+    segmenter: Segmenter,
+    volume_ZHW: Volume,
+    stats: IntensityStats,
+    classes: ClassTable,
+    config: InferenceConfig,
+    *,
+    flips: Flips = NO_FLIPS,
+    on_slices: Callable[[int, int], None] | None = None,
 ) -> npt.NDArray[np.int32]:
     """Segment a scan; draws no random numbers and leaves the model as it was.
 
@@ -59,6 +70,8 @@ def segment_volume(
         stats: Intensity statistics of this volume.
         classes: Channel order of the model.
         config: How slices reach the encoder.
+        flips: Axes to mirror, one pass each; the logits are averaged.
+        on_slices: Called with slices done and slices to do after every batch; may raise to stop.
 
     Returns:
         Label ids, the shape of ``volume_ZHW``. Logits, not labels, are resized; the class is chosen on native pixels.
@@ -72,10 +85,21 @@ def segment_volume(
         for start in range(0, len(volume_ZHW), config.batch_size):
             slices = volume_ZHW[start : start + config.batch_size]
             images = np.stack([normalise(slice_HW, stats, config.intensity) for slice_HW in slices])
-            images_N1SS = image_to_frame(torch.from_numpy(images)[:, None].to(device), frame)
-            logits_NCHW = logits_to_native(segmenter(images_N1SS).float(), frame)
+            logits_NCHW = _mean_logits(segmenter, torch.from_numpy(images)[:, None].to(device), frame, flips)
             labels[start : start + len(slices)] = classes.from_logits(logits_NCHW).cpu().numpy()
+            if on_slices is not None:
+                on_slices(start + len(slices), len(volume_ZHW))
     return labels
+
+
+def _mean_logits(segmenter: Segmenter, images_N1HW: Tensor, frame: InputFrame, flips: Flips) -> Tensor:
+    """Return logits (N, C, H, W) on native pixels; slices are mirrored before they are padded."""
+    passes = []
+    for axes in flips:
+        mirrored = images_N1HW.flip(axes) if axes else images_N1HW
+        logits_NCHW = logits_to_native(segmenter(image_to_frame(mirrored, frame)).float(), frame)
+        passes.append(logits_NCHW.flip(axes) if axes else logits_NCHW)
+    return passes[0] if len(passes) == 1 else torch.stack(passes).mean(dim=0)
 
 
 def segment_series(

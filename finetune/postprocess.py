@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from samgraft.finetune.classes import ClassTable
-from samgraft.finetune.metrics import class_scores, mean_or_none
+from samgraft.finetune.metrics import mean_or_none
 from samgraft.shared.errors import WeightsError
 from scipy import ndimage
 
@@ -100,8 +100,15 @@ def read_postprocessing(folder: Path, *, weights_sha256: str | None, classes: Cl
     return found
 
 
-def apply_postprocessing(labels_ZHW: Labels, steps: Mapping[int, Sequence[str]]) -> Labels:
+def apply_postprocessing(
+    labels_ZHW: Labels, steps: Mapping[int, Sequence[str]], *, is_overlapping: bool = False
+) -> Labels:
     """Return the label volume after the steps of every class.
+
+    Args:
+        labels_ZHW: Predicted label ids, or bits of overlapping classes.
+        steps: Label id (or bit) to steps.
+        is_overlapping: Whether they are bits.
 
     Connected means sharing a face (in three dimensions), a hole is background of a slice that its structure encloses
     in that slice: scans with thick slices leave a cavity open at the top or bottom. Filling never takes a voxel of
@@ -109,16 +116,20 @@ def apply_postprocessing(labels_ZHW: Labels, steps: Mapping[int, Sequence[str]])
     """
     result = labels_ZHW.copy()
     for label_id, chosen in steps.items():
-        mask = result == label_id
+        mask = (result & label_id) != 0 if is_overlapping else result == label_id
         if not mask.any():
             continue
         if "largest_component" in chosen:
             kept = _largest_component(mask)
-            result[mask & ~kept] = 0
+            removed = mask & ~kept
+            result[removed] = result[removed] & ~label_id if is_overlapping else 0
             mask = kept
         if "fill_holes" in chosen:
             filled = np.stack([ndimage.binary_fill_holes(slice_HW) for slice_HW in mask])
-            result[filled & (result == 0)] = label_id
+            if is_overlapping:
+                result[filled] |= label_id
+            else:
+                result[filled & (result == 0)] = label_id
     return result
 
 
@@ -140,13 +151,12 @@ def choose_postprocessing(
     num_patients = len({patient for patient, _, _ in cases})
     steps: dict[int, list[str]] = {}
     dice: dict[int, dict[str, float | None]] = {}
-    for label_id, name in zip(classes.ids, classes.names, strict=True):
-        only = ClassTable(ids=(label_id,), names=(name,))
-        before = _mean_dice(cases, only, ())
+    for channel, label_id in enumerate(classes.ids):
+        before = _mean_dice(cases, classes, channel, ())
         dice[label_id] = {"before": before, "after": before}
         if num_patients < MIN_PATIENTS or before is None:
             continue
-        scores = {candidate: _mean_dice(cases, only, candidate) or 0.0 for candidate in CANDIDATES}
+        scores = {candidate: _mean_dice(cases, classes, channel, candidate) or 0.0 for candidate in CANDIDATES}
         best = max(scores, key=lambda candidate: scores[candidate])
         if scores[best] >= before + MIN_GAIN:
             steps[label_id] = list(best)
@@ -157,11 +167,18 @@ def choose_postprocessing(
     )
 
 
-def _mean_dice(cases: Sequence[tuple[str, Labels, Labels]], only: ClassTable, steps: Sequence[str]) -> float | None:
+def _mean_dice(
+    cases: Sequence[tuple[str, Labels, Labels]], classes: ClassTable, channel: int, steps: Sequence[str]
+) -> float | None:
     per_patient: dict[str, list[float | None]] = {}
     for patient, predicted, true in cases:
-        after = apply_postprocessing(predicted, {only.ids[0]: steps}) if steps else predicted
-        per_patient.setdefault(patient, []).append(class_scores(after, true, only)[0].dice)
+        after = predicted
+        if steps:
+            wanted = {classes.ids[channel]: steps}
+            after = apply_postprocessing(predicted, wanted, is_overlapping=classes.is_overlapping)
+        found, truth = classes.predicted_mask(after, channel), classes.true_mask(true, channel)
+        total = int(found.sum()) + int(truth.sum())
+        per_patient.setdefault(patient, []).append(2 * int((found & truth).sum()) / total if total else None)
     return mean_or_none([mean_or_none(values) for values in per_patient.values()])
 
 

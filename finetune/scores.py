@@ -86,10 +86,10 @@ def case_rows(
         tolerance_mm: Of the surface Dice.
     """
     rows = []
-    for score in class_scores(predicted, true, classes):
+    for channel, score in enumerate(class_scores(predicted, true, classes)):
         surface = surface_score(
-            predicted == score.label_id,
-            true == score.label_id,
+            classes.predicted_mask(predicted, channel),
+            classes.true_mask(true, channel),
             spacing_mm=record.spacing_mm,
             tolerance_mm=tolerance_mm,
         )

@@ -74,7 +74,7 @@ def load_config(
     _make_writable(config)
     for layer in layers:
         name = layer.name if isinstance(layer, Path) else "command line"
-        values = _read_yaml(layer) if isinstance(layer, Path) else dict(layer)
+        values = read_yaml(layer) if isinstance(layer, Path) else dict(layer)
         config = _merge(config, values, schema, where=name)
     for override in overrides:
         key, separator, text = override.partition("=")
@@ -152,7 +152,12 @@ def _make_writable(node: DictConfig | ListConfig) -> None:
             _make_writable(child)
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a plain YAML (or JSON) file of keys and values.
+
+    Raises:
+        UsageError: If it is missing, too large, or uses tags, aliases, duplicate keys or YAML 1.1 traps.
+    """
     if not path.is_file():
         raise UsageError("the configuration file does not exist.", where=path.name)
     if path.stat().st_size > MAX_CONFIG_BYTES:

@@ -79,7 +79,8 @@ def run(arguments: argparse.Namespace) -> int:
     }
     write_evaluation(evaluation, folder, provenance=provenance, subgroups=subgroups)
     shareable = arguments.log_images or (arguments.data is None and _may_show_images(path))
-    pictured = Pictured(store=store, intensity=model.task.inference().intensity) if shareable else None
+    task = model.task
+    pictured = Pictured(store=store, intensity=task.inference().intensity, classes=task.classes) if shareable else None
     write_evaluation_report(
         evaluation, folder, title=path.name, provenance=provenance, subgroups=subgroups, pictured=pictured
     )

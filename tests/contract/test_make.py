@@ -34,7 +34,18 @@ def test_check__every_known_variable_passes_and_case_is_hinted() -> None:
 
 def test_make_help__lists_every_public_target_with_an_example() -> None:
     out = _make("help").stdout
-    for target in ("pretrain", "finetune", "evaluate", "release", "test", "check", "doctor", "inspect", "demo-data"):
+    for target in (
+        "pretrain",
+        "finetune",
+        "evaluate",
+        "predict",
+        "release",
+        "test",
+        "check",
+        "doctor",
+        "inspect",
+        "demo-data",
+    ):
         lines = [line for line in out.splitlines() if line.split()[:1] == [target]]
         assert len(lines) == 1, target
         assert f"make {target}" in lines[0]

@@ -33,7 +33,7 @@ def evaluated(tmp_path_factory):
 def write(evaluated, folder, *, pictures):
     store, evaluation = evaluated
     folder.mkdir(exist_ok=True)
-    pictured = Pictured(store=store, intensity=store.intensity) if pictures else None
+    pictured = Pictured(store=store, intensity=store.intensity, classes=CLASSES) if pictures else None
     return write_evaluation_report(evaluation, folder, title=EVIL, provenance={"weights": EVIL}, pictured=pictured)
 
 

@@ -40,7 +40,7 @@ def read_dicom_seg(path: Path, *, like: RawScan, where: str) -> RawScan:
     kind = str(dataset.get("SegmentationType", "BINARY"))
     label_ijk = np.zeros(like.array_ijk.shape, dtype=np.uint16)
     for frame, group in zip(pixels, groups, strict=True):
-        ids_HW = _ids(frame, dataset, group, kind)
+        ids_HW = _ids(frame, dataset, [group, *shared], kind, where=where)
         i, j, k = _place(find("ImagePositionPatient", [group, *shared]), [group, *shared], like, where=where)
         width, height = ids_HW.shape[1], ids_HW.shape[0]
         part = label_ijk[i : i + width, j : j + height, k]
@@ -53,10 +53,16 @@ def read_dicom_seg(path: Path, *, like: RawScan, where: str) -> RawScan:
     return RawScan(array_ijk=label_ijk, affine=like.affine, source_sha256=digest)
 
 
-def _ids(frame: npt.NDArray[Any], dataset: pydicom.Dataset, group: Any, kind: str) -> npt.NDArray[np.uint16]:
+def _ids(
+    frame: npt.NDArray[Any], dataset: pydicom.Dataset, places: list[Any], kind: str, *, where: str
+) -> npt.NDArray[np.uint16]:
     if kind == "LABELMAP":
         return frame.astype(np.uint16)
-    number = int(group.SegmentIdentificationSequence[0].ReferencedSegmentNumber)
+    # With one segment, writers say so once for all frames.
+    known = next((place for place in places if place.get("SegmentIdentificationSequence")), None)
+    if known is None:
+        raise DataError("a frame of the segmentation does not say which segment it shows.", where=where)
+    number = int(known.SegmentIdentificationSequence[0].ReferencedSegmentNumber)
     threshold = float(dataset.get("MaximumFractionalValue", 1)) / 2 if kind == "FRACTIONAL" else 0.5
     return np.where(frame >= threshold, number, 0).astype(np.uint16)
 

@@ -1,0 +1,169 @@
+"""``samgraft predict``: a scan, a folder of scans or DICOM series in, masks in their own geometry out."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from samgraft.shared.cli import Command
+from samgraft.shared.errors import DataError, ExitCode, StoppedAndSaved, UsageError
+
+if TYPE_CHECKING:
+    from samgraft.finetune.predict import PredictReport
+    from samgraft.finetune.prediction_inputs import Inputs
+    from samgraft.shared.training.signals import StopRequest
+
+log = logging.getLogger(__name__)
+
+PLAIN_LINE_EVERY_S = 60.0
+FORMATS = ("nifti", "nrrd", "dicom-seg")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.add_argument("model", metavar="RUN_OR_RELEASE", type=Path, help="a finished stage-2 run or a release")
+    parser.add_argument("input", metavar="INPUT", type=Path, help="a scan, a folder, a DICOM series, or a CSV list")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the masks")
+    parser.add_argument("--prompts", type=Path, help="YAML or JSON with boxes and points; default: automatic")
+    parser.add_argument(
+        "--formats", help="of nifti, nrrd, dicom-seg (for DICOM input), by commas; default all that apply"
+    )
+    parser.add_argument("--flips", action="store_true", help="average over mirrored slices: 4 x the work")
+    parser.add_argument("--no-postprocessing", action="store_true", help="the bare segmentation")
+    parser.add_argument("--frame", type=int, help="which volume of 4D files, from 0")
+    parser.add_argument("--allow-gaps", action="store_true", help="accept missing DICOM slices")
+    parser.add_argument("--nan-policy", default="refuse", choices=("refuse", "zero"), help="NaN and Inf in scans")
+    parser.add_argument("--precision", default="auto", choices=("auto", "bf16", "fp32"), help="number format")
+    parser.add_argument("--batch-size", type=int, default=8, help="slices per forward pass")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Carry the command out."""
+    from samgraft.finetune.predict import PredictSettings, predict_scans
+    from samgraft.finetune.prediction_inputs import find_inputs
+    from samgraft.finetune.predictor import Predictor
+    from samgraft.finetune.prompt_file import read_prompts
+    from samgraft.shared.training.signals import StopRequest, listening
+
+    if arguments.batch_size < 1:
+        raise UsageError(f"--batch-size must be at least 1, got {arguments.batch_size}.")
+    inputs = find_inputs(arguments.input, frame=arguments.frame, allow_gaps=arguments.allow_gaps)
+    formats = _formats(arguments.formats, inputs)
+    predictor = Predictor(
+        arguments.model,
+        device=arguments.device,
+        precision=arguments.precision,
+        batch_size=arguments.batch_size,
+        flips=arguments.flips,
+        postprocess=not arguments.no_postprocessing,
+    )
+    prompts = read_prompts(arguments.prompts, predictor.classes) if arguments.prompts else None
+    _say_start(inputs, predictor.reason, predictor.postprocessing.describe(predictor.classes))
+    stop = StopRequest()
+    stop.kept = "every finished scan"
+    settings = PredictSettings(formats=formats, zero_non_finite=arguments.nan_policy == "zero")
+    with listening(stop):
+        report = predict_scans(
+            predictor, inputs.scans, arguments.out, settings=settings, prompts=prompts, progress=_Lines(stop)
+        )
+    return _finish(report, arguments.out, total=len(inputs.scans))
+
+
+def _formats(text: str | None, inputs: Inputs) -> tuple[str, ...]:
+    from samgraft.finetune.dicom_seg_file import is_available
+
+    chosen = tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip())) if text else FORMATS
+    if not chosen or set(chosen) - set(FORMATS):
+        raise UsageError(f"--formats must be among {', '.join(FORMATS)}, got {text!r}.")
+    num_dicom = sum(scan.is_dicom for scan in inputs.scans)
+    if chosen == ("dicom-seg",) and num_dicom < len(inputs.scans):
+        raise UsageError(
+            f"dicom-seg alone leaves {len(inputs.scans) - num_dicom} scans that are not DICOM without a mask. "
+            "Add nifti or nrrd."
+        )
+    if "dicom-seg" in chosen and num_dicom and not is_available():
+        if text:
+            raise UsageError("DICOM-SEG needs highdicom.", next_command="pip install 'samgraft[dicom]'")
+        log.warning("no DICOM-SEG for %d series: pip install 'samgraft[dicom]'", num_dicom)
+        return tuple(name for name in chosen if name != "dicom-seg")
+    return chosen
+
+
+def _say_start(inputs: Inputs, device: str, postprocessing: str) -> None:
+    log.info("%d scans; %s; post-processing: %s", len(inputs.scans), device, postprocessing)
+    for reason, count in inputs.left_out.most_common():
+        log.info("left out: %d x %s", count, reason)
+    for note in inputs.notes:
+        log.info("note: %s", note)
+
+
+def _finish(report: PredictReport, out: Path, *, total: int) -> int:
+    parts = [f"{len(report.written)} segmented"]
+    if report.skipped:
+        parts.append(f"{len(report.skipped)} finished before (verified)")
+    if report.unprompted:
+        parts.append(f"{len(report.unprompted)} without a prompt")
+    if report.refused:
+        parts.append(f"{len(report.refused)} refused")
+    log.info("%d scans: %s; masks in %s", total, ", ".join(parts), out)
+    if report.refused:
+        shown = "; ".join(f"{name}: {reason}" for name, reason in list(report.refused.items())[:5])
+        raise DataError(
+            f"{len(report.refused)} of {total} scans could not be segmented. {shown}",
+            kept=f"{len(report.written) + len(report.skipped)} masks",
+            next_command="repair or remove them and run the same command again: finished scans are skipped",
+        )
+    return int(ExitCode.OK)
+
+
+class _Lines:
+    """One line per scan; within a long one, a line that stays in place on a terminal or one line per minute."""
+
+    def __init__(self, stop: StopRequest) -> None:
+        self.stop = stop
+        self.is_terminal = sys.stderr.isatty()
+        self.head = ""
+        self.last = 0.0
+        self.finished = 0
+
+    def begin(self, number: int, total: int, name: str) -> Callable[[int, int], None]:
+        """Remember the scan; return what to call with its slices."""
+        self._raise_if_stopped(total)
+        self.head = f"{number}/{total} {name}"
+        self.last = time.monotonic()
+
+        def on_slices(done: int, of: int) -> None:
+            self._raise_if_stopped(total)
+            now = time.monotonic()
+            if self.is_terminal:
+                sys.stderr.write(f"\r{self.head}: slice {done} of {of}\x1b[K")
+                sys.stderr.flush()
+            elif now - self.last > PLAIN_LINE_EVERY_S:
+                self.last = now
+                log.info("%s: slice %d of %d", self.head, done, of)
+
+        return on_slices
+
+    def end(self, name: str, text: str) -> None:
+        """Say how a scan ended."""
+        self.finished += 1
+        if self.is_terminal:
+            sys.stderr.write("\r\x1b[K")
+        log.info("%s: %s", self.head, text)
+
+    def _raise_if_stopped(self, total: int) -> None:
+        if self.stop.requested:
+            raise StoppedAndSaved(
+                f"{self.stop.signal_name} after {self.finished} of {total} scans.",
+                kept="every finished scan",
+                next_command="run the same command again: finished scans are skipped",
+            )
+
+
+COMMAND = Command(help="masks for new scans, in their own geometry", add_arguments=add_arguments, run=run)

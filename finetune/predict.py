@@ -1,0 +1,315 @@
+"""Scans in, masks in their own geometry out; finished ones are verified and skipped, unfinished ones never appear."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from samgraft.finetune.classes import ClassTable
+from samgraft.finetune.dicom_seg_file import write_dicom_seg
+from samgraft.finetune.prediction_files import (
+    LABEL_LIST,
+    NativeMasks,
+    write_label_list,
+    write_nifti,
+    write_seg_nrrd,
+)
+from samgraft.finetune.prediction_inputs import InputScan
+from samgraft.finetune.predictor import OnSlices, Predictor
+from samgraft.finetune.prompt_file import PromptFile, SlicePrompt, slice_prompts
+from samgraft.shared.data.examine import BuildSettings, Examined, examine_case
+from samgraft.shared.data.orientation import to_native
+from samgraft.shared.errors import DataError, SamgraftError, StorageError
+from samgraft.shared.models.safe_read import file_sha256
+
+log = logging.getLogger(__name__)
+
+SCHEMA = 1
+ENDINGS = {"nifti": ".nii.gz", "nrrd": ".seg.nrrd", "dicom-seg": ".dcm"}
+"""Format to the end of the file's name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictSettings:
+    """What decides the bytes of masks besides model and scan."""
+
+    formats: tuple[str, ...] = ("nifti", "nrrd", "dicom-seg")
+    """Of ``ENDINGS``; dicom-seg applies to DICOM input."""
+    zero_non_finite: bool = False
+    """Replace NaN and Inf by 0 instead of refusing them."""
+
+
+@dataclass(kw_only=True)
+class PredictReport:
+    """What became of every scan."""
+
+    written: list[str] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+    """Finished before, with equal scan, model and settings, and every file intact."""
+    unprompted: list[str] = field(default_factory=list)
+    """Without a prompt in the prompts file."""
+    refused: dict[str, str] = field(default_factory=dict)
+    """Name to reason."""
+
+
+class ScanProgress(Protocol):
+    """Hears what happens; the command line shows it."""
+
+    def begin(self, number: int, total: int, name: str) -> OnSlices | None:
+        """Be told that a scan begins; may return a callback for its slices."""
+
+    def end(self, name: str, text: str) -> None:
+        """Be told how it ended."""
+
+
+class _Silent:
+    def begin(self, number: int, total: int, name: str) -> OnSlices | None:
+        return None
+
+    def end(self, name: str, text: str) -> None:
+        pass
+
+
+def predict_scans(
+    predictor: Predictor,
+    scans: Sequence[InputScan],
+    out: Path,
+    *,
+    settings: PredictSettings,
+    prompts: PromptFile | None = None,
+    progress: ScanProgress | None = None,
+) -> PredictReport:
+    """Segment scans one by one into a folder; a scan that cannot be segmented is reported, the others go on.
+
+    Args:
+        predictor: The model.
+        scans: From ``find_inputs``.
+        out: Folder; created. Files of others in it are never overwritten.
+        settings: Formats and repairs.
+        prompts: Segment what it points at only; None segments automatically.
+        progress: Told about every scan.
+
+    Raises:
+        UsageError: If the prompts do not fit the scans.
+        StorageError: If a file would be overwritten that this command did not write, or cannot be written.
+    """
+    progress = progress or _Silent()
+    if prompts is not None:
+        prompts.refuse_strangers([scan.name for scan in scans])
+    if out.exists() and not out.is_dir():
+        raise StorageError("--out must be a folder, it is a file.", where=out.name, kept="that file")
+    out.mkdir(parents=True, exist_ok=True)
+    report = PredictReport()
+    if not predictor.classes.is_overlapping:
+        _write_label_list(out, predictor)
+    for number, scan in enumerate(scans, start=1):
+        if prompts is not None and not prompts.for_case(scan.name, is_only=len(scans) == 1):
+            report.unprompted.append(scan.name)
+            continue
+        on_slices = progress.begin(number, len(scans), scan.name)
+        start = time.monotonic()
+        try:
+            record = _predict_one(predictor, scan, out, settings, prompts, len(scans) == 1, on_slices)
+        except SamgraftError as error:
+            if not _concerns_one_scan(error) or len(scans) == 1:
+                raise
+            report.refused[scan.name] = error.what
+            progress.end(scan.name, f"refused: {error.what}")
+            continue
+        if record is None:
+            report.skipped.append(scan.name)
+            progress.end(scan.name, "finished before, verified")
+        else:
+            report.written.append(scan.name)
+            counts = ", ".join(f"{name} {voxels}" for name, voxels in record["voxels"].items())
+            progress.end(scan.name, f"voxels {counts}; {time.monotonic() - start:.1f} s")
+    return report
+
+
+def _predict_one(
+    predictor: Predictor,
+    scan: InputScan,
+    out: Path,
+    settings: PredictSettings,
+    prompts: PromptFile | None,
+    is_only: bool,
+    on_slices: OnSlices | None,
+) -> dict[str, Any] | None:
+    """Segment and write one scan; return its record, or None if it was finished before."""
+    build = BuildSettings(
+        modality=predictor.modality, salt="", zero_non_finite=settings.zero_non_finite, accept_burned_in=True
+    )
+    examined = examine_case(scan.case, build)
+    stem = out / scan.out_stem
+    formats = [name for name in settings.formats if name != "dicom-seg" or scan.is_dicom]
+    names = file_names(stem.name, formats, predictor.classes)
+    expected = _identity(predictor, examined, settings, prompts, formats)
+    if is_finished(stem, expected):
+        return None
+    _refuse_foreign_files(stem, names)
+    record = examined.record
+    placed = _place_prompts(prompts, scan, examined, is_only=is_only)
+    labels_zyx = predictor(examined.images[record.plane], prompts=placed, stats=record.stats, on_slices=on_slices)
+    masks = NativeMasks(
+        labels_ijk=to_native(labels_zyx, record.grid, record.plane),
+        affine=np.asarray(record.grid.affine, dtype=np.float64),
+        classes=predictor.classes,
+    )
+    values = {**expected, "input": scan.name, "voxels": masks.voxels(), "notes": list(record.notes)}
+    with _whole_or_nothing(stem) as folder:
+        for name in formats:
+            _write(name, folder, stem.name, masks, scan, predictor, prompted=prompts is not None)
+        files = {path.name: file_sha256(path) for path in sorted(folder.iterdir())}
+        text = json.dumps({**values, "files": files}, indent=2, sort_keys=True) + "\n"
+        # Moved last: the record is the mark of a finished scan.
+        _record_path(folder / stem.name).write_text(text, encoding="utf-8")
+    return values
+
+
+def is_finished(stem: Path, expected: dict[str, Any]) -> bool:
+    """Tell whether a scan's masks are there, made from equal scan, model and settings, and intact."""
+    try:
+        record = json.loads(_record_path(stem).read_text(encoding="utf-8"))
+        files = dict(record["files"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    if any(record.get(key) != value for key, value in expected.items()):
+        return False
+    paths = {stem.with_name(name): digest for name, digest in files.items()}
+    return all(path.is_file() and file_sha256(path) == digest for path, digest in paths.items())
+
+
+def _identity(
+    predictor: Predictor,
+    examined: Examined,
+    settings: PredictSettings,
+    prompts: PromptFile | None,
+    formats: Sequence[str],
+) -> dict[str, Any]:
+    """Return everything that decides the masks."""
+    return {
+        "schema": SCHEMA,
+        "source_sha256": examined.record.source_sha256,
+        "weights_sha256": predictor.model.card.weights_sha256,
+        "class_ids": list(predictor.classes.ids),
+        "class_names": list(predictor.classes.names),
+        "precision": "bf16" if predictor.is_bf16 else "fp32",
+        "flips": predictor.flips,
+        "postprocessing": {str(label): steps for label, steps in predictor.postprocessing.steps.items()},
+        "zero_non_finite": settings.zero_non_finite,
+        "prompts_sha256": prompts.sha256 if prompts else None,
+        "formats": list(formats),
+    }
+
+
+def _place_prompts(
+    prompts: PromptFile | None, scan: InputScan, examined: Examined, *, is_only: bool
+) -> list[SlicePrompt] | None:
+    if prompts is None:
+        return None
+    record = examined.record
+    return slice_prompts(
+        prompts.for_case(scan.name, is_only=is_only),
+        prompts.frame,
+        native_affine=np.asarray(record.grid.affine, dtype=np.float64),
+        affine=record.affine,
+        shape_zyx=record.shape_zyx,
+    )
+
+
+def file_names(stem: str, formats: Sequence[str], classes: ClassTable) -> list[str]:
+    """Return the files of a scan. A label map cannot hold classes that overlap: each gets a NIfTI file of its own."""
+    names = []
+    for name in formats:
+        parts = [f"-{_slug(one)}" for one in classes.names] if name == "nifti" and classes.is_overlapping else [""]
+        names += [f"{stem}{part}{ENDINGS[name]}" for part in parts]
+    return names
+
+
+def _write(
+    name: str, folder: Path, stem: str, masks: NativeMasks, scan: InputScan, predictor: Predictor, *, prompted: bool
+) -> None:
+    names = file_names(stem, [name], masks.classes)
+    if name == "nifti" and masks.classes.is_overlapping:
+        for channel, one in enumerate(names):
+            write_nifti(folder / one, masks.single(channel))
+    elif name == "nifti":
+        write_nifti(folder / names[0], masks)
+    elif name == "nrrd":
+        write_seg_nrrd(folder / names[0], masks)
+    else:
+        write_dicom_seg(
+            folder / names[0],
+            masks,
+            scan.case.scan.paths,
+            model_name=model_name(predictor.model.folder),
+            weights_sha256=predictor.model.card.weights_sha256 or "",
+            prompted=prompted,
+        )
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^\w]+", "_", name).strip("_") or "class"
+
+
+def model_name(folder: Path) -> str:
+    """Return what a run or release is called."""
+    folder = folder.resolve()
+    return folder.parent.name if folder.name == "model" else folder.name
+
+
+@contextmanager
+def _whole_or_nothing(stem: Path) -> Iterator[Path]:
+    """Give a folder to write into; its files move to their places when all are written, the record last."""
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    folder = stem.with_name(f".{hashlib.sha256(stem.name.encode()).hexdigest()[:12]}.partial-{os.getpid()}")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    try:
+        yield folder
+        record = _record_path(folder / stem.name)
+        # Says whose the files are if the move is cut off half way; without hashes it does not count as finished.
+        _record_path(stem).write_text(json.dumps({"schema": SCHEMA, "unfinished": True}) + "\n", encoding="utf-8")
+        for path in sorted(folder.iterdir(), key=lambda path: path == record):
+            path.replace(stem.with_name(path.name))
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _record_path(stem: Path) -> Path:
+    return stem.with_name(f"{stem.name}.samgraft.json")
+
+
+def _refuse_foreign_files(stem: Path, names: Sequence[str]) -> None:
+    """Never overwrite what this command did not write: it may be somebody's manual segmentation."""
+    if _record_path(stem).is_file():
+        return
+    for path in (stem.with_name(name) for name in names):
+        if path.exists():
+            raise StorageError(
+                "a file of this name exists and was not written by `samgraft predict`. Choose another --out.",
+                where=path.name,
+                kept="that file",
+            )
+
+
+def _write_label_list(out: Path, predictor: Predictor) -> None:
+    temporary = out / f".{LABEL_LIST}.{os.getpid()}"
+    write_label_list(temporary, predictor.classes)
+    temporary.replace(out / LABEL_LIST)
+
+
+def _concerns_one_scan(error: SamgraftError) -> bool:
+    """A bad scan or a file in its way is that scan's; a full disk or a stop concerns all."""
+    return isinstance(error, DataError) or (isinstance(error, StorageError) and "was not written by" in error.what)

@@ -1,0 +1,424 @@
+"""``predict``: geometry that other readers agree on, formats that other programs open, resume, prompts, refusals."""
+
+import dataclasses
+import json
+import os
+import re
+import signal
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from dicom_factory import write_series
+from finished_factory import make_lab
+from samgraft.finetune import predict as predict_module
+from samgraft.finetune.classes import ClassTable
+from samgraft.finetune.predict import PredictSettings, predict_scans
+from samgraft.finetune.prediction_files import NativeMasks, write_label_list, write_nifti, write_seg_nrrd
+from samgraft.finetune.prediction_inputs import find_inputs
+from samgraft.finetune.predictor import Predictor
+from samgraft.shared.cli import main
+from samgraft.shared.data.readers.nifti import read_nifti
+from store_factory import make_scan
+from store_factory import write_nifti as write_scan
+
+CLASSES = ClassTable(ids=(1, 300), names=("core", 'rim "outer"'))
+ENDS = (".nii.gz", ".seg.nrrd", ".samgraft.json")
+ORIENTATIONS = ("RAS", "LPS", "LAS", "PIR", "SLA", "IPL")
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    return make_lab(tmp_path_factory.mktemp("lab"))
+
+
+@pytest.fixture
+def scans(tmp_path):
+    """Three scans in two folders, one with a label beside it."""
+    folder = tmp_path / "scans"
+    for number, name in enumerate(("a.nii.gz", "b.nii.gz", "deep er/c.nii.gz")):
+        image, label = make_scan(shape_zyx=(4, 32, 32), seed=number)
+        write_scan(folder / name, image)
+        if number == 0:
+            write_scan(folder / "a_seg.nii.gz", label)
+    return folder
+
+
+def affine_of(codes):
+    ornt = nib.orientations.axcodes2ornt(tuple(codes))
+    affine = np.eye(4)
+    affine[:3, :3] = 0
+    for axis, (world, sign) in enumerate(ornt):
+        affine[int(world), axis] = sign * (2.0, 0.7, 1.3)[axis]
+    affine[:3, 3] = (-20, 35, 7)
+    return affine
+
+
+def masks_with_marker(codes, shape=(9, 10, 11), voxel=(2, 7, 4)):
+    labels = np.zeros(shape, dtype=np.int32)
+    labels[voxel] = 1
+    labels[5:8, 1:3, 2:9] = 300
+    return NativeMasks(labels_ijk=labels, affine=affine_of(codes), classes=CLASSES), voxel
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("codes", ORIENTATIONS)
+def test_marker_voxel__lies_at_one_physical_point_for_nibabel_simpleitk_and_slicer(tmp_path, codes):
+    sitk = pytest.importorskip("SimpleITK", reason="the second reader is a development dependency")
+    masks, voxel = masks_with_marker(codes)
+    wanted = (masks.affine @ [*voxel, 1])[:3]
+    write_nifti(tmp_path / "m.nii.gz", masks)
+    write_seg_nrrd(tmp_path / "m.seg.nrrd", masks)
+    image = nib.load(tmp_path / "m.nii.gz")
+    assert "".join(nib.aff2axcodes(image.affine)) == codes
+    found = np.argwhere(np.asarray(image.dataobj) == 1)
+    assert np.allclose((image.affine @ [*found[0], 1])[:3], wanted, atol=1e-4)
+    for name in ("m.nii.gz", "m.seg.nrrd"):
+        other = sitk.ReadImage(str(tmp_path / name))
+        array = sitk.GetArrayFromImage(other)
+        z, y, x = (int(n) for n in np.argwhere(array == 1)[0])
+        lps = np.asarray(other.TransformIndexToPhysicalPoint((x, y, z)))
+        assert np.allclose(lps * [-1, -1, 1], wanted, atol=1e-4), name
+        assert (array == 300).sum() == (masks.labels_ijk == 300).sum()
+
+
+def test_nifti__is_new_small_and_the_same_every_time(tmp_path):
+    masks, _ = masks_with_marker("RAS")
+    for name in "ab":
+        write_nifti(tmp_path / f"{name}.nii.gz", masks)
+    assert (tmp_path / "a.nii.gz").read_bytes() == (tmp_path / "b.nii.gz").read_bytes()
+    header = nib.load(tmp_path / "a.nii.gz").header
+    assert header.get_data_dtype() == np.uint16
+    assert header.get_xyzt_units()[0] == "mm"
+    assert header["descrip"].item() == b""
+    # Our own reader, which checks every byte, takes it too.
+    assert np.array_equal(read_nifti(tmp_path / "a.nii.gz", where="a").array_ijk, masks.labels_ijk)
+
+
+def test_seg_nrrd__opens_in_slicer_with_names_and_colours(tmp_path):
+    slicerio = pytest.importorskip("slicerio", reason="the second reader is a development dependency")
+    masks, _ = masks_with_marker("LPS")
+    write_seg_nrrd(tmp_path / "m.seg.nrrd", masks)
+    found = slicerio.read_segmentation(str(tmp_path / "m.seg.nrrd"))
+    assert [s["name"] for s in found["segments"]] == list(CLASSES.names)
+    assert [s["labelValue"] for s in found["segments"]] == [1, 300]
+    assert all(len(s["color"]) == 3 for s in found["segments"])
+    assert np.array_equal(found["voxels"], masks.labels_ijk)
+
+
+def test_label_list__is_what_itk_snap_reads(tmp_path):
+    write_label_list(tmp_path / "labels.txt", CLASSES)
+    rows = [line for line in (tmp_path / "labels.txt").read_text().splitlines() if not line.startswith("#")]
+    pattern = re.compile(r'^\s*(\d+)\s+(\d+)\s+(\d+)\s+(\d+)\s+(\d)\s+(\d)\s+(\d)\s+"([^"]*)"$')
+    parsed = [pattern.match(row).groups() for row in rows]
+    assert [(p[0], p[7]) for p in parsed] == [("0", "Clear Label"), ("1", "core"), ("300", "rim 'outer'")]
+
+
+# --- python -----------------------------------------------------------------------------------------------------------
+
+
+def test_predictor__from_python_equals_what_evaluate_segments(lab):
+    from samgraft.finetune.inference import segment_series
+
+    predictor = Predictor(lab.run, device="cpu", precision="fp32")
+    record = lab.store.series[0]
+    labels = predictor(lab.store.read_volume(record.series_id))
+    expected = segment_series(
+        predictor.model.segmenter, lab.store, record.series_id, predictor.classes, predictor.model.task.inference()
+    )
+    assert labels.shape == record.shape_zyx
+    assert np.array_equal(labels, expected)
+    assert set(np.unique(labels)) == {0, 1}, "the random model must segment something for these tests to mean anything"
+    one_by_one = Predictor(lab.run, device="cpu", precision="fp32", batch_size=1)
+    assert np.array_equal(one_by_one(lab.store.read_volume(record.series_id)), labels)
+
+
+def test_flips__average_mirrored_slices(lab):
+    """With flips a mirrored volume gives the mirrored mask, to the voxel; without it does not."""
+    volume = lab.store.read_volume(lab.store.series[0].series_id)
+    mirrored = volume[:, :, ::-1].copy()
+    plain, flips = (Predictor(lab.run, device="cpu", precision="fp32", flips=f) for f in (False, True))
+    differs = (plain(mirrored)[:, :, ::-1] != plain(volume)).sum()
+    assert differs > 50
+    assert (flips(mirrored)[:, :, ::-1] != flips(volume)).sum() <= 2
+
+
+def test_predictor__leaves_model_and_generators_alone(lab):
+    predictor = Predictor(lab.run, device="cpu", precision="fp32", flips=True)
+    predictor.model.segmenter.train()
+    weights = {k: v.clone() for k, v in predictor.model.segmenter.state_dict().items()}
+    state = torch.get_rng_state()
+    predictor(lab.store.read_volume(lab.store.series[0].series_id))
+    assert predictor.model.segmenter.training
+    assert all(torch.equal(weights[k], v) for k, v in predictor.model.segmenter.state_dict().items())
+    assert torch.equal(state, torch.get_rng_state())
+
+
+# --- folders ----------------------------------------------------------------------------------------------------------
+
+
+def run(lab, source, out, *more):
+    return main(["predict", str(lab.run), str(source), "--out", str(out), "--device", "cpu", *more])
+
+
+def test_folder__masks_beside_each_other_labels_left_out(lab, scans, tmp_path, capsys):
+    before = {p: p.read_bytes() for p in scans.rglob("*") if p.is_file()}
+    assert run(lab, scans, tmp_path / "out") == 0
+    said = capsys.readouterr().err
+    assert "3 scans: 3 segmented" in said
+    assert "left out: 1 x label file" in said
+    names = sorted(p.relative_to(tmp_path / "out").as_posix() for p in (tmp_path / "out").rglob("*") if p.is_file())
+    assert names == sorted(
+        ["labels.txt", *(f"{stem}{end}" for stem in ("a_seg", "b_seg", "deep er/c_seg") for end in ENDS)]
+    )
+    mask, scan = (nib.load(f) for f in (tmp_path / "out" / "b_seg.nii.gz", scans / "b.nii.gz"))
+    assert mask.shape == scan.shape
+    assert np.allclose(mask.affine, scan.affine)
+    record = json.loads((tmp_path / "out" / "b_seg.samgraft.json").read_text())
+    assert record["voxels"]["lesion"] == int((np.asarray(mask.dataobj) == 1).sum()) > 0
+    assert {p: p.read_bytes() for p in before} == before
+
+
+def test_resume__skips_verified_redoes_damaged_and_changed(lab, scans, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert run(lab, scans, out) == 0
+    stamps = {name: (out / f"{name}_seg.nii.gz").stat().st_mtime_ns for name in ("a", "b", "deep er/c")}
+    (out / "b_seg.nii.gz").write_bytes((out / "b_seg.nii.gz").read_bytes()[:-1] + b"x")
+    image, _ = make_scan(shape_zyx=(4, 32, 32), seed=9)
+    write_scan(scans / "deep er/c.nii.gz", image)
+    capsys.readouterr()
+    assert run(lab, scans, out) == 0
+    assert "3 scans: 2 segmented, 1 finished before (verified)" in capsys.readouterr().err
+    assert (out / "a_seg.nii.gz").stat().st_mtime_ns == stamps["a"]
+    assert (out / "b_seg.nii.gz").stat().st_mtime_ns != stamps["b"]
+    assert run(lab, scans, out, "--flips") == 0
+    assert "3 scans: 3 segmented" in capsys.readouterr().err
+
+
+def test_interruption__leaves_whole_scans_only_and_goes_on(lab, scans, tmp_path, capfd, monkeypatch):
+    out = tmp_path / "out"
+    write = predict_module.write_seg_nrrd
+
+    def stop_in_the_second(path, masks):
+        write(path, masks)
+        if path.name.startswith("b"):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(predict_module, "write_seg_nrrd", stop_in_the_second)
+    assert run(lab, scans, out) == 75
+    said = capfd.readouterr().err
+    assert "SIGTERM after 2 of 3 scans" in said
+    assert not list(out.rglob(".*partial*"))
+    monkeypatch.undo()
+    assert run(lab, scans, out) == 0
+    assert "1 segmented, 2 finished before" in capfd.readouterr().err
+
+
+def test_crash_while_files_move__is_redone_not_refused(lab, scans, tmp_path, monkeypatch, capsys):
+    """Cut off between moving masks and the record, the scan is neither finished nor somebody else's."""
+    from pathlib import Path
+
+    out = tmp_path / "out"
+    replace = Path.replace
+
+    def cut_off(self, target):
+        if self.name == "a_seg.samgraft.json":
+            raise OSError(5, "pulled the plug")
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", cut_off)
+    assert run(lab, scans / "a.nii.gz", out) != 0
+    monkeypatch.undo()
+    assert (out / "a_seg.nii.gz").is_file()
+    capsys.readouterr()
+    assert run(lab, scans / "a.nii.gz", out) == 0
+    assert "1 segmented" in capsys.readouterr().err
+
+
+def test_bad_scan__is_reported_and_the_others_go_on(lab, scans, tmp_path, capsys):
+    (scans / "b.nii.gz").write_bytes((scans / "b.nii.gz").read_bytes()[:-40])
+    assert run(lab, scans, tmp_path / "out") == 3
+    said = capsys.readouterr().err
+    assert "1 of 3 scans could not be segmented. b.nii.gz" in said
+    assert "kept   2 masks" in said
+    assert (tmp_path / "out" / "deep er" / "c_seg.nii.gz").is_file()
+
+
+def test_foreign_mask__is_never_overwritten(lab, scans, capsys):
+    """The output folder is the input folder: the label beside scan a is somebody's work."""
+    label = (scans / "a_seg.nii.gz").read_bytes()
+    assert run(lab, scans, scans) == 3
+    assert "was not written by `samgraft predict`" in capsys.readouterr().err
+    assert (scans / "a_seg.nii.gz").read_bytes() == label
+    assert (scans / "b_seg.nii.gz").is_file()
+
+
+# --- prompts ----------------------------------------------------------------------------------------------------------
+
+
+def test_prompts__segment_only_where_they_point(lab, scans, tmp_path, capsys):
+    prompts = tmp_path / "prompts.yaml"
+    prompts.write_text(
+        "version: 1\ncoordinates: voxel\nprompts:\n"
+        "  - {case: a.nii.gz, class: lesion, box: [[8, 8, 1], [24, 24, 2]]}\n"
+        "  - {case: b.nii.gz, class: 1, points: [[16, 16, 3], [2, 2, 3]], labels: [1, 0]}\n"
+    )
+    assert run(lab, scans, tmp_path / "out", "--prompts", str(prompts)) == 0
+    assert "2 segmented, 1 without a prompt" in capsys.readouterr().err
+    a, b = (np.asarray(nib.load(tmp_path / "out" / f"{n}_seg.nii.gz").dataobj) for n in "ab")
+    assert set(np.flatnonzero(a.any(axis=(0, 1)))) <= {1, 2}
+    assert set(np.flatnonzero(b.any(axis=(0, 1)))) <= {3}
+    assert a.any() or b.any(), "the random model must segment something"
+    prompts.write_text(prompts.read_text().replace("a.nii.gz", "z.nii.gz"))
+    assert run(lab, scans, tmp_path / "out2", "--prompts", str(prompts)) == 2
+    assert "got 'z.nii.gz'" in capsys.readouterr().err
+
+
+def test_prompts__equal_segment_anythings_predictor(lab):
+    """One box on one slice gives SamPredictor's mask."""
+    from samgraft.finetune.prompt_file import SlicePrompt
+    from samgraft.shared.data.intensity import normalise
+
+    predictor = Predictor(lab.run, device="cpu", precision="fp32")
+    record = lab.store.series[0]
+    volume = lab.store.read_volume(record.series_id)
+    box = (8.0, 6.0, 25.0, 27.0)
+    labels = predictor(volume, prompts=[SlicePrompt(where="", slice_index=2, channel=0, box=box)])
+    sam = predictor.model.segmenter.sam
+    image = normalise(volume[2], record.stats, predictor.model.task.inference().intensity)
+    from samgraft.shared.models.sam import decode_boxes, to_pixels
+
+    with torch.inference_mode():
+        embedding = sam.image_encoder(to_pixels(torch.from_numpy(image)[None, None], sam.image_encoder.spec))
+        logits, _ = decode_boxes(sam, embedding, torch.tensor([box]), multimask=False)
+        expected = sam.postprocess_masks(logits, (32, 32), (32, 32))[0, 0] > 0
+    assert np.array_equal(labels[2] > 0, expected.numpy())
+    assert not labels[[0, 1, 3]].any()
+
+
+# --- dicom ------------------------------------------------------------------------------------------------------------
+
+PATIENT = {
+    "PatientName": "Doe^Jane", "PatientBirthDate": "19500101", "PatientSex": "F", "StudyDate": "20260101",
+    "StudyTime": "120000", "AccessionNumber": "1", "ReferringPhysicianName": "", "StudyID": "1",
+    "FrameOfReferenceUID": "1.2.3.9", "PositionReferenceIndicator": "",
+}  # fmt: skip
+
+
+def test_dicom__segmentation_reads_back_with_the_right_geometry(lab, tmp_path, capsys):
+    hd = pytest.importorskip("highdicom", reason="highdicom is a development dependency")
+    image, _ = make_scan(shape_zyx=(5, 32, 32), seed=1)
+    volume = image.astype(np.uint16)
+    write_series(tmp_path / "scan" / "series", volume, step=3.0, **PATIENT)
+    assert run(lab, tmp_path / "scan", tmp_path / "out") == 0
+    assert "1 segmented" in capsys.readouterr().err
+    (path,) = (tmp_path / "out").rglob("*.dcm")
+    seg = hd.seg.segread(path)
+    assert [seg.get_segment_description(n).segment_label for n in seg.segment_numbers] == ["lesion"]
+    back = seg.get_volume(combine_segments=True, rescale_fractional=False)
+    nifti = nib.load(next((tmp_path / "out").rglob("*.nii.gz")))
+    labels = np.asarray(nifti.dataobj)
+    lps = back.affine @ np.array([*np.argwhere(back.array == 1)[0], 1.0])
+    ijk = np.linalg.inv(nifti.affine) @ (lps * [-1, -1, 1, 1])
+    assert labels[tuple(np.rint(ijk[:3]).astype(int))] == 1
+    # Every voxel, through the files' own geometry.
+    places = np.argwhere(back.array == 1)
+    world = (back.affine @ np.c_[places, np.ones(len(places))].T) * np.array([[-1], [-1], [1], [1]])
+    native = np.rint(np.linalg.inv(nifti.affine) @ world)[:3].astype(int)
+    found = np.zeros_like(labels)
+    found[tuple(native)] = 1
+    assert np.array_equal(found, labels)
+    # And our own reader takes it as a label of the series.
+    from samgraft.shared.data.readers.dicom import read_dicom_series
+    from samgraft.shared.data.readers.dicom_seg import read_dicom_seg
+
+    series = read_dicom_series(sorted((tmp_path / "scan" / "series").iterdir()), where="s")
+    assert np.array_equal(read_dicom_seg(path, like=series, where="seg").array_ijk, labels)
+    assert path.read_bytes()[:128] == b"\0" * 128
+
+
+def test_dicom__series_without_what_a_segmentation_repeats(lab, tmp_path, capsys):
+    pytest.importorskip("highdicom", reason="highdicom is a development dependency")
+    image, _ = make_scan(shape_zyx=(4, 32, 32), seed=1)
+    write_series(tmp_path / "scan", image.astype(np.uint16))
+    assert run(lab, tmp_path / "scan", tmp_path / "out") == 3
+    assert "--formats nifti,nrrd" in capsys.readouterr().err
+    assert not [p for p in (tmp_path / "out").iterdir() if p.name != "labels.txt"]
+    assert run(lab, tmp_path / "scan", tmp_path / "out", "--formats", "nifti,nrrd") == 0
+
+
+def test_dicom__without_highdicom(lab, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("samgraft.finetune.dicom_seg_file.is_available", lambda: False)
+    image, _ = make_scan(shape_zyx=(4, 32, 32), seed=1)
+    write_series(tmp_path / "scan", image.astype(np.uint16), **PATIENT)
+    assert run(lab, tmp_path / "scan", tmp_path / "out", "--formats", "nifti,dicom-seg") == 2
+    assert "needs highdicom" in capsys.readouterr().err
+    assert run(lab, tmp_path / "scan", tmp_path / "out") == 0
+    assert "no DICOM-SEG for 1 series" in capsys.readouterr().err
+
+
+# --- refusals ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "text"),
+    [
+        (["{run}", "{root}/gone", "--out", "{out}"], 3, "does not exist"),
+        (["{root}/gone", "{scan}", "--out", "{out}"], 4, "does not exist"),
+        (["{run}", "{scan}"], 2, "--out"),
+        (["{run}", "{scan}", "--out", "{out}", "--batch-size", "0"], 2, "at least 1"),
+        (["{run}", "{scan}", "--out", "{out}", "--formats", "mha"], 2, "nifti, nrrd, dicom-seg"),
+        (["{run}", "{scan}", "--out", "{out}", "--formats", "dicom-seg"], 2, "not DICOM"),
+        (["{run}", "{scan}", "--out", "{out}", "--prompts", "{root}/gone.yaml"], 2, "does not exist"),
+        (["{run}", "{notes}", "--out", "{out}"], 3, "must be a scan"),
+        (["{run}", "{empty}", "--out", "{out}"], 3, "no scan was found"),
+        (["{run}", "{nan}", "--out", "{out}"], 3, "must be finite"),
+        (["{run}", "{scan}", "--out", "{out}", "--device", "cuda"], 2, "device must be there"),
+        (["{run}", "{scan}", "--out", "{scan}"], 5, "must be a folder"),
+    ],
+)
+def test_refusals__one_screen_and_their_code(lab, tmp_path, capsys, arguments, code, text):
+    if "cuda" in arguments and torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    image, _ = make_scan(shape_zyx=(4, 32, 32))
+    broken = image.astype(np.float32)
+    broken[0, 0, 0] = np.nan
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "notes.txt").write_text("no scan")
+    places = {
+        "run": lab.run, "root": lab.root, "out": tmp_path / "out", "scan": write_scan(tmp_path / "s.nii.gz", image),
+        "nan": write_scan(tmp_path / "nan.nii.gz", broken), "empty": tmp_path / "empty",
+        "notes": tmp_path / "notes.txt",
+    }  # fmt: skip
+    assert main(["predict", *(a.format(**places) for a in arguments)]) == code
+    shown = capsys.readouterr().err
+    assert text in shown
+    assert "Traceback" not in shown
+
+
+def test_nan_policy__zero_is_recorded(lab, tmp_path):
+    image, _ = make_scan(shape_zyx=(4, 32, 32))
+    broken = image.astype(np.float32)
+    broken[0, 0, 0] = np.nan
+    path = write_scan(tmp_path / "nan.nii.gz", broken)
+    assert run(lab, path, tmp_path / "out", "--nan-policy", "zero") == 0
+    record = json.loads((tmp_path / "out" / "nan_seg.samgraft.json").read_text())
+    assert record["zero_non_finite"] is True
+    assert "were NaN or Inf and are 0" in record["notes"][0]
+
+
+def test_names__odd_ones_become_files(lab, tmp_path):
+    image, _ = make_scan(shape_zyx=(4, 32, 32))
+    folder = tmp_path / "dä ta 患者"
+    write_scan(folder / 'we"ird: name.nii.gz', image)
+    write_scan(folder / "same.nii.gz", image)
+    np.save(folder / "same.npy", image)
+    inputs = find_inputs(folder)
+    assert sorted(s.out_stem for s in inputs.scans) == ["same-2_seg", "same_seg", "we_ird_ name_seg"]
+    predictor = Predictor(lab.run, device="cpu")
+    report = predict_scans(predictor, inputs.scans, tmp_path / "out", settings=PredictSettings(formats=("nifti",)))
+    assert len(report.written) == 3
+    assert dataclasses.asdict(report)["refused"] == {}
