@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from samgraft.finetune.adapters import AdapterConfig
+from samgraft.finetune.adapters import AdapterConfig, Scope
 from samgraft.finetune.augment import AugmentConfig
+from samgraft.finetune.embedding_cache import CacheConfig
 from samgraft.finetune.loss import LossConfig
 from samgraft.shared.training.optimizer import OptimizerConfig
 from samgraft.shared.training.trainer import TrainerConfig
@@ -101,3 +102,16 @@ class FinetuneConfig:
     """For ``full`` use a tenth of the rate or less."""
     trainer: TrainerConfig
     watch: WatchConfig = field(default_factory=WatchConfig)
+    cache: CacheConfig = field(default_factory=CacheConfig)
+
+    def __post_init__(self) -> None:
+        if self.cache.variants and not self.freezes_encoder:
+            raise ValueError(
+                f"cache.variants must go with adapter.scope=decoder, got {self.adapter.scope.value}: embeddings of an "
+                "encoder that trains are stale after one step."
+            )
+
+    @property
+    def freezes_encoder(self) -> bool:
+        """True when no tensor of the encoder trains, so that embeddings stay what they are."""
+        return self.adapter.scope is Scope.DECODER

@@ -1,15 +1,18 @@
 """The folder of a finished model: runs/NAME/model or a release, written whole and read strictly.
 
-sam.safetensors   merged weights under segment_anything's names
+sam.safetensors   merged weights under segment_anything's names; or, where the method cannot be merged,
+base.safetensors  the weights before tuning: they need the adapter beside them
 card.json         what it is; task.json: what it segments
-adapter/          the peft pair before merging (not with ``full``)
+adapter/          the peft pair before merging (not where SAM's own tensors were trained)
 """
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
+from samgraft.finetune.adapters import base_tensors, load_adapter
 from samgraft.finetune.segmenter import Segmenter
 from samgraft.finetune.task import Task
 from samgraft.shared.errors import WeightsError
@@ -19,6 +22,8 @@ from samgraft.shared.models.weights import load_sam, save_tensors
 from segment_anything.modeling import Sam
 
 WEIGHTS_FILE = "sam.safetensors"
+BASE_FILE = "base.safetensors"
+ADAPTER_FOLDER = "adapter"
 CARD_FILE = "card.json"
 
 
@@ -30,14 +35,24 @@ class FinishedModel:
     card: Card
     task: Task
     folder: Path
+    is_merged: bool = True
+    """False: base weights with an adapter in front of them, which plain SAM weights cannot express."""
 
 
-def write_model(sam: Sam, folder: Path, *, card: Card, task: Task) -> Path:
-    """Write merged weights, card and task; return the weights' path. Tasks come last: they mark a complete folder."""
+def write_model(sam: Sam, folder: Path, *, card: Card, task: Task, is_merged: bool = True) -> Path:
+    """Write weights, card and task; return the weights' path. Tasks come last: they mark a complete folder.
+
+    Args:
+        sam: A plain SAM; or, with ``is_merged`` False, one with an adapter, which lies in ``folder`` already.
+        folder: Where.
+        card: What the model is.
+        task: What it segments.
+        is_merged: False writes the weights before tuning, which need the adapter.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / WEIGHTS_FILE
-    save_tensors(sam.state_dict(), path)
-    Card.from_dict({**card.to_dict(), "weights_sha256": file_sha256(path)}).write(folder / CARD_FILE)
+    path = folder / (WEIGHTS_FILE if is_merged else BASE_FILE)
+    save_tensors(sam.state_dict() if is_merged else base_tensors(sam), path)
+    Card.from_dict({**card.to_dict(), "weights_sha256": weights_digest(folder)}).write(folder / CARD_FILE)
     task.write(folder)
     return path
 
@@ -54,17 +69,35 @@ def read_model(path: Path) -> FinishedModel:
         )
     folder = path / "model" if (path / "model").is_dir() else path
     task = Task.read(folder)
-    if not (folder / CARD_FILE).is_file() or not (folder / WEIGHTS_FILE).is_file():
+    is_merged = (folder / WEIGHTS_FILE).is_file()
+    if not (folder / CARD_FILE).is_file() or not (is_merged or (folder / BASE_FILE).is_file()):
         raise WeightsError(f"a finished model must have {WEIGHTS_FILE} and {CARD_FILE}.", where=path.name)
     card = Card.read(folder / CARD_FILE)
-    digest = file_sha256(folder / WEIGHTS_FILE)
-    if card.weights_sha256 != digest:
+    name = WEIGHTS_FILE if is_merged else f"{BASE_FILE} with its adapter"
+    if card.weights_sha256 != weights_digest(folder):
         raise WeightsError(
-            f"{WEIGHTS_FILE} must be the file its card describes, sha256 differs. It was changed or damaged.",
+            f"{name} must be the file its card describes, sha256 differs. It was changed or damaged.",
             where=path.name,
             kept="the run's training states",
         )
-    sam = load_sam(folder / WEIGHTS_FILE, image_size=task.image_size)
+    sam = load_sam(folder / (WEIGHTS_FILE if is_merged else BASE_FILE), image_size=task.image_size)
+    if not is_merged:
+        load_adapter(sam, folder / ADAPTER_FOLDER)
     return FinishedModel(
-        segmenter=Segmenter(sam, num_classes=task.classes.num_classes), card=card, task=task, folder=folder
+        segmenter=Segmenter(sam, num_classes=task.classes.num_classes),
+        card=card,
+        task=task,
+        folder=folder,
+        is_merged=is_merged,
     )
+
+
+def weights_digest(folder: Path) -> str:
+    """Return the sha256 of the merged weights, or of base weights and adapter together."""
+    if (folder / WEIGHTS_FILE).is_file():
+        return file_sha256(folder / WEIGHTS_FILE)
+    names = (BASE_FILE, f"{ADAPTER_FOLDER}/adapter_config.json", f"{ADAPTER_FOLDER}/adapter_model.safetensors")
+    if missing := [name for name in names if not (folder / name).is_file()]:
+        raise WeightsError(f"a finished model must have {WEIGHTS_FILE}, or all of {', '.join(names)}; got none of the "
+                           f"first and no {missing[0]}.", where=folder.name)  # fmt: skip
+    return hashlib.sha256(" ".join(file_sha256(folder / name) for name in names).encode()).hexdigest()

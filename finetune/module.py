@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import pytorch_lightning as pl
 import torch
-from samgraft.finetune.adapters import trainable_tensors
+from samgraft.finetune.adapters import RankUpdates, trainable_tensors
+from samgraft.finetune.cached_slices import CachedBatch
 from samgraft.finetune.classes import ClassTable
 from samgraft.finetune.config import FinetuneConfig
 from samgraft.finetune.loss import SegmentationLoss
@@ -19,23 +20,59 @@ from torch import Tensor
 class FinetuneModule(pl.LightningModule):
     """A segmenter, its loss and its optimizer."""
 
-    def __init__(self, segmenter: Segmenter, config: FinetuneConfig, classes: ClassTable) -> None:
+    def __init__(
+        self,
+        segmenter: Segmenter,
+        config: FinetuneConfig,
+        classes: ClassTable,
+        *,
+        rank_updates: RankUpdates | None = None,
+    ) -> None:
         super().__init__()
         self.segmenter = segmenter
         self.config = config
         self.classes = classes
+        self.rank_updates = rank_updates
         self.loss = SegmentationLoss(config.loss, overlapping=classes.is_overlapping)
 
-    def training_step(self, batch: SliceBatch, batch_idx: int) -> dict[str, Tensor]:
+    def training_step(self, batch: SliceBatch | CachedBatch, batch_idx: int) -> dict[str, Tensor]:
         """Return the loss of one micro-step."""
-        images_N1SS, labels_NSS, _ = batch_to_input(
-            batch,
+        embeddings_NChw, labels_NSS = self._embedded(batch)
+        loss = self.loss(self.segmenter.decode(embeddings_NChw), self.classes.to_target(labels_NSS))
+        if self.rank_updates is not None:
+            loss = loss + self.rank_updates.penalty()
+        return {"loss": loss}
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Update the weights, then what a method moves beside them."""
+        step = self.trainer.global_step + 1
+        super().optimizer_step(*args, **kwargs)
+        if self.rank_updates is not None:
+            self.rank_updates.after_update(step)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what the weights do not hold."""
+        if self.rank_updates is not None:
+            checkpoint["rank_updates"] = self.rank_updates.state()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take it up again."""
+        if self.rank_updates is not None:
+            self.rank_updates.load(checkpoint["rank_updates"])
+
+    def _embedded(self, batch: SliceBatch | CachedBatch) -> tuple[Tensor, Tensor]:
+        """Return embeddings and label ids, from the encoder or from the cache."""
+        if "embeddings_NChw" in batch:
+            cached = cast(CachedBatch, batch)
+            return cached["embeddings_NChw"], cached["labels_NSS"]
+        images_NCSS, labels_NSS, _ = batch_to_input(
+            cast(SliceBatch, batch),
             image_size=self.segmenter.image_size,
             keep_aspect=self.config.data.keep_aspect,
             device=self.device,
         )
         assert labels_NSS is not None
-        return {"loss": self.loss(self.segmenter(images_N1SS), self.classes.to_target(labels_NSS))}
+        return self.segmenter.embed(images_NCSS), labels_NSS
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Return AdamW over what trains; mask tokens that no class uses must not decay."""

@@ -27,6 +27,7 @@ from samgraft.shared.models.tensor_report import TensorReport
 
 if TYPE_CHECKING:
     from peft import PeftModel
+    from samgraft.finetune.cached_slices import CachedSlices
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +39,7 @@ class Prepared:
     store: SliceStore
     split: Split
     classes: ClassTable
-    dataset: SliceDataset
+    dataset: SliceDataset | CachedSlices
     val_series: list[str]
     start: StartingPoint
     segmenter: Segmenter

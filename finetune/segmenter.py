@@ -6,11 +6,15 @@ Shape letters: N = slices, C = foreground classes, S = side of the encoder's inp
 from __future__ import annotations
 
 import copy
+from typing import TYPE_CHECKING
 
 import torch
 from samgraft.shared.models.sam import decode_automatic, to_pixels
 from segment_anything.modeling import Sam
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from samgraft.finetune.embedding_cache import EmbeddingMemory
 
 SAM_MULTIMASK_OUTPUTS = 3
 """Multimask tokens of every published SAM."""
@@ -23,6 +27,7 @@ class Segmenter(nn.Module):
         super().__init__()
         self.sam = sam
         self.num_classes = num_classes
+        self.embedding_memory: EmbeddingMemory | None = None
 
     @property
     def image_size(self) -> int:
@@ -35,10 +40,22 @@ class Segmenter(nn.Module):
         Args:
             images_N1SS: Slices in [0, 1].
         """
-        pixels = to_pixels(images_N1SS, self.sam.image_encoder.spec)
-        embeddings = self.sam.image_encoder(pixels)
-        logits, _ = decode_automatic(self.sam, embeddings, multimask=self.num_classes > 1)
+        return self.decode(self.embed(images_N1SS))
+
+    def embed(self, images_N1SS: Tensor) -> Tensor:
+        """Return image embeddings (N, 256, h, w); in eval mode those of batches that come again may be remembered."""
+        if self.embedding_memory is not None and not self.training:
+            return self.embedding_memory.lookup(images_N1SS, self._encode)
+        return self._encode(images_N1SS)
+
+    def decode(self, embeddings_NChw: Tensor) -> Tensor:
+        """Return the logits that ``forward`` gives for the slices with these embeddings."""
+        logits, _ = decode_automatic(self.sam, embeddings_NChw, multimask=self.num_classes > 1)
         return logits[:, : self.num_classes]
+
+    def _encode(self, images_N1SS: Tensor) -> Tensor:
+        embeddings: Tensor = self.sam.image_encoder(to_pixels(images_N1SS, self.sam.image_encoder.spec))
+        return embeddings
 
 
 def make_room_for_classes(sam: Sam, *, num_classes: int) -> None:

@@ -11,11 +11,21 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import load_file
-from samgraft.finetune.adapters import merge_adapters, trainable_table, trainable_tensors
+from samgraft.finetune.adapters import (
+    Method,
+    RankUpdates,
+    can_merge,
+    merge_adapters,
+    save_adapter,
+    trainable_table,
+    trainable_tensors,
+)
+from samgraft.finetune.adapters.eva import initialise_eva
+from samgraft.finetune.cached_slices import CachedSlices, collate_cached, use_cache
 from samgraft.finetune.config import FinetuneConfig
 from samgraft.finetune.evaluate import dice_per_class, summarise, write_evaluation
 from samgraft.finetune.finetune_report import write_report
-from samgraft.finetune.model_folder import write_model
+from samgraft.finetune.model_folder import ADAPTER_FOLDER, write_model
 from samgraft.finetune.module import FinetuneModule
 from samgraft.finetune.overlays import choose_slices, overlay, slice_pictures
 from samgraft.finetune.preparation import Prepared, describe, prepare
@@ -24,7 +34,7 @@ from samgraft.finetune.segmenter import Segmenter
 from samgraft.finetune.task import Task
 from samgraft.finetune.validation import CaseResult, mean_dice, measure
 from samgraft.shared.config import config_sha256
-from samgraft.shared.data.dataset import collate_slices
+from samgraft.shared.data.dataset import batch_to_input, collate_slices
 from samgraft.shared.data.sampler import StepBatchSampler
 from samgraft.shared.data.split import pretrain_manifest
 from samgraft.shared.errors import UsageError, WeightsError
@@ -42,6 +52,8 @@ from torch.utils.data import DataLoader
 
 log = logging.getLogger(__name__)
 
+EVA_SLICES = 16
+"""Training slices that eva looks at."""
 MERGE_TOLERANCE = 1e-3
 """Largest absolute difference of logits, which span tens, between the adapted and the merged model in float32."""
 
@@ -62,7 +74,12 @@ def finetune(config: FinetuneConfig, run: RunFolder, device: DeviceChoice, prepa
         dice = rounds.set_reference("zero_shot", measure_zero_shot(prepared, device.torch_device))
         log.info("validation Dice of the base weights without training or prompt (zero-shot): %.3f", dice)
 
-    module = FinetuneModule(prepared.segmenter, config, prepared.classes)
+    prepared = use_cache(prepared, config, device)
+    if config.adapter.method is Method.EVA and run.latest_training_state() is None:
+        start_from_slices(prepared, config, device)
+    module = FinetuneModule(
+        prepared.segmenter, config, prepared.classes, rank_updates=RankUpdates.of(prepared.peft_model)
+    )
     result = fit(
         module,
         config=config.trainer,
@@ -94,6 +111,29 @@ def prepare_seeded(config: FinetuneConfig) -> Prepared:
     with rng_untouched():
         seed_process(config.seed)
         return prepare(config)
+
+
+def start_from_slices(prepared: Prepared, config: FinetuneConfig, device: DeviceChoice) -> None:
+    """Give eva's updates their start from training slices, spread over the list and without augmentation."""
+    assert prepared.peft_model is not None
+    segmenter = prepared.segmenter.to(device.torch_device).eval()
+    dataset = prepared.dataset
+    if isinstance(dataset, CachedSlices):
+        raise UsageError("adapter.method=eva must see the encoder's activations: use cache.variants=0.")
+    plain = dataset.without_augmentation()
+    chosen = range(0, len(plain), max(1, len(plain) // EVA_SLICES))
+    images = [
+        batch_to_input(
+            collate_slices([plain[index, 0]]),
+            image_size=segmenter.image_size,
+            keep_aspect=config.data.keep_aspect,
+            device=device.torch_device,
+        )[0]
+        for index in chosen
+    ]
+    with rng_untouched():
+        seed_process(config.seed)
+        initialise_eva(prepared.peft_model, segmenter, images)
 
 
 def measure_zero_shot(prepared: Prepared, device: torch.device) -> list[CaseResult]:
@@ -131,26 +171,40 @@ def write_finished(
 ) -> Path:
     """Write the adapter pair, merge, compare, and write the merged model; the merged one stays in ``prepared``."""
     folder = run.path / "model"
-    if prepared.peft_model is not None:
-        size = prepared.segmenter.image_size
-        images = torch.rand(2, 1, size, size, generator=torch.Generator().manual_seed(0))
-        prepared.peft_model.save_pretrained(str(folder / "adapter"))
-        with torch.inference_mode():
-            adapted = prepared.segmenter(images)
-        sam = merge_adapters(prepared.peft_model)
-        prepared.segmenter.sam = sam
-        with torch.inference_mode():
-            difference = float((prepared.segmenter(images) - adapted).abs().max())
-        if not difference <= MERGE_TOLERANCE:
-            raise WeightsError(
-                f"the merged model must give the adapted one's outputs, logits differ by {difference:.1e}.",
-                kept="the adapter, in model/adapter",
-            )
-        log.info("adapters merged: logits differ by %.1e at most", difference)
     card = finished_card(prepared, config, run)
     task = finished_task(prepared, config, rounds, trainable={p: round(t / 1e6, 4) for p, t, _ in trainable})
-    write_model(sam, folder, card=card, task=task)
+    if prepared.peft_model is None:
+        write_model(sam, folder, card=card, task=task)
+        return folder
+    save_adapter(prepared.peft_model, folder / ADAPTER_FOLDER, method=config.adapter.method)
+    if can_merge(config.adapter.method):
+        sam = _merged(prepared, folder)
+        write_model(sam, folder, card=card, task=task)
+    else:
+        log.info("%s cannot be merged: base weights and adapter are kept side by side", config.adapter.method.value)
+        write_model(sam, folder, card=card, task=task, is_merged=False)
     return folder
+
+
+def _merged(prepared: Prepared, folder: Path) -> Sam:
+    """Merge the updates and check that nothing changed by it; the merged model stays in ``prepared``."""
+    assert prepared.peft_model is not None
+    size = prepared.segmenter.image_size
+    images = torch.rand(2, 1, size, size, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        adapted = prepared.segmenter(images)
+    sam = merge_adapters(prepared.peft_model)
+    prepared.segmenter.sam = sam
+    with torch.inference_mode():
+        difference = float((prepared.segmenter(images) - adapted).abs().max())
+    if not difference <= MERGE_TOLERANCE:
+        raise WeightsError(
+            f"the merged model must give the adapted one's outputs, logits differ by {difference:.1e}.",
+            where=folder.name,
+            kept="the adapter, in model/adapter",
+        )
+    log.info("adapters merged: logits differ by %.1e at most", difference)
+    return sam
 
 
 def finished_card(prepared: Prepared, config: FinetuneConfig, run: RunFolder) -> Card:
@@ -256,7 +310,7 @@ def _loader(prepared: Prepared, config: FinetuneConfig, position: LoaderPosition
     return build_step_loader(
         prepared.dataset,
         batch_sampler=sampler,
-        collate_fn=collate_slices,
+        collate_fn=collate_cached if isinstance(prepared.dataset, CachedSlices) else collate_slices,
         num_workers=config.trainer.num_workers,
     )
 

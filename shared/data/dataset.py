@@ -154,6 +154,17 @@ class SliceDataset(Dataset[SliceSample]):
         self.num_neighbours = num_neighbours
         self._series_index = {record.series_id: i for i, record in enumerate(store.series)}
 
+    def without_augmentation(self) -> SliceDataset:
+        """Return the same slices as they are."""
+        return SliceDataset(
+            self.store,
+            self.slices,
+            intensity=self.intensity,
+            seed=self.seed,
+            with_label=self.with_label,
+            num_neighbours=self.num_neighbours,
+        )
+
     def __len__(self) -> int:
         return len(self.slices)
 

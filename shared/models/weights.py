@@ -278,6 +278,13 @@ def _find_file(path: Path) -> Path:
             "you trust it: python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER FILE.",
             where=path.name,
         )
+    for folder in (path, path / "model"):
+        if (folder / "base.safetensors").is_file() and (folder / "adapter").is_dir():
+            raise WeightsError(
+                "weights folder holds base weights and an adapter that cannot be merged into them: no plain SAM file "
+                "says what it learnt. evaluate, predict and release read the run; for one file train with METHOD=lora.",
+                where=path.name,
+            )
     if (path / "adapter_config.json").is_file():
         raise WeightsError(
             "weights folder holds an adapter alone: it needs its base. Give the whole run or release folder.",

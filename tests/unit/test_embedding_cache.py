@@ -1,0 +1,263 @@
+"""Cached embeddings: the same numbers as the encoder's, verified, never stale, counted before they are written."""
+
+import dataclasses
+import json
+import pickle
+
+import pytest
+import torch
+from samgraft.finetune.cached_slices import CachedSlices, collate_cached, fill_cache, plan_cache, use_cache
+from samgraft.finetune.config import FinetuneConfig
+from samgraft.finetune.embedding_cache import CacheType, EmbeddingCache, EmbeddingMemory, RecordShape
+from samgraft.finetune.preparation import prepare
+from samgraft.shared.cli import main
+from samgraft.shared.config import load_config
+from samgraft.shared.data.dataset import batch_to_input, collate_slices
+from samgraft.shared.data.store import SliceStore
+from samgraft.shared.errors import DataError, StorageError, UsageError
+from samgraft.shared.models.weights import save_tensors
+from samgraft.shared.training.device import choose_device
+from store_factory import make_store
+from tiny_sams import tiny_sam
+
+SHAPE = RecordShape(embedding_Chw=(4, 3, 3), image_size=8, dtype=CacheType.FP16)
+DEVICE = choose_device("cpu", precision="fp32")
+
+
+def embeddings(count, *, scale=1.0, seed=0):
+    return scale * torch.randn(count, 4, 3, 3, generator=torch.Generator().manual_seed(seed))
+
+
+def labels(count):
+    return torch.randint(0, 3, (count, 8, 8), generator=torch.Generator().manual_seed(9))
+
+
+def filled(folder, *, count=5, facts=None, scale=1.0, shape=SHAPE):
+    cache = EmbeddingCache(folder, shape, num_records=count, facts=facts or {"encoder": "a"})
+    values, ids = embeddings(count, scale=scale), labels(count)
+
+    def batches(first):
+        for start in range(first, count, 2):
+            yield values[start : start + 2], ids[start : start + 2]
+
+    cache.fill(batches)
+    return cache, values, ids
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e6, 1e-6])
+@pytest.mark.parametrize(("dtype", "bound"), [(CacheType.FP16, 2**-11), (CacheType.BF16, 2**-8)])
+def test_cache__gives_back_what_was_put_in_to_the_formats_precision(tmp_path, dtype, bound, scale):
+    shape = dataclasses.replace(SHAPE, dtype=dtype)
+    cache, values, ids = filled(tmp_path, scale=scale, shape=shape)
+    for record in (4, 0, 2):
+        embedding, label = cache.read(record)
+        assert torch.equal(label, ids[record])
+        largest = values[record].abs().max()
+        assert ((embedding - values[record]).abs() <= bound * values[record].abs() + 1e-6 * largest).all()
+    assert (cache.path / "embeddings.bin").stat().st_size == 5 * 2 * 4 * 3 * 3
+    again = pickle.loads(pickle.dumps(cache))
+    assert torch.equal(again.read(3)[0], cache.read(3)[0])
+
+
+def test_cache__goes_on_after_a_kill_with_the_same_bytes(tmp_path):
+    whole, values, ids = filled(tmp_path / "whole")
+    cache = EmbeddingCache(tmp_path / "cut", SHAPE, num_records=5, facts={"encoder": "a"})
+    asked = []
+
+    def dying(first):
+        asked.append(first)
+        yield values[:2], ids[:2]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        cache.fill(dying)
+    with (cache.path / "embeddings.bin").open("ab") as file:
+        file.write(b"half a record")  # what a kill between two writes leaves
+    with (cache.path / "index.jsonl").open("a") as file:
+        file.write("[0, 12")
+    assert not cache.is_complete
+
+    def rest(first):
+        asked.append(first)
+        yield values[first:], ids[first:]
+
+    cache.fill(rest)
+    assert asked == [0, 2]
+    for name in ("embeddings.bin", "labels.bin", "index.jsonl", "complete.json"):
+        assert (cache.path / name).read_bytes() == (whole.path / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("name", ["embeddings.bin", "labels.bin"])
+def test_cache__a_flipped_bit_is_found_when_it_is_read(tmp_path, name):
+    cache, _, _ = filled(tmp_path)
+    data = bytearray((cache.path / name).read_bytes())
+    data[-1] ^= 1
+    (cache.path / name).write_bytes(data)
+    assert cache.read(0)
+    with pytest.raises(DataError, match="record 4 of the embedding cache must have the checksum"):
+        cache.read(4)
+
+
+def test_cache__another_index_or_other_facts_are_refused(tmp_path):
+    cache, _, _ = filled(tmp_path)
+    (cache.path / "facts.json").write_text(json.dumps({"encoder": "b"}))
+    with pytest.raises(DataError, match="must belong to this encoder, store and settings"):
+        cache.read(0)
+    cache, _, _ = filled(tmp_path / "second")
+    (cache.path / "index.jsonl").write_text((cache.path / "index.jsonl").read_text().replace("0", "1", 1))
+    with pytest.raises(DataError, match="must be whole"):
+        cache.read(0)
+
+
+def test_cache__is_counted_on_disk_before_the_start(tmp_path, monkeypatch):
+    cache = EmbeddingCache(tmp_path, SHAPE, num_records=1000, facts={})
+    need = cache.check_disk()
+    assert need >= 1000 * SHAPE.embedding_bytes
+    monkeypatch.setattr("shutil.disk_usage", lambda place: type("Usage", (), {"free": need - 1})())
+    with pytest.raises(StorageError, match="embedding cache needs"):
+        cache.check_disk()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_cache__refuses_embeddings_that_are_not_finite(tmp_path):
+    cache = EmbeddingCache(tmp_path, SHAPE, num_records=1, facts={})
+    with pytest.raises(DataError, match="must be finite"):
+        cache.fill(lambda first: iter([(torch.full((1, 4, 3, 3), float("nan")), labels(1))]))
+
+
+def test_memory__computes_a_batch_once_and_keeps_to_its_limit():
+    calls = []
+
+    def embed(images):
+        calls.append(len(images))
+        return images.mean(dim=1, keepdim=True) * 2
+
+    first, second = torch.rand(2, 1, 4, 4), torch.rand(3, 1, 4, 4)
+    memory = EmbeddingMemory(limit_bytes=2 * 16 * 4)
+    for images in (first, second, first, second):
+        assert torch.equal(memory.lookup(images, embed), images * 2)
+    assert calls == [2, 3, 3]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    root = tmp_path_factory.mktemp("cached")
+    store = make_store(root, num_patients=5, shape_zyx=(4, 24, 24))
+    save_tensors(dict(tiny_sam("vit_t").state_dict()), root / "base.safetensors")
+    return root, store
+
+
+def config_for(place, **settings):
+    root, store = place
+    values = {
+        "modality": "mri",
+        "data": {"store": str(store), "batch_size": 3, "foreground_fraction": 0.8},
+        "model": {"ckpt": str(root / "base.safetensors"), "image_size": 32},
+        "adapter": {"scope": "decoder", "r": 2},
+        "trainer": {"max_steps": 2, "device": "cpu"},
+        "cache": {"variants": 2},
+    }
+    return load_config(FinetuneConfig, layers=[values, settings])
+
+
+def test_cached_slices__are_the_encoders_own_embeddings(place):
+    config = config_for(place)
+    prepared = prepare(config)
+    cached_run = use_cache(prepared, config, DEVICE)
+    cached = cached_run.dataset
+    assert isinstance(cached, CachedSlices)
+    assert len(cached) == len(prepared.dataset)
+    assert len(cached.unique) < len(cached)  # foreground slices are repeated, not their embeddings
+    assert cached.cache.num_records == 2 * len(cached.unique)
+
+    shown = [cached[3, counter] for counter in range(6)]
+    distinct = {sample["embedding"].sum().item() for sample in shown}
+    assert len(distinct) == 2
+    position = prepared.dataset.slices.index(prepared.dataset.slices[3])
+    unique = cached.unique.index(prepared.dataset.slices[3])
+    for variant in (0, 1):
+        record = 2 * unique + variant
+        batch = collate_slices([prepared.dataset[position, record]])
+        images, ids, _ = batch_to_input(batch, image_size=32, keep_aspect=True, device="cpu")
+        embedding, label = cached.cache.read(record)
+        with torch.no_grad():
+            expected = prepared.segmenter.eval().embed(images)[0]
+        torch.testing.assert_close(embedding, expected, atol=2e-3, rtol=2e-3)
+        assert torch.equal(label, ids[0])
+    batch = collate_cached(shown[:2])
+    assert batch["embeddings_NChw"].shape == (2, 16, 8, 8)
+    assert batch["labels_NSS"].shape == (2, 32, 32)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"seed": 7},
+        {"cache": {"variants": 3}},
+        {"cache": {"dtype": "bf16"}},
+        {"data": {"augment": {"max_rotation_deg": 5.0}}},
+        {"data": {"keep_aspect": False}},
+        {"model": {"image_size": 64}},
+    ],
+    ids=str,
+)
+def test_cached_slices__another_setting_is_another_cache(place, change):
+    def key(config):
+        prepared = prepare(config)
+        return plan_cache(prepared.dataset, prepared.segmenter, config, precision="32-true")[0].key
+
+    assert key(config_for(place)) == key(config_for(place))
+    assert key(config_for(place, **change)) != key(config_for(place))
+
+
+def test_cached_slices__other_weights_or_precision_are_another_cache(place):
+    config = config_for(place)
+    prepared = prepare(config)
+    keys = [plan_cache(prepared.dataset, prepared.segmenter, config, precision=p)[0].key for p in ("32-true", "bf16")]
+    with torch.no_grad():
+        prepared.segmenter.sam.image_encoder.neck[0].weight.mul_(1.001)
+    keys.append(plan_cache(prepared.dataset, prepared.segmenter, config, precision="32-true")[0].key)
+    assert len(set(keys)) == 3
+
+
+def test_cached_slices__a_second_run_computes_nothing(place, caplog):
+    config = config_for(place)
+    caplog.set_level("INFO")
+    prepared = prepare(config)
+    cache, cached = plan_cache(prepared.dataset, prepared.segmenter, config, precision="32-true")
+    fill_cache(cached, prepared.dataset, prepared.segmenter, config, DEVICE)
+    caplog.clear()
+    prepared.segmenter.sam.image_encoder.forward = None  # would fail
+    fill_cache(cached, prepared.dataset, prepared.segmenter, config, DEVICE)
+    assert f"{cache.num_records} cached ones fit this run" in caplog.text
+
+
+def test_cached_slices__several_processes_are_refused(place, monkeypatch):
+    config = config_for(place, seed=11)
+    prepared = prepare(config)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UsageError, match="filled by one process"):
+        use_cache(prepared, config, DEVICE)
+
+
+@pytest.mark.parametrize("scope", ["encoder_decoder", "neck_decoder"])
+def test_cache__needs_an_encoder_that_stays(place, scope):
+    with pytest.raises(UsageError, match=r"cache\.variants must go with adapter\.scope=decoder"):
+        config_for(place, adapter={"scope": scope})
+
+
+def test_run__on_cached_embeddings_from_command_to_model(place, monkeypatch, tmp_path):
+    root, store = place
+    monkeypatch.chdir(tmp_path)
+    arguments = [
+        "finetune", "--ckpt", str(root / "base.safetensors"), "--data", str(store), "--name", "cached",
+        "--preset", "cpu", "adapter.scope=decoder", "adapter.r=2", "cache.variants=1", "trainer.max_steps=3",
+        "data.batch_size=2", "model.image_size=32", "watch.validate_every_n_steps=2", "watch.num_overlays=1",
+        f"cache.folder={tmp_path / 'embeddings'}", "optim.warmup_steps=1",
+    ]  # fmt: skip
+    assert main(arguments) == 0
+    assert (tmp_path / "runs" / "cached" / "model" / "sam.safetensors").is_file()
+    (folder,) = (tmp_path / "embeddings").iterdir()
+    assert (folder / "complete.json").is_file()
+    assert SliceStore.open(store).fingerprint in (folder / "facts.json").read_text()
+    assert str(root) not in (folder / "facts.json").read_text()

@@ -1,0 +1,114 @@
+"""Methods through the command itself: what lies in model/ afterwards, and that it segments as the run did."""
+
+import pytest
+import torch
+from samgraft.finetune.model_folder import read_model
+from samgraft.shared.cli import main
+from samgraft.shared.errors import WeightsError
+from samgraft.shared.models.weights import load_sam, save_tensors
+from store_factory import make_store
+from tiny_sams import images_for, tiny_sam
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    root = tmp_path_factory.mktemp("lab")
+    make_store(root, num_patients=5, shape_zyx=(3, 24, 24))
+    save_tensors(dict(tiny_sam("vit_t").state_dict()), root / "base.safetensors")
+    return root
+
+
+def run(name, *settings, method="lora"):
+    return main([
+        "finetune", "--method", method, "--ckpt", "base.safetensors", "--data", "store.zarr", "--name", name,
+        "--preset", "cpu", "trainer.max_steps=3", "data.batch_size=2", "model.image_size=32", 
+        "watch.validate_every_n_steps=3", "watch.num_overlays=1", "optim.warmup_steps=1", "adapter.r=2", *settings,
+    ])  # fmt: skip
+
+
+def said(capsys):
+    """Log lines are wrapped to the terminal's width."""
+    shown = capsys.readouterr()
+    return " ".join((shown.out + shown.err).split())
+
+
+def test_adapter__keeps_base_and_adapter_side_by_side(place, monkeypatch, capsys):
+    monkeypatch.chdir(place)
+    assert run("bottleneck", method="adapter") == 0
+    assert "adapter cannot be merged: base weights and adapter are kept side by side" in said(capsys)
+    folder = place / "runs" / "bottleneck" / "model"
+    assert not (folder / "sam.safetensors").exists()
+    base, start = load_sam(folder / "base.safetensors", image_size=32), tiny_sam("vit_t")
+    assert all(torch.equal(t, base.state_dict()[n]) for n, t in start.state_dict().items())
+
+    model = read_model(place / "runs" / "bottleneck")
+    assert not model.is_merged
+    with torch.inference_mode():
+        segmented = model.segmenter(images_for("vit_t"))
+        difference = (segmented - type(model.segmenter)(base, num_classes=1)(images_for("vit_t"))).abs().max()
+    assert difference > 1e-4
+    assert main(["evaluate", "runs/bottleneck", "--split", "test"]) == 0
+
+    with pytest.raises(WeightsError, match="adapter that cannot be merged"):
+        load_sam(folder)
+    tensors = folder / "adapter" / "adapter_model.safetensors"
+    data = bytearray(tensors.read_bytes())
+    data[-1] ^= 1
+    tensors.write_bytes(data)
+    with pytest.raises(WeightsError, match="sha256 differs"):
+        read_model(place / "runs" / "bottleneck")
+    tensors.unlink()
+    with pytest.raises(WeightsError, match="adapter_model"):
+        read_model(place / "runs" / "bottleneck")
+
+
+@pytest.mark.parametrize("method", ["eva", "adalora", "pissa"])
+def test_method__runs_from_command_to_merged_model(place, monkeypatch, capsys, method):
+    monkeypatch.chdir(place)
+    assert run(method, "trainer.max_steps=10", method=method) == 0
+    shown = said(capsys)
+    assert "adapters merged" in shown
+    assert ("updates start along the main directions" in shown) is (method == "eva")
+    model = read_model(place / "runs" / method)
+    assert model.is_merged
+    assert (model.folder / "adapter" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "text"),
+    [
+        ("lorra", [], "Did you mean 'lora'?"),
+        ("lora", ["adapter.last_blocks=5"], "at most the 4 transformer blocks"),
+        ("lora", ["adapter.r=9"], "adapter.r must be at most 8"),
+        ("lora", ["adapter.scope=decoder", "adapter.last_blocks=1"], "adapter.scope=encoder_decoder"),
+        ("vera", ["adapter.targets=qv"], "adapter.targets=qv must go with"),
+        ("lora", ["cache.variants=2"], "cache.variants must go with adapter.scope=decoder"),
+        ("adalora", [], "trainer.max_steps must be at least 10"),
+    ],
+)
+def test_bad_input__on_one_screen(place, monkeypatch, capsys, method, settings, text):
+    monkeypatch.chdir(place)
+    assert run("refused", *settings, method=method) == 2
+    shown = capsys.readouterr().err
+    assert text in shown
+    assert "Traceback" not in shown
+    assert not (place / "runs" / "refused").exists()
+
+
+def test_activation_checkpointing__reaches_the_encoder_and_changes_no_number(place, monkeypatch):
+    monkeypatch.chdir(place)
+    for name, value in (("plain", "false"), ("saving", "true")):
+        assert run(name, f"trainer.activation_checkpointing={value}") == 0
+    tensors = [read_model(place / "runs" / name).segmenter.state_dict() for name in ("plain", "saving")]
+    assert all(torch.equal(t, tensors[1][n]) for n, t in tensors[0].items())
+    # One of them must have gone the other way: the switch is seen where the model is made.
+    from samgraft.finetune.config import FinetuneConfig
+    from samgraft.finetune.preparation import prepare
+    from samgraft.shared.config import load_config
+
+    config = load_config(FinetuneConfig, layers=[{
+        "modality": "mri", "data": {"store": "store.zarr", "batch_size": 2},
+        "model": {"ckpt": "base.safetensors", "image_size": 32}, "adapter": {"r": 2},
+        "trainer": {"max_steps": 1, "activation_checkpointing": True},
+    }])  # fmt: skip
+    assert prepare(config).segmenter.sam.image_encoder.activation_checkpointing
