@@ -21,7 +21,7 @@ def place(tmp_path_factory):
 def run(name, *settings, method="lora"):
     return main([
         "finetune", "--method", method, "--ckpt", "base.safetensors", "--data", "store.zarr", "--name", name,
-        "--preset", "cpu", "trainer.max_steps=3", "data.batch_size=2", "model.image_size=32", 
+        "--preset", "cpu", "trainer.max_steps=3", "data.batch_size=2", "model.image_size=32",
         "watch.validate_every_n_steps=3", "watch.num_overlays=1", "optim.warmup_steps=1", "adapter.r=2", *settings,
     ])  # fmt: skip
 
