@@ -66,7 +66,7 @@ class FinetuneModule(pl.LightningModule):
             cached = cast(CachedBatch, batch)
             return cached["embeddings_NChw"], cached["labels_NSS"]
         images_NCSS, labels_NSS, _ = batch_to_input(
-            cast(SliceBatch, batch),
+            batch,
             image_size=self.segmenter.image_size,
             keep_aspect=self.config.data.keep_aspect,
             device=self.device,
