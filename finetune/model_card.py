@@ -2,24 +2,36 @@
 
 from __future__ import annotations
 
-import csv
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-from samgraft.finetune.metrics import mean_or_none
-from samgraft.finetune.statistics import bootstrap_mean
+from samgraft.finetune.scores import METRIC_BY_KEY, class_names, interval_of, read_cases
+from samgraft.finetune.statistics import Interval
 from samgraft.finetune.task import Task
-from samgraft.shared.errors import DataError
+from samgraft.shared.models.architecture import SAM_PIXEL_MEAN
 from samgraft.shared.models.card import Card
-
-LIMITS = (
-    "Research software: not a medical device, not for diagnosis or treatment decisions.",
-    "Slices are segmented one by one: neighbouring slices may disagree.",
-    "Scans of another sequence, scanner, site or population than the training data may be segmented badly without "
-    "any sign of it.",
+from samgraft.shared.release.card_page import (
+    LIMITS,
+    contents_section,
+    front_matter,
+    input_section,
+    licence_section,
+    statement_section,
+    write_card_page,
 )
+from samgraft.shared.release.formats import Artefact
+from samgraft.shared.release.licence import Licence
+
+SAM_IMAGE_SIZE = 1024
+SAM_CLASSES = 3
+"""segment_anything's registry builds three multimask tokens."""
+SLICE_LIMIT = "Slices are segmented one by one: neighbouring slices may disagree."
+
+
+SHOWN = ("dice", "nsd", "hd95_mm")
+"""Columns of cases.csv that the card shows; all others are in the file."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,9 +40,10 @@ class TestScores:
 
     num_patients: int
     num_cases: int
-    per_class: dict[str, str]
-    """Class name to a rendered mean with interval."""
+    per_class: dict[str, dict[str, Interval | None]]
+    """Class name to metric to its mean over patients."""
     mean: float | None
+    """Dice over classes, scans, patients."""
 
 
 def read_test_scores(path: Path) -> TestScores | None:
@@ -41,60 +54,53 @@ def read_test_scores(path: Path) -> TestScores | None:
     """
     if not path.is_file():
         return None
-    try:
-        with path.open(newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
-        by_class: dict[str, dict[str, list[float | None]]] = {}
-        for row in rows:
-            value = None if row["dice"] == "n/a" else float(row["dice"])
-            by_class.setdefault(row["class"], {}).setdefault(row["patient_id"], []).append(value)
-        num_cases = len({row["series_id"] for row in rows})
-    except (KeyError, ValueError) as err:
-        raise DataError(f"cases.csv must be as `evaluate` writes it ({type(err).__name__}).", where=path.name) from err
-    per_class, means = {}, []
-    for name, patients in by_class.items():
-        values = [v for v in (mean_or_none(scores) for scores in patients.values()) if v is not None]
-        interval = bootstrap_mean(values)
-        per_class[name] = interval.render() if interval else "n/a (no test case has it)"
-        means.append(interval.mean if interval else None)
-    num_patients = len({row["patient_id"] for row in rows})
-    return TestScores(num_patients=num_patients, num_cases=num_cases, per_class=per_class, mean=mean_or_none(means))
+    rows = read_cases(path)
+    overall = interval_of(rows, "dice")
+    return TestScores(
+        num_patients=len({row["patient_id"] for row in rows}),
+        num_cases=len({row["series_id"] for row in rows}),
+        per_class={
+            name: {metric: interval_of(rows, metric, class_name=name) for metric in SHOWN} for name in class_names(rows)
+        },
+        mean=overall.mean if overall else None,
+    )
 
 
 def write_model_card(
-    folder: Path, *, title: str, card: Card, task: Task, licence: str, scores: TestScores | None
+    folder: Path,
+    *,
+    title: str,
+    card: Card,
+    task: Task,
+    licence: Licence,
+    scores: TestScores | None,
+    artefacts: Sequence[Artefact],
+    statement: str | None = None,
 ) -> None:
     """Write ``README.md``."""
-    front = yaml.safe_dump(_front_matter(title, card, task, licence, scores), sort_keys=False, allow_unicode=True)
-    body = "\n\n".join(
-        [
-            f"# {title}",
-            _what(card, task),
-            "## Scores\n\n" + _scores(task, scores),
-            "## Use\n\n" + _use(card, task),
-            "## Input\n\n" + _input(card, task),
-            "## Data\n\n" + _data(card, task),
-            "## Limits\n\n" + "\n".join(f"- {limit}" for limit in LIMITS),
-            f"## Licence\n\n{licence}, as stated by whoever made this release. The licence of the base weights applies "
-            "too.",
-        ]
-    )
-    (folder / "README.md").write_text(f"---\n{front}---\n\n{body}\n", encoding="utf-8")
-
-
-def _front_matter(title: str, card: Card, task: Task, licence: str, scores: TestScores | None) -> dict[str, Any]:
-    front: dict[str, Any] = {
-        "license": licence,
-        "library_name": "samgraft",
-        "pipeline_tag": "mask-generation",
-        "tags": ["medical-imaging", "segmentation", "segment-anything", card.arch, task.modality],
+    sections = {
+        "": _what(card, task),
+        "Scores": _scores(task, scores),
+        "Files": contents_section(artefacts),
+        "Use": _use(card, task, {a.path for a in artefacts}),
+        "Input": input_section(
+            card, image_size=task.image_size, intensity=task.intensity, keep_aspect=task.keep_aspect
+        ),
+        "Data": f"{statement_section(statement)}\n\n{_data(card, task)}",
+        "Limits": "\n".join(f"- {limit}" for limit in (*LIMITS, SLICE_LIMIT)),
+        "Licence": licence_section(licence),
     }
-    if scores and scores.mean is not None:
-        metric = {"type": "dice", "name": "Dice, mean over patients", "value": round(scores.mean, 4)}
-        dataset = {"type": "custom", "name": f"test part ({scores.num_patients} patients, {scores.num_cases} scans)"}
-        result = {"task": {"type": "image-segmentation"}, "dataset": dataset, "metrics": [metric]}
-        front["model-index"] = [{"name": title, "results": [result]}]
-    return front
+    front = front_matter(card, licence, pipeline="mask-generation", modality=task.modality, tags=["segmentation"])
+    write_card_page(folder, front=front | _results(title, scores), title=title, sections=sections)
+
+
+def _results(title: str, scores: TestScores | None) -> dict[str, Any]:
+    if scores is None or scores.mean is None:
+        return {}
+    metric = {"type": "dice", "name": "Dice, mean over patients", "value": round(scores.mean, 4)}
+    dataset = {"type": "custom", "name": f"test part ({scores.num_patients} patients, {scores.num_cases} scans)"}
+    result = {"task": {"type": "image-segmentation"}, "dataset": dataset, "metrics": [metric]}
+    return {"model-index": [{"name": title, "results": [result]}]}
 
 
 def _what(card: Card, task: Task) -> str:
@@ -108,28 +114,31 @@ def _what(card: Card, task: Task) -> str:
 
 
 def _scores(task: Task, scores: TestScores | None) -> str:
-    validation = task.validation
-    lines = ["| part | class | Dice |", "|---|---|---|"]
+    titles = [METRIC_BY_KEY[metric].title for metric in SHOWN]
+    lines = [f"| part | class | {' | '.join(titles)} |", "|---" * (2 + len(SHOWN)) + "|"]
     if scores:
-        lines += [f"| test | {name} | {text} |" for name, text in scores.per_class.items()]
+        for name, intervals in scores.per_class.items():
+            cells = [interval.render() if (interval := intervals[metric]) else "n/a" for metric in SHOWN]
+            lines.append(f"| test | {name} | {' | '.join(cells)} |")
     else:
-        lines.append("| test | - | not evaluated |")
+        lines.append("| test | - | not evaluated |" + " |" * (len(SHOWN) - 1))
+    validation = task.validation
     for key, name in (("zero_shot", "base weights, no prompt"), ("start", "before training"), ("best", "this model")):
         value = validation.get(key)
         text = "n/a" if value is None else f"{value:.3f}"
-        lines.append(f"| validation | all, {name} | {text} |")
+        lines.append(f"| validation | all, {name} | {text} |" + " |" * (len(SHOWN) - 1))
     return "\n".join(lines) + (
         "\n\nVolumes on the scans' own grids; means over patients with 95 % bootstrap intervals. The model was chosen "
         "on the validation part: only the test part estimates new patients."
     )
 
 
-def _use(card: Card, task: Task) -> str:
-    stock = card.arch != "vit_t"
+def _use(card: Card, task: Task, paths: set[str]) -> str:
+    stock = card.arch != "vit_t" and task.image_size == SAM_IMAGE_SIZE and len(task.class_ids) <= SAM_CLASSES
     builder = (
         "from segment_anything import sam_model_registry\n"
         f'sam = sam_model_registry["{card.arch}"](checkpoint="sam.pth")'
-        if stock and task.image_size == 1024
+        if stock
         else "from samgraft.shared.models.weights import load_sam\n"
         f'sam = load_sam("sam.safetensors", image_size={task.image_size})'
     )
@@ -139,16 +148,24 @@ def _use(card: Card, task: Task) -> str:
         else f"masks 1 to {len(task.class_ids)} (`multimask_output=True`) are the classes in order; background has "
         "logit 0, the largest logit wins"
     )
-    return f"```python\n{builder}\n```\n\nNo prompt; {output}."
-
-
-def _input(card: Card, task: Task) -> str:
-    preset = ", ".join(f"{key} {value}" for key, value in sorted(task.intensity.items()))
-    fit = "aspect kept, padded right and bottom" if task.keep_aspect else "resized to the square"
-    return (
-        f"One slice, {fit}, {task.image_size} px; intensity to [0, 1] per volume by this preset: {preset}. Then three "
-        f"equal channels times 255, minus {card.pixel_mean}, over {card.pixel_std}."
-    )
+    blocks = [f"```python\n{builder}\n```\n\nNo prompt; {output}."]
+    if "transformers" in paths:
+        blocks.append(
+            '```python\nfrom transformers import SamModel\nmodel = SamModel.from_pretrained("transformers")\n```'
+        )
+    if "peft" in paths:
+        blocks.append(
+            "```python\nfrom peft import PeftModel\nfrom samgraft.shared.models.weights import load_sam\n"
+            f'base = load_sam("peft/base.safetensors", image_size={task.image_size})  '
+            "# or the base named in adapter_config.json\n"
+            'model = PeftModel.from_pretrained(base, "peft")\n```'
+        )
+    if list(card.pixel_mean) != list(SAM_PIXEL_MEAN):
+        blocks.append(
+            "Pixel statistics are not SAM's: `load_sam` sets them from `card.json`; with other builders set "
+            f"`sam.pixel_mean` to {card.pixel_mean} and `sam.pixel_std` to {card.pixel_std}."
+        )
+    return "\n\n".join(blocks)
 
 
 def _data(card: Card, task: Task) -> str:

@@ -1,93 +1,87 @@
-"""A release: merged weights in two formats, card, checksums; loaded back and searched before it exists."""
+"""A release of a fine-tuned model: merged weights in every format that applies, card, task, checksums."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
-import os
-import shutil
-import subprocess
-import sys
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-from safetensors.torch import load_file, save_file
+from samgraft.finetune.adapter_format import adapter_format
 from samgraft.finetune.model_card import read_test_scores, write_model_card
 from samgraft.finetune.model_folder import CARD_FILE, WEIGHTS_FILE, FinishedModel, read_model
-from samgraft.finetune.privacy import refuse_findings, scan_folder
-from samgraft.finetune.release_check import probe_logits
+from samgraft.finetune.monai_bundle import expected_slices, monai_format
 from samgraft.finetune.task import Task
-from samgraft.shared.errors import StorageError, UsageError, WeightsError
+from samgraft.shared.errors import UsageError
 from samgraft.shared.models.card import Card
 from samgraft.shared.models.safe_read import file_sha256
-from samgraft.shared.models.weights import save_sam
+from samgraft.shared.release.formats import SAM_FORMAT, TRANSFORMERS_FORMAT, Artefact, Format, choose_formats
+from samgraft.shared.release.licence import Licence, decide_licence
+from samgraft.shared.release.onnx_format import ONNX_FORMAT
+from samgraft.shared.release.release_folder import Contents, build_release, refuse_existing
+from samgraft.shared.release.request import Released, ReleaseRequest
+from samgraft.shared.release.subject import Subject
 
 log = logging.getLogger(__name__)
 
-PTH_FILE = "sam.pth"
-CHECKSUMS = "SHA256SUMS"
-MAX_DIFFERENCE = 1e-4
-"""Largest absolute difference of logits between the run's model and a released file loaded back."""
+CLIENTS_MODULE = "samgraft.finetune.release_clients"
 
 
-@dataclass(frozen=True, kw_only=True)
-class CheckedFile:
-    """One weights file, loaded back in a fresh process."""
-
-    name: str
-    builder: str
-    max_difference: float
-
-
-def release(run: Path, *, out: Path, licence: str | None, known_identifiers: Collection[str] = ()) -> list[CheckedFile]:
+def release_model(request: ReleaseRequest) -> Released:
     """Write a release folder; it appears whole, checked and clean, or not at all.
 
-    Args:
-        run: A finished stage-2 run.
-        out: Folder to create; must not exist.
-        licence: Licence of the release, an SPDX name such as ``cc-by-4.0``. Asked for, never guessed.
-        known_identifiers: Further strings that must not occur anywhere.
-
     Raises:
-        UsageError: Without a licence.
+        UsageError: Without a licence, for a format that does not apply, or with ``--continuable``.
         StorageError: If ``out`` exists.
         WeightsError: If the run has no finished model, or a file does not give the same outputs when loaded back.
         DataError: If the privacy gate finds anything.
     """
-    model = read_model(run)
-    if not licence or not licence.strip():
-        raise UsageError(
-            "a release must state its licence; the base weights' and the data's terms limit the choice.",
-            next_command=f"samgraft release {run.name} --out {out.name} --license cc-by-4.0",
-        )
-    if out.exists():
-        raise StorageError("the release folder must not exist yet.", where=out.name, kept="what is in it")
-    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
-    partial.mkdir(parents=True)
-    try:
-        _write_files(model, run, partial, title=out.name, licence=licence.strip())
-        checked = _load_back(model, partial)
-        refuse_findings(scan_folder(partial, known=[*known_identifiers, *_pseudonyms(model.task)]))
-        _write_checksums(partial)
-        partial.replace(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return checked
+    model = read_model(request.run)
+    licence = decide_licence(request.licence, model.card, next_command=request.with_licence)
+    if request.continuable:
+        raise UsageError("--continuable is for runs of stage 1: a fine-tuned model has no self-supervised state.")
+    refuse_existing(request.out)
+    sam = model.segmenter.sam
+    subject = Subject(tensors=sam.state_dict(), spec=sam.image_encoder.spec, image_size=model.segmenter.image_size)
+    formats, left_out = choose_formats(_formats(model, request.run), request.formats, subject)
+
+    def write_texts(folder: Path, artefacts: Sequence[Artefact]) -> None:
+        _write_texts(model, request, folder, artefacts, licence=licence)
+
+    contents = Contents(
+        subject=subject,
+        formats=formats,
+        write_texts=write_texts,
+        clients_module=CLIENTS_MODULE,
+        identifiers=[*request.identifiers, *_pseudonyms(model.task)],
+        extra_outputs=lambda probe: expected_slices(model, probe),
+    )
+    return Released(checked=build_release(request.out, contents), left_out=left_out)
 
 
-def _write_files(model: FinishedModel, run: Path, folder: Path, *, title: str, licence: str) -> None:
-    scores = read_test_scores(run / "evaluation" / "test" / "cases.csv")
+def _formats(model: FinishedModel, run: Path) -> list[Format]:
+    return [SAM_FORMAT, TRANSFORMERS_FORMAT, adapter_format(model, run), ONNX_FORMAT, monai_format(model)]
+
+
+def _write_texts(
+    model: FinishedModel, request: ReleaseRequest, folder: Path, artefacts: Sequence[Artefact], *, licence: Licence
+) -> None:
+    scores = read_test_scores(request.run / "evaluation" / "test" / "cases.csv")
     if scores is None:
-        log.warning("no test scores: the card will say so. samgraft evaluate %s --split test makes them.", run.name)
-    for name in (WEIGHTS_FILE, PTH_FILE):
-        # torch names the archive's inner folder after the file: nothing that identifies.
-        save_sam(model.segmenter.sam, folder / name)
-    card = _public_card(model.card, licence=licence, weights=folder / WEIGHTS_FILE)
+        name = request.run.name
+        log.warning("no test scores: the card will say so. samgraft evaluate %s --split test makes them.", name)
+    card = _public_card(model.card, licence=licence.name, weights=folder / WEIGHTS_FILE)
     card.write(folder / CARD_FILE)
-    write_model_card(folder, title=title, card=card, task=model.task, licence=licence, scores=scores)
+    write_model_card(
+        folder,
+        title=request.out.name,
+        card=card,
+        task=model.task,
+        licence=licence,
+        scores=scores,
+        artefacts=artefacts,
+        statement=request.statement,
+    )
     dataclasses.replace(model.task, split={}).write(folder)
 
 
@@ -101,44 +95,3 @@ def _public_card(card: Card, *, licence: str, weights: Path) -> Card:
 
 def _pseudonyms(task: Task) -> list[str]:
     return [patient for patients in task.split.values() for patient in patients]
-
-
-def _load_back(model: FinishedModel, folder: Path) -> list[CheckedFile]:
-    """Load each weights file in a fresh process and compare its logits with the run's model."""
-    size = model.task.image_size
-    images = torch.rand(2, 1, size, size, generator=torch.Generator().manual_seed(0))
-    sam = model.segmenter.sam
-    expected = probe_logits(sam, images, spec_tensors=sam.state_dict())
-    scratch = folder.with_name(f"{folder.name}.check")
-    scratch.mkdir()
-    try:
-        save_file({"images": images}, scratch / "probe.safetensors")
-        checked = [_check_file(folder / name, scratch, expected) for name in (WEIGHTS_FILE, PTH_FILE)]
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-    return checked
-
-
-def _check_file(file: Path, scratch: Path, expected: torch.Tensor) -> CheckedFile:
-    out = scratch / f"{file.name}.logits"
-    command = [sys.executable, "-m", "samgraft.finetune.release_check", str(file), str(scratch / "probe.safetensors")]
-    done = subprocess.run([*command, str(out)], capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        reason = done.stderr.strip().splitlines()[-1:] or ["no message"]
-        raise WeightsError(
-            f"a released file must load strictly, {file.name} does not: {reason[0][:300]}", kept="the run"
-        )
-    difference = float((load_file(out)["logits"] - expected).abs().max())
-    if not difference <= MAX_DIFFERENCE:
-        raise WeightsError(
-            f"{file.name} must give the run's outputs when loaded back, logits differ by {difference:.2e}.",
-            kept="the run",
-        )
-    builder = str(json.loads(done.stdout.strip().splitlines()[-1])["builder"])
-    return CheckedFile(name=file.name, builder=builder, max_difference=difference)
-
-
-def _write_checksums(folder: Path) -> None:
-    files = sorted(p for p in folder.rglob("*") if p.is_file())
-    lines = [f"{file_sha256(path)}  {path.relative_to(folder).as_posix()}" for path in files]
-    (folder / CHECKSUMS).write_text("\n".join(lines) + "\n", encoding="utf-8")

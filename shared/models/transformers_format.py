@@ -145,7 +145,25 @@ def save_transformers(tensors: Mapping[str, torch.Tensor], folder: Path, spec: A
     """Write a folder that ``transformers.SamModel.from_pretrained`` opens; return it."""
     outputs = int(tensors["mask_decoder.mask_tokens.weight"].shape[0]) - 1
     config = transformers_config(spec, image_size=image_size, num_multimask_outputs=outputs)
-    processor = {
+    return _write_folder(to_transformers(tensors), folder, config, _processor(spec, image_size))
+
+
+def save_transformers_encoder(
+    tensors: Mapping[str, torch.Tensor], folder: Path, spec: ArchSpec, *, image_size: int
+) -> Path:
+    """Write a folder that ``transformers.SamVisionModel.from_pretrained`` opens: the image encoder alone."""
+    whole = transformers_config(spec, image_size=image_size, num_multimask_outputs=3)
+    config = {"architectures": ["SamVisionModel"], "model_type": "sam_vision_model", **whole["vision_config"]}
+    renamed = {name: _translate(name, _TO) for name in tensors}
+    if unknown := [name for name, new in renamed.items() if new is None or not new.startswith("vision_encoder.")]:
+        raise WeightsError(f"weights must be of an image encoder alone, got {', '.join(unknown[:3])} too.")
+    return _write_folder(
+        {str(renamed[name]): tensor for name, tensor in tensors.items()}, folder, config, _processor(spec, image_size)
+    )
+
+
+def _processor(spec: ArchSpec, image_size: int) -> dict[str, Any]:
+    return {
         "image_processor_type": "SamImageProcessor",
         "image_mean": [value / 255 for value in spec.pixel_mean],
         "image_std": [value / 255 for value in spec.pixel_std],
@@ -154,9 +172,13 @@ def save_transformers(tensors: Mapping[str, torch.Tensor], folder: Path, spec: A
         "mask_size": {"longest_edge": image_size // 4},
         "mask_pad_size": {"height": image_size // 4, "width": image_size // 4},
     }
-    renamed = to_transformers(tensors)
+
+
+def _write_folder(
+    tensors: Mapping[str, torch.Tensor], folder: Path, config: dict[str, Any], processor: dict[str, Any]
+) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    save_tensors(renamed, folder / "model.safetensors")
+    save_tensors(tensors, folder / "model.safetensors")
     for name, values in (("config.json", config), ("preprocessor_config.json", processor)):
         (folder / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     return folder

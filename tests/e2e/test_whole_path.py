@@ -74,7 +74,7 @@ def test_whole_path__from_scans_to_a_release_that_loads_strictly(
         *FINETUNE,
     )
     _run("evaluate", "runs/seg", "--split", "test")
-    _run("release", "runs/seg", "--out", "released", "--license", "cc-by-4.0")
+    _run("release", "runs/seg", "--out", "released", "--license", "cc-by-4.0", "--format", "sam")
 
     released = load_sam(Path("released/sam.safetensors"))
     stock = make_sam(tiny_vit_t_spec(), image_size=64, seed=9)
@@ -100,3 +100,22 @@ def test_whole_path__nothing_identifying_reaches_runs_or_release(workplace: Path
         if canary in path.read_bytes()
     ]
     assert found == []
+
+
+@pytest.mark.slow
+def test_whole_path__every_format_loads_back_in_a_fresh_process(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Runs after the path above; minutes, because a stranger's libraries are imported anew."""
+    if not (workplace / "runs" / "seg" / "model" / "task.json").is_file():
+        pytest.skip("the whole path did not finish")
+    monkeypatch.chdir(workplace)
+    caplog.set_level("INFO")
+    _run("release", "runs/seg", "--out", "everything", "--license", "cc-by-4.0")
+    _run("release", "runs/ssl", "--out", "encoder", "--license", "cc-by-4.0", "--continuable")
+    for client in ("SamPredictor", "PeftModel", "ONNX Runtime", "ConfigParser"):
+        assert client in caplog.text
+    assert "transformers: left out" in caplog.text
+    assert sorted(p.name for p in (workplace / "encoder").iterdir()) == [
+        "README.md", "SHA256SUMS", "card.json", "encoder.pth", "encoder.safetensors", "onnx", "ssl_state",
+    ]  # fmt: skip

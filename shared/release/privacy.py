@@ -5,7 +5,10 @@ Three kinds of search:
 - literal strings that are known to identify (home folder, host, user, original ids): in every byte, also UTF-16;
 - patterns (e-mail, long digit runs, DICOM UIDs, absolute paths, names in DICOM form): in text files whole, in
   binary files in every run of printable characters, as ``strings`` shows them;
-- names of files and of the members of zip archives, by both.
+- names of files and of the members of archives, by both.
+
+What is packed (zip and npz, gzip, bzip2, xz, also one in another) is unpacked and searched again; a container that
+cannot be unpacked here (zstd, 7z, rar) or is packed too deeply or too tightly is refused: unknown is not clean.
 
 Tensors are numbers: a chance run of ``MIN_PRINTABLE`` printable bytes with a pattern inside is not to be expected in a
 file of gigabytes (digits: (10/256)^6 times (95/256)^6 per byte).
@@ -13,14 +16,20 @@ file of gigabytes (digits: (10/256)^6 times (95/256)^6 per byte).
 
 from __future__ import annotations
 
+import bz2
 import getpass
+import gzip
+import io
 import json
+import lzma
 import re
 import socket
 import zipfile
+import zlib
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, Any
 
 from samgraft.shared.errors import DataError
 
@@ -30,6 +39,10 @@ MIN_LITERAL = 4
 CHUNK = 16 * 1024 * 1024
 OVERLAP = 4096
 TEXT_SUFFIXES = {".json", ".md", ".txt", ".csv", ".yaml", ".yml", ".html", ".cfg"}
+MAX_DEPTH = 4
+"""Archives in archives."""
+MAX_UNPACKED = 8 << 30
+"""Bytes of one member; a release holds nothing larger that is packed."""
 NO_FILE_MAY_BE = {".pkl", ".pickle", ".npy", ".tfevents", ".dcm", ".nii", ".gz", ".log"}
 
 PATTERNS: dict[str, re.Pattern[bytes]] = {
@@ -42,6 +55,11 @@ PATTERNS: dict[str, re.Pattern[bytes]] = {
     ),
     "person name in DICOM form": re.compile(rb"\b[A-Z][A-Za-z'-]+\^[A-Z][A-Za-z'-]+"),
 }
+MONAI_SCHEMA_URL = (
+    "https://github.com/Project-MONAI/MONAI-extra-test-data/releases/download/0.8.1/meta_schema_20240725.json"
+)
+PUBLIC = (MONAI_SCHEMA_URL.encode(),)
+"""Exact strings with a date in them that MONAI's metadata must hold; blanked before patterns are searched."""
 _HASH = re.compile(rb"(?<![0-9A-Za-z])(?:[0-9a-f]{64}|[0-9a-f]{40})(?![0-9A-Za-z])")
 
 
@@ -120,9 +138,16 @@ def _user() -> str:
 
 def _scan_file(path: Path, *, name: str, literals: dict[str, bytes]) -> list[Finding]:
     if zipfile.is_zipfile(path):
-        return _scan_zip(path, name=name, literals=literals)
+        with path.open("rb") as file:
+            findings = _scan_zip(file, name=name, literals=literals)
+        for offset, chunk in _chunks(path):
+            findings += _find_literals(chunk, name=name, literals=literals, is_text=False, base=offset)
+        return _once(findings)
     if path.suffix == ".safetensors":
         return _scan_safetensors(path, name=name, literals=literals)
+    with path.open("rb") as file:
+        if _packing(file.read(8)):
+            return _once(_scan_packed(path.read_bytes(), name=name, literals=literals, depth=1))
     is_text = path.suffix in TEXT_SUFFIXES or path.name in {"SHA256SUMS", "LICENSE"}
     findings = []
     for offset, chunk in _chunks(path):
@@ -130,19 +155,70 @@ def _scan_file(path: Path, *, name: str, literals: dict[str, bytes]) -> list[Fin
     return _once(findings)
 
 
-def _scan_zip(path: Path, *, name: str, literals: dict[str, bytes]) -> list[Finding]:
-    """Search a zip (torch's .pth) member by member, and its raw bytes for literals."""
+def _scan_zip(file: IO[bytes], *, name: str, literals: dict[str, bytes], depth: int = 1) -> list[Finding]:
+    """Search a zip (torch's .pth, numpy's .npz) member by member, with comments and extra fields."""
     findings: list[Finding] = []
-    with zipfile.ZipFile(path) as archive:
-        for info in archive.infolist():
-            member = f"{name}:{info.filename}"
-            findings += _scan_bytes(info.filename.encode(), name=member, literals=literals, is_text=True)
-            if info.filename.endswith(".data/serialization_id"):
-                continue  # torch's own hash of the names, all digits; raw bytes are searched for literals below
-            findings += _scan_bytes(archive.read(info), name=member, literals=literals, is_text=False)
-    for offset, chunk in _chunks(path):
-        findings += _find_literals(chunk, name=name, literals=literals, is_text=False, base=offset)
-    return _once(findings)
+    try:
+        with zipfile.ZipFile(file) as archive:
+            findings += _scan_bytes(archive.comment, name=name, literals=literals, is_text=True, what="(zip comment)")
+            for info in archive.infolist():
+                member = f"{name}:{info.filename}"
+                about = b"\n".join([info.filename.encode(), info.comment, info.extra])
+                findings += _scan_bytes(about, name=member, literals=literals, is_text=True)
+                if info.filename.endswith(".data/serialization_id"):
+                    continue  # torch's own hash of the names, all digits; raw bytes are searched for literals too
+                _refuse_large(info.file_size, member)
+                findings += _scan_content(archive.read(info), name=member, literals=literals, depth=depth)
+    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, zlib.error) as err:
+        raise DataError("an archive in a release must be readable, this one is damaged or locked.", where=name) from err
+    return findings
+
+
+def _scan_content(content: bytes, *, name: str, literals: dict[str, bytes], depth: int) -> list[Finding]:
+    """Search the bytes of an archive's member, and what is packed in them."""
+    if depth > MAX_DEPTH:
+        raise DataError(f"a release must not hold archives packed more than {MAX_DEPTH} deep.", where=name)
+    findings = _scan_bytes(content, name=name, literals=literals, is_text=Path(name).suffix in TEXT_SUFFIXES)
+    if content[:4] == b"PK\x03\x04":
+        findings += _scan_zip(io.BytesIO(content), name=name, literals=literals, depth=depth + 1)
+    elif _packing(content[:8]):
+        findings += _scan_packed(content, name=name, literals=literals, depth=depth + 1)
+    return findings
+
+
+_PACKINGS: dict[bytes, str] = {
+    b"\x1f\x8b": "gzip",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ": "xz",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"7z\xbc\xaf\x27\x1c": "7z",
+    b"Rar!": "rar",
+}
+
+
+def _packing(head: bytes) -> str | None:
+    return next((kind for magic, kind in _PACKINGS.items() if head.startswith(magic)), None)
+
+
+def _scan_packed(content: bytes, *, name: str, literals: dict[str, bytes], depth: int) -> list[Finding]:
+    kind = _packing(content[:8])
+    readers: dict[str | None, Any] = {"gzip": gzip.open, "bzip2": bz2.open, "xz": lzma.open}
+    if kind not in readers:
+        raise DataError(f"a release must hold nothing that cannot be searched, this is {kind}.", where=name)
+    try:
+        with readers[kind](io.BytesIO(content)) as stream:
+            inside = stream.read(MAX_UNPACKED + 1)
+    except (OSError, EOFError, zlib.error, lzma.LZMAError) as err:
+        raise DataError(f"an archive in a release must be readable, this {kind} is damaged.", where=name) from err
+    _refuse_large(len(inside), name)
+    # The header of gzip names the original file.
+    findings = _scan_bytes(content[:1024], name=name, literals=literals, is_text=False)
+    return findings + _scan_content(inside, name=f"{name} ({kind})", literals=literals, depth=depth)
+
+
+def _refuse_large(num_bytes: int, name: str) -> None:
+    if num_bytes > MAX_UNPACKED:
+        raise DataError(f"a packed file in a release must unpack to at most {MAX_UNPACKED} bytes.", where=name)
 
 
 def _scan_safetensors(path: Path, *, name: str, literals: dict[str, bytes]) -> list[Finding]:
@@ -174,6 +250,8 @@ def _scan_bytes(
     content: bytes, *, name: str, literals: dict[str, bytes], is_text: bool, base: int = 0, what: str = ""
 ) -> list[Finding]:
     findings = _find_literals(content, name=name, literals=literals, is_text=is_text, base=base)
+    for public in PUBLIC:
+        content = content.replace(public, b"x" * len(public))
     content = _HASH.sub(lambda m: b"x" * len(m.group()), content)
     pieces = [(0, content)] if is_text else _printable_runs(content)
     for start, piece in pieces:
@@ -191,7 +269,8 @@ def _find_literals(
     findings = []
     for key, literal in literals.items():
         kind = key.split("#")[0]
-        for encoded in (literal, literal.decode().encode("utf-16-le")):
+        wide = literal.decode()
+        for encoded in (literal, wide.encode("utf-16-le"), wide.encode("utf-16-be"), wide.encode("utf-32-le")):
             # Short names occur by chance in numbers and inside words: whole words, and in text only.
             if len(literal) <= MIN_LITERAL + 1:
                 if not is_text or encoded is not literal:

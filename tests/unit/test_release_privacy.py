@@ -1,16 +1,20 @@
 """The gate before a release finds a canary in every place it could hide, and passes what is clean."""
 
 import getpass
+import gzip
 import json
+import lzma
 import socket
+import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from samgraft.finetune import privacy
-from samgraft.finetune.privacy import refuse_findings, scan_folder
 from samgraft.shared.errors import DataError
+from samgraft.shared.release import privacy
+from samgraft.shared.release.privacy import refuse_findings, scan_folder
 
 NAME = "Jane^Canary"
 KNOWN = ["CanaryHospital"]
@@ -22,7 +26,7 @@ def clean(tmp_path: Path) -> Path:
     folder = tmp_path / "release"
     folder.mkdir()
     generator = torch.Generator().manual_seed(0)
-    tensors = {"image_encoder.w": torch.randn(500, 500, generator=generator), "i": torch.arange(100000)}
+    tensors = {"image_encoder.w": torch.randn(150, 150, generator=generator), "i": torch.arange(20000)}
     save_file(tensors, folder / "sam.safetensors", metadata={"format": "pt"})
     torch.save(tensors, folder / "sam.pth")
     facts = {"sha256": "0123456789" * 6 + "abcd", "dice": 0.8123456, "revision": "1234567890" * 4}
@@ -126,4 +130,87 @@ def test_gate__finds_the_user_as_a_word(clean, monkeypatch):
 def test_gate__refuses_what_it_cannot_search(clean):
     (clean / "link").symlink_to(clean / "README.md")
     with pytest.raises(DataError, match="plain files only"):
+        scan_folder(clean)
+
+
+def in_gzip(folder):
+    (folder / "notes.bin").write_bytes(gzip.compress(b"x" * 5000 + b"CanaryHospital"))
+
+
+def in_gzip_header(folder):
+    with gzip.GzipFile(folder / "notes.bin", "wb") as file:
+        file.write(b"x")
+    packed = bytearray((folder / "notes.bin").read_bytes())
+    packed[3] = 8  # FNAME: the original file's name follows the fixed header
+    (folder / "notes.bin").write_bytes(bytes(packed[:10]) + b"CanaryHospital\0" + gzip.compress(b"x")[10:])
+
+
+def in_npz(folder):
+    np.savez_compressed(folder / "stats.npz", names=np.array(["CanaryHospital"] * 20))
+
+
+def in_xz_in_zip(folder):
+    with zipfile.ZipFile(folder / "pack.bin", "w") as archive:
+        archive.writestr("inner", lzma.compress(b"-" * 3000 + b"CanaryHospital"))
+
+
+def in_zip_comment(folder):
+    with zipfile.ZipFile(folder / "pack.bin", "w") as archive:
+        archive.comment = b"by CanaryHospital"
+        archive.writestr("a", b"x")
+
+
+def in_utf16_big_endian(folder):
+    (folder / "blob.bin").write_bytes(b"\0" * 100 + "CanaryHospital".encode("utf-16-be") + b"\0" * 100)
+
+
+def in_onnx_metadata(folder):
+    onnx = pytest.importorskip("onnx")
+    graph = onnx.helper.make_graph([], "g", [], [])
+    model = onnx.helper.make_model(graph)
+    onnx.helper.set_model_props(model, {"stack": "File /home/jane/work/model.py, line 3"})
+    onnx.save(model, str(folder / "encoder.onnx"))
+
+
+PACKED = [
+    in_gzip,
+    in_gzip_header,
+    in_npz,
+    in_xz_in_zip,
+    in_zip_comment,
+    in_utf16_big_endian,
+    in_onnx_metadata,
+]
+
+
+@pytest.mark.parametrize("plant", PACKED, ids=lambda p: p.__name__)
+def test_gate__finds_the_canary_in_what_is_packed(clean, plant):
+    plant(clean)
+    assert [f for f in scan_folder(clean, known=KNOWN) if "known" in f.kind or "path" in f.kind]
+
+
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [
+        (b"\x28\xb5\x2f\xfd" + b"\0" * 50, "cannot be searched, this is zstd"),
+        (b"7z\xbc\xaf\x27\x1c" + b"\0" * 50, "cannot be searched, this is 7z"),
+        (gzip.compress(b"x" * 4000)[:-12], "this gzip is damaged"),
+    ],
+)
+def test_gate__refuses_what_it_cannot_unpack(clean, content, match):
+    (clean / "blob.bin").write_bytes(content)
+    with pytest.raises(DataError, match=match):
+        scan_folder(clean)
+
+
+def test_gate__refuses_bombs(clean, monkeypatch):
+    monkeypatch.setattr(privacy, "MAX_UNPACKED", 1000)
+    (clean / "blob.bin").write_bytes(gzip.compress(b"x" * 4000))
+    with pytest.raises(DataError, match="must unpack to at most 1000 bytes"):
+        scan_folder(clean)
+    deep = b"x"
+    for _ in range(8):
+        deep = gzip.compress(deep)
+    (clean / "blob.bin").write_bytes(deep)
+    with pytest.raises(DataError, match="packed more than 4 deep"):
         scan_folder(clean)

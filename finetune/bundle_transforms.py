@@ -1,0 +1,51 @@
+"""MONAI transforms of a released bundle: how a scan reaches the network, exactly as in training.
+
+Axis letters: X, Y, Z = columns, rows, slices of the canonical grid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from monai.config.type_definitions import KeysCollection
+from monai.data.meta_tensor import MetaTensor
+from monai.transforms.spatial.array import Orientation
+from monai.transforms.transform import MapTransform
+from samgraft.shared.data.intensity import IntensityPreset, measure_intensity, normalise
+from samgraft.shared.data.orientation import DISPLAY_AXES, slice_plane
+from samgraft.shared.data.volume import Modality
+
+
+class DisplayOrientationd(MapTransform):
+    """Permute and flip axes so that the last one is the slice axis and slices lie as radiologists hang them."""
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Reorient a ``MetaTensor`` (1, i, j, k) to (1, X, Y, Z)."""
+        out = dict(data)
+        for key in self.key_iterator(out):
+            plane = slice_plane(np.asarray(out[key].affine, dtype=np.float64), tuple(out[key].shape[1:]))
+            out[key] = Orientation(axcodes="".join(DISPLAY_AXES[plane]))(out[key])
+        return out
+
+
+class NormaliseIntensityd(MapTransform):
+    """Native units to [0, 1] by statistics of the volume's non-air voxels, with the preset of training."""
+
+    def __init__(self, keys: KeysCollection, *, preset: Mapping[str, Any], modality: str) -> None:
+        super().__init__(keys)
+        self.preset = IntensityPreset.from_dict(preset)
+        self.modality = Modality(modality)
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Normalise (1, X, Y, Z); metadata stay."""
+        out = dict(data)
+        for key in self.key_iterator(out):
+            volume_ZYX = np.ascontiguousarray(out[key].numpy()[0].transpose(2, 1, 0))
+            stats = measure_intensity(volume_ZYX, modality=self.modality)
+            scaled = np.stack([normalise(slice_YX, stats, self.preset) for slice_YX in volume_ZYX])
+            values = torch.from_numpy(np.ascontiguousarray(scaled.transpose(2, 1, 0)))[None]
+            out[key] = MetaTensor(values, affine=out[key].affine, meta=out[key].meta)
+        return out

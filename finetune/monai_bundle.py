@@ -1,0 +1,201 @@
+"""A MONAI bundle of a fine-tuned model: metadata, an inference configuration, weights; for tools that run bundles.
+
+The configuration names classes of this package: whoever runs a bundle trusts it, as with every bundle. This project
+never reads one that it did not write in the same minute.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from samgraft.finetune.inference import evaluating
+from samgraft.finetune.loss import with_background
+from samgraft.finetune.model_folder import FinishedModel
+from samgraft.finetune.slice_network import spec_to_dict
+from samgraft.finetune.task import Task
+from samgraft.shared.data.frame import fit_frame, image_to_frame, logits_to_native
+from samgraft.shared.data.intensity import measure_intensity, normalise
+from samgraft.shared.data.volume import Modality
+from samgraft.shared.models.tensor_files import save_pth
+from samgraft.shared.release.formats import Artefact, Format
+from samgraft.shared.release.privacy import MONAI_SCHEMA_URL
+from samgraft.shared.release.subject import Subject
+from torch import Tensor
+
+
+def monai_format(model: FinishedModel) -> Format:
+    """Return the ``monai`` format of one model."""
+
+    def why_not(_: Subject) -> str | None:
+        if importlib.util.find_spec("jsonschema") is None:
+            return "jsonschema not installed, and metadata are not released unchecked: pip install 'samgraft[monai]'"
+        return None
+
+    def write(subject: Subject, folder: Path) -> list[Artefact]:
+        folder = folder / "monai"
+        for part in ("configs", "models", "docs"):
+            (folder / part).mkdir(parents=True)
+        save_pth({f"segmenter.sam.{k}": v for k, v in subject.tensors.items()}, folder / "models" / "model.pt")
+        _write_json(folder / "configs" / "metadata.json", metadata(model))
+        _write_json(folder / "configs" / "inference.json", inference_config(model, subject))
+        (folder / "docs" / "README.md").write_text(_README, encoding="utf-8")
+        return [Artefact(path="monai", client="monai")]
+
+    return Format(name="monai", why_not=why_not, write=write)
+
+
+_README = """Run in the bundle's folder, with samgraft installed:
+
+    python -m monai.bundle run --config_file configs/inference.json --meta_file configs/metadata.json \\
+        --bundle_root . --image scan.nii.gz
+
+The mask is written on the scan's own grid into `output/`. What the model is, its scores, limits and licence are in
+the release's README.md.
+"""
+
+
+def metadata(model: FinishedModel) -> dict[str, Any]:
+    """Return ``configs/metadata.json``."""
+    task = model.task
+    channels = {"0": "background", **{str(i): name for i, name in enumerate(task.class_names, start=1)}}
+    image = {
+        "type": "image",
+        "format": "magnitude" if task.modality == Modality.MRI.value else "intensity",
+        "modality": task.modality,
+        "num_channels": 1,
+        "spatial_shape": ["*", "*", "*"],
+        "dtype": "float32",
+        "value_range": [0, 1],
+        "is_patch_data": False,
+        "channel_def": {"0": "image"},
+    }
+    pred = {
+        **image,
+        "format": "segmentation",
+        "num_channels": len(channels),
+        "value_range": [0, max(task.class_ids)],
+        "channel_def": channels,
+    }
+    return {
+        "schema": MONAI_SCHEMA_URL,
+        "version": "0.1.0",
+        "changelog": {"0.1.0": "first release"},
+        "monai_version": version("monai"),
+        "pytorch_version": version("torch").split("+")[0],
+        "numpy_version": version("numpy"),
+        "required_packages_version": {"samgraft": version("samgraft"), "nibabel": version("nibabel")},
+        "name": "samgraft model",
+        "task": f"Segmentation of {', '.join(task.class_names)} in {task.modality} slices",
+        "description": "Segment Anything, fine-tuned to segment named classes without prompts.",
+        "authors": "whoever made this release",
+        "copyright": "see the release's README.md",
+        "data_source": "see the release's README.md",
+        "data_type": "nibabel",
+        "image_classes": f"one channel, {task.modality}",
+        "label_classes": "label ids as in pred_classes",
+        "pred_classes": ", ".join(f"{i} {n}" for i, n in zip(task.class_ids, task.class_names, strict=True)),
+        "intended_use": "Research only; not a medical device.",
+        "network_data_format": {"inputs": {"image": image}, "outputs": {"pred": pred}},
+    }
+
+
+def inference_config(model: FinishedModel, subject: Subject) -> dict[str, Any]:
+    """Return ``configs/inference.json``."""
+    task = model.task
+    return {
+        "imports": ["$import torch"],
+        "bundle_root": ".",
+        "device": "$torch.device('cuda' if torch.cuda.is_available() else 'cpu')",
+        "image": "scan.nii.gz",
+        "output_dir": "$@bundle_root + '/output'",
+        "network_def": {
+            "_target_": "samgraft.finetune.slice_network.SliceNetwork",
+            "spec": spec_to_dict(subject.spec),
+            "image_size": subject.image_size,
+            "num_classes": task.classes.num_classes,
+            "num_mask_tokens": subject.num_mask_tokens,
+            "keep_aspect": task.keep_aspect,
+        },
+        "weights": "$torch.load(@bundle_root + '/models/model.pt', map_location='cpu', weights_only=True)",
+        "network": "$(@network_def.load_state_dict(@weights, strict=True), @network_def.to(@device).eval())[1]",
+        "preprocessing": _preprocessing(task),
+        "inferer": {"_target_": "SliceInferer", "roi_size": [-1, -1], "spatial_dim": 2, "sw_batch_size": 8},
+        "postprocessing": _postprocessing([0, *task.class_ids]),
+        "data": "$@preprocessing({'image': @image})",
+        "logits": "$@inferer(@data['image'][None].to(@device), @network)[0]",
+        "initialize": [],
+        "run": ["$@postprocessing({'pred': @logits.cpu()})"],
+        "finalize": [],
+    }
+
+
+def _preprocessing(task: Task) -> dict[str, Any]:
+    normalise_ = {
+        "_target_": "samgraft.finetune.bundle_transforms.NormaliseIntensityd",
+        "keys": "image",
+        "preset": task.intensity,
+        "modality": task.modality,
+    }
+    return {
+        "_target_": "Compose",
+        "transforms": [
+            {"_target_": "LoadImaged", "keys": "image", "reader": "NibabelReader", "dtype": "$None"},
+            {"_target_": "EnsureChannelFirstd", "keys": "image"},
+            {"_target_": "samgraft.finetune.bundle_transforms.DisplayOrientationd", "keys": "image"},
+            normalise_,
+        ],
+    }
+
+
+def _postprocessing(ids: list[int]) -> dict[str, Any]:
+    """Channels to label ids, saved on the scan's own grid."""
+    save = {
+        "_target_": "SaveImaged",
+        "keys": "pred",
+        "output_dir": "@output_dir",
+        "output_postfix": "seg",
+        "mode": "nearest",
+        "output_dtype": "$torch.int32",
+        "separate_folder": False,
+    }
+    to_ids = {
+        "_target_": "MapLabelValued",
+        "keys": "pred",
+        "orig_labels": list(range(len(ids))),
+        "target_labels": ids,
+    }
+    return {
+        "_target_": "Compose",
+        "transforms": [{"_target_": "AsDiscreted", "keys": "pred", "argmax": True}, to_ids, save],
+    }
+
+
+def synthetic_volume(probe: Mapping[str, Tensor]) -> np.ndarray[Any, np.dtype[np.int16]]:
+    """Return a small scan (Z, H, W), not square, made of the probe's images."""
+    images_NSS = probe["images_NSS3"][..., 0]
+    return np.ascontiguousarray(images_NSS[:, :, : 3 * images_NSS.shape[2] // 4].numpy().astype(np.int16))
+
+
+def expected_slices(model: FinishedModel, probe: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return what a bundle must give for the synthetic volume: ``slices``, logits (Z, 1 + C, H, W)."""
+    volume_ZHW = synthetic_volume(probe)
+    config = model.task.inference()
+    stats = measure_intensity(volume_ZHW, modality=Modality(model.task.modality))
+    images = np.stack([normalise(slice_HW, stats, config.intensity) for slice_HW in volume_ZHW])
+    size = model.segmenter.image_size
+    frame = fit_frame((volume_ZHW.shape[1], volume_ZHW.shape[2]), image_size=size, keep_aspect=config.keep_aspect)
+    with evaluating(model.segmenter):
+        images_N1SS = image_to_frame(torch.from_numpy(images)[:, None], frame)
+        logits = logits_to_native(model.segmenter(images_N1SS).float(), frame)
+    return {"slices": with_background(logits)}
+
+
+def _write_json(path: Path, values: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

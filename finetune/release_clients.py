@@ -1,0 +1,87 @@
+"""Clients of the formats that only fine-tuned models have: peft and MONAI. Run in a fresh process by ``load_back``.
+
+python -m samgraft.finetune.release_clients JOB.json
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import torch
+from samgraft.finetune.monai_bundle import synthetic_volume
+from samgraft.shared.models.safe_read import file_sha256
+from samgraft.shared.models.weights import load_sam
+from samgraft.shared.release.clients import Client, Outputs, read_subject
+from samgraft.shared.release.load_back import main
+from samgraft.shared.release.subject import decoder_outputs
+from torch import Tensor
+
+SCHEMA = Path(__file__).with_name("bundle.schema.yaml")
+SCRATCH = "scratch"
+
+
+@torch.inference_mode()
+def peft_client(path: Path, probe: Mapping[str, Tensor], options: Mapping[str, Any]) -> Outputs:
+    """Build the base strictly and put the adapter on it with ``PeftModel.from_pretrained``."""
+    from peft import PeftModel
+
+    size = int(probe["pixels_N3SS"].shape[-1])
+    if "base" in options:
+        sam = load_sam(options["base"], image_size=size)
+    else:
+        sam = read_subject(path / "base.safetensors", image_size=size).build()
+    model = PeftModel.from_pretrained(sam, str(path)).eval()
+    adapted: Any = model.base_model.model
+    embeddings = adapted.image_encoder(probe["pixels_N3SS"])
+    outputs = {"embeddings": embeddings, **decoder_outputs(adapted, embeddings, probe["boxes_N4"])}
+    return outputs, "peft's PeftModel.from_pretrained on the base"
+
+
+def monai_client(path: Path, probe: Mapping[str, Tensor], options: Mapping[str, Any]) -> Outputs:
+    """Verify the metadata against the local schema, then run the bundle on a synthetic scan."""
+    from monai.bundle.config_parser import ConfigParser
+    from monai.bundle.scripts import verify_metadata
+
+    scratch = path.parent.with_name(f"{path.parent.name}.{SCRATCH}")
+    scratch.mkdir()
+    try:
+        shutil.copyfile(SCHEMA, scratch / SCHEMA.name)
+        metadata = path / "configs" / "metadata.json"
+        # A file that is already at ``filepath`` is not downloaded.
+        sha256 = file_sha256(SCHEMA)
+        verify_metadata(
+            meta_file=str(metadata), filepath=str(scratch / SCHEMA.name), hash_val=sha256, hash_type="sha256"
+        )
+        volume_XYZ = synthetic_volume(probe).transpose(2, 1, 0)
+        nib.save(nib.Nifti1Image(volume_XYZ, np.diag([-1.0, -1.0, 5.0, 1.0])), scratch / "scan.nii.gz")
+        parser = ConfigParser()
+        parser.read_config(str(path / "configs" / "inference.json"))
+        parser.read_meta(str(metadata))
+        parser["bundle_root"], parser["device"] = str(path), "$torch.device('cpu')"
+        parser["image"], parser["output_dir"] = str(scratch / "scan.nii.gz"), str(scratch / "out")
+        logits = parser.get_parsed_content("logits")
+        parser.get_parsed_content("run")
+        [mask] = (scratch / "out").glob("*.nii.gz")
+        _same_grid(mask, scratch / "scan.nii.gz")
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    slices = torch.as_tensor(logits.as_tensor() if hasattr(logits, "as_tensor") else logits).permute(3, 0, 2, 1)
+    return {"slices": slices}, "MONAI's ConfigParser, a synthetic scan through it"
+
+
+def _same_grid(mask: Path, scan: Path) -> None:
+    found, wanted = (nib.Nifti1Image.from_filename(str(path)) for path in (mask, scan))
+    if found.shape != wanted.shape or not np.allclose(found.affine, wanted.affine):
+        raise ValueError(f"the bundle's mask must lie on the scan's grid, got shape {found.shape} for {wanted.shape}.")
+
+
+CLIENTS: dict[str, Client] = {"peft": peft_client, "monai": monai_client}
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:], CLIENTS))

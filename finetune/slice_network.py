@@ -1,0 +1,78 @@
+"""A fine-tuned SAM as one plain module, slices of any size in, class logits on the same pixels out; for bundles.
+
+Shape letters: N = slices; X, Y = columns and rows; C = foreground classes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from samgraft.finetune.loss import with_background
+from samgraft.finetune.segmenter import Segmenter
+from samgraft.shared.data.frame import fit_frame, image_to_frame, logits_to_native
+from samgraft.shared.models.architecture import Arch, ArchSpec, PlainShape, Stem, TinyShape
+from samgraft.shared.models.sam import build_sam
+from torch import Tensor, nn
+
+
+class SliceNetwork(nn.Module):
+    """Built from plain values, as a bundle's configuration needs it; weights come from ``load_state_dict``."""
+
+    def __init__(
+        self,
+        *,
+        spec: Mapping[str, Any],
+        image_size: int,
+        num_classes: int,
+        num_mask_tokens: int = 4,
+        keep_aspect: bool = True,
+    ) -> None:
+        super().__init__()
+        sam = build_sam(spec_from_dict(spec), image_size=image_size, num_multimask_outputs=max(1, num_mask_tokens - 1))
+        self.segmenter = Segmenter(sam, num_classes=num_classes)
+        self.image_size = image_size
+        self.keep_aspect = keep_aspect
+
+    @torch.no_grad()
+    def forward(self, images_N1XY: Tensor) -> Tensor:
+        """Return logits (N, 1 + C, X, Y), background first.
+
+        Args:
+            images_N1XY: In [0, 1]; columns before rows, as a volume in NIfTI order gives its slices.
+        """
+        images_N1HW = torch.as_tensor(images_N1XY).transpose(2, 3)
+        native_hw = (images_N1HW.shape[2], images_N1HW.shape[3])
+        frame = fit_frame(native_hw, image_size=self.image_size, keep_aspect=self.keep_aspect)
+        logits = logits_to_native(self.segmenter(image_to_frame(images_N1HW.float(), frame)).float(), frame)
+        return with_background(logits).transpose(2, 3)
+
+
+def spec_to_dict(spec: ArchSpec) -> dict[str, Any]:
+    """Return an architecture as plain values for JSON."""
+    values = dataclasses.asdict(spec)
+    values["arch"] = spec.arch.value
+    if spec.tiny is not None:
+        values["tiny"]["stem"] = spec.tiny.stem.value
+    return values
+
+
+def spec_from_dict(values: Mapping[str, Any]) -> ArchSpec:
+    """Read what :func:`spec_to_dict` wrote."""
+    plain, tiny = values["plain"], values["tiny"]
+    mean, std = values["pixel_mean"], values["pixel_std"]
+    return ArchSpec(
+        arch=Arch(values["arch"]),
+        native_image_size=values["native_image_size"],
+        plain=PlainShape(**_tuples(plain)) if plain else None,
+        tiny=TinyShape(**{**_tuples(tiny), "stem": Stem(tiny["stem"])}) if tiny else None,
+        neck_dim=values["neck_dim"],
+        pixel_mean=(mean[0], mean[1], mean[2]),
+        pixel_std=(std[0], std[1], std[2]),
+    )
+
+
+def _tuples(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: tuple(v) if isinstance(v, list | tuple) else v for k, v in values.items()}

@@ -1,0 +1,1 @@
+"""What both stages need to release weights: formats, load-back in a fresh process, card, licence, privacy gate."""

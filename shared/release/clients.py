@@ -1,0 +1,130 @@
+"""Loads a released file as a stranger would, with the library it is meant for, and computes the probe.
+
+Stock SAMs (vit_b, vit_l, vit_h at 1024 px) go through segment_anything's own registry, which loads strictly; others
+through this project's builder, strictly as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from samgraft.shared.errors import WeightsError
+from samgraft.shared.models.architecture import spec_from_tensors
+from samgraft.shared.release.subject import Subject, decoder_outputs
+from segment_anything import SamPredictor, sam_model_registry
+from torch import Tensor
+
+Outputs = tuple[dict[str, Tensor], str]
+"""Outputs of the probe by name, and in words how the file was loaded."""
+Client = Callable[[Path, Mapping[str, Tensor], Mapping[str, Any]], Outputs]
+
+
+def read_subject(path: Path, *, image_size: int) -> Subject:
+    """Read a released ``.safetensors`` or ``.pth`` as it is, without this project's tolerant reader."""
+    is_pth = path.suffix == ".pth"
+    tensors = torch.load(path, map_location="cpu", weights_only=True) if is_pth else load_file(path)
+    return Subject(tensors=tensors, spec=spec_from_tensors(tensors), image_size=image_size)
+
+
+@torch.inference_mode()
+def segment_anything_client(path: Path, probe: Mapping[str, Tensor], options: Mapping[str, Any]) -> Outputs:
+    """Build a SAM strictly and segment through ``SamPredictor``, as its users do; or an encoder alone."""
+    subject = read_subject(path, image_size=int(probe["pixels_N3SS"].shape[-1]))
+    if not subject.is_whole:
+        return _encoder_alone(subject, probe)
+    if subject.is_stock:
+        sam = sam_model_registry[subject.spec.arch.value]()
+        sam.load_state_dict(dict(subject.tensors), strict=True)
+        sam.eval()
+        builder = f"segment_anything's registry {subject.spec.arch.value}, SamPredictor"
+    else:
+        sam = subject.build()
+        builder = f"samgraft's builder for {subject.spec.arch.value} at {subject.image_size} px, SamPredictor"
+    for name in ("pixel_mean", "pixel_std"):  # MedSAM's differ from SAM's and are not in the file; the card names them
+        getattr(sam, name).copy_(torch.tensor(options[name]).view(-1, 1, 1))
+    predictor = SamPredictor(sam)
+    embeddings, boxes = [], []
+    for image_SS3, box_4 in zip(probe["images_NSS3"], probe["boxes_N4"], strict=True):
+        predictor.set_image(image_SS3.numpy())
+        embeddings.append(predictor.get_image_embedding())
+        box_14 = predictor.transform.apply_boxes_torch(box_4[None], predictor.original_size)
+        boxes.append(predictor.predict_torch(None, None, boxes=box_14, multimask_output=True, return_logits=True)[2])
+    outputs = decoder_outputs(sam, torch.cat(embeddings), probe["boxes_N4"])
+    return {**outputs, "embeddings": torch.cat(embeddings), "boxes": torch.cat(boxes)}, builder
+
+
+def _encoder_alone(subject: Subject, probe: Mapping[str, Tensor]) -> Outputs:
+    if subject.spec.plain is None or not subject.spec.is_standard or subject.image_size != 1024:
+        title = f"samgraft's encoder for {subject.spec.arch.value} at {subject.image_size} px"
+        return {"embeddings": subject.build_encoder()(probe["pixels_N3SS"])}, title
+    encoder = sam_model_registry[subject.spec.arch.value]().image_encoder
+    encoder.load_state_dict(subject.encoder_tensors(), strict=True)
+    title = f"segment_anything's ImageEncoderViT of {subject.spec.arch.value}"
+    return {"embeddings": encoder.eval()(probe["pixels_N3SS"])}, title
+
+
+@torch.inference_mode()
+def transformers_client(path: Path, probe: Mapping[str, Tensor], options: Mapping[str, Any]) -> Outputs:
+    """Open a folder with ``SamModel`` (or ``SamVisionModel``) and refuse any key that is missing or left over."""
+    from transformers import SamModel, SamVisionModel
+
+    is_encoder = options.get("encoder", False)
+    kind: Any = SamVisionModel if is_encoder else SamModel
+    model, info = kind.from_pretrained(str(path), output_loading_info=True)
+    problems = {k: sorted(map(str, v)) for k, v in info.items() if v}
+    if problems:
+        raise WeightsError(f"transformers must find exactly its keys, got {str(problems)[:200]}.", where=path.name)
+    model.eval()
+    pixels = probe["pixels_N3SS"]
+    if is_encoder:
+        return {"embeddings": model(pixels).last_hidden_state}, "transformers' SamVisionModel"
+    embeddings = model.get_image_embeddings(pixels)
+    boxes = model(image_embeddings=embeddings, input_boxes=probe["boxes_N4"][:, None], multimask_output=True)
+    automatic = [model(image_embeddings=embeddings, multimask_output=m).pred_masks[:, 0] for m in (False, True)]
+    outputs = {"embeddings": embeddings, "boxes": boxes.pred_masks[:, 0], "automatic": torch.cat(automatic, dim=1)}
+    return outputs, "transformers' SamModel"
+
+
+def onnx_client(path: Path, probe: Mapping[str, Tensor], options: Mapping[str, Any]) -> Outputs:
+    """Run encoder and decoders in ONNX Runtime on the CPU."""
+    import onnxruntime
+
+    def run(name: str, **inputs: Tensor) -> list[Tensor]:
+        session = onnxruntime.InferenceSession(str(path / name), providers=["CPUExecutionProvider"])
+        feeds = {key: value.contiguous().numpy() for key, value in inputs.items()}
+        return [torch.from_numpy(out) for out in session.run(None, feeds)]
+
+    [embeddings] = run("encoder.onnx", pixels=probe["pixels_N3SS"])
+    outputs = {"embeddings": embeddings}
+    if not options.get("encoder", False):
+        outputs["automatic"], _ = run("decoder_automatic.onnx", image_embeddings=embeddings)
+        size = int(probe["pixels_N3SS"].shape[-1])
+        masks = []
+        for embedding, box_4 in zip(embeddings, probe["boxes_N4"], strict=True):
+            _, _, low_res = run("decoder.onnx", image_embeddings=embedding[None], **_box_prompt(box_4, size, embedding))
+            masks.append(low_res[:, 1:])
+        outputs["boxes"] = torch.cat(masks)
+    return outputs, f"ONNX Runtime {onnxruntime.__version__}"
+
+
+def _box_prompt(box_4: Tensor, size: int, embedding_Chw: Tensor) -> dict[str, Tensor]:
+    """A box is two points with labels 2 and 3 in segment_anything's ONNX convention."""
+    side = 4 * embedding_Chw.shape[-1]
+    return {
+        "point_coords": box_4.view(1, 2, 2),
+        "point_labels": torch.tensor([[2.0, 3.0]]),
+        "mask_input": torch.zeros(1, 1, side, side),
+        "has_mask_input": torch.zeros(1),
+        "orig_im_size": torch.tensor([float(size), float(size)]),
+    }
+
+
+CLIENTS: dict[str, Client] = {
+    "segment_anything": segment_anything_client,
+    "transformers": transformers_client,
+    "onnx": onnx_client,
+}

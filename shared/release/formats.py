@@ -1,0 +1,102 @@
+"""The formats of a release that need nothing beside the weights, and what a format is.
+
+Every format writes files, and names for each the client that must load it back (``clients.py``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from samgraft.shared.errors import UsageError
+from samgraft.shared.models.tensor_files import save_pth, save_tensors
+from samgraft.shared.models.transformers_format import save_transformers, save_transformers_encoder
+from samgraft.shared.release.subject import Subject
+
+SAM_NAMES = ("sam.safetensors", "sam.pth")
+ENCODER_NAMES = ("encoder.safetensors", "encoder.pth")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Artefact:
+    """A file or folder of a release, and who loads it back."""
+
+    path: str
+    """Inside the release folder."""
+    client: str
+    """A key of ``clients.CLIENTS`` or of a stage's own."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """What the client must know beside the path; plain values."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Format:
+    """One way to give weights away."""
+
+    name: str
+    """As in ``--format``."""
+    why_not: Callable[[Subject], str | None]
+    """Why this model cannot have the format, in words; None if it can."""
+    write: Callable[[Subject, Path], list[Artefact]]
+    """Writes into a release folder."""
+
+
+def choose_formats(
+    formats: Sequence[Format], wanted: Sequence[str] | None, subject: Subject
+) -> tuple[list[Format], list[str]]:
+    """Return the formats to write, and a line for each that does not apply.
+
+    Args:
+        formats: Every format of this stage; ``sam`` comes first and is always written.
+        wanted: Names from ``--format``; None takes all that apply.
+        subject: What is released.
+
+    Raises:
+        UsageError: If a name is unknown, or a format asked for by name cannot be written.
+    """
+    known = {f.name: f for f in formats}
+    if strangers := [name for name in wanted or () if name not in known]:
+        raise UsageError(f"--format must be of {', '.join(known)}, got {', '.join(strangers)}.")
+    chosen, lines = [], []
+    for format_ in formats:
+        if wanted is not None and format_.name not in wanted and format_.name != "sam":
+            continue
+        reason = format_.why_not(subject)
+        if reason is None:
+            chosen.append(format_)
+        elif wanted is not None and format_.name in wanted:
+            raise UsageError(
+                f"format {format_.name} cannot be written: {reason}",
+                kept="the run; nothing was released",
+                next_command=f"leave {format_.name} out of --format",
+            )
+        else:
+            lines.append(f"{format_.name}: left out, {reason}")
+    return chosen, lines
+
+
+def _write_sam(subject: Subject, folder: Path) -> list[Artefact]:
+    names = SAM_NAMES if subject.is_whole else ENCODER_NAMES
+    for name, save in zip(names, (save_tensors, save_pth), strict=True):
+        # torch names the archive's inner folder after the file: nothing that identifies.
+        save(subject.tensors, folder / name)
+    statistics = {"pixel_mean": list(subject.spec.pixel_mean), "pixel_std": list(subject.spec.pixel_std)}
+    return [Artefact(path=name, client="segment_anything", options=statistics) for name in names]
+
+
+def _why_not_transformers(subject: Subject) -> str | None:
+    if subject.spec.plain is None:
+        return "transformers' SamModel has plain ViT encoders only and cannot express vit_t; sam.safetensors holds it."
+    return None
+
+
+def _write_transformers(subject: Subject, folder: Path) -> list[Artefact]:
+    save = save_transformers if subject.is_whole else save_transformers_encoder
+    save(subject.tensors, folder / "transformers", subject.spec, image_size=subject.image_size)
+    return [Artefact(path="transformers", client="transformers", options={"encoder": not subject.is_whole})]
+
+
+SAM_FORMAT = Format(name="sam", why_not=lambda subject: None, write=_write_sam)
+TRANSFORMERS_FORMAT = Format(name="transformers", why_not=_why_not_transformers, write=_write_transformers)

@@ -1,0 +1,99 @@
+"""What a release is made of, and the probe that tells whether a file loaded elsewhere still is the same model.
+
+Shape letters: N = probe images; S = image side (pixels); h, w = embedding grid; M = masks; 4 = a box, XYXY.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from samgraft.shared.models.architecture import ArchSpec
+from samgraft.shared.models.image_encoder import ImageEncoder, build_image_encoder
+from samgraft.shared.models.sam import build_sam, decode_automatic, decode_boxes, to_pixels
+from samgraft.shared.models.tiny_vit import TinyViTEncoder
+from segment_anything.modeling import Sam
+from torch import Tensor
+
+NUM_PROBES = 2
+ENCODER_PREFIX = "image_encoder."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """Merged weights under segment_anything's names: a whole SAM, or its image encoder alone."""
+
+    tensors: Mapping[str, Tensor]
+    """Keys ``image_encoder.*``, for a whole SAM ``prompt_encoder.*`` and ``mask_decoder.*`` too."""
+    spec: ArchSpec
+    image_size: int
+    """Side of the square input in pixels."""
+
+    @property
+    def is_whole(self) -> bool:
+        """True for a SAM, False for an image encoder alone."""
+        return "mask_decoder.mask_tokens.weight" in self.tensors
+
+    @property
+    def num_mask_tokens(self) -> int:
+        """Mask tokens of the decoder; 4 in every published SAM."""
+        return int(self.tensors["mask_decoder.mask_tokens.weight"].shape[0])
+
+    @property
+    def is_stock(self) -> bool:
+        """True if segment_anything's own registry builds it: a published plain ViT at its size, 4 mask tokens."""
+        is_stock = self.spec.plain is not None and self.spec.is_standard
+        return is_stock and self.image_size == self.spec.native_image_size and self.num_mask_tokens == 4
+
+    def build(self) -> Sam:
+        """Return the SAM, strictly loaded, in eval mode."""
+        sam = build_sam(self.spec, image_size=self.image_size, num_multimask_outputs=self.num_mask_tokens - 1)
+        sam.load_state_dict(dict(self.tensors), strict=True)
+        return sam.eval()
+
+    def build_encoder(self) -> ImageEncoder | TinyViTEncoder:
+        """Return the image encoder, strictly loaded, in eval mode."""
+        encoder = build_image_encoder(self.spec, image_size=self.image_size)
+        encoder.load_state_dict(self.encoder_tensors(), strict=True)
+        return encoder.eval()
+
+    def encoder_tensors(self) -> dict[str, Tensor]:
+        """Return the encoder's tensors without their prefix."""
+        return {k.removeprefix(ENCODER_PREFIX): v for k, v in self.tensors.items() if k.startswith(ENCODER_PREFIX)}
+
+
+def make_probe(subject: Subject) -> dict[str, Tensor]:
+    """Return seeded images and one box each.
+
+    ``images_NSS3`` is uint8, because ``SamPredictor`` takes nothing else; ``pixels_N3SS`` is what an encoder gets.
+    """
+    size, generator = subject.image_size, torch.Generator().manual_seed(0)
+    noise = torch.rand(NUM_PROBES, 1, size, size, generator=generator)
+    # Some structure beside the noise: flat weights would hide a shifted or mirrored grid.
+    ramp = torch.linspace(0, 1, size).view(1, 1, 1, size) * torch.linspace(1, 0.3, size).view(1, 1, size, 1)
+    images_N1SS = ((0.5 * noise + 0.5 * ramp) * 255).round()
+    images_NSS3 = images_N1SS.to(torch.uint8).permute(0, 2, 3, 1).repeat(1, 1, 1, 3).contiguous()
+    pixels = to_pixels(images_N1SS / 255, subject.spec).expand(-1, 3, -1, -1).contiguous()
+    boxes = torch.tensor([[0.2, 0.25, 0.7, 0.8], [0.1, 0.4, 0.55, 0.6]]) * size
+    return {"images_NSS3": images_NSS3, "pixels_N3SS": pixels, "boxes_N4": boxes.round()}
+
+
+@torch.inference_mode()
+def expected_outputs(subject: Subject, probe: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return what every client must give for the probe: ``embeddings``, and for a SAM ``automatic`` and ``boxes``.
+
+    ``automatic`` (N, 1 + M, 4h, 4w) and ``boxes`` (N, M, 4h, 4w) are logits at SAM's own resolution.
+    """
+    if not subject.is_whole:
+        return {"embeddings": subject.build_encoder()(probe["pixels_N3SS"])}
+    sam = subject.build()
+    embeddings = sam.image_encoder(probe["pixels_N3SS"])
+    return {"embeddings": embeddings, **decoder_outputs(sam, embeddings, probe["boxes_N4"])}
+
+
+def decoder_outputs(sam: Sam, embeddings_NChw: Tensor, boxes_N4: Tensor) -> dict[str, Tensor]:
+    """Return the logits without prompt (first token, then all others) and with one box per image."""
+    automatic = [decode_automatic(sam, embeddings_NChw, multimask=multimask)[0] for multimask in (False, True)]
+    boxes, _ = decode_boxes(sam, embeddings_NChw, boxes_N4, multimask=True)
+    return {"automatic": torch.cat(automatic, dim=1), "boxes": boxes}

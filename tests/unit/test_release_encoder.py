@@ -1,0 +1,108 @@
+"""A release of a stage-1 run: the encoder alone, unless what continues the training is asked for and audited."""
+
+import json
+
+import numpy as np
+import pytest
+from model_factory import tiny_plain_spec, tiny_vit_t_spec
+from release_factory import InThisProcess, finished_encoder
+from samgraft.shared.commands.release import _releaser
+from samgraft.shared.errors import DataError, UsageError, WeightsError
+from samgraft.shared.models.weights import load_image_encoder
+from samgraft.shared.release import load_back
+from samgraft.shared.release.request import ReleaseRequest
+from samgraft.ssl import membership
+from samgraft.ssl.membership import attack_auc, audit_membership
+from samgraft.ssl.release import release_encoder
+from store_factory import make_store
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(load_back.subprocess, "run", InThisProcess(capsys).run)
+    store = make_store(tmp_path, num_patients=4, shape_zyx=(3, 40, 36), labelled=False)
+    return finished_encoder(tmp_path, store, tiny_vit_t_spec(), image_size=64)
+
+
+def request(run, **values):
+    return ReleaseRequest(**({"run": run, "out": run.parents[1] / "out", "licence": "mit"} | values))
+
+
+def test_release__is_the_encoder_alone(run):
+    assert _releaser(run) is release_encoder
+    released = release_encoder(request(run, formats=("sam",)))
+    out = run.parents[1] / "out"
+    assert sorted(p.name for p in out.iterdir()) == [
+        "README.md", "SHA256SUMS", "card.json", "encoder.pth", "encoder.safetensors",
+    ]  # fmt: skip
+    assert "ssl_state: left out" in released.left_out[-1]
+    card = json.loads((out / "card.json").read_text())
+    assert "patient_ids" not in card["data_manifest"]
+    assert card["license"] == "mit"
+    text = (out / "README.md").read_text()
+    assert "pipeline_tag: image-feature-extraction" in text
+    assert "0.8123 before, 0.4321 after" in text
+    assert "7 steps, 56 slices seen" in text
+    encoder, again = load_image_encoder(out)
+    assert again.objective == "masked_image"
+    assert encoder.image_size == 64
+
+
+def test_release__plain_encoder_in_transformers(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(load_back.subprocess, "run", InThisProcess(capsys).run)
+    store = make_store(tmp_path, num_patients=4, shape_zyx=(3, 40, 36), labelled=False)
+    spec = tiny_plain_spec(depth=2, image_size=96)
+    run = finished_encoder(tmp_path, store, spec, image_size=96, method="mae")
+    released = release_encoder(request(run, formats=("sam", "transformers")))
+    assert {c.path: c.outputs for c in released.checked}["transformers"] == ("embeddings",)
+    assert "SamVisionModel" in (tmp_path / "out" / "README.md").read_text()
+    with pytest.raises(UsageError, match="there is no adapter"):
+        release_encoder(request(run, formats=("peft",), out=tmp_path / "b"))
+
+
+def test_release__continuable_adds_the_state_and_prints_the_audit(run, monkeypatch):
+    monkeypatch.setattr(membership, "NUM_SLICES", 4)
+    monkeypatch.setattr(membership, "NUM_MASKS", 1)
+    release_encoder(request(run, formats=("sam",), continuable=True))
+    out = run.parents[1] / "out"
+    assert (out / "ssl_state" / "state.safetensors").is_file()
+    text = (out / "README.md").read_text()
+    audit = audit_membership(run)
+    assert f"against held-out patients **{audit.auc_held_out:.3f}**" in text
+    assert f"the other **{audit.auc_control:.3f}**" in text
+    assert (audit.num_member_patients, audit.num_held_out_patients) == (3, 1)
+
+
+def test_release__state_of_unknown_kind_stops_it(run):
+    (run / "ssl_state" / "notes.pkl").write_bytes(b"x")
+    with pytest.raises(WeightsError, match="files only"):
+        release_encoder(request(run, formats=("sam",), continuable=True))
+    assert not (run.parents[1] / "out").exists()
+
+
+def test_release__damaged_encoder_is_refused(run):
+    card = json.loads((run / "encoder" / "card.json").read_text())
+    (run / "encoder" / "card.json").write_text(json.dumps(card | {"weights_sha256": "0" * 64}))
+    with pytest.raises(WeightsError, match="must be the file its card describes"):
+        release_encoder(request(run))
+
+
+def test_audit__refuses_what_would_make_it_meaningless(run, tmp_path):
+    other = make_store(tmp_path, num_patients=4, shape_zyx=(3, 40, 36), labelled=False, seed=5, name="other.zarr")
+    config = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(config.replace("/store.zarr", f"/{other.name}"))
+    with pytest.raises(DataError, match="must be the one the run was trained on"):
+        audit_membership(run)
+    (run / "config.yaml").write_text(config)
+    (run / "ssl_state" / "state.safetensors").unlink()
+    with pytest.raises(WeightsError, match="no ssl_state"):
+        audit_membership(run)
+
+
+def test_attack_auc__hand_computed():
+    members, others = np.array([1.0, 2.0]), np.array([2.0, 3.0])
+    assert attack_auc(members, others) == (0.5 + 1 + 1 + 1) / 4
+    assert attack_auc(np.array([0.0]), np.array([1.0, 2.0])) == 1.0
+    assert attack_auc(np.array([5.0]), np.array([1.0, 2.0])) == 0.0
+    with pytest.raises(UsageError, match="both sides"):
+        attack_auc(members, np.array([]))

@@ -1,0 +1,57 @@
+"""A licence is asked for, never guessed, and is not freer than the base weights'."""
+
+import logging
+
+import pytest
+from samgraft.shared.errors import UsageError
+from samgraft.shared.models.card import Card
+from samgraft.shared.models.download import OFFICIAL
+from samgraft.shared.release.licence import decide_licence, is_non_commercial
+
+COMMAND = "samgraft release RUN --out OUT --license cc-by-4.0"
+
+
+def card(**facts):
+    return Card(arch="vit_b", image_size=64, pixel_mean=[0.0] * 3, pixel_std=[255.0] * 3, **facts)
+
+
+@pytest.mark.parametrize("name", [None, "", "  "])
+def test_licence__is_asked_for(name):
+    with pytest.raises(UsageError, match="must state its licence") as refusal:
+        decide_licence(name, card(), next_command=COMMAND)
+    assert refusal.value.next_command == COMMAND
+
+
+def test_licence__must_be_one_name():
+    with pytest.raises(UsageError, match="must be one SPDX name"):
+        decide_licence("do what you want", card(), next_command=COMMAND)
+
+
+def test_licence__non_commercial_base_is_not_freed():
+    base = card(license="CC-BY-NC-4.0", base_name="x")
+    with pytest.raises(UsageError, match=r"must not allow more than the base weights' CC-BY-NC-4\.0"):
+        decide_licence("cc-by-4.0", base, next_command=COMMAND)
+    assert decide_licence("CC-BY-NC-SA-4.0", base, next_command=COMMAND).name == "cc-by-nc-sa-4.0"
+
+
+def test_licence__known_bases_are_told_by_their_hash_and_others_warned_of(caplog):
+    caplog.set_level(logging.WARNING)
+    known = decide_licence("mit", card(base_sha256=OFFICIAL["sam_vit_b"].sha256), next_command=COMMAND)
+    assert (known.base_name, known.base_licence) == ("sam_vit_b", "Apache-2.0")
+    assert not caplog.records
+    assert decide_licence("mit", card(base_sha256="0" * 64), next_command=COMMAND).base_licence is None
+    assert "not known" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("cc-by-nc-4.0", True),
+        ("PolyForm-Noncommercial-1.0.0", True),
+        ("cc-by-4.0", False),
+        ("Apache-2.0", False),
+        ("ncsa", False),
+    ],
+)
+def test_non_commercial(name, expected):
+    assert is_non_commercial(name) is expected

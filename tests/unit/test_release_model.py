@@ -1,0 +1,159 @@
+"""A release of a fine-tuned model: formats load back, the card's numbers are the files', nothing half-released."""
+
+import json
+import re
+
+import pytest
+from model_factory import tiny_plain_spec, tiny_vit_t_spec
+from release_factory import PATIENTS, InThisProcess, finished_model, write_scores
+from samgraft.finetune import release_clients
+from samgraft.finetune.model_folder import read_model
+from samgraft.finetune.release import release_model
+from samgraft.finetune.scores import read_cases
+from samgraft.finetune.statistics import bootstrap_mean
+from samgraft.shared.commands.release import _names, _releaser
+from samgraft.shared.errors import DataError, StorageError, UsageError, WeightsError
+from samgraft.shared.models.safe_read import file_sha256
+from samgraft.shared.release import load_back
+from samgraft.shared.release.request import ReleaseRequest
+
+
+@pytest.fixture
+def in_process(monkeypatch, capsys):
+    monkeypatch.setattr(load_back.subprocess, "run", InThisProcess(capsys, release_clients.CLIENTS).run)
+
+
+@pytest.fixture
+def run(tmp_path):
+    return finished_model(tmp_path, tiny_plain_spec(depth=2, image_size=96), image_size=96)
+
+
+def request(run, **values):
+    return ReleaseRequest(**({"run": run, "out": run.parents[1] / "out", "licence": "cc-by-4.0"} | values))
+
+
+@pytest.mark.slow  # imports every client; each format has a quick test of its own
+@pytest.mark.filterwarnings("ignore")
+def test_release__writes_and_loads_back_every_format(run, in_process):
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("jsonschema")
+    released = release_model(request(run))
+    assert {c.path for c in released.checked} == {"sam.safetensors", "sam.pth", "transformers", "peft", "onnx", "monai"}
+    assert released.left_out == []
+    out = run.parents[1] / "out"
+    compared = {c.path: set(c.outputs) for c in released.checked}
+    assert compared["peft"] == compared["onnx"] == {"automatic", "boxes", "embeddings"}
+    assert compared["monai"] == {"slices"}
+    config = json.loads((out / "peft" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "base.safetensors"  # its weights are nobody else's, so they come along
+    assert (out / "peft" / "base.safetensors").is_file()
+    assert read_model(out).task.split == {}
+    sums = dict(reversed(line.split("  ", 1)) for line in (out / "SHA256SUMS").read_text().splitlines())
+    assert all(file_sha256(out / name) == digest for name, digest in sums.items())
+    assert set(sums) == {p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file()} - {"SHA256SUMS"}
+    every_byte = b"".join(p.read_bytes() for p in out.rglob("*") if p.is_file())
+    assert not any(patient.encode() in every_byte for patients in PATIENTS.values() for patient in patients)
+
+
+def test_release__vit_t_says_what_does_not_apply(tmp_path, in_process):
+    run = finished_model(tmp_path, tiny_vit_t_spec(), image_size=64)
+    released = release_model(request(run, formats=("sam", "peft")))
+    assert {c.path for c in released.checked} == {"sam.safetensors", "sam.pth", "peft"}
+    with pytest.raises(UsageError, match="cannot express vit_t"):
+        release_model(request(run, formats=("transformers",), out=tmp_path / "b"))
+
+
+@pytest.mark.filterwarnings("ignore")  # MONAI's own
+def test_release__several_classes_reach_the_bundle(tmp_path, in_process):
+    pytest.importorskip("jsonschema")
+    run = finished_model(tmp_path, tiny_vit_t_spec(), image_size=64, num_classes=2)
+    release_model(request(run, formats=("monai",)))
+    config = json.loads((tmp_path / "out" / "monai" / "configs" / "inference.json").read_text())
+    assert config["postprocessing"]["transforms"][1]["target_labels"] == [0, 3, 5]
+    meta = json.loads((tmp_path / "out" / "monai" / "configs" / "metadata.json").read_text())
+    assert meta["network_data_format"]["outputs"]["pred"]["channel_def"] == {
+        "0": "background",
+        "1": "lesion",
+        "2": "organ",
+    }
+
+
+@pytest.mark.parametrize("damage", ["adapter", "base"])
+def test_release__an_adapter_that_is_not_the_models_stops_it_and_leaves_nothing(run, in_process, damage):
+    from safetensors.torch import load_file, save_file
+
+    if damage == "adapter":
+        file = run / "model" / "adapter" / "adapter_model.safetensors"
+        tensors = load_file(file)
+        key = next(k for k in tensors if "lora_B" in k)
+        tensors[key] = tensors[key] + 0.5
+        save_file(tensors, file)
+        with pytest.raises(WeightsError, match="peft must give the run's outputs when loaded back"):
+            release_model(request(run, formats=("sam", "peft")))
+    else:
+        (run.parents[1] / "base.safetensors").unlink()
+        with pytest.raises(UsageError, match="no longer where the run's configuration says"):
+            release_model(request(run, formats=("sam", "peft")))
+    assert sorted(p.name for p in run.parents[1].iterdir() if p.name.startswith((".", "out"))) == []
+
+
+def test_release__refuses_before_it_writes(run, in_process):
+    with pytest.raises(UsageError, match="must state its licence"):
+        release_model(request(run, licence=None))
+    with pytest.raises(UsageError, match="--continuable is for runs of stage 1"):
+        release_model(request(run, continuable=True))
+    (run.parents[1] / "out").mkdir()
+    with pytest.raises(StorageError, match="must not exist yet"):
+        release_model(request(run))
+
+
+def test_release__privacy_gate_stops_it_and_leaves_nothing(run, in_process):
+    with pytest.raises(DataError, match="identifies a person or a machine"):
+        release_model(request(run, formats=("sam",), statement="scans of Jane^Canary"))
+    with pytest.raises(DataError, match="known identifier"):
+        release_model(request(run, formats=("sam",), statement="from CanaryHospital", identifiers=("canaryhospital",)))
+    assert not (run.parents[1] / "out").exists()
+    assert not list(run.parents[1].glob(".out*"))
+
+
+def test_card__opens_in_huggingface_hub_and_every_score_is_in_the_files(run, in_process):
+    from huggingface_hub import ModelCard
+
+    folder = write_scores(run)
+    interval = bootstrap_mean([row["dice"] for row in read_cases(folder / "cases.csv")])
+    release_model(request(run, formats=("sam",), statement="Public scans, de-identified, CC BY."))
+    out = run.parents[1] / "out"
+    card = ModelCard.load(out / "README.md")
+    assert card.data.license == "cc-by-4.0"
+    assert card.data.pipeline_tag == "mask-generation"
+    assert card.data.eval_results[0].metric_value == round(interval.mean, 4)
+    text = card.text
+    assert "The releaser states: Public scans" in text
+    sources = (
+        " ".join((out / n).read_text() for n in ("card.json", "task.json")) + (folder / "summary.json").read_text()
+    )
+    known = {float(n) for n in re.findall(r"-?\d+(?:\.\d+)?", sources)}
+    known |= {round(n, 3) for n in known}
+    for number in re.findall(r"(?<![\w.])\d+\.\d+", re.sub(r"```.*?```", "", text, flags=re.DOTALL)):
+        if number not in ("4.0",):  # the licence's name
+            assert float(number) in known, number
+    assert f"{interval.mean:.3f} ({interval.low:.3f} to {interval.high:.3f}, 7 patients)" in text
+
+
+def test_card__says_so_without_scores_and_statement(run, in_process):
+    release_model(request(run, formats=("sam",)))
+    text = (run.parents[1] / "out" / "README.md").read_text()
+    assert "| test | - | not evaluated |" in text
+    assert "gave no statement on origin" in text
+    assert "model-index" not in text
+
+
+def test_command__finds_the_stage_by_what_the_run_holds(run, tmp_path):
+    assert _releaser(run) is release_model
+    assert _names("sam, onnx") == ("sam", "onnx")
+    assert _names(None) is None
+    with pytest.raises(WeightsError, match="does not exist"):
+        _releaser(tmp_path / "no")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(WeightsError, match="Did it finish"):
+        _releaser(tmp_path / "empty")
