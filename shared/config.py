@@ -101,7 +101,7 @@ def config_to_dict(config: object) -> dict[str, Any]:
     """Return nested plain dictionaries, enums by value, paths as text."""
     if not dataclasses.is_dataclass(config) or isinstance(config, type):
         raise UsageError(f"config must be a dataclass instance, got {type(config).__name__}.")
-    plain = _plain(config)
+    plain = plain_value(config)
     assert isinstance(plain, dict)
     return plain
 
@@ -126,17 +126,18 @@ def _walk(schema: type, prefix: str) -> Iterator[str]:
             yield key
 
 
-def _plain(value: object) -> object:
+def plain_value(value: object) -> object:
+    """Return one value of a configuration as YAML holds it: enums by value, paths as text, sections as mappings."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {f.name: plain_value(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, Enum):
         return value.value
     if isinstance(value, Path):
         return str(value)
     if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
+        return {str(k): plain_value(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
+        return [plain_value(v) for v in value]
     return value
 
 

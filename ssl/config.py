@@ -91,6 +91,42 @@ class WatchConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ProbeConfig:
+    """Labelled slices that tell, while the encoder learns without labels, whether it gets better for segmentation."""
+
+    store: str | None = None
+    """Labelled store (``*.zarr``); null switches probe and drift gauge off."""
+    split: str | None = None
+    """Its split by patient: the head is fitted on ``train`` and scored on ``val``; ``test`` is never looked at. None
+    takes <store>.split.json beside the store, else draws one with seed 0, as stage 2 does."""
+    every_n_steps: int = 100
+    """Steps between two looks; always at the start, the value to beat, and at the end too."""
+    num_train_slices: int = 32
+    """Slices that show a label, spread evenly over the training patients. More steadies the value and costs a forward
+    pass each."""
+    num_test_slices: int = 32
+    """The same for the patients that are scored."""
+    ridge: float = 0.01
+    """Weight of the penalty on the linear head, as a share of the features' variance."""
+    decoder: str | None = None
+    """SAM whose untouched decoder the drift gauge asks; None takes ``model.base`` where that is a whole SAM."""
+    num_boxes: int = 32
+    """Boxes of the drift gauge; 0 switches it off."""
+
+    def __post_init__(self) -> None:
+        counts = ("every_n_steps", "num_train_slices", "num_test_slices")
+        for name in counts:
+            if getattr(self, name) < 1:
+                raise ValueError(f"probe.{name} must be at least 1, got {getattr(self, name)}.")
+        if self.num_boxes < 0:
+            raise ValueError(f"probe.num_boxes must be at least 0, got {self.num_boxes}.")
+        if not self.ridge > 0:
+            raise ValueError(f"probe.ridge must be positive, got {self.ridge}.")
+        if self.store is None and (self.split is not None or self.decoder is not None):
+            raise ValueError("probe.split and probe.decoder would be ignored without probe.store. Name the store too.")
+
+
+@dataclass(frozen=True, kw_only=True)
 class PretrainConfig:
     """Everything a stage-1 run is decided by."""
 
@@ -104,3 +140,4 @@ class PretrainConfig:
     trainer: TrainerConfig
     optim: PretrainOptimizerConfig = field(default_factory=PretrainOptimizerConfig)
     watch: WatchConfig = field(default_factory=WatchConfig)
+    probe: ProbeConfig = field(default_factory=ProbeConfig)

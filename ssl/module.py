@@ -7,6 +7,9 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from samgraft.shared.data.dataset import SliceBatch, batch_to_input
+from samgraft.shared.models.image_encoder import ImageEncoder
+from samgraft.shared.models.tiny_vit import TinyViTEncoder
+from samgraft.shared.training.sharding import is_sharded, name_root, shard
 from samgraft.ssl.config import PretrainOptimizerConfig
 from samgraft.ssl.objectives.objective import Objective
 from samgraft.ssl.optimizer import build_pretrain_optimizer
@@ -25,6 +28,24 @@ class PretrainModule(pl.LightningModule):
         self.config = config
         self.image_size = image_size
         self.keep_aspect = keep_aspect
+
+    def configure_model(self) -> None:
+        """With trainer.strategy=fsdp: cut blocks, neck, encoder and the rest into parts; otherwise leave all whole."""
+        mesh = self.device_mesh
+        if mesh is None or is_sharded(self):
+            return
+        part = mesh["data_parallel"]
+        encoders = [m for m in self.objective.modules() if isinstance(m, ImageEncoder | TinyViTEncoder)]
+        for encoder in encoders:
+            for block in [*getattr(encoder, "blocks", ()), *getattr(encoder, "layers", ()), encoder.neck]:
+                shard(block, part)
+            shard(encoder, part, methods=("forward_features", "forward_visible"))
+        shard(self.objective, part, methods=("loss", "panel"))
+
+    def on_fit_start(self) -> None:
+        """Name the objective as the whole of what is sharded, before a look asks a part of it first."""
+        if is_sharded(self):
+            name_root(self.objective)
 
     def training_step(self, batch: SliceBatch, batch_idx: int) -> dict[str, torch.Tensor]:
         """Return the loss of one micro-step and its parts; the progress callback logs them."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import shutil
 import time
@@ -26,8 +27,10 @@ from samgraft.shared.training.progress import format_duration
 from samgraft.shared.training.trainer import state_bytes
 from samgraft.shared.training.training_state import finished_states
 from samgraft.ssl.config import DataConfig, PretrainConfig
+from samgraft.ssl.memory import SavedBytes, describe_memory, free_bytes, training_bytes
 from samgraft.ssl.objectives.objective import Objective
 from samgraft.ssl.start import trained_share
+from samgraft.ssl.watch import Watched
 from torch import nn
 
 log = logging.getLogger(__name__)
@@ -44,6 +47,8 @@ class StepTime:
 
     seconds: float
     num_measured: int
+    saved_bytes: int
+    """Saved by the forward pass for the backward pass: what activations cost."""
 
 
 def pretraining_split(config: DataConfig, store: SliceStore, *, seed: int) -> Split:
@@ -54,8 +59,10 @@ def pretraining_split(config: DataConfig, store: SliceStore, *, seed: int) -> Sp
     return load_split(path, store)
 
 
-def leak_check(config: DataConfig, store: SliceStore, patient_ids: Sequence[str]) -> list[str]:
-    """Compare the training slices with the validation and test patients of every store in ``config.test_stores``.
+def leak_check(
+    config: DataConfig, store: SliceStore, patient_ids: Sequence[str], *, probe: tuple[SliceStore, Split] | None
+) -> list[str]:
+    """Compare the training slices with the validation and test patients of the probe and of ``config.test_stores``.
 
     Returns:
         One line per store for the pre-flight and the card.
@@ -64,22 +71,26 @@ def leak_check(config: DataConfig, store: SliceStore, patient_ids: Sequence[str]
         DataError: If a patient leaks and ``allow_transductive`` is not set.
     """
     manifest = pretrain_manifest(store, patient_ids)
+    named = [SliceStore.open(name) for name in config.test_stores]
+    compared = [(labelled, load_split(None, labelled), "") for labelled in named]
+    if probe is not None:
+        compared.append((*probe, " (probe)"))
     lines = []
-    for name in config.test_stores:
-        labelled = SliceStore.open(name)
+    for labelled, split, use in compared:
+        name = f"{labelled.path.name}{use}"
         try:
-            refuse_leak(manifest, load_split(None, labelled), labelled)
+            refuse_leak(manifest, split, labelled)
         except DataError as leak:
             if not config.allow_transductive:
                 raise DataError(
                     leak.what,
-                    where=leak.where,
+                    where=f"{leak.where}{use}",
                     kept="nothing was written",
                     next_command="samgraft pretrain ... data.allow_transductive=true, if that is meant",
                 ) from leak
-            lines.append(f"transductive: test patients of {labelled.path.name} are among the training slices")
+            lines.append(f"transductive: validation or test patients of {name} are among the training slices")
         else:
-            lines.append(f"no patient of {labelled.path.name}'s validation or test part is among the training slices")
+            lines.append(f"no patient of {name}'s validation or test part is among the training slices")
     return lines
 
 
@@ -92,28 +103,49 @@ def describe_data(store: SliceStore, split: Split, slices: Sequence[SliceRef]) -
     )
 
 
-def measure_step(objective: Objective, images_B1SS: torch.Tensor, *, precision: str) -> StepTime:
-    """Time forward and backward on real slices, a few times; leaves weights, gradients and random state as they were.
+def measure_step(
+    objective: Objective, images_B1SS: torch.Tensor, *, precision: str, channels_last: bool = False
+) -> StepTime:
+    """Time forward and backward on real slices, a few times; leaves weights, buffers and gradients as they were.
 
     The first step is not counted: it pays for allocations.
     """
     assert isinstance(objective, nn.Module)
     device = images_B1SS.device
     objective.to(device)
+    if channels_last:
+        objective.to(memory_format=torch.channels_last)
+    buffers = [(buffer, buffer.clone()) for buffer in objective.buffers()]
     counters = list(range(len(images_B1SS)))
     times: list[float] = []
+    saved = SavedBytes(objective)
     started = time.perf_counter()
     while len(times) < 1 + MAX_MEASURED_STEPS and (len(times) < 2 or time.perf_counter() - started < MEASURE_S):
         begin = time.perf_counter()
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16-mixed"):
+        counting = contextlib.nullcontext() if times else saved.count()
+        with counting, torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16-mixed"):
             total = objective.loss(images_B1SS, sample_counters=counters, step=0).total
         total.backward()
         objective.zero_grad(set_to_none=True)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         times.append(time.perf_counter() - begin)
+    for buffer, before in buffers:
+        buffer.copy_(before)
     counted = sorted(times[1:])
-    return StepTime(seconds=counted[len(counted) // 2], num_measured=len(counted))
+    return StepTime(seconds=counted[len(counted) // 2], num_measured=len(counted), saved_bytes=saved.total)
+
+
+def check_memory(objective: Objective, step_time: StepTime, *, device: torch.device, batch_size: int) -> str:
+    """Return what the run will hold in memory against what is free; warn where it does not fit."""
+    assert isinstance(objective, nn.Module)
+    needed = training_bytes(objective, step_time.saved_bytes)
+    line, fits = describe_memory(needed, free_bytes(device), batch_size=batch_size)
+    if not fits:
+        log.warning(
+            "memory is short: %s. A smaller data.batch_size with trainer.accumulate keeps the global batch.", line
+        )
+    return line
 
 
 def check_disk(folder: Path, objective: Objective, *, keep_last: int) -> str:
@@ -142,6 +174,7 @@ def preflight(
     objective: Objective,
     dataset: SliceDataset,
     split: Split,
+    watched: Watched,
     *,
     leaks: Sequence[str],
     device: DeviceChoice,
@@ -160,8 +193,11 @@ def preflight(
             f"{device.devices * device.num_nodes} processes.",
             where="data.batch_size",
         )
-    step_time = measure_step(objective, _first_batch(config, dataset, device), precision=device.precision)
-    seconds = run_seconds(config, step_time)
+    images_B1SS = _first_batch(config, dataset, device)
+    step_time = measure_step(
+        objective, images_B1SS, precision=device.precision, channels_last=config.trainer.channels_last
+    )
+    seconds = run_seconds(config, step_time, watched)
     show = "shown in TensorBoard and the report" if config.watch.log_images else "not shown (watch.log_images=false)"
     lines = {
         "device": device.reason,
@@ -171,7 +207,10 @@ def preflight(
         "objective": config.objective.name.value,
         "time": f"{step_time.seconds:.2f} s per step of {batch_size} slices ({step_time.num_measured} measured); "
         f"{config.trainer.max_steps} steps take about {format_duration(seconds)}",
+        "memory": check_memory(objective, step_time, device=images_B1SS.device, batch_size=batch_size),
         "disk": check_disk(run_path, objective, keep_last=config.trainer.keep_last),
+        "probe": watched.probe.describe() if watched.probe else "off: no labelled store named (probe.store)",
+        "drift": watched.gauge_note,
         "pictures": show,
         "run": describe_run(run_path, max_steps=config.trainer.max_steps),
         "watch it": f"tensorboard --logdir {run_path}/tb --host localhost",
@@ -190,12 +229,17 @@ def describe_run(run_path: Path, *, max_steps: int) -> str:
     return f"{run_path}, resuming step {int(states[-1].name.removeprefix('step-'))} of {max_steps}"
 
 
-def run_seconds(config: PretrainConfig, step_time: StepTime) -> float:
-    """Return the expected length of a whole run, held-out looks included (a look costs a third of a step per slice)."""
-    steps = config.trainer.max_steps * config.trainer.accumulate
-    looks = 2 + config.trainer.max_steps // config.watch.every_n_steps
+def run_seconds(config: PretrainConfig, step_time: StepTime, watched: Watched) -> float:
+    """Return the expected length of a whole run, the looks included: they cost a third of a step per slice."""
+    max_steps = config.trainer.max_steps
+    looked_at = (
+        (watched.held_out.images_N1SS if watched.held_out else (), config.watch.every_n_steps),
+        (watched.probe.train.labels if watched.probe else (), config.probe.every_n_steps),
+        (watched.probe.test.labels if watched.probe else (), config.probe.every_n_steps),
+    )
+    num_slices = sum(len(slices) * (2 + max_steps // every) for slices, every in looked_at)
     per_slice = step_time.seconds / config.data.batch_size
-    return steps * step_time.seconds + looks * config.data.num_held_out_slices * per_slice / 3
+    return max_steps * config.trainer.accumulate * step_time.seconds + num_slices * per_slice / 3
 
 
 def _first_batch(config: PretrainConfig, dataset: SliceDataset, device: DeviceChoice) -> torch.Tensor:

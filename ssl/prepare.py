@@ -118,10 +118,12 @@ def _store_of(data: Path, modality: str) -> Path:
 
 
 def _demo_part(demo: DemoPaths) -> dict[str, Any]:
-    # The demo scans are public: their pictures may be shown.
+    # The demo scans are public: their pictures may be shown. The patients that the probe is scored on are those that
+    # the demo keeps out of its unlabelled store.
     return {
         "data": {"store": str(demo.unlabelled), "test_stores": [str(demo.labelled)]},
         "watch": {"log_images": True},
+        "probe": {"store": str(demo.labelled), "split": str(demo.split)},
     }
 
 

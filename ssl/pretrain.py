@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +17,21 @@ from samgraft.shared.training.device import DeviceChoice
 from samgraft.shared.training.loader import build_step_loader
 from samgraft.shared.training.resume import LoaderPosition, seed_process
 from samgraft.shared.training.run_folder import RunFolder
+from samgraft.shared.training.sharding import full_state, is_sharded, load_full_state
 from samgraft.shared.training.trainer import fit
+from samgraft.shared.training.trainer_config import Strategy
 from samgraft.ssl.config import PretrainConfig
 from samgraft.ssl.encoder_weights import hand_over
-from samgraft.ssl.held_out import load_held_out
+from samgraft.ssl.labelled import open_probe_store
 from samgraft.ssl.module import PretrainModule
-from samgraft.ssl.objectives import OBJECTIVES
+from samgraft.ssl.objectives import OBJECTIVES, Objective
 from samgraft.ssl.optimizer import build_schedule
 from samgraft.ssl.preflight import leak_check, preflight, pretraining_split
 from samgraft.ssl.report import write_report
 from samgraft.ssl.start import load_start
 from samgraft.ssl.views import RandomView
-from samgraft.ssl.watch import watch
+from samgraft.ssl.watch import Watch, load_watched
+from torch import nn
 from torch.utils.data import DataLoader
 
 log = logging.getLogger(__name__)
@@ -48,50 +53,64 @@ def pretrain(
     preset = load_preset(config.modality)
     split = pretraining_split(config.data, store, seed=config.seed)
     slices = select_slices(store, split.train, min_foreground_fraction=config.data.least_foreground(preset))
-    leaks = leak_check(config.data, store, split.train)
+    probe_store = open_probe_store(config.probe)
+    leaks = leak_check(config.data, store, split.train, probe=probe_store)
     dataset = SliceDataset(
         store, slices, intensity=preset.intensity, augment=RandomView(config.data.views), seed=config.seed
     )
-    held_out = load_held_out(store, split.val, config=config.data, model=config.model, preset=preset)
 
     seed_process(config.seed)
     encoder, start_card = load_start(config.model)
     encoder.activation_checkpointing = config.trainer.activation_checkpointing
+    watched = load_watched(config, store, split, probe_store, preset=preset, stride=encoder.stride)
     objective = OBJECTIVES[config.objective.name](encoder, config.objective, config.seed)
     module = PretrainModule(
         objective, config.optim, image_size=config.model.image_size, keep_aspect=config.data.keep_aspect
     )
-    preflight(config, objective, dataset, split, leaks=leaks, device=device, run_path=runs / name)
+    preflight(config, objective, dataset, split, watched, leaks=leaks, device=device, run_path=runs / name)
     if dry_run:
         return None
 
     with RunFolder.open(runs, name, config=config, stage="pretrain") as run:
-
-        def make_loader(position: LoaderPosition) -> DataLoader[Any]:
-            sampler = StepBatchSampler(
-                len(dataset), batch_size=config.data.batch_size, seed=config.seed, **dataclasses.asdict(position)
-            )
-            num_workers = config.trainer.num_workers
-            return build_step_loader(dataset, batch_sampler=sampler, collate_fn=collate_slices, num_workers=num_workers)
-
+        whole = copy.deepcopy(objective) if config.trainer.strategy is Strategy.FSDP else objective
         result = fit(
             module,
             config=config.trainer,
             run=run,
             device=device,
-            loader_factory=make_loader,
+            loader_factory=partial(_loader, dataset, config),
             batch_size=config.data.batch_size,
             seed=config.seed,
             callbacks=[build_schedule(config.optim, max_steps=config.trainer.max_steps)],
-            periodic=watch(held_out, config.watch, run_path=run.path, batch_size=config.data.batch_size),
+            periodic=Watch(watched=watched, config=config, run_path=run.path).tasks(),
             data_fingerprint=store.fingerprint,
         )
+        objective = put_together(objective, whole)
         weights = hand_over(
             objective, run, config, start_card, store=store, split=split, intensity=preset.intensity, notes=leaks
         )
-        write_report(run, config, objective, held_out, result=result, notes=leaks)
+        write_report(run, config, objective, watched, result=result, notes=leaks)
         _say_end(run, weights)
     return weights
+
+
+def _loader(dataset: SliceDataset, config: PretrainConfig, position: LoaderPosition) -> DataLoader[Any]:
+    sampler = StepBatchSampler(
+        len(dataset), batch_size=config.data.batch_size, seed=config.seed, **dataclasses.asdict(position)
+    )
+    return build_step_loader(
+        dataset, batch_sampler=sampler, collate_fn=collate_slices, num_workers=config.trainer.num_workers
+    )
+
+
+def put_together(objective: Objective, whole: Objective) -> Objective:
+    """Return the trained objective with every parameter whole; ``whole`` is a copy from before it was sharded."""
+    assert isinstance(objective, nn.Module)
+    assert isinstance(whole, nn.Module)
+    if not is_sharded(objective):
+        return objective
+    load_full_state(whole, full_state(objective.state_dict()))
+    return whole
 
 
 def _say_end(run: RunFolder, weights: Path) -> None:

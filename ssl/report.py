@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
+from samgraft.shared.training.environment import processes_expected
 from samgraft.shared.training.progress import format_duration
 from samgraft.shared.training.report import (
     KeyValues,
@@ -23,15 +25,22 @@ from samgraft.shared.training.report import (
 from samgraft.shared.training.run_folder import RunFolder
 from samgraft.shared.training.trainer import FitResult
 from samgraft.ssl.config import PretrainConfig
-from samgraft.ssl.health import warnings_in_words
 from samgraft.ssl.held_out import HeldOut, held_out_panel, split_picture
 from samgraft.ssl.objectives.objective import Objective, Panel
-from samgraft.ssl.watch import panel_path
+from samgraft.ssl.report_curves import (
+    SMOOTH_STEPS,
+    Curve,
+    curve,
+    engine_parts,
+    feature_parts,
+    probe_parts,
+    probe_verdict,
+)
+from samgraft.ssl.start import RANDOM
+from samgraft.ssl.watch import Watched, find_worries, panel_path
 
 log = logging.getLogger(__name__)
 
-Curve = tuple[list[float], list[float]]
-SMOOTH_STEPS = 5
 OUTPUT_COLUMN = "output"
 
 
@@ -39,7 +48,7 @@ def write_report(
     run: RunFolder,
     config: PretrainConfig,
     objective: Objective,
-    held_out: HeldOut | None,
+    watched: Watched,
     *,
     result: FitResult,
     notes: Sequence[str],
@@ -47,15 +56,18 @@ def write_report(
     """Write the report of a finished run from its metrics and pictures."""
     if not run.is_writer:
         return
-    lines = list(run.metrics.read())
+    lines, held_out = list(run.metrics.read()), watched.held_out
     sections = [
         Section(title="Summary", parts=_summary(run, config, lines, result=result)),
+        Section(title="Is the encoder better for segmentation?", parts=probe_parts(lines, watched)),
         Section(title="Loss", parts=_loss(lines, objective, held_out)),
         Section(
             title="What the encoder makes of slices it was not trained on",
             parts=_pictures(run, config, objective, held_out),
         ),
-        Section(title="Features", parts=_features(lines)),
+        Section(title="Features", parts=feature_parts(lines)),
+        Section(title="Training", parts=engine_parts(lines)),
+        Section(title="What to do next", parts=_next_steps(run, config)),
         Section(title="How this run was made", parts=[KeyValues(items=_facts(config, notes))]),
     ]
     for text in verdict(lines):
@@ -65,27 +77,21 @@ def write_report(
     run.report.write_text(render_report(title, sections, subtitle=subtitle), encoding="utf-8")
 
 
-def curve(lines: Sequence[Mapping[str, Any]], name: str) -> Curve:
-    """Return (steps, values) of one metric."""
-    found = [(float(line["step"]), float(line[name])) for line in lines if name in line]
-    return [step for step, _ in found], [value for _, value in found]
-
-
 def verdict(lines: Sequence[Mapping[str, Any]]) -> list[Text]:
-    """Say in words whether the run learned, and what a person should worry about."""
+    """Say in words whether the run learned, and what a person should worry about; what matters most comes first."""
+    probe = probe_verdict(lines)
+    found = find_worries(lines, is_final=True)
+    remarks = [probe] if probe else []
     loss = curve(lines, "held_out/loss")[1]
     if len(loss) < 2:
-        return [Text(text="No patient was held out: the loss on unseen slices is not known.", kind="warning")]
-    worries = warnings_in_words(
-        held_out_loss=loss,
-        effective_rank=curve(lines, "held_out/effective_rank")[1],
-        feature_std=curve(lines, "held_out/feature_std")[1],
-    )
-    change = f"The loss on held-out slices went from {loss[0]:.4g} to {loss[-1]:.4g}"
-    if loss[-1] < loss[0]:
-        change += f": {100 * (1 - loss[-1] / loss[0]):.0f} % lower than at the start"
-    kind: Literal["plain", "good"] = "plain" if worries else "good"
-    return [Text(text=f"{change}.", kind=kind), *(Text(text=worry, kind="warning") for worry in worries)]
+        remarks.append(Text(text="No patient was held out: the loss on unseen slices is not known.", kind="warning"))
+    else:
+        change = f"The loss on held-out slices went from {loss[0]:.4g} to {loss[-1]:.4g}"
+        if loss[-1] < loss[0]:
+            change += f": {100 * (1 - loss[-1] / loss[0]):.0f} % lower than at the start"
+        kind: Literal["plain", "good"] = "plain" if found else "good"
+        remarks.append(Text(text=f"{change}.", kind=kind))
+    return [*remarks, *(Text(text=worry.text, kind="warning") for worry in found)]
 
 
 def _summary(
@@ -93,21 +99,39 @@ def _summary(
 ) -> list[Any]:
     facts: dict[str, Any] = {
         "steps": result.step,
-        "slices seen": config.trainer.max_steps * config.trainer.accumulate * config.data.batch_size,
+        "slices seen": config.trainer.max_steps
+        * config.trainer.accumulate
+        * config.data.batch_size
+        * processes_expected(),
     }
     if result.slices_per_s:  # nothing was trained when a finished run is asked for again
         facts["time of the last session"] = format_duration(result.seconds)
         facts["speed"] = f"{result.slices_per_s:.3g} slices/s, {100 * result.data_wait_share:.1f} % waiting for data"
-    next_step = (
-        "A lower loss does not prove a better encoder for segmentation: fine-tune from this run and from the base "
-        "weights, and compare."
-    )
-    return [
-        *verdict(lines),
-        KeyValues(items=facts),
-        Text(text=next_step),
+    return [*verdict(lines), KeyValues(items=facts)]
+
+
+def _next_steps(run: RunFolder, config: PretrainConfig) -> list[Any]:
+    """Return what to do with the encoder: the comparison that decides whether this run was worth it."""
+    start = Path(config.model.base)
+    # No absolute path: the report travels with the results.
+    base = "" if config.model.base == RANDOM else str(start.name if start.is_absolute() else start)
+    parts: list[Any] = [
+        Text(
+            text="Neither a lower loss nor a better probe proves a better encoder for your task. Fine-tune from this "
+            "run and from the weights it started with, on the same few labelled patients, and compare; the result "
+            "decides."
+        ),
         Text(text=f"make finetune CKPT={run.path}", kind="command"),
     ]
+    if base:
+        parts.append(Text(text=f"make finetune CKPT={base} NAME=from-the-start", kind="command"))
+    parts.append(
+        Text(
+            text="More steps, more patients or another objective: give the run another NAME=. This run's curves stay "
+            f"in TensorBoard: tensorboard --logdir {run.path}/tb"
+        )
+    )
+    return parts
 
 
 def _loss(lines: Sequence[Mapping[str, Any]], objective: Objective, held_out: HeldOut | None) -> list[Any]:
@@ -186,20 +210,6 @@ def _columns_with_start(run: RunFolder, panel: Panel) -> tuple[list[str], list[n
         columns.insert(place, before[place])
         titles[place : place + 1] = ["output before", "output after"]
     return titles, columns
-
-
-def _features(lines: Sequence[Mapping[str, Any]]) -> list[Any]:
-    rank, spread = curve(lines, "held_out/effective_rank"), curve(lines, "held_out/feature_std")
-    if not rank[1]:
-        return [Text(text="Not measured.")]
-    return [
-        Table(
-            columns=["step", "effective rank", "feature std"],
-            rows=[[int(step), r, s] for step, r, s in zip(rank[0], rank[1], spread[1], strict=True)],
-            caption="How many directions the held-out slices spread over in feature space, and how much they differ. "
-            "Both fall towards their minimum (1 and 0) when an encoder collapses.",
-        )
-    ]
 
 
 def _facts(config: PretrainConfig, notes: Sequence[str]) -> dict[str, Any]:

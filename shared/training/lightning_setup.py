@@ -10,12 +10,12 @@ from typing import Any
 
 import pytorch_lightning as pl
 from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
-from pytorch_lightning.strategies import DDPStrategy
+from pytorch_lightning.strategies import DDPStrategy, ModelParallelStrategy
 from samgraft.shared.training.bookkeeping import Bookkeeping
 from samgraft.shared.training.device import DeviceChoice
 from samgraft.shared.training.resume import LoaderPosition
 from samgraft.shared.training.run_folder import RunFolder
-from samgraft.shared.training.trainer_config import TrainerConfig
+from samgraft.shared.training.trainer_config import Strategy, TrainerConfig
 from torch.utils.data import DataLoader
 
 LoaderFactory = Callable[[LoaderPosition], DataLoader[Any]]
@@ -27,11 +27,13 @@ def build_trainer(
     """Build the Trainer; ``callbacks`` must hold a ``StepBoundary``, or Lightning adds its own checkpoints."""
     several = device.devices * device.num_nodes > 1
     strategy: Any = "auto"
-    if several:
-        strategy = DDPStrategy(
-            find_unused_parameters=config.find_unused_parameters,
-            process_group_backend="nccl" if device.accelerator == "cuda" else "gloo",
+    backend = "nccl" if device.accelerator == "cuda" else "gloo"
+    if several and config.strategy is Strategy.FSDP:
+        strategy = ModelParallelStrategy(
+            data_parallel_size=device.devices * device.num_nodes, tensor_parallel_size=1, process_group_backend=backend
         )
+    elif several:
+        strategy = DDPStrategy(find_unused_parameters=config.find_unused_parameters, process_group_backend=backend)
     # Lightning would requeue the job itself and write a pickle.
     slurm = several and SLURMEnvironment.detect()
     plugins: list[Any] | None = [SLURMEnvironment(auto_requeue=False)] if slurm else None

@@ -9,6 +9,7 @@ import pytorch_lightning as pl
 import torch
 from samgraft.shared.training.step_log import StepLog
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 
@@ -39,6 +40,8 @@ class FiniteOnly(pl.Callback):
         """Check, then clip."""
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if isinstance(norm, DTensor):
+            norm = norm.full_tensor()
         losses = torch.stack(self._losses)
         self._losses.clear()
         bad = ~(torch.isfinite(norm) & torch.isfinite(losses).all())

@@ -18,7 +18,7 @@ from typing import Any, Final, get_type_hints
 
 import yaml
 from filelock import FileLock, Timeout
-from samgraft.shared.config import config_sha256, config_to_dict, config_to_yaml
+from samgraft.shared.config import config_sha256, config_to_dict, config_to_yaml, plain_value
 from samgraft.shared.errors import StorageError, UsageError
 from samgraft.shared.training.environment import (
     code_revision,
@@ -175,6 +175,20 @@ def keys_that_may_change(schema: type, prefix: str = "") -> Iterator[str]:
             yield from keys_that_may_change(kind, f"{key}.")
 
 
+def default_settings(schema: type) -> dict[str, Any]:
+    """Return the settings of a configuration that have a default, nested as in its YAML; required ones are left out."""
+    hints = get_type_hints(schema)
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(schema):
+        if field.default is not dataclasses.MISSING:
+            values[field.name] = plain_value(field.default)
+        elif field.default_factory is not dataclasses.MISSING:
+            values[field.name] = plain_value(field.default_factory())
+        elif isinstance(kind := hints[field.name], type) and dataclasses.is_dataclass(kind):
+            values[field.name] = default_settings(kind)
+    return values
+
+
 def _checked_path(root: Path, name: str) -> Path:
     if not name or name in {".", ".."} or Path(name).name != name or "\n" in name or len(name.encode()) > 200:
         raise UsageError(
@@ -235,6 +249,8 @@ def _check_same_run(path: Path, *, config: object, stage: str) -> None:
             f"the folder holds a run of another stage than {stage}. Choose another NAME=.", where=path.name
         )
     now = _flat(config_to_dict(config))
+    # A setting that the older program did not have yet worked like its default, or it would not be the default.
+    before = {**{k: v for k, v in _flat(default_settings(type(config))).items() if k in now}, **before}
     free = tuple(keys_that_may_change(type(config)))
     different = [
         f"{key}: {before.get(key, 'not set')} -> {now.get(key, 'not set')}"

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 Json = Any
 
@@ -70,6 +71,8 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]
     optimizer.load_state_dict(state)
     for parameter, values in optimizer.state.items():
         for name, value in values.items():
-            if isinstance(value, Tensor):
+            if isinstance(parameter, DTensor) and isinstance(value, Tensor) and value.shape == parameter.shape:
+                values[name] = distribute_tensor(value, parameter.device_mesh, parameter.placements)
+            elif isinstance(value, Tensor):
                 like = parameter if value.shape == parameter.shape else value
                 values[name] = torch.empty_like(like, dtype=value.dtype, device=value.device).copy_(value)

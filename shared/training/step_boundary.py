@@ -19,6 +19,7 @@ from samgraft.shared.training.processes import any_process, from_first, gather
 from samgraft.shared.training.progress import Progress, format_duration
 from samgraft.shared.training.resume import capture_rng, restore_rng, seed_process
 from samgraft.shared.training.run_folder import RunFolder
+from samgraft.shared.training.sharding import full_state, load_full_state
 from samgraft.shared.training.signals import StopRequest, listen
 from samgraft.shared.training.state_tree import flatten_state, load_optimizer_state, unflatten_state
 from samgraft.shared.training.step_log import StepLog
@@ -183,7 +184,7 @@ class StepBoundary(Checkpoint):
 
     def _restore(self, trainer: pl.Trainer, module: pl.LightningModule, state: TrainingState) -> None:
         record = state.record
-        module.load_state_dict(unflatten_state(record["model"], state.tensors), strict=True)
+        load_full_state(module, unflatten_state(record["model"], state.tensors))
         load_optimizer_state(trainer.optimizers[0], unflatten_state(record["optimizer"], state.tensors))
         extra = unflatten_state(record["extra"], state.tensors)
         if extra:
@@ -231,10 +232,14 @@ class StepBoundary(Checkpoint):
         batch: Mapping[str, Tensor] | None = None,
     ) -> None:
         rng_per_rank = gather(rng)
+        # Sharded tensors are put together by all processes.
+        model, optimizer = full_state(dict(module.state_dict())), full_state(trainer.optimizers[0].state_dict())
         error: Exception | None = None
         if trainer.is_global_zero:
             try:
-                self._write_first(trainer, module, step, name=name, rng_per_rank=rng_per_rank, batch=batch)
+                self._write_first(
+                    trainer, module, step, name=name, rng_per_rank=rng_per_rank, batch=batch, states=(model, optimizer)
+                )
             except Exception as err:  # told to the other processes, which would wait forever, then raised on all
                 error = err
         error = from_first(error)
@@ -250,13 +255,14 @@ class StepBoundary(Checkpoint):
         name: str,
         rng_per_rank: Sequence[Mapping[str, Tensor]],
         batch: Mapping[str, Tensor] | None,
+        states: tuple[Any, Any],
     ) -> None:
         tensors: dict[str, Tensor] = {}
         extra: dict[str, Any] = {}
         module.on_save_checkpoint(extra)
         record = {
-            "model": flatten_state(dict(module.state_dict()), prefix="model", tensors=tensors),
-            "optimizer": flatten_state(trainer.optimizers[0].state_dict(), prefix="optimizer", tensors=tensors),
+            "model": flatten_state(states[0], prefix="model", tensors=tensors),
+            "optimizer": flatten_state(states[1], prefix="optimizer", tensors=tensors),
             "extra": flatten_state(extra, prefix="extra", tensors=tensors),
             **vars(self.books),
             "world_size": trainer.world_size,

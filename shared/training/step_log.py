@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -40,6 +40,14 @@ class StepLog:
         """Remember values of one step."""
         if self._run.is_writer:
             self._pending.setdefault(step, {}).update(values)
+
+    def lines(self) -> Iterator[dict[str, Any]]:
+        """Yield every line so far in step order, those not yet written included; on the writing process only."""
+        pending = dict(self._pending)
+        for line in self._run.metrics.read() if self._run.is_writer else ():
+            yield {**line, **{k: _number(v) for k, v in pending.pop(line["step"], {}).items()}}
+        for step in sorted(pending):
+            yield {"step": step, **{k: _number(v) for k, v in pending[step].items()}}
 
     def add_image(self, step: int, tag: str, image_HWC: npt.NDArray[np.uint8]) -> None:
         """Write a picture to TensorBoard."""

@@ -3,9 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from enum import Enum
 
 from samgraft.shared.training.device import Device, Precision
 from samgraft.shared.training.run_folder import MAY_CHANGE
+
+
+class Strategy(Enum):
+    """How several processes share the work."""
+
+    DDP = "ddp"
+    """Every process holds everything and computes on its own slices: the fastest where it fits."""
+    FSDP = "fsdp"
+    """Weights, gradients and optimizer are cut into as many parts as there are processes: for vit_h on small GPUs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +40,8 @@ class TrainerConfig:
     activation_checkpointing: bool = False
     """Recompute the image encoder's activations block by block in the backward pass: a third slower, and 1/20 of the
     memory or less."""
+    strategy: Strategy = Strategy.DDP
+    """ddp or fsdp; one process needs neither. A run goes on with the strategy it began with."""
     find_unused_parameters: bool = False
     """For several processes, when a step leaves some trainable parameters without gradient."""
     num_workers: int = field(default=0, metadata=MAY_CHANGE)

@@ -44,6 +44,20 @@ def test_other_configuration__refused_naming_the_keys(tmp_path: Path) -> None:
     open_run(tmp_path).close()  # the refusal has let go of the lock
 
 
+def test_setting_that_the_older_program_did_not_have__counts_as_its_default(tmp_path: Path) -> None:
+    open_run(tmp_path).close()
+    record = tmp_path / "a" / "config.yaml"
+    lines = record.read_text().splitlines()
+    record.write_text("\n".join(line for line in lines if "accumulate:" not in line and "width:" not in line) + "\n")
+    open_run(tmp_path).close()
+    with pytest.raises(UsageError, match=r"1 difference: trainer\.accumulate: 1 -> 2"):
+        open_run(tmp_path, accumulate=2)
+    # A required setting has no default to fall back on.
+    record.write_text("\n".join(line for line in lines if "max_steps:" not in line) + "\n")
+    with pytest.raises(UsageError, match=r"trainer\.max_steps: not set -> 15"):
+        open_run(tmp_path)
+
+
 def test_other_stage__refused(tmp_path: Path) -> None:
     open_run(tmp_path).close()
     with pytest.raises(UsageError, match="another stage than finetune"):

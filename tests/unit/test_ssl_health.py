@@ -2,11 +2,19 @@
 
 import pytest
 import torch
-from samgraft.ssl.health import feature_health, warnings_in_words
+from samgraft.ssl.health import feature_health, worries
 from samgraft.ssl.held_out import panel_picture, split_picture, spread
 from samgraft.ssl.objectives import Panel
 
-HEALTHY = {"held_out_loss": [1.0, 0.6, 0.5], "effective_rank": [8.0, 7.0, 6.0], "feature_std": [0.2, 0.2, 0.15]}
+HEALTHY = {
+    "held_out/loss": [1.0, 0.6, 0.5],
+    "held_out/effective_rank": [8.0, 7.0, 6.0],
+    "held_out/feature_std": [0.2, 0.2, 0.15],
+    "probe/dice": [0.5, 0.55, 0.49],
+    "drift/box_dice": [0.8, 0.7, 0.6],
+    "train/grad_norm": [5.0] * 20 + [1.0] * 40,
+}
+MOVING = {"held_out/loss": [1.0, 0.5, 3.0], "held_out/teacher_entropy": [0.9, 0.6, 0.5]}
 
 
 def test_feature_health__equal_directions_count_fully():
@@ -27,23 +35,39 @@ def test_feature_health__the_same_features_for_every_slice_are_a_collapse():
     assert feature_health(same) == {"effective_rank": 1.0, "feature_std": 0.0}
 
 
-def test_warnings__none_for_a_healthy_run():
-    assert warnings_in_words(**HEALTHY) == []
+def test_worries__none_for_a_healthy_run():
+    assert worries(HEALTHY, is_final=True) == []
 
 
 @pytest.mark.parametrize(
     ("changed", "word"),
     [
-        ({"effective_rank": [8.0, 2.0]}, "Collapse: the features of different slices spread over 2.0 directions"),
-        ({"feature_std": [0.2, 0.01]}, "Collapse: slices differ by 0.01"),
-        ({"held_out_loss": [1.0, 0.99]}, "Dead loss: 0.99"),
-        ({"held_out_loss": [1.0, 0.5, 0.7]}, "rose from its best, 0.5, to 0.7"),
+        ({"held_out/effective_rank": [8.0, 2.0]}, "the features of different slices spread over 2.0 directions"),
+        ({"held_out/feature_std": [0.2, 0.01]}, "Collapse: slices differ by 0.01"),
+        ({"held_out/loss": [1.0, 0.99]}, "Dead loss: 0.99"),
+        ({"held_out/loss": [1.0, 0.5, 0.7]}, "rose from its best, 0.5, to 0.7"),
+        ({"probe/dice": [0.5, 0.47]}, "probe fell to a Dice of 0.470, 0.500 at the start"),
+        ({"drift/box_dice": [0.8, 0.39]}, "scores 0.390 on the new encoder, 0.800 at the start"),
+        ({"train/grad_norm": [1.0] * 40 + [30.0] * 20}, "gradient norm rose from 1 to 30"),
+        ({"train/grad_norm": [1.0] * 40 + [0.0] * 20}, "No gradient"),
+        ({**MOVING, "held_out/teacher_entropy": [0.9, 0.005]}, "gives every slice the same prototype"),
+        ({**MOVING, "held_out/teacher_entropy": [0.9, 0.995]}, "every prototype equally likely"),
     ],
 )
-def test_warnings__each_rule_speaks_for_its_case_alone(changed, word):
-    words = warnings_in_words(**{**HEALTHY, **changed})
-    assert len(words) == 1
-    assert word in words[0]
+def test_worries__each_rule_speaks_for_its_case_alone(changed, word):
+    found = worries({**HEALTHY, **changed}, is_final=True)
+    assert len(found) == 1
+    assert word in found[0].text
+
+
+def test_worries__a_loss_against_a_moving_teacher_is_not_judged_by_its_height():
+    assert worries({**HEALTHY, **MOVING}, is_final=True) == []
+
+
+def test_worries__a_loss_gets_time_for_the_warm_up():
+    slow = {**HEALTHY, "held_out/loss": [1.0, 0.999, 0.99]}
+    assert worries(slow, is_final=False) == []
+    assert worries({**slow, "held_out/loss": [1.0, 0.999, 0.99, 0.99]}, is_final=False)[0].rule == "dead loss"
 
 
 def test_spread__evenly_and_away_from_the_ends():

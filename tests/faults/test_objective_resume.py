@@ -1,0 +1,169 @@
+"""Every objective, stopped and started again in every way, ends with the bytes of a run that was not.
+
+The objectives come from the registry: a new one is covered when it has an entry in ``tiny_pretrain.SETTINGS``.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from process_pair import run_pair
+from samgraft.shared.cli import main
+from samgraft.shared.errors import ExitCode, NumericalError, StoppedAndSaved
+from samgraft.shared.models.weights import read_weights
+from samgraft.shared.training.training_state import find_damage
+from samgraft.ssl.objectives import OBJECTIVES
+from tiny_pretrain import PLAIN_ONLY, SETTINGS, act_after, left_behind, make_lab, run
+from tiny_training import Killed, die
+
+OBJECTIVE_NAMES = [method.value for method in OBJECTIVES]
+MATRIX = [
+    pytest.param((f"trainer.num_workers={workers}", f"trainer.precision={precision}", f"trainer.accumulate={n}"),
+                 id=f"{workers} workers, {precision}, accumulate {n}")
+    for workers in (0, 2) for precision in ("fp32", "bf16") for n in (1, 2)
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_lab(tmp_path_factory.mktemp("lab"))
+
+
+def test_settings__every_objective_of_the_registry_is_covered() -> None:
+    assert set(SETTINGS) >= set(OBJECTIVE_NAMES)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVE_NAMES)
+def test_sigterm__same_bytes(lab: Path, monkeypatch: pytest.MonkeyPatch, objective: str) -> None:
+    """Stopped between two saves and inside of nothing; both steps of an accumulated batch are done again."""
+    settings = ("trainer.accumulate=2", "trainer.channels_last=true")
+    whole = left_behind(run(lab, f"whole-{objective}", objective, *settings))
+    with monkeypatch.context() as patch:
+        act_after(3, lambda: os.kill(os.getpid(), signal.SIGTERM), patch)
+        with pytest.raises(StoppedAndSaved):
+            run(lab, f"stopped-{objective}", objective, *settings)
+    resumed = run(lab, f"stopped-{objective}", objective, *settings)
+    assert left_behind(resumed) == whole
+    base = read_weights(lab / ("plain" if objective in PLAIN_ONLY else "base")).tensors
+    assert any(not torch.equal(base[name], tensor) for name, tensor in read_weights(resumed).tensors.items())
+
+
+def kill_child_at(step: int, lab: Path, name: str, objective: str, *settings: str) -> None:
+    """Train in a child and kill it when it has made ``step`` steps: SIGKILL, in the middle of whatever it does."""
+    ready, tell = os.pipe()
+    child = os.fork()  # not a new interpreter: importing takes longer than all the rest
+    if child == 0:
+        try:
+            with pytest.MonkeyPatch.context() as patch:
+                act_after(step, lambda: os.write(tell, b"x") and None, patch)
+                run(lab, name, objective, *settings)
+        finally:
+            os._exit(1)  # never back into pytest
+    os.close(tell)
+    assert os.read(ready, 1) == b"x", "the child ended before it got to the step"
+    os.close(ready)
+    os.kill(child, signal.SIGKILL)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", MATRIX)
+@pytest.mark.parametrize("objective", OBJECTIVE_NAMES)
+def test_sigkill__same_bytes(
+    lab: Path, request: pytest.FixtureRequest, objective: str, settings: tuple[str, ...]
+) -> None:
+    """Killed before the first save, and again while the last steps run."""
+    name = request.node.callspec.id.replace(", ", "-").replace(" ", "")
+    settings = (*settings, "trainer.save_every_steps=2")
+    whole = left_behind(run(lab, f"{name}-whole", objective, *settings))
+    for step in (1, 3):
+        kill_child_at(step, lab, f"{name}-killed", objective, *settings)
+    assert left_behind(run(lab, f"{name}-killed", objective, *settings)) == whole
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("objective", OBJECTIVE_NAMES)
+def test_signal__exit_code_75_and_the_same_command_goes_on(
+    lab: Path, monkeypatch: pytest.MonkeyPatch, objective: str, number: signal.Signals
+) -> None:
+    """The public command, as a scheduler sees it."""
+    base, size = ("plain", 96) if objective in PLAIN_ONLY else ("base", 32)
+    name = f"command-{objective}-{number.name}"
+    command = ["pretrain", "--data", str(lab / "store.zarr"), "--base", str(lab / base), "--method", objective]
+    command += ["--preset", "cpu", "--runs", str(lab / "runs"), "--name", name, f"model.image_size={size}"]
+    command += ["model.num_frozen_depths=0", "data.batch_size=2", "trainer.max_steps=3", "optim.warmup_steps=1"]
+    command += [f"objective.{objective}.{setting}" for setting in SETTINGS[objective]]
+    with monkeypatch.context() as patch:
+        act_after(2, lambda: os.kill(os.getpid(), number), patch)
+        assert main(command) == ExitCode.STOPPED_SAVED
+    state = lab / "runs" / name / "checkpoints" / "step-000002"
+    assert find_damage(state) is None
+    assert main(command) == ExitCode.OK
+    assert (lab / "runs" / name / "encoder" / "encoder.safetensors").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("objective", OBJECTIVE_NAMES)
+def test_two_processes__killed_and_resumed_same_bytes(lab: Path, objective: str, strategy: str) -> None:
+    for done in run_pair(lab, f"{objective}/{strategy}", worker="two_pretrainings.py"):
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert "same bytes: True" in done.stdout
+    if strategy == "fsdp":  # the same training as ddp, up to the order of sums
+        ways = [lab / "runs" / f"pair-{objective}-whole-{way}" for way in ("ddp", "fsdp")]
+        ddp, fsdp = (read_weights(way).tensors for way in ways)
+        assert ddp.keys() == fsdp.keys()
+        for name, tensor in ddp.items():
+            torch.testing.assert_close(fsdp[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_nan__stops_before_the_update_and_the_step_can_be_replayed(lab: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A loss that is NaN at step 3: weights as after step 2, and the replay of a step that is sound again goes on."""
+    whole = left_behind(run(lab, "nan-whole", "masked_image"))
+    step = 3
+    with monkeypatch.context() as patch:
+        spoil_loss_at(step, patch)
+        with pytest.raises(NumericalError, match="loss is nan and gradient norm nan at step 3") as refusal:
+            run(lab, "nan", "masked_image")
+    assert str(refusal.value.next_command).endswith("trainer.resume_from=nan-step-3")
+    state = lab / "runs" / "nan" / "nan-step-3"
+    assert find_damage(state) is None
+    assert (state / "batch.safetensors").is_file()
+    with monkeypatch.context() as patch:
+        spoil_loss_at(step, patch)
+        with pytest.raises(NumericalError, match="at step 3"):
+            run(lab, "nan", "masked_image", "trainer.resume_from=nan-step-3")
+    replayed = left_behind(run(lab, "nan", "masked_image", "trainer.resume_from=nan-step-3"))
+    encoder = "encoder/encoder.safetensors"
+    assert replayed[encoder] == whole[encoder]
+    assert replayed["metrics"] == whole["metrics"]
+
+
+def spoil_loss_at(step: int, patch: pytest.MonkeyPatch) -> None:
+    from samgraft.ssl.module import PretrainModule
+
+    original = PretrainModule.training_step
+
+    def spoiled(self: PretrainModule, batch, batch_idx):
+        result = original(self, batch, batch_idx)
+        if self.global_step + 1 == step:
+            result["loss"] = result["loss"] * float("nan")
+        return result
+
+    patch.setattr(PretrainModule, "training_step", spoiled)
+
+
+def test_comparison__can_fail(lab: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the optimizer's moments a resumed run ends with other bytes: the comparison above sees it."""
+    whole = left_behind(run(lab, "guard-whole", "masked_image"))
+    with monkeypatch.context() as patch:
+        act_after(3, die, patch)
+        with pytest.raises(Killed):
+            run(lab, "guard", "masked_image")
+    monkeypatch.setattr("samgraft.shared.training.step_boundary.load_optimizer_state", lambda *_: None)
+    assert left_behind(run(lab, "guard", "masked_image")) != whole

@@ -1,0 +1,32 @@
+"""Run by tests/faults/test_objective_resume.py as each of two processes: stage 1 of one objective, whole and killed."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_pretrain import act_after, left_behind, run
+from tiny_training import Killed, die
+
+
+def main(lab: Path, objective: str, strategy: str) -> None:
+    """Train whole, then killed and resumed; both ranks see the same files."""
+    settings = ("trainer.accumulate=2", f"trainer.strategy={strategy}")
+    whole = run(lab, f"pair-{objective}-whole-{strategy}", objective, *settings)
+    with pytest.MonkeyPatch.context() as patch:
+        act_after(3, die, patch)
+        try:
+            run(lab, f"pair-{objective}-killed-{strategy}", objective, *settings)
+        except Killed:
+            torch.distributed.destroy_process_group()
+    killed = run(lab, f"pair-{objective}-killed-{strategy}", objective, *settings)
+    torch.distributed.barrier()
+    sys.stdout.write(f"same bytes: {left_behind(whole) == left_behind(killed)}\n")
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.WARNING)
+    main(Path(sys.argv[1]), *sys.argv[2].split("/"))

@@ -1,0 +1,336 @@
+"""The frozen-feature probe and the drift gauge: known answers, the right patients, and nothing left behind."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from model_factory import make_sam, tiny_vit_t_spec
+from samgraft.shared.config import load_config
+from samgraft.shared.data.frame import fit_frame
+from samgraft.shared.data.preset import load_preset
+from samgraft.shared.data.split import Split
+from samgraft.shared.data.store import SliceStore
+from samgraft.shared.errors import DataError, UsageError, WeightsError
+from samgraft.shared.models.card import Card
+from samgraft.shared.models.weights import save_encoder, save_sam
+from samgraft.ssl import drift
+from samgraft.ssl.config import ModelConfig, PretrainConfig, ProbeConfig
+from samgraft.ssl.labelled import LabelledSlices, ProbeData, labelled_refs, load_probe, open_probe_store
+from samgraft.ssl.memory import SavedBytes, describe_memory, training_bytes
+from samgraft.ssl.preflight import leak_check
+from samgraft.ssl.probe import DiceCount, best_threshold, class_shares, fit_head, probe_dice, to_label_ids
+from store_factory import make_store
+from tiny_encoders import tiny_encoder
+
+CPU = torch.device("cpu")
+SIZE = 32
+
+
+class GreyEncoder(torch.nn.Module):
+    """Features are the grey value of each cell, and noise channels that carry nothing."""
+
+    stride = 4
+
+    def __init__(self, *, blind: bool = False) -> None:
+        super().__init__()
+        self.spec = replace(tiny_vit_t_spec())
+        self.blind = blind
+        self.neck = torch.nn.Identity()
+
+    def forward_features(self, pixels_B3SS: torch.Tensor) -> torch.Tensor:
+        grey_B1hw = torch.nn.functional.avg_pool2d(pixels_B3SS[:, :1], self.stride)
+        noise = torch.rand(1, 3, *grey_B1hw.shape[-2:], generator=torch.Generator().manual_seed(1))
+        return torch.cat([0 * grey_B1hw if self.blind else grey_B1hw, noise.expand(len(grey_B1hw), -1, -1, -1)], 1)
+
+
+def square(row: int, column: int, *, patient: str) -> tuple[torch.Tensor, torch.Tensor, str]:
+    label_HW = torch.zeros(SIZE, SIZE, dtype=torch.int64)
+    label_HW[row : row + 8, column : column + 8] = 3
+    return (0.2 + 0.6 * (label_HW > 0))[None].float(), label_HW, patient
+
+
+def slices(*items: tuple[torch.Tensor, torch.Tensor, str]) -> LabelledSlices:
+    frame = fit_frame((SIZE, SIZE), image_size=SIZE, keep_aspect=True)
+    return LabelledSlices(
+        images_N1SS=torch.stack([image for image, _, _ in items]),
+        labels=tuple(label for _, label, _ in items),
+        frames=(frame,) * len(items),
+        patient_ids=tuple(patient for _, _, patient in items),
+    )
+
+
+def data() -> ProbeData:
+    return ProbeData(
+        train=slices(square(4, 8, patient="a"), square(16, 0, patient="b")),
+        test=slices(square(8, 20, patient="c"), square(0, 4, patient="c"), square(20, 12, patient="d")),
+        class_ids=(3,),
+        class_names=("square",),
+        store_name="s.zarr",
+    )
+
+
+def test_probe__features_that_show_the_label_score_high_and_blind_ones_do_not() -> None:
+    seeing = probe_dice(GreyEncoder(), data(), ridge=0.01, batch_size=2, device=CPU)
+    blind = probe_dice(GreyEncoder(blind=True), data(), ridge=0.01, batch_size=2, device=CPU)
+    assert seeing > 0.9
+    assert blind < 0.4
+
+
+def test_probe__batch_size_and_a_second_look_change_nothing() -> None:
+    encoder = tiny_encoder().eval()
+    first = probe_dice(encoder, data(), ridge=0.01, batch_size=1, device=CPU)
+    assert probe_dice(encoder, data(), ridge=0.01, batch_size=1, device=CPU) == first
+    assert probe_dice(encoder, data(), ridge=0.01, batch_size=3, device=CPU) == pytest.approx(first, abs=0.02)
+
+
+def test_probe__leaves_weights_statistics_and_generators_as_they_were() -> None:
+    encoder = tiny_encoder()
+    before = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
+    generators = torch.get_rng_state(), np.random.get_state(legacy=False)["state"]["key"].copy()
+    probe_dice(encoder.eval(), data(), ridge=0.01, batch_size=2, device=CPU)
+    assert all(torch.equal(before[name], tensor) for name, tensor in encoder.state_dict().items())
+    assert all(parameter.grad is None for parameter in encoder.parameters())
+    assert torch.equal(torch.get_rng_state(), generators[0])
+    assert np.array_equal(np.random.get_state(legacy=False)["state"]["key"], generators[1])
+
+
+def test_fit_head__recovers_a_linear_rule_and_ignores_a_dead_channel() -> None:
+    features = torch.randn(400, 4, generator=torch.Generator().manual_seed(0))
+    features[:, 3] = 5.0
+    shares = ((features[:, :1] - 2 * features[:, 1:2]) > 0.5).float()
+    head = fit_head(features, shares, ridge=1e-3)
+    found = head.scores(features.T[None, :, :, None])[0, 0, :, 0] > 0
+    assert float((found == (shares[:, 0] > 0)).float().mean()) > 0.95
+    assert head.weight_KC[0, 3] == 0
+
+
+def test_best_threshold__equals_the_best_of_all() -> None:
+    generator = torch.Generator().manual_seed(0)
+    scores, shares = torch.rand(50, generator=generator), (torch.rand(50, generator=generator) > 0.7).float()
+
+    def dice(threshold: float) -> float:
+        chosen = scores > threshold
+        return float(2 * shares[chosen].sum() / (chosen.sum() + shares.sum()))
+
+    best = max(dice(float(score) - 1e-6) for score in scores)
+    assert dice(float(best_threshold(scores, shares))) == pytest.approx(best)
+
+
+def test_class_shares__padding_is_left_out() -> None:
+    frame = fit_frame((SIZE, SIZE // 2), image_size=SIZE, keep_aspect=True)
+    label_HW = torch.zeros(SIZE, SIZE // 2, dtype=torch.int64)
+    label_HW[0:2, 0:4] = 3
+    part = LabelledSlices(
+        images_N1SS=torch.zeros(1, 1, SIZE, SIZE), labels=(label_HW,), frames=(frame,), patient_ids=("a",)
+    )
+    shares, inside = class_shares(part, (3,), stride=4)
+    assert shares[0, 0, 0, 0] == 0.5
+    assert shares.sum() == 0.5
+    assert inside[0].sum() == 8 * 4
+
+
+def test_dice_count__per_patient_and_class() -> None:
+    label = torch.tensor([[1, 1, 2, 0]])
+    count = DiceCount((1, 2))
+    count.add("a", torch.tensor([[1, 0, 2, 0]]), label)  # 2/3 and 1
+    count.add("b", torch.tensor([[1, 0, 0, 0]]), torch.tensor([[1, 0, 0, 0]]))  # class 2: nobody sees it
+    assert count.dice() == pytest.approx(((2 / 3 + 1) / 2 + 1) / 2)
+
+
+def test_to_label_ids__background_where_no_score_is_positive() -> None:
+    frame = fit_frame((2, 2), image_size=2, keep_aspect=True)
+    scores = torch.tensor([[[1.0, -1.0], [0.5, -2.0]], [[0.0, -3.0], [0.7, 0.1]]])
+    assert to_label_ids(scores, frame, (4, 9)).tolist() == [[4, 0], [9, 9]]
+
+
+# the store
+
+
+def config_of(tmp_path, **probe: object) -> PretrainConfig:
+    return load_config(
+        PretrainConfig,
+        layers=[
+            {
+                "modality": "mri",
+                "data": {"store": "unused.zarr"},
+                "model": {"base": "random", "image_size": SIZE},
+                "objective": {"name": "masked_image"},
+                "trainer": {"max_steps": 1},
+                "probe": {"store": str(tmp_path / "labelled.zarr"), **probe},
+            }
+        ],
+    )
+
+
+def make_split_file(store: SliceStore, path, *, train: int = 2, val: int = 1) -> Split:
+    ids = store.patient_ids
+    parts = {"train": ids[:train], "val": ids[train : train + val], "test": ids[train + val :]}
+    split = Split(**parts, seed=0, store_fingerprint=store.fingerprint)
+    split.save(path)
+    return split
+
+
+def test_load_probe__fits_and_scores_on_different_patients(tmp_path) -> None:
+    store = SliceStore.open(make_store(tmp_path, num_patients=4, shape_zyx=(6, 24, 20), name="labelled.zarr"))
+    split = make_split_file(store, tmp_path / "s.json")
+    config = config_of(tmp_path, split=str(tmp_path / "s.json"), num_train_slices=5, num_test_slices=3)
+    probe = load_probe(open_probe_store(config.probe), config, preset=load_preset("mri"))
+    assert probe is not None
+    assert set(probe.train.patient_ids) == set(split.train)
+    assert set(probe.test.patient_ids) == set(split.val)
+    assert (len(probe.train), len(probe.test)) == (5, 3)
+    assert probe.describe() == (
+        "lesion of labelled.zarr: fitted on 5 slices of 2 patients, scored on 3 slices of 1 patient"
+    )
+    assert all(bool((label > 0).any()) for label in (*probe.train.labels, *probe.test.labels))
+
+
+def test_load_probe__a_split_without_scored_patients_is_refused(tmp_path) -> None:
+    store = SliceStore.open(make_store(tmp_path, num_patients=2, shape_zyx=(4, 20, 20), name="labelled.zarr"))
+    make_split_file(store, tmp_path / "s.json", train=2, val=0)
+    config = config_of(tmp_path, split=str(tmp_path / "s.json"))
+    with pytest.raises(DataError, match="labelled slices in the val part of its split, got none"):
+        load_probe(open_probe_store(config.probe), config, preset=load_preset("mri"))
+
+
+def test_labelled_refs__evenly_over_patients(tmp_path) -> None:
+    store = SliceStore.open(make_store(tmp_path, num_patients=3, shape_zyx=(6, 20, 20)))
+    refs = labelled_refs(store, store.patient_ids, 7)
+    per_patient = [sum(store.record(r.series_id).patient_id == p for r in refs) for p in store.patient_ids]
+    assert per_patient == [3, 2, 2]
+    assert len(set(refs)) == 7
+
+
+def test_leak_check__scored_patients_of_the_probe_must_not_be_trained_on(tmp_path) -> None:
+    store = SliceStore.open(make_store(tmp_path, num_patients=4, shape_zyx=(4, 20, 20), name="labelled.zarr"))
+    split = make_split_file(store, tmp_path / "s.json")
+    config = config_of(tmp_path, split=str(tmp_path / "s.json"))
+    opened = open_probe_store(config.probe)
+    with pytest.raises(DataError, match="1 val patients were in the pretraining set") as refusal:
+        leak_check(config.data, store, store.patient_ids, probe=opened)
+    assert "(probe)" in str(refusal.value.where)
+    assert leak_check(config.data, store, split.train, probe=opened) == [
+        "no patient of labelled.zarr (probe)'s validation or test part is among the training slices"
+    ]
+    allowed = replace(config.data, allow_transductive=True)
+    assert "transductive" in leak_check(allowed, store, store.patient_ids, probe=opened)[0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"every_n_steps": 0}, r"probe\.every_n_steps must be at least 1, got 0"),
+        ({"ridge": 0.0}, r"probe\.ridge must be positive"),
+        ({"num_boxes": -1}, r"probe\.num_boxes must be at least 0"),
+        ({"store": None, "decoder": "sam.pth"}, "would be ignored without probe.store"),
+    ],
+)
+def test_config__contradictions_stop(tmp_path, settings, message) -> None:
+    with pytest.raises(UsageError, match=message):
+        config_of(tmp_path, **settings)
+
+
+# the drift gauge
+
+
+def test_gauge__boxes_are_tight_and_scaled_to_the_input() -> None:
+    label_HW = torch.zeros(10, 20, dtype=torch.int64)
+    label_HW[2:5, 6:10] = 1
+    label_HW[2, 6] = 0
+    box = drift.tight_box(label_HW, 0, 1)
+    assert box is not None
+    assert box.native_xyxy == (6, 2, 10, 5)
+    assert box.in_frame(fit_frame((10, 20), image_size=40, keep_aspect=True)) == (12, 4, 20, 10)
+    assert box.filled_dice(label_HW) == pytest.approx(2 * 11 / (11 + 12))
+    assert drift.tight_box(label_HW, 0, 2) is None
+
+
+def test_gauge__an_answer_that_fills_the_box_scores_like_the_box(monkeypatch: pytest.MonkeyPatch) -> None:
+    probe = data()
+    boxes = drift.choose_boxes(probe.test, (3,), 8)
+
+    def fill(sam, embeddings, boxes_B4, *, multimask):
+        logits = torch.full((len(boxes_B4), 1, SIZE, SIZE), -1.0)
+        for mask, (x0, y0, x1, y1) in zip(logits, boxes_B4.int().tolist(), strict=True):
+            mask[0, y0:y1, x0:x1] = 1.0
+        return logits, None
+
+    monkeypatch.setattr(drift, "decode_boxes", fill)
+    gauge = drift.DriftGauge(torch.nn.Identity(), probe.test, boxes)
+    probe_dice(
+        GreyEncoder(), probe, ridge=0.01, batch_size=2, device=CPU,
+        look=lambda first, features: gauge.add(GreyEncoder(), first, features),
+    )  # fmt: skip
+    assert len(boxes) == 3
+    assert gauge.result() == pytest.approx(gauge.filled_box_dice) == 1.0
+
+
+def test_gauge__real_decoder_gives_what_sam_gives(tmp_path) -> None:
+    sam = make_sam(tiny_vit_t_spec(), image_size=SIZE)
+    save_sam(sam, tmp_path / "sam.safetensors")
+    model = ModelConfig(base=str(tmp_path / "sam.safetensors"), image_size=SIZE)
+    probe = data()
+    before = torch.get_rng_state()
+    gauge, note = drift.load_gauge(probe, ProbeConfig(store="s", num_boxes=8), model, stride=4)
+    assert torch.equal(before, torch.get_rng_state())
+    assert gauge is not None
+    assert note.startswith("3 boxes; decoder of sam.safetensors; the boxes alone score 1.000")
+    features = sam.image_encoder.forward_features(probe.test.images_N1SS.repeat(1, 3, 1, 1)).detach()
+    gauge.start_look()
+    gauge.add(sam.image_encoder, 0, features)
+    expected = []
+    for n, label in enumerate(probe.test.labels):
+        rows, columns = torch.where(label == 3)
+        corners = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+        sparse, dense = sam.prompt_encoder(points=None, boxes=torch.tensor([corners]).float(), masks=None)
+        low, _ = sam.mask_decoder(
+            image_embeddings=sam.image_encoder.neck(features[n : n + 1]),
+            image_pe=sam.prompt_encoder.get_dense_pe(),
+            sparse_prompt_embeddings=sparse,
+            dense_prompt_embeddings=dense,
+            multimask_output=False,
+        )
+        answer = torch.nn.functional.interpolate(low, size=(SIZE, SIZE), mode="bilinear", align_corners=False)[0, 0] > 0
+        expected.append(2 * float((answer & (label == 3)).sum()) / float(answer.sum() + (label == 3).sum()))
+    assert gauge.result() == pytest.approx(sum(expected) / 3)
+
+
+def test_gauge__off_with_a_reason_or_refused(tmp_path) -> None:
+    probe, config = data(), ProbeConfig(store="s")
+    card = Card(arch="vit_t", stem="conv1x1", image_size=SIZE, pixel_mean=[0.0] * 3, pixel_std=[255.0] * 3)
+    save_encoder(tiny_encoder(), tmp_path / "encoder", card)
+    model = ModelConfig(base=str(tmp_path / "encoder"), image_size=SIZE)
+    assert drift.load_gauge(probe, config, model, stride=4) == (
+        None, "off: encoder.safetensors has no decoder; probe.decoder can name the SAM it came from",
+    )  # fmt: skip
+    named = replace(config, decoder=str(tmp_path / "encoder"))
+    with pytest.raises(WeightsError, match="must be a whole SAM"):
+        drift.load_gauge(probe, named, model, stride=4)
+    save_sam(make_sam(tiny_vit_t_spec(), image_size=SIZE), tmp_path / "sam.safetensors")
+    with pytest.raises(UsageError, match="must have the encoder's stride 16"):
+        drift.load_gauge(probe, replace(config, decoder=str(tmp_path / "sam.safetensors")), model, stride=16)
+    assert drift.load_gauge(None, config, model, stride=4)[0] is None
+    assert "random weights" in drift.load_gauge(probe, config, replace(model, base="random"), stride=4)[1]
+
+
+# memory of the pre-flight
+
+
+def test_saved_bytes__what_the_backward_pass_needs_without_the_weights() -> None:
+    module = torch.nn.Sequential(torch.nn.Linear(8, 16, bias=False), torch.nn.Sigmoid())
+    saved = SavedBytes(module)
+    inputs = torch.rand(4, 8)
+    with saved.count():
+        module(inputs)
+    assert saved.total == 4 * (4 * 8 + 4 * 16)  # input of the first, output of the second
+    assert training_bytes(module, saved.total) == 4 * (4 * 8 * 16) + saved.total
+
+
+def test_describe_memory__says_when_it_does_not_fit() -> None:
+    assert describe_memory(2**30, 2**31, batch_size=4) == (
+        "about 1.0 GiB for weights, gradients, AdamW and the activations of 4 slices; 2.0 GiB free", True,
+    )  # fmt: skip
+    assert not describe_memory(2**30, 2**30, batch_size=4)[1]
