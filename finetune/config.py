@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from samgraft.finetune.adapters import AdapterConfig, Scope
-from samgraft.finetune.augment import AugmentConfig
 from samgraft.finetune.embedding_cache import CacheConfig
 from samgraft.finetune.loss import LossConfig
+from samgraft.shared.data.augment import AugmentConfig
+from samgraft.shared.data.dataset import check_neighbours
 from samgraft.shared.training.optimizer import OptimizerConfig
 from samgraft.shared.training.trainer import TrainerConfig
 
@@ -35,8 +36,23 @@ class DataConfig:
     """Leave training slices out whose share of non-air pixels is smaller; never slices of validation or test."""
     foreground_fraction: float = 0.67
     """Share of training slices that show a class, reached by repeating them; 0 takes slices as they are."""
-    augment: AugmentConfig = field(default_factory=AugmentConfig)
-    """Random geometry and intensity."""
+    num_neighbours: int | None = None
+    """1 gives the encoder the slice before and the slice after as its other two channels (2.5D), 0 repeats the slice;
+    None takes what the encoder was pretrained with."""
+    augment: AugmentConfig = field(
+        default_factory=lambda: AugmentConfig(
+            max_rotation_deg=30.0,
+            min_scale=0.7,
+            max_scale=1.4,
+            max_shear=0.1,
+            max_shift=0.1,
+            max_log_gamma=0.3,
+            max_log_contrast=0.25,
+            blur_probability=0.2,
+            noise_std=0.03,
+        )
+    )
+    """Random geometry and intensity. A modality's preset may say otherwise."""
     allow_transductive: bool = False
     """Go on although validation or test patients were in the encoder's pretraining; the card then says so."""
 
@@ -46,6 +62,7 @@ class DataConfig:
                 f"data.batch_size must be at least 1 and data.num_workers at least 0, got {self.batch_size} and "
                 f"{self.num_workers}."
             )
+        check_neighbours(self.num_neighbours or 0)
         if not 0 <= self.foreground_fraction < 1 or not 0 <= self.min_foreground_fraction < 1:
             raise ValueError("data.foreground_fraction and data.min_foreground_fraction must lie in [0, 1).")
 

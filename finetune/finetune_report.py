@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 from samgraft.finetune.config import FinetuneConfig
 from samgraft.finetune.inference import segment_volume
 from samgraft.finetune.overlays import choose_slices, overlay, slice_pictures
@@ -122,10 +121,10 @@ def _rows(
     store, series_id = prepared.store, result.series_id
     indexes = choose_slices(store.read_label_volume(series_id), number=number)
     pictures = slice_pictures(store, series_id, indexes, intensity=prepared.inference.intensity)
-    chosen_ZHW = np.stack([store.read_slice(series_id, index) for index in indexes])
-    stats = store.record(series_id).stats
+    volume_ZHW, stats = store.read_volume(series_id), store.record(series_id).stats
     predictions = [
-        segment_volume(model, chosen_ZHW, stats, prepared.classes, prepared.inference) for model in models.values()
+        segment_volume(model, volume_ZHW, stats, prepared.classes, prepared.inference, only=indexes)
+        for model in models.values()
     ]
     predictions.append(result.predicted[indexes])
     rows = [

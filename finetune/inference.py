@@ -5,7 +5,7 @@ Shape letters: Z = slices, H, W = rows and columns of a slice, N = slices of a b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 from samgraft.finetune.classes import ClassTable
 from samgraft.finetune.segmenter import Segmenter
+from samgraft.shared.data.dataset import neighbour_slices
 from samgraft.shared.data.frame import InputFrame, fit_frame, image_to_frame, logits_to_native
 from samgraft.shared.data.intensity import IntensityPreset, IntensityStats, normalise
 from samgraft.shared.data.store import SliceStore
@@ -35,6 +36,8 @@ class InferenceConfig:
     """Native units to [0, 1]."""
     keep_aspect: bool
     """Pad to a square instead of squashing."""
+    num_neighbours: int = 0
+    """Slices on each side that are the encoder's other channels (2.5D)."""
     batch_size: int = 8
     """Slices per forward pass; changes speed and memory only."""
 
@@ -59,6 +62,7 @@ def segment_volume(
     classes: ClassTable,
     config: InferenceConfig,
     *,
+    only: Sequence[int] | None = None,
     flips: Flips = NO_FLIPS,
     on_slices: Callable[[int, int], None] | None = None,
 ) -> npt.NDArray[np.int32]:
@@ -70,36 +74,49 @@ def segment_volume(
         stats: Intensity statistics of this volume.
         classes: Channel order of the model.
         config: How slices reach the encoder.
+        only: Numbers of the slices to segment; None takes all.
         flips: Axes to mirror, one pass each; the logits are averaged.
         on_slices: Called with slices done and slices to do after every batch; may raise to stop.
 
     Returns:
-        Label ids, the shape of ``volume_ZHW``. Logits, not labels, are resized; the class is chosen on native pixels.
+        Label ids of these slices, (Z, H, W). Logits, not labels, are resized; the class is chosen on native pixels.
     """
     frame = fit_frame(
         (volume_ZHW.shape[1], volume_ZHW.shape[2]), image_size=segmenter.image_size, keep_aspect=config.keep_aspect
     )
     device = next(segmenter.parameters()).device
-    labels = np.zeros(volume_ZHW.shape, dtype=np.int32)
+    wanted = list(range(len(volume_ZHW)) if only is None else only)
+    labels = np.zeros((len(wanted), *volume_ZHW.shape[1:]), dtype=np.int32)
     with evaluating(segmenter):
-        for start in range(0, len(volume_ZHW), config.batch_size):
-            slices = volume_ZHW[start : start + config.batch_size]
-            images = np.stack([normalise(slice_HW, stats, config.intensity) for slice_HW in slices])
-            logits_NCHW = _mean_logits(segmenter, torch.from_numpy(images)[:, None].to(device), frame, flips)
-            labels[start : start + len(slices)] = classes.from_logits(logits_NCHW).cpu().numpy()
+        for start in range(0, len(wanted), config.batch_size):
+            numbers = wanted[start : start + config.batch_size]
+            images_NCHW = torch.from_numpy(with_neighbours(volume_ZHW, numbers, stats, config)).to(device)
+            logits_NCHW = _mean_logits(segmenter, images_NCHW, frame, flips)
+            labels[start : start + len(numbers)] = classes.from_logits(logits_NCHW).cpu().numpy()
             if on_slices is not None:
-                on_slices(start + len(slices), len(volume_ZHW))
+                on_slices(start + len(numbers), len(wanted))
     return labels
 
 
-def _mean_logits(segmenter: Segmenter, images_N1HW: Tensor, frame: InputFrame, flips: Flips) -> Tensor:
+def _mean_logits(segmenter: Segmenter, images_NCHW: Tensor, frame: InputFrame, flips: Flips) -> Tensor:
     """Return logits (N, C, H, W) on native pixels; slices are mirrored before they are padded."""
     passes = []
     for axes in flips:
-        mirrored = images_N1HW.flip(axes) if axes else images_N1HW
+        mirrored = images_NCHW.flip(axes) if axes else images_NCHW
         logits_NCHW = logits_to_native(segmenter(image_to_frame(mirrored, frame)).float(), frame)
         passes.append(logits_NCHW.flip(axes) if axes else logits_NCHW)
     return passes[0] if len(passes) == 1 else torch.stack(passes).mean(dim=0)
+
+
+def with_neighbours(
+    volume_ZHW: Volume, numbers: Sequence[int], stats: IntensityStats, config: InferenceConfig
+) -> npt.NDArray[np.float32]:
+    """Return normalised slices with their neighbours as channels, (N, C, H, W)."""
+    channels = [
+        neighbour_slices(number, num_slices=len(volume_ZHW), num_neighbours=config.num_neighbours) for number in numbers
+    ]
+    normalised = {z: normalise(volume_ZHW[z], stats, config.intensity) for row in channels for z in row}
+    return np.stack([np.stack([normalised[z] for z in row]) for row in channels])
 
 
 def segment_series(

@@ -19,13 +19,20 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from samgraft.finetune.classes import ClassTable
-from samgraft.finetune.inference import ALL_FLIPS, NO_FLIPS, InferenceConfig, evaluating, segment_volume
+from samgraft.finetune.inference import (
+    ALL_FLIPS,
+    NO_FLIPS,
+    InferenceConfig,
+    evaluating,
+    segment_volume,
+    with_neighbours,
+)
 from samgraft.finetune.model_folder import FinishedModel, read_model
 from samgraft.finetune.postprocess import PostProcessing, apply_postprocessing, read_postprocessing
 from samgraft.finetune.prompt_file import SlicePrompt
 from samgraft.finetune.prompts import Prompt, box_to_frame, points_to_frame, predict_prompts
 from samgraft.shared.data.frame import InputFrame, fit_frame, image_to_frame, logits_to_native
-from samgraft.shared.data.intensity import IntensityStats, measure_intensity, normalise
+from samgraft.shared.data.intensity import IntensityStats, measure_intensity
 from samgraft.shared.data.volume import Modality
 from samgraft.shared.errors import DataError
 from samgraft.shared.models.sam import to_pixels
@@ -153,9 +160,9 @@ class Predictor:
         done = 0
         with evaluating(segmenter):
             for chosen in _batches(indexes, config.batch_size):
-                images = np.stack([normalise(volume_ZHW[index], stats, config.intensity) for index in chosen])
-                images_N1SS = image_to_frame(torch.from_numpy(images)[:, None].to(self.device), frame)
-                pixels = to_pixels(images_N1SS, segmenter.sam.image_encoder.spec)
+                images_NCHW = torch.from_numpy(with_neighbours(volume_ZHW, chosen, stats, config))
+                images_NCSS = image_to_frame(images_NCHW.to(self.device), frame)
+                pixels = to_pixels(images_NCSS, segmenter.sam.image_encoder.spec)
                 embeddings = segmenter.sam.image_encoder(pixels)
                 here = [prompt for prompt in prompts if prompt.slice_index in chosen]
                 sam_prompts = [_to_prompt(prompt, chosen.index(prompt.slice_index), frame) for prompt in here]

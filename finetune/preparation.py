@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from samgraft.finetune.adapters import adapt, render_groups, trainable_groups, trainable_table
-from samgraft.finetune.augment import SliceAugment
 from samgraft.finetune.classes import ClassTable, choose_classes
 from samgraft.finetune.config import FinetuneConfig
 from samgraft.finetune.inference import InferenceConfig
@@ -17,6 +16,7 @@ from samgraft.finetune.sampling import balance_foreground, has_foreground
 from samgraft.finetune.segmenter import Segmenter, make_room_for_classes
 from samgraft.finetune.starting_point import StartingPoint, find_starting_point
 from samgraft.finetune.validation import labelled_series
+from samgraft.shared.data.augment import SliceAugmentation
 from samgraft.shared.data.dataset import SliceDataset, select_slices
 from samgraft.shared.data.intensity import IntensityPreset
 from samgraft.shared.data.split import Split, load_split, refuse_leak
@@ -55,7 +55,13 @@ def prepare(config: FinetuneConfig) -> Prepared:
     Raises:
         DataError, WeightsError, UsageError: If the run could not give a trustworthy result.
     """
-    store = SliceStore.open(Path(config.data.store))
+    store = SliceStore.open(config.data.store)
+    if store.modality.value != config.modality:
+        raise DataError(
+            f"the store must be of modality {config.modality}, got {store.modality.value}. "
+            f"Use MODALITY={store.modality.value}.",
+            where=store.path.name,
+        )
     split = load_split(Path(config.data.split) if config.data.split else None, store)
     classes = choose_classes(
         store, config.data.classes, regions=config.data.regions or None, train_patients=split.train
@@ -76,7 +82,8 @@ def prepare(config: FinetuneConfig) -> Prepared:
     )
     transductive = check_leak(start.encoder.card, split, store, allow=config.data.allow_transductive)
     intensity = intensity_of(start.card, store)
-    dataset = training_set(config, store, split, classes, intensity)
+    num_neighbours = neighbours_of(config.data.num_neighbours, start.card)
+    dataset = training_set(config, store, split, classes, intensity, num_neighbours=num_neighbours)
     if len(dataset) < config.data.batch_size:
         raise UsageError(
             f"data.batch_size must be at most the number of training slices {len(dataset)}, got "
@@ -97,14 +104,23 @@ def prepare(config: FinetuneConfig) -> Prepared:
         peft_model=peft_model,
         reports=reports,
         inference=InferenceConfig(
-            intensity=intensity, keep_aspect=config.data.keep_aspect, batch_size=config.watch.batch_size
+            intensity=intensity,
+            keep_aspect=config.data.keep_aspect,
+            num_neighbours=num_neighbours,
+            batch_size=config.watch.batch_size,
         ),
         transductive=transductive,
     )
 
 
 def training_set(
-    config: FinetuneConfig, store: SliceStore, split: Split, classes: ClassTable, intensity: IntensityPreset
+    config: FinetuneConfig,
+    store: SliceStore,
+    split: Split,
+    classes: ClassTable,
+    intensity: IntensityPreset,
+    *,
+    num_neighbours: int = 0,
 ) -> SliceDataset:
     """Return the augmented training slices of labelled series, foreground repeated."""
     labelled = {record.series_id for record in store.series if record.has_label}
@@ -112,8 +128,15 @@ def training_set(
     refs = [ref for ref in refs if ref.series_id in labelled]
     flags = [has_foreground(store, ref, classes) for ref in refs]
     balanced = balance_foreground(refs, flags, foreground_fraction=config.data.foreground_fraction)
-    augment = SliceAugment(config.data.augment)
-    return SliceDataset(store, balanced, intensity=intensity, augment=augment, seed=config.seed, with_label=True)
+    return SliceDataset(
+        store,
+        balanced,
+        intensity=intensity,
+        augment=SliceAugmentation(config.data.augment),
+        seed=config.seed,
+        with_label=True,
+        num_neighbours=num_neighbours,
+    )
 
 
 def check_leak(card: Card | None, split: Split, store: SliceStore, *, allow: bool) -> bool:
@@ -144,6 +167,15 @@ def intensity_of(card: Card, store: SliceStore) -> IntensityPreset:
     if preset != store.intensity:
         log.info("intensity preset %s of the encoder, not %s of the store", preset.name, store.intensity.name)
     return preset
+
+
+def neighbours_of(wanted: int | None, card: Card) -> int:
+    """Return how many neighbours of a slice the encoder sees on each side: as wanted, else as in its pretraining."""
+    if wanted is None:
+        return card.num_neighbours
+    if wanted != card.num_neighbours and card.stage != "base":
+        log.info("slice neighbours: %d, the encoder was pretrained with %d", wanted, card.num_neighbours)
+    return wanted
 
 
 def describe(prepared: Prepared) -> list[str]:

@@ -29,6 +29,8 @@ class Task:
     image_size: int
     keep_aspect: bool
     intensity: dict[str, Any]
+    num_neighbours: int = 0
+    """Slices on each side that are the encoder's other channels (2.5D)."""
     store_fingerprint: str
     """Store it was trained on."""
     split_sha256: str
@@ -54,7 +56,10 @@ class Task:
     def inference(self, *, batch_size: int = 8) -> InferenceConfig:
         """Return how slices reach the encoder."""
         return InferenceConfig(
-            intensity=IntensityPreset.from_dict(self.intensity), keep_aspect=self.keep_aspect, batch_size=batch_size
+            intensity=IntensityPreset.from_dict(self.intensity),
+            keep_aspect=self.keep_aspect,
+            num_neighbours=self.num_neighbours,
+            batch_size=batch_size,
         )
 
     def write(self, folder: Path) -> None:
@@ -81,7 +86,8 @@ class Task:
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
             known = {f.name for f in dataclasses.fields(cls)}
-            if values.get("schema") != SCHEMA or set(values) != known:
+            # Models from before there were neighbours have none.
+            if values.get("schema") != SCHEMA or set(values) | {"num_neighbours"} != known:
                 raise WeightsError(
                     f"{TASK_FILE} must have schema {SCHEMA} and exactly its fields, got schema "
                     f"{values.get('schema')!r} and other fields {sorted(set(values) ^ known)}.",

@@ -16,9 +16,8 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--modality", default=None, help="mri, ct, xray or ultrasound (default: the store's, or mri)")
     add(
         "--data",
-        type=Path,
         default=None,
-        help="slice store or folder of scans; default: the demo scans, fetched by hash",
+        help="slice store (folder or s3:// address) or scans; default: the demo scans, fetched by hash",
     )
     add("--model", default=None, help="vit_t, vit_b, vit_l or vit_h (default: what BASE is, or vit_t)")
     add("--method", default=None, help="objective (default: the one that suits the model)")

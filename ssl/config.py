@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
+from samgraft.shared.data.augment import AugmentConfig
+from samgraft.shared.data.dataset import check_neighbours
+from samgraft.shared.data.orientation import Plane
 from samgraft.shared.data.preset import ModalityPreset
 from samgraft.shared.models.architecture import Arch
 from samgraft.shared.training.optimizer import OptimizerConfig
 from samgraft.shared.training.trainer_config import TrainerConfig
 from samgraft.ssl.objectives.settings import ObjectiveConfig
-from samgraft.ssl.views import ViewConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,8 +29,15 @@ class DataConfig:
     """Leave out slices with a smaller share of non-air pixels. None takes the modality's preset."""
     keep_aspect: bool = True
     """Pad to a square (right, bottom) instead of squashing."""
-    views: ViewConfig = field(default_factory=ViewConfig)
-    """Random crop, flip and contrast."""
+    planes: list[str] = field(default_factory=list)
+    """axial, coronal, sagittal: learn from these planes of every series that was stored with them (``store build
+    --planes``). Empty takes each series in the plane it was acquired in."""
+    num_neighbours: int = 0
+    """1 gives the encoder the slices before and after as its other two channels (2.5D); 0 repeats the slice."""
+    augment: AugmentConfig = field(
+        default_factory=lambda: AugmentConfig(min_crop_fraction=0.6, max_log_gamma=math.log(1.3))
+    )
+    """Views: random crop, flip and contrast. A modality's preset may say otherwise."""
     num_held_out_slices: int = 16
     """Slices of held-out patients for the held-out loss and the pictures, evenly spread; 0 switches both off."""
     test_stores: list[str] = field(default_factory=list)
@@ -38,6 +48,9 @@ class DataConfig:
     def __post_init__(self) -> None:
         if self.batch_size < 1 or self.num_held_out_slices < 0:
             raise ValueError("batch_size must be at least 1 and num_held_out_slices at least 0.")
+        check_neighbours(self.num_neighbours)
+        if unknown := sorted(set(self.planes) - {plane.value for plane in Plane}):
+            raise ValueError(f"data.planes must be among axial, coronal, sagittal, got {', '.join(unknown)}.")
 
     def least_foreground(self, preset: ModalityPreset) -> float:
         """Return the smallest share of non-air pixels that a slice must have."""

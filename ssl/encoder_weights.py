@@ -74,6 +74,7 @@ def hand_over(
         * config.data.batch_size
         * processes_expected(),
         intensity=intensity.to_dict(),
+        num_neighbours=config.data.num_neighbours,
         data_manifest=manifest,
         config_sha256=config_sha256(config),
         code_revision=code_revision(),

@@ -3,7 +3,7 @@
 The slices are spread evenly over each held-out patient by rule, not chosen by eye. The numbers and pictures that a
 run reports come from them.
 
-Shape letters: N = slices, S = side of the encoder's input.
+Shape letters: N = slices, 1 = channels (3 with neighbours, data.num_neighbours), S = side of the encoder's input.
 """
 
 from __future__ import annotations
@@ -55,9 +55,11 @@ def load_held_out(
     per_patient = max(1, num_slices // len(patient_ids))
     refs: list[SliceRef] = []
     for patient_id in sorted(patient_ids)[:num_slices]:
-        usable = select_slices(store, [patient_id], min_foreground_fraction=config.least_foreground(preset))
+        usable = select_slices(
+            store, [patient_id], planes=config.planes, min_foreground_fraction=config.least_foreground(preset)
+        )
         refs += [usable[i] for i in spread(len(usable), per_patient)]
-    dataset = SliceDataset(store, refs, intensity=preset.intensity)
+    dataset = SliceDataset(store, refs, intensity=preset.intensity, num_neighbours=config.num_neighbours)
     counters = tuple(HELD_OUT_COUNTER + i for i in range(len(refs)))
     batch = collate_slices([dataset[i, counter] for i, counter in enumerate(counters)])
     images_N1SS, _, _ = batch_to_input(batch, image_size=model.image_size, keep_aspect=config.keep_aspect, device="cpu")

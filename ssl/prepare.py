@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from samgraft.shared.commands.store import COMMAND
+from samgraft.shared.commands.store import modality_of, store_of
 from samgraft.shared.config import load_config, packaged_config
 from samgraft.shared.data.demo import DemoPaths, demo_data, demo_paths, fetch_base_weights
 from samgraft.shared.data.fetch import cache_folder
-from samgraft.shared.data.preset import load_preset
+from samgraft.shared.data.preset import load_preset, modality_layer
 from samgraft.shared.data.store import SliceStore
+from samgraft.shared.data.store_files import is_address
 from samgraft.shared.errors import DataError, UsageError
 from samgraft.shared.models.architecture import Arch, arch_spec
 from samgraft.shared.models.weights import read_weights
@@ -24,7 +24,6 @@ from samgraft.ssl.start import RANDOM
 
 log = logging.getLogger(__name__)
 
-DEFAULT_MODALITY = "mri"
 DEFAULT_METHOD = {
     Arch.vit_t: Method.MASKED_IMAGE,
     Arch.vit_b: Method.MAE,
@@ -39,7 +38,8 @@ class Request:
     """What was typed; None = not given."""
 
     modality: str | None = None
-    data: Path | None = None
+    data: str | None = None
+    """A store's folder or address, or scans: a folder or a CSV list."""
     model: str | None = None
     method: str | None = None
     base: str | None = None
@@ -60,21 +60,15 @@ def prepare(request: Request, *, has_gpu: bool) -> tuple[PretrainConfig, str]:
         DataError: If the data is not a complete store of this modality.
         WeightsError: If the base is not weights.
     """
-    modality = load_preset(request.modality or _modality_of(request.data)).modality.value
+    modality = load_preset(request.modality or modality_of(request.data)).modality.value
     arch = _arch(request)
-    layers: list[Path | Mapping[str, Any]] = [_preset_file(request, arch, has_gpu=has_gpu), *request.config_files]
+    preset = _preset_file(request, arch, has_gpu=has_gpu)
+    layers: list[Path | Mapping[str, Any]] = [modality_layer(modality), preset, *request.config_files]
     data = _data(request.data, modality)
     flags = {"modality": modality, "model": {"arch": arch.value, "base": _base(request, arch)}, **data}
     config = load_config(PretrainConfig, layers=[*layers, flags], overrides=request.overrides)
     _check_modality(config)
     return config, request.name or _run_name(config)
-
-
-def _modality_of(data: Path | None) -> str:
-    """Return the store's own modality; a folder of scans does not say."""
-    if data is None or (data.is_dir() and data.suffix != ".zarr" and not (data / "zarr.json").is_file()):
-        return DEFAULT_MODALITY
-    return SliceStore.open(data).modality.value
 
 
 def _arch(request: Request) -> Arch:
@@ -95,26 +89,14 @@ def _preset_file(request: Request, arch: Arch, *, has_gpu: bool) -> Path:
     return packaged_config(f"pretrain/{method}-{preset}.yaml")
 
 
-def _data(data: Path | None, modality: str) -> dict[str, Any]:
+def _data(data: str | None, modality: str) -> dict[str, Any]:
     """Return the data part: the user's store, or the demo scans with their labelled store for the leak check."""
     demo = demo_paths()
     if data is None:
         demo = demo_data(modality=modality)
-    elif data.resolve() != demo.unlabelled.resolve():
-        return {"data": {"store": str(_store_of(data, modality))}}
+    elif is_address(data) or Path(data).resolve() != demo.unlabelled.resolve():
+        return {"data": {"store": str(store_of(data, modality=modality))}}
     return _demo_part(demo)
-
-
-def _store_of(data: Path, modality: str) -> Path:
-    """Return the store itself, or build one from a folder of scans; built before, it is taken as it is."""
-    if data.suffix == ".zarr" or not data.is_dir() or (data / "zarr.json").is_file():
-        return data
-    out = demo_paths().unlabelled.parent.with_name(f"{data.resolve().name}.zarr")
-    log.info("%s is a folder of scans: building the store %s", data.name, out)
-    parser = argparse.ArgumentParser()
-    COMMAND.add_arguments(parser)
-    COMMAND.run(parser.parse_args(["build", str(data), "--out", str(out), "--modality", modality]))
-    return out
 
 
 def _demo_part(demo: DemoPaths) -> dict[str, Any]:

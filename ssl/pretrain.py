@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 import dataclasses
 import logging
+import shlex
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from samgraft.shared.data.augment import SliceAugmentation
 from samgraft.shared.data.dataset import SliceDataset, collate_slices, select_slices
 from samgraft.shared.data.preset import load_preset
 from samgraft.shared.data.sampler import StepBatchSampler
@@ -29,7 +31,6 @@ from samgraft.ssl.optimizer import build_schedule
 from samgraft.ssl.preflight import leak_check, preflight, pretraining_split
 from samgraft.ssl.report import write_report
 from samgraft.ssl.start import load_start
-from samgraft.ssl.views import RandomView
 from samgraft.ssl.watch import Watch, load_watched
 from torch import nn
 from torch.utils.data import DataLoader
@@ -52,11 +53,21 @@ def pretrain(
     store = SliceStore.open(config.data.store)
     preset = load_preset(config.modality)
     split = pretraining_split(config.data, store, seed=config.seed)
-    slices = select_slices(store, split.train, min_foreground_fraction=config.data.least_foreground(preset))
+    slices = select_slices(
+        store,
+        split.train,
+        planes=config.data.planes,
+        min_foreground_fraction=config.data.least_foreground(preset),
+    )
     probe_store = open_probe_store(config.probe)
     leaks = leak_check(config.data, store, split.train, probe=probe_store)
     dataset = SliceDataset(
-        store, slices, intensity=preset.intensity, augment=RandomView(config.data.views), seed=config.seed
+        store,
+        slices,
+        intensity=preset.intensity,
+        augment=SliceAugmentation(config.data.augment),
+        seed=config.seed,
+        num_neighbours=config.data.num_neighbours,
     )
 
     seed_process(config.seed)
@@ -117,4 +128,4 @@ def _say_end(run: RunFolder, weights: Path) -> None:
     """Tell where the results are and what to do with them; the report has said what the run learned."""
     log.info("  encoder  %s", weights)
     log.info("  report   %s", run.report)
-    log.info("  next     make finetune CKPT=%s", run.path)
+    log.info("  next     make finetune CKPT=%s", shlex.quote(str(run.path)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import shlex
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,8 +23,8 @@ RUNS = Path("runs")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.add_argument("--ckpt", help="a stage-1 run, or any image encoder or SAM weights")
-    parser.add_argument("--data", help="labelled slice store; default the tumour demo")
-    parser.add_argument("--modality", default="mri", help="kind of scan (default mri)")
+    parser.add_argument("--data", help="labelled slice store, or scans with labels beside; default the tumour demo")
+    parser.add_argument("--modality", help="mri, ct, xray or ultrasound (default: the store's, or mri)")
     parser.add_argument("--model", help="expected architecture: vit_t, vit_b, vit_l, vit_h; default what CKPT holds")
     parser.add_argument("--method", help="what trains: lora, full; default the preset's")
     parser.add_argument("--base", help="SAM weights that give prompt encoder and decoder; default CKPT's or the demo's")
@@ -72,9 +73,12 @@ def run(arguments: argparse.Namespace) -> int:
 def build_config(arguments: argparse.Namespace) -> FinetuneConfig:
     """Merge preset, file, flags and overrides; without DATA the demo store is made if it is not there."""
     from samgraft.finetune.config import FinetuneConfig
+    from samgraft.shared.commands.store import modality_of, store_of
     from samgraft.shared.config import load_config, packaged_config
+    from samgraft.shared.data.preset import load_preset, modality_layer
 
-    flags: dict[str, Any] = {"modality": arguments.modality.lower(), "data": {}, "model": {"ckpt": arguments.ckpt}}
+    modality = load_preset(arguments.modality or modality_of(arguments.data)).modality.value
+    flags: dict[str, Any] = {"modality": modality, "data": {}, "model": {"ckpt": arguments.ckpt}}
     if arguments.base:
         flags["model"]["base"] = arguments.base
     if arguments.model:
@@ -82,14 +86,14 @@ def build_config(arguments: argparse.Namespace) -> FinetuneConfig:
     if arguments.method:
         flags["adapter"] = {"method": arguments.method}
     if arguments.data:
-        flags["data"]["store"] = arguments.data
+        flags["data"]["store"] = str(store_of(arguments.data, modality=modality))
     else:
         from samgraft.shared.data.demo import demo_data
 
-        paths = demo_data(modality=arguments.modality)
+        paths = demo_data(modality=modality)
         flags["data"] |= {"store": str(paths.labelled), "split": str(paths.split)}
         flags["watch"] = {"log_images": True}  # the demo scans are public
-    layers: list[Any] = [packaged_config(f"finetune/{_preset(arguments.preset)}.yaml")]
+    layers: list[Any] = [modality_layer(modality), packaged_config(f"finetune/{_preset(arguments.preset)}.yaml")]
     layers += [arguments.config] if arguments.config else []
     return load_config(FinetuneConfig, layers=[*layers, flags], overrides=arguments.overrides)
 
@@ -120,8 +124,9 @@ def _say_end(path: Path, *, seconds: float) -> None:
     log.info("done in %.1f min", seconds / 60)
     log.info("  model    %s", path / "model")
     log.info("  report   %s", path / "report.html")
-    log.info("  next     make evaluate RUN=%s SPLIT=test", path)
-    log.info("  then     make release RUN=%s OUT=releases/%s LICENSE=...", path, path.name)
+    run, out = shlex.quote(str(path)), shlex.quote(f"releases/{path.name}")
+    log.info("  next     make evaluate RUN=%s SPLIT=test", run)
+    log.info("  then     make release RUN=%s OUT=%s LICENSE=...", run, out)
 
 
 COMMAND = Command(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
+import shlex
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +22,62 @@ if TYPE_CHECKING:
     from samgraft.shared.data.discovery import Discovery, SourceOptions
     from samgraft.shared.data.examine import BuildSettings
     from samgraft.shared.data.store_build import BuildReport
+
+log = logging.getLogger(__name__)
+
+DEFAULT_MODALITY = "mri"
+BYTES_PER_WORKER = 50_000_000
+"""A process takes seconds to start; smaller sources are read in fewer of them."""
+
+
+def store_of(data: Path | str, *, modality: str, folder: Path = Path("data")) -> Path | str:
+    """Return the store that DATA means: itself, or one built from scans as ``folder/NAME.zarr``.
+
+    Scans that were built before and did not change are not read again.
+
+    Args:
+        data: A store, an address, or scans in any layout (a folder or a CSV list).
+        modality: Kind of scan.
+        folder: Where stores are made.
+
+    Raises:
+        DataError: If scans are refused.
+        UsageError: If a store of this name was built from other scans.
+    """
+    if not is_scans(data):
+        return data
+    source = Path(data)
+    out = folder / f"{source.resolve().name.removesuffix(source.suffix if source.is_file() else '')}.zarr"
+    log.info("%s holds scans: they go into the store %s", source.name, out)
+    parser = argparse.ArgumentParser()
+    _add_arguments(parser)
+    arguments = parser.parse_args(["build", "--out", str(out), "--modality", modality, "--", str(source)])
+    try:
+        _build(arguments)
+    except UsageError as err:
+        raise UsageError(
+            f"{err.what.split('. ')[0]}: scans were added or changed, or another folder has this name.",
+            where=str(out),
+            kept="the store that is there",
+            next_command=f"samgraft store build FOLDER --out {folder}/OTHER.zarr --modality {modality}, then DATA=it; "
+            "or add --overwrite",
+        ) from err
+    return out
+
+
+def is_scans(data: Path | str) -> bool:
+    """Return whether DATA is there and no store, hence scans that must be built first."""
+    path = Path(data)
+    return "://" not in str(data) and path.exists() and path.suffix != ".zarr" and not (path / "zarr.json").is_file()
+
+
+def modality_of(data: Path | str | None) -> str:
+    """Return the modality of a store; scans do not say theirs, ``mri`` is assumed."""
+    if data is None or is_scans(data):
+        return DEFAULT_MODALITY
+    from samgraft.shared.data.store import SliceStore
+
+    return SliceStore.open(data).modality.value
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -66,7 +124,7 @@ def _add_source_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--pictures", choices=["auto", "stack", "single"], default="auto", help="a folder of pictures is"
     )
-    parser.add_argument("--workers", type=int, default=0, help="processes; 0: one per core")
+    parser.add_argument("--workers", type=int, default=0, help="processes; 0: as many as pay, up to one per core")
     parser.add_argument("--report", type=Path, help="write the report as JSON (it names cases: keep it local)")
 
 
@@ -99,7 +157,9 @@ def _build(arguments: argparse.Namespace) -> int:
     else:
         state = "already complete" if report.already_complete else "complete"
         console.print(
-            f"{arguments.out}: {state}. next: samgraft store split {arguments.out}", markup=False, soft_wrap=True
+            f"{arguments.out}: {state}. next: samgraft store split {shlex.quote(str(arguments.out))}",
+            markup=False,
+            soft_wrap=True,
         )
     return 0
 
@@ -111,7 +171,7 @@ def _examine(arguments: argparse.Namespace, found: Discovery, show: Callable[[in
         found.cases,
         settings=_settings(arguments, None),
         label_names=found.label_names,
-        num_workers=_workers(arguments),
+        num_workers=_workers(arguments, found),
         on_progress=show,
     )
 
@@ -128,7 +188,7 @@ def _write(arguments: argparse.Namespace, found: Discovery, show: Callable[[int,
             settings=settings,
             label_names=found.label_names,
             intensity=load_preset(settings.modality).intensity,
-            num_workers=_workers(arguments),
+            num_workers=_workers(arguments, found),
             skip_refused=arguments.skip_refused,
             overwrite=arguments.overwrite,
             on_progress=show,
@@ -153,7 +213,7 @@ def _check(arguments: argparse.Namespace) -> int:
 
         found = discover(arguments.source, _source_options(arguments))
         settings = _settings(arguments, arguments.path.parent)
-        report = examine_cases(found.cases, settings=settings, num_workers=_workers(arguments))
+        report = examine_cases(found.cases, settings=settings, num_workers=_workers(arguments, found))
         digests = {r.series_id: r.source_sha256 for r in report.records}
         check.problems += [f"source {name}: {reason}" for name, reason in sorted(report.refused.items())]
         check.problems += check_sources(SliceStore.open(arguments.path), digests)
@@ -266,10 +326,19 @@ def _settings(arguments: argparse.Namespace, salt_folder: Path | None) -> BuildS
     )
 
 
-def _workers(arguments: argparse.Namespace) -> int:
+def _workers(arguments: argparse.Namespace, found: Discovery) -> int:
     if arguments.workers < 0:
         raise UsageError(f"--workers must be 0 or more, got {arguments.workers}.")
-    return arguments.workers or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+    if arguments.workers:
+        return int(arguments.workers)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, 1 + _source_bytes(found) // BYTES_PER_WORKER)
+
+
+def _source_bytes(found: Discovery) -> int:
+    paths = {path for case in found.cases for files in (case.scan, *(label.scan for label in case.labels))
+             for path in files.paths}  # fmt: skip
+    return sum(path.stat().st_size for path in paths if path.is_file())
 
 
 def _write_report(path: Path | None, values: dict[str, Any]) -> None:

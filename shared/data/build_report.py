@@ -75,7 +75,7 @@ def print_report(values: dict[str, Any], console: Console) -> None:
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_row("layout", str(values["layout"]))
     table.add_row("series", f"{values['num_series']} of {values['num_cases']}, {values['num_patients']} patients")
-    table.add_row("slices", f"{values['num_slices']} ({_counts(values['planes'])})")
+    table.add_row("slices", f"{values['num_slices']}; series: {_counts(values['planes'])}")
     for axis, (low, high) in values["spacing_mm"].items():
         table.add_row(f"{axis} mm", f"{low:g}" if low == high else f"{low:g} to {high:g}")
     table.add_row("stored as", f"{_counts(values['dtypes'])}; files oriented {_counts(values['orientations'])}")

@@ -25,8 +25,11 @@ from torch.utils.data import Dataset
 
 log = logging.getLogger(__name__)
 
-Augment = Callable[[Tensor, Tensor | None, np.random.Generator], tuple[Tensor, Tensor | None]]
-"""(image (C, H, W) in [0, 1], label (H, W) or None, generator of this sample) -> the same, changed."""
+Augment = Callable[[Tensor, Tensor | None, np.random.Generator, Plane], tuple[Tensor, Tensor | None]]
+"""(image (C, H, W) in [0, 1], label (H, W) or None, generator of this sample, plane) -> image and label, changed."""
+
+MAX_NEIGHBOURS = 1
+"""On each side: SAM's encoders take three channels."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,7 @@ def select_slices(
     store: SliceStore,
     patient_ids: Iterable[str],
     *,
-    plane: Plane | str | None = None,
+    planes: Sequence[Plane | str] = (),
     min_foreground_fraction: float = 0.0,
     labelled_only: bool = False,
 ) -> list[SliceRef]:
@@ -74,7 +77,7 @@ def select_slices(
     Args:
         store: The store.
         patient_ids: Whose slices.
-        plane: None takes every series in its main plane, else only series that have this plane.
+        planes: Empty takes every series in its main plane, else each of these planes that a series has.
         min_foreground_fraction: Leave out slices with a smaller share of non-air pixels.
         labelled_only: Leave out slices without a label pixel, and series without label.
 
@@ -82,24 +85,25 @@ def select_slices(
         DataError: If no slice is left.
     """
     wanted = set(patient_ids)
-    chosen = Plane(plane) if isinstance(plane, str) else plane
+    chosen = [Plane(plane) if isinstance(plane, str) else plane for plane in planes]
     counts = {"other plane": 0, "air": 0, "no label": 0}
     refs: list[SliceRef] = []
     for record in store.series:
         if record.patient_id not in wanted:
             continue
-        table = record.planes.get(chosen or record.plane)
-        if table is None:
+        present = [plane for plane in chosen if plane in record.planes] if chosen else [None]
+        if not present:
             counts["other plane"] += record.shape_zyx[0]
-            continue
-        labelled = _labelled_slices(table)
-        for index, fraction in enumerate(table.foreground_fraction):
-            if fraction < min_foreground_fraction:
-                counts["air"] += 1
-            elif labelled_only and not labelled[index]:
-                counts["no label"] += 1
-            else:
-                refs.append(SliceRef(record.series_id, index, chosen))
+        for plane in present:
+            table = record.planes[plane or record.plane]
+            labelled = _labelled_slices(table)
+            for index, fraction in enumerate(table.foreground_fraction):
+                if fraction < min_foreground_fraction:
+                    counts["air"] += 1
+                elif labelled_only and not labelled[index]:
+                    counts["no label"] += 1
+                else:
+                    refs.append(SliceRef(record.series_id, index, plane))
     left_out = ", ".join(f"{number} {reason}" for reason, number in counts.items() if number)
     suffix = f" (left out: {left_out})" if left_out else ""
     log.info("%s: %d slices of %d patients%s", store.path.name, len(refs), len(wanted), suffix)
@@ -144,7 +148,11 @@ class SliceDataset(Dataset[SliceSample]):
             seed: Of the run; with the sample counter it decides the augmentation.
             with_label: Give the label too. A series without label is an error.
             num_neighbours: Slices on each side that become extra channels (2.5D); the volume's edge is repeated.
+
+        Raises:
+            ValueError: If the channels would not fit an encoder.
         """
+        check_neighbours(num_neighbours)
         self.store = store
         self.slices = tuple(slices)
         self.intensity = intensity or store.intensity
@@ -177,7 +185,8 @@ class SliceDataset(Dataset[SliceSample]):
             label_HW = self.store.read_label_slice(ref.series_id, ref.slice_index, plane=ref.plane)
             label = torch.from_numpy(label_HW.astype(np.int64))
         if self.augment is not None:
-            image, label = self.augment(image, label, sample_generator(self.seed, sample_counter))
+            plane = ref.plane or self.store.record(ref.series_id).plane
+            image, label = self.augment(image, label, sample_generator(self.seed, sample_counter), plane)
         sample: SliceSample = {
             "image": image,
             "series_index": self._series_index[ref.series_id],
@@ -191,16 +200,39 @@ class SliceDataset(Dataset[SliceSample]):
     def _image(self, ref: SliceRef) -> np.ndarray[Any, np.dtype[np.float32]]:
         record = self.store.record(ref.series_id)
         last = record.planes[ref.plane or record.plane].shape_zyx[0] - 1
-        offsets = range(-self.num_neighbours, self.num_neighbours + 1)
-        channels = [
-            normalise(
-                self.store.read_slice(ref.series_id, min(max(ref.slice_index + offset, 0), last), plane=ref.plane),
-                record.stats,
-                self.intensity,
+        numbers = neighbour_slices(ref.slice_index, num_slices=last + 1, num_neighbours=self.num_neighbours)
+        slices = {
+            number: normalise(
+                self.store.read_slice(ref.series_id, number, plane=ref.plane), record.stats, self.intensity
             )
-            for offset in offsets
-        ]
-        return np.stack(channels)
+            for number in set(numbers)
+        }
+        return np.stack([slices[number] for number in numbers])
+
+
+def neighbour_slices(slice_index: int, *, num_slices: int, num_neighbours: int) -> list[int]:
+    """Return the slices whose values become the channels of one 2.5D sample; the volume's edge is repeated."""
+    offsets = range(-num_neighbours, num_neighbours + 1)
+    return [min(max(slice_index + offset, 0), num_slices - 1) for offset in offsets]
+
+
+def centre_channel(images_NCSS: Tensor) -> Tensor:
+    """Return the slice itself (N, 1, S, S) from a batch with its neighbours as channels."""
+    middle = images_NCSS.shape[1] // 2
+    return images_NCSS[:, middle : middle + 1]
+
+
+def check_neighbours(num_neighbours: int) -> None:
+    """Refuse a number of neighbours for which the encoder has no channels.
+
+    Raises:
+        ValueError: If it is negative or above ``MAX_NEIGHBOURS``.
+    """
+    if not 0 <= num_neighbours <= MAX_NEIGHBOURS:
+        raise ValueError(
+            f"data.num_neighbours must lie in 0..{MAX_NEIGHBOURS}, got {num_neighbours}: SAM's encoders take three "
+            "channels, the slice and one neighbour on each side."
+        )
 
 
 def collate_slices(samples: Sequence[SliceSample]) -> SliceBatch:

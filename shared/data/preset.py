@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from samgraft.shared.config import load_config, packaged_config
-from samgraft.shared.data.augment import AugmentPreset
 from samgraft.shared.data.intensity import IntensityPreset
 from samgraft.shared.data.volume import Modality
 
@@ -20,9 +20,9 @@ class ModalityPreset:
     """How native units become [0, 1]."""
     min_foreground_fraction: float = 0.05
     """Slices with a smaller share of non-air pixels are left out of pretraining."""
-
-    augment: AugmentPreset = field(default_factory=AugmentPreset)
-    """What may be changed at random without leaving what scanners and patients do."""
+    augment: dict[str, Any] = field(default_factory=dict)
+    """Keys of ``data.augment`` in which this modality differs from the defaults of a stage: what may be changed at
+    random without leaving what scanners and patients do. See ``AugmentConfig``."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.min_foreground_fraction < 1:
@@ -37,3 +37,12 @@ def load_preset(modality: str | Modality) -> ModalityPreset:
     """
     name = modality.value if isinstance(modality, Modality) else modality.strip().lower()
     return load_config(ModalityPreset, layers=[packaged_config(f"modality/{name}.yaml")])
+
+
+def modality_layer(modality: str | Modality) -> dict[str, Any]:
+    """Return what a modality says about a stage's configuration, as its first layer: presets and users come after it.
+
+    Raises:
+        UsageError: For an unknown modality.
+    """
+    return {"data": {"augment": dict(load_preset(modality).augment)}}

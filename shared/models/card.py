@@ -38,6 +38,8 @@ class Card:
     """Slices drawn in the last stage, repeats counted."""
     intensity: dict[str, Any] = field(default_factory=dict)
     """Intensity preset under which slices became [0, 1]."""
+    num_neighbours: int = 0
+    """Slices on each side that were the encoder's other channels (2.5D); 0: the slice three times."""
     base_name: str | None = None
     """What the weights started from, for people."""
     base_sha256: str | None = None
@@ -120,6 +122,7 @@ _FIELD_TYPES: dict[str, Any] = {
     "steps": int,
     "slices_seen": int,
     "intensity": dict,
+    "num_neighbours": int,
     "data_manifest": dict,
     "notes": list,
 }

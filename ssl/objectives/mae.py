@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from samgraft.shared.data.dataset import centre_channel
 from samgraft.shared.errors import UsageError
 from samgraft.shared.models.image_encoder import ImageEncoder, MaskableEncoder
 from samgraft.shared.models.sam import to_pixels
@@ -136,7 +137,7 @@ class MAE(nn.Module):
         """Return the mean squared error over hidden tokens. ``step`` is not used."""
         mask_Bhw = self._masks(sample_counters).to(images_B1SS.device)
         guess_BMP, visible_BNC, ids_hidden_BM = self._guess(images_B1SS, mask_Bhw)
-        target_BMP, _, std_BM1 = self._target(images_B1SS, ids_hidden_BM)
+        target_BMP, _, std_BM1 = self._target(centre_channel(images_B1SS), ids_hidden_BM)
         error_BMP = guess_BMP - target_BMP
         grey_error = (error_BMP.detach() * std_BM1).abs().mean()
         return ObjectiveLoss(
@@ -157,6 +158,7 @@ class MAE(nn.Module):
         """
         mask_Bhw = self._masks(sample_counters).to(images_B1SS.device)
         guess_BMP, _, ids_hidden_BM = self._guess(images_B1SS, mask_Bhw)
+        images_B1SS = centre_channel(images_B1SS)
         _, mean_BM1, std_BM1 = self._target(images_B1SS, ids_hidden_BM)
         grey_BMP = (guess_BMP * std_BM1 + mean_BM1).clamp(0, 1)
         patches_BLP = _patches(images_B1SS, self.encoder.stride)

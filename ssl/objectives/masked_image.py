@@ -22,6 +22,7 @@ from enum import Enum
 
 import torch
 import torch.nn.functional as F
+from samgraft.shared.data.dataset import centre_channel
 from samgraft.shared.models.image_encoder import MaskableEncoder
 from samgraft.shared.models.sam import to_pixels
 from samgraft.ssl.masking import MaskKind, token_masks, upsample_mask
@@ -166,6 +167,7 @@ class MaskedImage(nn.Module):
     def loss(self, images_B1SS: torch.Tensor, *, sample_counters: Sequence[int], step: int) -> ObjectiveLoss:
         """Return the mean absolute error over hidden pixels. ``step`` is not used."""
         guess = self._guess(images_B1SS, sample_counters)
+        images_B1SS = centre_channel(images_B1SS)
         error_B1SS = (guess.picture_B1SS - (images_B1SS - guess.mean) / guess.std).abs()
         num_hidden = guess.hidden_B1SS.sum()
         total = (error_B1SS * guess.hidden_B1SS).sum() / num_hidden
@@ -180,6 +182,7 @@ class MaskedImage(nn.Module):
     def panel(self, images_B1SS: torch.Tensor, *, sample_counters: Sequence[int]) -> Panel:
         """Return input, what the encoder saw, its guess, and the guess in the holes of the input."""
         guess = self._guess(images_B1SS, sample_counters)
+        images_B1SS = centre_channel(images_B1SS)
         grey_B1SS = (guess.picture_B1SS * guess.std + guess.mean).clamp(0, 1)
         seen_B1SS = images_B1SS.masked_fill(guess.hidden_B1SS, 0.5)
         filled_B1SS = torch.where(guess.hidden_B1SS, grey_B1SS, images_B1SS)
@@ -189,6 +192,7 @@ class MaskedImage(nn.Module):
     @torch.no_grad()
     def references(self, images_B1SS: torch.Tensor, *, sample_counters: Sequence[int]) -> Mapping[str, float]:
         """Return the grey error of two fillings that need no network: the visible mean, and smoothing from the rim."""
+        images_B1SS = centre_channel(images_B1SS)
         mask_Bhw = self._masks(sample_counters).to(images_B1SS.device)
         hidden_B1SS = upsample_mask(mask_Bhw, image_size=images_B1SS.shape[-1])
         mean_B111, _ = _visible_statistics(images_B1SS, hidden_B1SS)
@@ -214,6 +218,8 @@ class MaskedImage(nn.Module):
             to_pixels(images_B1SS, self.encoder.spec), token_mask_Bhw=mask_Bhw, mask_token=self.mask_token
         )
         read_BChw = self.encoder.neck(features_BChw) if self.config.train_neck else features_BChw
+        # Neighbours are hidden where the slice is, and help the encoder; what is guessed is the slice itself.
+        images_B1SS = centre_channel(images_B1SS)
         hidden_B1SS = upsample_mask(mask_Bhw, image_size=images_B1SS.shape[-1])
         mean, std = self._units(images_B1SS, hidden_B1SS)
         seen_B1SS = torch.zeros_like(images_B1SS)

@@ -1,35 +1,62 @@
-"""Augmentation: seeded per sample, labels follow geometry, values stay in range, float safe."""
+"""Augmentation: seeded per sample, labels follow geometry, values stay in range, float safe, anatomy respected."""
 
 import pickle
 
 import numpy as np
 import pytest
 import torch
-from samgraft.shared.data.augment import AugmentPreset, SliceAugmentation
+from samgraft.finetune.config import FinetuneConfig
+from samgraft.shared.config import load_config, packaged_config
+from samgraft.shared.data.augment import AugmentConfig, SliceAugmentation
+from samgraft.shared.data.orientation import Plane
+from samgraft.shared.data.preset import load_preset, modality_layer
 from samgraft.shared.data.sampler import sample_generator
+from samgraft.shared.data.volume import Modality
+from samgraft.ssl.config import PretrainConfig
 
-OFF = dict.fromkeys((n for n in AugmentPreset.__dataclass_fields__ if n.endswith("probability")), 0.0)
+STILL = {"flip_columns_probability": 0.0}
+PARTS = {
+    "crop": {"min_crop_fraction": 0.5},
+    "rotation": {"max_rotation_deg": 30.0},
+    "scale": {"min_scale": 0.5, "max_scale": 0.9},
+    "shear": {"max_shear": 0.5},
+    "shift": {"max_shift": 0.3},
+    "flip_columns": {"flip_columns_probability": 1.0},
+    "flip_rows": {"flip_rows_probability": 1.0},
+    "gamma": {"max_log_gamma": 0.5},
+    "contrast": {"max_log_contrast": 0.5},
+    "bias_field": {"bias_field_probability": 1.0},
+    "blur": {"blur_probability": 1.0},
+    "low_resolution": {"low_resolution_probability": 1.0},
+    "noise": {"noise_std": 0.1},
+}
+GEOMETRIC = {"crop", "rotation", "scale", "shear", "shift", "flip_columns", "flip_rows"}
+EVERYTHING = AugmentConfig(**{key: value for part in PARTS.values() for key, value in part.items()})
 
 
-def sample():
+def sample(*, channels=1):
     rows, columns = torch.meshgrid(torch.linspace(0, 1, 40), torch.linspace(0, 1, 48), indexing="ij")
-    image = ((rows + columns) / 2)[None]
+    image = ((rows + columns) / 2)[None].repeat(channels, 1, 1)
     label = torch.zeros(40, 48, dtype=torch.int64)
     label[10:20, 12:30] = 300
     label[25:30, 5:9] = 65535
     return image, label
 
 
+def augmented(config, image, label, counter=0, **options):
+    return SliceAugmentation(config)(image, label, sample_generator(0, counter), **options)
+
+
 def test_all_off_is_the_identity():
     image, label = sample()
-    out, out_label = SliceAugmentation(AugmentPreset(**OFF))(image, label, sample_generator(0, 0))
+    out, out_label = augmented(AugmentConfig(**STILL), image, label)
     assert torch.equal(out, image)
     assert torch.equal(out_label, label)
 
 
 def test_same_generator_same_result_also_after_pickling():
     image, label = sample()
-    augment = SliceAugmentation(AugmentPreset())
+    augment = SliceAugmentation(EVERYTHING)
     clone = pickle.loads(pickle.dumps(augment))
     outs = [f(image, label, sample_generator(3, c)) for c in (1, 2, 1) for f in (augment, clone)]
     for out in outs[1:2] + outs[4:]:
@@ -38,45 +65,130 @@ def test_same_generator_same_result_also_after_pickling():
     assert not torch.equal(outs[2][0], outs[0][0])
 
 
-def test_values_stay_in_range_and_ids_a_subset():
+def test_global_generators_are_neither_read_nor_moved():
     image, label = sample()
-    always = AugmentPreset(**dict.fromkeys(OFF, 1.0))
-    for counter in range(8):
-        out, out_label = SliceAugmentation(always)(image, label, sample_generator(0, counter))
+    before = torch.get_rng_state(), np.random.get_state()[1].copy()
+    first = augmented(EVERYTHING, image, label)
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert (np.random.get_state()[1] == before[1]).all()
+    torch.manual_seed(99)
+    np.random.seed(99)
+    assert torch.equal(augmented(EVERYTHING, image, label)[0], first[0])
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_values_stay_in_range_and_ids_a_subset(channels):
+    image, label = sample(channels=channels)
+    for counter in range(6):
+        out, out_label = augmented(EVERYTHING, image, label, counter)
         assert out.dtype == torch.float32
+        assert out.shape[0] == channels
         assert torch.isfinite(out).all()
         assert 0 <= out.min() <= out.max() <= 1
         assert out_label.dtype == torch.int64
+        assert out_label.shape == out.shape[1:]
         assert set(out_label.unique().tolist()) <= {0, 300, 65535}
 
 
-@pytest.mark.parametrize("part", sorted(OFF))
+@pytest.mark.parametrize("part", sorted(PARTS))
 def test_each_part_changes_something(part):
+    """Its value decides what comes out; the label moves with geometry and with nothing else."""
     image, label = sample()
-    augment = SliceAugmentation(AugmentPreset(**{**OFF, part: 1.0}))
-    changed = [not torch.equal(augment(image, label, sample_generator(0, c))[0], image) for c in range(4)]
-    assert all(changed)
-    geometric = part.startswith(("flip", "affine"))
-    moved = any(not torch.equal(augment(image, label, sample_generator(0, c))[1], label) for c in range(4))
-    assert moved == geometric
+    config = AugmentConfig(**{**STILL, **PARTS[part]})
+    outs = [augmented(config, image, label, counter) for counter in range(4)]
+    assert all(out.shape != image.shape or not torch.equal(out, image) for out, _ in outs)
+    moved = any(out_label.shape != label.shape or not torch.equal(out_label, label) for _, out_label in outs)
+    assert moved == (part in GEOMETRIC)
+
+
+@pytest.mark.parametrize("part", ["rotation", "gamma", "noise"])
+def test_probability_of_a_part(part):
+    name = {"rotation": "affine_probability", "gamma": "gamma_probability", "noise": "noise_probability"}[part]
+    image, label = sample()
+    config = AugmentConfig(**{**STILL, **PARTS[part], name: 0.5})
+    changed = sum(not torch.equal(augmented(config, image, label, counter)[0], image) for counter in range(40))
+    assert 10 < changed < 30
 
 
 def test_label_moves_with_the_image():
     _, label = sample()
     image = (label[None] == 300).float()
-    augment = SliceAugmentation(AugmentPreset(**{**OFF, "affine_probability": 1.0, "flip_columns_probability": 0.5}))
+    config = AugmentConfig(max_rotation_deg=30, max_shift=0.1, min_scale=0.8, max_scale=1.2)
     for counter in range(6):
-        out, out_label = augment(image, label, sample_generator(1, counter))
+        out, out_label = augmented(config, image, label, counter)
         overlap = ((out[0] > 0.5) & (out_label == 300)).sum() / ((out[0] > 0.5) | (out_label == 300)).sum()
         assert overlap > 0.85
 
 
+def test_rotation_keeps_pixels_square():
+    """A disc stays a disc on a slice that is wider than high."""
+    rows, columns = torch.meshgrid(torch.arange(40.0), torch.arange(96.0), indexing="ij")
+    disc = ((rows - 19.5).square() + (columns - 47.5).square() < 100).float()[None]
+    config = AugmentConfig(flip_columns_probability=0.0, max_rotation_deg=90)
+    for counter in range(4):
+        out, _ = augmented(config, disc, None, counter)
+        assert ((out > 0.5) != (disc > 0.5)).float().mean() < 0.01
+
+
+def test_sagittal_slices_are_never_mirrored():
+    """Their columns run from front to back: a mirror image is no patient. The other draws stay the same."""
+    image, label = sample()
+    config = AugmentConfig(flip_columns_probability=1.0, max_log_gamma=0.3)
+    sagittal, _ = augmented(config, image, label, plane=Plane.SAGITTAL)
+    coronal, _ = augmented(config, image, label, plane=Plane.CORONAL)
+    assert torch.equal(sagittal, coronal.flip(-1))
+    assert sagittal[0, 0, 0] < sagittal[0, 0, -1]
+
+
 def test_without_label():
     image, _ = sample()
-    assert SliceAugmentation(AugmentPreset())(image, None, np.random.default_rng(0))[1] is None
+    assert augmented(EVERYTHING, image, None)[1] is None
 
 
-def test_preset_refuses_nonsense():
-    for name, value in (("noise_probability", 1.5), ("max_shift", -1.0), ("min_zoom", 0.0), ("max_scale", 1.0)):
-        with pytest.raises(ValueError, match=name):
-            AugmentPreset(**{name: value})
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("noise_probability", 1.5),
+        ("max_shift", -1.0),
+        ("min_zoom", 0.0),
+        ("min_crop_fraction", 0.0),
+        ("min_crop_fraction", 1.1),
+        ("min_scale", 2.0),
+    ],
+)
+def test_config_refuses_nonsense(name, value):
+    with pytest.raises(ValueError, match=name):
+        AugmentConfig(**{name: value})
+
+
+# Defaults of the stages, and what a modality says about them ---------------------------------------------------------
+
+REQUIRED = {
+    PretrainConfig: {"data": {"store": "a.zarr"}, "model": {"base": "random"}},
+    FinetuneConfig: {"data": {"store": "a.zarr"}, "model": {"ckpt": "runs/a"}},
+}
+PRESETS = {PretrainConfig: "pretrain/masked_image-cpu.yaml", FinetuneConfig: "finetune/cpu.yaml"}
+
+
+def stage_augment(schema, modality, *, layered=True, overrides=()):
+    layers = [modality_layer(modality)] if layered else []
+    layers += [packaged_config(PRESETS[schema]), {"modality": modality, **REQUIRED[schema]}]
+    return load_config(schema, layers=layers, overrides=overrides).data.augment
+
+
+@pytest.mark.parametrize("schema", [PretrainConfig, FinetuneConfig])
+@pytest.mark.parametrize("modality", [m.value for m in Modality])
+def test_modality_reaches_both_stages(schema, modality):
+    own, plain = stage_augment(schema, modality), stage_augment(schema, modality, layered=False)
+    wanted = load_preset(modality).augment
+    changed = {name for name in AugmentConfig.__dataclass_fields__ if getattr(own, name) != getattr(plain, name)}
+    assert changed <= set(wanted)
+    assert all(getattr(own, name) == value for name, value in wanted.items())
+    assert own.flip_columns_probability == {"ct": 0.0, "xray": 0.0}.get(modality, 0.5)
+
+
+@pytest.mark.parametrize("schema", [PretrainConfig, FinetuneConfig])
+def test_users_have_the_last_word(schema):
+    assert stage_augment(schema, "ct", overrides=["data.augment.flip_columns_probability=0.25"]) == stage_augment(
+        schema, "mri", overrides=["data.augment.flip_columns_probability=0.25", "data.augment.gamma_probability=0.1"]
+    )

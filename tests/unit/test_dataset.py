@@ -19,7 +19,7 @@ def store(tmp_path_factory):
     return SliceStore.open(make_store(tmp_path_factory.mktemp("dataset"), num_patients=3))
 
 
-def jitter(image, label, generator):
+def jitter(image, label, generator, plane):
     return image + float(generator.random()), label
 
 
@@ -45,7 +45,7 @@ def test_select_slices__nothing_left_is_an_error(store):
     with pytest.raises(DataError, match="0 usable slices: 18 air"):
         select_slices(store, store.patient_ids, min_foreground_fraction=0.999)
     with pytest.raises(DataError, match="18 other plane"):
-        select_slices(store, store.patient_ids, plane="coronal")
+        select_slices(store, store.patient_ids, planes=["coronal"])
 
 
 def test_item__is_the_normalised_slice_and_its_label(store):

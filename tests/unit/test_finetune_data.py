@@ -2,10 +2,8 @@
 
 import math
 
-import numpy as np
 import pytest
 import torch
-from samgraft.finetune.augment import AugmentConfig, SliceAugment
 from samgraft.finetune.classes import ClassTable, choose_classes
 from samgraft.finetune.loss import LossConfig, MaskLoss, Overlap, PixelTerm, SegmentationLoss
 from samgraft.finetune.metrics import class_scores
@@ -14,12 +12,6 @@ from samgraft.shared.data.dataset import SliceRef
 from samgraft.shared.data.store import SliceStore
 from samgraft.shared.errors import DataError, UsageError
 from store_factory import make_store
-
-STILL = AugmentConfig(
-    max_rotation_deg=0, min_scale=1, max_scale=1, max_shear=0, max_shift=0, flip_columns=False,
-    max_log_gamma=0, max_log_contrast=0, blur_probability=0, noise_std=0,
-)  # fmt: skip
-STRONG = AugmentConfig(max_rotation_deg=180, max_scale=2.0, max_shear=0.3, max_shift=0.2)
 
 
 @pytest.fixture(scope="module")
@@ -83,52 +75,6 @@ def test_has_foreground__is_what_the_label_says(store):
     assert told == truth
     assert True in truth
     assert False in truth
-
-
-def test_augment__switched_off_changes_nothing():
-    image = torch.rand(1, 7, 9)
-    label = torch.randint(0, 3, (7, 9))
-    out, moved = SliceAugment(STILL)(image, label, np.random.default_rng(0))
-    torch.testing.assert_close(out, image, atol=1e-6, rtol=0)
-    assert torch.equal(moved, label)
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_augment__invents_no_class_and_moves_label_with_image(seed):
-    """The label is where the image is bright, before and after; ids 0, 4 and 9 stay 0, 4 and 9."""
-    image = torch.zeros(1, 64, 48)
-    image[0, 20:44, 12:36] = 1.0
-    label = (image[0] > 0.5).long() * 4
-    label[28:36, 20:28] = 9
-    geometry = AugmentConfig(max_rotation_deg=180, max_scale=1.5, max_log_gamma=0, max_log_contrast=0, noise_std=0)
-    out, moved = SliceAugment(geometry)(image, label, np.random.default_rng(seed))
-    assert set(moved.unique().tolist()) <= {0, 4, 9}
-    inside = moved > 0
-    assert ((out[0] > 0.5) == inside).float().mean() > 0.98
-    assert inside.any()
-
-
-def test_augment__depends_on_its_generator_only():
-    image, label = torch.rand(1, 16, 16), torch.randint(0, 2, (16, 16))
-    first = SliceAugment(STRONG)(image, label, np.random.default_rng(3))
-    torch.manual_seed(99)
-    np.random.seed(99)
-    again = SliceAugment(STRONG)(image, label, np.random.default_rng(3))
-    other = SliceAugment(STRONG)(image, label, np.random.default_rng(4))
-    assert torch.equal(first[0], again[0])
-    assert torch.equal(first[1], again[1])
-    assert not torch.equal(first[0], other[0])
-    assert first[0].min() >= 0
-    assert first[0].max() <= 1
-
-
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [({"min_scale": 0.0}, "0 < min_scale"), ({"noise_std": -1.0}, "noise_std"), ({"blur_probability": 2.0}, "blur")],
-)
-def test_augment_config__refuses(values, message):
-    with pytest.raises(ValueError, match=message):
-        AugmentConfig(**values)
 
 
 def test_loss__hand_computed():
