@@ -157,7 +157,7 @@ class SliceAugmentation:
         from monai.transforms.spatial.array import RandSimulateLowResolution
 
         # MONAI's default modes are for volumes.
-        modes = {"downsample_mode": "nearest", "upsample_mode": "bilinear"}
+        modes: dict[str, Any] = {"downsample_mode": "nearest", "upsample_mode": "bilinear"}
         return RandSimulateLowResolution(prob=1.0, zoom_range=(self.config.min_zoom, 1.0), **modes)
 
 
