@@ -55,13 +55,7 @@ def prepare(config: FinetuneConfig) -> Prepared:
     Raises:
         DataError, WeightsError, UsageError: If the run could not give a trustworthy result.
     """
-    store = SliceStore.open(config.data.store)
-    if store.modality.value != config.modality:
-        raise DataError(
-            f"the store must be of modality {config.modality}, got {store.modality.value}. "
-            f"Use MODALITY={store.modality.value}.",
-            where=store.path.name,
-        )
+    store = _open_store(config)
     split = load_split(Path(config.data.split) if config.data.split else None, store)
     classes = choose_classes(
         store, config.data.classes, regions=config.data.regions or None, train_patients=split.train
@@ -111,6 +105,17 @@ def prepare(config: FinetuneConfig) -> Prepared:
         ),
         transductive=transductive,
     )
+
+
+def _open_store(config: FinetuneConfig) -> SliceStore:
+    store = SliceStore.open(config.data.store)
+    if store.modality.value != config.modality:
+        raise DataError(
+            f"the store must be of modality {config.modality}, got {store.modality.value}. "
+            f"Use MODALITY={store.modality.value}.",
+            where=store.path.name,
+        )
+    return store
 
 
 def training_set(

@@ -6,13 +6,14 @@ import copy
 import dataclasses
 import logging
 import shlex
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from samgraft.shared.data.augment import SliceAugmentation
 from samgraft.shared.data.dataset import SliceDataset, collate_slices, select_slices
-from samgraft.shared.data.preset import load_preset
+from samgraft.shared.data.preset import ModalityPreset, load_preset
 from samgraft.shared.data.sampler import StepBatchSampler
 from samgraft.shared.data.store import SliceStore
 from samgraft.shared.training.device import DeviceChoice
@@ -53,22 +54,9 @@ def pretrain(
     store = SliceStore.open(config.data.store)
     preset = load_preset(config.modality)
     split = pretraining_split(config.data, store, seed=config.seed)
-    slices = select_slices(
-        store,
-        split.train,
-        planes=config.data.planes,
-        min_foreground_fraction=config.data.least_foreground(preset),
-    )
     probe_store = open_probe_store(config.probe)
     leaks = leak_check(config.data, store, split.train, probe=probe_store)
-    dataset = SliceDataset(
-        store,
-        slices,
-        intensity=preset.intensity,
-        augment=SliceAugmentation(config.data.augment),
-        seed=config.seed,
-        num_neighbours=config.data.num_neighbours,
-    )
+    dataset = training_set(config, store, split.train, preset)
 
     seed_process(config.seed)
     encoder, start_card = load_start(config.model)
@@ -122,6 +110,26 @@ def put_together(objective: Objective, whole: Objective) -> Objective:
         return objective
     load_full_state(whole, full_state(objective.state_dict()))
     return whole
+
+
+def training_set(
+    config: PretrainConfig, store: SliceStore, patient_ids: Sequence[str], preset: ModalityPreset
+) -> SliceDataset:
+    """Return the augmented slices of the training patients."""
+    slices = select_slices(
+        store,
+        patient_ids,
+        planes=config.data.planes,
+        min_foreground_fraction=config.data.least_foreground(preset),
+    )
+    return SliceDataset(
+        store,
+        slices,
+        intensity=preset.intensity,
+        augment=SliceAugmentation(config.data.augment),
+        seed=config.seed,
+        num_neighbours=config.data.num_neighbours,
+    )
 
 
 def _say_end(run: RunFolder, weights: Path) -> None:
