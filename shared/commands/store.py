@@ -125,6 +125,9 @@ def _add_source_options(parser: argparse.ArgumentParser) -> None:
         "--pictures", choices=["auto", "stack", "single"], default="auto", help="a folder of pictures is"
     )
     parser.add_argument("--workers", type=int, default=0, help="processes; 0: as many as pay, up to one per core")
+    parser.add_argument(
+        "--overlays", type=Path, help="folder for pictures of labels on another grid (patient images: keep them local)"
+    )
     parser.add_argument("--report", type=Path, help="write the report as JSON (it names cases: keep it local)")
 
 
@@ -172,6 +175,7 @@ def _examine(arguments: argparse.Namespace, found: Discovery, show: Callable[[in
         settings=_settings(arguments, None),
         label_names=found.label_names,
         num_workers=_workers(arguments, found),
+        overlays=arguments.overlays,
         on_progress=show,
     )
 
@@ -191,6 +195,7 @@ def _write(arguments: argparse.Namespace, found: Discovery, show: Callable[[int,
             num_workers=_workers(arguments, found),
             skip_refused=arguments.skip_refused,
             overwrite=arguments.overwrite,
+            overlays=arguments.overlays,
             on_progress=show,
         )
     except CasesRefused as refusal:

@@ -16,6 +16,15 @@ LABEL_GRID_TOLERANCE_MM = 0.01
 MAX_LABEL_ID = 65535
 
 
+class LabelGridError(DataError):
+    """A label lies on another grid than its scan; both are kept for a picture."""
+
+    def __init__(self, what: str, *, where: str, scan: RawScan, label: RawScan) -> None:
+        super().__init__(what, where=where)
+        self.scan = scan
+        self.label = label
+
+
 @dataclass(frozen=True, kw_only=True)
 class LabelFiles:
     """One label file of a case."""
@@ -129,9 +138,11 @@ def map_ids(ids: Array, mapping: Mapping[int, int] | None, *, where: str) -> Arr
 def _check_grid(label: RawScan, scan: RawScan, *, where: str) -> None:
     if not (label.has_orientation and scan.has_orientation):
         if label.array_ijk.shape != scan.array_ijk.shape:
-            raise DataError(
+            raise LabelGridError(
                 f"image and label must have one shape, got {scan.array_ijk.shape} and {label.array_ijk.shape}.",
                 where=where,
+                scan=scan,
+                label=label,
             )
         return
     agree, difference = grids_agree(
@@ -142,7 +153,9 @@ def _check_grid(label: RawScan, scan: RawScan, *, where: str) -> None:
         tolerance_mm=LABEL_GRID_TOLERANCE_MM,
     )
     if not agree:
-        raise DataError(
+        raise LabelGridError(
             f"image and label must lie on one grid: {difference}. Resample the label to the image (nearest).",
             where=where,
+            scan=scan,
+            label=label,
         )

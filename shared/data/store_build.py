@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from samgraft.shared.data.case import SourceCase
+from samgraft.shared.data.case import LabelGridError, SourceCase
 from samgraft.shared.data.examine import BuildSettings, Finding, examine_case, series_id_of
 from samgraft.shared.data.intensity import IntensityPreset
 from samgraft.shared.data.series import SeriesRecord
@@ -76,6 +76,7 @@ def build_store(
     num_workers: int = 1,
     skip_refused: bool = False,
     overwrite: bool = False,
+    overlays: Path | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> BuildReport:
     """Build a store, or continue one that was interrupted.
@@ -90,6 +91,7 @@ def build_store(
         num_workers: Processes; 1 works in this one.
         skip_refused: Leave refused cases out and count them; otherwise nothing is finished when one is refused.
         overwrite: Replace a complete store with other content.
+        overlays: Folder for a picture of every label that lies on another grid; None draws none.
         on_progress: Called with finished and all cases.
 
     Returns:
@@ -113,7 +115,8 @@ def build_store(
         if _is_complete(out, ids, manifest_extra, report, overwrite=overwrite):
             return report
         _prepare(out, settings)
-        _collect(cases, keys, out, settings, report, num_workers=num_workers, on_progress=on_progress)
+        work = partial(_examine_and_write, out=out, settings=settings, keys=keys, overlays=overlays)
+        _collect(cases, keys, out, settings, report, work, num_workers=num_workers, on_progress=on_progress)
         _judge(report, out, skip_refused=skip_refused)
         _remove_strangers(out, report)
         names = manifest_extra["label_names"] or {str(k): f"label {k}" for k in _found_ids(report.records)}
@@ -138,13 +141,14 @@ def examine_cases(
     settings: BuildSettings,
     label_names: Mapping[int, str] | None = None,
     num_workers: int = 1,
+    overlays: Path | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> BuildReport:
-    """Read and check every case and write nothing: the dry run of a build."""
+    """Read and check every case and write nothing but pictures in ``overlays``: the dry run of a build."""
     _check_case_names(cases)
     settings = _with_label_ids(settings, label_names)
     report = BuildReport(path=Path())
-    work = partial(_examine_only, settings=settings)
+    work = partial(_examine_only, settings=settings, overlays=overlays)
     for finding in _results(cases, work, num_workers=num_workers):
         report.findings.append(finding)
         if on_progress is not None:
@@ -158,6 +162,7 @@ def _collect(
     out: Path,
     settings: BuildSettings,
     report: BuildReport,
+    work: Callable[[SourceCase], Finding],
     *,
     num_workers: int,
     on_progress: Callable[[int, int], None] | None,
@@ -171,7 +176,6 @@ def _collect(
             todo.append(case)
     if report.num_kept:
         log.info("continuing: %d of %d series are already there", report.num_kept, len(cases))
-    work = partial(_examine_and_write, out=out, settings=settings, keys=dict(keys))
     for finding in _results(todo, work, num_workers=num_workers):
         report.findings.append(finding)
         if on_progress is not None:
@@ -195,19 +199,21 @@ def _results(
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _examine_only(case: SourceCase, *, settings: BuildSettings) -> Finding:
+def _examine_only(case: SourceCase, *, settings: BuildSettings, overlays: Path | None) -> Finding:
     try:
         examined = examine_case(case, settings)
     except DataError as err:
-        return Finding(name=case.name, refused=_reason(err, case))
+        return Finding(name=case.name, refused=_reason(err, case, settings, overlays))
     return Finding(name=case.name, record=examined.record, privacy=examined.privacy)
 
 
-def _examine_and_write(case: SourceCase, *, out: Path, settings: BuildSettings, keys: Mapping[str, str]) -> Finding:
+def _examine_and_write(
+    case: SourceCase, *, out: Path, settings: BuildSettings, keys: Mapping[str, str], overlays: Path | None
+) -> Finding:
     try:
         examined = examine_case(case, settings)
     except DataError as err:
-        return Finding(name=case.name, refused=_reason(err, case))
+        return Finding(name=case.name, refused=_reason(err, case, settings, overlays))
     record = write_series(
         out,
         examined.record,
@@ -219,8 +225,16 @@ def _examine_and_write(case: SourceCase, *, out: Path, settings: BuildSettings, 
     return Finding(name=case.name, record=record, privacy=examined.privacy)
 
 
-def _reason(err: DataError, case: SourceCase) -> str:
-    return err.what + (f" [{err.where}]" if err.where and err.where not in (case.name, case.scan.name) else "")
+def _reason(err: DataError, case: SourceCase, settings: BuildSettings, overlays: Path | None) -> str:
+    text = err.what + (f" [{err.where}]" if err.where and err.where not in (case.name, case.scan.name) else "")
+    if not isinstance(err, LabelGridError):
+        return text
+    if overlays is None:
+        return f"{text} --overlays FOLDER draws it."
+    from samgraft.shared.data.grid_picture import write_grid_picture
+
+    path = write_grid_picture(overlays / f"{series_id_of(case, settings)}.png", err.scan, err.label)
+    return f"{text} See {path}"
 
 
 def _build_key(case: SourceCase, settings: BuildSettings) -> str:
@@ -297,12 +311,6 @@ def _manifest_head(
         "label_names": None if label_names is None else {str(k): v for k, v in sorted(label_names.items())},
         "intensity": intensity.to_dict(),
     }
-
-
-def _finish(out: Path, head: Mapping[str, Any], report: BuildReport) -> None:
-    names = head["label_names"] or {str(k): f"label {k}" for k in _found_ids(report.records)}
-    table = [record.to_dict() for record in sorted(report.records, key=lambda record: record.series_id)]
-    finish_store(out, {**head, "label_names": names, "series": table})
 
 
 def _found_ids(records: Sequence[SeriesRecord]) -> list[int]:

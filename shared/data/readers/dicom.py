@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ import numpy.typing as npt
 import pydicom
 from pydicom.errors import InvalidDicomError
 from samgraft.shared.data.privacy import dicom_findings
+from samgraft.shared.data.readers import decode_process
 from samgraft.shared.data.readers.rescale import rescale
 from samgraft.shared.data.readers.verified import read_bytes
 from samgraft.shared.data.volume import RawScan
@@ -73,7 +75,7 @@ def read_dicom_series(paths: Sequence[Path], *, where: str, allow_gaps: bool = F
         dataset = parse_dicom(data, where=where)
         modality = str(dataset.get("Modality", "")) or modality
         privacy.update(dicom_findings(dataset))
-        new = frames_of(dataset, where=where)
+        new = frames_of(dataset, data, where=where)
         frames += new
         digests.append((float(new[0].origin @ new[0].normal), digest))
     order = [digest for _, digest in sorted(digests)]
@@ -99,9 +101,9 @@ def parse_dicom(data: bytes, *, where: str) -> pydicom.Dataset:
         raise DataError(f"the file must be DICOM: {_first_line(err)}.", where=where) from err
 
 
-def frames_of(dataset: pydicom.Dataset, *, where: str) -> list[Frame]:
-    """Return the frames of a file: one of a classic file, all of a multi-frame file."""
-    pixels = decode_pixels(dataset, where=where)
+def frames_of(dataset: pydicom.Dataset, data: bytes, *, where: str) -> list[Frame]:
+    """Return the frames of a file (parsed, and its bytes): one of a classic file, all of a multi-frame file."""
+    pixels = decode_pixels(dataset, data, where=where)
     groups = dataset.get("PerFrameFunctionalGroupsSequence")
     if groups is None and pixels.ndim == 2:
         return [_frame(pixels, dataset, [dataset], where=where, name=f"instance {dataset.get('InstanceNumber', '?')}")]
@@ -118,13 +120,20 @@ def frames_of(dataset: pydicom.Dataset, *, where: str) -> list[Frame]:
     ]
 
 
-def decode_pixels(dataset: pydicom.Dataset, *, where: str) -> npt.NDArray[Any]:
-    """Return (H, W) or (frames, H, W) stored values; gray saved as color is reduced, real color refused."""
+def decode_pixels(dataset: pydicom.Dataset, data: bytes, *, where: str) -> npt.NDArray[Any]:
+    """Return (H, W) or (frames, H, W) stored values; gray saved as color is reduced, real color refused.
+
+    Compressed pixels are decoded in another process: see :mod:`decode_process`.
+    """
     syntax = dataset.file_meta.get("TransferSyntaxUID") if hasattr(dataset, "file_meta") else None
+    _check_announced_size(dataset, where=where)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            pixels = np.asarray(dataset.pixel_array)
+            if syntax is not None and syntax.is_compressed:
+                pixels = decode_process.shared_process().decode(data)
+            else:
+                pixels = np.asarray(dataset.pixel_array)
     except Exception as err:  # decoders raise many types; all mean that these pixels cannot be trusted
         name = getattr(syntax, "name", "unknown")
         hint = " Install its decoder: pip install 'samgraft[dicom]'." if syntax and syntax.is_compressed else ""
@@ -140,6 +149,19 @@ def decode_pixels(dataset: pydicom.Dataset, *, where: str) -> npt.NDArray[Any]:
             where=where,
         )
     return pixels[..., 0]
+
+
+def _check_announced_size(dataset: pydicom.Dataset, *, where: str) -> None:
+    """Refuse what a damaged or crafted header would allocate."""
+    try:
+        numbers = [
+            int(dataset.get(name, 1) or 1) for name in ("Rows", "Columns", "NumberOfFrames", "SamplesPerPixel")
+        ]
+        size = int(dataset.get("BitsAllocated", 16) or 16) * math.prod(numbers) // 8
+    except (TypeError, ValueError) as err:
+        raise DataError(f"the DICOM header has no usable picture size: {_first_line(err)}.", where=where) from err
+    if not 0 < size <= decode_process.MAX_PIXEL_BYTES:
+        raise DataError(f"the DICOM header announces {size / 2**30:.0f} GiB of pixels: damaged.", where=where)
 
 
 def find(name: str, places: Sequence[Any]) -> Any:

@@ -31,7 +31,7 @@ def read_dicom_seg(path: Path, *, like: RawScan, where: str) -> RawScan:
     """
     data, digest = read_bytes(path, where=where)
     dataset = parse_dicom(data, where=where)
-    pixels = decode_pixels(dataset, where=where)
+    pixels = decode_pixels(dataset, data, where=where)
     pixels = pixels[None] if pixels.ndim == 2 else pixels
     shared = list(dataset.get("SharedFunctionalGroupsSequence", []))[:1]
     groups = dataset.get("PerFrameFunctionalGroupsSequence")
