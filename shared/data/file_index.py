@@ -58,6 +58,10 @@ DESCRIPTIONS = {
 }
 
 
+ZARR = "zarr (not read: it does not say for certain which axis is which; export NIfTI, or NumPy with a spacing file)"
+ZARR_MARKS = {"zarr.json", ".zgroup", ".zarray"}
+
+
 @dataclass(kw_only=True)
 class FileIndex:
     """Files below one folder, sorted by path."""
@@ -119,6 +123,9 @@ def _walk(root: Path, index: FileIndex) -> Iterator[Path]:
             entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
         except OSError as err:
             raise StorageError(f"the folder cannot be listed: {err.strerror}.", where=str(folder)) from err
+        if not ZARR_MARKS.isdisjoint(entry.name for entry in entries):
+            index.left_out[ZARR] += 1
+            continue
         for entry in entries:
             if entry.name.startswith("."):
                 index.left_out["hidden file or folder"] += 1

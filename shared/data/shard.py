@@ -23,10 +23,8 @@ from samgraft.shared.errors import DataError, SamgraftError
 MAX_SLICE_BYTES = 2**30
 _MISSING = 2**64 - 1
 _DTYPES = {"uint8", "int8", "uint16", "int16", "uint32", "int32", "float32"}
-_INNER = [
-    {"name": "bytes", "configuration": {"endian": "little"}},
-    {"name": "zstd", "configuration": {"level": 3, "checksum": True}},
-]
+_ZSTD_LEVELS = range(1, 20)
+"""Any: it matters to the writer only. Stores have been written with 3 and 1."""
 _INDEX = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
 
 
@@ -95,6 +93,9 @@ class ShardedArray:
 
     def _read_index(self, shard: int) -> npt.NDArray[np.uint64]:
         name = f"c/{shard}/0/0"
+        size = self._files.size(f"{self._folder}/{name}")
+        if size is not None and size != self._sizes.get(name):
+            raise ValueError("the file changed after the store was opened")
         num_bytes = 16 * self.shard_slices + 4
         start = self._sizes.get(name, 0) - num_bytes
         if start < 0:
@@ -129,9 +130,11 @@ def check_layout(metadata: Any, *, shape_zyx: tuple[int, int, int], where: str) 
     if name not in _DTYPES:
         raise DataError(f"an array must hold numbers of 8 to 32 bits, got {name!r}.", where=where)
     inner = [codec for codec in sharding["codecs"] if codec.get("name") != "bytes"]
+    level = inner[0].get("configuration", {}).get("level") if len(inner) == 1 else None
+    is_zstd = inner == [{"name": "zstd", "configuration": {"level": level, "checksum": True}}]
     byte_codecs = [codec for codec in sharding["codecs"] if codec.get("name") == "bytes"]
     # Types of one byte have no endianness: zarr then leaves the configuration out.
-    expected = codecs == ["sharding_indexed", 1, "end"] and inner == _INNER[1:] and len(byte_codecs) == 1
+    expected = codecs == ["sharding_indexed", 1, "end"] and is_zstd and level in _ZSTD_LEVELS and len(byte_codecs) == 1
     endian = byte_codecs[0].get("configuration", {}).get("endian", "little") if byte_codecs else None
     if not expected or endian != "little" or sharding["index_codecs"] != _INDEX:
         raise DataError("an array of a store must be sharded zstd with checksum, got other codecs.", where=where)

@@ -16,11 +16,11 @@ from samgraft.shared.data.discovery import (
     label_key,
     scan_files,
 )
-from samgraft.shared.data.file_index import FileIndex, index_files
+from samgraft.shared.data.file_index import ZARR, ZARR_MARKS, FileIndex, index_files
 from samgraft.shared.data.layouts import bids_cases, csv_cases, detect_layout, msd_cases, nnunet_cases
 from samgraft.shared.data.readers.images import natural_order
 from samgraft.shared.data.readers.scan import ScanFiles, ScanFormat
-from samgraft.shared.errors import DataError
+from samgraft.shared.errors import DataError, UsageError
 
 _READERS = {"csv": csv_cases, "nnunet": nnunet_cases, "msd": msd_cases, "bids": bids_cases}
 
@@ -38,6 +38,7 @@ def discover(source: Path, options: SourceOptions | None = None) -> Discovery:
     options = options or SourceOptions()
     if not source.exists():
         raise DataError("the source of scans does not exist.", where=str(source))
+    refuse_zarr(source)
     layout = detect_layout(source)
     found = _READERS[layout](source, options) if layout in _READERS else plain_cases(source, options)
     if options.label_names is not None:
@@ -49,6 +50,14 @@ def discover(source: Path, options: SourceOptions | None = None) -> Discovery:
             f"no scan was found (layout: {found.layout}; left out: {counts or 'nothing'}).", where=str(source)
         )
     return found
+
+
+def refuse_zarr(source: Path) -> None:
+    """Refuse a store as a source of scans, and zarr of other programs, whose axes nobody can be certain of."""
+    if (source / "complete.json").is_file() and (source / "zarr.json").is_file():
+        raise UsageError("the source is a slice store already. Give it as DATA=.", where=source.name)
+    if any((source / mark).exists() for mark in ZARR_MARKS):
+        raise DataError(f"the source is {ZARR}.", where=source.name)
 
 
 def plain_cases(root: Path, options: SourceOptions) -> Discovery:

@@ -182,7 +182,7 @@ def read_table(path: Path, files: StoreFiles | None = None) -> bytes:
         DataError: If the folder is no store, has no mark, or the table does not match it.
     """
     files = files or LocalFiles(path)
-    if _read_or_none(files, "zarr.json") is None:
+    if not _is_ours(_read_or_none(files, "zarr.json")):
         what = "is not a slice store" if path.exists() or not isinstance(files, LocalFiles) else "does not exist"
         raise DataError(
             f"the store {what}. Give a folder that `samgraft store build` wrote.",
@@ -206,6 +206,16 @@ def read_table(path: Path, files: StoreFiles | None = None) -> bytes:
             "the table of series does not match its checksum. Build the store again.", where=f"{path.name}/{MANIFEST}"
         )
     return manifest_bytes
+
+
+def _is_ours(group: bytes | None) -> bool:
+    """Tell a store from zarr of other programs by the attributes of its group."""
+    if group is None:
+        return False
+    try:
+        return "samgraft" in json.loads(group)["attributes"]
+    except (ValueError, KeyError, TypeError):
+        return False
 
 
 def _read_or_none(files: StoreFiles, name: str) -> bytes | None:

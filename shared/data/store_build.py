@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import hashlib
 import json
 import logging
 import multiprocessing
+import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -112,17 +115,18 @@ def build_store(
     report = BuildReport(path=out)
     ids = {series_id_of(case, settings): keys[case.name] for case in cases}
     try:
-        if _is_complete(out, ids, manifest_extra, report, overwrite=overwrite):
-            return report
-        _prepare(out, settings)
-        work = partial(_examine_and_write, out=out, settings=settings, keys=keys, overlays=overlays)
-        _collect(cases, keys, out, settings, report, work, num_workers=num_workers, on_progress=on_progress)
-        _judge(report, out, skip_refused=skip_refused)
-        _remove_strangers(out, report)
-        names = manifest_extra["label_names"] or {str(k): f"label {k}" for k in _found_ids(report.records)}
-        finish_store(
-            out, {**manifest_extra, "label_names": names, "series": [r.to_dict() for r in _sorted(report.records)]}
-        )
+        with _only_builder(out):
+            if _is_complete(out, ids, manifest_extra, report, overwrite=overwrite):
+                return report
+            _prepare(out, settings)
+            work = partial(_examine_and_write, out=out, settings=settings, keys=keys, overlays=overlays)
+            _collect(cases, keys, out, settings, report, work, num_workers=num_workers, on_progress=on_progress)
+            _judge(report, out, skip_refused=skip_refused)
+            _remove_strangers(out, report)
+            names = manifest_extra["label_names"] or {str(k): f"label {k}" for k in _found_ids(report.records)}
+            finish_store(
+                out, {**manifest_extra, "label_names": names, "series": [r.to_dict() for r in _sorted(report.records)]}
+            )
     except OSError as err:
         if isinstance(err, SamgraftError):
             raise
@@ -317,9 +321,28 @@ def _found_ids(records: Sequence[SeriesRecord]) -> list[int]:
     return sorted({label for record in records for label in record.label_voxels})
 
 
-def _prepare(out: Path, settings: BuildSettings) -> None:
+@contextmanager
+def _only_builder(out: Path) -> Iterator[None]:
+    """Hold the folder of a store against a second build; the lock ends with the process, however that ends."""
     if out.exists() and not out.is_dir():
         raise UsageError("the store must be a folder, a file has this name.", where=out.name)
+    out.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(out, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as err:
+            raise UsageError(
+                "another process is building this store. Wait for it, or give another --out.", where=out.name
+            ) from err
+        except OSError as err:  # some network drives lock no folders
+            log.debug("no lock on %s: %s", out.name, err)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _prepare(out: Path, settings: BuildSettings) -> None:
     if not (out / "zarr.json").is_file():
         if out.is_dir() and any(out.iterdir()):
             raise UsageError("the folder holds something else than a store. Give another --out.", where=out.name)

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any, Protocol
 
+from samgraft.shared.data.patient_read import read_patiently
 from samgraft.shared.errors import StorageError, UsageError
 
 NUM_ATTEMPTS = 4
@@ -28,6 +29,10 @@ class StoreFiles(Protocol):
         """Return bytes of a file; fewer if it ends before."""
         ...
 
+    def size(self, name: str) -> int | None:
+        """Return the size of a file; None if there is none, or asking would cost a round trip."""
+        ...
+
 
 class LocalFiles:
     """A folder."""
@@ -37,14 +42,16 @@ class LocalFiles:
 
     def read(self, name: str) -> bytes:
         """Return a whole file."""
-        with open(f"{self._root}/{name}", "rb") as file:
-            return file.read()
+        return read_patiently(lambda: self._pread(name, 0, None), where=name)
 
     def read_range(self, name: str, start: int, length: int) -> bytes:
         """Return bytes of a file."""
+        return read_patiently(lambda: self._pread(name, start, length), where=name)
+
+    def _pread(self, name: str, start: int, length: int | None) -> bytes:
         descriptor = os.open(f"{self._root}/{name}", os.O_RDONLY)
         try:
-            return os.pread(descriptor, length, start)
+            return os.pread(descriptor, os.fstat(descriptor).st_size if length is None else length, start)
         finally:
             os.close(descriptor)
 
@@ -74,6 +81,10 @@ class RemoteFiles:
     def read_range(self, name: str, start: int, length: int) -> bytes:
         """Return bytes of a file."""
         return bytes(self._ask("cat_file", name, start=start, end=start + length))
+
+    def size(self, name: str) -> int | None:
+        """Return None: not asked."""
+        return None
 
     def _ask(self, method: str, name: str, **options: int) -> Any:
         filesystem, root = self._connect()

@@ -26,7 +26,8 @@ Array = npt.NDArray[Any]
 
 SHARD_SLICES = 64
 """Slices per file: 20,000 slices in 313 files, and a reader fetches one slice of it by byte range."""
-ZSTD_LEVEL = 3
+ZSTD_LEVEL = 1
+"""Writes twice as fast as 3; real scans take 1 to 3 % more space, noisy thick slices up to 8 % (measured)."""
 RECORD = "record.json"
 PARTIAL = ".partial"
 

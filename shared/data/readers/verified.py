@@ -11,7 +11,8 @@ import stat
 import zlib
 from pathlib import Path
 
-from samgraft.shared.errors import DataError
+from samgraft.shared.data.patient_read import read_patiently
+from samgraft.shared.errors import DataError, StorageError
 
 GZIP_MAGIC = b"\x1f\x8b"
 
@@ -21,6 +22,7 @@ def read_bytes(path: Path, *, where: str) -> tuple[bytes, str]:
 
     Raises:
         DataError: If the file is missing, empty, a pipe, a socket or a folder.
+        StorageError: If the drive fails again and again.
     """
     try:
         mode = path.stat().st_mode
@@ -31,7 +33,9 @@ def read_bytes(path: Path, *, where: str) -> tuple[bytes, str]:
     if not stat.S_ISREG(mode):  # opening a pipe would wait for ever
         raise DataError("a scan must be a regular file, got a folder, pipe or device.", where=where)
     try:
-        data = path.read_bytes()
+        data = read_patiently(path.read_bytes, where=where)
+    except StorageError:
+        raise
     except OSError as err:
         raise DataError(f"the file cannot be read: {err.strerror}.", where=where) from err
     if not data:
