@@ -94,7 +94,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     check.add_argument("--source", type=Path, help="compare the store with these scans as well")
     _add_source_options(check)
     info = actions.add_parser("info", help="describe a store", allow_abbrev=False)
-    info.add_argument("path", type=Path)
+    info.add_argument("path", help="folder or address (s3://bucket/NAME.zarr)")
     info.add_argument("--json", action="store_true", help="the same for programs")
     split = actions.add_parser("split", help="draw a split by patient and save it", allow_abbrev=False)
     split.add_argument("path", type=Path)

@@ -62,7 +62,7 @@ class SliceStore:
         """Open a complete store.
 
         Args:
-            path: A folder, or an address like ``s3://bucket/NAME.zarr`` that fsspec understands. Remote files are not
+            path: A folder, or an address like ``s3://bucket/NAME.zarr``. Remote files are not
                 listed when the store is opened; a missing one is named when it is read.
 
         Raises:

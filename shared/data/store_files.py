@@ -1,4 +1,4 @@
-"""Where the files of a store lie: a local folder, or an object store reached through fsspec (s3://, gs://, http://).
+"""Where the files of a store lie: a local folder, or an object store (s3://, gs://, az://, http://; obstore).
 
 Reading only. Every method takes a name below the store, with forward slashes.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -65,40 +66,47 @@ class LocalFiles:
 
 
 class RemoteFiles:
-    """An object store. The connection is made at the first use in each process, and never pickled."""
+    """An object store. The connection is made at the first use in each process, and never pickled.
+
+    Credentials and endpoint come from the environment, as everywhere: ``AWS_ACCESS_KEY_ID``, ``AWS_SECRET_ACCESS_KEY``,
+    ``AWS_ENDPOINT_URL`` (MinIO, Ceph), ``AWS_REGION``, ``AWS_SKIP_SIGNATURE=true`` (public buckets).
+    """
 
     def __init__(self, url: str) -> None:
         self._url = url.rstrip("/")
-        self._connection: tuple[Any, str] | None = None
+        self._connection: Any = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_url": self._url, "_connection": None}
 
     def read(self, name: str) -> bytes:
         """Return a whole file."""
-        return bytes(self._ask("cat_file", name))
+        return self._ask(lambda obstore, store: obstore.get(store, name).bytes(), name)
 
     def read_range(self, name: str, start: int, length: int) -> bytes:
         """Return bytes of a file."""
-        return bytes(self._ask("cat_file", name, start=start, end=start + length))
+        return self._ask(lambda obstore, store: obstore.get_range(store, name, start=start, length=length), name)
 
     def size(self, name: str) -> int | None:
         """Return None: not asked."""
         return None
 
-    def _ask(self, method: str, name: str, **options: int) -> Any:
-        filesystem, root = self._connect()
+    def _ask(self, question: Callable[[Any, Any], Any], name: str) -> bytes:
+        store = self._connect()
+        import obstore
+        from obstore.exceptions import NotFoundError
+
         wait = FIRST_WAIT_S
         for attempt in range(1, NUM_ATTEMPTS + 1):
             try:
-                return getattr(filesystem, method)(f"{root}/{name}", **options)
-            except FileNotFoundError:
-                raise
-            except Exception as err:  # each backend raises types of its own for 503, time-outs and expired keys
+                return bytes(question(obstore, store))
+            except (FileNotFoundError, NotFoundError) as err:
+                raise FileNotFoundError(name) from err
+            except Exception as err:  # 503, time-outs and expired keys come under many types
                 if attempt == NUM_ATTEMPTS:
                     raise StorageError(
                         f"the object store does not answer ({type(err).__name__}) after {NUM_ATTEMPTS} attempts: "
-                        "check network and credentials.",
+                        "check network, AWS_ENDPOINT_URL and credentials.",
                         where=name,
                         kept="every saved training state",
                         next_command="run the same command again",
@@ -107,15 +115,23 @@ class RemoteFiles:
                 wait *= 2
         raise AssertionError("unreachable")
 
-    def _connect(self) -> tuple[Any, str]:
+    def _connect(self) -> Any:
         if self._connection is None:
-            import fsspec
-
             try:
-                self._connection = fsspec.core.url_to_fs(self._url)
-            except (ImportError, ValueError) as err:
+                from obstore.store import from_url
+            except ImportError as err:
                 raise UsageError(
-                    f"this kind of address needs another package: {err}. For s3:// pip install 'samgraft[s3]'."
+                    f"an address ({self._url.partition('://')[0]}://) needs another package.",
+                    next_command="pip install 'samgraft[s3]'",
+                ) from err
+            try:
+                # Attempts are ours: one rule for every kind of store, and a message at the end.
+                self._connection = from_url(
+                    self._url, client_options={"allow_http": True, "timeout": "60s"}, retry_config={"max_retries": 0}
+                )
+            except Exception as err:  # unknown schemes and impossible addresses come under several types
+                raise UsageError(
+                    f"the address cannot be used: {str(err).splitlines()[0]}. Known are s3://, gs://, az:// and http://."
                 ) from err
         return self._connection
 

@@ -1,4 +1,4 @@
-"""Stores behind an address: a local server that knows byte ranges, is slow to answer, or loses files (row 104)."""
+"""Stores behind an address: a local server that speaks S3 and HTTP, is slow to answer, or loses files (row 104)."""
 
 import pickle
 import threading
@@ -7,89 +7,137 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import numpy as np
 import pytest
 import samgraft.shared.data.store_files as store_files
+from samgraft.shared.data.dataset import SliceDataset, select_slices
 from samgraft.shared.data.store import SliceStore
 from samgraft.shared.errors import DataError, StorageError, UsageError
 from store_factory import make_store
 
-pytest.importorskip("aiohttp", reason="fsspec reaches http addresses through aiohttp")
+pytest.importorskip("obstore", reason="addresses need the extra s3")
+
+NO_SUCH_KEY = b"<?xml version='1.0'?><Error><Code>NoSuchKey</Code><Message>gone</Message></Error>"
+KEY = "local-key"
+
+
+class Server:
+    """Files of a folder under ``/bucket/``: GET with ranges, path style, signed requests only."""
+
+    def __init__(self, root):
+        self.root = root
+        self.failures = 0
+        self.status = 503
+        self.requests = []
+        server = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_GET(self):
+                server.answer(self)
+
+            def log_message(self, *args):
+                pass
+
+        self._httpd = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.endpoint = f"http://127.0.0.1:{self._httpd.server_address[1]}"
+        threading.Thread(target=self._httpd.serve_forever, daemon=True).start()
+
+    def answer(self, request):
+        wanted = request.headers.get("Range")
+        self.requests.append((request.path, wanted, request.headers.get("Authorization", "")))
+        path = self.root / request.path.removeprefix("/bucket/")
+        if self.failures > 0:
+            self.failures -= 1
+            return self._send(request, self.status, b"busy")
+        if not path.is_file():
+            return self._send(request, 404, NO_SUCH_KEY)
+        data = path.read_bytes()
+        headers = {"ETag": '"x"', "Last-Modified": "Wed, 25 Nov 2026 10:00:00 GMT"}
+        if wanted is None:
+            return self._send(request, 200, data, headers)
+        first, last = (int(v) for v in wanted.removeprefix("bytes=").split("-"))
+        part = data[first : last + 1]
+        headers["Content-Range"] = f"bytes {first}-{first + len(part) - 1}/{len(data)}"
+        return self._send(request, 206, part, headers)
+
+    @staticmethod
+    def _send(request, status, body, headers=None):
+        request.send_response(status)
+        for name, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
+            request.send_header(name, value)
+        request.end_headers()
+        request.wfile.write(body)
+
+    def close(self):
+        self._httpd.shutdown()
+        self._httpd.server_close()
 
 
 @pytest.fixture
 def server(tmp_path, monkeypatch):
     monkeypatch.setattr(store_files, "FIRST_WAIT_S", 0.001)
+    for name in ("AWS_SESSION_TOKEN", "AWS_PROFILE", "AWS_ENDPOINT", "HTTP_PROXY", "http_proxy"):
+        monkeypatch.delenv(name, raising=False)
     make_store(tmp_path, num_patients=1)
-
-    class Handler(BaseHTTPRequestHandler):
-        failures = 0
-        ranges = 0
-
-        def do_HEAD(self):
-            self._answer(body=False)
-
-        def do_GET(self):
-            self._answer(body=True)
-
-        def _answer(self, *, body):
-            if Handler.failures > 0:
-                Handler.failures -= 1
-                self.send_error(503)
-                return
-            path = tmp_path / self.path.lstrip("/")
-            if not path.is_file():
-                self.send_error(404)
-                return
-            data = path.read_bytes()
-            wanted = self.headers.get("Range")
-            if wanted:
-                first, last = wanted.removeprefix("bytes=").split("-")
-                part = data[int(first) : int(last) + 1]
-                Handler.ranges += 1
-                self.send_response(206)
-                self.send_header("Content-Range", f"bytes {first}-{int(first) + len(part) - 1}/{len(data)}")
-            else:
-                part = data
-                self.send_response(200)
-            self.send_header("Accept-Ranges", "bytes")
-            self.send_header("Content-Length", str(len(part)))
-            self.end_headers()
-            if body:
-                self.wfile.write(part)
-
-        def log_message(self, *args):
-            pass
-
-    httpd = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=httpd.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{httpd.server_address[1]}/store.zarr", Handler, tmp_path / "store.zarr"
-    httpd.shutdown()
+    running = Server(tmp_path)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", running.endpoint)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", KEY)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "local-secret")
+    monkeypatch.setenv("AWS_REGION", "eu-central-1")
+    yield running
+    running.close()
 
 
-def test_remote_store_reads_the_same_slices_by_range(server):
-    url, handler, path = server
-    local, remote = SliceStore.open(path), SliceStore.open(url)
+@pytest.fixture(params=["s3", "http"])
+def url(request, server):
+    return "s3://bucket/store.zarr" if request.param == "s3" else f"{server.endpoint}/bucket/store.zarr"
+
+
+def test_remote_store_reads_the_same_slices_by_range(server, url):
+    local, remote = SliceStore.open(server.root / "store.zarr"), SliceStore.open(url)
     assert remote.fingerprint == local.fingerprint
     series_id = local.series[0].series_id
+    before = len(server.requests)
     np.testing.assert_array_equal(remote.read_slice(series_id, 3), local.read_slice(series_id, 3))
-    assert handler.ranges == 2  # the index of the shard and one slice
+    ranged = [path for path, wanted, _ in server.requests[before:] if wanted]
+    assert len(ranged) == 2  # the index of the shard and one slice
     clone = pickle.loads(pickle.dumps(remote))
     np.testing.assert_array_equal(clone.read_label_volume(series_id), local.read_label_volume(series_id))
 
 
-def test_row_104_busy_server_is_asked_again_and_then_named(server):
-    url, handler, path = server
-    handler.failures = 2
+def test_s3__requests_are_signed_with_the_key_of_the_environment(server):
+    SliceStore.open("s3://bucket/store.zarr")
+    assert all(f"Credential={KEY}/" in authorization for _, _, authorization in server.requests)
+    assert server.requests[0][0] == "/bucket/store.zarr/zarr.json"
+
+
+def test_s3__samples_for_training_equal_local_ones(server):
+    local, remote = SliceStore.open(server.root / "store.zarr"), SliceStore.open("s3://bucket/store.zarr")
+    for store in (local, remote):
+        assert len(select_slices(store, store.patient_ids)) == 6
+    refs = select_slices(local, local.patient_ids)
+    ours = SliceDataset(local, refs, with_label=True, num_neighbours=1)[2, 0]
+    theirs = SliceDataset(remote, refs, with_label=True, num_neighbours=1)[2, 0]
+    np.testing.assert_array_equal(theirs["image"], ours["image"])
+    np.testing.assert_array_equal(theirs["label"], ours["label"])
+
+
+@pytest.mark.parametrize("status", [503, 403])
+def test_row_104_busy_server_is_asked_again_and_then_named(server, url, status):
+    server.failures, server.status = 2, status
     remote = SliceStore.open(url)
     series_id = remote.series[0].series_id
-    handler.failures = 3
-    np.testing.assert_array_equal(remote.read_slice(series_id, 1), SliceStore.open(path).read_slice(series_id, 1))
-    handler.failures = 10_000
-    with pytest.raises(StorageError, match="after 4 attempts") as caught:
+    server.failures = 3
+    local = SliceStore.open(server.root / "store.zarr")
+    np.testing.assert_array_equal(remote.read_slice(series_id, 1), local.read_slice(series_id, 1))
+    server.failures = 10_000
+    with pytest.raises(StorageError, match="after 4 attempts: check network, AWS_ENDPOINT_URL and credentials") as caught:
         remote.read_slice(series_id, 2)
     assert caught.value.next_command == "run the same command again"
+    assert caught.value.exit_code == 5
 
 
-def test_remote_store_with_a_lost_file_or_no_mark(server):
-    url, _, path = server
+def test_remote_store_with_a_lost_file_or_no_mark(server, url):
+    path = server.root / "store.zarr"
     remote = SliceStore.open(url)
     next(p for p in path.rglob("image/c/0/0/0")).unlink()
     with pytest.raises(DataError, match="could not be decoded"):
@@ -99,6 +147,23 @@ def test_remote_store_with_a_lost_file_or_no_mark(server):
         SliceStore.open(url)
 
 
+def test_remote_store_with_a_changed_byte(server, url):
+    shard = next(p for p in (server.root / "store.zarr").rglob("image/c/0/0/0"))
+    data = bytearray(shard.read_bytes())
+    data[40] ^= 1
+    shard.write_bytes(data)
+    remote = SliceStore.open(url)
+    with pytest.raises(DataError, match="could not be decoded"):
+        remote.read_volume(remote.series[0].series_id)
+
+
 def test_unknown_address():
-    with pytest.raises(UsageError, match="needs another package"):
+    with pytest.raises(UsageError, match="the address cannot be used.*Known are s3://"):
         SliceStore.open("nosuchprotocol://bucket/x.zarr")
+
+
+def test_missing_package_is_named(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "obstore.store", None)
+    with pytest.raises(UsageError, match=r"an address \(s3://\) needs another package") as caught:
+        SliceStore.open("s3://bucket/x.zarr")
+    assert caught.value.next_command == "pip install 'samgraft[s3]'"
