@@ -147,6 +147,6 @@ def test_memory_is_limited(tmp_path, monkeypatch):
         "d._serve()\n"
     )
     decoder = DecodeProcess([sys.executable, str(program)])
-    with pytest.raises(DecoderError, match="Unable to allocate|needs more than 8 GiB"):
+    with pytest.raises(DecoderError, match="needs more than 8 GiB"):
         decoder.decode(b"x")
     decoder.close()

@@ -23,7 +23,9 @@ def moved(*, shift_mm=0.0, flip=False):
     return affine
 
 
-@pytest.mark.parametrize("command", [["build", "--out", "x.zarr"], ["build", "--out", "x.zarr", "--dry-run"], ["check"]])
+@pytest.mark.parametrize(
+    "command", [["build", "--out", "x.zarr"], ["build", "--out", "x.zarr", "--dry-run"], ["check"]]
+)
 def test_row_132_picture_on_request(tmp_path, monkeypatch, capsys, command):
     monkeypatch.chdir(tmp_path)
     write_nifti(tmp_path / "in" / "Meyer Anna" / "t1.nii", IMAGE)

@@ -1,6 +1,7 @@
 """Stores behind an address: a local server that speaks S3 and HTTP, is slow to answer, or loses files (row 104)."""
 
 import pickle
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -130,7 +131,9 @@ def test_row_104_busy_server_is_asked_again_and_then_named(server, url, status):
     local = SliceStore.open(server.root / "store.zarr")
     np.testing.assert_array_equal(remote.read_slice(series_id, 1), local.read_slice(series_id, 1))
     server.failures = 10_000
-    with pytest.raises(StorageError, match="after 4 attempts: check network, AWS_ENDPOINT_URL and credentials") as caught:
+    with pytest.raises(
+        StorageError, match="after 4 attempts: check network, AWS_ENDPOINT_URL and credentials"
+    ) as caught:
         remote.read_slice(series_id, 2)
     assert caught.value.next_command == "run the same command again"
     assert caught.value.exit_code == 5
@@ -158,12 +161,12 @@ def test_remote_store_with_a_changed_byte(server, url):
 
 
 def test_unknown_address():
-    with pytest.raises(UsageError, match="the address cannot be used.*Known are s3://"):
+    with pytest.raises(UsageError, match=r"the address cannot be used.*Known are s3://"):
         SliceStore.open("nosuchprotocol://bucket/x.zarr")
 
 
 def test_missing_package_is_named(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "obstore.store", None)
+    monkeypatch.setitem(sys.modules, "obstore.store", None)
     with pytest.raises(UsageError, match=r"an address \(s3://\) needs another package") as caught:
         SliceStore.open("s3://bucket/x.zarr")
     assert caught.value.next_command == "pip install 'samgraft[s3]'"

@@ -154,9 +154,7 @@ def decode_pixels(dataset: pydicom.Dataset, data: bytes, *, where: str) -> npt.N
 def _check_announced_size(dataset: pydicom.Dataset, *, where: str) -> None:
     """Refuse what a damaged or crafted header would allocate."""
     try:
-        numbers = [
-            int(dataset.get(name, 1) or 1) for name in ("Rows", "Columns", "NumberOfFrames", "SamplesPerPixel")
-        ]
+        numbers = [int(dataset.get(name, 1) or 1) for name in ("Rows", "Columns", "NumberOfFrames", "SamplesPerPixel")]
         size = int(dataset.get("BitsAllocated", 16) or 16) * math.prod(numbers) // 8
     except (TypeError, ValueError) as err:
         raise DataError(f"the DICOM header has no usable picture size: {_first_line(err)}.", where=where) from err
