@@ -71,9 +71,10 @@ def _fullest_slice(masks_zyx: list[Array]) -> int:
 
 def _gray(slice_HW: Array) -> npt.NDArray[np.float64]:
     low, high = np.percentile(slice_HW, (0.5, 99.5))
-    return np.clip((slice_HW.astype(np.float64) - low) / max(float(high - low), 1e-12), 0, 1) * 255
+    scaled_HW = (slice_HW.astype(np.float64) - low) / max(float(high - low), 1e-12)
+    return np.asarray(np.clip(scaled_HW, 0, 1) * 255, dtype=np.float64)
 
 
 def _over(gray_HW: npt.NDArray[np.float64], mask_HW: Array) -> npt.NDArray[np.uint8]:
     weight_HW1 = OPACITY * mask_HW[..., None].astype(np.float64)
-    return ((1 - weight_HW1) * gray_HW[..., None] + weight_HW1 * LABEL_RGB).astype(np.uint8)
+    return np.asarray((1 - weight_HW1) * gray_HW[..., None] + weight_HW1 * LABEL_RGB).astype(np.uint8)

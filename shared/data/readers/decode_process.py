@@ -171,7 +171,7 @@ def _answer(data: bytes, answers: IO[bytes]) -> None:
             warnings.simplefilter("ignore")
             pixels = np.ascontiguousarray(pydicom.dcmread(io.BytesIO(data)).pixel_array)
         head = json.dumps({"dtype": pixels.dtype.str, "shape": pixels.shape}).encode() + b"\n"
-        parts: list[Any] = [_OK, _LENGTH.pack(len(head) + pixels.nbytes), head, memoryview(pixels).cast("B")]
+        parts: list[Any] = [_OK, _LENGTH.pack(len(head) + pixels.nbytes), head, pixels.data.cast("B")]
     except MemoryError:
         message = f"it needs more than {MAX_MEMORY_BYTES // 2**30} GiB of memory".encode()
         parts = [_FAILED, _LENGTH.pack(len(message)), message]
