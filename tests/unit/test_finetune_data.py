@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from samgraft.finetune.classes import ClassTable, choose_classes
