@@ -147,9 +147,14 @@ def _errors(
     preset = load_preset(config.modality)
     refs: list[SliceRef] = []
     for patient in patients:
-        usable = select_slices(store, [patient], min_foreground_fraction=config.data.least_foreground(preset))
+        usable = select_slices(
+            store,
+            [patient],
+            planes=config.data.planes,
+            min_foreground_fraction=config.data.least_foreground(preset),
+        )
         refs += [usable[i] for i in spread(len(usable), max(1, NUM_SLICES // len(patients)))]
-    dataset = SliceDataset(store, refs, intensity=preset.intensity)
+    dataset = SliceDataset(store, refs, intensity=preset.intensity, num_neighbours=config.data.num_neighbours)
     errors = []
     for index in range(len(refs)):
         counters = [AUDIT_COUNTER + mask for mask in range(NUM_MASKS)]
