@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from samgraft.finetune.classes import ClassTable
 from samgraft.finetune.inference import segment_series
 from samgraft.finetune.metrics import mean_or_none
@@ -78,6 +79,7 @@ def evaluate(
     batch_size: int = 8,
     tolerance_mm: float = DEFAULT_TOLERANCE_MM,
     postprocessing: PostProcessing | None = None,
+    bf16: bool = False,
     on_case: OnCase | None = None,
 ) -> Evaluation:
     """Segment and score every labelled scan of one part of the split, on the scans' own grids.
@@ -90,6 +92,7 @@ def evaluate(
         batch_size: Slices per forward pass; changes speed and memory only.
         tolerance_mm: Of the surface Dice.
         postprocessing: Chosen earlier on validation patients.
+        bf16: Compute in bf16; the reference is float32.
         on_case: Told after each scan.
 
     Raises:
@@ -102,10 +105,12 @@ def evaluate(
     if not series_ids:
         raise DataError("0 labelled scans to measure in this part of the split.", where=store.path.name)
     config = model.task.inference(batch_size=batch_size)
+    device = next(model.segmenter.parameters()).device
     rows: list[dict[str, Any]] = []
     predictions: dict[str, PackedLabels] = {}
     for number, series_id in enumerate(series_ids, start=1):
-        predicted = segment_series(model.segmenter, store, series_id, classes, config)
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
+            predicted = segment_series(model.segmenter, store, series_id, classes, config)
         if postprocessing is not None:
             predicted = apply_postprocessing(predicted, postprocessing.steps, is_overlapping=classes.is_overlapping)
         true = store.read_label_volume(series_id).astype(np.int32)

@@ -14,6 +14,7 @@ radiotherapy" (2018), and its reference implementation, package ``surface-distan
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,9 +90,11 @@ def _distances(
     spacing: tuple[float, ...] = spacing_mm
     if predicted.shape[0] == 1:
         pair, spacing = [mask[1] for mask in pair], spacing_mm[1:]
-    edges, distances, areas = get_edge_surface_distance(
-        torch.from_numpy(pair[0]), torch.from_numpy(pair[1]), spacing=spacing, use_subvoxels=True, symmetric=True
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # MONAI 1.6 warns of an argument that it passes itself
+        edges, distances, areas = get_edge_surface_distance(
+            torch.from_numpy(pair[0]), torch.from_numpy(pair[1]), spacing=spacing, use_subvoxels=True, symmetric=True
+        )
     found = [
         (_values(distance), _values(area[edge])) for distance, area, edge in zip(distances, areas, edges, strict=True)
     ]

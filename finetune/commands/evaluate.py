@@ -40,6 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--no-postprocessing", action="store_true", help="score the bare segmentation")
     parser.add_argument("--log-images", action="store_true", help="the data is shareable: pictures in the report")
+    parser.add_argument(
+        "--precision", default="fp32", choices=("fp32", "bf16", "auto"), help="number format (default fp32)"
+    )
     parser.add_argument("--batch-size", type=int, default=8, help="slices per forward pass")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
 
@@ -59,7 +62,9 @@ def run(arguments: argparse.Namespace) -> int:
     store = SliceStore.open(arguments.data or _store_of_run(path))
     split = load_split(arguments.split_file, store)
     subgroups = _subgroups(arguments, store, split)
-    model.segmenter.to(choose_device(arguments.device).torch_device)
+    device = choose_device(arguments.device, precision=arguments.precision)
+    model.segmenter.to(device.torch_device)
+    is_bf16 = device.precision == "bf16-mixed"
     postprocessing = _postprocessing(arguments, model, store, split)
     evaluation = evaluate(
         model,
@@ -69,6 +74,7 @@ def run(arguments: argparse.Namespace) -> int:
         batch_size=arguments.batch_size,
         tolerance_mm=arguments.tolerance_mm,
         postprocessing=postprocessing,
+        bf16=is_bf16,
         on_case=_say_case,
     )
     folder = arguments.out or path / "evaluation" / arguments.split
@@ -76,6 +82,7 @@ def run(arguments: argparse.Namespace) -> int:
         "weights_sha256": model.card.weights_sha256,
         "store_fingerprint": store.fingerprint,
         "split_sha256": split.sha256,
+        "precision": "bf16" if is_bf16 else "fp32",
     }
     write_evaluation(evaluation, folder, provenance=provenance, subgroups=subgroups)
     shareable = arguments.log_images or (arguments.data is None and _may_show_images(path))

@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--allow-gaps", action="store_true", help="accept missing DICOM slices")
     parser.add_argument("--nan-policy", default="refuse", choices=("refuse", "zero"), help="NaN and Inf in scans")
     parser.add_argument("--precision", default="auto", choices=("auto", "bf16", "fp32"), help="number format")
-    parser.add_argument("--batch-size", type=int, default=8, help="slices per forward pass")
+    parser.add_argument("--batch-size", type=int, help="slices per forward pass; default 1 on a CPU, 8 on a GPU")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
 
 
@@ -51,7 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
     from samgraft.finetune.prompt_file import read_prompts
     from samgraft.shared.training.signals import StopRequest, listening
 
-    if arguments.batch_size < 1:
+    if arguments.batch_size is not None and arguments.batch_size < 1:
         raise UsageError(f"--batch-size must be at least 1, got {arguments.batch_size}.")
     inputs = find_inputs(arguments.input, frame=arguments.frame, allow_gaps=arguments.allow_gaps)
     formats = _formats(arguments.formats, inputs)

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 from finished_factory import make_lab, write_finished
 from samgraft.finetune.evaluate import evaluate
 from samgraft.finetune.model_folder import read_model
@@ -38,6 +39,7 @@ def test_evaluate__tolerance_changes_the_surface_dice_only(lab, tmp_path):
     for name, tolerance in (("a", "1"), ("b", "30")):
         arguments = ["--tolerance-mm", tolerance, "--out", str(tmp_path / name), "--log-images"]
         assert main(["evaluate", str(lab.run), *arguments]) == 0
+        assert json.loads((tmp_path / name / "summary.json").read_text())["precision"] == "fp32"
     a, b = (read_cases(tmp_path / name / "cases.csv") for name in "ab")
     assert [r["dice"] for r in a] == [r["dice"] for r in b]
     assert sum(r["nsd"] or 0 for r in a) < sum(r["nsd"] or 0 for r in b)
@@ -68,6 +70,22 @@ def test_postprocessing__changes_what_is_scored(lab):
         model, lab.store, lab.split, part="test", postprocessing=PostProcessing(steps={1: ["largest_component"]})
     )
     assert sum(r["predicted_voxels"] for r in cut.rows) < sum(r["predicted_voxels"] for r in bare.rows)
+
+
+def test_precision__reaches_the_model(lab, monkeypatch, tmp_path):
+    from samgraft.finetune import evaluate as module
+
+    seen = []
+    segment = module.segment_series
+
+    def spy(*arguments):
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return segment(*arguments)
+
+    monkeypatch.setattr(module, "segment_series", spy)
+    assert main(["evaluate", str(lab.run), "--precision", "bf16", "--out", str(tmp_path / "x")]) == 0
+    assert set(seen) == {True}
+    assert json.loads((tmp_path / "x" / "summary.json").read_text())["precision"] == "bf16"
 
 
 def test_compare__two_runs(lab, tmp_path, capsys):
