@@ -20,7 +20,7 @@ $(error see the message above)
 endif
 endif
 
-.PHONY: help install demo-data store pretrain finetune evaluate predict release inspect doctor test test-slow check format imports types wheel clean
+.PHONY: help install demo-data store pretrain finetune evaluate predict study release inspect doctor test test-slow check format imports types wheel clean
 
 help: ## this list
 	@echo "samgraft: unlabelled scans -> better SAM encoder -> segmentation models you can release"
@@ -61,6 +61,9 @@ evaluate: $(STAMP) ## per-case scores with intervals, on the scans' own grid | m
 
 predict: $(STAMP) ## masks for new scans, in their own geometry | make predict RUN=releases/NAME DATA=scans/ OUT=masks/
 	@$(SAMGRAFT) predict "$$RUN" "$$DATA" --out "$$OUT" $(ARGS)
+
+study: $(STAMP) ## a grid of fine-tunings, one table, one report | make study FILE=configs/study/demo.yaml
+	@$(SAMGRAFT) study "$$FILE" $(ARGS)
 
 release: $(STAMP) ## checked weights, card and checksums from a run | make release RUN=runs/NAME OUT=releases/NAME LICENSE=cc-by-4.0
 	@$(SAMGRAFT) release "$$RUN" --out "$$OUT" $${LICENSE:+--license "$$LICENSE"} $(ARGS)

@@ -29,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--method", help="what trains: lora, full; default the preset's")
     parser.add_argument("--base", help="SAM weights that give prompt encoder and decoder; default CKPT's or the demo's")
     parser.add_argument("--name", help="run name; default made from CKPT and DATA, so the same command resumes")
+    parser.add_argument("--runs", type=Path, default=RUNS, help="folder of all runs")
     parser.add_argument("--preset", default="auto", help="a file of configs/finetune; auto takes cpu without a GPU")
     parser.add_argument("--config", type=Path, help="YAML on top of the preset")
     parser.add_argument("--dry-run", action="store_true", help="stop after the pre-flight; nothing is written")
@@ -57,9 +58,11 @@ def run(arguments: argparse.Namespace) -> int:
         log.info("%s", line)
     name = arguments.name or default_name(arguments.ckpt, arguments.data)
     if arguments.dry_run:
-        log.info("dry run: %s would take %d steps; nothing was written.", RUNS / name, config.trainer.max_steps)
+        log.info(
+            "dry run: %s would take %d steps; nothing was written.", arguments.runs / name, config.trainer.max_steps
+        )
         return int(ExitCode.OK)
-    with RunFolder.open(RUNS, name, config=config, stage="finetune") as folder:
+    with RunFolder.open(arguments.runs, name, config=config, stage="finetune") as folder:
         if folder.is_complete:
             log.info("%s is complete already; choose another NAME= to train again.", folder.path)
         else:

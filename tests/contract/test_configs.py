@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 from samgraft.finetune.config import FinetuneConfig
+from samgraft.finetune.study.cells import expand
+from samgraft.finetune.study.config import StudyConfig
 from samgraft.shared.config import load_config
 from samgraft.shared.data.preset import load_preset
 from samgraft.shared.data.volume import Modality
@@ -18,7 +20,7 @@ SCHEMAS = {
 
 
 def test_configs__are_found() -> None:
-    assert {path.parent.name for path in FILES} == {"modality", "pretrain", "finetune"}
+    assert {path.parent.name for path in FILES} == {"modality", "pretrain", "finetune", "study"}
     assert {path.stem for path in FILES if path.parent.name == "modality"} == {m.value for m in Modality}
 
 
@@ -26,6 +28,12 @@ def test_configs__are_found() -> None:
 def test_configs__parse_into_their_schema(path: Path) -> None:
     if path.parent.name == "modality":
         assert load_preset(path.stem).modality.value == path.stem
+        return
+    if path.parent.name == "study":
+        config = load_config(StudyConfig, layers=[path])
+        assert config.name == path.stem
+        grid = expand(config, stores={data_set.name: "a.zarr" for data_set in config.data_sets})
+        assert len(grid.cells) > 1
         return
     schema, required = SCHEMAS[path.parent.name]
     assert isinstance(load_config(schema, layers=[path, required]), schema)

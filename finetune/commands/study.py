@@ -1,0 +1,48 @@
+"""``samgraft study``: a grid of fine-tunings, one table, one report."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from pathlib import Path
+
+from samgraft.shared.cli import Command
+from samgraft.shared.errors import ExitCode, UsageError
+
+log = logging.getLogger(__name__)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.add_argument("file", metavar="FILE", type=Path, help="the study, e.g. configs/study/demo.yaml")
+    parser.add_argument("--studies", type=Path, default=Path("studies"), help="folder of all studies (default studies)")
+    parser.add_argument("--parallel", type=int, default=1, help="cells at a time (default 1)")
+    parser.add_argument("--slurm", action="store_true", help="run cells as an array job of SLURM (extra slurm)")
+    parser.add_argument(
+        "--slurm-option",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="of submitit, e.g. slurm_partition=gpu, timeout_min=240, gpus_per_node=1; may be given several times",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="list the cells; nothing is made, fetched or run")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Carry the command out."""
+    if arguments.slurm_option and not arguments.slurm:
+        raise UsageError("--slurm-option needs --slurm.")
+    from samgraft.finetune.study.study import plan_study, read_slurm_options, run_study, say_plan
+
+    plan = plan_study(arguments.file, root=arguments.studies, make_inputs=not arguments.dry_run)
+    if arguments.dry_run:
+        say_plan(plan)
+        for cell in plan.grid.cells:
+            log.info("%s  %s", cell.key, cell.title)
+        return int(ExitCode.OK)
+    slurm = read_slurm_options(arguments.slurm_option) if arguments.slurm else None
+    run_study(plan, num_parallel=arguments.parallel, slurm=slurm)
+    return int(ExitCode.OK)
+
+
+COMMAND = Command(help="a grid of fine-tunings: one table, one report", add_arguments=add_arguments, run=run)

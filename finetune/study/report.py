@@ -1,0 +1,230 @@
+"""Table and report of a study: quality with intervals beside its cost, ranks, few-shot curves."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.figure import Figure
+from samgraft.finetune.study.cells import SETTING_AXES, Cell
+from samgraft.finetune.study.config import ALL, StudyConfig
+from samgraft.finetune.study.results import Ranking, Row, indistinct_groups, rank, rows_of, short_names
+from samgraft.shared.training.report import (
+    STYLE,
+    KeyValues,
+    Picture,
+    Section,
+    Table,
+    Text,
+    curve_figure,
+    figure_png,
+    render_report,
+)
+
+TABLE_COLUMNS = (
+    "data set", *SETTING_AXES, "shots", "seeds", "dice", "low", "high", "patients", "seed std", "train min", "peak GiB",
+    "trainable M",
+)  # fmt: skip
+
+
+def write_results(
+    config: StudyConfig,
+    cells: Sequence[Cell],
+    results: Mapping[str, Mapping[str, Any]],
+    folder: Path,
+    *,
+    failed: Mapping[str, str],
+) -> list[Row]:
+    """Write ``table.csv`` and ``report.html`` from whatever cells are complete; return the rows of the table."""
+    rows = rows_of(cells, results)
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(TABLE_COLUMNS)
+    writer.writerows([[_plain(v) for v in _values(row)] for row in rows])
+    (folder / "table.csv").write_text(text.getvalue(), encoding="utf-8", newline="")
+    ranking = rank(cells, results)
+    sections = [
+        Section(title="Summary", parts=_summary(config, cells, results, failed)),
+        Section(title="Results", parts=[_table(rows)]),
+        Section(title="Ranks", parts=_ranks(ranking)),
+    ]
+    if len(config.shots) > 1:
+        sections.append(Section(title="Few shots", parts=_curves(rows)))
+    sections.append(
+        Section(title="Quality and cost", parts=[Picture(png=cost_figure(rows), caption=_COST)] if rows else [])
+    )
+    page = render_report(f"Study: {config.name}", sections, subtitle=config.question)
+    (folder / "report.html").write_text(page, encoding="utf-8")
+    return rows
+
+
+_COST = (
+    "Mean Dice against trainable parameters and wall minutes of training. Minutes depend on what else the machine did."
+)
+
+
+def table_lines(rows: Sequence[Row]) -> list[str]:
+    """Return the result table for a terminal, best first within a data set."""
+    names = short_names([row.setting for row in rows])
+    cells = [["data set", "setting", "shots", "seeds", "Dice (95 % interval)", "min", "GiB", "M trained"]]
+    ordered = sorted(rows, key=lambda r: (r.data_set, r.shots, -(r.dice.mean if r.dice else -1.0)))
+    cells += [
+        [
+            row.data_set, names[row.setting], _shots(row.shots), str(row.num_seeds),
+            row.dice.render() if row.dice else "n/a", f"{row.train_minutes:.1f}", f"{row.peak_gib:.1f}",
+            f"{row.trainable_millions:.3f}",
+        ]
+        for row in ordered
+    ]  # fmt: skip
+    widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
+    return ["  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip() for line in cells]
+
+
+def rank_figure(ranking: Ranking) -> bytes:
+    """Draw mean ranks, best on the left, with bars over settings that are not told apart."""
+    names = short_names(list(ranking.mean_ranks))
+    ordered = sorted(ranking.mean_ranks.items(), key=lambda item: item[1])
+    groups = indistinct_groups(ranking)
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(7.2, 0.9 + 0.32 * len(ordered) + 0.18 * len(groups)), layout="constrained")
+        axes = figure.add_subplot()
+        for place, (_, value) in enumerate(ordered):
+            axes.plot([value], [place], "o", color="#1f5fa8", markersize=6)
+            axes.annotate(f"{value:.2f}", (value, place), xytext=(7, -3), textcoords="offset points", fontsize=8)
+        for number, group in enumerate(groups):
+            ranks = [ranking.mean_ranks[setting] for setting in group]
+            height = len(ordered) - 0.3 + 0.5 * number
+            axes.plot([min(ranks), max(ranks)], [height, height], color="#c4572b", linewidth=3, solid_capstyle="butt")
+        axes.set_yticks(range(len(ordered)), [names[setting] for setting, _ in ordered])
+        axes.set_ylim(len(ordered) + 0.5 * len(groups), -0.6)
+        axes.set_xlim(0.8, len(ordered) + 0.4)
+        axes.set_xlabel(f"mean rank over {ranking.num_patients} patients (1 is best)")
+        axes.set_title(f"critical difference {ranking.critical_difference:.2f}", fontsize=9, loc="right")
+        return figure_png(figure)
+
+
+def cost_figure(rows: Sequence[Row]) -> bytes:
+    """Draw Dice against trainable parameters and training minutes."""
+    names = short_names([row.setting for row in rows])
+    settings = list(names)
+    colors = mpl.colormaps["tab10"]
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(7.2, 3.2), layout="constrained")
+        axes_pair = figure.subplots(1, 2, sharey=True)
+        for row in rows:
+            if row.dice is None:
+                continue
+            number = settings.index(row.setting)
+            marker = "osD^v<>p*h"[number // 10 % 10]
+            for axes, x in zip(axes_pair, (row.trainable_millions, row.train_minutes), strict=True):
+                axes.plot([x], [row.dice.mean], marker, color=colors(number % 10), label=names[row.setting])
+        axes_pair[0].set_xlabel("trainable parameters, millions")
+        axes_pair[1].set_xlabel("training, minutes")
+        axes_pair[0].set_ylabel("Dice, mean over patients")
+        handles = dict(zip(*reversed(axes_pair[0].get_legend_handles_labels()), strict=True))
+        if len(handles) <= 12:
+            axes_pair[1].legend(handles.values(), handles.keys(), fontsize=7, loc="best")
+        return figure_png(figure)
+
+
+def _summary(
+    config: StudyConfig, cells: Sequence[Cell], results: Mapping[str, Any], failed: Mapping[str, str]
+) -> list[Text | KeyValues]:
+    done = sum(cell.key in results for cell in cells)
+    parts: list[Text | KeyValues] = []
+    if done < len(cells):
+        text = f"{done} of {len(cells)} cells are complete: tables and ranks below hold those only."
+        parts.append(Text(text=text, kind="warning"))
+    titles = {cell.key: cell.title for cell in cells}
+    parts += [Text(text=f"Failed: {titles.get(key, key)}: {line}", kind="warning") for key, line in failed.items()]
+    if any(data_set.synthetic_patients for data_set in config.data_sets):
+        text = "Made-up scans take part: this shows that a study runs, and says nothing about real scans."
+        parts.append(Text(text=text, kind="warning"))
+    facts = {
+        "Data sets": ", ".join(d.name for d in config.data_sets),
+        "Starts": ", ".join(i.name for i in config.initialisations),
+        "Architectures": ", ".join(config.architectures),
+        "Scopes": ", ".join(config.scopes),
+        "Methods": ", ".join(config.methods),
+        "Variants": ", ".join(v.name for v in config.variants),
+        "Shots": ", ".join(_shots(s) for s in config.shots) + f" ({config.shot_unit})",
+        "Seeds": ", ".join(map(str, config.seeds)),
+        "Scored part": config.part,
+        "Cells": f"{done} of {len(cells)} complete",
+    }
+    return [*parts, KeyValues(items=facts)]
+
+
+def _table(rows: Sequence[Row]) -> Table:
+    return Table(
+        columns=TABLE_COLUMNS,
+        rows=[[_shown(v) for v in _values(row)] for row in rows],
+        caption=(
+            "Dice on the scans' own grids, seeds averaged per patient; low and high are a 95 % bootstrap interval over "
+            "patients (none below six). Peak memory is the resident memory of the training process."
+        ),
+        max_rows=2000,
+    )
+
+
+def _ranks(ranking: Ranking | None) -> list[Text | Picture]:
+    if ranking is None:
+        return [Text(text="Ranks need at least two settings with a score on the same patient.")]
+    test = (
+        "Friedman's test is not given: it needs three settings and ten patients."
+        if ranking.p_value is None
+        else f"Friedman's test that all settings are equal: p = {ranking.p_value:.2g}."
+    )
+    caption = (
+        f"{test} Orange bars join settings whose mean ranks differ by less than the Nemenyi critical difference "
+        f"{ranking.critical_difference:.2f} at 5 %. A block is a patient of one data set and one number of shots; the "
+        "same patient at several numbers of shots is not independent: the true difference is larger."
+    )
+    return [Picture(png=rank_figure(ranking), caption=caption)]
+
+
+def _curves(rows: Sequence[Row]) -> list[Text | Picture]:
+    names = short_names([row.setting for row in rows])
+    pictures: list[Text | Picture] = []
+    for data_set in dict.fromkeys(row.data_set for row in rows):
+        curves: dict[str, tuple[list[float], list[float]]] = {}
+        mine = [row for row in rows if row.data_set == data_set and row.dice is not None]
+        last = max((row.shots for row in mine), default=0)
+        for row in sorted(mine, key=lambda r: r.shots if r.shots != ALL else last + 1):
+            assert row.dice is not None
+            x, y = curves.setdefault(names[row.setting], ([], []))
+            x.append(float(row.shots if row.shots != ALL else 2 * last or 1))
+            y.append(row.dice.mean)
+        if any(len(x) > 1 for x, _ in curves.values()):
+            caption = (
+                f"{data_set}. The right-most point uses all training data."
+                if any(row.shots == ALL for row in mine)
+                else data_set
+            )
+            pictures.append(Picture(png=curve_figure(curves, ylabel="Dice", xlabel="shots"), caption=caption))
+    return pictures or [Text(text="No setting is complete at two numbers of shots yet.")]
+
+
+def _values(row: Row) -> list[Any]:
+    dice = row.dice
+    return [
+        row.data_set, *row.setting, _shots(row.shots), row.num_seeds,
+        dice.mean if dice else None, dice.low if dice else None, dice.high if dice else None,
+        dice.num_patients if dice else 0, row.seed_std, row.train_minutes, row.peak_gib, row.trainable_millions,
+    ]  # fmt: skip
+
+
+def _shots(shots: int) -> str:
+    return "all" if shots == ALL else str(shots)
+
+
+def _plain(value: Any) -> Any:
+    return "" if value is None else f"{value:.4f}" if isinstance(value, float) else value
+
+
+def _shown(value: Any) -> Any:
+    return "-" if value is None else f"{value:.3f}" if isinstance(value, float) else value

@@ -1,0 +1,147 @@
+"""What the cells of a study add up to: a row per setting with intervals, ranks with a critical difference.
+
+A setting is a combination of start, architecture, scope, method and variant. Its score on one patient is the mean over
+seeds; patients are what is resampled and ranked, because scans and seeds of one patient are not independent.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from samgraft.finetune.metrics import mean_or_none
+from samgraft.finetune.statistics import Interval, bootstrap_mean
+from samgraft.finetune.study.cells import SETTING_AXES, Cell
+from scipy.stats import friedmanchisquare, rankdata, studentized_range
+
+Setting = tuple[str, ...]
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One setting on one data set with one number of shots."""
+
+    setting: Setting
+    data_set: str
+    shots: int
+    dice: Interval | None
+    num_seeds: int
+    seed_std: float | None
+    """Standard deviation of the seeds' means; None for one seed."""
+    train_minutes: float
+    """Mean over seeds."""
+    peak_gib: float
+    """Largest over seeds: resident memory of the training process."""
+    trainable_millions: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranking:
+    """Mean ranks of settings over patients; rank 1 is best."""
+
+    mean_ranks: Mapping[Setting, float]
+    num_patients: int
+    """Blocks in which every setting has a score."""
+    p_value: float | None
+    """Friedman's test; None below three settings or ten blocks, where its approximation is poor."""
+    critical_difference: float
+    """Mean ranks that differ by less are not told apart (Nemenyi, 5 %)."""
+
+
+def rows_of(cells: Sequence[Cell], results: Mapping[str, Mapping[str, Any]]) -> list[Row]:
+    """Return a row per setting, data set and number of shots, in the order of the grid, without unfinished cells."""
+    groups: dict[tuple[Setting, str, int], list[Mapping[str, Any]]] = {}
+    for cell in cells:
+        if cell.key in results:
+            groups.setdefault((cell.setting, cell.data_set, cell.shots), []).append(results[cell.key])
+    rows = []
+    for (setting, data_set, shots), found in groups.items():
+        patients = _seed_means(found)
+        means = [m for m in (mean_or_none(list(r["dice_per_patient"].values())) for r in found) if m is not None]
+        rows.append(
+            Row(
+                setting=setting,
+                data_set=data_set,
+                shots=shots,
+                dice=bootstrap_mean(list(patients.values())),
+                num_seeds=len(found),
+                seed_std=float(np.std(means, ddof=1)) if len(means) > 1 else None,
+                train_minutes=float(np.mean([r["train_seconds"] for r in found])) / 60,
+                peak_gib=max(float(r["peak_mib"]) for r in found) / 1024,
+                trainable_millions=float(found[0]["trainable_millions"]),
+            )
+        )
+    return rows
+
+
+def _seed_means(results: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    patients: dict[str, list[float]] = {}
+    for result in results:
+        for patient, dice in result["dice_per_patient"].items():
+            patients.setdefault(patient, []).append(float(dice))
+    return {patient: float(np.mean(values)) for patient, values in sorted(patients.items())}
+
+
+def rank(cells: Sequence[Cell], results: Mapping[str, Mapping[str, Any]]) -> Ranking | None:
+    """Rank the settings patient by patient; None with fewer than two settings or no patient that all have.
+
+    A block is one patient of one data set with one number of shots. Ties share their mean rank.
+
+    Source:
+        Demsar, Statistical Comparisons of Classifiers over Multiple Data Sets, JMLR 7 (2006): Friedman's test, and the
+        Nemenyi critical difference q_a(k, inf) / sqrt(2) * sqrt(k (k + 1) / (6 N)).
+    """
+    scores: dict[tuple[str, int, str], dict[Setting, list[float]]] = {}
+    settings: dict[Setting, None] = {}
+    for cell in cells:
+        if cell.key not in results:
+            continue
+        settings.setdefault(cell.setting)
+        for patient, dice in results[cell.key]["dice_per_patient"].items():
+            block = scores.setdefault((cell.data_set, cell.shots, patient), {})
+            block.setdefault(cell.setting, []).append(float(dice))
+    names = list(settings)
+    table = np.array(
+        [[np.mean(block[name]) for name in names] for block in scores.values() if len(block) == len(names)]
+    )
+    if len(names) < 2 or len(table) == 0:
+        return None
+    return rank_table(table, names)
+
+
+def rank_table(table_NK: npt.NDArray[np.float64], names: Sequence[Setting]) -> Ranking:
+    """Rank columns K within rows N, highest value first."""
+    number, count = table_NK.shape
+    ranks = rankdata(-table_NK, axis=1)
+    quantile = float(studentized_range.ppf(CONFIDENCE, count, np.inf)) / math.sqrt(2)
+    p_value = None
+    if count >= 3 and number >= 10 and not np.all(table_NK == table_NK[:, :1]):
+        p_value = float(friedmanchisquare(*table_NK.T).pvalue)
+    return Ranking(
+        mean_ranks=dict(zip(names, ranks.mean(axis=0).tolist(), strict=True)),
+        num_patients=number,
+        p_value=p_value,
+        critical_difference=quantile * math.sqrt(count * (count + 1) / (6 * number)),
+    )
+
+
+def short_names(settings: Sequence[Setting]) -> dict[Setting, str]:
+    """Name settings by the axes on which they differ."""
+    varying = [i for i in range(len(SETTING_AXES)) if len({s[i] for s in settings}) > 1]
+    return {s: ", ".join(s[i] for i in varying) or "the only setting" for s in settings}
+
+
+def indistinct_groups(ranking: Ranking) -> list[tuple[Setting, ...]]:
+    """Return the largest groups of settings whose mean ranks lie within the critical difference."""
+    ordered = sorted(ranking.mean_ranks.items(), key=lambda item: item[1])
+    groups: list[tuple[Setting, ...]] = []
+    for start, (_, low) in enumerate(ordered):
+        group = tuple(name for name, value in ordered[start:] if value - low <= ranking.critical_difference)
+        if len(group) > 1 and not (groups and set(group) <= set(groups[-1])):
+            groups.append(group)
+    return groups

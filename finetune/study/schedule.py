@@ -1,0 +1,140 @@
+"""Running the cells of a study: N at a time on this machine, or as jobs of SLURM through submitit."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from samgraft.finetune.study.cell_run import CellFolder, Outcome, Processes, Run, run_cell, run_samgraft
+from samgraft.finetune.study.cells import Cell
+from samgraft.shared.errors import UsageError
+
+log = logging.getLogger(__name__)
+
+Report = Callable[[Outcome, int, int], None]
+"""Called with an outcome, the number of cells that ended and of all cells."""
+POLL_S = 5.0
+
+
+def run_locally(
+    cells: Sequence[Cell], folder: CellFolder, *, num_parallel: int, on_end: Report, run: Run = run_samgraft
+) -> list[Outcome]:
+    """Run cells N at a time, each in processes of its own; SIGTERM and Ctrl-C let them save.
+
+    Cells that are complete are not started; a failed cell does not stop the others.
+    """
+    if num_parallel < 1:
+        raise UsageError(f"--parallel must be at least 1, got {num_parallel}.")
+    processes = Processes()
+    num_threads = max(1, (os.cpu_count() or 1) // num_parallel)
+    outcomes: list[Outcome] = []
+    with _stop_signals(processes), ThreadPoolExecutor(max_workers=num_parallel) as pool:
+
+        def one(cell: Cell) -> Outcome:
+            if processes.stopping:
+                return Outcome(key=cell.key, status="stopped")
+            return run_cell(cell, folder, num_threads=num_threads, processes=processes, run=run)
+
+        futures = [pool.submit(one, cell) for cell in cells]
+        for future in as_completed(futures):
+            outcomes.append(future.result())
+            on_end(outcomes[-1], len(outcomes), len(cells))
+    return outcomes
+
+
+@contextmanager
+def _stop_signals(processes: Processes) -> Iterator[None]:
+    """Pass a stop on to the children instead of ending at once; outside the main thread signals are not ours."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def handle(number: int, _: object) -> None:
+        log.warning("stopping: running cells save and end; the same command goes on.")
+        processes.stop()
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def run_on_slurm(
+    cells: Sequence[Cell],
+    folder: CellFolder,
+    *,
+    num_parallel: int,
+    parameters: dict[str, Any],
+    on_end: Report,
+    cluster: str | None = None,
+) -> list[Outcome]:
+    """Submit one array job, at most N cells at a time, and wait for it.
+
+    Args:
+        cells: What to run.
+        folder: On a file system that the nodes see.
+        num_parallel: Cells at a time.
+        parameters: Of submitit: ``slurm_partition``, ``timeout_min``, ``mem_gb``, ``gpus_per_node``, ...
+        on_end: Called as cells end.
+        cluster: None finds SLURM; ``local`` runs the same path in processes here, for tests.
+    """
+    try:
+        import submitit
+    except ModuleNotFoundError as err:
+        raise UsageError(
+            "--slurm needs submitit.", next_command="pip install 'samgraft[slurm]', then the same command"
+        ) from err
+    executor = submitit.AutoExecutor(folder=folder.root / "slurm", cluster=cluster or "slurm")
+    executor.update_parameters(name=folder.root.name, **parameters)
+    if cluster is None:
+        executor.update_parameters(slurm_array_parallelism=num_parallel)
+    jobs = executor.map_array(run_stored_cell, [str(folder.root)] * len(cells), [write_cell(c, folder) for c in cells])
+    log.info("%d cells submitted as job %s", len(jobs), jobs[0].job_id.split("_")[0])
+    outcomes: list[Outcome] = []
+    waiting = dict(zip([c.key for c in cells], jobs, strict=True))
+    while waiting:
+        for key in [key for key, job in waiting.items() if job.done()]:
+            outcomes.append(_outcome_of_job(key, waiting.pop(key)))
+            on_end(outcomes[-1], len(outcomes), len(cells))
+        if waiting:
+            time.sleep(POLL_S if cluster is None else 0.1)
+    return outcomes
+
+
+def _outcome_of_job(key: str, job: Any) -> Outcome:
+    error = job.exception()
+    if error is not None:
+        last = (str(error).strip().splitlines() or ["no message"])[-1]
+        return Outcome(key=key, status="failed", exit_code=1, last_line=f"job {job.job_id}: {last[:200]}")
+    return Outcome(**job.result())
+
+
+def write_cell(cell: Cell, folder: CellFolder) -> str:
+    """Store a cell for a job to read; return its file's name."""
+    path = folder.root / "cells" / f"{cell.key}.cell.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(dataclasses.asdict(cell)) + "\n", encoding="utf-8")
+    return path.name
+
+
+def run_stored_cell(root: str, name: str) -> dict[str, Any]:
+    """Run one cell inside a job; returns the outcome as plain values."""
+    folder = CellFolder(root=Path(root))
+    values = json.loads((folder.root / "cells" / name).read_text(encoding="utf-8"))
+    cell = Cell(**{**values, "settings": tuple(values["settings"])})
+    processes = Processes()
+    with _stop_signals(processes):
+        outcome = run_cell(cell, folder, num_threads=len(os.sched_getaffinity(0)), processes=processes)
+    return dataclasses.asdict(outcome)

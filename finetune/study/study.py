@@ -1,0 +1,179 @@
+"""A study from top to bottom: read the grid, make sure of its inputs, run what is missing, write table and report."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from filelock import FileLock, Timeout
+from samgraft.finetune.starting_point import BASE_OF_DEMO
+from samgraft.finetune.study.cell_run import CellFolder, Outcome, Run, run_samgraft
+from samgraft.finetune.study.cells import Cell, Grid, expand
+from samgraft.finetune.study.config import StudyConfig
+from samgraft.finetune.study.report import table_lines, write_results
+from samgraft.finetune.study.schedule import run_locally, run_on_slurm
+from samgraft.shared.config import config_to_yaml, load_config
+from samgraft.shared.data.synthetic import synthetic_store
+from samgraft.shared.errors import DataError, ExitCode, SamgraftError, StoppedAndSaved, UsageError
+
+log = logging.getLogger(__name__)
+
+SYNTHETIC = Path("data") / "synthetic"
+
+
+class StudyIncomplete(SamgraftError):
+    """Some cells failed; the others are kept."""
+
+    exit_code = ExitCode.DATA
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyPlan:
+    """A study ready to run."""
+
+    config: StudyConfig
+    grid: Grid
+    folder: CellFolder
+    missing: list[Cell] = field(default_factory=list)
+    """Cells without a result."""
+
+
+def plan_study(file: Path, *, root: Path, make_inputs: bool = True) -> StudyPlan:
+    """Read a study and find out what is left to do.
+
+    Args:
+        file: The YAML file.
+        root: Folder of all studies.
+        make_inputs: Make synthetic stores and fetch the demo's weights where the study names them.
+
+    Raises:
+        UsageError: If the file is wrong, or the folder holds a study of this name with other axes.
+        DataError: If a store does not exist.
+    """
+    config = load_config(StudyConfig, layers=[file])
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", config.name):
+        raise UsageError(f"name must be a plain folder name, got {config.name!r}.", where=file.name)
+    stores = {}
+    for data_set in config.data_sets:
+        path = Path(data_set.store) if data_set.store else SYNTHETIC / f"{data_set.synthetic_patients}.zarr"
+        if data_set.synthetic_patients and make_inputs:
+            synthetic_store(path, num_patients=data_set.synthetic_patients)
+        if make_inputs and not path.exists():
+            raise DataError(
+                "the store of a data set must exist.",
+                where=f"{data_set.name}: {path}",
+                next_command=f"samgraft store build FOLDER --out {path} --modality {data_set.modality}",
+            )
+        stores[data_set.name] = str(path)
+    grid = expand(config, stores=stores)
+    if make_inputs:
+        _fetch_demo_weights(grid)
+    folder = CellFolder(root=root / config.name)
+    return StudyPlan(
+        config=config, grid=grid, folder=folder, missing=[c for c in grid.cells if folder.read(c.key) is None]
+    )
+
+
+def run_study(
+    plan: StudyPlan, *, num_parallel: int = 1, slurm: dict[str, Any] | None = None, run: Run = run_samgraft
+) -> Path:
+    """Run every cell that has no result, then write ``table.csv`` and ``report.html``; return the report.
+
+    Raises:
+        UsageError: If another process runs this study.
+        StoppedAndSaved: If it was asked to stop.
+        StudyIncomplete: If cells failed; they are tried again next time.
+    """
+    folder = plan.folder
+    folder.root.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder.root / ".lock", timeout=0):
+            (folder.root / "study.yaml").write_text(config_to_yaml(plan.config), encoding="utf-8")
+            say_plan(plan)
+            outcomes = _run_missing(plan, num_parallel=num_parallel, slurm=slurm, run=run)
+            return _finish(plan, outcomes)
+    except Timeout as err:
+        raise UsageError("another process runs this study. Wait for it or stop it.", where=folder.root.name) from err
+
+
+def _run_missing(plan: StudyPlan, *, num_parallel: int, slurm: dict[str, Any] | None, run: Run) -> list[Outcome]:
+    if not plan.missing:
+        return []
+    titles = {cell.key: cell.title for cell in plan.missing}
+    done_before = len(plan.grid.cells) - len(plan.missing)
+
+    def on_end(outcome: Outcome, ended: int, _: int) -> None:
+        line = f": {outcome.last_line}" if outcome.last_line else ""
+        log.info("[%d/%d] %s %s (%s)%s", done_before + ended, len(plan.grid.cells), outcome.status,
+                 titles[outcome.key], outcome.key, line)  # fmt: skip
+
+    if slurm is not None:
+        return run_on_slurm(plan.missing, plan.folder, num_parallel=num_parallel, parameters=slurm, on_end=on_end)
+    return run_locally(plan.missing, plan.folder, num_parallel=num_parallel, on_end=on_end, run=run)
+
+
+def _finish(plan: StudyPlan, outcomes: list[Outcome]) -> Path:
+    cells, folder = plan.grid.cells, plan.folder
+    results = {cell.key: found for cell in cells if (found := folder.read(cell.key)) is not None}
+    failed = {o.key: o.last_line for o in outcomes if o.status in {"failed", "busy"}}
+    rows = write_results(plan.config, cells, results, folder.root, failed=failed)
+    for line in table_lines(rows):
+        log.info("%s", line)
+    report = folder.root / "report.html"
+    log.info("  table    %s", folder.root / "table.csv")
+    log.info("  report   %s", report)
+    counts = Counter(outcome.status for outcome in outcomes)
+    if counts["stopped"]:
+        raise StoppedAndSaved(
+            f"the study was stopped with {len(results)} of {len(cells)} cells complete.",
+            kept="every complete cell and the last states of the others",
+            next_command="the same command goes on",
+        )
+    if failed:
+        first = next(iter(failed))
+        raise StudyIncomplete(
+            f"{len(failed)} of {len(cells)} cells did not end well, the first: {failed[first]}",
+            where=str(folder.log(first)),
+            kept=f"{len(results)} complete cells; table and report hold those",
+            next_command="mend the cause and give the same command: complete cells are not run again",
+        )
+    return report
+
+
+def say_plan(plan: StudyPlan) -> None:
+    """Print what the study will do."""
+    grid, num = plan.grid, len(plan.grid.cells)
+    notes = [f"{grid.num_duplicates} the same work as another"] if grid.num_duplicates else []
+    notes += [f"{grid.num_skipped} left out by skip"] if grid.num_skipped else []
+    extra = f" ({', '.join(notes)})" if notes else ""
+    log.info("study %s: %d cells%s, %d complete already", plan.config.name, num, extra, num - len(plan.missing))
+
+
+def _fetch_demo_weights(grid: Grid) -> None:
+    named = {cell.ckpt for cell in grid.cells} | {cell.base for cell in grid.cells}
+    if str(BASE_OF_DEMO) in named and not BASE_OF_DEMO.is_file():
+        from samgraft.shared.data.demo import fetch_base_weights
+        from samgraft.shared.data.fetch import cache_folder
+        from samgraft.shared.data.fetch_progress import fetch_progress
+
+        fetch_base_weights(BASE_OF_DEMO, cache=cache_folder(Path("data")), on_fetch=fetch_progress)
+
+
+def read_slurm_options(texts: list[str]) -> dict[str, Any]:
+    """Return ``key=value`` options of submitit with YAML's types.
+
+    Raises:
+        UsageError: If one has no value.
+    """
+    values: dict[str, Any] = {}
+    for text in texts:
+        key, separator, value = text.partition("=")
+        if not separator or not key:
+            raise UsageError(f"--slurm-option must look like key=value, got {text!r}.")
+        values[key] = yaml.safe_load(value)
+    return values

@@ -1,0 +1,270 @@
+"""A study: the grid and its cells, what runs and what does not run again, tables that can be checked by hand."""
+
+import csv
+import json
+import logging
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from samgraft.finetune.evaluate import Evaluation, write_evaluation
+from samgraft.finetune.scores import CASE_COLUMNS
+from samgraft.finetune.study import schedule
+from samgraft.finetune.study.cell_run import CellFolder, Processes, run_cell
+from samgraft.finetune.study.cells import expand
+from samgraft.finetune.study.config import StudyConfig
+from samgraft.finetune.study.report import rank_figure
+from samgraft.finetune.study.results import indistinct_groups, rank, rank_table, rows_of, short_names
+from samgraft.finetune.study.schedule import run_locally, run_on_slurm
+from samgraft.finetune.study.study import StudyIncomplete, plan_study, read_slurm_options, run_study
+from samgraft.shared.config import load_config
+from samgraft.shared.errors import DataError, StoppedAndSaved, UsageError
+
+GRID = {
+    "name": "s",
+    "data_sets": [{"name": "a", "store": "a.zarr"}],
+    "initialisations": [{"name": "base", "ckpt": {"vit_t": "base.pth"}}],
+    "architectures": ["vit_t"],
+    "methods": ["lora", "full"],
+    "seeds": [0, 1],
+}
+STORES = {"a": "a.zarr"}
+
+
+def config(**values):
+    return load_config(StudyConfig, layers=[GRID | values])
+
+
+def cells(**values):
+    return expand(config(**values), stores=STORES).cells
+
+
+class FakeSamgraft:
+    """Stands for ``samgraft finetune`` and ``evaluate``: writes what they leave, by rule."""
+
+    def __init__(self, *, codes=()):
+        self.calls = []
+        self.codes = list(codes)
+
+    def __call__(self, arguments, log_file, num_threads, processes):
+        self.calls.append(arguments)
+        code = self.codes.pop(0) if self.codes else 0
+        with log_file.open("a") as file:
+            file.write("hello\nerror: no such thing.\n  next   nothing\n" if code else "hello\n")
+        if code == 0 and arguments[0] == "finetune":
+            self.finetune(Path(arguments[arguments.index("--runs") + 1]), arguments)
+        if code == 0 and arguments[0] == "evaluate":
+            self.evaluate(Path(arguments[1]))
+        return code, 60.0, 2048.0
+
+    def finetune(self, runs, arguments):
+        model = runs / arguments[arguments.index("--name") + 1] / "model"
+        model.mkdir(parents=True)
+        trained = {"decoder": 1.0, "encoder": 2.0 if "full" in arguments else 0.5}
+        (model / "task.json").write_text(json.dumps({"trainable_millions": trained, "validation": {"best": 0.5}}))
+        (model / "arguments.json").write_text(json.dumps(arguments))
+
+    def evaluate(self, run):
+        arguments = json.loads((run / "model" / "arguments.json").read_text())
+        bonus = 0.1 if "full" in arguments else 0.0
+        rows = [
+            {c: 0.0 for c in CASE_COLUMNS}
+            | {"patient_id": f"p{i}", "series_id": f"s{i}", "label_id": 1, "class": "x", "dice": 0.3 + 0.05 * i + bonus}
+            | {"true_voxels": 1, "predicted_voxels": 1}
+            for i in range(12)
+        ]
+        evaluation = Evaluation(part="test", rows=rows, tolerance_mm=2.0)
+        write_evaluation(evaluation, run / "evaluation" / "test", provenance={})
+
+
+@pytest.fixture
+def study(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.zarr").mkdir()
+    file = tmp_path / "s.yaml"
+    file.write_text(yaml.safe_dump(GRID))
+    return file
+
+
+def plan(study):
+    return plan_study(study, root=Path("studies"))
+
+
+def test_expand__is_the_product_without_duplicates_and_skipped():
+    grid = expand(config(), stores=STORES)
+    assert len(grid.cells) == 4
+    same = [{"name": "base", "ckpt": {"vit_t": "base.pth"}}, {"name": "again", "ckpt": {"vit_t": "base.pth"}}]
+    grid = expand(config(initialisations=same, skip=[{"method": "full", "seed": "1"}]), stores=STORES)
+    assert (len(grid.cells), grid.num_duplicates, grid.num_skipped) == (3, 3, 2)
+    with pytest.raises(UsageError, match="at least one cell"):
+        expand(config(skip=[{"architecture": "vit_t"}]), stores=STORES)
+    with pytest.raises(UsageError, match="weights for every architecture, vit_b is missing"):
+        expand(config(architectures=["vit_b"]), stores=STORES)
+
+
+def test_cell__key_is_the_work_and_reaches_the_commands():
+    first, *_, last = cells(shots=[0, 5], shot_unit="slices", settings=["trainer.max_steps=3"],
+                            method_settings={"full": ["optim.lr=1e-4"]})  # fmt: skip
+    assert first.key == cells(settings=["trainer.max_steps=3"])[0].key
+    assert first.key != cells(settings=["trainer.max_steps=4"])[0].key
+    arguments = last.finetune_arguments(Path("runs"))
+    assert arguments[arguments.index("--method") + 1] == "full"
+    for override in ("trainer.max_steps=3", "optim.lr=1e-4", "seed=1", "adapter.scope=encoder_decoder",
+                     "data.few_shot.num=5", "data.few_shot.unit=slices", "data.few_shot.repeat=1"):  # fmt: skip
+        assert override in arguments
+    assert not any("few_shot" in a for a in first.finetune_arguments(Path("runs")))
+    assert last.evaluate_arguments(Path("runs"))[1] == f"runs/{last.key}"
+
+
+@pytest.mark.parametrize(
+    ("values", "match"),
+    [
+        ({"seeds": [0, 0]}, "seeds must have at least one value and none twice"),
+        ({"shot_unit": "voxels"}, "shot_unit must be patients or slices"),
+        ({"part": "train"}, "part must be val or test"),
+        ({"skip": [{"colour": "red"}]}, "skip must name axes"),
+        ({"method_settings": {"dora": []}}, "method_settings must be of methods"),
+        ({"data_sets": [{"name": "a"}]}, "exactly one of store and synthetic_patients"),
+        ({"sedes": [1]}, "Did you mean 'seeds'"),
+    ],
+)
+def test_config__refuses_what_makes_no_sense(values, match):
+    with pytest.raises(UsageError, match=match):
+        config(**values)
+
+
+def test_study__runs_every_cell_once_and_writes_table_and_report(study, caplog):
+    caplog.set_level(logging.INFO)
+    samgraft = FakeSamgraft()
+    report = run_study(plan(study), num_parallel=2, run=samgraft)
+    assert len(samgraft.calls) == 8
+    with (report.parent / "table.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(r["method"], r["dice"], r["patients"], r["seeds"]) for r in rows] == [
+        ("lora", "0.5750", "12", "2"), ("full", "0.6750", "12", "2"),
+    ]  # fmt: skip
+    assert float(rows[0]["low"]) < 0.575 < float(rows[0]["high"])
+    assert (rows[0]["train min"], rows[0]["peak GiB"], rows[1]["trainable M"]) == ("1.0000", "2.0000", "3.0000")
+    assert "0.575 (0." in caplog.text
+    page = report.read_text()
+    assert page.count("data:image/png") == 2
+    assert "4 of 4 complete" in page
+    run_study(plan(study), run=samgraft)
+    assert len(samgraft.calls) == 8, "complete cells ran again"
+
+
+def test_study__failed_cells_do_not_stop_the_others_and_are_tried_again(study):
+    with pytest.raises(StudyIncomplete, match=r"1 of 4 cells did not end well, the first: error: no such thing\."):
+        run_study(plan(study), run=FakeSamgraft(codes=[4]))
+    assert "3 of 4 cells are complete" in (Path("studies/s") / "report.html").read_text()
+    again = FakeSamgraft()
+    run_study(plan(study), run=again)
+    assert [a[0] for a in again.calls] == ["finetune", "evaluate"]
+
+
+def test_study__stopped_cells_go_on(study):
+    with pytest.raises(StoppedAndSaved, match="stopped with 1 of 4 cells complete"):
+        run_study(plan(study), run=FakeSamgraft(codes=[0, 0, 75, 75, 75]))
+    again = FakeSamgraft()
+    run_study(plan(study), run=again)
+    assert len(again.calls) == 6
+    cost = json.loads(next(Path("studies/s/cells").glob("*.cost.json")).read_text())
+    assert cost["seconds"] in (60.0, 120.0)
+
+
+def test_study__a_damaged_result_runs_again_and_a_locked_cell_is_left_to_its_holder(tmp_path):
+    [cell, *_] = cells()
+    folder = CellFolder(root=tmp_path)
+    assert run_cell(cell, folder, run=FakeSamgraft()).status == "done"
+    folder.result(cell.key).write_text("{")
+    (tmp_path / "runs" / cell.key / "model" / "task.json").unlink()
+    again = FakeSamgraft()
+    again.finetune = lambda runs, arguments: (runs / cell.key / "model" / "task.json").write_text(
+        json.dumps({"trainable_millions": {}, "validation": {}})
+    )
+    assert run_cell(cell, folder, run=again).status == "done"
+
+    def while_running(arguments, *_):
+        busy.append(run_cell(cell, folder, run=FakeSamgraft()).status)
+        return 75, 1.0, 1.0
+
+    busy = []
+    folder.result(cell.key).unlink()
+    assert run_cell(cell, folder, run=while_running).status == "stopped"
+    assert busy == ["busy"]
+
+
+def test_study__refuses_what_is_not_there(study):
+    Path("a.zarr").rmdir()
+    with pytest.raises(DataError, match="store of a data set must exist"):
+        plan(study)
+    study.write_text(yaml.safe_dump(GRID | {"name": "../x"}))
+    with pytest.raises(UsageError, match="plain folder name"):
+        plan(study)
+    with pytest.raises(UsageError, match="--parallel must be at least 1"):
+        run_locally([], CellFolder(root=Path("x")), num_parallel=0, on_end=lambda *_: None)
+
+
+def test_slurm__cells_go_through_submitit(tmp_path, monkeypatch):
+    pytest.importorskip("submitit")
+    monkeypatch.setattr(schedule, "run_cell", lambda cell, folder, **_: run_cell(cell, folder, run=FakeSamgraft()))
+    found = cells()
+    ended = []
+    outcomes = run_on_slurm(found, CellFolder(root=tmp_path), num_parallel=2, parameters={"timeout_min": 5},
+                            on_end=lambda outcome, *_: ended.append(outcome.key), cluster="debug")  # fmt: skip
+    assert [o.status for o in outcomes] == ["done"] * 4
+    assert sorted(ended) == sorted(c.key for c in found)
+
+
+def test_slurm_options__are_typed():
+    assert read_slurm_options(["timeout_min=240", "slurm_partition=gpu"]) == {
+        "timeout_min": 240,
+        "slurm_partition": "gpu",
+    }
+    with pytest.raises(UsageError, match="must look like key=value"):
+        read_slurm_options(["gpu"])
+
+
+def test_processes__stop_reaches_children(monkeypatch):
+    sent = []
+    monkeypatch.setattr("os.kill", lambda pid, number: sent.append(pid))
+    processes = Processes(running={4, 5})
+    processes.stop()
+    assert processes.stopping
+    assert sorted(sent) == [4, 5]
+
+
+def test_rank_table__hand_computed():
+    names = [("base", "vit_t", "decoder", method, "automatic") for method in "abcd"]
+    table = np.tile([0.9, 0.8, 0.7, 0.7], (10, 1))
+    ranking = rank_table(table, names)
+    assert list(ranking.mean_ranks.values()) == [1.0, 2.0, 3.5, 3.5]
+    # Demsar 2006, table 5: q_0.05 for 4 classifiers is 2.569.
+    assert ranking.critical_difference == pytest.approx(2.569 * math.sqrt(4 * 5 / (6 * 10)), abs=1e-3)
+    assert ranking.p_value < 1e-5
+    assert [[name[3] for name in group] for group in indistinct_groups(ranking)] == [["a", "b"], ["c", "d"]]
+    assert rank_table(table[:3], names).p_value is None
+    assert rank_figure(ranking).startswith(b"\x89PNG")
+
+
+def test_rows_and_ranks__seeds_are_averaged_per_patient_before_anything_else():
+    found = cells()
+    lora = [c for c in found if c.method == "lora"]
+    common = {"train_seconds": 60.0, "peak_mib": 1024.0, "trainable_millions": 1.5}
+    results = {
+        lora[0].key: {"dice_per_patient": {"p": 0.2, "q": 0.4}} | common,
+        lora[1].key: {"dice_per_patient": {"p": 0.6, "q": 0.4}} | common,
+    }
+    [row] = rows_of(found, results)
+    assert row.dice.mean == pytest.approx(0.4)
+    assert row.dice.num_patients == 2
+    assert row.seed_std == pytest.approx(np.std([0.3, 0.5], ddof=1))
+    assert rank(found, results) is None, "one setting has no rank"
+    full = [c for c in found if c.method == "full"]
+    results[full[0].key] = {"dice_per_patient": {"p": 0.5}} | common
+    ranking = rank(found, results)
+    assert ranking.num_patients == 1, "q has no score with full"
+    assert sorted(ranking.mean_ranks.values()) == [1.0, 2.0]
+    assert short_names([c.setting for c in found]) == {lora[0].setting: "lora", full[0].setting: "full"}
