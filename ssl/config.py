@@ -13,6 +13,8 @@ from samgraft.shared.models.architecture import Arch
 from samgraft.shared.training.optimizer import OptimizerConfig
 from samgraft.shared.training.trainer_config import TrainerConfig
 from samgraft.ssl.objectives.settings import ObjectiveConfig
+from samgraft.ssl.scope import ScopeConfig
+from samgraft.ssl.ssl_state import StateUse
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,11 +67,18 @@ class ModelConfig:
     """vit_t, vit_b, vit_l or vit_h."""
     base: str
     """Weights file or run folder to start from, or ``random``."""
+    rest: str | None = None
+    """SAM weights that give what the base lacks by nature: a plain ViT (MAE, DINO, MRI-CORE) has no relative positions
+    and no neck."""
+    ssl_state: StateUse = StateUse.AUTO
+    """auto, require or ignore: whether decoder, heads and teacher of the run that is the base are taken up too."""
     image_size: int = 256
     """Side of the square input in pixels."""
     num_frozen_depths: int = 0
     """Depths, counted from the stem, that keep their weights: nothing is saved for backward below the first trained
     one. 0 trains everything; 3 freezes stem, first stage and the step to the second of vit_t."""
+    scope: ScopeConfig = field(default_factory=ScopeConfig)
+    """All weights, the last blocks, or LoRA that is merged when handed over."""
 
     def __post_init__(self) -> None:
         if self.num_frozen_depths < 0:

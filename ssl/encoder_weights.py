@@ -3,52 +3,33 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from samgraft.shared.config import config_sha256
 from samgraft.shared.data.intensity import IntensityPreset
 from samgraft.shared.data.split import Split, pretrain_manifest
 from samgraft.shared.data.store import SliceStore
 from samgraft.shared.models.card import Card
-from samgraft.shared.models.weights import save_encoder, save_tensors
+from samgraft.shared.models.weights import save_encoder
 from samgraft.shared.training.environment import code_revision, processes_expected
 from samgraft.shared.training.run_folder import RunFolder
 from samgraft.ssl.config import PretrainConfig
 from samgraft.ssl.objectives.objective import Objective
+from samgraft.ssl.scope import merged_state
+from samgraft.ssl.ssl_state import STATE_FOLDER, write_ssl_state
 from torch import nn
 
 ENCODER_FOLDER = "encoder"
-STATE_FOLDER = "ssl_state"
-STATE_SCHEMA = 1
 
 
 def write_encoder_weights(objective: Objective, run_path: Path, card: Card) -> Path:
     """Write ``encoder/{encoder.safetensors,card.json}`` and ``ssl_state/``; return the encoder's file."""
-    encoder = objective.encoder
+    encoder = objective.exported_encoder
     assert isinstance(encoder, nn.Module)
-    path = save_encoder(encoder, run_path / ENCODER_FOLDER, card)
+    path = save_encoder(merged_state(encoder), run_path / ENCODER_FOLDER, card)
     write_ssl_state(objective, run_path / STATE_FOLDER, objective_name=card.objective or "")
     return path
-
-
-def write_ssl_state(objective: Objective, folder: Path, *, objective_name: str) -> None:
-    """Write everything of the objective but the encoder (decoder, heads, teacher), so that others can go on with it.
-
-    It is derived from the training slices and is left out of releases unless asked for.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    save_tensors(state_without_encoder(objective), folder / "state.safetensors")
-    about = {"schema": STATE_SCHEMA, "objective": objective_name}
-    (folder / "state.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
-
-
-def state_without_encoder(objective: Objective) -> dict[str, torch.Tensor]:
-    """Return the tensors that are thrown away when only the encoder is wanted."""
-    assert isinstance(objective, nn.Module)
-    return {name: tensor for name, tensor in objective.state_dict().items() if not name.startswith("encoder.")}
 
 
 def hand_over(

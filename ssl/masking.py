@@ -18,6 +18,8 @@ import torch
 
 MASK_STREAM = 0x6D61736B
 """Keeps the random numbers of masks apart from those of augmentation, which use the same seed and counter."""
+VIEW_MASK_STREAM = 0x766D736B
+"""The same for masks of views."""
 MAX_BLOCK_TRIES = 200
 
 GridMask = npt.NDArray[np.bool_]
@@ -78,6 +80,41 @@ def token_masks(
             mask_hw = _per_window_mask(grid_hw, mask_ratio, attn_window_size, generator)
         masks.append(mask_hw)
     return torch.from_numpy(np.stack(masks))
+
+
+def scattered_masks(
+    sample_counters: Sequence[int],
+    *,
+    seed: int,
+    side: int,
+    num_views: int,
+    ratios: tuple[float, float],
+    kind: MaskKind,
+) -> torch.Tensor:
+    """Draw masks for several views per sample, of which exactly one has hidden tokens (as half of iBOT's do).
+
+    Exactly one, not one on average: a batch in which nothing is hidden has no loss on hidden tokens.
+
+    Args:
+        sample_counters: Position of each sample in the run.
+        seed: The run's seed.
+        side: Rows and columns of the grid.
+        num_views: Views per sample.
+        ratios: Bounds between which the hidden fraction of a view is drawn.
+        kind: Spread of the hidden tokens.
+
+    Returns:
+        Shape (num_views * B, side, side), True = hidden: all first views, then all second ones, ...
+    """
+    num_samples = len(sample_counters)
+    masks_VBhw = np.zeros((num_views, num_samples, side, side), dtype=np.bool_)
+    for position, counter in enumerate(sample_counters):
+        generator = np.random.default_rng([seed, VIEW_MASK_STREAM, int(counter)])
+        view, ratio = int(generator.integers(num_views)), float(generator.uniform(*ratios))
+        num_hidden = min(max(hidden_count(side * side, ratio), 1), side * side - 1)
+        draw = _block_mask if kind is MaskKind.BLOCK else _random_mask
+        masks_VBhw[view, position] = draw((side, side), num_hidden, generator)
+    return torch.from_numpy(masks_VBhw.reshape(-1, side, side))
 
 
 def hidden_count(num_tokens: int, mask_ratio: float) -> int:

@@ -56,6 +56,10 @@ class PretrainModule(pl.LightningModule):
         result = self.objective.loss(images_B1SS, sample_counters=counters, step=self.global_step)
         return {"loss": result.total, **result.parts}
 
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Let the objective act on the gradients of a whole step."""
+        self.objective.before_step(self.global_step)
+
     def optimizer_step(self, *arguments: Any, **keywords: Any) -> None:
         """Update the weights, then let the objective act: an EMA teacher moves once per update, not per micro-step."""
         super().optimizer_step(*arguments, **keywords)

@@ -27,11 +27,11 @@ from samgraft.ssl.config import PretrainConfig
 from samgraft.ssl.encoder_weights import hand_over
 from samgraft.ssl.labelled import open_probe_store
 from samgraft.ssl.module import PretrainModule
-from samgraft.ssl.objectives import OBJECTIVES, Objective
+from samgraft.ssl.objectives import Objective
 from samgraft.ssl.optimizer import build_schedule
 from samgraft.ssl.preflight import leak_check, preflight, pretraining_split
 from samgraft.ssl.report import write_report
-from samgraft.ssl.start import load_start
+from samgraft.ssl.start import start_objective
 from samgraft.ssl.watch import Watch, load_watched
 from torch import nn
 from torch.utils.data import DataLoader
@@ -59,10 +59,10 @@ def pretrain(
     dataset = training_set(config, store, split.train, preset)
 
     seed_process(config.seed)
-    encoder, start_card = load_start(config.model)
-    encoder.activation_checkpointing = config.trainer.activation_checkpointing
-    watched = load_watched(config, store, split, probe_store, preset=preset, stride=encoder.stride)
-    objective = OBJECTIVES[config.objective.name](encoder, config.objective, config.seed)
+    objective, start_card, taken_up = start_objective(config)
+    notes = [*leaks, *taken_up]
+    stride = objective.encoder.stride
+    watched = load_watched(config, store, split, probe_store, preset=preset, stride=stride)
     module = PretrainModule(
         objective, config.optim, image_size=config.model.image_size, keep_aspect=config.data.keep_aspect
     )
@@ -86,7 +86,7 @@ def pretrain(
         )
         objective = put_together(objective, whole)
         weights = hand_over(
-            objective, run, config, start_card, store=store, split=split, intensity=preset.intensity, notes=leaks
+            objective, run, config, start_card, store=store, split=split, intensity=preset.intensity, notes=notes
         )
         write_report(run, config, objective, watched, result=result, notes=leaks)
         _say_end(run, weights)

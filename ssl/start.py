@@ -5,14 +5,17 @@ from __future__ import annotations
 import dataclasses
 import logging
 
-from samgraft.shared.errors import UsageError
+from samgraft.shared.errors import UsageError, WeightsError
 from samgraft.shared.models.architecture import arch_spec
 from samgraft.shared.models.card import Card
 from samgraft.shared.models.image_encoder import ImageEncoder, build_image_encoder
 from samgraft.shared.models.tiny_vit import TinyViTEncoder
-from samgraft.shared.models.weights import card_of, load_into, read_weights
-from samgraft.ssl.config import ModelConfig
+from samgraft.shared.models.weights import absent_by_nature, card_of, load_into, read_weights
+from samgraft.ssl.config import ModelConfig, PretrainConfig
+from samgraft.ssl.objectives import OBJECTIVES
 from samgraft.ssl.objectives.objective import Objective
+from samgraft.ssl.scope import apply_scope
+from samgraft.ssl.ssl_state import take_up_state
 
 log = logging.getLogger(__name__)
 
@@ -20,8 +23,27 @@ RANDOM = "random"
 Encoder = ImageEncoder | TinyViTEncoder
 
 
+def start_objective(config: PretrainConfig) -> tuple[Objective, Card, list[str]]:
+    """Build the objective around what the run starts from, with the decoder and heads of an earlier run if it has any.
+
+    Returns:
+        The objective, the card of what it starts from, and notes for the card of the result.
+    """
+    encoder, card = load_start(config.model)
+    encoder.activation_checkpointing = config.trainer.activation_checkpointing
+    build = OBJECTIVES[config.objective.name]
+    objective = build(encoder, config.objective, seed=config.seed, max_steps=config.trainer.max_steps)
+    notes = take_up_state(
+        objective,
+        base=config.model.base,
+        objective_name=config.objective.name.value,
+        use=config.model.ssl_state,
+    )
+    return objective, card, notes
+
+
 def load_start(config: ModelConfig) -> tuple[Encoder, Card]:
-    """Build the encoder, load the base weights and freeze the lowest depths.
+    """Build the encoder, load the base weights and make the configured scope trainable.
 
     Returns:
         The encoder in training mode and the card of what it starts from.
@@ -31,6 +53,7 @@ def load_start(config: ModelConfig) -> tuple[Encoder, Card]:
         UsageError: If the image size does not fit, or everything would be frozen.
     """
     if config.base == RANDOM:
+        _refuse_rest(config, "random weights need no other file")
         spec = arch_spec(config.arch)
         encoder = build_image_encoder(spec, image_size=config.image_size)
         card = Card(
@@ -43,39 +66,45 @@ def load_start(config: ModelConfig) -> tuple[Encoder, Card]:
         )
         log.warning("the encoder starts from random weights, because BASE=random was asked for.")
     else:
-        weights = read_weights(config.base)
-        spec = weights.spec if weights.spec.arch is config.arch else arch_spec(config.arch)
-        encoder = build_image_encoder(spec, image_size=config.image_size)
-        load_into(encoder, weights, part="image_encoder", resize_positions=True)
-        card = dataclasses.replace(
-            card_of(weights, image_size=config.image_size),
-            base_name=weights.name,
-            base_sha256=weights.sha256,
-            weights_sha256=None,
-        )
-    freeze_depths(encoder, config.num_frozen_depths)
+        encoder, card = _load_base(config)
+    apply_scope(encoder, config.scope, num_frozen_depths=config.num_frozen_depths)
     return encoder.train(), card
 
 
-def freeze_depths(encoder: Encoder, num_frozen_depths: int) -> list[str]:
-    """Stop training the lowest depths; return the names of the parameters that keep their weights.
-
-    Raises:
-        UsageError: If no depth but the neck would be left.
-    """
-    groups = list(encoder.layer_groups())
-    deepest = max(depth for depth, _ in groups)
-    if num_frozen_depths >= deepest:
-        raise UsageError(
-            f"num_frozen_depths must be below {deepest} for {encoder.spec.title}, got {num_frozen_depths}: nothing "
-            "would be trained.",
-            where="model.num_frozen_depths",
+def _load_base(config: ModelConfig) -> tuple[Encoder, Card]:
+    """Load the base; a plain ViT (MAE, DINO) has neither relative positions nor neck and takes them from the rest."""
+    weights = read_weights(config.base)
+    if weights.is_partial and config.rest is None:
+        raise WeightsError(
+            f"base is a {weights.format} without SAM's relative positions and neck: model.rest must name the SAM that "
+            "gives them (the one it was started from, if it was).",
+            where=weights.name,
+            next_command=f"... ARGS='model.rest=sam_{config.arch.value}'",
         )
-    frozen = {id(p) for depth, parameters in groups if depth < num_frozen_depths for p in parameters}
-    for parameter in encoder.parameters():
-        if id(parameter) in frozen:
-            parameter.requires_grad_(False)
-    return [name for name, parameter in encoder.named_parameters() if id(parameter) in frozen]
+    if not weights.is_partial:
+        _refuse_rest(config, f"{weights.name} has everything itself")
+    whole = weights if config.rest is None else read_weights(config.rest)
+    spec = whole.spec if whole.spec.arch is config.arch else arch_spec(config.arch)
+    encoder = build_image_encoder(spec, image_size=config.image_size)
+    load_into(encoder, whole, part="image_encoder", resize_positions=True)
+    card = dataclasses.replace(
+        card_of(weights, image_size=config.image_size),
+        base_name=weights.name,
+        base_sha256=weights.sha256,
+        weights_sha256=None,
+        # Of the encoder that is trained: a plain ViT's file does not know them.
+        pixel_mean=list(spec.pixel_mean),
+        pixel_std=list(spec.pixel_std),
+    )
+    if whole is not weights:
+        load_into(encoder, weights, resize_positions=True, allow_missing=absent_by_nature(encoder))
+        card = dataclasses.replace(card, notes=[*card.notes, f"relative positions and neck from {whole.name}"])
+    return encoder, card
+
+
+def _refuse_rest(config: ModelConfig, reason: str) -> None:
+    if config.rest is not None:
+        raise UsageError(f"model.rest would be ignored: {reason}. Remove it.", where="model.rest")
 
 
 def trained_share(objective: Objective) -> str:

@@ -99,7 +99,7 @@ class Watch:
         data, gauge = self.watched.probe, self.watched.gauge
         assert data is not None
         started = time.monotonic()
-        encoder = cast(Objective, boundary.module.objective).encoder
+        encoder = cast(Objective, boundary.module.objective).exported_encoder
         if gauge is not None:
             gauge.start_look()
         dice = probe_dice(

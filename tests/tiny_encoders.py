@@ -38,6 +38,15 @@ def tiny_encoder(seed=0):
     return encoder
 
 
+def lively_encoder(seed=0):
+    """The same with features of order 1; fresh ones are of order 1e-6, where layer norms see rounding."""
+    encoder = tiny_encoder(seed)
+    for module in encoder.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            torch.nn.init.kaiming_normal_(module.weight)
+    return encoder
+
+
 def plain_encoder(seed=0):
     """A windowed ViT of 96 px, stride 16, in training mode, with positions that are not zero."""
     torch.manual_seed(seed)

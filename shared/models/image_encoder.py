@@ -176,13 +176,31 @@ class ImageEncoder(nn.Module):
             or bool((ids_keep_BN < -1).any() | (ids_keep_BN >= side).any())
         ):
             raise ValueError(f"ids_keep must be (B, N) token numbers below {side}, at least one, got {ids_keep_BN}.")
-        proj = self.patch_embed.proj
-        patches_BNP = _patches(images_B3SS, proj.kernel_size[0])
+        patches_BNP = cut_patches(images_B3SS, self.stride)
         ids = ids_keep_BN.clamp(min=0)
-        kept_BNP = patches_BNP.gather(1, ids[..., None].expand(-1, -1, patches_BNP.shape[-1]))
-        tokens_BNC = F.linear(kept_BNP, proj.weight.flatten(1), proj.bias) + self.pos_embed.flatten(0, 2)[ids]
+        return self.forward_patches(
+            patches_BNP.gather(1, ids[..., None].expand(-1, -1, patches_BNP.shape[-1])), ids_keep_BN
+        )
+
+    def forward_patches(self, patches_BNP: torch.Tensor, ids_keep_BN: torch.Tensor) -> torch.Tensor:
+        """Encode patches as if they stood at these places of the grid and nothing else existed.
+
+        Args:
+            patches_BNP: From ``cut_patches``, of images after ``to_pixels``.
+            ids_keep_BN: As for ``forward_visible``; not checked again.
+
+        Returns:
+            As ``forward_visible``.
+        """
+        tokens_BNC = self.embed_patches(patches_BNP, ids_keep_BN)
         plan = visible_plan(ids_keep_BN, grid=self.grid, side=self.attn_window_size)
         return self._run_blocks(tokens_BNC, plan)
+
+    def embed_patches(self, patches_BNP: torch.Tensor, ids_keep_BN: torch.Tensor) -> torch.Tensor:
+        """Return the tokens (B, N, C) of patches with the positions of their places added."""
+        proj = self.patch_embed.proj
+        positions_BNC = self.pos_embed.flatten(0, 2)[ids_keep_BN.clamp(min=0)]
+        return F.linear(patches_BNP, proj.weight.flatten(1), proj.bias) + positions_BNC
 
     def layer_groups(self) -> Iterator[tuple[int, list[nn.Parameter]]]:
         """Yield (depth index, parameters) from the patch embedding (0) to the neck."""
@@ -219,7 +237,7 @@ class ImageEncoder(nn.Module):
         return tokens_BNC
 
 
-def _patches(images_B3SS: torch.Tensor, patch_size: int) -> torch.Tensor:
+def cut_patches(images_B3SS: torch.Tensor, patch_size: int) -> torch.Tensor:
     """Cut images into flattened patches (B, g g, 3 p p), channel first as in the convolution's weight."""
     side = images_B3SS.shape[-1] // patch_size
     cut = images_B3SS.unflatten(3, (side, patch_size)).unflatten(2, (side, patch_size))

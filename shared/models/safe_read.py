@@ -106,6 +106,9 @@ def refuse_foreign(head: bytes, size: int, *, name: str) -> None:
     text = head.lstrip().lower()
     if size == 0:
         raise WeightsError("weights file is empty (0 bytes): the download or copy failed. Fetch it again.", where=name)
+    if _begins_like_safetensors(head, size):
+        # Its first byte is part of a length, and is that of a pickle in one file of thirty.
+        return
     for magic, kind in _FOREIGN_MAGIC:
         if head.startswith(magic):
             raise WeightsError(f"weights must be a PyTorch .pth or safetensors file, got {kind}.", where=name)
@@ -119,6 +122,11 @@ def refuse_foreign(head: bytes, size: int, *, name: str) -> None:
             "current PyTorch.",
             where=name,
         )
+
+
+def _begins_like_safetensors(head: bytes, size: int) -> bool:
+    """True for a length that fits into the file, then JSON. Eight bytes of anything else make a far larger number."""
+    return len(head) > 8 and head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= size - 8
 
 
 _FOREIGN_MAGIC = (

@@ -6,7 +6,7 @@ Loading accounts for every tensor both ways and prints it; less than all that wa
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -235,15 +235,21 @@ def card_of(weights: WeightsFile, *, image_size: int | None = None) -> Card:
     )
 
 
-def save_encoder(encoder: nn.Module, folder: Path, card: Card) -> Path:
+def save_encoder(encoder: nn.Module | Mapping[str, torch.Tensor], folder: Path, card: Card) -> Path:
     """Write ``encoder.safetensors`` (keys ``image_encoder.*``) and ``card.json``.
+
+    Args:
+        encoder: The encoder, or its state under segment_anything's names.
+        folder: Is made if it is missing.
+        card: What travels with the weights.
 
     Returns:
         Path of the weights file. Both files appear whole or not at all.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "encoder.safetensors"
-    tensors = {f"image_encoder.{k}": v for k, v in encoder.state_dict().items()}
+    state = encoder.state_dict() if isinstance(encoder, nn.Module) else encoder
+    tensors = {f"image_encoder.{k}": v for k, v in state.items()}
     save_tensors(tensors, path)
     Card.from_dict({**card.to_dict(), "weights_sha256": file_sha256(path)}).write(folder / "card.json")
     return path

@@ -26,7 +26,8 @@ from samgraft.shared.data.dataset import centre_channel
 from samgraft.shared.models.image_encoder import MaskableEncoder
 from samgraft.shared.models.sam import to_pixels
 from samgraft.ssl.masking import MaskKind, token_masks, upsample_mask
-from samgraft.ssl.objectives.objective import ObjectiveLoss, Panel
+from samgraft.ssl.objectives.objective import ObjectiveLoss, Panel, WithoutTeacher
+from samgraft.ssl.scope import learns_mask_token
 from torch import nn
 
 
@@ -138,7 +139,7 @@ class _Guess:
     """What divided the grey values, broadcastable to them."""
 
 
-class MaskedImage(nn.Module):
+class MaskedImage(WithoutTeacher, nn.Module):
     """The objective ``masked_image``. Exports ``encoder``; throws mask token and decoder away."""
 
     def __init__(self, encoder: MaskableEncoder, config: MaskedImageConfig, *, seed: int) -> None:
@@ -153,8 +154,7 @@ class MaskedImage(nn.Module):
         self.seed = seed
         if not config.train_neck:
             encoder.neck.requires_grad_(False)
-        # A trained token above a frozen stem would cost a backward pass through all frozen layers.
-        self.mask_token = nn.Parameter(torch.zeros(encoder.mask_token_dim), requires_grad=stem_is_trained(encoder))
+        self.mask_token = nn.Parameter(torch.zeros(encoder.mask_token_dim), requires_grad=learns_mask_token(encoder))
         in_dim = encoder.spec.neck_dim if config.train_neck else encoder.feature_dim
         self.decoder = PixelDecoder(
             in_dim,
@@ -174,9 +174,6 @@ class MaskedImage(nn.Module):
         grey_error = (error_B1SS.detach() * guess.std * guess.hidden_B1SS).sum() / num_hidden
         features_BC = guess.features_BChw.detach().float().mean((2, 3))
         return ObjectiveLoss(total=total, parts={"grey_error": grey_error}, features_BC=features_BC)
-
-    def after_step(self, step: int) -> None:
-        """Nothing to do: there is no teacher."""
 
     @torch.no_grad()
     def panel(self, images_B1SS: torch.Tensor, *, sample_counters: Sequence[int]) -> Panel:
@@ -238,12 +235,6 @@ class MaskedImage(nn.Module):
         if self.config.target is PixelTarget.UNIT:
             return _unit_statistics(images_B1SS, self.config.mask_unit_px)
         return _visible_statistics(images_B1SS, hidden_B1SS)
-
-
-def stem_is_trained(encoder: MaskableEncoder) -> bool:
-    """Tell whether the encoder's first depth is trained."""
-    _, stem = next(iter(encoder.layer_groups()))
-    return any(parameter.requires_grad for parameter in stem)
 
 
 def _visible_statistics(images_B1SS: torch.Tensor, hidden_B1SS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from samgraft.shared.models.image_encoder import MaskableEncoder
@@ -30,6 +30,26 @@ class Panel:
     columns: Sequence[str]
     images_KBHW: torch.Tensor
     """Shape (K columns, B slices, H, W), float32."""
+    caption: str = ""
+    """What the columns are, where their titles do not say it."""
+
+
+class WithoutTeacher:
+    """What objectives without a teacher share: the trained encoder is handed on, and nothing happens between steps."""
+
+    encoder: Any
+
+    @property
+    def exported_encoder(self) -> MaskableEncoder:
+        """The trained encoder."""
+        encoder: MaskableEncoder = self.encoder
+        return encoder
+
+    def before_step(self, step: int) -> None:
+        """Nothing to do."""
+
+    def after_step(self, step: int) -> None:
+        """Nothing to do."""
 
 
 @runtime_checkable
@@ -38,15 +58,28 @@ class Objective(Protocol):
 
     @property
     def encoder(self) -> MaskableEncoder:
-        """The encoder that is exported; an objective with a teacher says which of the two."""
+        """The encoder that is trained."""
+        ...
+
+    @property
+    def exported_encoder(self) -> MaskableEncoder:
+        """The encoder that is handed on: the trained one, or an EMA teacher that follows it."""
         ...
 
     def loss(self, images_B1SS: torch.Tensor, *, sample_counters: Sequence[int], step: int) -> ObjectiveLoss:
-        """Return the loss of a batch; a pure function of the weights, the images, the counters and the step."""
+        """Return the loss of a batch; a pure function of the weights, the images, the counters and the step.
+
+        Without gradients (held-out slices) it changes nothing; with them it may collect statistics in buffers, which
+        take effect in :meth:`after_step`.
+        """
+        ...
+
+    def before_step(self, step: int) -> None:
+        """Act on the gradients before optimizer step ``step`` (counted from 0): hold a layer still, or nothing."""
         ...
 
     def after_step(self, step: int) -> None:
-        """Act after an optimizer step: move an EMA teacher, cancel gradients, or nothing."""
+        """Act after optimizer step ``step`` (counted from 0): move an EMA teacher and its centers, or nothing."""
         ...
 
     def panel(self, images_B1SS: torch.Tensor, *, sample_counters: Sequence[int]) -> Panel:

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from enum import Enum
 
+from samgraft.ssl.objectives.dino import DINOConfig
+from samgraft.ssl.objectives.feature import FeatureConfig
+from samgraft.ssl.objectives.lejepa import LeJEPAConfig
 from samgraft.ssl.objectives.mae import MAEConfig
 from samgraft.ssl.objectives.masked_image import MaskedImageConfig
 
@@ -14,6 +17,9 @@ class Method(Enum):
 
     MASKED_IMAGE = "masked_image"
     MAE = "mae"
+    DINO = "dino"
+    LEJEPA = "lejepa"
+    FEATURE = "feature"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +32,12 @@ class ObjectiveConfig:
     """Settings of masked_image."""
     mae: MAEConfig = field(default_factory=MAEConfig)
     """Settings of mae."""
+    dino: DINOConfig = field(default_factory=DINOConfig)
+    """Settings of dino."""
+    lejepa: LeJEPAConfig = field(default_factory=LeJEPAConfig)
+    """Settings of lejepa."""
+    feature: FeatureConfig = field(default_factory=FeatureConfig)
+    """Settings of feature."""
 
     def __post_init__(self) -> None:
         for section in fields(self):

@@ -19,6 +19,7 @@ from model_factory import make_sam, tiny_plain_spec
 from safetensors.torch import save_file
 from samgraft.shared.cli import main
 from samgraft.shared.errors import WeightsError
+from samgraft.shared.models.safe_read import read_file
 from samgraft.shared.models.weights import load_sam, read_weights
 
 
@@ -345,3 +346,13 @@ def test_foreign_objects__tensors_can_be_taken_out_without_running_anything(
     _code(path, sam_tensors, tmp_path / "canary")
     assert main(["inspect", str(path), "--save-tensors", str(out)]) == 4
     assert not (tmp_path / "canary").exists()
+
+
+def test_safetensors__whose_length_begins_like_a_pickle_is_read(tmp_path: Path) -> None:
+    tensors = {"image_encoder.pos_embed": torch.zeros(1, 2, 2, 4)}
+    header = {name: {"dtype": "F32", "shape": [1, 2, 2, 4], "data_offsets": [0, 64]} for name in tensors}
+    text = json.dumps(header).encode().ljust(0x280)  # 80 02: the first bytes of a pickle of protocol 2
+    path = tmp_path / "w.safetensors"
+    path.write_bytes(struct.pack("<Q", len(text)) + text + bytes(64))
+    assert path.read_bytes()[:2] == b"\x80\x02"
+    assert torch.equal(read_file(path).content["image_encoder.pos_embed"], tensors["image_encoder.pos_embed"])

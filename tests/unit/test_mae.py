@@ -1,11 +1,23 @@
 """The objective mae: hidden tokens neither cost nor influence anything, and only they enter the loss."""
 
+import dataclasses
+
 import pytest
 import torch
 from samgraft.shared.errors import UsageError
+from samgraft.shared.models.image_encoder import build_image_encoder
+from samgraft.shared.models.sam import to_pixels
 from samgraft.ssl.masking import MaskKind, token_masks, upsample_mask
-from samgraft.ssl.objectives.mae import MAE, MAEConfig, sincos_positions
-from tiny_encoders import plain_encoder, slices, tiny_encoder
+from samgraft.ssl.objectives.decoders import (
+    DecoderKind,
+    chosen_ids,
+    from_windows,
+    sincos_positions,
+    to_windows,
+    window_side,
+)
+from samgraft.ssl.objectives.mae import MAE, Layout, MAEConfig
+from tiny_encoders import PLAIN_VIT, plain_encoder, slices, tiny_encoder
 
 COUNTERS = (7, 8)
 
@@ -27,7 +39,8 @@ def masks_of(mask_ratio=0.75, **settings):
 def test_loss__by_hand_on_hidden_tokens_only():
     objective = make_objective()
     images, masks = images_of(), masks_of()
-    guess, _, ids_hidden = objective._guess(images, masks)
+    ids_hidden = chosen_ids(masks.flatten(1))
+    guess, _ = objective._guess(images, masks, ids_hidden)
     errors = []
     for image, answers, numbers in zip(images[:, 0], guess, ids_hidden, strict=True):
         for answer, number in zip(answers, numbers.tolist(), strict=True):
@@ -44,41 +57,103 @@ def test_loss__by_hand_on_hidden_tokens_only():
 def test_loss__by_hand_without_normalised_targets():
     objective = make_objective(norm_pix_loss=False)
     with torch.no_grad():
-        objective.decoder.to_pixels.weight.zero_()
-        objective.decoder.to_pixels.bias.fill_(0.25)
+        objective.decoder.to_answer.weight.zero_()
+        objective.decoder.to_answer.bias.fill_(0.25)
     images = images_of()
     hidden = upsample_mask(masks_of(), image_size=96)
     expected = (images[hidden] - 0.25).square().mean()
     torch.testing.assert_close(objective.loss(images, sample_counters=COUNTERS, step=0).total, expected)
 
 
-@pytest.mark.parametrize("kind", list(MaskKind))
-def test_guess__does_not_depend_on_hidden_pixels(kind):
-    objective = make_objective(mask_kind=kind)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        *({"mask_kind": kind} for kind in MaskKind),
+        *({"decoder": kind} for kind in DecoderKind),
+        {"layout": Layout.PLAIN_VIT},
+    ],
+    ids=str,
+)
+def test_guess__does_not_depend_on_hidden_pixels(settings):
+    objective = make_objective(**settings)
     images, masks = images_of(), objective._masks(COUNTERS)
-    hidden = upsample_mask(masks, image_size=96)
-    first, _, _ = objective._guess(images, masks)
-    second, _, _ = objective._guess(torch.where(hidden, torch.rand_like(images), images), masks)
+    hidden, ids_hidden = upsample_mask(masks, image_size=96), chosen_ids(masks.flatten(1))
+    first, _ = objective._guess(images, masks, ids_hidden)
+    second, _ = objective._guess(torch.where(hidden, torch.rand_like(images), images), masks, ids_hidden)
     assert torch.equal(first, second)
-    third, _, _ = objective._guess(torch.where(hidden, images, 1 - images), masks)
+    third, _ = objective._guess(torch.where(hidden, images, 1 - images), masks, ids_hidden)
     assert not torch.equal(first, third)
 
 
-def test_gradient_flow__everything_moves_but_the_neck():
-    objective = make_objective()
+@pytest.mark.parametrize(
+    ("settings", "kept"),
+    [
+        ({}, ("encoder.neck",)),
+        ({"decoder": DecoderKind.WINDOWED}, ("encoder.neck",)),
+        ({"decoder": DecoderKind.FULL}, ("encoder.neck",)),
+        ({"answered_share": 0.3}, ("encoder.neck",)),
+        (
+            {"layout": Layout.PLAIN_VIT},
+            ("encoder.neck", *(f"encoder.blocks.{i}.attn.rel_pos_{axis}" for i in (0, 1) for axis in "hw")),
+        ),
+    ],
+    ids=str,
+)
+def test_gradient_flow__everything_moves_but_the_neck(settings, kept):
+    objective = make_objective(**settings)
     before = {name: tensor.clone() for name, tensor in objective.state_dict().items()}
     optimizer = torch.optim.SGD([p for p in objective.parameters() if p.requires_grad], lr=1.0)
     objective.loss(images_of(), sample_counters=COUNTERS, step=0).total.backward()
+    assert all(p.grad is not None for p in objective.parameters() if p.requires_grad)
     optimizer.step()
     moved = {name for name, tensor in objective.state_dict().items() if not torch.equal(tensor, before[name])}
-    assert moved == {name for name in before if not name.startswith("encoder.neck")}
+    assert moved == {name for name in before if not name.startswith(kept)}
+
+
+def test_answered_share__asks_for_a_part_that_differs_between_samples():
+    objective = make_objective(answered_share=1 / 3)
+    masks = objective._masks(COUNTERS)
+    asked = objective._asked(masks, COUNTERS)
+    assert asked.shape == (2, 9)  # of 27 hidden ones
+    assert masks.flatten(1).gather(1, asked).all()
+    assert torch.equal(asked, objective._asked(masks, COUNTERS))
+    places = [[chosen_ids(masks.flatten(1))[b].tolist().index(i) for i in asked[b].tolist()] for b in range(2)]
+    assert places[0] != places[1]
+    whole = make_objective().loss(images_of(), sample_counters=COUNTERS, step=0).total
+    assert objective.loss(images_of(), sample_counters=COUNTERS, step=0).total != whole
+
+
+def test_layout__plain_vit_is_sams_encoder_without_windows_and_relative_positions():
+    spec = dataclasses.replace(PLAIN_VIT, plain=dataclasses.replace(PLAIN_VIT.plain, global_blocks=(0, 1)))
+    objective = make_objective(layout=Layout.PLAIN_VIT)
+    torch.manual_seed(0)
+    everywhere = build_image_encoder(spec, image_size=96)
+    state = objective.encoder.state_dict()
+    with torch.no_grad():
+        for name, tensor in everywhere.state_dict().items():
+            tensor.copy_(torch.zeros_like(tensor) if "rel_pos" in name else state[name])
+    images, masks = images_of(), masks_of()
+    _, visible = objective._guess(images, masks, chosen_ids(masks.flatten(1)))
+    expected = everywhere.forward_visible(to_pixels(images, spec), chosen_ids(~masks.flatten(1)))
+    torch.testing.assert_close(visible, expected, atol=1e-5, rtol=1e-5)
+    _, windowed = make_objective()._guess(images, masks, chosen_ids(masks.flatten(1)))
+    assert not torch.allclose(visible, windowed, atol=1e-3)
+
+
+def test_decoder__windows_keep_tokens_apart_and_come_back():
+    tokens = torch.arange(2 * 36 * 3.0).view(2, 36, 3)
+    windows = to_windows(tokens, 6, 3)
+    assert windows.shape == (8, 9, 3)
+    assert windows[1, :, 0].div(3).tolist() == [3, 4, 5, 9, 10, 11, 15, 16, 17]
+    assert torch.equal(from_windows(windows, 6, 3), tokens)
+    assert [window_side(grid) for grid in (6, 16, 64, 28, 17)] == [6, 16, 16, 14, 17]
 
 
 def test_panel__fills_only_the_holes():
     objective = make_objective(norm_pix_loss=False)
     with torch.no_grad():
-        objective.decoder.to_pixels.weight.zero_()
-        objective.decoder.to_pixels.bias.copy_(torch.linspace(0, 1, 256))
+        objective.decoder.to_answer.weight.zero_()
+        objective.decoder.to_answer.bias.copy_(torch.linspace(0, 1, 256))
     images = images_of()
     hidden = upsample_mask(objective._masks(COUNTERS), image_size=96)[:, 0]
     given, seen, filled = objective.panel(images, sample_counters=COUNTERS).images_KBHW
@@ -110,7 +185,7 @@ def test_sincos_positions__tell_rows_and_columns_apart():
 
 
 def test_mae__refuses_an_encoder_that_cannot_leave_tokens_out():
-    with pytest.raises(UsageError, match=r"vit_b, vit_l, vit_h.*got vit_t. Use METHOD=masked_image"):
+    with pytest.raises(UsageError, match=r"vit_b, vit_l, vit_h.*got vit_t, whose.*Use METHOD=masked_image"):
         MAE(tiny_encoder(), MAEConfig(), seed=0)
 
 
@@ -120,6 +195,7 @@ def test_mae__refuses_an_encoder_that_cannot_leave_tokens_out():
         ({"mask_ratio": 0.0}, "mask_ratio must lie between 0 and 1"),
         ({"decoder_dim": 100}, "decoder_dim must be a multiple of 4 times num_decoder_heads"),
         ({"num_decoder_blocks": 0}, "num_decoder_blocks must be at least 1"),
+        ({"answered_share": 0.0}, "answered_share must lie in"),
     ],
 )
 def test_config__refuses(settings, message):

@@ -9,7 +9,7 @@ from samgraft.ssl.objectives.masked_image import (
     PixelTarget,
     fill_by_smoothing,
 )
-from samgraft.ssl.start import freeze_depths
+from samgraft.ssl.scope import freeze_depths
 from tiny_encoders import slices, tiny_encoder
 
 COUNTERS = (7, 8)

@@ -1,0 +1,215 @@
+"""Features from holes: guess what SAM itself would see in the whole slice, from a part of it.
+
+A frozen copy of the encoder as it was at the start sees the whole slice; the trained one sees it with tokens hidden
+and must produce the same features everywhere. The untouched mask decoder can still read them, because they stay where
+SAM put them: the safest way to adapt an encoder that will be used with SAM's own decoder.
+
+The windowed ViTs run on visible tokens only, and a light decoder, thrown away afterwards, fills the grid with features
+for the hidden ones. vit_t, whose stem cannot drop tokens, gets mask tokens in place and no decoder.
+
+The neck: with ``train_neck: false`` the student's features go through SAM's own neck, kept to the bit; with ``true``
+the neck may move too. The target before the neck (``target: features``) does not use it, so it then stays too.
+
+Shape letters: B = slices, S = image size, C = channels, h, w = feature rows and columns, N, M = visible and hidden
+tokens, L = h w.
+
+Source: Wei et al., MaskFeat (CVPR 2022): features as targets. Xiong et al., EfficientSAM (CVPR 2024): SAM's own as
+targets, a cross-attention decoder for hidden tokens. Baevski et al., data2vec (2022): normalised targets.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from samgraft.shared.data.dataset import centre_channel
+from samgraft.shared.models.image_encoder import ImageEncoder, MaskableEncoder
+from samgraft.shared.models.sam import to_pixels
+from samgraft.ssl.masking import MaskKind, token_masks, upsample_mask
+from samgraft.ssl.objectives.decoders import Decoder, DecoderKind, DecoderShape, chosen_ids
+from samgraft.ssl.objectives.dino import mask_unit
+from samgraft.ssl.objectives.feature_panel import principal_directions, project
+from samgraft.ssl.objectives.objective import ObjectiveLoss, Panel, WithoutTeacher
+from samgraft.ssl.scope import learns_mask_token
+from torch import nn
+
+
+class FeatureTarget(Enum):
+    """Which of SAM's features are guessed."""
+
+    EMBEDDINGS = "embeddings"
+    """Behind the neck: what the mask decoder reads."""
+    FEATURES = "features"
+    """Before the neck, every token normalised to mean 0 and deviation 1: without, a few channels would be all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureConfig:
+    """Settings of the objective ``feature``."""
+
+    target: FeatureTarget = FeatureTarget.EMBEDDINGS
+    """embeddings or features."""
+    mask_ratio: float = 0.5
+    """Fraction hidden; less than MAE's, because features hold more than pixels."""
+    mask_kind: MaskKind = MaskKind.RANDOM
+    """random, block, or per_window (windowed ViTs only)."""
+    mask_unit_px: int | None = None
+    """Side of a hidden square in pixels; null takes one token of the windowed ViTs, about a tenth of the input for
+    vit_t."""
+    visible_weight: float = 1.0
+    """Weight of the visible tokens' error beside the hidden ones': it ties the encoder to SAM's features where it
+    sees everything it needs. 0 asks for hidden ones only."""
+    train_neck: bool = False
+    """Whether SAM's neck is trained too (target embeddings only)."""
+    decoder_dim: int = 256
+    """Channels of the decoder (windowed ViTs)."""
+    num_decoder_blocks: int = 2
+    """Depth of the decoder (windowed ViTs)."""
+    num_decoder_heads: int = 4
+    """Attention heads of the decoder (windowed ViTs)."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.mask_ratio < 1:
+            raise ValueError(f"mask_ratio must lie between 0 and 1, got {self.mask_ratio}.")
+        if self.visible_weight < 0:
+            raise ValueError(f"visible_weight must be at least 0, got {self.visible_weight}.")
+        if self.train_neck and self.target is FeatureTarget.FEATURES:
+            raise ValueError("train_neck needs target embeddings: features are taken before the neck.")
+        self.decoder_shape()
+
+    def decoder_shape(self) -> DecoderShape:
+        """Return the size of the decoder."""
+        return DecoderShape(
+            kind=DecoderKind.CROSS,
+            dim=self.decoder_dim,
+            num_blocks=self.num_decoder_blocks,
+            num_heads=self.num_decoder_heads,
+        )
+
+
+class Feature(WithoutTeacher, nn.Module):
+    """The objective ``feature``. Exports ``encoder``; the frozen copy and the decoder stay in the ``ssl_state``."""
+
+    def __init__(self, encoder: MaskableEncoder, config: FeatureConfig, *, seed: int) -> None:
+        super().__init__()
+        self.encoder: Any = encoder
+        self.config = config
+        self.seed = seed
+        self.grid = encoder.image_size // encoder.stride
+        self.mask_unit_px = mask_unit(encoder, config.mask_unit_px)
+        self.reads_neck = config.target is FeatureTarget.EMBEDDINGS
+        teacher = cast(nn.Module, copy.deepcopy(encoder))
+        self.teacher: Any = teacher.requires_grad_(False)
+        if not config.train_neck:
+            encoder.neck.requires_grad_(False)
+        self.mask_token: nn.Parameter | None = None
+        self.decoder: Decoder | None = None
+        if isinstance(encoder, ImageEncoder):
+            if self.mask_unit_px != encoder.stride and config.mask_kind is MaskKind.PER_WINDOW:
+                raise ValueError("mask_kind per_window hides single tokens: leave mask_unit_px out.")
+            self.decoder = Decoder(
+                encoder.feature_dim, config.decoder_shape(), grid=self.grid, out_dim=encoder.feature_dim
+            )
+        else:
+            if config.mask_kind is MaskKind.PER_WINDOW:
+                raise ValueError("vit_t hides whole squares: mask_kind must be random or block, got per_window.")
+            self.mask_token = nn.Parameter(
+                torch.zeros(encoder.mask_token_dim), requires_grad=learns_mask_token(encoder)
+            )
+
+    def loss(self, images_B1SS: torch.Tensor, *, sample_counters: Sequence[int], step: int) -> ObjectiveLoss:
+        """Return the unexplained share of the features' variance; the mean would score 1. ``step`` is not used."""
+        mask_Bhw = self._masks(sample_counters).to(images_B1SS.device)
+        target_BChw = self._target(images_B1SS)
+        guess_BChw, features_BChw = self._guess(images_B1SS, mask_Bhw)
+        with torch.autocast(images_B1SS.device.type, enabled=False):
+            error_Bhw = self._error(guess_BChw.float(), target_BChw)
+            hidden_Bhw = upsample_mask(mask_Bhw, image_size=self.grid)[:, 0]
+            hidden = error_Bhw[hidden_Bhw].mean()
+            visible = error_Bhw[~hidden_Bhw].mean()
+            weight = self.config.visible_weight
+            total = (hidden + weight * visible) / (1 + weight)
+        features_BC = features_BChw.detach().float().mean((2, 3))
+        parts = {"hidden_error": hidden.detach(), "visible_error": visible.detach()}
+        return ObjectiveLoss(total=total, parts=parts, features_BC=features_BC)
+
+    @torch.no_grad()
+    def panel(self, images_B1SS: torch.Tensor, *, sample_counters: Sequence[int]) -> Panel:
+        """Return the slice, what the encoder saw, and SAM's strongest feature direction: as it is, and as guessed."""
+        mask_Bhw = self._masks(sample_counters).to(images_B1SS.device)
+        target_BChw = self._target(images_B1SS)
+        guess_BChw, _ = self._guess(images_B1SS, mask_Bhw)
+        images_B1SS = centre_channel(images_B1SS)
+        directions_CK, mean_C = principal_directions(target_BChw, num=1)
+        side = images_B1SS.shape[-1]
+        both = project(torch.cat([guess_BChw.float(), target_BChw]), directions_CK, mean_C, side=side)[0]
+        guess_BSS, target_BSS = both.chunk(2)
+        seen_B1SS = images_B1SS.masked_fill(upsample_mask(mask_Bhw, image_size=side), 0.5)
+        pictures = torch.stack([images_B1SS.squeeze(1), seen_B1SS.squeeze(1), guess_BSS, target_BSS])
+        return Panel(
+            columns=("input", "visible", "output", "features of the whole slice"),
+            images_KBHW=pictures.float().cpu(),
+            caption="Features along the direction in which SAM's own differ most over these slices.",
+        )
+
+    def references(self, images_B1SS: torch.Tensor, *, sample_counters: Sequence[int]) -> Mapping[str, float]:
+        """Return nothing: the loss is a share, its trivial answer scores 1."""
+        return {}
+
+    def _masks(self, sample_counters: Sequence[int]) -> torch.Tensor:
+        side = self.encoder.image_size // self.mask_unit_px
+        return token_masks(
+            sample_counters,
+            seed=self.seed,
+            grid_hw=(side, side),
+            mask_ratio=self.config.mask_ratio,
+            kind=self.config.mask_kind,
+            attn_window_size=getattr(self.encoder, "attn_window_size", None),
+        )
+
+    @torch.no_grad()
+    def _target(self, images_B1SS: torch.Tensor) -> torch.Tensor:
+        """Return what the frozen copy sees in the whole slice, float32."""
+        features_BChw = self.teacher.forward_features(to_pixels(images_B1SS, self.encoder.spec))
+        seen_BChw: torch.Tensor = self.teacher.neck(features_BChw) if self.reads_neck else features_BChw
+        return seen_BChw.float()
+
+    def _guess(self, images_B1SS: torch.Tensor, mask_Bhw: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the guessed target and the features before the neck."""
+        pixels_B3SS = to_pixels(images_B1SS, self.encoder.spec)
+        if self.decoder is None:
+            features_BChw = self.encoder.forward_features(
+                pixels_B3SS, token_mask_Bhw=mask_Bhw, mask_token=self.mask_token
+            )
+        else:
+            features_BChw = self._fill(pixels_B3SS, upsample_mask(mask_Bhw, image_size=self.grid).flatten(1))
+        guess_BChw = self.encoder.neck(features_BChw) if self.reads_neck else features_BChw
+        return guess_BChw, features_BChw
+
+    def _fill(self, pixels_B3SS: torch.Tensor, hidden_BL: torch.Tensor) -> torch.Tensor:
+        """Encode the visible tokens, let the decoder answer for the rest, and put both on the grid."""
+        assert self.decoder is not None
+        ids_keep_BN, ids_hidden_BM = chosen_ids(~hidden_BL), chosen_ids(hidden_BL)
+        visible_BNC = self.encoder.forward_visible(pixels_B3SS, ids_keep_BN)
+        hidden_BMC = self.decoder(visible_BNC, ids_keep_BN, ids_hidden_BM).to(visible_BNC.dtype)
+        order_BL = torch.cat([ids_keep_BN, ids_hidden_BM], 1).argsort(1)
+        tokens_BLC = torch.cat([visible_BNC, hidden_BMC], 1)
+        tokens_BLC = tokens_BLC.gather(1, order_BL[..., None].expand_as(tokens_BLC))
+        grid_BChw: torch.Tensor = tokens_BLC.mT.unflatten(2, (self.grid, self.grid))
+        return grid_BChw
+
+    def _error(self, guess_BChw: torch.Tensor, target_BChw: torch.Tensor) -> torch.Tensor:
+        """Return the squared error per token over the target's variance, shape (B, h, w)."""
+        if not self.reads_neck:
+            guess_BChw, target_BChw = (_normalised(x) for x in (guess_BChw, target_BChw))
+        variance = (target_BChw - target_BChw.mean((0, 2, 3), keepdim=True)).square().mean()
+        return (guess_BChw - target_BChw).square().mean(1) / variance.clamp_min(1e-6)
+
+
+def _normalised(features_BChw: torch.Tensor) -> torch.Tensor:
+    return F.layer_norm(features_BChw.movedim(1, -1), features_BChw.shape[1:2]).movedim(-1, 1)

@@ -1,0 +1,303 @@
+"""The objective dino: what it optimises, who follows whom, what moves, and what a look leaves alone."""
+
+import copy
+import math
+
+import pytest
+import torch
+from lightly.loss import DINOLoss, IBOTPatchLoss
+from samgraft.shared.errors import UsageError
+from samgraft.ssl.crops import CropConfig, multi_crop
+from samgraft.ssl.masking import MaskKind, scattered_masks
+from samgraft.ssl.objectives.dino import DINO, DINOConfig, mask_unit, teacher_temperature
+from samgraft.ssl.objectives.teacher import follow
+from samgraft.ssl.objectives.view_features import view_features
+from samgraft.ssl.scope import freeze_depths
+from tiny_encoders import lively_encoder, plain_encoder, slices
+
+COUNTERS = (7, 8, 9)
+SIZES = {"vit_t": 32, "plain": 96}
+
+
+def make_objective(kind="vit_t", *, encoder=None, max_steps=100, **settings):
+    encoder = encoder or {"vit_t": lively_encoder, "plain": plain_encoder}[kind]()
+    crops = settings.pop("crops", CropConfig(num_local_crops=2))
+    small = {"output_dim": 12, "head_hidden_dim": 8, "head_bottleneck_dim": 4, "freeze_last_layer": 0.0}
+    torch.manual_seed(1)
+    return DINO(encoder, DINOConfig(crops=crops, **(small | settings)), seed=3, max_steps=max_steps)
+
+
+def images_for(objective):
+    return slices(count=3, size=objective.encoder.image_size)
+
+
+def train_step(objective, step=0, lr=0.1):
+    optimizer = torch.optim.SGD([p for p in objective.parameters() if p.requires_grad], lr=lr)
+    objective.loss(images_for(objective), sample_counters=COUNTERS, step=step).total.backward()
+    objective.before_step(step)
+    optimizer.step()
+    objective.after_step(step)
+
+
+def copy_of(objective):
+    return {name: tensor.clone() for name, tensor in objective.state_dict().items()}
+
+
+def moved_since(objective, before):
+    return {name for name, tensor in objective.state_dict().items() if not torch.equal(tensor, before[name])}
+
+
+@pytest.mark.parametrize("kind", ["vit_t", "plain"])
+def test_loss__is_lightlys_on_the_same_views(kind):
+    objective = make_objective(kind, teacher_temp_warmup=0.0)
+    images = images_for(objective)
+    result = objective.loss(images, sample_counters=COUNTERS, step=0)
+    crops = multi_crop(
+        images,
+        sample_counters=COUNTERS,
+        seed=3,
+        config=objective.config.crops,
+        local_size_px=objective.local_size_px,
+    )
+    masks = objective._masks(COUNTERS)
+    taught = objective.teacher.heads.tokens(
+        view_features(objective.teacher.encoder, crops.global_BCSS, with_neck=False)
+    )
+    learned = objective.heads.tokens(
+        view_features(
+            objective.encoder,
+            crops.global_BCSS,
+            with_neck=False,
+            token_mask_Bhw=masks,
+            mask_token=objective.mask_token,
+        )
+    )
+    small = objective.heads.tokens(objective._small(crops.local_BCss, COUNTERS))
+    teacher_out = list(objective.teacher.heads.view(taught.mean(1)).split(3))
+    student_out = [*objective.heads.view(learned.mean(1)).split(3), *objective.heads.view(small.mean(1)).split(3)]
+    dino = DINOLoss(12)(teacher_out, student_out, teacher_temp=0.07)
+    torch.testing.assert_close(result.parts["dino"], dino.detach())
+    side = int(math.sqrt(taught.shape[1]))
+    repeat = side // masks.shape[-1]
+    hidden = masks.repeat_interleave(repeat, 1).repeat_interleave(repeat, 2)
+    with_holes = hidden.flatten(1).any(1)
+    flat = hidden.flatten(1)
+    ibot = IBOTPatchLoss(12)(
+        objective.teacher.heads.token(taught[flat]),
+        objective.heads.token(learned[flat]),
+        hidden[with_holes],
+        teacher_temp=0.07,
+    )
+    torch.testing.assert_close(result.parts["ibot"], ibot.detach())
+    total = dino + ibot + 0.1 * result.parts["koleo"]
+    torch.testing.assert_close(result.total.detach(), total.detach())
+
+
+@pytest.mark.parametrize("kind", ["vit_t", "plain"])
+@pytest.mark.parametrize("train_neck", [False, True])
+def test_gradient_flow__student_heads_and_token_learn_teacher_follows(kind, train_neck):
+    objective = make_objective(kind, train_neck=train_neck)
+    before = copy_of(objective)
+    trainable = {name for name, p in objective.named_parameters() if p.requires_grad}
+    train_step(objective)
+    assert all(p.grad is not None for p in objective.parameters() if p.requires_grad)  # DDP would wait for it
+    assert all(p.grad is None for p in objective.teacher.parameters())
+    moved = moved_since(objective, before)
+    untouched = "encoder.neck" if not train_neck else "nothing"
+    learned = {name for name in trainable if not name.startswith(untouched)}
+    assert {name for name in moved if not name.startswith(("teacher.", "dino_loss.", "ibot_loss."))} == learned
+    expected = {f"teacher.{name}" for name in learned if name.startswith(("encoder.", "heads."))}
+    assert {name for name in moved if name.startswith("teacher.")} == expected
+    assert "dino_loss.step_center.center_D" in moved
+    assert "ibot_loss.center.center_D" in moved
+
+
+def test_gradient_flow__frozen_depths_stay_in_student_and_teacher():
+    encoder = lively_encoder()
+    frozen = freeze_depths(encoder, 2)
+    objective = make_objective(encoder=encoder)
+    before = copy_of(objective)
+    train_step(objective)
+    moved = moved_since(objective, before)
+    assert not any(f"encoder.{name}" in moved or f"teacher.encoder.{name}" in moved for name in frozen)
+    assert "mask_token" not in moved  # above a frozen stem it would cost a backward pass through all frozen layers
+    assert any(name.startswith("teacher.encoder.layers.3") for name in moved)
+
+
+def test_after_step__teacher_is_the_average_by_hand():
+    objective = make_objective(momentum=0.75, final_momentum=1.0, max_steps=11)
+    teacher, student = objective.teacher.encoder, objective.encoder
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    before = {name: p.clone() for name, p in teacher.named_parameters()}
+    objective.after_step(5)  # half way along the cosine: 0.875
+    for name, parameter in student.named_parameters():
+        expected = 0.875 * before[name] + 0.125 * parameter
+        torch.testing.assert_close(teacher.get_parameter(name), expected)
+    unchanged = {name: p.clone() for name, p in teacher.named_parameters()}
+    objective.after_step(10)  # the last step: nothing moves any more
+    assert all(torch.equal(p, unchanged[name]) for name, p in teacher.named_parameters())
+
+
+def test_follow__leaves_equal_weights_to_the_bit_and_copies_buffers():
+    slow, fast = lively_encoder(), lively_encoder()
+    for module in fast.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.fill_(0.3)
+    before = {name: p.clone() for name, p in slow.named_parameters()}
+    follow(slow, fast, momentum=0.9)
+    assert all(torch.equal(p, before[name]) for name, p in slow.named_parameters())
+    assert all(torch.equal(b, dict(fast.named_buffers())[name]) for name, b in slow.named_buffers())
+
+
+def test_teacher__its_outputs_follow_its_weights_in_evaluation_mode():
+    objective = make_objective(momentum=0.0, final_momentum=0.0).eval()
+    images = images_for(objective)
+    first = view_features(objective.teacher.encoder, images, with_neck=False)
+    with torch.no_grad():
+        for name, parameter in objective.encoder.named_parameters():
+            if "attention_biases" in name:
+                parameter.add_(3 * torch.randn_like(parameter))
+    objective.after_step(0)
+    second = view_features(objective.teacher.encoder, images, with_neck=False)
+    assert (second - first).norm() > 0.01 * first.norm()  # timm's own cache of the biases would keep it exactly equal
+
+
+def test_loss__a_look_changes_nothing_and_is_repeatable():
+    objective = make_objective()
+    images = images_for(objective)
+    before = copy_of(objective) | {name: b.clone() for name, b in objective.named_buffers()}
+    with torch.no_grad():
+        first = objective.loss(images, sample_counters=COUNTERS, step=5).total
+        second = objective.loss(images, sample_counters=COUNTERS, step=5).total
+    assert torch.equal(first, second)
+    assert all(torch.equal(b, before[name]) for name, b in objective.named_buffers())
+    other = objective.loss(images, sample_counters=(1, 2, 3), step=5).total
+    assert not torch.equal(first, other)
+
+
+def test_before_step__prototypes_are_held_still_at_the_beginning():
+    objective = make_objective(freeze_last_layer=0.05, max_steps=100)
+    for step, held in ((0, True), (4, True), (5, False)):
+        objective.zero_grad()
+        objective.loss(images_for(objective), sample_counters=COUNTERS, step=step).total.backward()
+        objective.before_step(step)
+        for head in (objective.heads.view, objective.heads.token):
+            assert (head.last_layer.weight_v.grad is None) == held
+
+
+def test_deepcopy__works_although_lightlys_heads_refuse_it():
+    objective = make_objective()
+    copied = copy.deepcopy(objective)
+    assert copied.exported_encoder is copied.teacher.encoder
+    assert copied.heads.view is not objective.heads.view
+    assert all(torch.equal(tensor, copied.state_dict()[name]) for name, tensor in objective.state_dict().items())
+    flags = {name: p.requires_grad for name, p in objective.named_parameters()}
+    assert flags == {name: p.requires_grad for name, p in copied.named_parameters()}
+
+
+def test_teacher_temperature__rises_linearly_then_stays():
+    config = DINOConfig(warmup_teacher_temp=0.04, teacher_temp=0.07, teacher_temp_warmup=0.3)
+    values = [teacher_temperature(step, config, max_steps=100) for step in (0, 15, 30, 99)]
+    assert values == pytest.approx([0.04, 0.055, 0.07, 0.07])
+    assert teacher_temperature(0, DINOConfig(teacher_temp_warmup=0.0), max_steps=100) == 0.07
+
+
+def test_teacher_entropy__tells_sure_from_clueless():
+    objective = make_objective(teacher_temp_warmup=0.0)
+    with torch.no_grad():
+        objective.teacher.heads.view.last_layer.weight_g.zero_()
+    clueless = objective.loss(images_for(objective), sample_counters=COUNTERS, step=0).parts["teacher_entropy"]
+    assert clueless.item() == pytest.approx(1.0, rel=1e-4)
+    with torch.no_grad():
+        objective.dino_loss.step_center.center_D[0] = -10.0
+    sure = objective.loss(images_for(objective), sample_counters=COUNTERS, step=0).parts["teacher_entropy"]
+    assert sure.item() == pytest.approx(0.0, abs=1e-4)
+
+
+@pytest.mark.parametrize("setting", [{"ibot_weight": 0.0}, {"koleo_weight": 0.0}])
+def test_loss__parts_can_be_switched_off_without_unused_parameters(setting):
+    objective = make_objective(**setting)
+    result = objective.loss(images_for(objective), sample_counters=COUNTERS, step=0)
+    assert next(iter(setting)).removesuffix("_weight") not in result.parts
+    result.total.backward()
+    assert all(p.grad is not None for p in objective.parameters() if p.requires_grad)
+
+
+def test_koleo__needs_two_slices_to_train_but_not_to_look():
+    objective = make_objective()
+    images = images_for(objective)[:1]
+    with pytest.raises(UsageError, match=r"batch_size must be at least 2 for dino's KoLeo loss.*got 1"):
+        objective.loss(images, sample_counters=COUNTERS[:1], step=0)
+    with torch.no_grad():
+        assert objective.loss(images, sample_counters=COUNTERS[:1], step=0).parts["koleo"] == 0
+
+
+def test_loss__falls_when_trained():
+    objective = make_objective(momentum=0.9, ibot_weight=0.0, koleo_weight=0.0)
+    optimizer = torch.optim.Adam([p for p in objective.parameters() if p.requires_grad], lr=3e-3)
+    losses = []
+    for step in range(15):
+        loss = objective.loss(images_for(objective), sample_counters=COUNTERS, step=step).total
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        objective.after_step(step)
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_panel__shows_directions_of_the_teacher():
+    objective = make_objective()
+    images = images_for(objective)
+    panel = objective.panel(images, sample_counters=COUNTERS)
+    assert panel.columns == ("input", "direction 1", "direction 2", "direction 3")
+    assert torch.equal(panel.images_KBHW[0], images[:, 0])
+    assert panel.images_KBHW.min() >= 0
+    assert panel.images_KBHW.max() <= 1
+    with torch.no_grad():
+        for parameter in objective.encoder.parameters():
+            parameter.add_(1.0)
+    assert torch.equal(objective.panel(images, sample_counters=COUNTERS).images_KBHW, panel.images_KBHW)
+
+
+def test_scattered_masks__hide_in_exactly_one_view_of_each_sample():
+    counters = list(range(30))
+    masks = scattered_masks(counters, seed=0, side=8, num_views=2, ratios=(0.1, 0.5), kind=MaskKind.BLOCK)
+    hidden = masks.view(2, 30, 64).sum(2)
+    assert ((hidden > 0).sum(0) == 1).all()
+    assert set((hidden > 0).float().argmax(0).tolist()) == {0, 1}
+    counts = hidden.sum(0)
+    assert counts.min() >= 6
+    assert counts.max() <= 32
+    assert counts.unique().numel() > 5
+    alone = scattered_masks([7], seed=0, side=8, num_views=2, ratios=(0.1, 0.5), kind=MaskKind.BLOCK)
+    assert torch.equal(alone, masks.view(2, 30, 8, 8)[:, 7])
+
+
+def test_mask_unit__fits_or_refuses():
+    assert mask_unit(plain_encoder(), None) == 16
+    assert mask_unit(lively_encoder(), None) == 4
+    assert mask_unit(lively_encoder(), 8) == 8
+    with pytest.raises(
+        UsageError, match=r"mask_unit_px must be a multiple of the encoder's stride 4 and divide.*got 6"
+    ):
+        mask_unit(lively_encoder(), 6)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"output_dim": 0}, "output_dim, head_hidden_dim and head_bottleneck_dim must be positive"),
+        ({"teacher_temp": 0.2}, "a teacher softer than its student collapses"),
+        ({"momentum": 1.1}, "0 <= momentum <= final_momentum <= 1"),
+        ({"freeze_last_layer": 2.0}, "freeze_last_layer must lie in"),
+        ({"min_mask_ratio": 0.6}, "0 < min_mask_ratio <= max_mask_ratio < 1"),
+        ({"mask_kind": MaskKind.PER_WINDOW}, "mask_kind must be random or block"),
+        ({"koleo_weight": -1.0}, "must be at least 0"),
+    ],
+)
+def test_config__refuses(settings, message):
+    with pytest.raises(ValueError, match=message):
+        DINOConfig(**settings)

@@ -1,0 +1,148 @@
+"""The objective feature: SAM's own features from a part of the slice; the frozen copy never moves."""
+
+import pytest
+import torch
+from samgraft.shared.models.sam import to_pixels
+from samgraft.ssl.masking import MaskKind, upsample_mask
+from samgraft.ssl.objectives.feature import Feature, FeatureConfig, FeatureTarget
+from tiny_encoders import lively_encoder, plain_encoder, slices
+
+COUNTERS = (7, 8)
+ENCODERS = {"vit_t": lively_encoder, "plain": plain_encoder}
+TARGETS = list(FeatureTarget)
+
+
+def make_objective(kind="vit_t", **settings):
+    encoder = ENCODERS[kind]()
+    torch.manual_seed(1)
+    config = FeatureConfig(decoder_dim=16, num_decoder_heads=2, num_decoder_blocks=1, **settings)
+    objective = Feature(encoder, config, seed=3)
+    if objective.mask_token is not None:
+        torch.nn.init.normal_(objective.mask_token)
+    return objective
+
+
+def images_for(objective):
+    return slices(size=objective.encoder.image_size)
+
+
+@pytest.mark.parametrize("kind", list(ENCODERS))
+@pytest.mark.parametrize("target", TARGETS)
+def test_loss__by_hand(kind, target):
+    objective = make_objective(kind, target=target, visible_weight=0.5)
+    images, masks = images_for(objective), objective._masks(COUNTERS)
+    wanted = objective.teacher.forward_features(to_pixels(images, objective.encoder.spec))
+    guess, _ = objective._guess(images, masks)
+    if target is FeatureTarget.EMBEDDINGS:
+        wanted = objective.teacher.neck(wanted)
+    else:
+        both = (wanted, guess)
+        wanted, guess = (
+            (x - x.mean(1, keepdim=True)) / (x.var(1, unbiased=False, keepdim=True) + 1e-5).sqrt() for x in both
+        )
+    squares = (guess - wanted).square()
+    scale = (wanted - wanted.mean((0, 2, 3), keepdim=True)).square().mean()
+    hidden = upsample_mask(masks, image_size=wanted.shape[-1]).expand_as(squares)
+    expected = (squares[hidden].mean() + 0.5 * squares[~hidden].mean()) / scale / 1.5
+    result = objective.loss(images, sample_counters=COUNTERS, step=0)
+    torch.testing.assert_close(result.total, expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(result.parts["hidden_error"], squares[hidden].mean() / scale, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", list(ENCODERS))
+def test_loss__the_mean_scores_one_and_sams_own_features_zero(kind):
+    objective = make_objective(kind)
+    target = objective._target(images_for(objective))
+    mean = target.mean((0, 2, 3), keepdim=True).expand_as(target)
+    assert objective._error(mean, target).mean().item() == pytest.approx(1.0, rel=1e-4)
+    assert objective._error(target, target).max() == 0
+
+
+@pytest.mark.parametrize("kind", list(ENCODERS))
+def test_guess__does_not_depend_on_hidden_pixels(kind):
+    objective = make_objective(kind)
+    images, masks = images_for(objective), objective._masks(COUNTERS)
+    hidden = upsample_mask(masks, image_size=images.shape[-1])
+    first, _ = objective._guess(images, masks)
+    second, _ = objective._guess(torch.where(hidden, torch.rand_like(images), images), masks)
+    assert torch.equal(first, second)
+    third, _ = objective._guess(torch.where(hidden, images, 1 - images), masks)
+    assert not torch.equal(first, third)
+
+
+@pytest.mark.parametrize("kind", list(ENCODERS))
+@pytest.mark.parametrize(
+    "settings", [{}, {"train_neck": True}, {"target": FeatureTarget.FEATURES}], ids=["frozen", "trained", "before"]
+)
+def test_gradient_flow__the_frozen_copy_never_moves(kind, settings):
+    objective = make_objective(kind, **settings)
+    before = {name: tensor.clone() for name, tensor in objective.state_dict().items()}
+    optimizer = torch.optim.SGD([p for p in objective.parameters() if p.requires_grad], lr=0.1)
+    objective.loss(images_for(objective), sample_counters=COUNTERS, step=0).total.backward()
+    assert all(p.grad is not None for p in objective.parameters() if p.requires_grad)
+    assert all(p.grad is None for p in objective.teacher.parameters())
+    optimizer.step()
+    moved = {name for name, tensor in objective.state_dict().items() if not torch.equal(tensor, before[name])}
+    kept = ("teacher.",) if settings.get("train_neck") else ("teacher.", "encoder.neck")
+    assert moved == {name for name, _ in objective.named_parameters() if not name.startswith(kept)}
+
+
+def test_fill__puts_every_token_where_it_was():
+    objective = make_objective("plain", mask_ratio=0.5)
+    images = images_for(objective)
+    hidden = upsample_mask(objective._masks(COUNTERS), image_size=6).flatten(1)
+    with torch.no_grad():
+        objective.decoder.to_answer.weight.zero_()
+        objective.decoder.to_answer.bias.fill_(9.0)
+    pixels = to_pixels(images, objective.encoder.spec)
+    filled = objective._fill(pixels, hidden).flatten(2).mT
+    assert (filled[hidden] == 9).all()
+    ids = torch.stack([(~row).nonzero()[:, 0] for row in hidden])
+    visible = objective.encoder.forward_visible(pixels, ids)
+    assert torch.equal(filled[~hidden], visible.flatten(0, 1))
+
+
+@pytest.mark.parametrize("kind", list(ENCODERS))
+def test_loss__falls_when_trained(kind):
+    objective = make_objective(kind)
+    optimizer = torch.optim.Adam([p for p in objective.parameters() if p.requires_grad], lr=3e-3)
+    losses = []
+    for _ in range(15):
+        loss = objective.loss(images_for(objective), sample_counters=COUNTERS, step=0).total
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert losses[-1] < 0.8 * losses[0]
+
+
+@pytest.mark.parametrize("kind", list(ENCODERS))
+def test_panel__shows_input_holes_guess_and_truth(kind):
+    objective = make_objective(kind)
+    images = images_for(objective)
+    given, seen, _, truth = objective.panel(images, sample_counters=COUNTERS).images_KBHW
+    hidden = upsample_mask(objective._masks(COUNTERS), image_size=images.shape[-1])[:, 0]
+    assert torch.equal(given, images[:, 0])
+    assert (seen[hidden] == 0.5).all()
+    assert truth.std() > 0.05
+
+
+def test_feature__refuses_masks_that_do_not_fit():
+    with pytest.raises(ValueError, match="vit_t hides whole squares"):
+        make_objective("vit_t", mask_kind=MaskKind.PER_WINDOW)
+    with pytest.raises(ValueError, match="per_window hides single tokens"):
+        make_objective("plain", mask_kind=MaskKind.PER_WINDOW, mask_unit_px=32)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"mask_ratio": 1.0}, "mask_ratio must lie between 0 and 1"),
+        ({"visible_weight": -1.0}, "visible_weight must be at least 0"),
+        ({"train_neck": True, "target": FeatureTarget.FEATURES}, "train_neck needs target embeddings"),
+        ({"decoder_dim": 100}, "decoder_dim must be a multiple of 4 times num_decoder_heads"),
+    ],
+)
+def test_config__refuses(settings, message):
+    with pytest.raises(ValueError, match=message):
+        FeatureConfig(**settings)

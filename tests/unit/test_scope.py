@@ -1,0 +1,165 @@
+"""What of the encoder trains: exact lists of what moves, and LoRA that leaves the run merged under SAM's names."""
+
+import dataclasses
+
+import pytest
+import torch
+from samgraft.shared.errors import UsageError
+from samgraft.shared.models.sam import to_pixels
+from samgraft.ssl.objectives import OBJECTIVES, Method, ObjectiveConfig
+from samgraft.ssl.objectives.dino import DINOConfig
+from samgraft.ssl.objectives.feature import FeatureConfig
+from samgraft.ssl.objectives.lejepa import LeJEPAConfig
+from samgraft.ssl.objectives.mae import MAEConfig
+from samgraft.ssl.objectives.masked_image import MaskedImageConfig
+from samgraft.ssl.scope import (
+    Scope,
+    ScopeConfig,
+    apply_scope,
+    freeze_depths,
+    learns_mask_token,
+    lora_layers,
+    merged_state,
+    plain_names,
+)
+from tiny_encoders import lively_encoder, plain_encoder, slices
+
+ENCODERS = {"vit_t": lively_encoder, "plain": plain_encoder}
+LORA = ScopeConfig(kind=Scope.LORA, lora_r=2, lora_alpha=4)
+LAYERS = {
+    "vit_t": {
+        f"layers.{stage}.blocks.0.{layer}"
+        for stage in (1, 2, 3)
+        for layer in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+    },
+    "plain": {
+        f"blocks.{block}.{layer}" for block in (0, 1) for layer in ("attn.qkv", "attn.proj", "mlp.lin1", "mlp.lin2")
+    },
+}
+SMALL = {
+    Method.MASKED_IMAGE: MaskedImageConfig(mask_unit_px=16, decoder_dim=8, num_decoder_blocks=1),
+    Method.MAE: MAEConfig(decoder_dim=16, num_decoder_heads=2, num_decoder_blocks=1),
+    Method.DINO: DINOConfig(output_dim=12, head_hidden_dim=8, head_bottleneck_dim=4, freeze_last_layer=0.0),
+    Method.LEJEPA: LeJEPAConfig(head_hidden_dim=8, output_dim=4, num_directions=8),
+    Method.FEATURE: FeatureConfig(decoder_dim=16, num_decoder_heads=2, num_decoder_blocks=1),
+}
+CASES = [(method, kind) for method in Method for kind in ENCODERS if (method, kind) != (Method.MAE, "vit_t")]
+
+
+def disturb(encoder):
+    """Give the updates a value: their second factor starts at 0."""
+    with torch.no_grad():
+        for layer in lora_layers(encoder).values():
+            layer.lora_B["default"].weight.normal_(std=0.3)
+    return encoder
+
+
+def outputs(encoder):
+    return encoder(to_pixels(slices(size=encoder.image_size), encoder.spec))
+
+
+@pytest.mark.parametrize("kind", ENCODERS)
+def test_lora__sits_in_the_linear_layers_and_starts_by_changing_nothing(kind):
+    encoder = ENCODERS[kind]()
+    before = outputs(encoder)
+    trained = apply_scope(encoder, LORA, num_frozen_depths=0)
+    assert torch.equal(outputs(encoder), before)
+    assert set(lora_layers(encoder)) == LAYERS[kind]
+    parts = {f"{layer}.lora_{letter}.default.weight" for layer in LAYERS[kind] for letter in "AB"}
+    neck = {f"neck.{name}" for name, _ in encoder.neck.named_parameters()}
+    assert set(trained) == parts | neck
+
+
+@pytest.mark.parametrize("kind", ENCODERS)
+def test_lora__merged_equals_unmerged_and_has_every_name_of_sam(kind):
+    encoder, fresh = ENCODERS[kind](), ENCODERS[kind](seed=5)
+    names = encoder.state_dict().keys()
+    apply_scope(encoder, LORA, num_frozen_depths=0)
+    untouched = outputs(encoder)
+    state = merged_state(disturb(encoder))
+    assert state.keys() == names == plain_names(encoder).keys()
+    fresh.load_state_dict(state, strict=True)
+    torch.testing.assert_close(outputs(fresh), outputs(encoder), atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(outputs(fresh), untouched, atol=1e-3)
+    assert state.keys() == merged_state(encoder).keys()  # merging changed nothing: it can be asked for again
+
+
+def test_merged_state__without_lora_is_the_state():
+    encoder = plain_encoder()
+    state = merged_state(encoder)
+    assert state.keys() == encoder.state_dict().keys()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in encoder.state_dict().items())
+
+
+def moved_by_training(objective):
+    before = {name: tensor.clone() for name, tensor in objective.state_dict().items()}
+    optimizer = torch.optim.SGD([p for p in objective.parameters() if p.requires_grad], lr=0.1)
+    images = slices(count=3, size=objective.encoder.image_size)
+    objective.loss(images, sample_counters=(7, 8, 9), step=0).total.backward()
+    assert all(p.grad is not None for p in objective.parameters() if p.requires_grad)  # DDP waits for every one
+    optimizer.step()
+    return {name for name, tensor in objective.state_dict().items() if not torch.equal(tensor, before[name])}
+
+
+def encoder_names(names):
+    return {name.removeprefix("encoder.") for name in names if name.startswith("encoder.")}
+
+
+@pytest.mark.parametrize(("method", "kind"), CASES, ids=lambda value: getattr(value, "value", value))
+@pytest.mark.parametrize("scope", [LORA, ScopeConfig(kind=Scope.LAST_BLOCKS, num_last_blocks=1)], ids=["lora", "last"])
+def test_gradient_flow__exactly_the_scope_moves(method, kind, scope):
+    torch.manual_seed(0)
+    encoder = ENCODERS[kind]()
+    apply_scope(encoder, scope, num_frozen_depths=0)
+    config = ObjectiveConfig(name=method, **{method.value: SMALL[method]})
+    objective = OBJECTIVES[method](encoder, config, seed=3, max_steps=10)
+    if method is Method.MASKED_IMAGE:
+        torch.nn.init.normal_(objective.decoder.to_pixels.weight)
+    disturb(encoder)  # with B = 0 the gradient of A is 0 at the first step
+    moved = encoder_names(moved_by_training(objective))
+    if scope.kind is Scope.LORA:
+        expected = {f"{layer}.lora_{letter}.default.weight" for layer in LAYERS[kind] for letter in "AB"}
+    else:
+        last = {"vit_t": "layers.3.", "plain": "blocks.1."}[kind]
+        expected = {name for name, _ in encoder.named_parameters() if name.startswith(last)}
+    assert moved == expected
+
+
+def test_last_blocks__counts_from_the_end():
+    encoder = plain_encoder()
+    apply_scope(encoder, ScopeConfig(kind=Scope.LAST_BLOCKS, num_last_blocks=1), num_frozen_depths=0)
+    trained = {name.split(".")[0] + name.split(".")[1] for name, p in encoder.named_parameters() if p.requires_grad}
+    assert {name for name in trained if name.startswith("blocks")} == {"blocks1"}
+    with pytest.raises(UsageError, match=r"scope.num_last_blocks must be at most 2.*got 3"):
+        apply_scope(plain_encoder(), ScopeConfig(kind=Scope.LAST_BLOCKS, num_last_blocks=3), num_frozen_depths=0)
+
+
+def test_mask_token__learns_only_where_it_costs_nothing():
+    assert learns_mask_token(plain_encoder())
+    for encoder, expected in ((plain_encoder(), True), (lively_encoder(), False)):
+        apply_scope(encoder, LORA, num_frozen_depths=0)  # in the first block of a plain ViT, behind vit_t's stem
+        assert learns_mask_token(encoder) == expected
+    encoder = lively_encoder()
+    freeze_depths(encoder, 2)
+    assert not learns_mask_token(encoder)
+
+
+def test_apply_scope__refuses_two_answers():
+    with pytest.raises(UsageError, match="num_frozen_depths goes with scope all, got 2 with lora"):
+        apply_scope(plain_encoder(), LORA, num_frozen_depths=2)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"kind": Scope.LAST_BLOCKS}, "num_last_blocks must be given for scope.kind=last_blocks and only then"),
+        ({"num_last_blocks": 2}, "num_last_blocks must be given for scope.kind=last_blocks and only then"),
+        ({"kind": Scope.LAST_BLOCKS, "num_last_blocks": 0}, "num_last_blocks must be at least 1"),
+        ({"lora_r": 4}, "scope.lora_r is set but scope.kind is all: it would be ignored"),
+        ({"kind": Scope.LORA, "lora_r": 0}, "must be positive"),
+    ],
+)
+def test_config__refuses(settings, message):
+    with pytest.raises(ValueError, match=message):
+        ScopeConfig(**settings)
+    assert dataclasses.replace(LORA, lora_dropout=0.1).lora_dropout == 0.1
