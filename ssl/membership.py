@@ -16,7 +16,6 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
-from safetensors.torch import load_file
 from samgraft.shared.config import load_config
 from samgraft.shared.data.dataset import SliceDataset, SliceRef, batch_to_input, collate_slices, select_slices
 from samgraft.shared.data.preset import load_preset
@@ -25,11 +24,12 @@ from samgraft.shared.errors import DataError, UsageError, WeightsError
 from samgraft.shared.models.image_encoder import build_image_encoder
 from samgraft.shared.models.weights import load_into, read_weights
 from samgraft.ssl.config import PretrainConfig
-from samgraft.ssl.encoder_weights import ENCODER_FOLDER, STATE_FOLDER
+from samgraft.ssl.encoder_weights import ENCODER_FOLDER
 from samgraft.ssl.held_out import spread
 from samgraft.ssl.objectives import OBJECTIVES
 from samgraft.ssl.objectives.objective import Objective
 from samgraft.ssl.preflight import pretraining_split
+from samgraft.ssl.ssl_state import StateUse, find_state, take_up_state
 from scipy.stats import rankdata
 from torch import nn
 
@@ -120,21 +120,12 @@ def load_objective(run: Path, config: PretrainConfig) -> tuple[Objective, str | 
     weights = read_weights(run / ENCODER_FOLDER / "encoder.safetensors")
     encoder = build_image_encoder(weights.spec, image_size=weights.image_size)
     load_into(encoder, weights, part="image_encoder")
-    objective = OBJECTIVES[config.objective.name](encoder, config.objective, config.seed)
+    build, name = OBJECTIVES[config.objective.name], config.objective.name.value
+    objective = build(encoder, config.objective, seed=config.seed, max_steps=config.trainer.max_steps)
     assert isinstance(objective, nn.Module)
-    path = run / STATE_FOLDER / "state.safetensors"
-    if not path.is_file():
+    if find_state(str(run)) is None:
         raise WeightsError("the run has no ssl_state: nothing to continue from.", where=run.name)
-    state = load_file(path)
-    own = {name for name in objective.state_dict() if not name.startswith("encoder.")}
-    if set(state) != own:
-        differing = sorted(set(state) ^ own)
-        raise WeightsError(
-            f"ssl_state must hold exactly the objective's tensors, {len(differing)} differ "
-            f"({', '.join(differing[:3])}).",
-            where=run.name,
-        )
-    objective.load_state_dict({**objective.state_dict(), **state}, strict=True)
+    take_up_state(objective, base=str(run), objective_name=name, use=StateUse.REQUIRE)
     fingerprint = weights.card.data_manifest.get("fingerprint") if weights.card else None
     return objective.eval(), fingerprint
 

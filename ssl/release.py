@@ -32,8 +32,9 @@ from samgraft.shared.release.release_folder import Contents, build_release, refu
 from samgraft.shared.release.request import Released, ReleaseRequest
 from samgraft.shared.release.subject import Subject
 from samgraft.shared.training.metrics_log import MetricsLog
-from samgraft.ssl.encoder_weights import ENCODER_FOLDER, STATE_FOLDER
+from samgraft.ssl.encoder_weights import ENCODER_FOLDER
 from samgraft.ssl.membership import MembershipAudit, audit_membership
+from samgraft.ssl.ssl_state import STATE_FOLDER
 
 log = logging.getLogger(__name__)
 
