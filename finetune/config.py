@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from enum import Enum
 
 from samgraft.finetune.adapters import AdapterConfig, Scope
 from samgraft.finetune.embedding_cache import CacheConfig
@@ -34,6 +35,8 @@ class DataConfig:
     """Pad to a square (right, bottom) instead of squashing."""
     min_foreground_fraction: float = 0.05
     """Leave training slices out whose share of non-air pixels is smaller; never slices of validation or test."""
+    labelled_slices_only: bool = False
+    """Leave training slices out that show no label at all, as the study did; never slices of validation or test."""
     foreground_fraction: float = 0.67
     """Share of training slices that show a class, reached by repeating them; 0 takes slices as they are."""
     num_neighbours: int | None = None
@@ -99,6 +102,15 @@ class WatchConfig:
             raise ValueError("watch.validate_every_n_steps, num_overlays and batch_size must be at least 1.")
 
 
+class Schedule(Enum):
+    """How the learning rate falls after the warm-up."""
+
+    COSINE = "cosine"
+    """Half a cosine down to optim.final_lr_factor."""
+    POLY = "poly"
+    """The study's polynomial with power 0.9; optim.final_lr_factor is not read."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class FinetuneConfig:
     """Everything a stage-2 run is decided by."""
@@ -117,6 +129,8 @@ class FinetuneConfig:
         )
     )
     """For ``full`` use a tenth of the rate or less."""
+    schedule: Schedule = Schedule.COSINE
+    """How the learning rate falls."""
     trainer: TrainerConfig
     watch: WatchConfig = field(default_factory=WatchConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)

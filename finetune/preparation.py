@@ -129,7 +129,12 @@ def training_set(
 ) -> SliceDataset:
     """Return the augmented training slices of labelled series, foreground repeated."""
     labelled = {record.series_id for record in store.series if record.has_label}
-    refs = select_slices(store, split.train, min_foreground_fraction=config.data.min_foreground_fraction)
+    refs = select_slices(
+        store,
+        split.train,
+        min_foreground_fraction=config.data.min_foreground_fraction,
+        labelled_only=config.data.labelled_slices_only,
+    )
     refs = [ref for ref in refs if ref.series_id in labelled]
     flags = [has_foreground(store, ref, classes) for ref in refs]
     balanced = balance_foreground(refs, flags, foreground_fraction=config.data.foreground_fraction)

@@ -22,7 +22,7 @@ from samgraft.finetune.adapters import (
 )
 from samgraft.finetune.adapters.eva import initialise_eva
 from samgraft.finetune.cached_slices import CachedSlices, collate_cached, use_cache
-from samgraft.finetune.config import FinetuneConfig
+from samgraft.finetune.config import FinetuneConfig, Schedule
 from samgraft.finetune.evaluate import dice_per_class, summarise, write_evaluation
 from samgraft.finetune.finetune_report import write_report
 from samgraft.finetune.model_folder import ADAPTER_FOLDER, write_model
@@ -52,6 +52,8 @@ from torch.utils.data import DataLoader
 
 log = logging.getLogger(__name__)
 
+POLY_POWER = 0.9
+"""Of the study's schedule."""
 EVA_SLICES = 16
 """Training slices that eva looks at."""
 MERGE_TOLERANCE = 1e-3
@@ -322,6 +324,7 @@ def _learning_rate(config: FinetuneConfig) -> LearningRate:
         warmup_steps=min(config.optim.warmup_steps, config.trainer.max_steps - 1),
         max_steps=config.trainer.max_steps,
         final_factor=config.optim.final_lr_factor,
+        poly_power=POLY_POWER if config.schedule is Schedule.POLY else None,
     )
 
 

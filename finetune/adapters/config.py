@@ -157,12 +157,13 @@ class AdapterConfig:
             )
 
     def _check_combination(self) -> None:
-        if self.targets is Targets.QV and self.method not in QV_METHODS:
+        reads_targets = self.method not in WHOLE_MODEL | {Method.ADAPTER, Method.LN_TUNING}
+        if self.targets is Targets.QV and reads_targets and self.method not in QV_METHODS:
             raise ValueError(
                 f"adapter.targets=qv must go with {_listed(QV_METHODS)}, got {self.method.value}: the encoder's qkv is "
                 "one layer, and only their factors can be held apart. Use adapter.targets=all_linear."
             )
-        if self.targets is Targets.LINEAR_CONV and self.method not in CONV_METHODS:
+        if self.targets is Targets.LINEAR_CONV and reads_targets and self.method not in CONV_METHODS:
             raise ValueError(
                 f"adapter.targets=linear_conv must go with {_listed(CONV_METHODS)}, got {self.method.value}. "
                 "Use adapter.targets=all_linear."
@@ -180,6 +181,7 @@ class AdapterConfig:
         """Return options that were changed from their default and that this method does not read."""
         default = AdapterConfig()
         users = {
+            "targets": set(Method) - WHOLE_MODEL - {Method.ADAPTER, Method.LN_TUNING},
             "r": LORA_FAMILY | {Method.ADALORA, Method.LOHA, Method.LOKR, Method.HRA},
             "lora_alpha": LORA_FAMILY | {Method.ADALORA, Method.LOHA, Method.LOKR},
             "lora_dropout": LORA_FAMILY,

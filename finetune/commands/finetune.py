@@ -26,11 +26,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", help="labelled slice store, or scans with labels beside; default the tumour demo")
     parser.add_argument("--modality", help="mri, ct, xray or ultrasound (default: the store's, or mri)")
     parser.add_argument("--model", help="expected architecture: vit_t, vit_b, vit_l, vit_h; default what CKPT holds")
-    parser.add_argument("--method", help="what trains: lora, full; default the preset's")
+    parser.add_argument("--method", help="how weights change: lora, adapter, full, dora, ...; default the preset's")
     parser.add_argument("--base", help="SAM weights that give prompt encoder and decoder; default CKPT's or the demo's")
     parser.add_argument("--name", help="run name; default made from CKPT and DATA, so the same command resumes")
     parser.add_argument("--runs", type=Path, default=RUNS, help="folder of all runs")
-    parser.add_argument("--preset", default="auto", help="a file of configs/finetune; auto takes cpu without a GPU")
+    parser.add_argument(
+        "--preset", default="auto", help="a file of configs/finetune; auto takes cpu or gpu_8gb, gpu_12gb, gpu_24gb"
+    )
     parser.add_argument("--config", type=Path, help="YAML on top of the preset")
     parser.add_argument("--dry-run", action="store_true", help="stop after the pre-flight; nothing is written")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. trainer.max_steps=500")
@@ -76,6 +78,7 @@ def run(arguments: argparse.Namespace) -> int:
 def build_config(arguments: argparse.Namespace) -> FinetuneConfig:
     """Merge preset, file, flags and overrides; without DATA the demo store is made if it is not there."""
     from samgraft.finetune.config import FinetuneConfig
+    from samgraft.finetune.presets import preset_layers
     from samgraft.shared.commands.store import modality_of, store_of
     from samgraft.shared.config import load_config, packaged_config
     from samgraft.shared.data.preset import load_preset, modality_layer
@@ -96,7 +99,8 @@ def build_config(arguments: argparse.Namespace) -> FinetuneConfig:
         paths = demo_data(modality=modality)
         flags["data"] |= {"store": str(paths.labelled), "split": str(paths.split)}
         flags["watch"] = {"log_images": True}  # the demo scans are public
-    layers: list[Any] = [modality_layer(modality), packaged_config(f"finetune/{_preset(arguments.preset)}.yaml")]
+    preset = [packaged_config(f"finetune/{part}.yaml") for part in preset_layers(arguments.preset)]
+    layers: list[Any] = [modality_layer(modality), *preset]
     layers += [arguments.config] if arguments.config else []
     return load_config(FinetuneConfig, layers=[*layers, flags], overrides=arguments.overrides)
 
@@ -108,14 +112,6 @@ def default_name(ckpt: str, data: str | None) -> str:
     if data:
         parts.append(Path(data).resolve().name.removesuffix(".zarr"))
     return "-".join([*parts, "finetune"])
-
-
-def _preset(name: str) -> str:
-    if name != "auto":
-        return name
-    from samgraft.shared.training.device import choose_device
-
-    return "cpu" if choose_device().accelerator == "cpu" else "default"
 
 
 def _candidates() -> str:

@@ -23,6 +23,19 @@ def warmup_cosine(step: int, *, warmup_steps: int, max_steps: int, final_factor:
     return cosine(step, start=1.0, end=final_factor, first_step=warmup_steps, last_step=max_steps)
 
 
+def warmup_poly(step: int, *, warmup_steps: int, max_steps: int, power: float) -> float:
+    """Return the factor of a linear warm-up and then ``(1 - (step - warmup_steps) / max_steps) ** power``.
+
+    It does not reach 0: ``max_steps`` counts the warm-up too.
+
+    Source:
+        finetune-SAM at e41f732, SingleGPU_train_finetune_noprompt.py.
+    """
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    return float((1.0 - (step - warmup_steps) / max_steps) ** power)
+
+
 def cosine(step: int, *, start: float, end: float, first_step: int = 0, last_step: int) -> float:
     """Return the point at ``step`` of half a cosine from ``start`` to ``end``; constant outside of it."""
     share = min(max((step - first_step) / max(1, last_step - first_step), 0.0), 1.0)
@@ -36,9 +49,12 @@ class LearningRate(pl.Callback):
         warmup_steps: Length of the warm-up.
         max_steps: Length of the run.
         final_factor: Share of the peak at the end.
+        poly_power: A polynomial decay with this power instead of the cosine.
     """
 
-    def __init__(self, *, warmup_steps: int, max_steps: int, final_factor: float = 0.0) -> None:
+    def __init__(
+        self, *, warmup_steps: int, max_steps: int, final_factor: float = 0.0, poly_power: float | None = None
+    ) -> None:
         if not 0 <= warmup_steps < max_steps:
             raise ValueError(
                 f"warmup_steps must be at least 0 and below max_steps, got {warmup_steps} of {max_steps}. "
@@ -47,9 +63,12 @@ class LearningRate(pl.Callback):
         self.warmup_steps = warmup_steps
         self.max_steps = max_steps
         self.final_factor = final_factor
+        self.poly_power = poly_power
 
     def factor(self, step: int) -> float:
         """Return the factor for the update that follows ``step`` finished ones."""
+        if self.poly_power is not None:
+            return warmup_poly(step, warmup_steps=self.warmup_steps, max_steps=self.max_steps, power=self.poly_power)
         return warmup_cosine(
             step, warmup_steps=self.warmup_steps, max_steps=self.max_steps, final_factor=self.final_factor
         )

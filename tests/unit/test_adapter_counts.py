@@ -1,9 +1,13 @@
 """Parameter counts of the study's 18 combinations, as measured on its released code (millions, rounded as there)."""
 
+import dataclasses
+
 import pytest
 import torch
-from samgraft.finetune.adapters import AdapterConfig, BottleneckInit, Heads, Method, Scope, Targets, adapt
+from samgraft.finetune.adapters import Method, Scope, adapt
 from samgraft.finetune.adapters.table import num_free, trainable_groups
+from samgraft.finetune.config import FinetuneConfig
+from samgraft.shared.config import load_config, packaged_config
 from samgraft.shared.models.architecture import Stem
 from samgraft.shared.models.sam import build_sam
 
@@ -16,9 +20,6 @@ DEAD_DEPTH_ADAPTER = {
 """The released code builds a third adapter per ViT block that only its 3D mode uses; ours has none."""
 NUM_CLS = 2
 """The released code's default: background and one class, two outputs beside SAM's first."""
-RELEASED = {Method.FULL: {}, Method.ADAPTER: {"bottleneck_init": BottleneckInit.RANDOM}, Method.LORA: {
-    "targets": Targets.QV, "r": 4, "lora_alpha": 4,
-}}  # fmt: skip
 
 
 def build(arch, method, scope, **options):
@@ -26,7 +27,9 @@ def build(arch, method, scope, **options):
     with torch.device("meta"):
         stem = Stem.conv3x3 if arch == "vit_t" else None
         sam = build_sam(arch, stem=stem, num_multimask_outputs=NUM_CLS)
-    config = AdapterConfig(method=method, scope=scope, heads=Heads.RELEASED, **RELEASED[method], **options)
+    required = {"modality": "mri", "data": {"store": "a.zarr"}, "model": {"ckpt": "a.pth"}}
+    recipe = load_config(FinetuneConfig, layers=[packaged_config("finetune/paper.yaml"), required]).adapter
+    config = dataclasses.replace(recipe, method=method, scope=scope, **options)
     adapt(sam, config, num_classes=1)
     return sam
 
