@@ -114,6 +114,21 @@ def plan_cache(
     return cache, CachedSlices(dataset, cache, variants=config.cache.variants)
 
 
+def embedding_lines(prepared: Prepared, config: FinetuneConfig, device: DeviceChoice) -> list[str]:
+    """Return the pre-flight line on cached embeddings, counted before anything is written.
+
+    Raises:
+        StorageError: If the disk is too small.
+    """
+    if not config.cache.variants:
+        return []
+    assert isinstance(prepared.dataset, SliceDataset)
+    cache, cached = plan_cache(prepared.dataset, prepared.segmenter, config, precision=device.precision)
+    size = cache.num_records * cache.shape.expected_bytes / 1e9
+    state = "all cached" if cache.is_complete else f"{cache.check_disk() / 1e9:.2f} GB of it to compute and write"
+    return [f"embeddings: {len(cached.unique)} slices x {cached.variants} variants, {size:.2f} GB, {state}"]
+
+
 def fill_cache(
     cached: CachedSlices, dataset: SliceDataset, segmenter: Segmenter, config: FinetuneConfig, device: DeviceChoice
 ) -> None:

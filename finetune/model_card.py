@@ -148,6 +148,11 @@ def _use(card: Card, task: Task, paths: set[str]) -> str:
         else f"masks 1 to {len(task.class_ids)} (`multimask_output=True`) are the classes in order; background has "
         "logit 0, the largest logit wins"
     )
+    if "base.safetensors" in paths:
+        builder = (
+            "from pathlib import Path\nfrom samgraft.finetune.model_folder import read_model\n"
+            'sam = read_model(Path(".")).segmenter.sam  # base.safetensors with adapter/'
+        )
     blocks = [f"```python\n{builder}\n```\n\nNo prompt; {output}."]
     if "transformers" in paths:
         blocks.append(

@@ -24,6 +24,7 @@ from segment_anything.modeling import Sam
 WEIGHTS_FILE = "sam.safetensors"
 BASE_FILE = "base.safetensors"
 ADAPTER_FOLDER = "adapter"
+PAIR_FILES = (BASE_FILE, f"{ADAPTER_FOLDER}/adapter_config.json", f"{ADAPTER_FOLDER}/adapter_model.safetensors")
 CARD_FILE = "card.json"
 
 
@@ -96,8 +97,9 @@ def weights_digest(folder: Path) -> str:
     """Return the sha256 of the merged weights, or of base weights and adapter together."""
     if (folder / WEIGHTS_FILE).is_file():
         return file_sha256(folder / WEIGHTS_FILE)
-    names = (BASE_FILE, f"{ADAPTER_FOLDER}/adapter_config.json", f"{ADAPTER_FOLDER}/adapter_model.safetensors")
-    if missing := [name for name in names if not (folder / name).is_file()]:
-        raise WeightsError(f"a finished model must have {WEIGHTS_FILE}, or all of {', '.join(names)}; got none of the "
-                           f"first and no {missing[0]}.", where=folder.name)  # fmt: skip
-    return hashlib.sha256(" ".join(file_sha256(folder / name) for name in names).encode()).hexdigest()
+    if missing := [name for name in PAIR_FILES if not (folder / name).is_file()]:
+        raise WeightsError(
+            f"a finished model must have {WEIGHTS_FILE}, or all of {', '.join(PAIR_FILES)}; {missing[0]} is missing.",
+            where=folder.name,
+        )
+    return hashlib.sha256(" ".join(file_sha256(folder / name) for name in PAIR_FILES).encode()).hexdigest()

@@ -9,12 +9,12 @@ from pathlib import Path
 
 from samgraft.finetune.adapter_format import adapter_format
 from samgraft.finetune.model_card import read_test_scores, write_model_card
-from samgraft.finetune.model_folder import CARD_FILE, WEIGHTS_FILE, FinishedModel, read_model
+from samgraft.finetune.model_folder import CARD_FILE, FinishedModel, read_model, weights_digest
 from samgraft.finetune.monai_bundle import expected_slices, monai_format
+from samgraft.finetune.pair_format import pair_formats, pair_outputs, pair_subject
 from samgraft.finetune.task import Task
 from samgraft.shared.errors import UsageError
 from samgraft.shared.models.card import Card
-from samgraft.shared.models.safe_read import file_sha256
 from samgraft.shared.release.formats import SAM_FORMAT, TRANSFORMERS_FORMAT, Artefact, Format, choose_formats
 from samgraft.shared.release.licence import Licence, decide_licence
 from samgraft.shared.release.onnx_format import ONNX_FORMAT
@@ -41,8 +41,7 @@ def release_model(request: ReleaseRequest) -> Released:
     if request.continuable:
         raise UsageError("--continuable is for runs of stage 1: a fine-tuned model has no self-supervised state.")
     refuse_existing(request.out)
-    sam = model.segmenter.sam
-    subject = Subject(tensors=sam.state_dict(), spec=sam.image_encoder.spec, image_size=model.segmenter.image_size)
+    subject = _subject(model)
     formats, left_out = choose_formats(_formats(model, request.run), request.formats, subject)
 
     def write_texts(folder: Path, artefacts: Sequence[Artefact]) -> None:
@@ -54,13 +53,21 @@ def release_model(request: ReleaseRequest) -> Released:
         write_texts=write_texts,
         clients_module=CLIENTS_MODULE,
         identifiers=[*request.identifiers, *_pseudonyms(model.task)],
-        extra_outputs=lambda probe: expected_slices(model, probe),
+        extra_outputs=lambda probe: (expected_slices if model.is_merged else pair_outputs)(model, probe),
     )
     return Released(checked=build_release(request.out, contents), left_out=left_out)
 
 
+def _subject(model: FinishedModel) -> Subject:
+    if not model.is_merged:
+        return pair_subject(model)
+    sam = model.segmenter.sam
+    return Subject(tensors=sam.state_dict(), spec=sam.image_encoder.spec, image_size=model.segmenter.image_size)
+
+
 def _formats(model: FinishedModel, run: Path) -> list[Format]:
-    return [SAM_FORMAT, TRANSFORMERS_FORMAT, adapter_format(model, run), ONNX_FORMAT, monai_format(model)]
+    formats = [SAM_FORMAT, TRANSFORMERS_FORMAT, adapter_format(model, run), ONNX_FORMAT, monai_format(model)]
+    return formats if model.is_merged else pair_formats(model, formats)
 
 
 def _write_texts(
@@ -70,7 +77,7 @@ def _write_texts(
     if scores is None:
         name = request.run.name
         log.warning("no test scores: the card will say so. samgraft evaluate %s --split test makes them.", name)
-    card = _public_card(model.card, licence=licence.name, weights=folder / WEIGHTS_FILE)
+    card = _public_card(model.card, licence=licence.name, digest=weights_digest(folder))
     card.write(folder / CARD_FILE)
     write_model_card(
         folder,
@@ -85,12 +92,12 @@ def _write_texts(
     dataclasses.replace(model.task, split={}).write(folder)
 
 
-def _public_card(card: Card, *, licence: str, weights: Path) -> Card:
+def _public_card(card: Card, *, licence: str, digest: str) -> Card:
     """Leave patient ids out, even pseudonymous ones; content hashes stay: others find leaks by them."""
     manifest = {key: value for key, value in card.data_manifest.items() if key != "patient_ids"}
     if isinstance(manifest.get("pretraining"), dict):
         manifest["pretraining"] = {k: v for k, v in manifest["pretraining"].items() if k != "patient_ids"}
-    return dataclasses.replace(card, data_manifest=manifest, license=licence, weights_sha256=file_sha256(weights))
+    return dataclasses.replace(card, data_manifest=manifest, license=licence, weights_sha256=digest)
 
 
 def _pseudonyms(task: Task) -> list[str]:

@@ -15,6 +15,7 @@ import nibabel as nib
 import numpy as np
 import torch
 from samgraft.finetune.monai_bundle import synthetic_volume
+from samgraft.finetune.pair_format import pair_client
 from samgraft.shared.models.safe_read import file_sha256
 from samgraft.shared.models.weights import load_sam
 from samgraft.shared.release.clients import Client, Outputs, read_subject
@@ -81,7 +82,7 @@ def _same_grid(mask: Path, scan: Path) -> None:
         raise ValueError(f"the bundle's mask must lie on the scan's grid, got shape {found.shape} for {wanted.shape}.")
 
 
-CLIENTS: dict[str, Client] = {"peft": peft_client, "monai": monai_client}
+CLIENTS: dict[str, Client] = {"peft": peft_client, "monai": monai_client, "pair": pair_client}
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:], CLIENTS))

@@ -54,9 +54,10 @@ def run(arguments: argparse.Namespace) -> int:
     device = choose_device(config.trainer.device, precision=config.trainer.precision, devices=config.trainer.devices)
     log.info("device: %s", device.reason)
     prepared = prepare_seeded(config)
+    from samgraft.finetune.cached_slices import embedding_lines
     from samgraft.finetune.preparation import describe
 
-    for line in describe(prepared):
+    for line in [*describe(prepared), *embedding_lines(prepared, config, device)]:
         log.info("%s", line)
     name = arguments.name or default_name(arguments.ckpt, arguments.data)
     if arguments.dry_run:

@@ -22,6 +22,7 @@ CONTENTS = {
     "encoder.safetensors": "the image encoder under segment_anything's names (`image_encoder.*`)",
     "encoder.pth": "the same for `torch.load(..., weights_only=True)`",
     "transformers": "a folder for transformers' `SamModel.from_pretrained` (encoder alone: `SamVisionModel`)",
+    "base.safetensors": "the weights before tuning; `adapter/` beside it holds what was learnt and cannot be merged",
     "peft": "the adapter pair before merging, for `PeftModel.from_pretrained`",
     "onnx": "encoder and decoders, one file each; inputs and outputs are named as segment_anything's export does",
     "monai": "a MONAI bundle: `configs/metadata.json`, `configs/inference.json`, `models/model.pt`",

@@ -240,6 +240,22 @@ def test_cached_slices__several_processes_are_refused(place, monkeypatch):
         use_cache(prepared, config, DEVICE)
 
 
+def test_preflight__counts_embeddings_and_lists_what_trains(place, monkeypatch, capsys, tmp_path):
+    root, store = place
+    monkeypatch.chdir(tmp_path)
+    arguments = [
+        "finetune", "--ckpt", str(root / "base.safetensors"), "--data", str(store), "--dry-run", "--preset", "cpu",
+        "adapter.scope=decoder", "adapter.r=2", "cache.variants=3", "data.batch_size=2", "model.image_size=32",
+        f"cache.folder={tmp_path / 'embeddings'}",
+    ]  # fmt: skip
+    assert main(arguments) == 0
+    shown = capsys.readouterr()
+    said = " ".join((shown.out + shown.err).split())
+    assert "slices x 3 variants, 0.00 GB, 0.00 GB of it to compute and write" in said
+    assert "mask_decoder.transformer.layers.*.self_attn.q_proj.lora_A.weight" in said
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("scope", ["encoder_decoder", "neck_decoder"])
 def test_cache__needs_an_encoder_that_stays(place, scope):
     with pytest.raises(UsageError, match=r"cache\.variants must go with adapter\.scope=decoder"):

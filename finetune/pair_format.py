@@ -1,0 +1,58 @@
+"""The release of a model whose updates cannot be merged: base weights and adapter side by side, read by this project.
+
+No plain SAM file can say what such a model learnt, so none is written: a base under the name ``sam.pth`` would load
+everywhere and segment as if it had never been trained.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from samgraft.finetune.adapters import base_tensors
+from samgraft.finetune.model_folder import ADAPTER_FOLDER, BASE_FILE, PAIR_FILES, FinishedModel, read_model
+from samgraft.shared.release.clients import Outputs
+from samgraft.shared.release.formats import Artefact, Format
+from samgraft.shared.release.subject import Subject, decoder_outputs
+from torch import Tensor
+
+CANNOT_MERGE = (
+    "its adapters cannot be merged into SAM's weights: the release holds base weights and adapter, which evaluate and "
+    "predict read. For plain SAM files train with METHOD=lora."
+)
+
+
+def pair_formats(model: FinishedModel, others: Sequence[Format]) -> list[Format]:
+    """Return the pair, and the formats that it leaves out with the reason."""
+
+    def write(subject: Subject, folder: Path) -> list[Artefact]:
+        (folder / ADAPTER_FOLDER).mkdir()
+        for name in PAIR_FILES:
+            shutil.copyfile(model.folder / name, folder / name)
+        return [Artefact(path=BASE_FILE, client="pair")]
+
+    pair = Format(name="pair", why_not=lambda subject: None, write=write)
+    return [pair, *(replace(other, why_not=lambda subject: CANNOT_MERGE) for other in others)]
+
+
+def pair_subject(model: FinishedModel) -> Subject:
+    """Return the base weights as what is released; the adapter's effect is checked through ``pair_outputs``."""
+    sam = model.segmenter.sam
+    return Subject(tensors=base_tensors(sam), spec=sam.image_encoder.spec, image_size=model.segmenter.image_size)
+
+
+@torch.inference_mode()
+def pair_outputs(model: FinishedModel, probe: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the outputs of the model with its adapter, under the names of a SAM's own."""
+    sam = model.segmenter.sam.eval()
+    embeddings = sam.image_encoder(probe["pixels_N3SS"])
+    return {"embeddings": embeddings, **decoder_outputs(sam, embeddings, probe["boxes_N4"])}
+
+
+def pair_client(path: Path, probe: Mapping[str, Tensor], options: Mapping[str, Any]) -> Outputs:
+    """Read the release as ``predict`` does: strictly, both files by the digest of the card."""
+    return pair_outputs(read_model(path.parent), probe), "samgraft: base weights with their adapter"

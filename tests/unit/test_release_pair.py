@@ -1,0 +1,67 @@
+"""A model that cannot be merged is released as base and adapter, loads back as it was, and refuses to be plain SAM."""
+
+import pytest
+import torch
+from model_factory import tiny_vit_t_spec
+from release_factory import InThisProcess, finished_model
+from samgraft.finetune import release_clients
+from samgraft.finetune.adapters import AdapterConfig, Method, adapt, save_adapter
+from samgraft.finetune.model_folder import read_model, write_model
+from samgraft.finetune.release import release_model
+from samgraft.shared.errors import UsageError, WeightsError
+from samgraft.shared.models.weights import load_sam
+from samgraft.shared.release import load_back
+from samgraft.shared.release.request import ReleaseRequest
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    """A finished run whose adapter is no longer a no-op."""
+    monkeypatch.setattr(load_back.subprocess, "run", InThisProcess(capsys, release_clients.CLIENTS).run)
+    path = finished_model(tmp_path, tiny_vit_t_spec(), image_size=64)
+    model = read_model(path)
+    sam = model.segmenter.sam
+    peft_model = adapt(sam, AdapterConfig(method=Method.ADAPTER), num_classes=1)
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for name, parameter in sam.named_parameters():
+            if ".bottleneck_." in name:
+                parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+    folder = path / "model"
+    (folder / "sam.safetensors").unlink()
+    save_adapter(peft_model, folder / "adapter", method=Method.ADAPTER)
+    write_model(sam, folder, card=model.card, task=model.task, is_merged=False)
+    return path
+
+
+def request(run, **values):
+    return ReleaseRequest(**({"run": run, "out": run.parents[1] / "out", "licence": "cc-by-4.0"} | values))
+
+
+def test_release__of_a_pair_segments_as_the_run_did(run):
+    released = release_model(request(run))
+    assert [c.path for c in released.checked] == ["base.safetensors"]
+    assert set(released.checked[0].outputs) == {"automatic", "boxes", "embeddings"}
+    assert len(released.left_out) == 5
+    assert all("cannot be merged" in line for line in released.left_out)
+    out = run.parents[1] / "out"
+    assert {p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file()} == {
+        "README.md", "SHA256SUMS", "card.json", "task.json", "base.safetensors",
+        "adapter/adapter_config.json", "adapter/adapter_model.safetensors",
+    }  # fmt: skip
+    images = torch.rand(1, 1, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        ours, theirs = (read_model(path).segmenter.eval()(images) for path in (run, out))
+        base = load_sam(out / "base.safetensors", image_size=64)
+        untuned = type(read_model(run).segmenter)(base, num_classes=1)(images)
+    assert torch.equal(ours, theirs)
+    assert (ours - untuned).abs().max() > 1e-3
+    assert "read_model" in (out / "README.md").read_text()
+    with pytest.raises(WeightsError, match="adapter that cannot be merged"):
+        load_sam(out)
+
+
+def test_release__of_a_pair_as_plain_sam_is_refused(run):
+    with pytest.raises(UsageError, match="format transformers cannot be written: its adapters cannot be merged"):
+        release_model(request(run, formats=("transformers",)))
+    assert not (run.parents[1] / "out").exists()
