@@ -1,0 +1,53 @@
+"""Rates and decay of stage 1 on both kinds of encoder: by depth, never on norms, biases, positions and tokens."""
+
+import re
+
+import pytest
+from samgraft.ssl.config import PretrainOptimizerConfig
+from samgraft.ssl.objectives.mae import MAE, MAEConfig
+from samgraft.ssl.objectives.masked_image import MaskedImage, MaskedImageConfig
+from samgraft.ssl.optimizer import pretrain_groups
+from tiny_encoders import plain_encoder, tiny_encoder
+
+NEVER_DECAYED = re.compile(r"bias$|biases$|norm\d?\.|\.bn\.|pos_embed|rel_pos_|mask_token|neck\.[13]\.")
+CONFIG = PretrainOptimizerConfig(lr=1e-3, weight_decay=0.1, layer_decay=0.5, head_lr_factor=3.0)
+
+
+def objective_of(kind):
+    if kind == "vit_t":
+        return MaskedImage(tiny_encoder(), MaskedImageConfig(mask_unit_px=8, decoder_dim=8, train_neck=True), seed=0)
+    return MAE(plain_encoder(), MAEConfig(decoder_dim=16, num_decoder_heads=2), seed=0)
+
+
+def settings_of(objective):
+    names = {id(p): name for name, p in objective.named_parameters()}
+    groups = pretrain_groups(objective, CONFIG)
+    found = {names[id(p)]: (g["lr"], g["weight_decay"]) for g in groups for p in g["params"]}
+    assert sum(len(g["params"]) for g in groups) == len(found)
+    assert set(found) == {name for name, p in objective.named_parameters() if p.requires_grad}
+    return found
+
+
+@pytest.mark.parametrize("kind", ["vit_t", "plain"])
+def test_groups__no_decay_on_norms_biases_positions_and_tokens(kind):
+    found = settings_of(objective_of(kind))
+    encoder = {name: decay for name, (_, decay) in found.items() if name.startswith("encoder.")}
+    free = {name for name, decay in encoder.items() if decay == 0}
+    assert free == {name for name in encoder if NEVER_DECAYED.search(name)}
+    kept = {"vit_t": "attention_biases", "plain": "rel_pos_h"}[kind]
+    assert any(kept in name for name in free)
+    assert any(name.endswith("qkv.weight") for name in set(encoder) - free)
+
+
+@pytest.mark.parametrize("kind", ["vit_t", "plain"])
+def test_groups__rate_halves_with_every_depth_towards_the_input(kind):
+    objective = objective_of(kind)
+    found = settings_of(objective)
+    names = {id(p): name for name, p in objective.named_parameters()}
+    deepest = max(depth for depth, _ in objective.encoder.layer_groups())
+    for depth, parameters in objective.encoder.layer_groups():
+        for parameter in parameters:
+            if parameter.requires_grad:
+                assert found[names[id(parameter)]][0] == pytest.approx(1e-3 * 0.5 ** (deepest - depth))
+    heads = {rate for name, (rate, _) in found.items() if not name.startswith("encoder.")}
+    assert list(heads) == [pytest.approx(3e-3)]
