@@ -72,8 +72,12 @@ STAGE_2 = (
     "trainer.save_every_steps=100",
     "optim.warmup_steps=20",
 )
-OWN_SETTINGS = {"masked_image": ("objective.masked_image.mask_unit_px=8",)}
-"""Where an objective's preset is made for another image size."""
+OWN_SETTINGS = {
+    "masked_image": ("objective.masked_image.mask_unit_px=8",),
+    # Its Gaussian term compares the slices of a batch: two would be no sample.
+    "lejepa": ("data.batch_size=4",),
+}
+"""Where an objective needs other settings than the rest."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 from samgraft.shared.config import load_config
@@ -14,6 +15,7 @@ from samgraft.shared.models.card import Card
 from samgraft.shared.models.weights import save_encoder
 from samgraft.shared.training.device import choose_device
 from samgraft.shared.training.step_boundary import StepBoundary
+from samgraft.ssl import preflight
 from samgraft.ssl.config import PretrainConfig
 from samgraft.ssl.pretrain import pretrain
 from store_factory import make_store
@@ -67,7 +69,8 @@ def run(lab: Path, name: str, objective: str, *overrides: str) -> Path:
     """Train, or go on; return the run's folder."""
     config = config_of(lab, objective, *overrides)
     device = choose_device("cpu", precision=config.trainer.precision, devices=config.trainer.devices)
-    weights = pretrain(config, name=name, runs=lab / "runs", device=device)
+    with patch.object(preflight, "MAX_MEASURED_STEPS", 1):  # the estimate is not what is tested
+        weights = pretrain(config, name=name, runs=lab / "runs", device=device)
     assert weights is not None
     return weights.parents[1]
 
@@ -82,7 +85,7 @@ def left_behind(run_path: Path) -> dict[str, Any]:
     return {**hashes, "metrics": metrics}
 
 
-def act_after(step: int, act: Callable[[], None], patch: pytest.MonkeyPatch) -> None:
+def act_after(step: int, act: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
     """Do something when the optimizer has made ``step`` steps, before the engine's own work at that boundary."""
     original = StepBoundary.on_train_batch_end
 
@@ -91,4 +94,4 @@ def act_after(step: int, act: Callable[[], None], patch: pytest.MonkeyPatch) -> 
             act()
         original(self, trainer, *arguments)
 
-    patch.setattr(StepBoundary, "on_train_batch_end", acting)
+    monkeypatch.setattr(StepBoundary, "on_train_batch_end", acting)
