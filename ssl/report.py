@@ -31,6 +31,7 @@ from samgraft.ssl.report_curves import (
     SMOOTH_STEPS,
     Curve,
     curve,
+    drift_verdict,
     engine_parts,
     feature_parts,
     probe_parts,
@@ -81,7 +82,7 @@ def verdict(lines: Sequence[Mapping[str, Any]]) -> list[Text]:
     """Say in words whether the run learned, and what a person should worry about; what matters most comes first."""
     probe = probe_verdict(lines)
     found = find_worries(lines, is_final=True)
-    remarks = [probe] if probe else []
+    remarks = [text for text in (probe, drift_verdict(lines)) if text is not None]
     loss = curve(lines, "held_out/loss")[1]
     if len(loss) < 2:
         remarks.append(Text(text="No patient was held out: the loss on unseen slices is not known.", kind="warning"))

@@ -12,6 +12,8 @@ from samgraft.ssl.watch import Watched
 Curve = tuple[list[float], list[float]]
 Lines = Sequence[Mapping[str, Any]]
 SMOOTH_STEPS = 5
+DICE_SPAN = 0.2
+"""Least height of a Dice axis."""
 NO_LOSS_PARTS = ("train/loss", "train/lr", "train/grad_norm")
 
 
@@ -37,6 +39,17 @@ def probe_verdict(lines: Lines) -> Text | None:
     )
 
 
+def drift_verdict(lines: Lines) -> Text | None:
+    """Say in one sentence what the drift gauge found; None where it did not run."""
+    dice = curve(lines, "drift/box_dice")[1]
+    if len(dice) < 2:
+        return None
+    return Text(
+        text=f"SAM's own decoder, asked with boxes, scores a Dice of {dice[-1]:.3f} on the new encoder, {dice[0]:.3f} "
+        "at the start."
+    )
+
+
 def probe_parts(lines: Lines, watched: Watched) -> list[Any]:
     """Return the section on probe and drift gauge: curves against the start's value, and how they were taken."""
     steps, dice = curve(lines, "probe/dice")
@@ -48,7 +61,9 @@ def probe_parts(lines: Lines, watched: Watched) -> list[Any]:
                 "segmentation, before any fine-tuning is paid for."
             )
         ]
-    figure = curve_figure({"probe": (steps, dice)}, ylabel="Dice", baseline=("start: the line to beat", dice[0]))
+    figure = curve_figure(
+        {"probe": (steps, dice)}, ylabel="Dice", baseline=("start: the line to beat", dice[0]), min_span=DICE_SPAN
+    )
     caption = (
         f"A linear head on the frozen features, fitted anew at every look ({watched.probe.describe()}); foreground "
         "Dice on the slices' own pixels. Compare with the dashed line, not with a fine-tuned model."
@@ -65,7 +80,7 @@ def _drift_parts(lines: Lines, watched: Watched) -> list[Any]:
     curves = {"SAM's decoder on the new encoder": (steps, dice)}
     if len(steps) > 1:
         curves["the box itself, filled"] = ([steps[0], steps[-1]], [watched.gauge.filled_box_dice] * 2)
-    figure = curve_figure(curves, ylabel="Dice", baseline=("start", dice[0]))
+    figure = curve_figure(curves, ylabel="Dice", baseline=("start", dice[0]), min_span=DICE_SPAN)
     caption = (
         f"Drift gauge: {len(watched.gauge.boxes)} tight boxes, decoded by SAM's own untouched decoder. It falls as the "
         "embeddings move away from what the decoder knows; fine-tuning with a trained decoder mends that, zero-shot "
@@ -88,17 +103,21 @@ def feature_parts(lines: Lines) -> list[Any]:
         return [Text(text="Not measured.")]
     parts: list[Any] = [
         Picture(
-            png=curve_figure({"effective rank": rank}, ylabel="effective rank", baseline=("start", rank[1][0])),
+            png=curve_figure(
+                {"effective rank": rank}, ylabel="effective rank", baseline=("start", rank[1][0]), from_zero=True
+            ),
             caption="How many directions the held-out slices spread over in feature space; 1 is a collapse.",
         ),
         Picture(
-            png=curve_figure({"feature std": spread}, ylabel="feature std", baseline=("start", spread[1][0])),
+            png=curve_figure(
+                {"feature std": spread}, ylabel="feature std", baseline=("start", spread[1][0]), from_zero=True
+            ),
             caption="How much the features of different slices differ; 0 is a collapse.",
         ),
     ]
     entropy = curve(lines, "held_out/teacher_entropy")
     if entropy[1]:
-        figure = curve_figure({"teacher entropy": entropy}, ylabel="share of maximum")
+        figure = curve_figure({"teacher entropy": entropy}, ylabel="share of maximum", from_zero=True)
         caption = "Entropy of the teacher's answers: near 0 one prototype has won, near 1 all are alike."
         parts.append(Picture(png=figure, caption=caption))
     rows = [[int(step), r, s] for step, r, s in zip(rank[0], rank[1], spread[1], strict=True)]
@@ -119,7 +138,7 @@ def engine_parts(lines: Lines) -> list[Any]:
         parts.append(Picture(png=figure, caption="Norm of the whole gradient before clipping."))
     wait = curve(lines, "perf/data_wait_percent")
     if wait[1]:
-        figure = curve_figure({"data wait": wait}, ylabel="% of the time")
+        figure = curve_figure({"data wait": wait}, ylabel="% of the time", from_zero=True, min_span=5.0)
         caption = "Time spent waiting for slices. Above a few per cent, raise trainer.num_workers."
         parts.append(Picture(png=figure, caption=caption))
     return parts or [Text(text="Not measured.")]

@@ -134,6 +134,8 @@ def curve_figure(
     log_y: bool = False,
     smooth: int = 1,
     baseline: tuple[str, float] | None = None,
+    min_span: float = 0.0,
+    from_zero: bool = False,
     size_in: tuple[float, float] = (7.2, 2.9),
 ) -> bytes:
     """Draw curves over steps.
@@ -145,6 +147,8 @@ def curve_figure(
         log_y: Logarithmic ordinate.
         smooth: Length of a running mean drawn over the pale raw curve; 1 draws the raw curve only.
         baseline: Name and height of a dashed line: the value to beat.
+        min_span: Least height of the ordinate in its units, so that noise does not look like a result.
+        from_zero: Begin the ordinate at 0, where a curve must be seen against a collapse.
         size_in: Width and height in inches.
 
     Returns:
@@ -166,6 +170,11 @@ def curve_figure(
             axes.axhline(baseline[1], color="#55606b", linestyle="--", linewidth=1.1, label=baseline[0])
         if log_y:
             axes.set_yscale("log")
+        low, high = axes.get_ylim()
+        if high - low < min_span:
+            axes.set_ylim((low + high - min_span) / 2, (low + high + min_span) / 2)
+        if from_zero:
+            axes.set_ylim(bottom=0)
         axes.set_xlabel(xlabel)
         axes.set_ylabel(ylabel)
         if len(curves) + (baseline is not None) > 1 or smooth > 1:

@@ -64,3 +64,11 @@ def test_image_grid__shows_grey_values_where_they_belong() -> None:
     row = picture[picture.shape[0] * 2 // 3]
     assert row[len(row) // 4] == 0
     assert row[3 * len(row) // 4] == 255
+
+
+def test_curve__axes_that_do_not_make_noise_look_like_a_result() -> None:
+    flat = {"dice": (range(3), [0.50, 0.51, 0.50])}
+    plain = curve_figure(flat, ylabel="Dice")
+    assert curve_figure(flat, ylabel="Dice", min_span=0.001) == plain
+    assert curve_figure(flat, ylabel="Dice", min_span=0.2) != plain
+    assert curve_figure(flat, ylabel="Dice", from_zero=True) != plain

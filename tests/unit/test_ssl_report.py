@@ -1,0 +1,65 @@
+"""What a stage-1 report says first, and that its parts say where their numbers come from."""
+
+import pytest
+from samgraft.shared.training.report import Picture, Table, Text
+from samgraft.ssl.report import verdict
+from samgraft.ssl.report_curves import engine_parts, feature_parts, probe_parts
+from samgraft.ssl.watch import Watched
+
+LOSS = [{"step": 0, "held_out/loss": 1.0}, {"step": 100, "held_out/loss": 0.5}]
+NOTHING = Watched(held_out=None, probe=None, gauge=None, gauge_note="off")
+
+
+def with_probe(start, end, *, drift=(0.8, 0.7)):
+    first, last = LOSS
+    return [
+        {**first, "probe/dice": start, "drift/box_dice": drift[0]},
+        {**last, "probe/dice": end, "drift/box_dice": drift[1]},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("end", "words", "kind"),
+    [
+        (0.61, "rose to a Dice of 0.610, 0.500 at the start", "good"),
+        (0.51, "is where it was: a Dice of 0.510, 0.500 at the start. A difference below 0.02 is noise", "plain"),
+        (0.41, "fell to a Dice of 0.410, 0.500 at the start", "plain"),
+    ],
+)
+def test_verdict__the_probe_comes_first(end, words, kind):
+    remarks = verdict(with_probe(0.5, end))
+    assert words in remarks[0].text
+    assert remarks[0].kind == kind
+    assert "SAM's own decoder, asked with boxes, scores a Dice of 0.700" in remarks[1].text
+    assert "50 % lower than at the start" in remarks[2].text
+    warned = [r.text for r in remarks if r.kind == "warning"]
+    assert len(warned) == (end < 0.48)
+
+
+def test_verdict__without_a_probe_the_loss_and_without_held_out_patients_a_warning():
+    assert [r.text[:28] for r in verdict(LOSS)] == ["The loss on held-out slices "]
+    assert verdict([])[0].kind == "warning"
+
+
+def test_parts__say_what_was_not_measured():
+    assert "no labelled store was named" in probe_parts([], NOTHING)[0].text
+    assert feature_parts([]) == [Text(text="Not measured.")]
+    assert engine_parts([]) == [Text(text="Not measured.")]
+
+
+def test_feature_parts__curves_and_a_table_that_stays_short():
+    lines = [{"step": n, "held_out/effective_rank": 8.0, "held_out/feature_std": 0.1} for n in range(40)]
+    *pictures, table = feature_parts(lines)
+    assert all(isinstance(part, Picture) for part in pictures)
+    assert isinstance(table, Table)
+    assert len(table.rows) == 12
+    assert (table.rows[0][0], table.rows[-1][0]) == (0, 39)
+
+
+def test_engine_parts__loss_parts_gradient_and_waiting():
+    lines = [
+        {"step": n, "train/loss": 1.0, "train/sigreg": 0.1, "train/grad_norm": 2.0, "perf/data_wait_percent": 1.0}
+        for n in range(1, 4)
+    ]
+    captions = [part.caption for part in engine_parts(lines)]
+    assert [text.split(" ")[0] for text in captions] == ["Parts", "Norm", "Time"]
