@@ -1,10 +1,11 @@
 """Speed and memory of our image encoder against segment_anything's, interleaved in one process.
 
-    python benchmarks/encoder_speed.py --sizes 256 512 1024 --types float32 bfloat16 --repeats 3 --write
+    python benchmarks/encoder_speed.py --sizes 1024 512 256 --types bfloat16 --cases full lora --write bf16
 
-Every case is forward + backward on random data of the real shape, after a warm-up and a check that outputs agree.
-Both sides take turns (A B A B); the claim is the ratio of medians, with the smallest and largest ratio of a turn.
-Saved bytes are distinct storages that autograd keeps for the backward pass, weights left out.
+Every case is forward + backward on random data of the real shape, after a warm-up; in float32 outputs are compared
+first. The original and all of ours take turns (A B C A B C); the claim is the ratio of medians, with the smallest and
+largest ratio of a turn. Saved bytes are distinct storages that autograd keeps for the backward pass, weights left out.
+The allocator is tuned as in training (``tune_cpu``), for both sides.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from pathlib import Path
 import torch
 from samgraft.shared.models.architecture import Arch, ArchSpec, arch_spec
 from samgraft.shared.models.image_encoder import ImageEncoder
+from samgraft.shared.training.device import tune_cpu
 from segment_anything.modeling import ImageEncoderViT
 from torch import nn
 
@@ -140,53 +142,102 @@ def saved_mib(run: Run, module: nn.Module) -> float:
     return total
 
 
-def measure(
-    baseline: Run, ours: Run, modules: tuple[nn.Module, nn.Module], *, repeats: int, device: str
-) -> tuple[list[float], list[float], float, float]:
-    mib = (saved_mib(baseline, modules[0]), saved_mib(ours, modules[1]))  # also the warm-up
-    times: tuple[list[float], list[float]] = ([], [])
+@dataclass(frozen=True, kw_only=True)
+class Side:
+    """One thing that is timed."""
+
+    name: str
+    run: Run
+    module: nn.Module
+
+
+@dataclass(kw_only=True)
+class Taken:
+    """What one side took."""
+
+    seconds: list[float]
+    mib: float
+
+
+def measure(sides: list[Side], *, repeats: int, device: str) -> list[Taken]:
+    """Time all sides in turn, the baseline first, ``repeats`` times."""
+    taken = [Taken(seconds=[], mib=saved_mib(side.run, side.module)) for side in sides]  # also the warm-up
     for _ in range(repeats):
-        for run, module, taken in zip((baseline, ours), modules, times, strict=True):
-            module.zero_grad(set_to_none=True)
-            taken.append(seconds(partial(backward, run), device))
-    return times[0], times[1], mib[0], mib[1]
+        for side, record in zip(sides, taken, strict=True):
+            side.module.zero_grad(set_to_none=True)
+            record.seconds.append(seconds(partial(backward, side.run), device))
+            side.module.zero_grad(set_to_none=True)
+    return taken
 
 
-def cases(
-    ours: ImageEncoder, stock: ImageEncoderViT, images: torch.Tensor, hidden: float
-) -> dict[str, tuple[Run, Run]]:
-    """(baseline, ours) per case. The baseline of masked training is the dense encoder with mask tokens in place."""
+def full_sides(ours: ImageEncoder, stock: ImageEncoderViT, images: torch.Tensor, hidden: float) -> list[Side]:
+    """Every weight trained. The baseline of masked training is the same dense encoder, with mask tokens in place."""
     total = ours.grid**2
     kept = round(total * (1 - hidden))
     generator = torch.Generator().manual_seed(0)
     ids = torch.stack([torch.randperm(total, generator=generator)[:kept] for _ in images]).to(images.device)
+    return [
+        Side(name="original", run=partial(stock, images), module=stock),
+        Side(name="dense", run=partial(plain, ours, images), module=ours),
+        Side(name="dense, checkpointed", run=partial(checkpointed, ours, images), module=ours),
+        Side(name=f"kept tokens, {hidden:.0%} hidden", run=partial(visible, ours, images, ids), module=ours),
+    ]
 
-    def checkpointed() -> torch.Tensor:
-        ours.activation_checkpointing = True
-        return ours(images)
 
-    def plain() -> torch.Tensor:
-        ours.activation_checkpointing = False
-        return ours(images)
+def lora_sides(ours: ImageEncoder, stock: ImageEncoderViT, images: torch.Tensor, num_blocks: int) -> list[Side]:
+    """Only LoRA in qkv of the last blocks trained, through peft, the same way on both; changes both encoders."""
+    from peft import LoraConfig, inject_adapter_in_model
 
-    def visible() -> torch.Tensor:
-        ours.activation_checkpointing = False
-        return ours.forward_visible(images, ids)
+    depth = len(ours.blocks)
+    adapted = "|".join(str(i) for i in range(depth - num_blocks, depth))
+    for module in (ours, stock):
+        module.requires_grad_(requires_grad=False)
+        config = LoraConfig(r=8, lora_alpha=8, target_modules=rf"blocks\.({adapted})\.attn\.qkv")
+        inject_adapter_in_model(config, module)
+        module.to(images.dtype)
+    where = "all blocks" if num_blocks == depth else f"the last {num_blocks} blocks"
+    return [
+        Side(name="original", run=partial(stock, images), module=stock),
+        Side(name=f"LoRA in {where}", run=partial(plain, ours, images), module=ours),
+        Side(name=f"LoRA in {where}, checkpointed", run=partial(checkpointed, ours, images), module=ours),
+    ]
 
-    def original() -> torch.Tensor:
-        return stock(images)
 
-    def original_features() -> torch.Tensor:
-        tokens = stock.patch_embed(images) + stock.pos_embed
-        for block in stock.blocks:
-            tokens = block(tokens)
-        return tokens
+def plain(encoder: ImageEncoder, images: torch.Tensor) -> torch.Tensor:
+    encoder.activation_checkpointing = False
+    return encoder(images)
 
-    return {
-        "dense": (original, plain),
-        "dense, checkpointed": (original, checkpointed),
-        f"kept tokens, {hidden:.0%} hidden": (original_features, visible),
-    }
+
+def checkpointed(encoder: ImageEncoder, images: torch.Tensor) -> torch.Tensor:
+    encoder.activation_checkpointing = True
+    return encoder(images)
+
+
+def visible(encoder: ImageEncoder, images: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    encoder.activation_checkpointing = False
+    return encoder.forward_visible(images, ids)
+
+
+def rows_of(sides: list[Side], taken: list[Taken], *, image_size: int, dtype: str) -> list[Row]:
+    """Compare every side with the first."""
+    baseline = taken[0]
+    rows = []
+    for side, record in zip(sides[1:], taken[1:], strict=True):
+        ratios = [a / b for a, b in zip(baseline.seconds, record.seconds, strict=True)]
+        rows.append(
+            Row(
+                image_size=image_size,
+                dtype=dtype,
+                case=side.name,
+                baseline_s=statistics.median(baseline.seconds),
+                ours_s=statistics.median(record.seconds),
+                lowest_ratio=min(ratios),
+                highest_ratio=max(ratios),
+                baseline_mib=baseline.mib,
+                ours_mib=record.mib,
+            )
+        )
+    return rows
 
 
 def hardware(device: str) -> str:
@@ -230,53 +281,52 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--depth", type=int, help="only the first blocks (a quick look; ratios are of these blocks)")
     parser.add_argument("--sizes", type=int, nargs="+", default=[256, 512, 1024])
     parser.add_argument("--types", nargs="+", default=["float32"], choices=["float32", "bfloat16"])
-    parser.add_argument("--cases", nargs="+", help="words; only cases that contain one of them")
+    parser.add_argument("--cases", nargs="+", default=["full"], choices=["full", "lora", "lora_last"])
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--hidden", type=float, default=0.75)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--write", metavar="NAME", help="keep the table as benchmarks/results/DATE-NAME.md")
+    parser.add_argument(
+        "--write", metavar="NAME", help="keep the table as benchmarks/results/encoder_speed-NAME-DATE.md"
+    )
     return parser.parse_args()
+
+
+def build_pair(arguments: argparse.Namespace, image_size: int, dtype: str) -> tuple[ImageEncoder, ImageEncoderViT]:
+    ours, stock = build(Arch(arguments.arch), image_size, arguments.depth, arguments.device)
+    return (ours.bfloat16(), stock.bfloat16()) if dtype == "bfloat16" else (ours, stock)
 
 
 def main() -> None:
     arguments = parse()
     torch.set_num_threads(arguments.threads)
+    tune_cpu()
     rows: list[Row] = []
     loads = [os.getloadavg()[0]]
     for image_size in arguments.sizes:
         for dtype in arguments.types:
-            ours, stock = build(Arch(arguments.arch), image_size, arguments.depth, arguments.device)
-            shape = (arguments.batch, 3, image_size, image_size)
-            images = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(arguments.device)
-            if dtype == "bfloat16":
-                ours, stock, images = ours.bfloat16(), stock.bfloat16(), images.bfloat16()
-            else:
-                with torch.no_grad():
-                    torch.testing.assert_close(ours(images), stock(images), atol=1e-4, rtol=1e-4)
-            for name, (baseline, run) in cases(ours, stock, images, arguments.hidden).items():
-                if arguments.cases and not any(word in name for word in arguments.cases):
-                    continue
-                measured = measure(baseline, run, (stock, ours), repeats=arguments.repeats, device=arguments.device)
-                ratios = [a / b for a, b in zip(measured[0], measured[1], strict=True)]
-                row = Row(
-                    image_size=image_size,
-                    dtype=dtype,
-                    case=name,
-                    baseline_s=statistics.median(measured[0]),
-                    ours_s=statistics.median(measured[1]),
-                    lowest_ratio=min(ratios),
-                    highest_ratio=max(ratios),
-                    baseline_mib=measured[2],
-                    ours_mib=measured[3],
-                )
+            for case in arguments.cases:
+                ours, stock = build_pair(arguments, image_size, dtype)
+                shape = (arguments.batch, 3, image_size, image_size)
+                images = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(next(ours.parameters()))
+                if dtype == "float32":
+                    with torch.no_grad():
+                        torch.testing.assert_close(ours(images), stock(images), atol=1e-4, rtol=1e-4)
+                if case == "full":
+                    sides = full_sides(ours, stock, images, arguments.hidden)
+                else:
+                    depth = len(ours.blocks)
+                    sides = lora_sides(ours, stock, images, depth if case == "lora" else min(4, depth))
+                taken = measure(sides, repeats=arguments.repeats, device=arguments.device)
+                new = rows_of(sides, taken, image_size=image_size, dtype=dtype)
                 loads.append(os.getloadavg()[0])
-                rows.append(row)
-                print(" | ".join(row.cells()), flush=True)
+                rows += new
+                for row in new:
+                    print(" | ".join(row.cells()), flush=True)
                 if arguments.write:  # after every case: a long run that is stopped keeps what it has
                     RESULTS.mkdir(parents=True, exist_ok=True)
-                    path = RESULTS / f"{datetime.now(UTC):%Y-%m-%d}-{arguments.write}.md"
+                    path = RESULTS / f"encoder_speed-{arguments.write}-{datetime.now(UTC):%Y-%m-%d}.md"
                     path.write_text(table(rows, arguments, loads), encoding="utf-8")
     print(table(rows, arguments, loads))
 
