@@ -45,6 +45,7 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 Part = Literal["image_encoder", "sam"]
+STATE_FILE = "state.safetensors"
 # Where weights lie in our folders and in transformers'; the first that exists is taken.
 FOLDER_FILES = (
     "encoder/encoder.safetensors",
@@ -53,7 +54,7 @@ FOLDER_FILES = (
     "sam.safetensors",
     "model.safetensors",
     "pytorch_model.bin",
-    "state.safetensors",
+    STATE_FILE,
 )
 
 
@@ -94,6 +95,8 @@ def read_weights(path: str | Path) -> WeightsFile:
     raw = read_file(file)
     found = recognise(raw)
     notes = list(found.notes)
+    if file.name == STATE_FILE:
+        notes.append(f"a training state ({file.parent.name}), not the result of a finished run")
     tensors = _as_float32(found.tensors, notes, name=raw.name)
     spec = spec_from_tensors(tensors)
     card_path = file.with_name("card.json")
@@ -278,6 +281,8 @@ def _find_file(path: Path) -> Path:
     for name in FOLDER_FILES:
         if (path / name).is_file():
             return path / name
+    if (state := _newest_state(path)) is not None:
+        return state
     if (path / ".metadata").exists() or any(path.glob("*.distcp")):
         raise WeightsError(
             "weights must be one file, got a distributed checkpoint folder, whose table is a pickle. Convert it where "
@@ -299,6 +304,15 @@ def _find_file(path: Path) -> Path:
     raise WeightsError(
         f"weights folder must hold one of {', '.join(FOLDER_FILES)}, and has none. Did the run finish?", where=path.name
     )
+
+
+def _newest_state(run: Path) -> Path | None:
+    """Return the newest complete training state of a run that has not handed its weights over yet.
+
+    A state under its final name is complete (``samgraft.shared.training`` renames it last), also while the run goes on.
+    """
+    states = [p for p in run.glob(f"checkpoints/step-*/{STATE_FILE}") if p.parent.name[5:].isdigit()]
+    return max(states, key=lambda p: int(p.parent.name[5:]), default=None)
 
 
 def _as_float32(tensors: dict[str, torch.Tensor], notes: list[str], *, name: str) -> dict[str, torch.Tensor]:

@@ -19,8 +19,10 @@ from model_factory import make_sam, tiny_plain_spec
 from safetensors.torch import save_file
 from samgraft.shared.cli import main
 from samgraft.shared.errors import WeightsError
+from samgraft.shared.models.architecture import Arch
 from samgraft.shared.models.safe_read import read_file
-from samgraft.shared.models.weights import load_sam, read_weights
+from samgraft.shared.models.sam import build_sam
+from samgraft.shared.models.weights import load_image_encoder, load_sam, read_weights, save_sam
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +126,16 @@ def _truncated_safetensors(path: Path, t: Tensors, canary: Path) -> None:
 def _padded_safetensors(path: Path, t: Tensors, canary: Path) -> None:
     save_file(t, path)
     path.write_bytes(path.read_bytes() + b"\0" * 100)
+
+
+def _padded_pth(path: Path, t: Tensors, canary: Path) -> None:
+    torch.save(t, path)
+    path.write_bytes(path.read_bytes() + b"\0" * 70_000)
+
+
+def _cut_by_one_byte(path: Path, t: Tensors, canary: Path) -> None:
+    torch.save(t, path)
+    path.write_bytes(path.read_bytes()[:-1])
 
 
 def _web_page(path: Path, t: Tensors, canary: Path) -> None:
@@ -258,6 +270,8 @@ CORPUS: list[tuple[Callable[[Path, Tensors, Path], None], str]] = [
     (_truncated_pth, "damaged or incomplete"),
     (_truncated_safetensors, "incomplete or lies"),
     (_padded_safetensors, "cut off or padded"),
+    (_padded_pth, "damaged or incomplete"),
+    (_cut_by_one_byte, "damaged or incomplete"),
     (_web_page, "got a web page"),
     (_lfs_pointer, "git-lfs pointer"),
     (_json, "content is neither"),
@@ -356,3 +370,26 @@ def test_safetensors__whose_length_begins_like_a_pickle_is_read(tmp_path: Path) 
     path.write_bytes(struct.pack("<Q", len(text)) + text + bytes(64))
     assert path.read_bytes()[:2] == b"\x80\x02"
     assert torch.equal(read_file(path).content["image_encoder.pos_embed"], tensors["image_encoder.pos_embed"])
+
+
+def test_running_job__newest_complete_state_is_taken_and_said(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    for step, name in ((9, "step-000009"), (10, "step-000010"), (11, "step-000011.tmp"), (12, "step-000012.corrupt")):
+        tensors = dict(make_sam(tiny_plain_spec(), image_size=160, seed=step).image_encoder.state_dict())
+        folder = run / "checkpoints" / name
+        folder.mkdir(parents=True)
+        save_file({f"model.objective.encoder.{k}": v for k, v in tensors.items()}, folder / "state.safetensors")
+        if step == 10:
+            expected = tensors
+    encoder, _ = load_image_encoder(run)
+    assert all(torch.equal(v, expected[k]) for k, v in encoder.state_dict().items())
+    assert "a training state (step-000010), not the result of a finished run" in read_weights(run).notes
+
+
+@pytest.mark.slow
+def test_inspect__real_vit_b_has_all_314_keys(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = save_sam(build_sam(Arch.vit_b), tmp_path / "w.pth")
+    assert main(["inspect", str(path), "--json"]) == 0
+    parts = json.loads(capsys.readouterr().out)["parts"]
+    assert sum(part["matched"] for part in parts.values()) == 314
+    assert not any(part["missing"] or part["unexpected"] for part in parts.values())

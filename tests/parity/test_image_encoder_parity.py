@@ -246,16 +246,45 @@ def test_whole_sam__same_masks_as_segment_anything() -> None:
     assert torch.equal(got["masks"], expected["masks"])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("arch", "image_size"), [(Arch.vit_b, 256), (Arch.vit_b, 1024), (Arch.vit_l, 512), (Arch.vit_h, 512)]
-)
-def test_real_shapes__equal_segment_anything(arch: Arch, image_size: int) -> None:
+def real_pair(arch: Arch, image_size: int) -> tuple[ImageEncoder, ImageEncoderViT]:
     spec = arch_spec(arch)
     ours = ImageEncoder(spec, image_size=image_size)
     randomise(ours, scale=0.02)
     stock = stock_encoder(spec, image_size)
     stock.load_state_dict(ours.state_dict(), strict=True)
+    return ours, stock
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arch", "image_size"), [(Arch.vit_b, 256), (Arch.vit_b, 1024), (Arch.vit_l, 512), (Arch.vit_h, 512)]
+)
+def test_real_shapes__equal_segment_anything(arch: Arch, image_size: int) -> None:
+    ours, stock = real_pair(arch, image_size)
     images = torch.randn(1, 3, image_size, image_size)
     with torch.no_grad():
         torch.testing.assert_close(ours(images), stock(images), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("image_size", [256, 320])
+def test_real_vit_b__same_gradients_as_segment_anything(image_size: int) -> None:
+    ours, stock = real_pair(Arch.vit_b, image_size)
+    assert_same_training(ours, stock, torch.randn(1, 3, image_size, image_size), tolerance=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("stem", "image_size"), [(Stem.conv1x1, 256), (Stem.conv3x3, 1024)])
+def test_real_vit_t__equals_timm(stem: Stem, image_size: int) -> None:
+    ours = TinyViTEncoder(arch_spec(Arch.vit_t, stem), image_size=image_size)
+    randomise(ours, scale=0.05)
+    reference = timm_tiny(ours.spec)
+    tensors = {k: v for k, v in ours.state_dict().items() if not k.startswith("neck.")}
+    missing, unexpected = reference.load_state_dict(to_timm_names(tensors), strict=False)
+    assert not unexpected
+    assert all(name.startswith("head.") for name in missing)
+    images = torch.randn(1, 3, image_size, image_size)
+    with torch.no_grad():
+        expected = reference.eval().forward_features(images)
+        got = ours.eval().forward_features(images)
+    torch.testing.assert_close(got, expected, atol=1e-5 * float(expected.abs().max()), rtol=1e-5)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from model_factory import make_sam, tiny_plain_spec, tiny_vit_t_spec
+from model_factory import make_sam, randomise, tiny_plain_spec, tiny_vit_t_spec
 from samgraft.shared.errors import WeightsError
 from samgraft.shared.models.architecture import Arch
 from samgraft.shared.models.sam import build_sam, decode_automatic
@@ -128,3 +128,18 @@ def test_decode_automatic__equals_a_loop_over_images() -> None:
         )
         torch.testing.assert_close(logits[i : i + 1], one, atol=1e-4, rtol=1e-5)
         torch.testing.assert_close(iou[i : i + 1], one_iou, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_real_vit_b__same_embeddings_as_transformers(tmp_path: Path) -> None:
+    from transformers import SamModel
+
+    ours = build_sam(Arch.vit_b, image_size=512)
+    randomise(ours, scale=0.02)
+    folder = save_transformers(ours.state_dict(), tmp_path, ours.image_encoder.spec, image_size=512)
+    theirs = SamModel.from_pretrained(folder).eval()
+    images = torch.randn(1, 3, 512, 512)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            ours.image_encoder(images), theirs.get_image_embeddings(images), atol=1e-5, rtol=1e-5
+        )
