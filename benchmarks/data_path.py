@@ -37,6 +37,7 @@ from samgraft.shared.data.sampler import StepBatchSampler
 from samgraft.shared.data.store import SliceStore
 from samgraft.shared.data.store_build import build_store
 from samgraft.shared.data.volume import Modality
+from samgraft.shared.models.architecture import arch_spec
 from samgraft.shared.models.image_encoder import build_image_encoder
 from samgraft.shared.training.loader import build_step_loader
 from samgraft.ssl.config import PretrainConfig
@@ -86,7 +87,7 @@ def stage_augmentation(schema, preset, model):
 def data_wait(store, augment, *, device, num_workers, image_size=128, batch_size=8, num_steps=8):
     """Return the share of stage-1 steps that went into waiting for a batch, and seconds per step."""
     torch.manual_seed(0)
-    encoder = build_image_encoder("vit_t", image_size=image_size).train()
+    encoder = build_image_encoder(arch_spec("vit_t"), image_size=image_size).train()
     objective = MaskedImage(encoder, MaskedImageConfig(mask_unit_px=8), seed=0).to(device)
     dataset = SliceDataset(store, select_slices(store, store.patient_ids), augment=augment)
     sampler = StepBatchSampler(len(dataset), batch_size=batch_size, seed=0, num_micro_steps=num_steps + 2)

@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 from samgraft.shared.data.discovery import Discovery
+from samgraft.shared.data.lookalikes import look_alike
 from samgraft.shared.data.series import SeriesRecord
 from samgraft.shared.data.store_build import BuildReport
 
@@ -22,6 +23,7 @@ def summarise(found: Discovery, report: BuildReport) -> dict[str, Any]:
     for finding in report.findings:
         if finding.record is not None:
             contents[finding.record.content_sha256].append(finding.name)
+    name_of = {finding.record.series_id: finding.name for finding in report.findings if finding.record is not None}
     voxels: Counter[int] = Counter()
     slices: Counter[int] = Counter()
     for record in labelled:
@@ -50,6 +52,7 @@ def summarise(found: Discovery, report: BuildReport) -> dict[str, Any]:
         "dtypes": dict(Counter(record.dtype for record in records).most_common()),
         "spacing_mm": spacing_ranges(records),
         "duplicates": [sorted(same) for same in contents.values() if len(same) > 1],
+        "look_alike": sorted(sorted(name_of[record.series_id] for record in pair) for pair in look_alike(records)),
         "refused": dict(sorted(report.refused.items())),
         "notes": dict(Counter(note for record in records for note in record.notes).most_common()),
         "source_notes": found.notes,
@@ -90,6 +93,11 @@ def print_report(values: dict[str, Any], console: Console) -> None:
         console.print(f"empty labels: {values['num_empty_labels']} of {values['num_labelled']} labelled series")
     _print_list(console, "refused", [f"{name}: {reason}" for name, reason in values["refused"].items()])
     _print_list(console, "same voxels under several names", [" = ".join(names) for names in values["duplicates"]])
+    _print_list(
+        console,
+        "different patients that look alike (one scan exported twice?)",
+        [" ~ ".join(names) for names in values["look_alike"]],
+    )
     _print_list(console, "labels without image", values["labels_without_image"])
     _print_list(console, "images without label", values["images_without_label"])
     for title, key in (("left out", "left_out"), ("notes", "notes")):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from samgraft.shared.data.lookalikes import look_alike
 from samgraft.shared.data.store import SliceStore
 from samgraft.shared.errors import DataError
 
@@ -192,6 +193,7 @@ def check_split(split: Split, store: SliceStore) -> None:
     if not split.train:
         raise DataError("the split must have at least one training patient, got none.", where=store.path.name)
     _refuse_equal_content(store, parts)
+    _warn_of_look_alikes(store, parts)
 
 
 def refuse_leak(pretrain_manifest: Mapping[str, Any], split: Split, store: SliceStore) -> None:
@@ -263,6 +265,18 @@ def _refuse_equal_content(store: SliceStore, parts: Mapping[str, set[str]]) -> N
                 "Give both series one patient and rebuild the store.",
                 where=store.path.name,
             )
+
+
+def _warn_of_look_alikes(store: SliceStore, parts: Mapping[str, set[str]]) -> None:
+    """Alike is not equal: said, not refused."""
+    part_of = {patient: name for name, patients in parts.items() for patient in patients}
+    for one, other in look_alike(record for record in store.series if record.patient_id in part_of):
+        first, second = part_of[one.patient_id], part_of[other.patient_id]
+        if first != second:
+            log.warning(
+                "%s (%s) and %s (%s) look alike: one patient under two ids?",
+                one.patient_id, first, other.patient_id, second,
+            )  # fmt: skip
 
 
 def _some(ids: Sequence[str]) -> str:
