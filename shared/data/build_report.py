@@ -85,10 +85,12 @@ def print_report(values: dict[str, Any], console: Console) -> None:
     console.print(table)
     if values["labels"]:
         labels = Table("label", "name", "voxels", "slices", "series", box=None, pad_edge=False)
-        for label, entry in values["labels"].items():
+        for label, entry in list(values["labels"].items())[:MAX_ROWS]:
             cells = (entry["voxels"], entry["slices"], entry["series"])
             labels.add_row(label, entry["name"], *(f"{v:,}" for v in cells))
         console.print(labels)
+        if len(values["labels"]) > MAX_ROWS:
+            console.print(f"  ... and {len(values['labels']) - MAX_ROWS} more labels (--report FILE has all)")
     if values["num_empty_labels"]:
         console.print(f"empty labels: {values['num_empty_labels']} of {values['num_labelled']} labelled series")
     _print_list(console, "refused", [f"{name}: {reason}" for name, reason in values["refused"].items()])

@@ -78,9 +78,21 @@ def plain_cases(root: Path, options: SourceOptions) -> Discovery:
     _add_pictures(index, labels, rules, options, found)
     _add_dicom(index, labels, rules, options, found)
     found.labels_without_image = sorted(label.scan.name for group in labels.values() for label in group)
-    if not rules.has_patient and any(Path(case.name).parent == Path() for case in found.cases):
-        found.notes.append("every file directly below the root counts as its own patient; else give --patient-pattern")
+    if not rules.has_patient:
+        _note_patients(found)
     return found
+
+
+def _note_patients(found: Discovery) -> None:
+    """Say how patients were told apart where a folder's layout alone decided it; DICOM has its own ids."""
+    by_place = [case for case in found.cases if case.scan.format is not ScanFormat.DICOM]
+    if any(Path(case.name).parent == Path() for case in by_place):
+        found.notes.append("every file directly below the root counts as its own patient; else give --patient-pattern")
+    if len(by_place) > 1 and len({case.patient_key for case in by_place}) == 1:
+        found.notes.append(
+            f"{len(by_place)} scans lie below one folder and count as one patient: give the folder below it, or "
+            "--patient-pattern"
+        )
 
 
 def _plain_case(scan: ScanFiles, path: Path, labels: Sequence[LabelFiles], rules: NameRules, root: Path) -> SourceCase:
