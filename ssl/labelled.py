@@ -124,7 +124,9 @@ def labelled_refs(store: SliceStore, patient_ids: Sequence[str], num_slices: int
 def _read(
     store: SliceStore, refs: Sequence[SliceRef], config: PretrainConfig, preset: ModalityPreset
 ) -> LabelledSlices:
-    dataset = SliceDataset(store, refs, intensity=preset.intensity, with_label=True)
+    dataset = SliceDataset(
+        store, refs, intensity=preset.intensity, with_label=True, num_neighbours=config.data.num_neighbours
+    )
     batch = collate_slices([dataset[index, 0] for index in range(len(refs))])
     labels = batch.pop("labels")
     images_N1SS, _, frames = batch_to_input(

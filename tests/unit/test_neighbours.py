@@ -11,12 +11,14 @@ from samgraft.finetune.preparation import neighbours_of, prepare
 from samgraft.finetune.segmenter import Segmenter
 from samgraft.shared.config import load_config
 from samgraft.shared.data.dataset import centre_channel, neighbour_slices
+from samgraft.shared.data.preset import load_preset
 from samgraft.shared.data.store import SliceStore
 from samgraft.shared.errors import UsageError
 from samgraft.shared.models.card import Card
 from samgraft.shared.models.weights import save_encoder, save_tensors
 from samgraft.shared.training.device import choose_device
 from samgraft.ssl.config import PretrainConfig
+from samgraft.ssl.labelled import load_probe, open_probe_store
 from samgraft.ssl.objectives.mae import MAE, MAEConfig
 from samgraft.ssl.objectives.masked_image import MaskedImage, MaskedImageConfig
 from samgraft.ssl.pretrain import pretrain
@@ -72,6 +74,13 @@ def test_pretrain__neighbours_reach_the_encoder_and_the_card(lab, monkeypatch, n
     assert Card.read(weights.with_name("card.json")).num_neighbours == num_neighbours
     if num_neighbours:
         assert any(not torch.equal(images[:, 0], images[:, 1]) for images in seen)
+
+
+def test_probe__sees_the_neighbours_that_training_sees(lab):
+    config = pretrain_config(lab, f"probe.store={lab / 'store.zarr'}", "data.num_neighbours=1")
+    probe = load_probe(open_probe_store(config.probe), config, preset=load_preset("mri"))
+    assert probe.train.images_N1SS.shape[1:] == (3, 32, 32)
+    assert not torch.equal(probe.train.images_N1SS[:, 0], probe.train.images_N1SS[:, 1])
 
 
 @pytest.mark.parametrize(
