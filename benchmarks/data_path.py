@@ -139,6 +139,7 @@ def rates(measure, *, repeats):
     for _ in range(repeats):
         for name, run in measure.items():
             values[name].append(run())
+            print(f"{name}: {values[name][-1]:,.0f}", flush=True)
     return {
         name: f"{statistics.median(numbers):,.0f} ({min(numbers):,.0f} to {max(numbers):,.0f})"
         for name, numbers in values.items()
@@ -172,7 +173,7 @@ def measure_all(folder, arguments):
         ("indexing 20,000 files, s", f"{index_speed(folder / 'many', num=20_000):.2f}", "under 60"),
         ("store size, share of the source voxels", f"{share:.2f}", ""),
     ]
-    for num_workers in (0, 2):
+    for num_workers in arguments.workers:
         waiting, seconds = data_wait(store, stage_1, device=arguments.device, num_workers=num_workers)
         what = (
             f"share of a stage-1 step waiting for data, {num_workers} workers (8 slices at 128 px, {arguments.device})"
@@ -185,6 +186,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--series", type=int, default=3)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--workers", type=int, nargs="*", default=[0, 2], help="of the loader in the training step")
     parser.add_argument("--device", default="cpu", help="for the training step: cpu or cuda")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     arguments = parser.parse_args()

@@ -6,11 +6,15 @@ import numpy as np
 import pytest
 import torch
 from samgraft.shared.data.dataset import SliceDataset, SliceRef, batch_to_input, collate_slices, select_slices
+from samgraft.shared.data.examine import BuildSettings
 from samgraft.shared.data.intensity import IntensityKind, IntensityPreset, normalise
+from samgraft.shared.data.orientation import Plane
 from samgraft.shared.data.sampler import StepBatchSampler
 from samgraft.shared.data.store import SliceStore
+from samgraft.shared.data.store_build import build_store
+from samgraft.shared.data.volume import Modality
 from samgraft.shared.errors import DataError
-from store_factory import make_store
+from store_factory import make_cases, make_scan, make_store, write_nifti
 from torch.utils.data import DataLoader
 
 
@@ -127,3 +131,17 @@ def test_batch_to_input__mixed_sizes(tmp_path):
     assert labels.shape == (2, 32, 32)
     assert [f.content_hw for f in frames] == [(21, 32), (32, 20)]
     assert (images[0, :, 21:] == 0).all()
+
+
+def test_select_slices__several_planes_of_a_series(tmp_path):
+    """What `store build --planes` stored is used where a run asks for it, and only what a series has."""
+    cases = make_cases(tmp_path / "scans", num_patients=1, labelled=False)
+    image = make_scan(shape_zyx=(12, 16, 20))[0]
+    write_nifti(cases[0].scan.paths[0], image, spacing_mm=(1.0, 1.0, 1.0))
+    settings = BuildSettings(modality=Modality.MRI, salt="", planes=(Plane.AXIAL, Plane.CORONAL))
+    build_store(cases, out=tmp_path / "s.zarr", settings=settings, label_names={}, intensity=IntensityPreset())
+    store = SliceStore.open(tmp_path / "s.zarr")
+    assert len(select_slices(store, store.patient_ids)) == 12
+    refs = select_slices(store, store.patient_ids, planes=["axial", "coronal", "sagittal"])
+    assert [sum(ref.plane is plane for ref in refs) for plane in Plane] == [12, 16, 0]
+    assert SliceDataset(store, [refs[-1]])[0, 0]["image"].shape == (1, 12, 20)
