@@ -86,7 +86,7 @@ def main():
     lines = [
         f"# Stores of real collections, {today}",
         "",
-        "Command: `python benchmarks/store_builds.py NAME=SOURCE:MODALITY ...`; one process, CPU time, nothing by hand. "
+        "Command: `python benchmarks/store_builds.py NAME=SOURCE:MODALITY ...`; one process, CPU time, no hand. "
         "Problems: what `store check` and a second reading of the sources found.",
         f"Hardware: {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; Python {platform.python_version()}.",
         "",
