@@ -39,7 +39,7 @@ class PretrainModule(pl.LightningModule):
         for encoder in encoders:
             for block in [*getattr(encoder, "blocks", ()), *getattr(encoder, "layers", ()), encoder.neck]:
                 shard(block, part)
-            shard(encoder, part, methods=("forward_features", "forward_visible"))
+            shard(encoder, part, methods=("forward_features", "forward_visible", "forward_patches"))
         shard(self.objective, part, methods=("loss", "panel"))
 
     def on_fit_start(self) -> None:

@@ -178,7 +178,7 @@ class ImageEncoder(nn.Module):
             raise ValueError(f"ids_keep must be (B, N) token numbers below {side}, at least one, got {ids_keep_BN}.")
         patches_BNP = cut_patches(images_B3SS, self.stride)
         ids = ids_keep_BN.clamp(min=0)
-        return self.forward_patches(
+        return self._encode_patches(
             patches_BNP.gather(1, ids[..., None].expand(-1, -1, patches_BNP.shape[-1])), ids_keep_BN
         )
 
@@ -192,6 +192,9 @@ class ImageEncoder(nn.Module):
         Returns:
             As ``forward_visible``.
         """
+        return self._encode_patches(patches_BNP, ids_keep_BN)
+
+    def _encode_patches(self, patches_BNP: torch.Tensor, ids_keep_BN: torch.Tensor) -> torch.Tensor:
         tokens_BNC = self.embed_patches(patches_BNP, ids_keep_BN)
         plan = visible_plan(ids_keep_BN, grid=self.grid, side=self.attn_window_size)
         return self._run_blocks(tokens_BNC, plan)
