@@ -11,7 +11,8 @@ from samgraft.shared.data.orientation import Plane
 from samgraft.shared.data.preset import ModalityPreset
 from samgraft.shared.models.architecture import Arch
 from samgraft.shared.training.optimizer import OptimizerConfig
-from samgraft.shared.training.trainer_config import TrainerConfig
+from samgraft.shared.training.trainer_config import Strategy, TrainerConfig
+from samgraft.ssl.objectives.mae import Layout
 from samgraft.ssl.objectives.settings import ObjectiveConfig
 from samgraft.ssl.scope import ScopeConfig
 from samgraft.ssl.ssl_state import StateUse
@@ -163,3 +164,10 @@ class PretrainConfig:
     optim: PretrainOptimizerConfig = field(default_factory=PretrainOptimizerConfig)
     watch: WatchConfig = field(default_factory=WatchConfig)
     probe: ProbeConfig = field(default_factory=ProbeConfig)
+
+    def __post_init__(self) -> None:
+        if self.objective.mae.layout is Layout.PLAIN_VIT and self.trainer.strategy is Strategy.FSDP:
+            raise ValueError(
+                "objective.mae.layout=plain_vit must not be combined with trainer.strategy=fsdp: it runs the parts of "
+                "a block one by one, which are not whole then. Use ddp."
+            )

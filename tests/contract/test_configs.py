@@ -3,13 +3,19 @@
 from pathlib import Path
 
 import pytest
+import torch
 from samgraft.finetune.config import FinetuneConfig
 from samgraft.finetune.study.cells import expand
 from samgraft.finetune.study.config import StudyConfig
 from samgraft.shared.config import load_config
 from samgraft.shared.data.preset import load_preset
 from samgraft.shared.data.volume import Modality
+from samgraft.shared.models.architecture import arch_spec
+from samgraft.shared.models.image_encoder import build_image_encoder
 from samgraft.ssl.config import PretrainConfig
+from samgraft.ssl.objectives import OBJECTIVES, Method
+from samgraft.ssl.optimizer import build_pretrain_optimizer, build_schedule
+from samgraft.ssl.scope import apply_scope
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 FILES = sorted(path for path in CONFIGS.rglob("*.yaml"))
@@ -39,6 +45,26 @@ def test_configs__parse_into_their_schema(path: Path) -> None:
     # Presets by memory say only what differs from default.yaml.
     below = [path.with_name("default.yaml")] if path.stem.startswith("gpu_") else []
     assert isinstance(load_config(schema, layers=[*below, path, required]), schema)
+
+
+PRETRAIN = [path for path in FILES if path.parent.name == "pretrain"]
+
+
+def test_pretrain_presets__one_per_objective_and_kind_of_machine() -> None:
+    assert {path.stem for path in PRETRAIN} == {f"{m.value}-{kind}" for m in Method for kind in ("cpu", "gpu")}
+
+
+@pytest.mark.parametrize("path", PRETRAIN, ids=lambda path: path.stem)
+def test_pretrain_presets__build_their_objective(path: Path) -> None:
+    config = load_config(PretrainConfig, layers=[path, SCHEMAS["pretrain"][1]])
+    assert path.stem.startswith(config.objective.name.value)
+    with torch.device("meta"):
+        encoder = build_image_encoder(arch_spec(config.model.arch), image_size=config.model.image_size)
+        apply_scope(encoder, config.model.scope, num_frozen_depths=config.model.num_frozen_depths)
+        build = OBJECTIVES[config.objective.name]
+        objective = build(encoder, config.objective, seed=0, max_steps=config.trainer.max_steps)
+    assert len(build_pretrain_optimizer(objective, config.optim).param_groups) > 1
+    build_schedule(config.optim, max_steps=config.trainer.max_steps)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.stem}")

@@ -4,9 +4,11 @@ import dataclasses
 
 import pytest
 import torch
+from samgraft.shared.config import load_config
 from samgraft.shared.errors import UsageError
 from samgraft.shared.models.image_encoder import build_image_encoder
 from samgraft.shared.models.sam import to_pixels
+from samgraft.ssl.config import PretrainConfig
 from samgraft.ssl.masking import MaskKind, token_masks, upsample_mask
 from samgraft.ssl.objectives.decoders import (
     DecoderKind,
@@ -187,6 +189,18 @@ def test_sincos_positions__tell_rows_and_columns_apart():
 def test_mae__refuses_an_encoder_that_cannot_leave_tokens_out():
     with pytest.raises(UsageError, match=r"vit_b, vit_l, vit_h.*got vit_t, whose.*Use METHOD=masked_image"):
         MAE(tiny_encoder(), MAEConfig(), seed=0)
+
+
+def test_layout__plain_vit_is_refused_with_sharded_weights():
+    layer = {
+        "modality": "mri",
+        "data": {"store": "a.zarr"},
+        "model": {"base": "random"},
+        "objective": {"name": "mae", "mae": {"layout": "plain_vit"}},
+        "trainer": {"max_steps": 50, "strategy": "fsdp"},
+    }
+    with pytest.raises(UsageError, match=r"layout=plain_vit must not be combined with trainer.strategy=fsdp"):
+        load_config(PretrainConfig, layers=[layer])
 
 
 @pytest.mark.parametrize(
