@@ -20,7 +20,7 @@ $(error see the message above)
 endif
 endif
 
-.PHONY: help install demo-data store pretrain finetune evaluate predict study release inspect doctor test test-slow check format imports types wheel clean
+.PHONY: help install demo-data store pretrain finetune evaluate predict study release inspect doctor test test-slow check docs format imports types wheel clean
 
 help: ## this list
 	@echo "samgraft: unlabelled scans -> better SAM encoder -> segmentation models you can release"
@@ -83,7 +83,7 @@ test-slow: $(STAMP) ## real shapes and long runs too | make test-slow
 check: $(STAMP) imports types ## format, lint, types, one-way imports, spelling | make check
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
-	@$(BIN)/codespell README.md CHANGELOG.md CONTRIBUTING.md ssl finetune shared configs tests benchmarks
+	@$(BIN)/codespell README.md CHANGELOG.md CONTRIBUTING.md docs ssl finetune shared configs tests benchmarks
 
 # Static checkers see the namespace package through a tree of links. import-linter wants an __init__.py in every
 # package and ssl/ may not have one, so that its children are linked one by one beside an empty one.
@@ -98,6 +98,9 @@ types: $(STAMP) linktree
 
 imports: $(STAMP) linktree
 	@PYTHONPATH=build/types $(BIN)/lint-imports
+
+docs: $(STAMP) ## write docs/commands from the commands' own parsers | make docs
+	@$(BIN)/python -m samgraft.shared.command_pages docs/commands
 
 format: $(STAMP) ## rewrite the files in the house's format | make format
 	@$(BIN)/ruff format . && $(BIN)/ruff check --fix .

@@ -1,0 +1,79 @@
+"""Documentation says what exists: command pages, shown commands, links, pictures, and measured numbers."""
+
+import argparse
+import re
+import shutil
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import pytest
+from doc_commands import ROOT, arguments_of, fake_environment, parse, shell_commands
+from PIL import Image
+from samgraft.shared.command_pages import command_pages
+
+DOCS = ROOT / "docs"
+PAGES = sorted(DOCS.rglob("*.md"))
+WRITTEN = [page for page in PAGES if page.parent.name != "commands"]
+SHOWN = [(page.name, command) for page in WRITTEN for command in shell_commands(page)]
+
+
+def test_command_pages__are_what_the_parsers_say() -> None:
+    on_disk = {path.name: path.read_text(encoding="utf-8") for path in (DOCS / "commands").glob("*.md")}
+    pages = command_pages()
+    assert set(on_disk) == set(pages), "run `make docs`"
+    assert [name for name, text in pages.items() if on_disk[name] != text] == [], "run `make docs`"
+
+
+def test_command_pages__have_every_command_and_flag() -> None:
+    for point in entry_points(group="samgraft.commands"):
+        text = (DOCS / "commands" / f"{point.name}.md").read_text(encoding="utf-8")
+        parser = argparse.ArgumentParser()
+        point.load().add_arguments(parser)
+        for action in parser._actions:
+            for option in action.option_strings:
+                assert option in {"-h", "--help"} or option in text, (point.name, option)
+
+
+def test_docs__show_commands() -> None:
+    assert {command.split()[1] for _, command in SHOWN} >= {"pretrain", "finetune", "evaluate", "study", "release"}
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+@pytest.mark.parametrize(("page", "command"), SHOWN, ids=lambda value: value)
+def test_docs__command_is_understood(tmp_path: Path, page: str, command: str) -> None:
+    arguments = arguments_of(command, fake_environment(tmp_path))
+    assert vars(parse(arguments))
+
+
+def test_docs__an_unknown_flag_would_be_seen() -> None:
+    with pytest.raises((argparse.ArgumentError, SystemExit)):
+        parse(["release", "run", "--out", "x", "--no-such-flag"])
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md"], ids=lambda page: page.name)
+def test_docs__links_and_pictures_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#]+)\)", text):
+        if not target.startswith("http"):
+            assert (page.parent / target).exists(), target
+
+
+def test_docs__pictures_are_small_used_and_readable() -> None:
+    used = {name for page in PAGES for name in re.findall(r"pictures/([\w.-]+)", page.read_text(encoding="utf-8"))}
+    pictures = sorted((DOCS / "pictures").iterdir())
+    assert {p.name for p in pictures} == used
+    for path in pictures:
+        assert path.stat().st_size < 100_000
+        with Image.open(path, formats=("PNG",)) as picture:
+            assert picture.size[0] > 300
+            assert not picture.info.get("Software")
+
+
+def test_settings__quote_measured_numbers_only() -> None:
+    results = "\n".join(p.read_text(encoding="utf-8") for p in (ROOT / "benchmarks" / "results").glob("*.md"))
+    measured = set(re.findall(r"\d[\d,]*\.?\d*", results))
+    text = re.sub(r"\]\([^)]*\)", "", (DOCS / "settings.md").read_text(encoding="utf-8"))
+    text = re.sub(r"`[^`]*`", "", text)
+    decimals = re.findall(r"(?<![\w.])\d[\d,]*\.\d+", text)
+    assert len(decimals) > 10
+    assert [number for number in decimals if number not in measured] == []
