@@ -6,6 +6,7 @@ Shape letters: H, W = rows and columns of a slice or of the input frame; C = for
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -144,16 +145,22 @@ def thin_out(objects: list[PromptedObject], config: PromptConfig, rng: np.random
 
 
 def draw_prompt(
-    mask_HW: Bools, config: PromptConfig, rng: np.random.Generator, *, image: int, mask_size: int, central: bool
+    mask_HW: Bools,
+    config: PromptConfig,
+    rng: np.random.Generator,
+    *,
+    image: int,
+    to_mask: Callable[[Bools], Tensor],
+    central: bool,
 ) -> Prompt:
     """Draw the (first) prompt for an object.
 
     Args:
-        mask_HW: The object in the input frame, not empty.
+        mask_HW: The object, not empty; coordinates come out in its pixels.
         config: Kind and jitter.
         rng: Of this sample; the only source of randomness.
         image: Place of the image in the batch.
-        mask_size: Side of mask prompts, four times the embedding grid's.
+        to_mask: Makes low-resolution logits of a mask, as the prompt encoder takes them.
         central: First points in the middle of the object instead of anywhere in it (evaluation).
     """
     mode = config.mode
@@ -164,7 +171,7 @@ def draw_prompt(
     if mode is PromptMode.BOX:
         return Prompt(image=image, box=torch.from_numpy(draw_box(mask_HW, config, rng)))
     if mode is PromptMode.MASK:
-        return Prompt(image=image, mask=mask_prompt(roughen(mask_HW, config, rng), side=mask_size))
+        return Prompt(image=image, mask=to_mask(roughen(mask_HW, config, rng)))
     if mode is PromptMode.POINTS:
         points, labels = draw_points(mask_HW, config, rng, central=central)
         return Prompt(image=image, points=torch.from_numpy(points), labels=torch.from_numpy(labels))

@@ -1,6 +1,7 @@
 """Prompts: decoding many at once equals segment_anything one by one; drawing them is deterministic and stays inside."""
 
 import dataclasses
+from functools import partial
 
 import numpy as np
 import pytest
@@ -230,7 +231,7 @@ def test_roughen__changes_the_mask_and_never_empties_it():
 @pytest.mark.parametrize("mode", [m for m in PromptMode if m is not PromptMode.NONE])
 def test_draw__depends_on_its_generator_only(mode):
     config = PromptConfig(mode=mode)
-    draw = {"image": 1, "mask_size": 16, "central": False}
+    draw = {"image": 1, "to_mask": partial(mask_prompt, side=16), "central": False}
     first, again, *others = (
         draw_prompt(TWO_CLASSES[0], config, np.random.default_rng(seed), **draw) for seed in (3, 3, 4, 5, 6, 7)
     )
@@ -247,7 +248,9 @@ def test_draw__depends_on_its_generator_only(mode):
 
 def test_draw__without_a_mode_is_a_mistake():
     with pytest.raises(ValueError, match="prompt mode"):
-        draw_prompt(TWO_CLASSES[0], PromptConfig(), np.random.default_rng(0), image=0, mask_size=8, central=False)
+        draw_prompt(
+            TWO_CLASSES[0], PromptConfig(), np.random.default_rng(0), image=0, to_mask=mask_prompt, central=False
+        )
 
 
 def test_correct__clicks_where_the_mask_is_wrong():

@@ -1,0 +1,144 @@
+"""The training step with prompts: objects of a batch, a prompt for each, masks, corrections, and the loss of all.
+
+Shape letters: N = slices, C = foreground classes, S = side of the encoder's input, P = objects, M = masks per prompt,
+h, w = embedding grid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import numpy as np
+import torch
+from samgraft.finetune.loss import LossConfig, MaskLoss, on_loss_grid
+from samgraft.finetune.prompt_sampling import (
+    PromptConfig,
+    PromptedObject,
+    PromptMode,
+    correct,
+    draw_prompt,
+    find_objects,
+    mask_prompt,
+    thin_out,
+)
+from samgraft.finetune.prompts import Prompt, best_masks, decode_prompts
+from segment_anything.modeling import Sam
+from torch import Tensor, nn
+
+PROMPT_STREAM = 4
+"""Third number of the seed of a sample's prompts; its augmentation has 1."""
+
+
+class PromptedLoss(nn.Module):
+    """Mask loss and IoU loss over the objects of a batch, as SAM is trained.
+
+    A single point is ambiguous: of the three masks only the one with the lowest loss counts. The IoU head learns the
+    IoU of every mask that was decoded. With clicks, every round counts alike.
+
+    Source:
+        Segment Anything, arXiv 2304.02643, appendix A, "Training algorithm".
+    """
+
+    def __init__(self, prompt: PromptConfig, loss: LossConfig, *, seed: int) -> None:
+        super().__init__()
+        self.prompt = prompt
+        self.mask_loss = MaskLoss(loss)
+        self.seed = seed
+
+    def forward(
+        self, sam: Sam, image_embeddings_NChw: Tensor, masks_NCSS: Tensor, sample_counters: Sequence[int]
+    ) -> dict[str, Tensor]:
+        """Return ``loss`` and its parts; a batch without any object gives a loss of 0.
+
+        Args:
+            sam: Prompt encoder and mask decoder are used.
+            image_embeddings_NChw: Of the slices.
+            masks_NCSS: Pixels of every class in the input frame, bool.
+            sample_counters: Of the slices; with the seed they decide objects and prompts.
+        """
+        objects, prompts, generators = self._draw(sam, masks_NCSS, sample_counters)
+        if not prompts:
+            # Connected to everything that trains, so that the step is an ordinary one.
+            nothing = sum((p.sum() * 0.0 for p in sam.parameters() if p.requires_grad), image_embeddings_NChw.sum() * 0)
+            return {"loss": nothing}
+        true_PSS = torch.from_numpy(np.stack([o.mask_HW for o in objects])).to(image_embeddings_NChw.device)
+        rounds = 1 + (self.prompt.num_clicks if self.prompt.mode is PromptMode.CLICKS else 0)
+        mask_loss = iou_loss = image_embeddings_NChw.new_zeros((), dtype=torch.float32)
+        for number in range(rounds):
+            per_mask_P, iou_error_P, best_Phw = self._decode(sam, image_embeddings_NChw, prompts, true_PSS)
+            mask_loss = mask_loss + per_mask_P.mean() / rounds
+            iou_loss = iou_loss + iou_error_P.mean() / rounds
+            if number + 1 < rounds:
+                prompts = self._correct(prompts, objects, generators, best_Phw)
+        return {
+            "loss": mask_loss + self.prompt.iou_weight * iou_loss,
+            "loss/mask": mask_loss.detach(),
+            "loss/iou": iou_loss.detach(),
+        }
+
+    def _draw(
+        self, sam: Sam, masks_NCSS: Tensor, sample_counters: Sequence[int]
+    ) -> tuple[list[PromptedObject], list[Prompt], list[np.random.Generator]]:
+        to_mask = partial(mask_prompt, side=int(sam.prompt_encoder.mask_input_size[0]))
+        objects: list[PromptedObject] = []
+        prompts: list[Prompt] = []
+        generators: list[np.random.Generator] = []
+        for image, (masks_CSS, counter) in enumerate(zip(masks_NCSS.cpu().numpy(), sample_counters, strict=True)):
+            rng = np.random.default_rng([self.seed, PROMPT_STREAM, int(counter)])
+            for chosen in thin_out(find_objects(masks_CSS, self.prompt), self.prompt, rng):
+                objects.append(chosen)
+                prompts.append(
+                    draw_prompt(chosen.mask_HW, self.prompt, rng, image=image, to_mask=to_mask, central=False)
+                )
+                generators.append(rng)
+        return objects, prompts, generators
+
+    def _decode(
+        self, sam: Sam, image_embeddings_NChw: Tensor, prompts: Sequence[Prompt], true_PSS: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return loss, squared error of the IoU, and the mask to go on from, for every prompt."""
+        places: list[int] = []
+        losses, errors, best = [], [], []
+        for ambiguous in (False, True):
+            chosen = [place for place, prompt in enumerate(prompts) if prompt.is_ambiguous is ambiguous]
+            if not chosen:
+                continue
+            logits_PMhw, iou_PM = decode_prompts(
+                sam, image_embeddings_NChw, [prompts[place] for place in chosen], multimask=ambiguous
+            )
+            count, masks = iou_PM.shape
+            true = true_PSS[chosen].repeat_interleave(masks, dim=0)
+            loss_PM = self.mask_loss(logits_PMhw.flatten(0, 1), true).view(count, masks)
+            losses.append(loss_PM.min(dim=1).values)
+            true_iou_PM = _iou(logits_PMhw.detach().flatten(0, 1), true).view(count, masks)
+            errors.append((iou_PM.float() - true_iou_PM).square().mean(dim=1))
+            best.append(best_masks(logits_PMhw.detach().float(), iou_PM.detach())[0])
+            places += chosen
+        back = torch.argsort(torch.tensor(places, device=true_PSS.device))
+        return torch.cat(losses)[back], torch.cat(errors)[back], torch.cat(best)[back]
+
+    def _correct(
+        self,
+        prompts: Sequence[Prompt],
+        objects: Sequence[PromptedObject],
+        generators: Sequence[np.random.Generator],
+        best_Phw: Tensor,
+    ) -> list[Prompt]:
+        side = objects[0].mask_HW.shape[-1]
+        logits_PSS, _ = on_loss_grid(best_Phw[:, None], best_Phw.new_zeros(len(best_Phw), 1, side, side), size=None)
+        predicted_PSS = (logits_PSS[:, 0] > 0).cpu().numpy()
+        return [
+            correct(prompt, predicted, chosen.mask_HW, rng, low_res_logits=logits, central=False)
+            for prompt, predicted, chosen, rng, logits in zip(
+                prompts, predicted_PSS, objects, generators, best_Phw, strict=True
+            )
+        ]
+
+
+def _iou(logits_Phw: Tensor, true_PSS: Tensor) -> Tensor:
+    """Return the IoU of masks above 0 with the truth, on the truth's grid, (P,)."""
+    logits, _ = on_loss_grid(logits_Phw[:, None], true_PSS[:, None], size=None)
+    predicted = logits[:, 0] > 0
+    union = (predicted | true_PSS).flatten(1).sum(dim=1)
+    return (predicted & true_PSS).flatten(1).sum(dim=1) / union.clamp(min=1)
