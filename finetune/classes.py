@@ -113,7 +113,8 @@ class ClassTable:
     def from_logits(self, logits_NCHW: Tensor) -> Tensor:
         """Return predicted label ids (N, H, W), or bits of overlapping classes; 0 where no logit is above 0."""
         if self.members:
-            bits = torch.tensor(self.ids, device=logits_NCHW.device).view(1, -1, 1, 1)
+            # SAM without training may have fewer masks than classes.
+            bits = torch.tensor(self.ids[: logits_NCHW.shape[1]], device=logits_NCHW.device).view(1, -1, 1, 1)
             return ((logits_NCHW > 0) * bits).sum(dim=1)
         best, channel = logits_NCHW.max(dim=1)
         return self.to_ids(torch.where(best > 0, channel + 1, 0))

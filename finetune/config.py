@@ -7,7 +7,9 @@ from enum import Enum
 
 from samgraft.finetune.adapters import AdapterConfig, Scope
 from samgraft.finetune.embedding_cache import CacheConfig
+from samgraft.finetune.few_shot import FewShotConfig
 from samgraft.finetune.loss import LossConfig
+from samgraft.finetune.prompt_sampling import PromptConfig
 from samgraft.shared.data.augment import AugmentConfig
 from samgraft.shared.data.dataset import check_neighbours
 from samgraft.shared.training.optimizer import OptimizerConfig
@@ -37,6 +39,8 @@ class DataConfig:
     """Leave training slices out whose share of non-air pixels is smaller; never slices of validation or test."""
     labelled_slices_only: bool = False
     """Leave training slices out that show no label at all, as the study did; never slices of validation or test."""
+    few_shot: FewShotConfig = field(default_factory=FewShotConfig)
+    """Train on a drawn part of the training patients or slices."""
     foreground_fraction: float = 0.67
     """Share of training slices that show a class, reached by repeating them; 0 takes slices as they are."""
     num_neighbours: int | None = None
@@ -96,8 +100,17 @@ class WatchConfig:
     """Write pictures of slices. They are patient images: only the demo scans, which are public, switch it on."""
     batch_size: int = 8
     """Slices per forward pass of validation."""
+    patience_rounds: int | None = None
+    """End when this many validation rounds in a row bring no higher foreground Dice; null trains to the last step."""
+    min_steps: int = 0
+    """No early end before this step, nor before warm-up is over and patience_rounds rounds have followed it."""
 
     def __post_init__(self) -> None:
+        if (self.patience_rounds is not None and self.patience_rounds < 1) or self.min_steps < 0:
+            raise ValueError(
+                f"watch.patience_rounds must be at least 1 or null and watch.min_steps at least 0, got "
+                f"{self.patience_rounds} and {self.min_steps}."
+            )
         if self.validate_every_n_steps < 1 or self.batch_size < 1 or self.num_overlays < 1:
             raise ValueError("watch.validate_every_n_steps, num_overlays and batch_size must be at least 1.")
 
@@ -122,6 +135,8 @@ class FinetuneConfig:
     data: DataConfig
     model: ModelConfig
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    prompt: PromptConfig = field(default_factory=PromptConfig)
+    """Automatic mode, or prompts and which."""
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimizerConfig = field(
         default_factory=lambda: OptimizerConfig(
@@ -136,6 +151,10 @@ class FinetuneConfig:
     cache: CacheConfig = field(default_factory=CacheConfig)
 
     def __post_init__(self) -> None:
+        if self.prompt.is_prompted and self.loss.class_weights:
+            raise ValueError(
+                "loss.class_weights has no effect with prompts: every object is a mask of its own. Leave it out."
+            )
         if self.cache.variants and not self.freezes_encoder:
             raise ValueError(
                 f"cache.variants must go with adapter.scope=decoder, got {self.adapter.scope.value}: embeddings of an "

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from samgraft.finetune.classes import ClassTable
+from samgraft.finetune.prompt_sampling import PromptConfig
+from samgraft.finetune.prompted_inference import segment_with_label_prompts
 from samgraft.finetune.segmenter import Segmenter
 from samgraft.shared.data.dataset import neighbour_slices
 from samgraft.shared.data.frame import InputFrame, fit_frame, image_to_frame, logits_to_native
@@ -40,6 +42,8 @@ class InferenceConfig:
     """Slices on each side that are the encoder's other channels (2.5D)."""
     batch_size: int = 8
     """Slices per forward pass; changes speed and memory only."""
+    prompt: PromptConfig = field(default_factory=PromptConfig)
+    """Prompts that validation and evaluation draw from the labels; none without."""
 
 
 @contextmanager
@@ -122,5 +126,37 @@ def with_neighbours(
 def segment_series(
     segmenter: Segmenter, store: SliceStore, series_id: str, classes: ClassTable, config: InferenceConfig
 ) -> npt.NDArray[np.int32]:
-    """Segment one series of a store on its own grid."""
+    """Segment one series of a store on its own grid; with prompts from its labels if the model wants prompts."""
+    if config.prompt.is_prompted:
+        return _segment_prompted(segmenter, store, series_id, classes, config)
     return segment_volume(segmenter, store.read_volume(series_id), store.record(series_id).stats, classes, config)
+
+
+def _segment_prompted(
+    segmenter: Segmenter, store: SliceStore, series_id: str, classes: ClassTable, config: InferenceConfig
+) -> npt.NDArray[np.int32]:
+    volume_ZHW, label_ZHW = store.read_volume(series_id), store.read_label_volume(series_id)
+    stats = store.record(series_id).stats
+    frame = fit_frame(
+        (volume_ZHW.shape[1], volume_ZHW.shape[2]), image_size=segmenter.image_size, keep_aspect=config.keep_aspect
+    )
+    device = next(segmenter.parameters()).device
+    labels = np.zeros(volume_ZHW.shape, dtype=np.int32)
+    # Slices without a class get no prompt, hence no mask: nothing to compute.
+    members = [label for channel in range(classes.num_classes) for label in classes.store_ids(channel)]
+    shown = np.flatnonzero(np.isin(label_ZHW, members).any(axis=(1, 2)))
+    with evaluating(segmenter):
+        for start in range(0, len(shown), config.batch_size):
+            indexes = shown[start : start + config.batch_size]
+            images_NCHW = torch.from_numpy(with_neighbours(volume_ZHW, indexes.tolist(), stats, config)).to(device)
+            labels[indexes] = segment_with_label_prompts(
+                segmenter,
+                segmenter.embed(image_to_frame(images_NCHW, frame)),
+                label_ZHW[indexes],
+                series_id=series_id,
+                slice_indexes=indexes.tolist(),
+                classes=classes,
+                prompt=config.prompt,
+                frame=frame,
+            )
+    return labels

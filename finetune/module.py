@@ -11,6 +11,7 @@ from samgraft.finetune.cached_slices import CachedBatch
 from samgraft.finetune.classes import ClassTable
 from samgraft.finetune.config import FinetuneConfig
 from samgraft.finetune.loss import SegmentationLoss
+from samgraft.finetune.prompted_loss import PromptedLoss
 from samgraft.finetune.segmenter import Segmenter
 from samgraft.shared.data.dataset import SliceBatch, batch_to_input
 from samgraft.shared.training.optimizer import build_optimizer
@@ -34,14 +35,21 @@ class FinetuneModule(pl.LightningModule):
         self.classes = classes
         self.rank_updates = rank_updates
         self.loss = SegmentationLoss(config.loss, overlapping=classes.is_overlapping)
+        self.prompted_loss = PromptedLoss(config.prompt, config.loss, seed=config.seed)
 
     def training_step(self, batch: SliceBatch | CachedBatch, batch_idx: int) -> dict[str, Tensor]:
         """Return the loss of one micro-step."""
         embeddings_NChw, labels_NSS = self._embedded(batch)
-        loss = self.loss(self.segmenter.decode(embeddings_NChw), self.classes.to_target(labels_NSS))
+        if self.config.prompt.is_prompted:
+            masks_NCSS = self.classes.to_masks(labels_NSS)
+            counters = batch["sample_counter"].tolist()
+            losses: dict[str, Tensor] = self.prompted_loss(self.segmenter.sam, embeddings_NChw, masks_NCSS, counters)
+        else:
+            logits_NChw = self.segmenter.decode(embeddings_NChw)
+            losses = {"loss": self.loss(logits_NChw, self.classes.to_target(labels_NSS))}
         if self.rank_updates is not None:
-            loss = loss + self.rank_updates.penalty()
-        return {"loss": loss}
+            losses["loss"] = losses["loss"] + self.rank_updates.penalty()
+        return losses
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Update the weights, then what a method moves beside them."""

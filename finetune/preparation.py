@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from samgraft.finetune.adapters import adapt, render_groups, trainable_groups, trainable_table
 from samgraft.finetune.classes import ClassTable, choose_classes
 from samgraft.finetune.config import FinetuneConfig
+from samgraft.finetune.few_shot import draw_few_shot
 from samgraft.finetune.inference import InferenceConfig
 from samgraft.finetune.sampling import balance_foreground, has_foreground
 from samgraft.finetune.segmenter import Segmenter, make_room_for_classes
@@ -18,6 +19,7 @@ from samgraft.finetune.starting_point import StartingPoint, find_starting_point
 from samgraft.finetune.validation import labelled_series
 from samgraft.shared.data.augment import SliceAugmentation
 from samgraft.shared.data.dataset import SliceDataset, select_slices
+from samgraft.shared.data.few_shot import keep_train_slices
 from samgraft.shared.data.intensity import IntensityPreset
 from samgraft.shared.data.split import Split, load_split, refuse_leak
 from samgraft.shared.data.store import SliceStore
@@ -57,6 +59,7 @@ def prepare(config: FinetuneConfig) -> Prepared:
     """
     store = _open_store(config)
     split = load_split(Path(config.data.split) if config.data.split else None, store)
+    split = draw_few_shot(split, store, config.data.few_shot)
     classes = choose_classes(
         store, config.data.classes, regions=config.data.regions or None, train_patients=split.train
     )
@@ -85,8 +88,15 @@ def prepare(config: FinetuneConfig) -> Prepared:
         )
     sam, reports = start.build()
     sam.image_encoder.activation_checkpointing = config.trainer.activation_checkpointing
-    make_room_for_classes(sam, num_classes=classes.num_classes)
-    peft_model = adapt(sam, config.adapter, num_classes=classes.num_classes, max_steps=config.trainer.max_steps)
+    if not config.prompt.is_prompted:
+        make_room_for_classes(sam, num_classes=classes.num_classes)
+    peft_model = adapt(
+        sam,
+        config.adapter,
+        num_classes=classes.num_classes,
+        max_steps=config.trainer.max_steps,
+        prompted_tokens=config.prompt.mask_tokens,
+    )
     return Prepared(
         store=store,
         split=split,
@@ -102,6 +112,7 @@ def prepare(config: FinetuneConfig) -> Prepared:
             keep_aspect=config.data.keep_aspect,
             num_neighbours=num_neighbours,
             batch_size=config.watch.batch_size,
+            prompt=config.prompt.for_evaluation(),
         ),
         transductive=transductive,
     )
@@ -135,8 +146,12 @@ def training_set(
         min_foreground_fraction=config.data.min_foreground_fraction,
         labelled_only=config.data.labelled_slices_only,
     )
-    refs = [ref for ref in refs if ref.series_id in labelled]
+    refs = keep_train_slices([ref for ref in refs if ref.series_id in labelled], split)
     flags = [has_foreground(store, ref, classes) for ref in refs]
+    if config.prompt.is_prompted:
+        # Nothing can be pointed at in the others.
+        refs, flags = [ref for ref, flag in zip(refs, flags, strict=True) if flag], [True] * sum(flags)
+        log.info("training slices: the %d that show a class; the others have nothing to prompt for", len(refs))
     balanced = balance_foreground(refs, flags, foreground_fraction=config.data.foreground_fraction)
     return SliceDataset(
         store,

@@ -49,6 +49,17 @@ class PromptUnit(Enum):
     """All pixels of a class in the slice."""
 
 
+_JITTERS = {"box_jitter", "max_jitter", "mask_jitter"}
+_READ_BY_ALL = {"unit", "max_objects", "min_pixels", "eval_jitter", "iou_weight"}
+_READ_BY: dict[PromptMode, set[str]] = {
+    PromptMode.NONE: set(),
+    PromptMode.BOX: {"box_jitter", "max_jitter"},
+    PromptMode.POINTS: {"num_positive", "num_negative"},
+    PromptMode.MASK: {"mask_jitter"},
+    PromptMode.CLICKS: {"num_clicks", "box_jitter", "max_jitter"},
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class PromptConfig:
     """Which prompts, and how inaccurate. ``none`` is the automatic mode; the rest is only used with prompts."""
@@ -79,6 +90,8 @@ class PromptConfig:
     """Weight of the squared error of the predicted IoU (SAM: 1)."""
 
     def __post_init__(self) -> None:
+        if idle := self._idle():
+            raise ValueError(f"prompt.{idle[0]} has no effect with prompt.mode={self.mode.value}. Leave it out.")
         if self.max_objects < 1 or self.min_pixels < 1 or self.num_clicks < 1:
             raise ValueError("prompt.max_objects, min_pixels and num_clicks must be at least 1.")
         if self.num_positive < 0 or self.num_negative < 0 or self.num_positive + self.num_negative < 1:
@@ -95,15 +108,28 @@ class PromptConfig:
         """False for the automatic mode."""
         return self.mode is not PromptMode.NONE
 
+    @property
+    def mask_tokens(self) -> tuple[int, ...]:
+        """SAM's mask tokens that answer these prompts: 1, 2, 3 a single point, 0 everything else; none without."""
+        if self.mode is PromptMode.NONE:
+            return ()
+        if self.mode is PromptMode.CLICKS:
+            return (0, 1, 2, 3)
+        is_single = self.mode is PromptMode.POINTS and self.num_positive + self.num_negative == 1
+        return (1, 2, 3) if is_single else (0,)
+
     def for_evaluation(self) -> PromptConfig:
-        """Return the same prompts with the jitter of evaluation."""
-        return dataclasses.replace(
-            self,
-            box_jitter=self.box_jitter * self.eval_jitter,
-            max_jitter=self.max_jitter * self.eval_jitter,
-            mask_jitter=self.mask_jitter * self.eval_jitter,
-            min_pixels=1,
-        )
+        """Return the same prompts with the jitter of evaluation, for every object down to one pixel."""
+        if not self.is_prompted:
+            return self
+        jitters = {name: getattr(self, name) * self.eval_jitter for name in _JITTERS & _READ_BY[self.mode]}
+        return dataclasses.replace(self, min_pixels=1, **jitters)
+
+    def _idle(self) -> list[str]:
+        """Return the settings that differ from their defaults and that the mode does not read."""
+        known = _READ_BY[self.mode] | (_READ_BY_ALL if self.is_prompted else set())
+        defaults = {f.name: f.default for f in dataclasses.fields(self) if f.name != "mode"}
+        return [name for name, default in defaults.items() if name not in known and getattr(self, name) != default]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,7 +193,6 @@ def draw_prompt(
     if mode is PromptMode.CLICKS:
         # Evaluation always starts from the click, the harder of the two; its box would make corrections idle.
         mode = PromptMode.BOX if not central and rng.random() < 0.5 else PromptMode.POINTS
-        config = dataclasses.replace(config, num_positive=1, num_negative=0)
     if mode is PromptMode.BOX:
         return Prompt(image=image, box=torch.from_numpy(draw_box(mask_HW, config, rng)))
     if mode is PromptMode.MASK:

@@ -10,6 +10,8 @@ from typing import Any
 
 from samgraft.finetune.classes import ClassTable
 from samgraft.finetune.inference import InferenceConfig
+from samgraft.finetune.prompt_sampling import PromptConfig
+from samgraft.shared.config import load_config
 from samgraft.shared.data.intensity import IntensityPreset
 from samgraft.shared.errors import WeightsError
 
@@ -36,6 +38,8 @@ class Task:
     split_sha256: str
     split: dict[str, list[str]]
     """Pseudonymous patients of train, val and test."""
+    prompt: dict[str, Any] = field(default_factory=dict)
+    """Prompts the model was trained with and evaluation draws; empty: automatic."""
     transductive: bool = False
     """True when the user allowed patients of val or test in pretraining."""
     trainable_millions: dict[str, float] = field(default_factory=dict)
@@ -60,6 +64,7 @@ class Task:
             keep_aspect=self.keep_aspect,
             num_neighbours=self.num_neighbours,
             batch_size=batch_size,
+            prompt=load_config(PromptConfig, layers=[self.prompt]).for_evaluation(),
         )
 
     def write(self, folder: Path) -> None:

@@ -24,6 +24,7 @@ from samgraft.finetune.adapters.eva import initialise_eva
 from samgraft.finetune.cached_slices import CachedSlices, collate_cached, use_cache
 from samgraft.finetune.config import FinetuneConfig, Schedule
 from samgraft.finetune.evaluate import dice_per_class, summarise, write_evaluation
+from samgraft.finetune.few_shot import may_end
 from samgraft.finetune.finetune_report import write_report
 from samgraft.finetune.model_folder import ADAPTER_FOLDER, write_model
 from samgraft.finetune.module import FinetuneModule
@@ -33,7 +34,7 @@ from samgraft.finetune.rounds import ValidationRounds
 from samgraft.finetune.segmenter import Segmenter
 from samgraft.finetune.task import Task
 from samgraft.finetune.validation import CaseResult, mean_dice, measure
-from samgraft.shared.config import config_sha256
+from samgraft.shared.config import config_sha256, config_to_dict
 from samgraft.shared.data.dataset import batch_to_input, collate_slices
 from samgraft.shared.data.sampler import StepBatchSampler
 from samgraft.shared.data.split import pretrain_manifest
@@ -74,7 +75,8 @@ def finetune(config: FinetuneConfig, run: RunFolder, device: DeviceChoice, prepa
     rounds = ValidationRounds(run.path)
     if run.is_writer and rounds.record.zero_shot is None:
         dice = rounds.set_reference("zero_shot", measure_zero_shot(prepared, device.torch_device))
-        log.info("validation Dice of the base weights without training or prompt (zero-shot): %.3f", dice)
+        prompts = f"{config.prompt.mode.value} prompts from the labels" if config.prompt.is_prompted else "no prompt"
+        log.info("validation Dice of the base weights without training, %s (zero-shot): %.3f", prompts, dice)
 
     prepared = use_cache(prepared, config, device)
     if config.adapter.method is Method.EVA and run.latest_training_state() is None:
@@ -99,7 +101,7 @@ def finetune(config: FinetuneConfig, run: RunFolder, device: DeviceChoice, prepa
     sam = restore_best(prepared, rounds)
     trainable = trainable_table(sam)
     results = measure(prepared.segmenter, prepared.store, prepared.val_series, prepared.classes, prepared.inference)
-    folder = write_finished(sam, prepared, config, run, rounds, trainable=trainable)
+    folder = write_finished(sam, prepared, config, run, rounds, trainable=trainable, steps=result.step)
     evaluation = summarise(results, prepared.store, prepared.classes, part="val")
     write_evaluation(evaluation, run.path / "evaluation" / "val", provenance={"chosen_on": "this part"})
     write_report(run, config, prepared, rounds.record, results, trainable=trainable, slices_per_s=result.slices_per_s)
@@ -170,10 +172,11 @@ def write_finished(
     rounds: ValidationRounds,
     *,
     trainable: list[tuple[str, int, int]],
+    steps: int,
 ) -> Path:
     """Write the adapter pair, merge, compare, and write the merged model; the merged one stays in ``prepared``."""
     folder = run.path / "model"
-    card = finished_card(prepared, config, run)
+    card = finished_card(prepared, config, steps=steps)
     task = finished_task(prepared, config, rounds, trainable={p: round(t / 1e6, 4) for p, t, _ in trainable})
     if prepared.peft_model is None:
         write_model(sam, folder, card=card, task=task)
@@ -209,7 +212,7 @@ def _merged(prepared: Prepared, folder: Path) -> Sam:
     return sam
 
 
-def finished_card(prepared: Prepared, config: FinetuneConfig, run: RunFolder) -> Card:
+def finished_card(prepared: Prepared, config: FinetuneConfig, *, steps: int) -> Card:
     """Return the card of the fine-tuned model; the encoder's history goes on in it."""
     manifest = pretrain_manifest(prepared.store, prepared.split.train)
     start = prepared.start
@@ -221,8 +224,8 @@ def finished_card(prepared: Prepared, config: FinetuneConfig, run: RunFolder) ->
     return dataclasses.replace(
         start.card,
         stage="model",
-        steps=config.trainer.max_steps,
-        slices_seen=config.trainer.max_steps * config.trainer.accumulate * config.data.batch_size,
+        steps=steps,
+        slices_seen=steps * config.trainer.accumulate * config.data.batch_size,
         intensity=prepared.inference.intensity.to_dict(),
         num_neighbours=prepared.inference.num_neighbours,
         base_name=start.base.name,
@@ -259,6 +262,7 @@ def finished_task(
         store_fingerprint=prepared.store.fingerprint,
         split_sha256=split.sha256,
         split={"train": list(split.train), "val": list(split.val), "test": list(split.test)},
+        prompt=config_to_dict(config.prompt) if config.prompt.is_prompted else {},
         transductive=prepared.transductive,
         trainable_millions=trainable,
         validation=validation,
@@ -280,6 +284,13 @@ def _validation(prepared: Prepared, config: FinetuneConfig, rounds: ValidationRo
             best = rounds.record.best_step
             log.info("step %d: validation Dice %.3f (best %.3f, step %s)", boundary.step, dice,
                      rounds.record.rounds[best] if best is not None else dice, best)  # fmt: skip
+            if may_end(
+                rounds.record.rounds,
+                patience_rounds=config.watch.patience_rounds,
+                min_steps=config.watch.min_steps,
+                warmup_steps=config.optim.warmup_steps,
+            ):
+                boundary.end_training(f"{config.watch.patience_rounds} validation rounds brought no higher Dice")
         if config.watch.log_images:
             for number, result in enumerate(results):
                 boundary.add_image(f"images/val_{number}", _panel(prepared, result, number=config.watch.num_overlays))

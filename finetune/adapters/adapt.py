@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -36,7 +36,14 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def adapt(sam: Sam, config: AdapterConfig, *, num_classes: int, max_steps: int | None = None) -> PeftModel | None:
+def adapt(
+    sam: Sam,
+    config: AdapterConfig,
+    *,
+    num_classes: int,
+    max_steps: int | None = None,
+    prompted_tokens: Sequence[int] = (),
+) -> PeftModel | None:
     """Freeze ``sam``, then make exactly the configured tensors trainable, in place.
 
     BatchNorm of vit_t keeps its running statistics whatever the method: they would drift with few slices, and an
@@ -47,6 +54,7 @@ def adapt(sam: Sam, config: AdapterConfig, *, num_classes: int, max_steps: int |
         config: What trains.
         num_classes: Foreground classes; decides which heads the loss reaches.
         max_steps: Length of the run, for adalora.
+        prompted_tokens: Mask tokens that answer prompts; empty without prompts.
 
     Returns:
         The peft wrapper around the same ``sam`` (for saving and merging); None for ``full`` and ``bitfit``.
@@ -61,7 +69,7 @@ def adapt(sam: Sam, config: AdapterConfig, *, num_classes: int, max_steps: int |
     spec: ArchSpec = sam.image_encoder.spec
     blocks = chosen_blocks(spec, config)
     if config.method in WHOLE_MODEL:
-        _unfreeze(sam, config, blocks, num_classes=num_classes)
+        _unfreeze(sam, config, blocks, used=head_names(num_classes, prompted_tokens=prompted_tokens))
         return None
     from peft import get_peft_model
     from samgraft.finetune.adapters.methods import peft_config_of
@@ -70,7 +78,13 @@ def adapt(sam: Sam, config: AdapterConfig, *, num_classes: int, max_steps: int |
     pattern = target_pattern(spec, config)
     expected = {name: module for name, module in sam.named_modules() if re.fullmatch(pattern, name)}
     _check_sizes(expected, config)
-    whole = whole_modules(spec, config, num_classes=num_classes, num_mask_tokens=int(sam.mask_decoder.num_mask_tokens))
+    whole = whole_modules(
+        spec,
+        config,
+        num_classes=num_classes,
+        num_mask_tokens=int(sam.mask_decoder.num_mask_tokens),
+        prompted_tokens=prompted_tokens,
+    )
     made = peft_config_of(config, spec, pattern=pattern, modules_to_save=whole, max_steps=max_steps)
     sam.requires_grad_(False)
     with without_warnings_of_peft():
@@ -170,7 +184,7 @@ def _sides(module: nn.Module) -> tuple[int, int] | None:
     return None
 
 
-def _unfreeze(sam: Sam, config: AdapterConfig, blocks: Iterable[str], *, num_classes: int) -> None:
+def _unfreeze(sam: Sam, config: AdapterConfig, blocks: Iterable[str], *, used: Sequence[str]) -> None:
     """Unfreeze parts of SAM's own tensors; without what no loss reaches, unless the study's code trained it."""
     sam.requires_grad_(False)
     prefixes = ["mask_decoder."]
@@ -183,7 +197,6 @@ def _unfreeze(sam: Sam, config: AdapterConfig, blocks: Iterable[str], *, num_cla
     released = config.heads is Heads.RELEASED
     if released:
         prefixes.append("prompt_encoder.")
-    used = head_names(num_classes)
     for name, parameter in sam.named_parameters():
         if not name.startswith(tuple(prefixes)):
             continue
@@ -198,8 +211,6 @@ def _unfreeze(sam: Sam, config: AdapterConfig, blocks: Iterable[str], *, num_cla
 
 
 def _is_unreached(name: str, used: Iterable[str]) -> bool:
-    """The IoU head and hypernetworks of no class."""
-    if name.startswith("mask_decoder.iou_prediction_head."):
-        return True
-    is_hypernetwork = name.startswith("mask_decoder.output_hypernetworks_mlps.")
-    return is_hypernetwork and not name.startswith(tuple(f"{head}." for head in used))
+    """The IoU head without prompts, and hypernetworks of no class."""
+    heads = ("mask_decoder.iou_prediction_head.", "mask_decoder.output_hypernetworks_mlps.")
+    return name.startswith(heads) and not name.startswith(tuple(f"{head}." for head in used))

@@ -98,20 +98,36 @@ def parallel_pattern(spec: ArchSpec, config: AdapterConfig) -> str:
     return _either([*_inside(chosen_blocks(spec, config), "mlp"), r"mask_decoder\.transformer\.layers\.\d+\.mlp"])
 
 
-def head_names(num_classes: int) -> list[str]:
+def head_names(num_classes: int, *, prompted_tokens: Sequence[int] = ()) -> list[str]:
     """Return the modules that turn mask tokens into logits; they train whole with every method.
 
     One class uses SAM's first mask token, several its multimask tokens 1, 2, ...: what stock SAM shows for
-    ``multimask_output`` False and True.
+    ``multimask_output`` False and True. With prompts, ``prompted_tokens`` says which tokens answer them, whatever the
+    classes, and the IoU head learns too.
     """
+    if prompted_tokens:
+        tokens = [f"mask_decoder.output_hypernetworks_mlps.{token}" for token in prompted_tokens]
+        return [
+            "mask_decoder.mask_tokens",
+            "mask_decoder.output_upscaling",
+            *tokens,
+            "mask_decoder.iou_prediction_head",
+        ]
     first = 0 if num_classes == 1 else 1
     hypernetworks = [f"mask_decoder.output_hypernetworks_mlps.{first + i}" for i in range(num_classes)]
     return ["mask_decoder.mask_tokens", "mask_decoder.output_upscaling", *hypernetworks]
 
 
-def whole_modules(spec: ArchSpec, config: AdapterConfig, *, num_classes: int, num_mask_tokens: int) -> list[str]:
+def whole_modules(
+    spec: ArchSpec,
+    config: AdapterConfig,
+    *,
+    num_classes: int,
+    num_mask_tokens: int,
+    prompted_tokens: Sequence[int] = (),
+) -> list[str]:
     """Return the modules that train whole beside the updates (peft's ``modules_to_save``)."""
-    names = head_names(num_classes)
+    names = head_names(num_classes, prompted_tokens=prompted_tokens)
     if config.heads is Heads.RELEASED:
         names = _released_heads(spec, config, num_mask_tokens=num_mask_tokens)
     if config.scope is Scope.NECK_DECODER:

@@ -20,9 +20,12 @@ class Bookkeeping:
     pending: list[str] = field(default_factory=list)
     """Periodic tasks of this step that a stop dropped; they run first after the resume."""
     data_fingerprint: str | None = None
+    ended: str | None = None
+    """Why training ended before its last step; None while it goes on."""
 
     def take_up(self, record: Mapping[str, Any]) -> None:
         """Go on from a training state's record."""
         self.samples_seen = int(record["samples_seen"])
         self.best = record["best"]
         self.pending = list(record["pending"])
+        self.ended = record.get("ended")

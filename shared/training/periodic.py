@@ -33,6 +33,11 @@ class Boundary:
     world_size: int
     stop: StopRequest
     log: StepLog
+    books: Bookkeeping
+
+    def end_training(self, reason: str) -> None:
+        """Make this step the run's last one; it is saved, and a resumed run knows that it is done."""
+        self.books.ended = reason
 
     def check_stop(self) -> None:
         """Leave the task if somebody asked to stop; call it between the parts of a long one."""
@@ -119,7 +124,15 @@ class PeriodicTasks:
     def _run(
         self, tasks: Sequence[Periodic], module: pl.LightningModule, step: int, *, rank: int, world_size: int
     ) -> bool:
-        boundary = Boundary(module=module, step=step, rank=rank, world_size=world_size, stop=self._stop, log=self._log)
+        boundary = Boundary(
+            module=module,
+            step=step,
+            rank=rank,
+            world_size=world_size,
+            stop=self._stop,
+            log=self._log,
+            books=self._books,
+        )
         values: dict[str, float] = {}
         for position, task in enumerate(tasks):
             try:
@@ -131,6 +144,7 @@ class PeriodicTasks:
                 self._books.pending = [t.name for t in tasks[position:]]
                 break
             values |= result
+        self._books.ended = from_first(self._books.ended)
         if values:
             values = from_first(values)
             self._log.record(step, values)

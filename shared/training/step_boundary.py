@@ -136,13 +136,16 @@ class StepBoundary(Checkpoint):
         improved = self.tasks.run_due(pl_module, step, rank=trainer.global_rank, world_size=trainer.world_size)
         long_ago = time.monotonic() - self._last_save >= self.plan.every_s
         stop, long_ago = any_process(self.stop.requested, long_ago)
-        last = step == trainer.max_steps
+        last = step == trainer.max_steps or self.books.ended is not None
         if stop or improved or long_ago or last or step % self.plan.every_steps == 0:
             self._save(trainer, pl_module, step)
         elif step % self.step_log.every_steps == 0:
             self.step_log.flush()
         if stop and (not last or self.books.pending):
             raise stopped(step, run=self.run, signal_name=self.stop.signal_name)
+        if self.books.ended is not None and step < trainer.max_steps:
+            log.info("training ends at step %d of %d: %s", step, trainer.max_steps, self.books.ended)
+            trainer.should_stop = True
         self.progress.resume_clock()
         self._at_whole_step = True
 

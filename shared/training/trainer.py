@@ -44,6 +44,7 @@ class FitResult:
     """How a finished training went."""
 
     step: int
+    """The last one; below ``max_steps`` if a periodic task ended the training."""
     resumed_from_step: int | None
     seconds: float
     """Of this session."""
@@ -113,7 +114,8 @@ def fit(
     )
     slices = batch_size * device.devices * device.num_nodes
     progress = _progress(step_log, config=config, slices_per_micro_step=slices)
-    if state is not None and state.step >= config.max_steps:
+    if state is not None and (state.step >= config.max_steps or books.ended):
+        step = state.step
         with listening(stop):
             _finish(module, state, run=run, device=device, tasks=tasks, books=books, step_log=step_log, stop=stop)
     else:
@@ -134,8 +136,9 @@ def fit(
         first_step = state.step if state else 0
         data = StepData(loader_factory, books=books, first_step=first_step, max_steps=config.max_steps)
         _run(trainer, module, data, config=config, run=run, batch_size=batch_size, stop=stop)
+        step = int(trainer.global_step)
     return FitResult(
-        step=config.max_steps,
+        step=step,
         resumed_from_step=state.step if state else None,
         seconds=time.monotonic() - started,
         slices_per_s=progress.slices_per_s,

@@ -1,0 +1,124 @@
+"""Stage 2 in every mode, stopped or killed and started again, ends with the bytes of a run that was not."""
+
+import hashlib
+import json
+import os
+import signal
+
+import pytest
+from model_factory import make_sam, tiny_vit_t_spec
+from samgraft.finetune import train
+from samgraft.finetune.config import FinetuneConfig
+from samgraft.finetune.model_folder import read_model
+from samgraft.finetune.module import FinetuneModule
+from samgraft.shared.config import load_config
+from samgraft.shared.errors import StoppedAndSaved
+from samgraft.shared.models.weights import save_tensors
+from samgraft.shared.training.device import choose_device
+from samgraft.shared.training.run_folder import RunFolder
+from store_factory import make_store
+
+MODES = {
+    "automatic": (),
+    "box": ("prompt.mode=box",),
+    "clicks": ("prompt.mode=clicks", "prompt.num_clicks=2"),
+    "regions": ("data.regions={whole: [1]}", "loss.overlap=tversky", "loss.pixel=focal"),
+}
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing of ours catches it."""
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    root = tmp_path_factory.mktemp("lab")
+    make_store(root, num_patients=5, shape_zyx=(4, 24, 20))
+    save_tensors(dict(make_sam(tiny_vit_t_spec(), image_size=32).state_dict()), root / "base.safetensors")
+    return root
+
+
+def config_of(lab, *overrides):
+    layer = {
+        "modality": "mri",
+        "data": {"store": str(lab / "store.zarr"), "batch_size": 2},
+        "model": {"ckpt": str(lab / "base.safetensors"), "image_size": 32},
+        "adapter": {"r": 2, "lora_alpha": 2},
+        "optim": {"warmup_steps": 1},
+        "trainer": {"max_steps": 4, "save_every_steps": 2},
+        "watch": {"validate_every_n_steps": 2, "num_overlays": 1},
+    }
+    return load_config(FinetuneConfig, layers=[layer], overrides=overrides)
+
+
+def run(lab, name, *overrides):
+    config = config_of(lab, *overrides)
+    with RunFolder.open(lab / "runs", name, config=config, stage="finetune") as folder:
+        train.finetune(config, folder, choose_device("cpu"), train.prepare_seeded(config))
+    return lab / "runs" / name
+
+
+def results(path):
+    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    metrics = [{k: v for k, v in line.items() if not k.startswith("perf/")} for line in lines]
+    return hashlib.sha256((path / "model" / "sam.safetensors").read_bytes()).hexdigest(), metrics
+
+
+def at_step(monkeypatch, step, act):
+    """Act in the middle of the forward pass of a step."""
+    original = FinetuneModule.training_step
+
+    def training_step(self, batch, batch_idx):
+        if self.trainer.global_step == step:
+            act()
+        return original(self, batch, batch_idx)
+
+    monkeypatch.setattr(FinetuneModule, "training_step", training_step)
+
+
+def kill():
+    raise Killed
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_resume__same_bytes_as_uninterrupted(lab, monkeypatch, mode):
+    whole = run(lab, f"whole-{mode}", *MODES[mode])
+    with monkeypatch.context() as patch:
+        at_step(patch, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(StoppedAndSaved):
+            run(lab, f"stopped-{mode}", *MODES[mode])
+    stopped = run(lab, f"stopped-{mode}", *MODES[mode])
+    assert results(stopped) == results(whole)
+    with monkeypatch.context() as patch:
+        at_step(patch, 3, kill)
+        with pytest.raises(Killed):
+            run(lab, f"killed-{mode}", *MODES[mode])
+    assert results(run(lab, f"killed-{mode}", *MODES[mode])) == results(whole)
+    if mode == "box":
+        assert read_model(whole).task.inference().prompt.mode.value == "box"
+        assert any("train/loss/iou" in line for line in results(whole)[1])
+
+
+def test_early_end__is_saved_remembered_and_recorded(lab, caplog):
+    """Dice cannot rise at a learning rate of nothing: the second round without gain ends the run."""
+    overrides = (
+        "optim.lr=1e-12", "trainer.max_steps=40", "watch.validate_every_n_steps=2", "watch.patience_rounds=2",
+    )  # fmt: skip
+    with caplog.at_level("INFO"):
+        path = run(lab, "early", *overrides)
+    # Rounds at 2 (the first after warm-up), 4 and 6.
+    assert "training ends at step 6 of 40: 2 validation rounds brought no higher Dice" in caplog.text
+    assert [line["step"] for line in results(path)[1]][-1] == 6
+    assert read_model(path).card.steps == 6
+    again = json.loads((path / "validation.json").read_text())
+    assert sorted(int(step) for step in again["rounds"]) == [2, 4, 6]
+
+
+def test_early_end__a_run_killed_after_it_does_not_train_on(lab, monkeypatch):
+    overrides = ("optim.lr=1e-12", "trainer.max_steps=40", "watch.validate_every_n_steps=2", "watch.patience_rounds=1")
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "restore_best", lambda *_: kill())
+        with pytest.raises(Killed):
+            run(lab, "early-killed", *overrides)
+    path = run(lab, "early-killed", *overrides)
+    assert [line["step"] for line in results(path)[1]][-1] == 4

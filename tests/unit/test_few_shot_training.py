@@ -1,0 +1,62 @@
+"""Few-shot runs: draws that reach the split, and an end that waits for warm-up."""
+
+import pytest
+from samgraft.finetune.few_shot import FewShotConfig, Unit, draw_few_shot, may_end
+from samgraft.shared.data.dataset import select_slices
+from samgraft.shared.data.few_shot import keep_train_slices
+from samgraft.shared.data.split import make_split
+from samgraft.shared.data.store import SliceStore
+from samgraft.shared.errors import DataError
+from store_factory import make_store
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    return SliceStore.open(make_store(tmp_path_factory.mktemp("store"), num_patients=6))
+
+
+def test_draw__patients_and_repeats(store):
+    split = make_split(store)
+    assert draw_few_shot(split, store, FewShotConfig()) is split
+    draws = [draw_few_shot(split, store, FewShotConfig(num=2, repeat=r)) for r in range(4)]
+    assert all(len(d.train) == 2 and set(d.train) <= set(split.train) for d in draws)
+    assert all(d.test == split.test and d.val == split.val for d in draws)
+    assert len({d.train for d in draws}) > 1
+    with pytest.raises(DataError, match="training patients, asked for 99"):
+        draw_few_shot(split, store, FewShotConfig(num=99))
+
+
+def test_draw__slices_are_all_that_is_trained_on(store):
+    drawn = draw_few_shot(make_split(store), store, FewShotConfig(num=3, unit=Unit.SLICES))
+    kept = keep_train_slices(select_slices(store, drawn.train), drawn)
+    assert len(kept) == 3
+
+
+@pytest.mark.parametrize("values", [{"num": 0}, {"repeat": -1}])
+def test_config__refuses(values):
+    with pytest.raises(ValueError, match=r"data\.few_shot"):
+        FewShotConfig(**values)
+
+
+def end(rounds, **settings):
+    return may_end(rounds, **{"patience_rounds": 2, "min_steps": 0, "warmup_steps": 0} | settings)
+
+
+def test_may_end__after_patience_rounds_without_gain():
+    assert not end({10: 0.1, 20: 0.2})
+    assert not end({10: 0.1, 20: 0.3, 30: 0.2})
+    assert end({10: 0.1, 20: 0.3, 30: 0.2, 40: 0.3})
+    assert not end({10: 0.1, 20: 0.3, 30: 0.2, 40: 0.31})
+    assert not end({10: 0.1, 20: 0.3, 30: 0.2, 40: 0.3}, patience_rounds=None)
+    assert not end({})
+
+
+def test_may_end__never_inside_warm_up_or_below_the_floor():
+    """The study's code stops few-shot runs inside warm-up: 5 slices, 67 epochs of warm-up, patience 22."""
+    flat = {step: 0.0 for step in range(10, 210, 10)}
+    assert end(flat)
+    assert not end(flat, warmup_steps=200)
+    assert not end(flat, warmup_steps=180)
+    assert end(flat, warmup_steps=170)
+    assert not end(flat, min_steps=201)
+    assert end(flat, min_steps=200)

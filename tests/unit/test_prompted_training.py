@@ -1,0 +1,277 @@
+"""Training and validation with prompts: what moves, what is drawn, and where masks end up."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from model_factory import make_sam, tiny_vit_t_spec
+from samgraft.finetune import prompted_inference
+from samgraft.finetune.adapters import AdapterConfig, Method, Scope, adapt, trainable_tensors
+from samgraft.finetune.classes import ClassTable
+from samgraft.finetune.loss import LossConfig, MaskLoss
+from samgraft.finetune.prompt_sampling import PromptConfig, PromptMode, PromptUnit
+from samgraft.finetune.prompted_inference import prompt_to_frame, segment_with_label_prompts
+from samgraft.finetune.prompted_loss import PromptedLoss, _iou
+from samgraft.finetune.prompts import Prompt, decode_prompts
+from samgraft.finetune.segmenter import Segmenter
+from samgraft.shared.data.frame import fit_frame
+from torch import nn
+
+SIZE = 32
+MODES = [mode for mode in PromptMode if mode is not PromptMode.NONE]
+TWO = ClassTable(ids=(3, 7), names=("a", "b"))
+
+
+def config_of(mode, **settings):
+    return PromptConfig(mode=mode, **settings)
+
+
+def batch():
+    """Two slices of two classes, their embeddings apart from any encoder."""
+    masks = torch.zeros(2, 2, SIZE, SIZE, dtype=torch.bool)
+    masks[0, 0, 4:12, 5:20] = True
+    masks[0, 1, 16:28, 10:18] = True
+    masks[1, 1, 2:9, 2:9] = True
+    return masks
+
+
+@pytest.fixture(scope="module")
+def embeddings():
+    return torch.randn(2, 32, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+def test_sizes_of_the_fixture(embeddings):
+    sam = make_sam(tiny_vit_t_spec(), image_size=SIZE)
+    assert embeddings.shape[1:] == (sam.prompt_encoder.embed_dim, *sam.prompt_encoder.image_embedding_size)
+
+
+@pytest.mark.parametrize("method", [Method.FULL, Method.LORA])
+@pytest.mark.parametrize("mode", MODES)
+def test_prompted_loss__the_heads_of_the_mode_and_the_iou_head_move(mode, method, embeddings):
+    config = config_of(mode)
+    sam = make_sam(tiny_vit_t_spec(), image_size=SIZE)
+    torch.manual_seed(1)
+    adapter = AdapterConfig(method=method, scope=Scope.DECODER, r=2, lora_alpha=2)
+    adapt(sam, adapter, num_classes=2, prompted_tokens=config.mask_tokens)
+    loss = PromptedLoss(config, LossConfig(), seed=0)
+    before = {name: tensor.clone() for name, tensor in sam.state_dict().items()}
+    optimizer = torch.optim.SGD(trainable_tensors(sam).values(), lr=0.1)
+    for step in range(3):
+        optimizer.zero_grad()
+        loss(sam, embeddings, batch(), [2 * step, 2 * step + 1])["loss"].backward()
+        optimizer.step()
+    moved = {name for name, tensor in sam.state_dict().items() if not torch.equal(before[name], tensor)}
+    assert moved <= set(trainable_tensors(sam))
+    assert any("iou_prediction_head" in name for name in moved)
+    tokens = {int(name.split("output_hypernetworks_mlps.")[1][0]) for name in moved if "hypernetworks" in name}
+    # Of an ambiguous prompt's three masks only the best one learns.
+    assert tokens <= set(config.mask_tokens)
+    assert 0 in tokens or mode is PromptMode.POINTS
+    assert tokens & {1, 2, 3} or mode in {PromptMode.BOX, PromptMode.MASK}
+    assert not any(name.startswith(("prompt_encoder", "image_encoder")) for name in moved)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_prompted_loss__prompts_come_from_the_samples_counter(mode, embeddings):
+    sam = make_sam(tiny_vit_t_spec(), image_size=SIZE)
+    loss = PromptedLoss(config_of(mode), LossConfig(), seed=0)
+
+    def value(counters, seed=0):
+        loss.seed = seed
+        torch.manual_seed(int(torch.randint(1000, ()).item()))
+        with torch.no_grad():
+            return loss(sam, embeddings, batch(), counters)["loss"].item()
+
+    assert value([5, 6]) == value([5, 6])
+    assert len({value([5, 6]), value([7, 8]), value([5, 6], seed=1)}) > 1
+
+
+def test_prompted_loss__no_object_is_a_step_without_gradient(embeddings):
+    sam = make_sam(tiny_vit_t_spec(), image_size=SIZE)
+    adapt(sam, AdapterConfig(method=Method.FULL), num_classes=1, prompted_tokens=(0,))
+    out = PromptedLoss(config_of(PromptMode.BOX), LossConfig(), seed=0)(
+        sam, embeddings, torch.zeros_like(batch()), [0, 1]
+    )
+    out["loss"].backward()
+    assert out["loss"].item() == 0
+    assert all(p.grad is not None and not p.grad.any() for p in trainable_tensors(sam).values())
+
+
+def test_prompted_loss__a_single_point_counts_by_its_best_mask(embeddings):
+    sam = make_sam(tiny_vit_t_spec(), image_size=SIZE)
+    config = config_of(PromptMode.POINTS, iou_weight=0.0)
+    loss = PromptedLoss(config, LossConfig(), seed=3)
+    masks = batch()[:1, :1]
+    with torch.no_grad():
+        whole = loss(sam, embeddings[:1], masks, [4])["loss"]
+        _, prompts, _ = loss._draw(sam, masks, [4])
+        logits, _ = decode_prompts(sam, embeddings[:1], prompts, multimask=True)
+        each = MaskLoss()(logits[0], masks[0].expand(3, -1, -1))
+    assert whole.item() == pytest.approx(each.min().item(), abs=1e-6)
+    assert each.max() - each.min() > 1e-3
+
+
+def test_prompted_loss__iou_weight_and_clicks_reach_the_loss(embeddings):
+    sam = make_sam(tiny_vit_t_spec(), image_size=SIZE)
+
+    def value(config):
+        with torch.no_grad():
+            return PromptedLoss(config, LossConfig(), seed=0)(sam, embeddings, batch(), [0, 1])
+
+    with_iou, without = value(config_of(PromptMode.BOX)), value(config_of(PromptMode.BOX, iou_weight=0.0))
+    assert with_iou["loss"] - without["loss"] == pytest.approx(with_iou["loss/iou"].item(), abs=1e-6)
+    one, five = (value(config_of(PromptMode.CLICKS, num_clicks=n))["loss"] for n in (1, 5))
+    assert abs(one - five) > 1e-5
+
+
+def test_iou__hand_computed():
+    true = torch.zeros(1, 4, 4, dtype=torch.bool)
+    true[0, :2] = True
+    predicted = torch.where(torch.eye(4) > 0, 1.0, -1.0)[None]
+    # 4 predicted, 8 true, 2 in both.
+    assert _iou(predicted, true).tolist() == pytest.approx([0.2])
+
+
+@pytest.mark.parametrize("unit", PromptUnit)
+def test_objects__unit_decides_how_many_prompts(unit, embeddings):
+    sam = make_sam(tiny_vit_t_spec(), image_size=SIZE)
+    masks = batch()
+    masks[1, 1, 20:24, 20:24] = True
+    _, prompts, _ = PromptedLoss(config_of(PromptMode.BOX, unit=unit), LossConfig(), seed=0)._draw(sam, masks, [0, 1])
+    assert len(prompts) == (4 if unit is PromptUnit.COMPONENT else 3)
+    assert [p.image for p in prompts] == [0, 0, 1, 1][: len(prompts)]
+
+
+class FillsBoxes:
+    """Stands for a SAM that answers a box with the box, filled, on the input frame."""
+
+    def __init__(self):
+        self.asked = []
+
+    def __call__(self, sam, embeddings, prompts):
+        self.asked.append(prompts)
+        columns = torch.arange(SIZE).float()
+        out = []
+        for number, prompt in enumerate(prompts):
+            x0, y0, x1, y1 = prompt.box
+            inside = ((columns >= x0) & (columns <= x1))[None] & ((columns >= y0) & (columns <= y1))[:, None]
+            out.append(torch.where(inside, 1.0 + number, -1.0))
+        return torch.stack(out), torch.ones(len(prompts))
+
+
+def label_slices():
+    label = np.zeros((3, 20, 12), dtype=np.uint8)
+    label[0, 3:9, 2:7] = 3
+    label[0, 12:18, 5:11] = 7
+    label[2, 0:4, 8:12] = 7
+    label[2, 10, 2] = 3
+    return label
+
+
+def segmented(monkeypatch, classes, config, label):
+    fake = FillsBoxes()
+    monkeypatch.setattr(prompted_inference, "predict_prompts", fake)
+    segmenter = Segmenter(make_sam(tiny_vit_t_spec(), image_size=SIZE), num_classes=2)
+    predicted = segment_with_label_prompts(
+        segmenter,
+        torch.zeros(3, 32, 8, 8),
+        label,
+        series_id="s_1",
+        slice_indexes=[4, 5, 6],
+        classes=classes,
+        prompt=config.for_evaluation(),
+        frame=fit_frame((20, 12), image_size=SIZE, keep_aspect=True),
+    )
+    return predicted, fake
+
+
+def test_inference__masks_end_up_where_the_objects_are(monkeypatch):
+    """Rectangles answered by filled boxes: the label itself comes back, on the slices' own pixels."""
+    label = label_slices()
+    predicted, fake = segmented(monkeypatch, TWO, config_of(PromptMode.BOX), label)
+    assert np.array_equal(predicted[1], np.zeros((20, 12)))
+    for channel in range(2):
+        true, found = TWO.true_mask(label, channel), TWO.predicted_mask(predicted, channel)
+        assert 2 * (true & found).sum() / (true.sum() + found.sum()) > 0.85
+    # A single pixel is an object too when scores are taken.
+    assert len(fake.asked[0]) == 4
+
+
+def test_inference__overlapping_classes_keep_both(monkeypatch):
+    label = label_slices()
+    table = ClassTable.of_regions({"whole": [3, 7], "b": [7]})
+    predicted, _ = segmented(monkeypatch, table, config_of(PromptMode.BOX), label)
+    assert table.predicted_mask(predicted, 0)[0, 15, 8]
+    assert table.predicted_mask(predicted, 1)[0, 15, 8]
+    assert not table.predicted_mask(predicted, 1)[0, 5, 4]
+
+
+def test_inference__jitter_is_off_unless_asked_and_the_same_for_everyone(monkeypatch):
+    def boxes(**settings):
+        config = config_of(PromptMode.BOX, max_jitter=0.2, box_jitter=0.3, **settings)
+        _, fake = segmented(monkeypatch, TWO, config, label_slices())
+        return [prompt.box.tolist() for prompt in fake.asked[0]]
+
+    tight = boxes()
+    frame = fit_frame((20, 12), image_size=SIZE, keep_aspect=True)
+    expected = prompt_to_frame(Prompt(image=0, box=torch.tensor([2.0, 3.0, 6.0, 8.0])), frame)
+    assert tight[0] == expected.box.tolist()
+    assert boxes(eval_jitter=1.0) == boxes(eval_jitter=1.0) != tight
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_inference__every_mode_runs_and_is_repeatable(mode):
+    segmenter = Segmenter(make_sam(tiny_vit_t_spec(), image_size=SIZE), num_classes=2).eval()
+    embeddings = torch.randn(3, 32, 8, 8, generator=torch.Generator().manual_seed(0))
+    options = {
+        "series_id": "s_1", "slice_indexes": [0, 1, 2], "classes": TWO,
+        "prompt": config_of(mode).for_evaluation(), "frame": fit_frame((20, 12), image_size=SIZE, keep_aspect=True),
+    }  # fmt: skip
+    with torch.no_grad():
+        first = segment_with_label_prompts(segmenter, embeddings, label_slices(), **options)
+        again = segment_with_label_prompts(segmenter, embeddings, label_slices(), **options)
+    assert np.array_equal(first, again)
+    assert set(np.unique(first)) <= {0, 3, 7}
+    assert not first[1].any()
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"mode": PromptMode.NONE, "unit": PromptUnit.CLASS}, r"prompt\.unit has no effect with prompt\.mode=none"),
+        ({"mode": PromptMode.BOX, "num_negative": 2}, "num_negative has no effect"),
+        ({"mode": PromptMode.MASK, "box_jitter": 0.3}, "box_jitter has no effect"),
+    ],
+)
+def test_prompt_config__an_idle_setting_is_refused(values, message):
+    with pytest.raises(ValueError, match=message):
+        PromptConfig(**values)
+
+
+def test_segmenter__takes_three_channels_as_it_takes_one():
+    segmenter = Segmenter(make_sam(tiny_vit_t_spec(), image_size=SIZE), num_classes=2).eval()
+    images = torch.rand(2, 1, SIZE, SIZE)
+    with torch.no_grad():
+        one = segmenter(images)
+        torch.testing.assert_close(segmenter(images.expand(-1, 3, -1, -1)), one)
+        other = images.expand(-1, 3, -1, -1).clone()
+        other[:, 2] += 0.5
+        assert not torch.allclose(segmenter.embed(other), segmenter.embed(images), atol=1e-4)
+
+
+def test_for_evaluation__changes_nothing_without_prompts():
+    assert PromptConfig().for_evaluation() == PromptConfig()
+    assert (
+        dataclasses.replace(config_of(PromptMode.BOX), min_pixels=1, box_jitter=0.0, max_jitter=0.0)
+        == config_of(PromptMode.BOX).for_evaluation()
+    )
+
+
+def test_trainable__prompt_encoder_stays(embeddings):
+    sam = make_sam(tiny_vit_t_spec(), image_size=SIZE)
+    adapt(sam, AdapterConfig(method=Method.FULL), num_classes=1, prompted_tokens=(0,))
+    assert not any(p.requires_grad for p in sam.prompt_encoder.parameters())
+    assert all(p.requires_grad for p in sam.mask_decoder.iou_prediction_head.parameters())
+    assert isinstance(sam.mask_decoder.output_hypernetworks_mlps[1], nn.Module)
+    assert not any(p.requires_grad for p in sam.mask_decoder.output_hypernetworks_mlps[1].parameters())
