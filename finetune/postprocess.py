@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from samgraft.finetune.classes import ClassTable
 from samgraft.finetune.metrics import mean_or_none
-from samgraft.shared.errors import WeightsError
+from samgraft.shared.errors import UsageError, WeightsError
 from scipy import ndimage
 
 Labels = npt.NDArray[Any]
@@ -148,6 +148,8 @@ def choose_postprocessing(
         A class gets the steps with the best mean if they raise it by ``MIN_GAIN``; all stay as segmented below
         ``MIN_PATIENTS`` patients.
     """
+    if classes.is_overlapping:
+        raise UsageError("post-processing is for exclusive classes, the model has regions that overlap.")
     num_patients = len({patient for patient, _, _ in cases})
     steps: dict[int, list[str]] = {}
     dice: dict[int, dict[str, float | None]] = {}

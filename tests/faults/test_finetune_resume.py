@@ -80,7 +80,9 @@ def kill():
     raise Killed
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    "mode", [m if m in {"automatic", "box"} else pytest.param(m, marks=pytest.mark.slow) for m in MODES]
+)
 def test_resume__same_bytes_as_uninterrupted(lab, monkeypatch, mode):
     whole = run(lab, f"whole-{mode}", *MODES[mode])
     with monkeypatch.context() as patch:
@@ -114,6 +116,7 @@ def test_early_end__is_saved_remembered_and_recorded(lab, caplog):
     assert sorted(int(step) for step in again["rounds"]) == [2, 4, 6]
 
 
+@pytest.mark.slow
 def test_early_end__a_run_killed_after_it_does_not_train_on(lab, monkeypatch):
     overrides = ("optim.lr=1e-12", "trainer.max_steps=40", "watch.validate_every_n_steps=2", "watch.patience_rounds=1")
     with monkeypatch.context() as patch:

@@ -8,7 +8,9 @@ import torch
 from samgraft.finetune.classes import ClassTable, choose_classes
 from samgraft.finetune.loss import LossConfig, MaskLoss, Overlap, PixelTerm, SegmentationLoss
 from samgraft.finetune.metrics import class_scores
+from samgraft.finetune.postprocess import choose_postprocessing
 from samgraft.finetune.sampling import balance_foreground, has_foreground
+from samgraft.finetune.scores import case_rows
 from samgraft.shared.data.dataset import SliceRef
 from samgraft.shared.data.store import SliceStore
 from samgraft.shared.errors import DataError, UsageError
@@ -123,6 +125,18 @@ def test_regions__overlap_on_the_way_in_and_out():
     scores = class_scores(predicted, label.numpy(), table)
     assert [s.dice for s in scores] == [1.0, 1.0]
     assert [s.true_voxels for s in scores] == [2, 1]
+
+
+def test_regions__every_metric_is_of_the_union(store):
+    table = ClassTable.of_regions(REGIONS)
+    label = np.zeros((3, 8, 8), dtype=np.int32)
+    label[1, 2:5, 2:5], label[1, 3, 3] = 1, 2
+    predicted = np.where(label == 1, 1, np.where(label == 2, 3, 0)).astype(np.int32)
+    rows = case_rows(predicted, label, store.series[0], table, tolerance_mm=1.0)
+    assert [row["class"] for row in rows] == ["whole", "core"]
+    assert [(row["dice"], row["nsd"], row["hd95_mm"]) for row in rows] == [(1.0, 1.0, 0.0)] * 2
+    with pytest.raises(UsageError, match="exclusive classes"):
+        choose_postprocessing([("p", predicted, label)], table, weights_sha256="", split_sha256="")
 
 
 @pytest.mark.parametrize("regions", [{"a": []}, {"a": [0, 1]}, {"a": [1, 1]}, {"a": [1, 2], "b": [2, 1]}])
