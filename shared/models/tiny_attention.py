@@ -101,7 +101,8 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, bias_hnm: Tensor) -> Tensor:
     if q.device.type == "cpu" and q.dtype is torch.bfloat16 and torch.is_grad_enabled():
         # torch's fused kernel needs 3.5 times as long here, nearly all of it in the backward pass (2.13, AVX-512 bf16).
         scores = q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1) + bias_hnm
-        return scores.softmax(dim=-1) @ v
+        out: Tensor = scores.softmax(dim=-1) @ v
+        return out
     # A mask of four dimensions lets torch use the fused kernel; with three it falls back to plain products.
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias_hnm[None])
 
