@@ -111,10 +111,14 @@ class ClassTable:
         return self.to_masks(label_NHW) if self.members else self.to_channels(label_NHW)
 
     def from_logits(self, logits_NCHW: Tensor) -> Tensor:
-        """Return predicted label ids (N, H, W), or bits of overlapping classes; 0 where no logit is above 0."""
+        """Return predicted label ids (N, H, W), or bits of overlapping classes; 0 where no logit is above 0.
+
+        Volumes work too: (N, C, Z, H, W) gives (N, Z, H, W).
+        """
         if self.members:
             # SAM without training may have fewer masks than classes.
-            bits = torch.tensor(self.ids[: logits_NCHW.shape[1]], device=logits_NCHW.device).view(1, -1, 1, 1)
+            bits = torch.tensor(self.ids[: logits_NCHW.shape[1]], device=logits_NCHW.device)
+            bits = bits.view(1, -1, *[1] * (logits_NCHW.ndim - 2))
             return ((logits_NCHW > 0) * bits).sum(dim=1)
         best, channel = logits_NCHW.max(dim=1)
         return self.to_ids(torch.where(best > 0, channel + 1, 0))

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from samgraft.finetune.adapters import AdapterConfig, Scope
+from samgraft.finetune.baselines import BaselineConfig
 from samgraft.finetune.embedding_cache import CacheConfig
 from samgraft.finetune.few_shot import FewShotConfig
 from samgraft.finetune.loss import LossConfig
@@ -78,12 +79,13 @@ class DataConfig:
 class ModelConfig:
     """Which weights are tuned."""
 
-    ckpt: str
-    """Stage-1 run, or any encoder or SAM weights."""
+    ckpt: str | None = None
+    """Stage-1 run, or any encoder or SAM weights; none for a baseline."""
     base: str | None = None
     """SAM that gives prompt encoder and mask decoder. None takes ``ckpt`` if it is a whole SAM, else the demo's."""
     arch: str | None = None
-    """Expected architecture; None takes what the file holds."""
+    """Expected architecture; None takes what the file holds. unet2d, unet3d, dynunet2d or dynunet3d trains that network
+    from scratch instead of SAM, for comparison."""
     image_size: int | None = None
     """Side of the square input in pixels; None takes the encoder's."""
 
@@ -135,6 +137,8 @@ class FinetuneConfig:
     data: DataConfig
     model: ModelConfig
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    baseline: BaselineConfig = field(default_factory=BaselineConfig)
+    """Size of the network where model.arch is a baseline."""
     prompt: PromptConfig = field(default_factory=PromptConfig)
     """Automatic mode, or prompts and which."""
     loss: LossConfig = field(default_factory=LossConfig)

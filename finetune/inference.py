@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from samgraft.finetune.baselines import VolumeBaseline
 from samgraft.finetune.classes import ClassTable
 from samgraft.finetune.prompt_sampling import PromptConfig
 from samgraft.finetune.prompted_inference import segment_with_label_prompts
@@ -85,6 +86,9 @@ def segment_volume(
     Returns:
         Label ids of these slices, (Z, H, W). Logits, not labels, are resized; the class is chosen on native pixels.
     """
+    if isinstance(segmenter, VolumeBaseline):
+        with evaluating(segmenter):
+            return segmenter.segment(volume_ZHW, stats, classes, config.intensity)
     frame = fit_frame(
         (volume_ZHW.shape[1], volume_ZHW.shape[2]), image_size=segmenter.image_size, keep_aspect=config.keep_aspect
     )

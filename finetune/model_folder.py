@@ -12,17 +12,20 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
+from safetensors.torch import load_file
 from samgraft.finetune.adapters import base_tensors, load_adapter
+from samgraft.finetune.baselines import build_network
 from samgraft.finetune.segmenter import Segmenter
 from samgraft.finetune.task import Task
 from samgraft.shared.errors import WeightsError
 from samgraft.shared.models.card import Card
 from samgraft.shared.models.safe_read import file_sha256
 from samgraft.shared.models.weights import load_sam, save_tensors
-from segment_anything.modeling import Sam
+from torch import nn
 
 WEIGHTS_FILE = "sam.safetensors"
 BASE_FILE = "base.safetensors"
+NETWORK_FILE = "network.safetensors"
 ADAPTER_FOLDER = "adapter"
 PAIR_FILES = (BASE_FILE, f"{ADAPTER_FOLDER}/adapter_config.json", f"{ADAPTER_FOLDER}/adapter_model.safetensors")
 CARD_FILE = "card.json"
@@ -40,18 +43,19 @@ class FinishedModel:
     """False: base weights with an adapter in front of them, which plain SAM weights cannot express."""
 
 
-def write_model(sam: Sam, folder: Path, *, card: Card, task: Task, is_merged: bool = True) -> Path:
+def write_model(sam: nn.Module, folder: Path, *, card: Card, task: Task, is_merged: bool = True) -> Path:
     """Write weights, card and task; return the weights' path. Tasks come last: they mark a complete folder.
 
     Args:
-        sam: A plain SAM; or, with ``is_merged`` False, one with an adapter, which lies in ``folder`` already.
+        sam: A plain SAM or a baseline's network; or, with ``is_merged`` False, a SAM with an adapter, which lies in
+            ``folder`` already.
         folder: Where.
         card: What the model is.
         task: What it segments.
         is_merged: False writes the weights before tuning, which need the adapter.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / (WEIGHTS_FILE if is_merged else BASE_FILE)
+    path = folder / (NETWORK_FILE if task.network else WEIGHTS_FILE if is_merged else BASE_FILE)
     save_tensors(sam.state_dict() if is_merged else base_tensors(sam), path)
     Card.from_dict({**card.to_dict(), "weights_sha256": weights_digest(folder)}).write(folder / CARD_FILE)
     task.write(folder)
@@ -70,6 +74,8 @@ def read_model(path: Path) -> FinishedModel:
         )
     folder = path / "model" if (path / "model").is_dir() else path
     task = Task.read(folder)
+    if task.network:
+        return _read_baseline(folder, task)
     is_merged = (folder / WEIGHTS_FILE).is_file()
     if not (folder / CARD_FILE).is_file() or not (is_merged or (folder / BASE_FILE).is_file()):
         raise WeightsError(f"a finished model must have {WEIGHTS_FILE} and {CARD_FILE}.", where=path.name)
@@ -93,10 +99,30 @@ def read_model(path: Path) -> FinishedModel:
     )
 
 
+def _read_baseline(folder: Path, task: Task) -> FinishedModel:
+    path = folder / NETWORK_FILE
+    if not path.is_file() or not (folder / CARD_FILE).is_file():
+        raise WeightsError(f"a finished baseline must have {NETWORK_FILE} and {CARD_FILE}.", where=folder.parent.name)
+    card = Card.read(folder / CARD_FILE)
+    if card.weights_sha256 != weights_digest(folder):
+        raise WeightsError(
+            f"{NETWORK_FILE} must be the file its card describes, sha256 differs. It was changed or damaged.",
+            where=folder.parent.name,
+            kept="the run's training states",
+        )
+    segmenter = build_network(task.network)
+    try:
+        segmenter.net.load_state_dict(load_file(path), strict=True)
+    except RuntimeError as err:
+        raise WeightsError(f"{NETWORK_FILE} does not fit the network of task.json.", where=folder.parent.name) from err
+    return FinishedModel(segmenter=segmenter.eval(), card=card, task=task, folder=folder)
+
+
 def weights_digest(folder: Path) -> str:
     """Return the sha256 of the merged weights, or of base weights and adapter together."""
-    if (folder / WEIGHTS_FILE).is_file():
-        return file_sha256(folder / WEIGHTS_FILE)
+    for single in (WEIGHTS_FILE, NETWORK_FILE):
+        if (folder / single).is_file():
+            return file_sha256(folder / single)
     if missing := [name for name in PAIR_FILES if not (folder / name).is_file()]:
         raise WeightsError(
             f"a finished model must have {WEIGHTS_FILE}, or all of {', '.join(PAIR_FILES)}; {missing[0]} is missing.",

@@ -7,6 +7,7 @@ from typing import Any, cast
 import pytorch_lightning as pl
 import torch
 from samgraft.finetune.adapters import RankUpdates, trainable_tensors
+from samgraft.finetune.baselines import SliceBaseline
 from samgraft.finetune.cached_slices import CachedBatch
 from samgraft.finetune.classes import ClassTable
 from samgraft.finetune.config import FinetuneConfig
@@ -37,8 +38,11 @@ class FinetuneModule(pl.LightningModule):
         self.loss = SegmentationLoss(config.loss, overlapping=classes.is_overlapping)
         self.prompted_loss = PromptedLoss(config.prompt, config.loss, seed=config.seed)
 
-    def training_step(self, batch: SliceBatch | CachedBatch, batch_idx: int) -> dict[str, Tensor]:
+    def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
         """Return the loss of one micro-step."""
+        if isinstance(self.segmenter, SliceBaseline):
+            inputs, label = self._plain(batch)
+            return {"loss": self.loss(self.segmenter(inputs), self.classes.to_target(label))}
         embeddings_NChw, labels_NSS = self._embedded(batch)
         if self.config.prompt.is_prompted:
             masks_NCSS = self.classes.to_masks(labels_NSS)
@@ -68,11 +72,22 @@ class FinetuneModule(pl.LightningModule):
         if self.rank_updates is not None:
             self.rank_updates.load(checkpoint["rank_updates"])
 
+    def _plain(self, batch: Any) -> tuple[Tensor, Tensor]:
+        """Return images and label ids for a network without SAM: slices, or patches of volumes."""
+        if "volume" in batch:
+            return batch["volume"], batch["label"]
+        return self._framed(batch)
+
     def _embedded(self, batch: SliceBatch | CachedBatch) -> tuple[Tensor, Tensor]:
         """Return embeddings and label ids, from the encoder or from the cache."""
         if "embeddings_NChw" in batch:
             cached = cast(CachedBatch, batch)
             return cached["embeddings_NChw"], cached["labels_NSS"]
+        images_NCSS, labels_NSS = self._framed(batch)
+        return self.segmenter.embed(images_NCSS), labels_NSS
+
+    def _framed(self, batch: Any) -> tuple[Tensor, Tensor]:
+        """Return slices and label ids in the input frame."""
         images_NCSS, labels_NSS, _ = batch_to_input(
             batch,
             image_size=self.segmenter.image_size,
@@ -80,10 +95,12 @@ class FinetuneModule(pl.LightningModule):
             device=self.device,
         )
         assert labels_NSS is not None
-        return self.segmenter.embed(images_NCSS), labels_NSS
+        return images_NCSS, labels_NSS
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Return AdamW over what trains; mask tokens that no class uses must not decay."""
+        if isinstance(self.segmenter, SliceBaseline):
+            return build_optimizer(self.segmenter, self.config.optim)
         encoder: Any = self.segmenter.sam.image_encoder
         optimizer = build_optimizer(self.segmenter, self.config.optim, layer_groups=_trainable_groups(encoder))
         tokens = [p for name, p in trainable_tensors(self.segmenter.sam).items() if "mask_tokens" in name]

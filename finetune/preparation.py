@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 from samgraft.finetune.adapters import adapt, render_groups, trainable_groups, trainable_table
+from samgraft.finetune.baselines import Baseline, BaselineStart, as_baseline, build_network, plan_network
 from samgraft.finetune.classes import ClassTable, choose_classes
 from samgraft.finetune.config import FinetuneConfig
 from samgraft.finetune.few_shot import draw_few_shot
@@ -17,6 +19,7 @@ from samgraft.finetune.sampling import balance_foreground, has_foreground
 from samgraft.finetune.segmenter import Segmenter, make_room_for_classes
 from samgraft.finetune.starting_point import StartingPoint, find_starting_point
 from samgraft.finetune.validation import labelled_series
+from samgraft.finetune.volume_patches import VolumePatches
 from samgraft.shared.data.augment import SliceAugmentation
 from samgraft.shared.data.dataset import SliceDataset, select_slices
 from samgraft.shared.data.few_shot import keep_train_slices
@@ -33,6 +36,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+BASELINE_IMAGE_SIZE = 256
+"""Side of a 2D baseline's input in pixels unless model.image_size says otherwise."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
@@ -41,9 +47,9 @@ class Prepared:
     store: SliceStore
     split: Split
     classes: ClassTable
-    dataset: SliceDataset | CachedSlices
+    dataset: SliceDataset | CachedSlices | VolumePatches
     val_series: list[str]
-    start: StartingPoint
+    start: StartingPoint | BaselineStart
     segmenter: Segmenter
     peft_model: PeftModel | None
     reports: list[TensorReport]
@@ -71,6 +77,11 @@ def prepare(config: FinetuneConfig) -> Prepared:
             "Make another split.",
             where=store.path.name,
         )
+    baseline = as_baseline(config.model.arch)
+    if baseline is not None:
+        return _prepare_baseline(baseline, config, store, split, classes, val_series)
+    if not config.model.ckpt:
+        raise UsageError("model.ckpt must say what to start from.", next_command="make finetune CKPT=runs/NAME")
     start = find_starting_point(
         Path(config.model.ckpt),
         base=Path(config.model.base) if config.model.base else None,
@@ -81,11 +92,7 @@ def prepare(config: FinetuneConfig) -> Prepared:
     intensity = intensity_of(start.card, store)
     num_neighbours = neighbours_of(config.data.num_neighbours, start.card)
     dataset = training_set(config, store, split, classes, intensity, num_neighbours=num_neighbours)
-    if len(dataset) < config.data.batch_size:
-        raise UsageError(
-            f"data.batch_size must be at most the number of training slices {len(dataset)}, got "
-            f"{config.data.batch_size}."
-        )
+    _check_batch(config, dataset)
     sam, reports = start.build()
     sam.image_encoder.activation_checkpointing = config.trainer.activation_checkpointing
     if not config.prompt.is_prompted:
@@ -127,6 +134,90 @@ def _open_store(config: FinetuneConfig) -> SliceStore:
             where=store.path.name,
         )
     return store
+
+
+def _prepare_baseline(
+    baseline: Baseline,
+    config: FinetuneConfig,
+    store: SliceStore,
+    split: Split,
+    classes: ClassTable,
+    val_series: list[str],
+) -> Prepared:
+    """Plan a network without SAM on the same data."""
+    if config.model.ckpt or config.model.base:
+        raise UsageError(f"MODEL={baseline.value} starts from random weights: leave out CKPT and BASE.")
+    if config.prompt.is_prompted:
+        raise UsageError(f"MODEL={baseline.value} takes no prompts: leave out prompt.mode.")
+    num_neighbours = config.data.num_neighbours or 0
+    records = [r for r in store.series if r.has_label and r.patient_id in set(split.train)]
+    plan = plan_network(
+        baseline,
+        config.baseline,
+        num_classes=classes.num_classes,
+        in_channels=1 if baseline.is_volume else 1 + 2 * num_neighbours,
+        image_size=config.model.image_size or BASELINE_IMAGE_SIZE,
+        median_shape_zyx=np.median([r.shape_zyx for r in records], axis=0).astype(int).tolist(),
+        spacing_zyx=np.median([r.spacing_mm for r in records], axis=0).tolist(),
+    )
+    log.info("%s: input %s, channels %s, from scratch", baseline.value, plan["sizes"], plan["channels"])
+    dataset: SliceDataset | VolumePatches
+    if baseline.is_volume:
+        dataset = _patches(config, store, split, classes, [r.series_id for r in records], plan["sizes"])
+    else:
+        dataset = training_set(config, store, split, classes, store.intensity, num_neighbours=num_neighbours)
+        _check_batch(config, dataset)
+    return Prepared(
+        store=store,
+        split=split,
+        classes=classes,
+        dataset=dataset,
+        val_series=val_series,
+        start=BaselineStart(plan=plan),
+        segmenter=build_network(plan),
+        peft_model=None,
+        reports=[],
+        inference=InferenceConfig(
+            intensity=store.intensity,
+            keep_aspect=config.data.keep_aspect,
+            num_neighbours=num_neighbours,
+            batch_size=config.watch.batch_size,
+        ),
+        transductive=False,
+    )
+
+
+def _patches(
+    config: FinetuneConfig,
+    store: SliceStore,
+    split: Split,
+    classes: ClassTable,
+    series_ids: list[str],
+    patch_size: list[int],
+) -> VolumePatches:
+    if split.train_slices:
+        raise UsageError("3D baselines learn from volumes: use data.few_shot.unit=patients, or a 2D baseline.")
+    # Every draw is another patch: an epoch may show a volume several times.
+    repeats = -(-config.data.batch_size // len(series_ids))
+    return VolumePatches(
+        store,
+        series_ids * repeats,
+        patch_size=patch_size,
+        classes=classes,
+        intensity=store.intensity,
+        foreground_fraction=config.data.foreground_fraction,
+        augment=config.data.augment,
+        seed=config.seed,
+    )
+
+
+def _check_batch(config: FinetuneConfig, dataset: SliceDataset) -> None:
+    if len(dataset) < config.data.batch_size:
+        raise UsageError(
+            f"data.batch_size must be at most the number of training slices {len(dataset)}, got "
+            f"{config.data.batch_size}.",
+            next_command=f"add data.batch_size={len(dataset)}",
+        )
 
 
 def training_set(
@@ -217,9 +308,9 @@ def describe(prepared: Prepared) -> list[str]:
     )
     lines += [
         f"trains: {part} {trainable / 1e6:.3f} of {total / 1e6:.3f} M parameters ({100 * trainable / total:.1f} %)"
-        for part, trainable, total in trainable_table(prepared.segmenter.sam)
+        for part, trainable, total in trainable_table(prepared.segmenter.network)
     ]
-    lines += [f"  {line}" for line in render_groups(trainable_groups(prepared.segmenter.sam))]
+    lines += [f"  {line}" for line in render_groups(trainable_groups(prepared.segmenter.network))]
     return lines
 
 

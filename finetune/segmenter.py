@@ -30,6 +30,11 @@ class Segmenter(nn.Module):
         self.embedding_memory: EmbeddingMemory | None = None
 
     @property
+    def network(self) -> nn.Module:
+        """What is trained and saved."""
+        return self.sam
+
+    @property
     def image_size(self) -> int:
         """Side of the input in pixels."""
         return int(self.sam.image_encoder.image_size)

@@ -38,6 +38,8 @@ class Task:
     split_sha256: str
     split: dict[str, list[str]]
     """Pseudonymous patients of train, val and test."""
+    network: dict[str, Any] = field(default_factory=dict)
+    """Plan of a baseline's network; empty: SAM."""
     prompt: dict[str, Any] = field(default_factory=dict)
     """Prompts the model was trained with and evaluation draws; empty: automatic."""
     transductive: bool = False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from samgraft.finetune.adapters import (
     trainable_tensors,
 )
 from samgraft.finetune.adapters.eva import initialise_eva
+from samgraft.finetune.baselines import BaselineStart
 from samgraft.finetune.cached_slices import CachedSlices, collate_cached, use_cache
 from samgraft.finetune.config import FinetuneConfig, Schedule
 from samgraft.finetune.evaluate import dice_per_class, summarise, write_evaluation
@@ -32,10 +33,12 @@ from samgraft.finetune.overlays import choose_slices, overlay, slice_pictures
 from samgraft.finetune.preparation import Prepared, describe, prepare
 from samgraft.finetune.rounds import ValidationRounds
 from samgraft.finetune.segmenter import Segmenter
+from samgraft.finetune.starting_point import StartingPoint
 from samgraft.finetune.task import Task
 from samgraft.finetune.validation import CaseResult, mean_dice, measure
+from samgraft.finetune.volume_patches import VolumePatches
 from samgraft.shared.config import config_sha256, config_to_dict
-from samgraft.shared.data.dataset import batch_to_input, collate_slices
+from samgraft.shared.data.dataset import SliceDataset, batch_to_input, collate_slices
 from samgraft.shared.data.sampler import StepBatchSampler
 from samgraft.shared.data.split import pretrain_manifest
 from samgraft.shared.errors import UsageError, WeightsError
@@ -48,8 +51,8 @@ from samgraft.shared.training.resume import LoaderPosition, rng_untouched, seed_
 from samgraft.shared.training.run_folder import RunFolder
 from samgraft.shared.training.schedule import LearningRate
 from samgraft.shared.training.trainer import fit
-from segment_anything.modeling import Sam
-from torch.utils.data import DataLoader
+from torch import nn
+from torch.utils.data import DataLoader, default_collate
 
 log = logging.getLogger(__name__)
 
@@ -73,13 +76,14 @@ def finetune(config: FinetuneConfig, run: RunFolder, device: DeviceChoice, prepa
     _refuse_other_inputs(run, prepared)
     run.write_run_json(**_provenance(prepared))
     rounds = ValidationRounds(run.path)
-    if run.is_writer and rounds.record.zero_shot is None:
-        dice = rounds.set_reference("zero_shot", measure_zero_shot(prepared, device.torch_device))
+    if run.is_writer and rounds.record.zero_shot is None and isinstance(prepared.start, StartingPoint):
+        dice = rounds.set_reference("zero_shot", measure_zero_shot(prepared, prepared.start, device.torch_device))
         prompts = f"{config.prompt.mode.value} prompts from the labels" if config.prompt.is_prompted else "no prompt"
         log.info("validation Dice of the base weights without training, %s (zero-shot): %.3f", prompts, dice)
 
-    prepared = use_cache(prepared, config, device)
-    if config.adapter.method is Method.EVA and run.latest_training_state() is None:
+    if isinstance(prepared.start, StartingPoint):
+        prepared = use_cache(prepared, config, device)
+    if prepared.peft_model and config.adapter.method is Method.EVA and run.latest_training_state() is None:
         start_from_slices(prepared, config, device)
     module = FinetuneModule(
         prepared.segmenter, config, prepared.classes, rank_updates=RankUpdates.of(prepared.peft_model)
@@ -122,7 +126,7 @@ def start_from_slices(prepared: Prepared, config: FinetuneConfig, device: Device
     assert prepared.peft_model is not None
     segmenter = prepared.segmenter.to(device.torch_device).eval()
     dataset = prepared.dataset
-    if isinstance(dataset, CachedSlices):
+    if not isinstance(dataset, SliceDataset):
         raise UsageError("adapter.method=eva must see the encoder's activations: use cache.variants=0.")
     plain = dataset.without_augmentation()
     chosen = range(0, len(plain), max(1, len(plain) // EVA_SLICES))
@@ -140,14 +144,14 @@ def start_from_slices(prepared: Prepared, config: FinetuneConfig, device: Device
         initialise_eva(prepared.peft_model, segmenter, images)
 
 
-def measure_zero_shot(prepared: Prepared, device: torch.device) -> list[CaseResult]:
+def measure_zero_shot(prepared: Prepared, start: StartingPoint, device: torch.device) -> list[CaseResult]:
     """Measure the base weights in automatic mode on the validation scans."""
-    sam = prepared.start.build_base()
+    sam = start.build_base()
     segmenter = Segmenter(sam, num_classes=min(prepared.classes.num_classes, sam.mask_decoder.num_multimask_outputs))
     return measure(segmenter.to(device), prepared.store, prepared.val_series, prepared.classes, prepared.inference)
 
 
-def restore_best(prepared: Prepared, rounds: ValidationRounds) -> Sam:
+def restore_best(prepared: Prepared, rounds: ValidationRounds) -> nn.Module:
     """Put the best round's tensors into the model and return a merged SAM under segment_anything's names.
 
     Raises:
@@ -155,17 +159,17 @@ def restore_best(prepared: Prepared, rounds: ValidationRounds) -> Sam:
     """
     segmenter = prepared.segmenter.cpu().eval()
     best = load_file(rounds.best_file())
-    trained = trainable_tensors(segmenter.sam)
+    trained = trainable_tensors(segmenter.network)
     if set(best) != set(trained):
         raise WeightsError("the best round must hold exactly the trained tensors.", where="best/")
     with torch.no_grad():
         for name, parameter in trained.items():
             parameter.copy_(best[name])
-    return segmenter.sam
+    return segmenter.network
 
 
 def write_finished(
-    sam: Sam,
+    sam: nn.Module,
     prepared: Prepared,
     config: FinetuneConfig,
     run: RunFolder,
@@ -191,7 +195,7 @@ def write_finished(
     return folder
 
 
-def _merged(prepared: Prepared, folder: Path) -> Sam:
+def _merged(prepared: Prepared, folder: Path) -> nn.Module:
     """Merge the updates and check that nothing changed by it; the merged model stays in ``prepared``."""
     assert prepared.peft_model is not None
     size = prepared.segmenter.image_size
@@ -262,6 +266,7 @@ def finished_task(
         store_fingerprint=prepared.store.fingerprint,
         split_sha256=split.sha256,
         split={"train": list(split.train), "val": list(split.val), "test": list(split.test)},
+        network=prepared.start.plan if isinstance(prepared.start, BaselineStart) else {},
         prompt=config_to_dict(config.prompt) if config.prompt.is_prompted else {},
         transductive=prepared.transductive,
         trainable_millions=trainable,
@@ -280,7 +285,7 @@ def _validation(prepared: Prepared, config: FinetuneConfig, rounds: ValidationRo
             log.info("validation Dice before training: %.3f", dice)
         else:
             rounds.forget_after(boundary.step - 1)
-            dice = rounds.add(boundary.step, results, lambda: _detached(prepared.segmenter.sam))
+            dice = rounds.add(boundary.step, results, lambda: _detached(prepared.segmenter.network))
             best = rounds.record.best_step
             log.info("step %d: validation Dice %.3f (best %.3f, step %s)", boundary.step, dice,
                      rounds.record.rounds[best] if best is not None else dice, best)  # fmt: skip
@@ -325,9 +330,15 @@ def _loader(prepared: Prepared, config: FinetuneConfig, position: LoaderPosition
     return build_step_loader(
         prepared.dataset,
         batch_sampler=sampler,
-        collate_fn=collate_cached if isinstance(prepared.dataset, CachedSlices) else collate_slices,
+        collate_fn=_collate(prepared.dataset),
         num_workers=config.trainer.num_workers,
     )
+
+
+def _collate(dataset: object) -> Callable[[Any], Any]:
+    if isinstance(dataset, CachedSlices):
+        return collate_cached
+    return default_collate if isinstance(dataset, VolumePatches) else collate_slices
 
 
 def _learning_rate(config: FinetuneConfig) -> LearningRate:
@@ -364,8 +375,8 @@ def _refuse_other_inputs(run: RunFolder, prepared: Prepared) -> None:
             )
 
 
-def _detached(sam: Sam) -> dict[str, torch.Tensor]:
-    return {name: parameter.detach() for name, parameter in trainable_tensors(sam).items()}
+def _detached(network: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach() for name, parameter in trainable_tensors(network).items()}
 
 
 def _rounded(value: float | None) -> float | None:

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 RUNS = Path("runs")
+BASELINES = ("unet2d", "unet3d", "dynunet2d", "dynunet3d")
+"""Networks without SAM, trained from scratch for comparison."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,7 +27,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ckpt", help="a stage-1 run, or any image encoder or SAM weights")
     parser.add_argument("--data", help="labelled slice store, or scans with labels beside; default the tumour demo")
     parser.add_argument("--modality", help="mri, ct, xray or ultrasound (default: the store's, or mri)")
-    parser.add_argument("--model", help="expected architecture: vit_t, vit_b, vit_l, vit_h; default what CKPT holds")
+    parser.add_argument(
+        "--model",
+        help="expected architecture (vit_t, vit_b, vit_l, vit_h; default what CKPT holds), "
+        f"or a baseline without SAM: {', '.join(BASELINES)}",
+    )
     parser.add_argument("--method", help="how weights change: lora, adapter, full, dora, ...; default the preset's")
     parser.add_argument("--base", help="SAM weights that give prompt encoder and decoder; default CKPT's or the demo's")
     parser.add_argument("--name", help="run name; default made from CKPT and DATA, so the same command resumes")
@@ -40,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Carry the command out."""
-    if not arguments.ckpt:
+    if not arguments.ckpt and arguments.model not in BASELINES:
         raise UsageError(
             f"CKPT must say what to start from{_candidates()}.",
             next_command="make finetune CKPT=runs/NAME   (make pretrain MODALITY=mri makes one)",
@@ -57,9 +63,13 @@ def run(arguments: argparse.Namespace) -> int:
     from samgraft.finetune.cached_slices import embedding_lines
     from samgraft.finetune.preparation import describe
 
-    for line in [*describe(prepared), *embedding_lines(prepared, config, device)]:
+    for line in [*describe(prepared), *(embedding_lines(prepared, config, device) if arguments.ckpt else [])]:
         log.info("%s", line)
-    name = arguments.name or default_name(arguments.ckpt, arguments.data)
+    name = arguments.name or default_name(arguments.ckpt or arguments.model, arguments.data)
+    if arguments.dry_run or not (arguments.runs / name / "checkpoints").is_dir():
+        from samgraft.finetune.step_cost import measure_step
+
+        log.info("%s", measure_step(prepared, config, device).describe(config.trainer.max_steps))
     if arguments.dry_run:
         log.info(
             "dry run: %s would take %d steps; nothing was written.", arguments.runs / name, config.trainer.max_steps

@@ -1,0 +1,90 @@
+"""What a training step costs on this machine, measured before the run: time and memory; nothing is changed by it."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from samgraft.finetune.config import FinetuneConfig
+from samgraft.finetune.module import FinetuneModule
+from samgraft.finetune.preparation import Prepared
+from samgraft.finetune.volume_patches import VolumePatches
+from samgraft.shared.data.dataset import collate_slices
+from samgraft.shared.training.device import DeviceChoice
+from samgraft.shared.training.progress import format_duration
+from samgraft.shared.training.resume import rng_untouched
+from torch.utils.data import default_collate
+
+MEASURED_STEPS = 3
+LONG_STEP_S = 10.0
+"""A step longer than this is measured once."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepCost:
+    """Of one optimizer step, without data loading by other processes and without the update itself."""
+
+    seconds: float
+    peak_gb: float
+    """CUDA: memory of tensors. CPU: peak of this process so far."""
+    on_gpu: bool
+
+    def describe(self, max_steps: int) -> str:
+        """Return the pre-flight line."""
+        memory = f"{self.peak_gb:.1f} GB of GPU memory" if self.on_gpu else f"{self.peak_gb:.1f} GB of memory"
+        return (
+            f"measured: {self.seconds:.2f} s per step, {memory}; {max_steps} steps take about "
+            f"{format_duration(self.seconds * max_steps)} without validation"
+        )
+
+
+def measure_step(prepared: Prepared, config: FinetuneConfig, device: DeviceChoice) -> StepCost:
+    """Run forward and backward passes on the first batch; weights, statistics and generators stay as they are."""
+    target = device.torch_device
+    on_gpu = target.type == "cuda"
+    module = FinetuneModule(prepared.segmenter, config, prepared.classes).to(target)
+    was_training = module.training
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats(target)
+    times = []
+    with rng_untouched():
+        module.train()
+        batch = _first_batch(prepared, config, target)
+        for _ in range(MEASURED_STEPS):
+            times.append(_one_step(module, batch, config, device))
+            if times[-1] > LONG_STEP_S:
+                break
+    module.train(was_training)
+    for parameter in module.parameters():
+        parameter.grad = None
+    peak = torch.cuda.max_memory_allocated(target) / 1e9 if on_gpu else _process_peak_gb()
+    # The first step also allocates: it counts only where it is the only one.
+    return StepCost(seconds=min(times), peak_gb=peak, on_gpu=on_gpu)
+
+
+def _one_step(module: FinetuneModule, batch: Any, config: FinetuneConfig, device: DeviceChoice) -> float:
+    kind = device.torch_device.type
+    started = time.perf_counter()
+    for _ in range(config.trainer.accumulate):
+        with torch.autocast(kind, dtype=torch.bfloat16, enabled="bf16" in str(device.precision)):
+            loss = module.training_step(batch, 0)["loss"]
+        loss.backward()
+    if kind == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def _first_batch(prepared: Prepared, config: FinetuneConfig, target: torch.device) -> Any:
+    samples: list[Any] = [prepared.dataset[index, index] for index in range(config.data.batch_size)]
+    if isinstance(prepared.dataset, VolumePatches):
+        return {key: value.to(target) for key, value in default_collate(samples).items()}
+    return collate_slices(samples)
+
+
+def _process_peak_gb() -> float:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak * (1 if sys.platform == "darwin" else 1024) / 1e9
