@@ -185,16 +185,11 @@ def plan_network(
         spacing_zyx: Median distances of voxels in mm, 3D: axes more than twice as coarse are pooled later.
 
     Raises:
-        UsageError: If a given patch cannot be halved often enough.
+        UsageError: If the input is too small to be halved.
     """
     if baseline.is_volume:
         sizes = list(config.patch_size) or plan_patch(median_shape_zyx, config.max_patch_voxels)
         kernels, strides = plan_levels(sizes, spacing_zyx)
-        total = [math.prod(step[axis] for step in strides) for axis in range(3)]
-        if any(size % step for size, step in zip(sizes, total, strict=True)):
-            raise UsageError(
-                f"baseline.patch_size must be divisible by {total}, got {sizes}.", where="baseline.patch_size"
-            )
     else:
         sizes = [image_size, image_size]
         kernels, strides = plan_levels(sizes, [1.0, 1.0])

@@ -6,13 +6,16 @@ import os
 import signal
 
 import pytest
+import torch
 from model_factory import make_sam, tiny_vit_t_spec
 from samgraft.finetune import train
 from samgraft.finetune.config import FinetuneConfig
 from samgraft.finetune.model_folder import read_model
 from samgraft.finetune.module import FinetuneModule
+from samgraft.finetune.step_cost import measure_step
+from samgraft.shared.cli import main
 from samgraft.shared.config import load_config
-from samgraft.shared.errors import StoppedAndSaved
+from samgraft.shared.errors import SamgraftError, StoppedAndSaved
 from samgraft.shared.models.weights import save_tensors
 from samgraft.shared.training.device import choose_device
 from samgraft.shared.training.run_folder import RunFolder
@@ -22,6 +25,8 @@ MODES = {
     "automatic": (),
     "box": ("prompt.mode=box",),
     "clicks": ("prompt.mode=clicks", "prompt.num_clicks=2"),
+    "unet2d": ("model.ckpt=null", "model.arch=unet2d", "baseline.base_channels=4"),
+    "dynunet3d": ("model.ckpt=null", "model.arch=dynunet3d", "baseline.base_channels=4"),
     "regions": ("data.regions={whole: [1]}", "loss.overlap=tversky", "loss.pixel=focal"),
 }
 
@@ -61,7 +66,8 @@ def run(lab, name, *overrides):
 def results(path):
     lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
     metrics = [{k: v for k, v in line.items() if not k.startswith("perf/")} for line in lines]
-    return hashlib.sha256((path / "model" / "sam.safetensors").read_bytes()).hexdigest(), metrics
+    (weights,) = (path / "model").glob("*.safetensors")
+    return hashlib.sha256(weights.read_bytes()).hexdigest(), metrics
 
 
 def at_step(monkeypatch, step, act):
@@ -81,7 +87,7 @@ def kill():
 
 
 @pytest.mark.parametrize(
-    "mode", [m if m in {"automatic", "box"} else pytest.param(m, marks=pytest.mark.slow) for m in MODES]
+    "mode", [m if m in {"automatic", "box", "dynunet3d"} else pytest.param(m, marks=pytest.mark.slow) for m in MODES]
 )
 def test_resume__same_bytes_as_uninterrupted(lab, monkeypatch, mode):
     whole = run(lab, f"whole-{mode}", *MODES[mode])
@@ -125,3 +131,55 @@ def test_early_end__a_run_killed_after_it_does_not_train_on(lab, monkeypatch):
             run(lab, "early-killed", *overrides)
     path = run(lab, "early-killed", *overrides)
     assert [line["step"] for line in results(path)[1]][-1] == 4
+
+
+@pytest.mark.parametrize("mode", ["unet2d", "dynunet3d"])
+def test_baseline__is_evaluated_like_every_model_and_never_released(lab, monkeypatch, capsys, mode):
+    path = run(lab, f"scored-{mode}", *MODES[mode], "trainer.max_steps=2")
+    monkeypatch.chdir(lab)
+    assert main(["evaluate", f"runs/{path.name}", "--split", "test", "--data", "store.zarr"]) == 0
+    summary = json.loads((path / "evaluation" / "test" / "summary.json").read_text())
+    assert summary["dice"]["num_patients"] == 1
+    model = read_model(path)
+    assert model.card.arch == mode
+    assert model.card.base_name == "random weights"
+    assert main(["release", f"runs/{path.name}", "--out", "out", "--license", "cc-by-4.0"]) == 2
+    assert "is a U-Net baseline" in capsys.readouterr().err
+    assert not (lab / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (("model.arch=unet2d",), "leave out CKPT"),
+        (("model.arch=unet2d", "model.ckpt=null", "prompt.mode=box"), "takes no prompts"),
+        (("model.arch=unet3d", "model.ckpt=null", "data.few_shot.num=2", "data.few_shot.unit=slices"), "3D baselines"),
+        (("model.ckpt=null",), "model.ckpt must say"),
+        (("model.arch=unet2d", "model.ckpt=null", "data.batch_size=999"), "batch_size must be at most"),
+        (("data.few_shot.num=99",), "asked for 99"),
+        (("loss.class_weights=[1, 2]",), "one per class"),
+        (("prompt.mode=bocks",), "Did you mean 'box'"),
+        (("prompt.mode=box", "loss.class_weights=[1]"), "no effect with prompts"),
+        (("data.regions={a: [5]}",), "got 5; it has 1"),
+        (("data.regions={a: [1]}", "data.classes=[1]"), "not both"),
+    ],
+)
+def test_bad_input__is_refused_before_a_run_begins(lab, settings, message):
+    """The command prepares before it opens a run folder."""
+    with pytest.raises(SamgraftError, match=message):
+        train.prepare_seeded(config_of(lab, *settings))
+
+
+def test_step_cost__is_measured_and_changes_nothing(lab):
+    config = config_of(lab, "prompt.mode=box", "trainer.accumulate=2")
+    prepared = train.prepare_seeded(config)
+    before = {k: v.clone() for k, v in prepared.segmenter.state_dict().items()}
+    torch.manual_seed(3)
+    generators = torch.get_rng_state()
+    cost = measure_step(prepared, config, choose_device("cpu"))
+    assert cost.seconds > 0
+    assert cost.peak_gb > 0.05
+    assert "4 steps take about" in cost.describe(4)
+    assert torch.equal(torch.get_rng_state(), generators)
+    assert all(torch.equal(before[k], v) for k, v in prepared.segmenter.state_dict().items())
+    assert all(p.grad is None for p in prepared.segmenter.parameters())

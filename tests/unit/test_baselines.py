@@ -1,0 +1,170 @@
+"""U-Nets in the harness: their plans, their patches, and that they come back from disk as they were."""
+
+import numpy as np
+import pytest
+import torch
+from samgraft.finetune.augment import AugmentConfig
+from samgraft.finetune.baselines import (
+    Baseline,
+    BaselineConfig,
+    SliceBaseline,
+    VolumeBaseline,
+    as_baseline,
+    build_network,
+    plan_levels,
+    plan_network,
+    plan_patch,
+)
+from samgraft.finetune.classes import ClassTable
+from samgraft.finetune.volume_patches import VolumePatches, augment_patch, cut
+from samgraft.shared.data.store import SliceStore
+from samgraft.shared.errors import UsageError
+from store_factory import make_store
+
+ONE = ClassTable(ids=(1,), names=("lesion",))
+STILL = AugmentConfig(
+    max_rotation_deg=0, min_scale=1, max_scale=1, max_shear=0, max_shift=0, flip_columns=False,
+    max_log_gamma=0, max_log_contrast=0, blur_probability=0, noise_std=0,
+)  # fmt: skip
+SMALL = BaselineConfig(base_channels=4, max_channels=16)
+
+
+def small_plan(baseline, **settings):
+    values = {"num_classes": 2, "in_channels": 1, "image_size": 32, "median_shape_zyx": (7, 30, 18)}
+    return plan_network(baseline, SMALL, **{**values, "spacing_zyx": (5.0, 1.0, 1.0), **settings})
+
+
+def test_levels__isotropic_halves_every_axis_down_to_four():
+    kernels, strides = plan_levels([40, 56, 40], [1.0, 1.0, 1.0])
+    assert strides == [[2, 2, 2]] * 3
+    assert kernels == [[3, 3, 3]] * 3
+
+
+def test_levels__coarse_axes_wait_for_the_others():
+    """5 mm slices at 1 mm pixels: rows and columns are halved twice before slices take part."""
+    kernels, strides = plan_levels([16, 64, 64], [5.0, 1.0, 1.0])
+    assert strides[:3] == [[1, 2, 2], [1, 2, 2], [2, 2, 2]]
+    assert kernels[:3] == [[1, 3, 3], [1, 3, 3], [3, 3, 3]]
+
+
+def test_levels__refuses_what_cannot_be_halved():
+    with pytest.raises(UsageError, match="halve its input"):
+        plan_levels([7, 7], [1.0, 1.0])
+
+
+def test_patch__is_the_median_scan_or_cut_to_the_budget():
+    assert plan_patch((36, 50, 35), 2**18) == [40, 56, 40]
+    cropped = plan_patch((200, 512, 512), 2**18)
+    assert np.prod(cropped) <= 2**18
+    assert all(side % 8 == 0 for side in cropped)
+    assert plan_patch((6, 30, 20), 2**18) == [8, 32, 24]
+
+
+@pytest.mark.parametrize("baseline", Baseline)
+def test_network__gives_logits_of_its_input_and_comes_back_from_its_plan(baseline):
+    plan = small_plan(baseline)
+    torch.manual_seed(0)
+    segmenter = build_network(plan).eval()
+    assert isinstance(segmenter, VolumeBaseline) is baseline.is_volume
+    images = torch.rand(2, 1, *plan["sizes"])
+    again = build_network(plan).eval()
+    again.net.load_state_dict(segmenter.net.state_dict(), strict=True)
+    with torch.no_grad():
+        logits = segmenter(images)
+        assert torch.equal(again(images), logits)
+    assert logits.shape == (2, 2, *plan["sizes"])
+    assert as_baseline(baseline.value) is baseline
+    with pytest.raises(UsageError, match="is a U-Net baseline"):
+        _ = segmenter.sam
+
+
+def test_network__options_reach_it():
+    wide = plan_network(Baseline.UNET_2D, BaselineConfig(base_channels=8), num_classes=1, in_channels=1, image_size=32)
+    assert wide["channels"] == [8, 16, 32, 64]
+    patch = plan_network(
+        Baseline.UNET_3D, BaselineConfig(patch_size=[8, 16, 16]), num_classes=1, in_channels=1, image_size=32,
+        median_shape_zyx=(40, 40, 40), spacing_zyx=(1, 1, 1),
+    )  # fmt: skip
+    assert patch["sizes"] == [8, 16, 16]
+    assert as_baseline("vit_t") is None
+    assert as_baseline(None) is None
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [({"base_channels": 2}, "base_channels"), ({"patch_size": [8, 8]}, "three sides"), ({"overlap": 1.0}, "overlap")],
+)
+def test_config__refuses(values, message):
+    with pytest.raises(ValueError, match=message):
+        BaselineConfig(**values)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    return SliceStore.open(make_store(tmp_path_factory.mktemp("store"), num_patients=2, shape_zyx=(6, 32, 28)))
+
+
+def patches(store, *, patch_size=(4, 16, 16), augment=STILL, foreground_fraction=1.0):
+    return VolumePatches(
+        store, [r.series_id for r in store.series], patch_size=patch_size, classes=ONE, intensity=store.intensity,
+        foreground_fraction=foreground_fraction, augment=augment, seed=0,
+    )  # fmt: skip
+
+
+def test_patches__come_from_the_samples_counter_and_show_foreground(store):
+    data = patches(store, augment=AugmentConfig())
+    first, again, other = data[0, 5], data[0, 5], data[0, 6]
+    assert torch.equal(first["volume"], again["volume"])
+    assert torch.equal(first["label"], again["label"])
+    assert not torch.equal(first["volume"], other["volume"])
+    assert first["volume"].shape == (1, 4, 16, 16)
+    shown = [bool((patches(store)[0, counter]["label"] == 1).any()) for counter in range(12)]
+    assert all(shown)
+    anywhere = patches(store, foreground_fraction=0.0, patch_size=(4, 8, 8))
+    assert not all(bool((anywhere[0, counter]["label"] == 1).any()) for counter in range(12))
+
+
+def test_patches__label_stays_with_the_image(store):
+    """The lesion is the brightest part: before and after."""
+    sample = patches(store)[0, 3]
+    inside, outside = sample["volume"][0][sample["label"] == 1], sample["volume"][0][sample["label"] == 0]
+    assert inside.mean() > outside.mean() + 0.2
+
+
+def test_patches__small_scans_are_padded(store):
+    sample = patches(store, patch_size=(8, 32, 32))[0, 0]
+    assert sample["volume"].shape == (1, 8, 32, 32)
+    whole = store.read_label_volume(store.series[0].series_id)
+    assert int((sample["label"] == 1).sum()) == int((whole == 1).sum())
+
+
+def test_cut__pads_with_the_smallest_value():
+    volume = np.arange(8).reshape(2, 2, 2) + 5
+    patch = cut(volume, (-1, 0, 1), (3, 2, 2))
+    assert patch.shape == (3, 2, 2)
+    assert patch[1:, :, 0].tolist() == volume[:, :, 1].tolist()
+    assert (patch[0] == 5).all()
+    assert (patch[:, :, 1] == 5).all()
+
+
+def test_augment__moves_image_and_label_alike_and_invents_no_class():
+    image = torch.zeros(3, 32, 24)
+    image[:, 8:20, 6:15] = 1.0
+    label = (image > 0.5).long() * 4
+    config = AugmentConfig(max_rotation_deg=90, max_log_gamma=0, max_log_contrast=0, noise_std=0)
+    out, moved = augment_patch(image, label, config, np.random.default_rng(1))
+    assert set(moved.unique().tolist()) <= {0, 4}
+    assert ((out > 0.5) == (moved > 0)).float().mean() > 0.97
+    assert not torch.equal(moved, label)
+
+
+def test_segment__a_whole_scan_on_its_own_grid(store):
+    torch.manual_seed(0)
+    plan = small_plan(Baseline.DYNUNET_3D, num_classes=1, median_shape_zyx=(4, 16, 16))
+    segmenter = build_network(plan).eval()
+    record = store.series[0]
+    with torch.no_grad():
+        labels = segmenter.segment(store.read_volume(record.series_id), record.stats, ONE, store.intensity)
+    assert labels.shape == record.shape_zyx
+    assert set(np.unique(labels)) <= {0, 1}
+    assert isinstance(segmenter, SliceBaseline)
