@@ -80,6 +80,13 @@ def prepare(config: FinetuneConfig) -> Prepared:
     baseline = as_baseline(config.model.arch)
     if baseline is not None:
         return _prepare_baseline(baseline, config, store, split, classes, val_series)
+    return _prepare_sam(config, store, split, classes, val_series)
+
+
+def _prepare_sam(
+    config: FinetuneConfig, store: SliceStore, split: Split, classes: ClassTable, val_series: list[str]
+) -> Prepared:
+    """Load SAM, check that it fits the data, and adapt it."""
     if not config.model.ckpt:
         raise UsageError("model.ckpt must say what to start from.", next_command="make finetune CKPT=runs/NAME")
     start = find_starting_point(

@@ -14,6 +14,7 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from samgraft.finetune.classes import ClassTable
+from samgraft.shared.data.augment import AugmentConfig
 from samgraft.shared.data.intensity import IntensityPreset, normalise
 from samgraft.shared.data.sampler import sample_generator
 from samgraft.shared.data.store import SliceStore
@@ -38,7 +39,7 @@ class VolumePatches(Dataset[dict[str, Any]]):
         classes: ClassTable,
         intensity: IntensityPreset,
         foreground_fraction: float,
-        augment: Any,
+        augment: AugmentConfig,
         seed: int,
     ) -> None:
         """Keep the list; nothing is read.
@@ -106,13 +107,15 @@ def cut(volume_ZHW: Array, start: Sequence[int], patch_size: Sequence[int]) -> A
     )
 
 
-def augment_patch(image_ZHW: Tensor, label_ZHW: Tensor, config: Any, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+def augment_patch(
+    image_ZHW: Tensor, label_ZHW: Tensor, config: AugmentConfig, rng: np.random.Generator
+) -> tuple[Tensor, Tensor]:
     """Move every slice of a patch alike (the label by nearest neighbour), then change its intensity."""
     height, width = image_ZHW.shape[-2:]
     angle = math.radians(rng.uniform(-config.max_rotation_deg, config.max_rotation_deg))
     scale = math.exp(rng.uniform(math.log(config.min_scale), math.log(config.max_scale)))
     shift_x, shift_y = rng.uniform(-2 * config.max_shift, 2 * config.max_shift, size=2)
-    flip = -1.0 if rng.random() < _flip_probability(config) else 1.0
+    flip = -1.0 if rng.random() < config.flip_columns_probability else 1.0
     cosine, sine, aspect = math.cos(angle) / scale, math.sin(angle) / scale, height / width
     theta = torch.tensor([[[flip * cosine, -flip * sine * aspect, shift_x], [sine / aspect, cosine, shift_y]]])
     grid = F.affine_grid(theta.float(), [1, 1, height, width], align_corners=False)
@@ -125,7 +128,3 @@ def augment_patch(image_ZHW: Tensor, label_ZHW: Tensor, config: Any, rng: np.ran
     if noise_std > 0:
         image = image + noise_std * torch.from_numpy(rng.standard_normal(image.shape, np.float32))
     return image.clamp(0, 1), label.to(label_ZHW.dtype)
-
-
-def _flip_probability(config: Any) -> float:
-    return 0.5 * config.flip_columns

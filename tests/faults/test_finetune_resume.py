@@ -158,7 +158,7 @@ def test_baseline__is_evaluated_like_every_model_and_never_released(lab, monkeyp
         (("model.arch=unet2d", "model.ckpt=null", "data.batch_size=999"), "batch_size must be at most"),
         (("data.few_shot.num=99",), "asked for 99"),
         (("loss.class_weights=[1, 2]",), "one per class"),
-        (("prompt.mode=bocks",), "Did you mean 'box'"),
+        (("prompt.mode=bocks",), "one of none, box, points, mask, clicks, got 'bocks'"),
         (("prompt.mode=box", "loss.class_weights=[1]"), "no effect with prompts"),
         (("data.regions={a: [5]}",), "got 5; it has 1"),
         (("data.regions={a: [1]}", "data.classes=[1]"), "not both"),

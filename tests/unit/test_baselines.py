@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from samgraft.finetune.augment import AugmentConfig
 from samgraft.finetune.baselines import (
     Baseline,
     BaselineConfig,
@@ -17,15 +16,14 @@ from samgraft.finetune.baselines import (
 )
 from samgraft.finetune.classes import ClassTable
 from samgraft.finetune.volume_patches import VolumePatches, augment_patch, cut
+from samgraft.shared.data.augment import AugmentConfig
 from samgraft.shared.data.store import SliceStore
 from samgraft.shared.errors import UsageError
 from store_factory import make_store
 
 ONE = ClassTable(ids=(1,), names=("lesion",))
-STILL = AugmentConfig(
-    max_rotation_deg=0, min_scale=1, max_scale=1, max_shear=0, max_shift=0, flip_columns=False,
-    max_log_gamma=0, max_log_contrast=0, blur_probability=0, noise_std=0,
-)  # fmt: skip
+STILL = AugmentConfig(flip_columns_probability=0)
+MOVING = AugmentConfig(max_rotation_deg=90, min_scale=0.8, max_scale=1.2, max_log_gamma=0.2, noise_std=0.02)
 SMALL = BaselineConfig(base_channels=4, max_channels=16)
 
 
@@ -112,7 +110,7 @@ def patches(store, *, patch_size=(4, 16, 16), augment=STILL, foreground_fraction
 
 
 def test_patches__come_from_the_samples_counter_and_show_foreground(store):
-    data = patches(store, augment=AugmentConfig())
+    data = patches(store, augment=MOVING)
     first, again, other = data[0, 5], data[0, 5], data[0, 6]
     assert torch.equal(first["volume"], again["volume"])
     assert torch.equal(first["label"], again["label"])
@@ -151,7 +149,7 @@ def test_augment__moves_image_and_label_alike_and_invents_no_class():
     image = torch.zeros(3, 32, 24)
     image[:, 8:20, 6:15] = 1.0
     label = (image > 0.5).long() * 4
-    config = AugmentConfig(max_rotation_deg=90, max_log_gamma=0, max_log_contrast=0, noise_std=0)
+    config = AugmentConfig(max_rotation_deg=90)
     out, moved = augment_patch(image, label, config, np.random.default_rng(1))
     assert set(moved.unique().tolist()) <= {0, 4}
     assert ((out > 0.5) == (moved > 0)).float().mean() > 0.97
