@@ -121,7 +121,7 @@ class SliceBaseline(Segmenter):
         return self.net
 
     @property
-    def sam(self) -> Sam:  # type: ignore[override]
+    def sam(self) -> Sam:
         """There is none: what needs one is refused."""
         raise UsageError(
             "this model must be a SAM, it is a U-Net baseline. Baselines are trained and evaluated for comparison, "

@@ -11,7 +11,8 @@ from samgraft.finetune.overlays import choose_slices, overlay, slice_pictures
 from samgraft.finetune.preparation import Prepared, describe
 from samgraft.finetune.rounds import Record
 from samgraft.finetune.segmenter import Segmenter
-from samgraft.finetune.validation import CaseResult
+from samgraft.finetune.starting_point import StartingPoint
+from samgraft.finetune.validation import CaseResult, telling_cases
 from samgraft.shared.training.report import (
     KeyValues,
     Picture,
@@ -24,7 +25,7 @@ from samgraft.shared.training.report import (
 )
 from samgraft.shared.training.run_folder import RunFolder
 
-MAX_PICTURED_SCANS = 3
+MAX_PICTURED_SCANS = 12
 
 
 def write_report(
@@ -99,16 +100,21 @@ def _cases(results: Sequence[CaseResult]) -> Table:
 def _pictures(config: FinetuneConfig, prepared: Prepared, results: Sequence[CaseResult]) -> list[Text | Picture]:
     if not config.watch.log_images:
         return [Text(text="Pictures of patients are written only with watch.log_images=true.")]
-    models = {"zero-shot": Segmenter(prepared.start.build_base(), num_classes=prepared.segmenter.num_classes)}
-    if prepared.start.is_continued:
-        models["start"] = Segmenter(prepared.start.build()[0], num_classes=prepared.segmenter.num_classes)
+    models: dict[str, Segmenter] = {}
+    # Prompted models are shown alone: without prompts the others find nothing.
+    if isinstance(prepared.start, StartingPoint) and not config.prompt.is_prompted:
+        models["zero-shot"] = Segmenter(prepared.start.build_base(), num_classes=prepared.segmenter.num_classes)
+        if prepared.start.is_continued:
+            models["start"] = Segmenter(prepared.start.build()[0], num_classes=prepared.segmenter.num_classes)
     parts: list[Text | Picture] = []
-    for result in results[:MAX_PICTURED_SCANS]:
+    told = telling_cases(results)
+    for result in [result for result in results if result.series_id in told][:MAX_PICTURED_SCANS]:
         rows, indexes = _rows(prepared, result, models, number=config.watch.num_overlays)
         parts.append(
             Picture(
                 png=image_grid(rows, column_titles=["slice", *models, "best"], cell_in=2.0),
-                caption=f"Scan {result.series_id}, slices {', '.join(map(str, indexes))}: truth outlined in green, "
+                caption=f"Scan {result.series_id} ({', '.join(told[result.series_id])}), slices "
+                f"{', '.join(map(str, indexes))}: truth outlined in green, "
                 "prediction filled in red.",
             )
         )

@@ -32,7 +32,8 @@ class Segmenter(nn.Module):
     @property
     def network(self) -> nn.Module:
         """What is trained and saved."""
-        return self.sam
+        network: nn.Module = self.sam
+        return network
 
     @property
     def image_size(self) -> int:

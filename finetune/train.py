@@ -202,7 +202,7 @@ def _merged(prepared: Prepared, folder: Path) -> nn.Module:
     images = torch.rand(2, 1, size, size, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         adapted = prepared.segmenter(images)
-    sam = merge_adapters(prepared.peft_model)
+    sam: nn.Module = merge_adapters(prepared.peft_model)
     prepared.segmenter.sam = sam
     with torch.inference_mode():
         difference = float((prepared.segmenter(images) - adapted).abs().max())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,3 +70,22 @@ def mean_dice(results: Iterable[CaseResult]) -> float | None:
     for result in results:
         per_patient.setdefault(result.patient_id, []).append(result.dice)
     return mean_or_none([mean_or_none(values) for values in per_patient.values()])
+
+
+def telling_cases(results: Sequence[CaseResult]) -> dict[str, list[str]]:
+    """Return the scans to look at: the best, the median and the worst of every class, by series.
+
+    Returns:
+        Series id -> what it is, e.g. ``["worst lesion"]``; a scan without a class has no rank in it.
+    """
+    told: dict[str, list[str]] = {}
+    for place in range(len(results[0].scores) if results else 0):
+        measured = [(r.scores[place].dice, r.series_id) for r in results]
+        ranked = sorted((dice, series_id) for dice, series_id in measured if dice is not None)
+        if not ranked:
+            continue
+        name = results[0].scores[place].class_name
+        chosen = {"worst": ranked[0], "median": ranked[(len(ranked) - 1) // 2], "best": ranked[-1]}
+        for rank, (_, series_id) in chosen.items():
+            told.setdefault(series_id, []).append(f"{rank} {name}")
+    return told

@@ -7,10 +7,11 @@ import pytest
 import torch
 from samgraft.finetune.classes import ClassTable, choose_classes
 from samgraft.finetune.loss import LossConfig, MaskLoss, Overlap, PixelTerm, SegmentationLoss
-from samgraft.finetune.metrics import class_scores
+from samgraft.finetune.metrics import ClassScore, class_scores
 from samgraft.finetune.postprocess import choose_postprocessing
 from samgraft.finetune.sampling import balance_foreground, has_foreground
 from samgraft.finetune.scores import case_rows
+from samgraft.finetune.validation import CaseResult, telling_cases
 from samgraft.shared.data.dataset import SliceRef
 from samgraft.shared.data.store import SliceStore
 from samgraft.shared.errors import DataError, UsageError
@@ -260,3 +261,23 @@ def test_loss_config__refuses(values, message):
 def test_loss_config__class_weights_must_fit_the_classes():
     with pytest.raises(UsageError, match=r"one per class \(3\), got 2"):
         LossConfig(class_weights=[1.0, 2.0]).check_classes(3)
+
+
+def test_telling_cases__best_median_and_worst_of_every_class():
+    def case(name, *dice):
+        scores = tuple(
+            ClassScore(
+                label_id=i, class_name=f"c{i}", true_voxels=0 if d is None else 100,
+                predicted_voxels=0 if d is None else 100, intersection_voxels=int(100 * (d or 0)),
+            )
+            for i, d in enumerate(dice, start=1)
+        )  # fmt: skip
+        return CaseResult(series_id=name, patient_id=name, scores=scores, predicted=np.zeros(1))
+
+    cases = [case("a", 0.9, 0.2), case("b", 0.5, None), case("c", 0.1, 0.4), case("d", 0.6, 0.9)]
+    told = telling_cases(cases)
+    assert told["a"] == ["best c1", "worst c2"]
+    assert told["b"] == ["median c1"]
+    assert told["c"] == ["worst c1", "median c2"]
+    assert told["d"] == ["best c2"]
+    assert telling_cases([]) == {}
