@@ -76,6 +76,7 @@ def write_model_card(
     scores: TestScores | None,
     artefacts: Sequence[Artefact],
     statement: str | None = None,
+    postprocessing: str = "none",
 ) -> None:
     """Write ``README.md``."""
     sections = {
@@ -83,6 +84,7 @@ def write_model_card(
         "Scores": _scores(task, scores),
         "Files": contents_section(artefacts),
         "Use": _use(card, task, {a.path for a in artefacts}),
+        "Post-processing": f"Chosen on validation patients: {postprocessing}. `predict` and `evaluate` apply it.",
         "Input": input_section(
             card, image_size=task.image_size, intensity=task.intensity, keep_aspect=task.keep_aspect
         ),

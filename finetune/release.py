@@ -12,6 +12,7 @@ from samgraft.finetune.model_card import read_test_scores, write_model_card
 from samgraft.finetune.model_folder import CARD_FILE, FinishedModel, read_model, weights_digest
 from samgraft.finetune.monai_bundle import expected_slices, monai_format
 from samgraft.finetune.pair_format import pair_formats, pair_outputs, pair_subject
+from samgraft.finetune.postprocess import read_postprocessing
 from samgraft.finetune.task import Task
 from samgraft.shared.errors import UsageError
 from samgraft.shared.models.card import Card
@@ -77,6 +78,9 @@ def _write_texts(
     if scores is None:
         name = request.run.name
         log.warning("no test scores: the card will say so. samgraft evaluate %s --split test makes them.", name)
+    postprocessing = read_postprocessing(
+        model.folder, weights_sha256=model.card.weights_sha256, classes=model.task.classes
+    )
     card = _public_card(model.card, licence=licence.name, digest=weights_digest(folder))
     card.write(folder / CARD_FILE)
     write_model_card(
@@ -88,8 +92,11 @@ def _write_texts(
         scores=scores,
         artefacts=artefacts,
         statement=request.statement,
+        postprocessing=postprocessing.describe(model.task.classes),
     )
     dataclasses.replace(model.task, split={}).write(folder)
+    if postprocessing.steps:
+        dataclasses.replace(postprocessing, weights_sha256=card.weights_sha256 or "").write(folder)
 
 
 def _public_card(card: Card, *, licence: str, digest: str) -> Card:

@@ -256,6 +256,24 @@ def test_foreign_mask__is_never_overwritten(lab, scans, capsys):
     assert (scans / "b_seg.nii.gz").is_file()
 
 
+@pytest.mark.parametrize("codes", ORIENTATIONS)
+def test_orientation__one_scan_stored_in_any_way_gets_one_mask(lab, scans, tmp_path, codes):
+    """Permuted and flipped axes describe the same scan: its mask must be the same at every physical point."""
+    source = nib.load(scans / "a.nii.gz")
+    start = nib.io_orientation(source.affine)
+    there = nib.orientations.ornt_transform(start, nib.orientations.axcodes2ornt(tuple(codes)))
+    (tmp_path / "in").mkdir()
+    nib.save(source.as_reoriented(there), tmp_path / "in" / "a.nii.gz")
+    for place, name in ((scans, "plain"), (tmp_path / "in", "stored")):
+        assert run(lab, place / "a.nii.gz", tmp_path / name, "--formats", "nifti", "--precision", "fp32") == 0
+    plain, stored = (nib.load(tmp_path / name / "a_seg.nii.gz") for name in ("plain", "stored"))
+    assert "".join(nib.aff2axcodes(stored.affine)) == codes
+    back = stored.as_reoriented(nib.orientations.ornt_transform(nib.io_orientation(stored.affine), start))
+    assert np.allclose(back.affine, plain.affine, atol=1e-4)
+    assert np.asarray(plain.dataobj).any()
+    assert np.array_equal(np.asarray(back.dataobj), np.asarray(plain.dataobj))
+
+
 # --- prompts ----------------------------------------------------------------------------------------------------------
 
 

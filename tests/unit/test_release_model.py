@@ -8,6 +8,7 @@ from model_factory import tiny_plain_spec, tiny_vit_t_spec
 from release_factory import PATIENTS, InThisProcess, finished_model, write_scores
 from samgraft.finetune import release_clients
 from samgraft.finetune.model_folder import read_model
+from samgraft.finetune.postprocess import PostProcessing, read_postprocessing
 from samgraft.finetune.release import release_model
 from samgraft.finetune.scores import read_cases
 from samgraft.finetune.statistics import bootstrap_mean
@@ -138,6 +139,19 @@ def test_card__opens_in_huggingface_hub_and_every_score_is_in_the_files(run, in_
         if number not in ("4.0",):  # the licence's name
             assert float(number) in known, number
     assert f"{interval.mean:.3f} ({interval.low:.3f} to {interval.high:.3f}, 7 patients)" in text
+
+
+def test_postprocessing__goes_along_and_fits_the_released_weights(run, in_process):
+    model = read_model(run)
+    steps = {model.task.class_ids[0]: ["largest_component"]}
+    PostProcessing(steps=steps, weights_sha256=model.card.weights_sha256, num_patients=5).write(model.folder)
+    release_model(request(run, formats=("sam",)))
+    released = read_model(run.parents[1] / "out")
+    found = read_postprocessing(
+        released.folder, weights_sha256=released.card.weights_sha256, classes=released.task.classes
+    )
+    assert found.steps == steps
+    assert "largest component" in (released.folder / "README.md").read_text()
 
 
 def test_card__says_so_without_scores_and_statement(run, in_process):
