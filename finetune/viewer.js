@@ -30,6 +30,8 @@
     view.setSliceType(view.sliceTypeMultiplanar);
     view.opts.multiplanarShowRender = 1;
     view.setMultiplanarLayout(2);
+    // The patient's left at the right, as in the pictures above and as radiologists hang images.
+    view.setRadiologicalConvention(true);
     view.updateGLVolume();
     view.scene.crosshairPos = JSON.parse(select.options[place].dataset.center);
     view.drawScene();
