@@ -3,7 +3,7 @@
 adapt(sam, config, num_classes=...)   in place; returns peft's wrapper, or None where SAM's own tensors train
 """
 
-from samgraft.finetune.adapters.adapt import adapt, can_merge, key_rows
+from samgraft.finetune.adapters.adaptation import adapt, can_merge, key_rows
 from samgraft.finetune.adapters.config import (
     AdapterConfig,
     BottleneckInit,

@@ -280,7 +280,8 @@ def test_eva__starts_along_what_the_layers_see():
     assert moved == expected_tensors(arch, Method.EVA, Scope.ENCODER_DECODER)
 
 
-def test_adalora__moves_ranks_and_resumes_them(tmp_path):
+@pytest.mark.parametrize(("stop", "last"), [(37, 50), (65, 70)], ids=["while ranks move", "once they are fixed"])
+def test_adalora__moves_ranks_and_resumes_them(tmp_path, stop, last):
     arch = "vit_t"
 
     def train(segmenter, peft_model, *, first, last, state=None):
@@ -301,15 +302,20 @@ def test_adalora__moves_ranks_and_resumes_them(tmp_path):
         return updates.state()
 
     whole, whole_model = adapted(arch, config_of(Method.ADALORA))
-    train(whole, whole_model, first=0, last=70)
+    ended = train(whole, whole_model, first=0, last=last)
     part, part_model = adapted(arch, config_of(Method.ADALORA))
-    state = train(part, part_model, first=0, last=37)
+    state = train(part, part_model, first=0, last=stop)
     rest, rest_model = adapted(arch, config_of(Method.ADALORA))
     rest.load_state_dict(part.state_dict())
-    train(rest, rest_model, first=37, last=70, state=state)
+    resumed = train(rest, rest_model, first=stop, last=last, state=state)
     for (name, expected), tensor in zip(whole.state_dict().items(), rest.state_dict().values(), strict=True):
         assert torch.equal(expected, tensor), name
-
+    assert resumed["rank_pattern"] == ended["rank_pattern"]
+    for name in ("ipt", "exp_avg_ipt", "exp_avg_unc"):
+        assert set(resumed[name]) == set(ended[name])
+        assert all(torch.equal(tensor, ended[name][key]) for key, tensor in resumed[name].items()), name
+    if last < 60:
+        return
     pattern = whole_model.peft_config["default"].rank_pattern
     ranks = [sum(kept) for kept in pattern.values()]
     assert sum(ranks) == 2 * len(ranks)  # down to rank 2 on average, from 3

@@ -62,7 +62,7 @@ def test_adapter__keeps_base_and_adapter_side_by_side(place, monkeypatch, capsys
         read_model(place / "runs" / "bottleneck")
 
 
-@pytest.mark.parametrize("method", ["eva", "adalora", "pissa"])
+@pytest.mark.parametrize("method", ["eva", *(pytest.param(m, marks=pytest.mark.slow) for m in ("adalora", "pissa"))])
 def test_method__runs_from_command_to_merged_model(place, monkeypatch, capsys, method):
     monkeypatch.chdir(place)
     assert run(method, "trainer.max_steps=10", method=method) == 0
@@ -93,22 +93,3 @@ def test_bad_input__on_one_screen(place, monkeypatch, capsys, method, settings, 
     assert text in shown
     assert "Traceback" not in shown
     assert not (place / "runs" / "refused").exists()
-
-
-def test_activation_checkpointing__reaches_the_encoder_and_changes_no_number(place, monkeypatch):
-    monkeypatch.chdir(place)
-    for name, value in (("plain", "false"), ("saving", "true")):
-        assert run(name, f"trainer.activation_checkpointing={value}") == 0
-    tensors = [read_model(place / "runs" / name).segmenter.state_dict() for name in ("plain", "saving")]
-    assert all(torch.equal(t, tensors[1][n]) for n, t in tensors[0].items())
-    # One of them must have gone the other way: the switch is seen where the model is made.
-    from samgraft.finetune.config import FinetuneConfig
-    from samgraft.finetune.preparation import prepare
-    from samgraft.shared.config import load_config
-
-    config = load_config(FinetuneConfig, layers=[{
-        "modality": "mri", "data": {"store": "store.zarr", "batch_size": 2},
-        "model": {"ckpt": "base.safetensors", "image_size": 32}, "adapter": {"r": 2},
-        "trainer": {"max_steps": 1, "activation_checkpointing": True},
-    }])  # fmt: skip
-    assert prepare(config).segmenter.sam.image_encoder.activation_checkpointing
