@@ -355,7 +355,8 @@ def render(plan: Plan) -> str:
             "",
             f"Hardware: {platform.machine()}, {os.cpu_count()} logical cores, one thread, bf16 "
             f"{'native' if cpu_has_fast_bf16() else 'emulated or off'}, no GPU, torch {torch.__version__}; code "
-            f"{', '.join(revisions) or 'not run yet'}. Other work ran beside it; only Dice is reported, no times.",
+            f"{', '.join(revisions) or 'not run yet'}. Other work ran beside it; only Dice is reported, no times. "
+            "`mae` is not in the table: it needs an encoder that can leave tokens out, vit_t cannot.",
             "",
             "## Stage 1: what the runs show of themselves (start -> end)",
             "",

@@ -108,10 +108,11 @@ def test_signal__exit_code_75_and_the_same_command_goes_on(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # two interpreters start, and train three times each
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 @pytest.mark.parametrize("objective", OBJECTIVE_NAMES)
 def test_two_processes__killed_and_resumed_same_bytes(lab: Path, objective: str, strategy: str) -> None:
-    for done in run_pair(lab, f"{objective}/{strategy}", worker="two_pretrainings.py"):
+    for done in run_pair(lab, f"{objective}/{strategy}", worker="two_pretrainings.py", timeout_s=800):
         assert done.returncode == 0, done.stderr[-2000:]
         assert "same bytes: True" in done.stdout
     if strategy == "fsdp":  # the same training as ddp, up to the order of sums
