@@ -103,3 +103,11 @@ def test_poly__is_the_studys_schedule():
     for step in (200, 600, 999):
         assert rate.factor(step) == pytest.approx((1 - (step - 200) / 1000) ** 0.9)
     assert LearningRate(warmup_steps=200, max_steps=1000).factor(600) != rate.factor(600)
+
+
+def test_few_shot__ends_early_but_never_before_it_has_learnt():
+    config = load("few_shot", "data.few_shot.num=5")
+    assert config.data.few_shot.num == 5
+    assert config.data.batch_size <= 5
+    rounds = config.watch.patience_rounds * config.watch.validate_every_n_steps
+    assert config.optim.warmup_steps + rounds <= config.watch.min_steps < config.trainer.max_steps
