@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from samgraft.finetune.baselines import VolumeBaseline
 from samgraft.finetune.classes import ClassTable
 from samgraft.finetune.inference import (
     ALL_FLIPS,
@@ -34,7 +35,7 @@ from samgraft.finetune.prompts import Prompt, box_to_frame, points_to_frame, pre
 from samgraft.shared.data.frame import InputFrame, fit_frame, image_to_frame, logits_to_native
 from samgraft.shared.data.intensity import IntensityStats, measure_intensity
 from samgraft.shared.data.volume import Modality
-from samgraft.shared.errors import DataError
+from samgraft.shared.errors import DataError, UsageError
 from samgraft.shared.models.sam import to_pixels
 from samgraft.shared.training.device import Device, Precision, choose_device
 from torch import Tensor
@@ -118,9 +119,11 @@ class Predictor:
 
         Raises:
             DataError: If the volume is not three-dimensional or not finite.
+            UsageError: If the model and the prompts do not fit each other.
         """
         if volume_ZHW.ndim != 3 or 0 in volume_ZHW.shape:
             raise DataError(f"a volume must have shape (slices, rows, columns), got {volume_ZHW.shape}.")
+        self.refuse_unfit(prompted=prompts is not None)
         stats = stats or measure_intensity(volume_ZHW, modality=self.modality)
         config = self.model.task.inference(batch_size=self.batch_size)
         with self._autocast():
@@ -140,6 +143,23 @@ class Predictor:
         if prompts is not None:
             return labels
         return apply_postprocessing(labels, self.postprocessing.steps, is_overlapping=self.classes.is_overlapping)
+
+    def refuse_unfit(self, *, prompted: bool) -> None:
+        """Refuse prompts for a model that takes none, and a model that was trained with prompts without any.
+
+        Raises:
+            UsageError: With what to give instead.
+        """
+        mode = self.model.task.inference().prompt.mode.value
+        if prompted and self.model.task.network:
+            raise UsageError("this model is a network without prompts. Leave --prompts out.")
+        if self.flips and isinstance(self.model.segmenter, VolumeBaseline):
+            raise UsageError("flips mirror slices, this model segments whole volumes. Leave --flips out.")
+        if not prompted and self.model.task.inference().prompt.is_prompted:
+            raise UsageError(
+                f"this model was trained with prompts ({mode}): what it gives without any means nothing.",
+                next_command="add --prompts FILE with a box or points per structure",
+            )
 
     def _autocast(self) -> AbstractContextManager[Any]:
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.is_bf16)

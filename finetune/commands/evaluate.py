@@ -83,6 +83,7 @@ def run(arguments: argparse.Namespace) -> int:
         "store_fingerprint": store.fingerprint,
         "split_sha256": split.sha256,
         "precision": "bf16" if is_bf16 else "fp32",
+        "prompts": _prompts(model),
     }
     write_evaluation(evaluation, folder, provenance=provenance, subgroups=subgroups)
     shareable = arguments.log_images or (arguments.data is None and _may_show_images(path))
@@ -94,6 +95,12 @@ def run(arguments: argparse.Namespace) -> int:
     _say_result(evaluation)
     log.info("written: cases.csv, summary.json and report.html in %s", folder)
     return int(ExitCode.OK)
+
+
+def _prompts(model: FinishedModel) -> str:
+    """Say when scores were reached with prompts that only somebody who knows the truth could give."""
+    prompt = model.task.inference().prompt
+    return f"drawn from the true labels ({prompt.mode.value})" if prompt.is_prompted else "none: automatic"
 
 
 def _check(arguments: argparse.Namespace) -> None:

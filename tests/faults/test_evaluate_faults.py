@@ -28,6 +28,7 @@ def test_evaluate__writes_tables_and_a_report_without_patients(lab, capsys):
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["store_fingerprint"] == lab.store.fingerprint
     assert summary["surface_tolerance_mm"] == 2.0
+    assert summary["prompts"] == "none: automatic"
     page = (folder / "report.html").read_text()
     assert page.count("<img") == 1
     assert str(lab.root) not in page

@@ -20,6 +20,7 @@ from samgraft.finetune.prediction_inputs import find_inputs
 from samgraft.finetune.predictor import Predictor
 from samgraft.shared.cli import main
 from samgraft.shared.data.readers.nifti import read_nifti
+from samgraft.shared.errors import UsageError
 from store_factory import make_scan
 from store_factory import write_nifti as write_scan
 
@@ -293,6 +294,18 @@ def test_prompts__segment_only_where_they_point(lab, scans, tmp_path, capsys):
     prompts.write_text(prompts.read_text().replace("a.nii.gz", "z.nii.gz"))
     assert run(lab, scans, tmp_path / "out2", "--prompts", str(prompts)) == 2
     assert "got 'z.nii.gz'" in capsys.readouterr().err
+
+
+def test_prompts__must_fit_the_model(lab):
+    predictor = Predictor(lab.run, device="cpu")
+    task = predictor.model.task
+    volume = lab.store.read_volume(lab.store.series[0].series_id)
+    predictor.model = dataclasses.replace(predictor.model, task=dataclasses.replace(task, prompt={"mode": "box"}))
+    with pytest.raises(UsageError, match=r"trained with prompts \(box\)"):
+        predictor(volume)
+    predictor.model = dataclasses.replace(predictor.model, task=dataclasses.replace(task, network={"name": "unet"}))
+    with pytest.raises(UsageError, match="network without prompts"):
+        predictor(volume, prompts=[])
 
 
 def test_prompts__equal_segment_anythings_predictor(lab):
