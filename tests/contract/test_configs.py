@@ -40,6 +40,13 @@ def test_configs__parse_into_their_schema(path: Path) -> None:
         assert config.name == path.stem
         grid = expand(config, stores={data_set.name: "a.zarr" for data_set in config.data_sets})
         assert len(grid.cells) > 1
+        # Every cell's settings are keys of the fine-tuning's configuration; equal ones are built once.
+        given = {
+            tuple(a for a in c.finetune_arguments(Path("runs")) if "=" in a and "seed=" not in a) for c in grid.cells
+        }
+        schema, required = SCHEMAS["finetune"]
+        for overrides in given:
+            load_config(schema, layers=[CONFIGS / "finetune" / "default.yaml", required], overrides=list(overrides))
         return
     schema, required = SCHEMAS[path.parent.name]
     # Presets by memory say only what differs from default.yaml.
