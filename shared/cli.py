@@ -102,7 +102,15 @@ def _configure_logging(*, debug: bool) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
     logging.getLogger("samgraft").setLevel(logging.DEBUG if debug else logging.INFO)
     # Lightning prints device tables and promotional tips; torch.distributed repeats itself.
-    for noisy in ("pytorch_lightning", "lightning_fabric", "lightning.pytorch", "torch.distributed", "matplotlib"):
+    # highdicom logs study and series UIDs.
+    for noisy in (
+        "highdicom",
+        "pytorch_lightning",
+        "lightning_fabric",
+        "lightning.pytorch",
+        "torch.distributed",
+        "matplotlib",
+    ):
         logging.getLogger(noisy).setLevel(logging.ERROR)
 
 

@@ -345,7 +345,9 @@ def test_dicom__segmentation_reads_back_with_the_right_geometry(lab, tmp_path, c
     volume = image.astype(np.uint16)
     write_series(tmp_path / "scan" / "series", volume, step=3.0, **PATIENT)
     assert run(lab, tmp_path / "scan", tmp_path / "out") == 0
-    assert "1 segmented" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "1 segmented" in said
+    assert "1.2.3" not in said, "UIDs identify a study"
     (path,) = (tmp_path / "out").rglob("*.dcm")
     seg = hd.seg.segread(path)
     assert [seg.get_segment_description(n).segment_label for n in seg.segment_numbers] == ["lesion"]
