@@ -199,7 +199,7 @@ def test_release__leaves_patients_out(place, tmp_path):
     request = ReleaseRequest(run=root / "runs" / "seg", out=tmp_path / "out", licence="cc-by-4.0", formats=("sam",))
     checked = release_model(request).checked
     assert {c.path for c in checked} == {"sam.safetensors", "sam.pth"}
-    assert all(c.max_difference == 0 for c in checked)
+    assert all(c.max_difference <= 1e-4 for c in checked)
     everything = b"".join(p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file())
     assert not any(p.encode() in everything for p in (*split.train, *split.val, *split.test))
     facts = json.loads((tmp_path / "out" / "card.json").read_text())
