@@ -89,7 +89,8 @@ def finished_encoder(root: Path, store_path: Path, spec, *, image_size: int, met
     run.mkdir(parents=True)
     (run / "config.yaml").write_text("# stage: pretrain\n" + config_to_yaml(config))
     encoder = make_sam(spec, image_size=image_size).image_encoder
-    objective = OBJECTIVES[config.objective.name](encoder, config.objective, config.seed)
+    build = OBJECTIVES[config.objective.name]
+    objective = build(encoder, config.objective, seed=config.seed, max_steps=config.trainer.max_steps)
     randomise(objective, scale=0.05)
     store = SliceStore.open(store_path)
     split = pretraining_split(config.data, store, seed=config.seed)

@@ -62,8 +62,8 @@ class GridAttention(Attention):
             _, pad_k, pad_v = padding_1C.view(1, self.num_heads, 1, -1).split(
                 [self.key_dim, self.key_dim, self.val_dim], dim=-1
             )
-            k = torch.cat([k, pad_k.expand(len(k), -1, -1, -1)], dim=2)
-            v = torch.cat([v, pad_v.expand(len(v), -1, -1, -1)], dim=2)
+            k = torch.cat([k, pad_k.expand(k.shape[0], -1, -1, -1)], dim=2)
+            v = torch.cat([v, pad_v.expand(v.shape[0], -1, -1, -1)], dim=2)
         out = _attention(q, k, v, bias_hnm.to(q.dtype))
         out = out.view(images, height // a, width // b, self.num_heads, a, b, self.val_dim)
         return out.permute(0, 1, 4, 2, 5, 3, 6).reshape(images, height, width, self.out_dim)

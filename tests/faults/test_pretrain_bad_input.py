@@ -46,7 +46,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ),
         pytest.param(
             ["--data", "store.zarr", "--base", "tiny", "--method", "maee"], 2,
-            ["METHOD must be one of mae, masked_image, got 'maee'"], id="unknown method",
+            ["METHOD must be one of dino, feature, lejepa, mae, masked_image, got 'maee'"], id="unknown method",
         ),
         pytest.param(
             ["--data", "store.zarr", "--base", "tiny", "--preset", "tpu"], 2, ["must be one of", "'masked_image-tpu'"],

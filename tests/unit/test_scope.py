@@ -63,7 +63,8 @@ def test_lora__sits_in_the_linear_layers_and_starts_by_changing_nothing(kind):
     encoder = ENCODERS[kind]()
     before = outputs(encoder)
     trained = apply_scope(encoder, LORA, num_frozen_depths=0)
-    assert torch.equal(outputs(encoder), before)
+    # Not bitwise: which kernel multiplies depends on where memory lies. Adding exact zeros changes nothing more.
+    torch.testing.assert_close(outputs(encoder), before, atol=2e-6, rtol=0)
     assert set(lora_layers(encoder)) == LAYERS[kind]
     parts = {f"{layer}.lora_{letter}.default.weight" for layer in LAYERS[kind] for letter in "AB"}
     neck = {f"neck.{name}" for name, _ in encoder.neck.named_parameters()}
