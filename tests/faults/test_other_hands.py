@@ -266,9 +266,10 @@ def test_row_102_reader_of_a_store_that_is_rebuilt_gets_no_mixture(tmp_path):
     cases = make_cases(tmp_path / "new", num_patients=1, seed=5)
     (series_new,) = build(cases, path, overwrite=True).records
     assert series_new.series_id == series_id
-    for reader in (opened, used):
-        with pytest.raises(DataError, match=r"could not be decoded .*(the file changed|checksum|Zstd|chunk)"):
-            reader.read_slice(series_id, 3)
+    with pytest.raises(DataError, match="the file changed after the store was opened"):
+        opened.read_slice(series_id, 3)
+    with pytest.raises(DataError, match="could not be decoded"):
+        used.read_slice(series_id, 3)
     with pytest.raises(UsageError, match="other content is there"):
         build(make_cases(tmp_path / "third", num_patients=1, seed=6), path)
 
