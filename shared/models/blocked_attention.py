@@ -16,7 +16,7 @@ from samgraft.shared.models.window_attention import Bundle
 from torch.autograd.function import once_differentiable
 
 BLOCK_ELEMENTS = 2**21
-"""Logits per block: 4 MiB in bfloat16. Of 2**17 to 2**22 the fastest at 1024 px; smaller ones repack keys too often."""
+"""Logits per block: 4 MiB in bfloat16. Smaller blocks pack the keys anew more often, larger ones leave the cache."""
 STEP_TOKENS = 2**13
 """Tokens whose queries, keys and values are gathered at once: few calls for windows, one large image at a time."""
 RASTER_COLS = 48
