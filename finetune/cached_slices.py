@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, TypedDict
 
 import torch
 from samgraft.finetune.config import FinetuneConfig
-from samgraft.finetune.embedding_cache import EmbeddingCache, EmbeddingMemory, RecordShape, weights_sha256
+from samgraft.finetune.embedding_cache import EmbeddingCache, EmbeddingMemory, RecordShape
 from samgraft.finetune.segmenter import Segmenter
 from samgraft.shared.config import config_to_dict
 from samgraft.shared.data.dataset import SliceDataset, batch_to_input, collate_slices
 from samgraft.shared.data.sampler import sample_generator
 from samgraft.shared.data.store_files import is_address
 from samgraft.shared.errors import UsageError
+from samgraft.shared.models.tensor_files import tensors_sha256
 from samgraft.shared.training.device import DeviceChoice
 from samgraft.shared.training.environment import processes_expected
 from torch import Tensor
@@ -95,7 +96,7 @@ def plan_cache(
     unique = tuple(dict.fromkeys(dataset.slices))
     facts = {
         "schema": 1,
-        "encoder": weights_sha256(segmenter.sam.image_encoder),
+        "encoder": tensors_sha256(segmenter.sam.image_encoder.state_dict()),
         "pixels": [list(spec.pixel_mean), list(spec.pixel_std)],
         "store": dataset.store.fingerprint,
         "slices": [[ref.series_id, ref.slice_index, ref.plane.value if ref.plane else None] for ref in unique],

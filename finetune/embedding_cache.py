@@ -33,7 +33,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from samgraft.shared.errors import DataError, StorageError
-from torch import Tensor, nn
+from torch import Tensor
 
 log = logging.getLogger(__name__)
 
@@ -267,15 +267,6 @@ class EmbeddingMemory:
             self._kept[key] = embeddings.detach().cpu().clone()
             self._bytes += size
         return embeddings
-
-
-def weights_sha256(module: nn.Module) -> str:
-    """Return the identity of a module's weights and buffers."""
-    digest = hashlib.sha256()
-    for name, tensor in module.state_dict().items():
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _encode(embedding_Chw: Tensor, shape: RecordShape) -> tuple[bytes, int]:

@@ -24,9 +24,10 @@ from samgraft.finetune.adapters.placement import (
     target_pattern,
     whole_modules,
 )
-from samgraft.finetune.adapters.saving import remember_start
+from samgraft.finetune.adapters.saving import remember_base, remember_start
 from samgraft.shared.errors import UsageError, WeightsError
 from samgraft.shared.models.architecture import ArchSpec
+from samgraft.shared.models.tensor_files import tensors_sha256
 from segment_anything.modeling import Sam
 from torch import Tensor, nn
 
@@ -87,8 +88,10 @@ def adapt(
     )
     made = peft_config_of(config, spec, pattern=pattern, modules_to_save=whole, max_steps=max_steps)
     sam.requires_grad_(False)
+    base_sha256 = tensors_sha256(sam.state_dict())
     with without_warnings_of_peft():
         peft_model = get_peft_model(sam, made)
+    remember_base(peft_model, base_sha256)
     names: Any = peft_model.base_model.targeted_module_names
     if set(names) != set(expected) or not expected:
         raise WeightsError(f"updates must sit in {len(expected)} layers, peft placed them in {len(set(names))}.")

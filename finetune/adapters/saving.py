@@ -1,6 +1,7 @@
-"""The adapter on disk: peft's own two files, and back onto the base weights.
+"""The adapter on disk: peft's own two files, what it belongs to, and back onto the base weights.
 
 adapter_config.json, adapter_model.safetensors       read by PeftModel.from_pretrained onto the base SAM
+adapter_base.json                                    which base that is; peft does not look
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from samgraft.finetune.adapters.config import Method
 from samgraft.shared.errors import WeightsError
+from samgraft.shared.models.adapter_base import read_adapter_base, write_adapter_base
+from samgraft.shared.models.tensor_files import tensors_sha256
 from samgraft.shared.models.tensor_report import shorten
 from segment_anything.modeling import Sam
 from torch import Tensor
@@ -25,6 +28,11 @@ CONFIG_FILE = "adapter_config.json"
 TENSORS_FILE = "adapter_model.safetensors"
 
 
+def remember_base(peft_model: PeftModel, sha256: str) -> None:
+    """Keep the identity of the weights before anything was put onto them."""
+    vars(peft_model)["base_sha256"] = sha256
+
+
 def remember_start(peft_model: PeftModel) -> None:
     """Keep the factors that pissa took out of the base weights: an adapter for the published base needs them."""
     tensors = {name: tensor.detach().clone() for name, tensor in _lora_factors(peft_model).items()}
@@ -34,6 +42,8 @@ def remember_start(peft_model: PeftModel) -> None:
 def save_adapter(peft_model: PeftModel, folder: Path, *, method: Method) -> None:
     """Write the adapter for the base weights that the run started from."""
     config: Any = peft_model.peft_config["default"]
+    folder.mkdir(parents=True, exist_ok=True)
+    write_adapter_base(folder, vars(peft_model)["base_sha256"])
     if method is Method.PISSA:
         _save_as_lora(peft_model, folder)
         return
@@ -48,7 +58,7 @@ def load_adapter(sam: Sam, folder: Path) -> PeftModel:
     """Put a saved adapter onto its base weights, in place, frozen.
 
     Raises:
-        WeightsError: If a file is missing, or the adapter does not fit ``sam``.
+        WeightsError: If a file is missing, or the adapter does not fit ``sam`` or was trained on other weights.
     """
     from peft import PeftModel, get_peft_model_state_dict
     from samgraft.finetune.adapters import methods as methods  # our own tuners register themselves
@@ -60,6 +70,7 @@ def load_adapter(sam: Sam, folder: Path) -> PeftModel:
             raise WeightsError(
                 f"an adapter must have {CONFIG_FILE} and {TENSORS_FILE}, {name} is missing.", where=folder.name
             )
+    wanted, found = read_adapter_base(folder), tensors_sha256(sam.state_dict())
     try:
         with without_warnings_of_peft():
             loaded: PeftModel = PeftModel.from_pretrained(sam, str(folder))
@@ -75,6 +86,12 @@ def load_adapter(sam: Sam, folder: Path) -> PeftModel:
         raise WeightsError(
             f"the adapter must fit the weights beside it, {len(odd)} of its tensors do not ({shorten(sorted(odd))}). "
             "It belongs to another architecture or another number of classes.",
+            where=folder.name,
+        )
+    if wanted is not None and wanted != found:
+        raise WeightsError(
+            f"the adapter must lie on the weights it was trained on, whose tensors have sha256 {wanted[:16]}..., got "
+            f"others of equal shapes ({found[:16]}...). Give the base of its run.",
             where=folder.name,
         )
     return loaded

@@ -1,7 +1,8 @@
-"""Writing tensors: whole or not at all, equal tensors giving equal bytes."""
+"""Writing tensors: whole or not at all, equal tensors giving equal bytes; and what identifies them."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,6 +23,16 @@ def save_pth(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
     temporary = path.with_name(path.name + ".tmp")
     torch.save(_plain(tensors), temporary)
     _settle(temporary, path)
+
+
+def tensors_sha256(tensors: Mapping[str, torch.Tensor]) -> str:
+    """Return the identity of tensors by name, shape, type and value, wherever and in whatever order they lie."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _plain(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -13,6 +13,7 @@ from typing import Literal
 
 import torch
 from samgraft.shared.errors import WeightsError
+from samgraft.shared.models.adapter_base import refuse_lone_adapter
 from samgraft.shared.models.architecture import MEDSAM_SHA256, ArchSpec, image_size_from_tensors, spec_from_tensors
 from samgraft.shared.models.card import Card
 from samgraft.shared.models.download import OFFICIAL, official_weights
@@ -296,11 +297,7 @@ def _find_file(path: Path) -> Path:
                 "says what it learnt. evaluate, predict and release read the run; for one file train with METHOD=lora.",
                 where=path.name,
             )
-    if (path / "adapter_config.json").is_file():
-        raise WeightsError(
-            "weights folder holds an adapter alone: it needs its base. Give the whole run or release folder.",
-            where=path.name,
-        )
+    refuse_lone_adapter(path)
     raise WeightsError(
         f"weights folder must hold one of {', '.join(FOLDER_FILES)}, and has none. Did the run finish?", where=path.name
     )

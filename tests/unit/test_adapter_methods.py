@@ -21,6 +21,7 @@ from samgraft.finetune.adapters.config import WHOLE_MODEL
 from samgraft.finetune.adapters.eva import initialise_eva
 from samgraft.finetune.segmenter import Segmenter
 from samgraft.shared.errors import UsageError, WeightsError
+from samgraft.shared.models.weights import read_weights
 from tiny_sams import SPECS, images_for, logits_of, take_steps, tiny_sam
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
@@ -379,3 +380,21 @@ def test_unread_options__are_said(caplog):
     caplog.set_level("WARNING")
     adapt(tiny_sam("vit_b"), AdapterConfig(method=Method.IA3, r=4), num_classes=1)
     assert "adapter.r is not read by adapter.method=ia3" in caplog.text
+
+
+def test_adapter__of_another_base_of_equal_shape_is_refused_by_its_hash(tmp_path):
+    _, peft_model = adapted("vit_t", config_of(Method.LORA))
+    save_adapter(peft_model, tmp_path, method=Method.LORA)
+    other = tiny_sam("vit_t")
+    with torch.no_grad():
+        other.image_encoder.neck[0].weight[0, 0] += 1e-3
+    with pytest.raises(WeightsError, match=r"trained on, whose tensors have sha256 [0-9a-f]{16}\.\.\., got others"):
+        load_adapter(other, tmp_path)
+    with pytest.raises(WeightsError, match=r"adapter alone, for the base whose tensors have sha256 [0-9a-f]{16}"):
+        read_weights(tmp_path)
+    load_adapter(tiny_sam("vit_t"), tmp_path)
+    (tmp_path / "adapter_base.json").write_text("{}")
+    with pytest.raises(WeightsError, match="is damaged"):
+        load_adapter(tiny_sam("vit_t"), tmp_path)
+    (tmp_path / "adapter_base.json").unlink()  # an adapter of stock peft names no base
+    load_adapter(tiny_sam("vit_t"), tmp_path)
