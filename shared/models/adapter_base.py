@@ -43,6 +43,6 @@ def refuse_lone_adapter(folder: Path) -> None:
     sha256 = read_adapter_base(folder)
     base = f"the base whose tensors have sha256 {sha256[:16]}..." if sha256 else "a base that it does not name"
     raise WeightsError(
-        f"weights folder holds an adapter alone, for {base}: it needs it. Give the whole run or release folder.",
+        f"weights folder holds an adapter alone, for {base}. Give the whole run or release folder.",
         where=folder.name,
     )
