@@ -88,10 +88,11 @@ def adapt(
     )
     made = peft_config_of(config, spec, pattern=pattern, modules_to_save=whole, max_steps=max_steps)
     sam.requires_grad_(False)
-    base_sha256 = tensors_sha256(sam.state_dict())
+    base_sha256 = _identity(sam)
     with without_warnings_of_peft():
         peft_model = get_peft_model(sam, made)
-    remember_base(peft_model, base_sha256)
+    if base_sha256 is not None:
+        remember_base(peft_model, base_sha256)
     names: Any = peft_model.base_model.targeted_module_names
     if set(names) != set(expected) or not expected:
         raise WeightsError(f"updates must sit in {len(expected)} layers, peft placed them in {len(set(names))}.")
@@ -100,6 +101,12 @@ def adapt(
     if config.method is Method.PISSA:
         remember_start(peft_model)
     return peft_model
+
+
+def _identity(sam: Sam) -> str | None:
+    """Return what identifies the base; None on the meta device, where models are counted and never saved."""
+    tensors = sam.state_dict()
+    return None if any(tensor.is_meta for tensor in tensors.values()) else tensors_sha256(tensors)
 
 
 def can_merge(method: Method) -> bool:
