@@ -67,7 +67,7 @@ STAGE_1 = (
 )
 STAGE_2 = (
     f"model.image_size={IMAGE_SIZE}",
-    "data.batch_size=4",
+    "data.batch_size=8",
     "trainer.channels_last=true",
     "trainer.save_every_steps=100",
     "optim.warmup_steps=20",
@@ -348,7 +348,7 @@ def render(plan: Plan) -> str:
             f"Medical Segmentation Decathlon, hippocampus (2 classes): {tested} test subjects, looked at once per "
             f"model; {IMAGE_SIZE} px, `vit_t` from LiteMedSAM's weights. Stage 1 on the training subjects except "
             f"{NUM_HELD_OUT + NUM_PROBE_TRAIN + NUM_PROBE_TEST} (held-out loss, probe). Stage 2: LoRA in encoder and "
-            f"decoder, automatic mode, {plan.few_steps} steps of 4 slices for {FEW} subjects, {plan.full_steps} for "
+            f"decoder, automatic mode, {plan.few_steps} steps of 8 slices for {FEW} subjects, {plan.full_steps} for "
             "all; the last weights, nothing chosen. Dice is the mean of both classes per subject on its own grid. The "
             "interval is over subjects: it does not cover the choice of the training subjects, of which the seeds "
             "draw three.",
@@ -398,8 +398,8 @@ def main() -> None:
     parser.add_argument("--objectives", default="masked_image,dino,lejepa,feature", help="comma-separated")
     parser.add_argument("--kinds", default="pretrain,few,full", help="which cells to run")
     parser.add_argument("--steps", type=int, default=1000, help="of stage 1")
-    parser.add_argument("--few-steps", type=int, default=200)
-    parser.add_argument("--full-steps", type=int, default=600)
+    parser.add_argument("--few-steps", type=int, default=300)
+    parser.add_argument("--full-steps", type=int, default=800)
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--table", action="store_true", help="only write the table")
     arguments = parser.parse_args()
