@@ -37,7 +37,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(BIN)/python -m ensurepip >/dev/null
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[dev]'
-	@$(BIN)/python -m samgraft.finetune.viewer
+	@$(BIN)/python -m samgraft.finetune.evaluation.viewer
 	@touch $@
 
 install: $(STAMP) ## set up the environment (every other target does this by itself)
@@ -106,7 +106,7 @@ format: $(STAMP) ## rewrite the files in the house's format | make format
 	@$(BIN)/ruff format . && $(BIN)/ruff check --fix .
 
 wheel: $(STAMP) ## build the wheel into dist/ | make wheel
-	@$(BIN)/python -m samgraft.finetune.viewer
+	@$(BIN)/python -m samgraft.finetune.evaluation.viewer
 	@$(BIN)/python -m build --wheel --installer uv
 
 clean: ## remove build products (never data, weights or runs) | make clean

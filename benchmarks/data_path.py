@@ -24,7 +24,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import torch
-from samgraft.finetune.config import FinetuneConfig
+from samgraft.finetune.training.config import FinetuneConfig
 from samgraft.shared.config import load_config, packaged_config
 from samgraft.shared.data.augment import SliceAugmentation
 from samgraft.shared.data.case import SourceCase

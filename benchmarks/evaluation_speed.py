@@ -20,11 +20,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from samgraft.finetune.classes import ClassTable
-from samgraft.finetune.evaluate import Evaluation, write_evaluation
-from samgraft.finetune.evaluation_report import Pictured, write_evaluation_report
+from samgraft.finetune.evaluation.evaluate import Evaluation, write_evaluation
+from samgraft.finetune.evaluation.evaluation_report import Pictured, write_evaluation_report
+from samgraft.finetune.evaluation.scores import case_rows
+from samgraft.finetune.evaluation.viewer import find_bundle
 from samgraft.finetune.packed import PackedLabels
-from samgraft.finetune.scores import case_rows
-from samgraft.finetune.viewer import find_bundle
 from samgraft.shared.data.case import LabelFiles, SourceCase
 from samgraft.shared.data.examine import BuildSettings
 from samgraft.shared.data.intensity import IntensityPreset

@@ -27,8 +27,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from samgraft.finetune.metrics import mean_or_none
-from samgraft.finetune.statistics import bootstrap_mean
+from samgraft.finetune.evaluation.metrics import mean_or_none
+from samgraft.finetune.evaluation.statistics import bootstrap_mean
 from samgraft.shared.data.pseudonym import local_salt, pseudonym
 from samgraft.shared.data.sources import discover
 from samgraft.shared.data.split import Split, check_split, default_split_path

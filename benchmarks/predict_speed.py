@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from samgraft.finetune.classes import ClassTable
 from samgraft.finetune.inference import InferenceConfig, segment_volume
-from samgraft.finetune.predictor import default_batch_size
+from samgraft.finetune.prediction.predictor import default_batch_size
 from samgraft.finetune.segmenter import Segmenter
 from samgraft.shared.data.intensity import IntensityPreset, measure_intensity, normalise
 from samgraft.shared.data.volume import Modality

@@ -34,7 +34,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from samgraft.finetune.statistics import bootstrap_mean
+from samgraft.finetune.evaluation.statistics import bootstrap_mean
 from samgraft.shared.data.split import Split
 from samgraft.shared.data.store import SliceStore
 from samgraft.shared.training.device import cpu_has_fast_bf16

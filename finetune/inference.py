@@ -15,8 +15,8 @@ import numpy.typing as npt
 import torch
 from samgraft.finetune.baselines import VolumeBaseline
 from samgraft.finetune.classes import ClassTable
-from samgraft.finetune.prompt_sampling import PromptConfig
-from samgraft.finetune.prompted_inference import segment_with_label_prompts
+from samgraft.finetune.prompting.prompt_sampling import PromptConfig
+from samgraft.finetune.prompting.prompted_inference import segment_with_label_prompts
 from samgraft.finetune.segmenter import Segmenter
 from samgraft.shared.data.dataset import neighbour_slices
 from samgraft.shared.data.frame import InputFrame, fit_frame, image_to_frame, logits_to_native

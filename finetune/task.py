@@ -10,7 +10,7 @@ from typing import Any
 
 from samgraft.finetune.classes import ClassTable
 from samgraft.finetune.inference import InferenceConfig
-from samgraft.finetune.prompt_sampling import PromptConfig
+from samgraft.finetune.prompting.prompt_sampling import PromptConfig
 from samgraft.shared.config import load_config
 from samgraft.shared.data.intensity import IntensityPreset
 from samgraft.shared.errors import WeightsError

@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from model_factory import make_sam, randomise
 from samgraft.finetune.adapters import AdapterConfig, adapt
-from samgraft.finetune.evaluate import Evaluation, write_evaluation
+from samgraft.finetune.evaluation.evaluate import Evaluation, write_evaluation
+from samgraft.finetune.evaluation.scores import CASE_COLUMNS
 from samgraft.finetune.model_folder import write_model
-from samgraft.finetune.scores import CASE_COLUMNS
 from samgraft.finetune.task import Task
 from samgraft.shared.config import config_to_yaml, load_config, packaged_config
 from samgraft.shared.data.intensity import IntensityPreset

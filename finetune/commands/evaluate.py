@@ -11,10 +11,10 @@ from samgraft.shared.cli import Command
 from samgraft.shared.errors import ExitCode, UsageError
 
 if TYPE_CHECKING:
-    from samgraft.finetune.evaluate import Evaluation
+    from samgraft.finetune.evaluation.evaluate import Evaluation
+    from samgraft.finetune.evaluation.postprocess import PostProcessing
+    from samgraft.finetune.evaluation.subgroups import Subgroups
     from samgraft.finetune.model_folder import FinishedModel
-    from samgraft.finetune.postprocess import PostProcessing
-    from samgraft.finetune.subgroups import Subgroups
     from samgraft.shared.data.split import Split
     from samgraft.shared.data.store import SliceStore
 
@@ -49,8 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Carry the command out."""
-    from samgraft.finetune.evaluate import evaluate, write_evaluation
-    from samgraft.finetune.evaluation_report import Pictured, write_evaluation_report
+    from samgraft.finetune.evaluation.evaluate import evaluate, write_evaluation
+    from samgraft.finetune.evaluation.evaluation_report import Pictured, write_evaluation_report
     from samgraft.finetune.model_folder import read_model
     from samgraft.shared.data.split import load_split
     from samgraft.shared.data.store import SliceStore
@@ -113,7 +113,7 @@ def _check(arguments: argparse.Namespace) -> None:
 
 
 def _subgroups(arguments: argparse.Namespace, store: SliceStore, split: Split) -> list[Subgroups]:
-    from samgraft.finetune.subgroups import read_subgroups, subgroups_by
+    from samgraft.finetune.evaluation.subgroups import read_subgroups, subgroups_by
 
     found = [subgroups_by(attribute, store) for attribute in arguments.by]
     if arguments.groups:
@@ -125,8 +125,8 @@ def _postprocessing(
     arguments: argparse.Namespace, model: FinishedModel, store: SliceStore, split: Split
 ) -> PostProcessing | None:
     """Return what was chosen on validation, now or before; None for the bare segmentation."""
-    from samgraft.finetune.evaluate import choose_on_validation
-    from samgraft.finetune.postprocess import read_postprocessing
+    from samgraft.finetune.evaluation.evaluate import choose_on_validation
+    from samgraft.finetune.evaluation.postprocess import read_postprocessing
 
     if arguments.no_postprocessing:
         return None
@@ -153,7 +153,7 @@ def _say_case(number: int, total: int, rows: Any) -> None:
 
 
 def _say_result(evaluation: Evaluation) -> None:
-    from samgraft.finetune.scores import METRICS, count_one_sided, interval_of
+    from samgraft.finetune.evaluation.scores import METRICS, count_one_sided, interval_of
 
     for metric in METRICS:
         interval = interval_of(evaluation.rows, metric.key)

@@ -13,7 +13,7 @@ from samgraft.shared.cli import Command
 from samgraft.shared.errors import ExitCode, UsageError
 
 if TYPE_CHECKING:
-    from samgraft.finetune.config import FinetuneConfig
+    from samgraft.finetune.training.config import FinetuneConfig
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
             f"CKPT must say what to start from{_candidates()}.",
             next_command="make finetune CKPT=runs/NAME   (make pretrain MODALITY=mri makes one)",
         )
-    from samgraft.finetune.train import finetune, prepare_seeded
+    from samgraft.finetune.training.train import finetune, prepare_seeded
     from samgraft.shared.training.device import choose_device
     from samgraft.shared.training.run_folder import RunFolder
 
@@ -60,14 +60,14 @@ def run(arguments: argparse.Namespace) -> int:
     device = choose_device(config.trainer.device, precision=config.trainer.precision, devices=config.trainer.devices)
     log.info("device: %s", device.reason)
     prepared = prepare_seeded(config)
-    from samgraft.finetune.cached_slices import embedding_lines
-    from samgraft.finetune.preparation import describe
+    from samgraft.finetune.training.cached_slices import embedding_lines
+    from samgraft.finetune.training.preparation import describe
 
     for line in [*describe(prepared), *(embedding_lines(prepared, config, device) if arguments.ckpt else [])]:
         log.info("%s", line)
     name = arguments.name or default_name(arguments.ckpt or arguments.model, arguments.data)
     if arguments.dry_run or not (arguments.runs / name / "checkpoints").is_dir():
-        from samgraft.finetune.step_cost import measure_step
+        from samgraft.finetune.training.step_cost import measure_step
 
         log.info("%s", measure_step(prepared, config, device).describe(config.trainer.max_steps))
     if arguments.dry_run:
@@ -88,8 +88,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 def build_config(arguments: argparse.Namespace) -> FinetuneConfig:
     """Merge preset, file, flags and overrides; without DATA the demo store is made if it is not there."""
-    from samgraft.finetune.config import FinetuneConfig
-    from samgraft.finetune.presets import preset_layers
+    from samgraft.finetune.training.config import FinetuneConfig
+    from samgraft.finetune.training.presets import preset_layers
     from samgraft.shared.commands.store import modality_of, store_of
     from samgraft.shared.config import load_config, packaged_config
     from samgraft.shared.data.preset import load_preset, modality_layer

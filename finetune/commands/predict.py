@@ -14,8 +14,8 @@ from samgraft.shared.cli import Command
 from samgraft.shared.errors import DataError, ExitCode, StoppedAndSaved, UsageError
 
 if TYPE_CHECKING:
-    from samgraft.finetune.predict import PredictReport
-    from samgraft.finetune.prediction_inputs import Inputs
+    from samgraft.finetune.prediction.predict import PredictReport
+    from samgraft.finetune.prediction.prediction_inputs import Inputs
     from samgraft.shared.training.signals import StopRequest
 
 log = logging.getLogger(__name__)
@@ -45,10 +45,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Carry the command out."""
-    from samgraft.finetune.predict import PredictSettings, predict_scans
-    from samgraft.finetune.prediction_inputs import find_inputs
-    from samgraft.finetune.predictor import Predictor
-    from samgraft.finetune.prompt_file import read_prompts
+    from samgraft.finetune.prediction.predict import PredictSettings, predict_scans
+    from samgraft.finetune.prediction.prediction_inputs import find_inputs
+    from samgraft.finetune.prediction.predictor import Predictor
+    from samgraft.finetune.prompting.prompt_file import read_prompts
     from samgraft.shared.training.signals import StopRequest, listening
 
     if arguments.batch_size is not None and arguments.batch_size < 1:
@@ -77,7 +77,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _formats(text: str | None, inputs: Inputs) -> tuple[str, ...]:
-    from samgraft.finetune.dicom_seg_file import is_available
+    from samgraft.finetune.prediction.dicom_seg_file import is_available
 
     chosen = tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip())) if text else FORMATS
     if not chosen or set(chosen) - set(FORMATS):

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
-from samgraft.finetune.scores import per_patient, read_cases
+from samgraft.finetune.evaluation.scores import per_patient, read_cases
 from samgraft.finetune.study.cells import Cell
 from samgraft.shared.errors import ExitCode
 

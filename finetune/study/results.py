@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from samgraft.finetune.metrics import mean_or_none
-from samgraft.finetune.statistics import Interval, bootstrap_mean
+from samgraft.finetune.evaluation.metrics import mean_or_none
+from samgraft.finetune.evaluation.statistics import Interval, bootstrap_mean
 from samgraft.finetune.study.cells import SETTING_AXES, Cell
 from scipy.stats import friedmanchisquare, rankdata, studentized_range
 

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from samgraft.finetune.config import FinetuneConfig
 from samgraft.finetune.study.cells import expand
 from samgraft.finetune.study.config import StudyConfig
+from samgraft.finetune.training.config import FinetuneConfig
 from samgraft.shared.config import load_config
 from samgraft.shared.data.preset import load_preset
 from samgraft.shared.data.volume import Modality

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 from browser import CHROMIUM, open_page
 from samgraft.finetune.classes import ClassTable
-from samgraft.finetune.evaluate import Evaluation
-from samgraft.finetune.evaluation_report import NO_PICTURES, NO_VIEWER, Pictured, write_evaluation_report
+from samgraft.finetune.evaluation.evaluate import Evaluation
+from samgraft.finetune.evaluation.evaluation_report import NO_PICTURES, NO_VIEWER, Pictured, write_evaluation_report
+from samgraft.finetune.evaluation.scores import case_rows
+from samgraft.finetune.evaluation.viewer import find_bundle
 from samgraft.finetune.packed import PackedLabels
-from samgraft.finetune.scores import case_rows
-from samgraft.finetune.viewer import find_bundle
 from samgraft.shared.data.store import SliceStore
 from store_factory import make_store
 
@@ -48,7 +48,7 @@ def test_report__escapes_and_shows_no_patient_unasked(evaluated, tmp_path):
 
 
 def test_report__without_the_viewer_says_so(evaluated, tmp_path, monkeypatch):
-    monkeypatch.setattr("samgraft.finetune.viewer.VENDOR_FOLDER", tmp_path / "nothing")
+    monkeypatch.setattr("samgraft.finetune.evaluation.viewer.VENDOR_FOLDER", tmp_path / "nothing")
     page = write(evaluated, tmp_path, pictures=True).read_text()
     assert NO_VIEWER.replace("`", "`") in page
     assert page.count("<img") == 4
@@ -57,7 +57,7 @@ def test_report__without_the_viewer_says_so(evaluated, tmp_path, monkeypatch):
 
 def test_bundle__that_is_not_the_pinned_one_is_not_used(tmp_path, monkeypatch, caplog):
     (tmp_path / "niivue.umd.js").write_text("alert(1)")
-    monkeypatch.setattr("samgraft.finetune.viewer.VENDOR_FOLDER", tmp_path)
+    monkeypatch.setattr("samgraft.finetune.evaluation.viewer.VENDOR_FOLDER", tmp_path)
     assert find_bundle() is None
     assert "not the pinned niivue" in caplog.text
 

@@ -5,10 +5,10 @@ import json
 import pytest
 import torch
 from finished_factory import make_lab, write_finished
-from samgraft.finetune.evaluate import evaluate
+from samgraft.finetune.evaluation.evaluate import evaluate
+from samgraft.finetune.evaluation.postprocess import PostProcessing
+from samgraft.finetune.evaluation.scores import read_cases
 from samgraft.finetune.model_folder import read_model
-from samgraft.finetune.postprocess import PostProcessing
-from samgraft.finetune.scores import read_cases
 from samgraft.shared.cli import main
 
 
@@ -74,7 +74,7 @@ def test_postprocessing__changes_what_is_scored(lab):
 
 
 def test_precision__reaches_the_model(lab, monkeypatch, tmp_path):
-    from samgraft.finetune import evaluate as module
+    from samgraft.finetune.evaluation import evaluate as module
 
     seen = []
     segment = module.segment_series

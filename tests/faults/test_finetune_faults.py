@@ -9,15 +9,15 @@ import pytest
 import torch
 from model_factory import make_sam, tiny_plain_spec, tiny_vit_t_spec
 from samgraft.finetune.classes import ClassTable
-from samgraft.finetune.evaluate import evaluate
-from samgraft.finetune.metrics import class_scores
+from samgraft.finetune.evaluation.evaluate import evaluate
+from samgraft.finetune.evaluation.metrics import class_scores
+from samgraft.finetune.evaluation.validation import CaseResult
 from samgraft.finetune.model_folder import read_model, write_model
-from samgraft.finetune.preparation import check_leak
-from samgraft.finetune.release import release_model
-from samgraft.finetune.rounds import ValidationRounds
+from samgraft.finetune.release.release import release_model
 from samgraft.finetune.starting_point import find_starting_point
 from samgraft.finetune.task import Task
-from samgraft.finetune.validation import CaseResult
+from samgraft.finetune.training.preparation import check_leak
+from samgraft.finetune.training.rounds import ValidationRounds
 from samgraft.shared.cli import main
 from samgraft.shared.data.split import Split, make_split, pretrain_manifest
 from samgraft.shared.data.store import SliceStore

@@ -8,11 +8,11 @@ import signal
 import pytest
 import torch
 from model_factory import make_sam, tiny_vit_t_spec
-from samgraft.finetune import train
-from samgraft.finetune.config import FinetuneConfig
 from samgraft.finetune.model_folder import read_model
-from samgraft.finetune.module import FinetuneModule
-from samgraft.finetune.step_cost import measure_step
+from samgraft.finetune.training import train
+from samgraft.finetune.training.config import FinetuneConfig
+from samgraft.finetune.training.module import FinetuneModule
+from samgraft.finetune.training.step_cost import measure_step
 from samgraft.shared.cli import main
 from samgraft.shared.config import load_config
 from samgraft.shared.errors import SamgraftError, StoppedAndSaved

@@ -12,12 +12,12 @@ import pytest
 import torch
 from dicom_factory import write_series
 from finished_factory import make_lab
-from samgraft.finetune import predict as predict_module
 from samgraft.finetune.classes import ClassTable
-from samgraft.finetune.predict import PredictSettings, predict_scans
-from samgraft.finetune.prediction_files import NativeMasks, write_label_list, write_nifti, write_seg_nrrd
-from samgraft.finetune.prediction_inputs import find_inputs
-from samgraft.finetune.predictor import Predictor
+from samgraft.finetune.prediction import predict as predict_module
+from samgraft.finetune.prediction.predict import PredictSettings, predict_scans
+from samgraft.finetune.prediction.prediction_files import NativeMasks, write_label_list, write_nifti, write_seg_nrrd
+from samgraft.finetune.prediction.prediction_inputs import find_inputs
+from samgraft.finetune.prediction.predictor import Predictor
 from samgraft.shared.cli import main
 from samgraft.shared.data.readers.nifti import read_nifti
 from samgraft.shared.errors import UsageError
@@ -310,7 +310,7 @@ def test_prompts__must_fit_the_model(lab):
 
 def test_prompts__equal_segment_anythings_predictor(lab):
     """One box on one slice gives SamPredictor's mask."""
-    from samgraft.finetune.prompt_file import SlicePrompt
+    from samgraft.finetune.prompting.prompt_file import SlicePrompt
     from samgraft.shared.data.intensity import normalise
 
     predictor = Predictor(lab.run, device="cpu", precision="fp32")
@@ -384,7 +384,7 @@ def test_dicom__series_without_what_a_segmentation_repeats(lab, tmp_path, capsys
 
 
 def test_dicom__without_highdicom(lab, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("samgraft.finetune.dicom_seg_file.is_available", lambda: False)
+    monkeypatch.setattr("samgraft.finetune.prediction.dicom_seg_file.is_available", lambda: False)
     image, _ = make_scan(shape_zyx=(4, 32, 32), seed=1)
     write_series(tmp_path / "scan", image.astype(np.uint16), **PATIENT)
     assert run(lab, tmp_path / "scan", tmp_path / "out", "--formats", "nifti,dicom-seg") == 2

@@ -5,8 +5,8 @@ import logging
 import numpy as np
 import pytest
 from model_factory import make_sam, tiny_vit_t_spec
-from samgraft.finetune.config import FinetuneConfig
-from samgraft.finetune.preparation import prepare
+from samgraft.finetune.training.config import FinetuneConfig
+from samgraft.finetune.training.preparation import prepare
 from samgraft.shared.cli import main
 from samgraft.shared.config import load_config
 from samgraft.shared.data.build_report import summarise

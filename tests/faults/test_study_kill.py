@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from samgraft.finetune.scores import CASE_COLUMNS
+from samgraft.finetune.evaluation.scores import CASE_COLUMNS
 
 # Stands for `samgraft finetune` and `evaluate`, with the real watch on the study's process.
 CHILD = """

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from model_factory import make_sam, randomise, tiny_plain_spec, tiny_vit_t_spec
-from samgraft.finetune import preparation, train
+from samgraft.finetune.training import preparation, train
 from samgraft.shared.cli import main
 from samgraft.shared.models import image_encoder, tiny_vit
 from samgraft.shared.models.card import Card

@@ -6,7 +6,7 @@ import pytest
 import torch
 from samgraft.finetune.adapters import Method, Scope, adapt
 from samgraft.finetune.adapters.table import num_free, trainable_groups
-from samgraft.finetune.config import FinetuneConfig
+from samgraft.finetune.training.config import FinetuneConfig
 from samgraft.shared.config import load_config, packaged_config
 from samgraft.shared.models.architecture import Stem
 from samgraft.shared.models.sam import build_sam

@@ -5,7 +5,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from samgraft.finetune.config import FinetuneConfig
+from samgraft.finetune.training.config import FinetuneConfig
 from samgraft.shared.config import load_config, packaged_config
 from samgraft.shared.data.augment import AugmentConfig, SliceAugmentation
 from samgraft.shared.data.orientation import Plane

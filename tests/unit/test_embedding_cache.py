@@ -6,10 +6,10 @@ import pickle
 
 import pytest
 import torch
-from samgraft.finetune.cached_slices import CachedSlices, collate_cached, fill_cache, plan_cache, use_cache
-from samgraft.finetune.config import FinetuneConfig
 from samgraft.finetune.embedding_cache import CacheType, EmbeddingCache, EmbeddingMemory, RecordShape
-from samgraft.finetune.preparation import prepare
+from samgraft.finetune.training.cached_slices import CachedSlices, collate_cached, fill_cache, plan_cache, use_cache
+from samgraft.finetune.training.config import FinetuneConfig
+from samgraft.finetune.training.preparation import prepare
 from samgraft.shared.cli import main
 from samgraft.shared.config import load_config
 from samgraft.shared.data.dataset import batch_to_input, collate_slices

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 from samgraft.finetune.classes import ClassTable, choose_classes
+from samgraft.finetune.evaluation.metrics import ClassScore, class_scores
+from samgraft.finetune.evaluation.postprocess import choose_postprocessing
+from samgraft.finetune.evaluation.scores import case_rows
+from samgraft.finetune.evaluation.validation import CaseResult, telling_cases
 from samgraft.finetune.loss import LossConfig, MaskLoss, Overlap, PixelTerm, SegmentationLoss
-from samgraft.finetune.metrics import ClassScore, class_scores
-from samgraft.finetune.postprocess import choose_postprocessing
-from samgraft.finetune.sampling import balance_foreground, has_foreground
-from samgraft.finetune.scores import case_rows
-from samgraft.finetune.validation import CaseResult, telling_cases
+from samgraft.finetune.training.sampling import balance_foreground, has_foreground
 from samgraft.shared.data.dataset import SliceRef
 from samgraft.shared.data.store import SliceStore
 from samgraft.shared.errors import DataError, UsageError

@@ -6,17 +6,16 @@ import json
 import numpy as np
 import pytest
 from samgraft.finetune.classes import ClassTable
-from samgraft.finetune.comparison import compare, read_run, render_pair, write_comparison
-from samgraft.finetune.evaluate import Evaluation, write_evaluation
-from samgraft.finetune.metrics import class_scores
-from samgraft.finetune.packed import PackedLabels
-from samgraft.finetune.postprocess import (
+from samgraft.finetune.evaluation.comparison import compare, read_run, render_pair, write_comparison
+from samgraft.finetune.evaluation.evaluate import Evaluation, write_evaluation
+from samgraft.finetune.evaluation.metrics import class_scores
+from samgraft.finetune.evaluation.postprocess import (
     PostProcessing,
     apply_postprocessing,
     choose_postprocessing,
     read_postprocessing,
 )
-from samgraft.finetune.scores import (
+from samgraft.finetune.evaluation.scores import (
     CASE_COLUMNS,
     METRICS,
     case_rows,
@@ -26,8 +25,9 @@ from samgraft.finetune.scores import (
     read_cases,
     render_csv,
 )
-from samgraft.finetune.statistics import compare_paired, holm, rank_biserial
-from samgraft.finetune.subgroups import read_subgroups, subgroups_by
+from samgraft.finetune.evaluation.statistics import compare_paired, holm, rank_biserial
+from samgraft.finetune.evaluation.subgroups import read_subgroups, subgroups_by
+from samgraft.finetune.packed import PackedLabels
 from samgraft.shared.data.store import SliceStore
 from samgraft.shared.errors import DataError, UsageError, WeightsError
 from scipy import stats

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 from samgraft.finetune.classes import ClassTable
-from samgraft.finetune.metrics import class_scores, mean_or_none
-from samgraft.finetune.statistics import MIN_PATIENTS, bootstrap_mean
-from samgraft.finetune.validation import CaseResult, mean_dice
+from samgraft.finetune.evaluation.metrics import class_scores, mean_or_none
+from samgraft.finetune.evaluation.statistics import MIN_PATIENTS, bootstrap_mean
+from samgraft.finetune.evaluation.validation import CaseResult, mean_dice
 
 CLASSES = ClassTable(ids=(2, 5), names=("a", "b"))
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from samgraft.finetune.surface import surface_score
+from samgraft.finetune.evaluation.surface import surface_score
 from scipy import ndimage
 
 SPACING = (5.0, 0.7, 0.9)

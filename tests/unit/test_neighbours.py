@@ -5,10 +5,10 @@ import pytest
 import torch
 from model_factory import make_sam, randomise, tiny_vit_t_spec
 from samgraft.finetune.classes import ClassTable
-from samgraft.finetune.config import FinetuneConfig
 from samgraft.finetune.inference import InferenceConfig, segment_volume
-from samgraft.finetune.preparation import neighbours_of, prepare
 from samgraft.finetune.segmenter import Segmenter
+from samgraft.finetune.training.config import FinetuneConfig
+from samgraft.finetune.training.preparation import neighbours_of, prepare
 from samgraft.shared.config import load_config
 from samgraft.shared.data.dataset import centre_channel, neighbour_slices
 from samgraft.shared.data.preset import load_preset

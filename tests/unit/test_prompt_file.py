@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 from samgraft.finetune.classes import ClassTable
-from samgraft.finetune.prompt_file import Frame, read_prompts, slice_prompts
+from samgraft.finetune.prompting.prompt_file import Frame, read_prompts, slice_prompts
 from samgraft.shared.data.orientation import Plane, to_plane
 from samgraft.shared.errors import UsageError
 

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 import torch
 from model_factory import make_sam, tiny_vit_t_spec
-from samgraft.finetune import prompted_inference
 from samgraft.finetune.adapters import AdapterConfig, Method, Scope, adapt, trainable_tensors
 from samgraft.finetune.classes import ClassTable
 from samgraft.finetune.loss import LossConfig, MaskLoss
-from samgraft.finetune.prompt_sampling import PromptConfig, PromptMode, PromptUnit
-from samgraft.finetune.prompted_inference import prompt_to_frame, segment_with_label_prompts
-from samgraft.finetune.prompted_loss import PromptedLoss, _iou
-from samgraft.finetune.prompts import Prompt, decode_prompts
+from samgraft.finetune.prompting import prompted_inference
+from samgraft.finetune.prompting.prompt_sampling import PromptConfig, PromptMode, PromptUnit
+from samgraft.finetune.prompting.prompted_inference import prompt_to_frame, segment_with_label_prompts
+from samgraft.finetune.prompting.prompted_loss import PromptedLoss, _iou
+from samgraft.finetune.prompting.prompts import Prompt, decode_prompts
 from samgraft.finetune.segmenter import Segmenter
 from samgraft.shared.data.frame import fit_frame
 from torch import nn

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from model_factory import make_sam, tiny_vit_t_spec
-from samgraft.finetune.prompt_sampling import (
+from samgraft.finetune.prompting.prompt_sampling import (
     MASK_LOGIT,
     PromptConfig,
     PromptMode,
@@ -22,7 +22,7 @@ from samgraft.finetune.prompt_sampling import (
     roughen,
     thin_out,
 )
-from samgraft.finetune.prompts import (
+from samgraft.finetune.prompting.prompts import (
     Prompt,
     best_masks,
     box_to_frame,

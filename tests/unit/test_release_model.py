@@ -6,12 +6,12 @@ import re
 import pytest
 from model_factory import tiny_plain_spec, tiny_vit_t_spec
 from release_factory import PATIENTS, InThisProcess, finished_model, write_scores
-from samgraft.finetune import release_clients
+from samgraft.finetune.evaluation.postprocess import PostProcessing, read_postprocessing
+from samgraft.finetune.evaluation.scores import read_cases
+from samgraft.finetune.evaluation.statistics import bootstrap_mean
 from samgraft.finetune.model_folder import read_model
-from samgraft.finetune.postprocess import PostProcessing, read_postprocessing
-from samgraft.finetune.release import release_model
-from samgraft.finetune.scores import read_cases
-from samgraft.finetune.statistics import bootstrap_mean
+from samgraft.finetune.release import release_clients
+from samgraft.finetune.release.release import release_model
 from samgraft.shared.commands.release import _names, _releaser
 from samgraft.shared.errors import DataError, StorageError, UsageError, WeightsError
 from samgraft.shared.models.safe_read import file_sha256

@@ -4,10 +4,10 @@ import pytest
 import torch
 from model_factory import tiny_vit_t_spec
 from release_factory import InThisProcess, finished_model
-from samgraft.finetune import release_clients
 from samgraft.finetune.adapters import AdapterConfig, Method, adapt, save_adapter
 from samgraft.finetune.model_folder import read_model, write_model
-from samgraft.finetune.release import release_model
+from samgraft.finetune.release import release_clients
+from samgraft.finetune.release.release import release_model
 from samgraft.shared.errors import UsageError, WeightsError
 from samgraft.shared.models.weights import load_sam
 from samgraft.shared.release import load_back

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from samgraft.finetune.evaluate import Evaluation, write_evaluation
-from samgraft.finetune.scores import CASE_COLUMNS
+from samgraft.finetune.evaluation.evaluate import Evaluation, write_evaluation
+from samgraft.finetune.evaluation.scores import CASE_COLUMNS
 from samgraft.finetune.study import schedule
 from samgraft.finetune.study.cell_run import CellFolder, Processes, run_cell
 from samgraft.finetune.study.cells import expand

@@ -1,7 +1,7 @@
 """Made-up scans: the same on every machine, with a lesion in each, and enough test patients for an interval."""
 
 import numpy as np
-from samgraft.finetune.statistics import MIN_PATIENTS
+from samgraft.finetune.evaluation.statistics import MIN_PATIENTS
 from samgraft.shared.data.split import load_split
 from samgraft.shared.data.store import SliceStore
 from samgraft.shared.data.synthetic import synthetic_scan, synthetic_store

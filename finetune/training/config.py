@@ -8,9 +8,9 @@ from enum import Enum
 from samgraft.finetune.adapters import AdapterConfig, Scope
 from samgraft.finetune.baselines import BaselineConfig
 from samgraft.finetune.embedding_cache import CacheConfig
-from samgraft.finetune.few_shot import FewShotConfig
 from samgraft.finetune.loss import LossConfig
-from samgraft.finetune.prompt_sampling import PromptConfig
+from samgraft.finetune.prompting.prompt_sampling import PromptConfig
+from samgraft.finetune.training.few_shot import FewShotConfig
 from samgraft.shared.data.augment import AugmentConfig
 from samgraft.shared.data.dataset import check_neighbours
 from samgraft.shared.training.optimizer import OptimizerConfig

@@ -138,7 +138,7 @@ def inference_config(model: FinishedModel, subject: Subject) -> dict[str, Any]:
 
 def _preprocessing(task: Task) -> dict[str, Any]:
     normalise_ = {
-        "_target_": "samgraft.finetune.bundle_transforms.NormaliseIntensityd",
+        "_target_": "samgraft.finetune.release.bundle_transforms.NormaliseIntensityd",
         "keys": "image",
         "preset": task.intensity,
         "modality": task.modality,
@@ -148,7 +148,7 @@ def _preprocessing(task: Task) -> dict[str, Any]:
         "transforms": [
             {"_target_": "LoadImaged", "keys": "image", "reader": "NibabelReader", "dtype": "$None"},
             {"_target_": "EnsureChannelFirstd", "keys": "image"},
-            {"_target_": "samgraft.finetune.bundle_transforms.DisplayOrientationd", "keys": "image"},
+            {"_target_": "samgraft.finetune.release.bundle_transforms.DisplayOrientationd", "keys": "image"},
             normalise_,
         ],
     }

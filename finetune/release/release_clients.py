@@ -1,6 +1,6 @@
 """Clients of the formats that only fine-tuned models have: peft and MONAI. Run in a fresh process by ``load_back``.
 
-python -m samgraft.finetune.release_clients JOB.json
+python -m samgraft.finetune.release.release_clients JOB.json
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import torch
-from samgraft.finetune.monai_bundle import synthetic_volume
-from samgraft.finetune.pair_format import pair_client
+from samgraft.finetune.release.monai_bundle import synthetic_volume
+from samgraft.finetune.release.pair_format import pair_client
 from samgraft.shared.models.safe_read import file_sha256
 from samgraft.shared.models.weights import load_sam
 from samgraft.shared.release.clients import Client, Outputs, read_subject

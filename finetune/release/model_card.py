@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from samgraft.finetune.scores import METRIC_BY_KEY, class_names, interval_of, read_cases
-from samgraft.finetune.statistics import Interval
+from samgraft.finetune.evaluation.scores import METRIC_BY_KEY, class_names, interval_of, read_cases
+from samgraft.finetune.evaluation.statistics import Interval
 from samgraft.finetune.task import Task
 from samgraft.shared.models.architecture import SAM_PIXEL_MEAN
 from samgraft.shared.models.card import Card

@@ -16,9 +16,9 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 from samgraft.finetune.classes import ClassTable
-from samgraft.finetune.metrics import ClassScore, class_scores, mean_or_none
-from samgraft.finetune.statistics import Interval, bootstrap_mean
-from samgraft.finetune.surface import SurfaceScore, surface_score
+from samgraft.finetune.evaluation.metrics import ClassScore, class_scores, mean_or_none
+from samgraft.finetune.evaluation.statistics import Interval, bootstrap_mean
+from samgraft.finetune.evaluation.surface import SurfaceScore, surface_score
 from samgraft.shared.data.series import SeriesRecord
 from samgraft.shared.errors import DataError
 

@@ -1,7 +1,7 @@
 """Scans in a report's own 3D and multiplanar viewer: niivue, pinned by version and sha256, put inside the page.
 
-niivue is not part of the repository. ``python -m samgraft.finetune.viewer`` puts it beside this file (``make install``
-and ``make wheel`` do); without it reports say so and have everything else.
+niivue is not part of the repository. ``python -m samgraft.finetune.evaluation.viewer`` puts it beside this file
+(``make install`` and ``make wheel`` do); without it reports say so and have everything else.
 
 Shape letters: Z = slices, H, W = rows and columns of a slice.
 """

@@ -22,20 +22,20 @@ from samgraft.finetune.adapters import (
 )
 from samgraft.finetune.adapters.eva import initialise_eva
 from samgraft.finetune.baselines import BaselineStart
-from samgraft.finetune.cached_slices import CachedSlices, collate_cached, use_cache
-from samgraft.finetune.config import FinetuneConfig, Schedule
-from samgraft.finetune.evaluate import dice_per_class, summarise, write_evaluation
-from samgraft.finetune.few_shot import may_end
-from samgraft.finetune.finetune_report import write_report
+from samgraft.finetune.evaluation.evaluate import dice_per_class, summarise, write_evaluation
+from samgraft.finetune.evaluation.overlays import choose_slices, overlay, slice_pictures
+from samgraft.finetune.evaluation.validation import CaseResult, mean_dice, measure
 from samgraft.finetune.model_folder import ADAPTER_FOLDER, write_model
-from samgraft.finetune.module import FinetuneModule
-from samgraft.finetune.overlays import choose_slices, overlay, slice_pictures
-from samgraft.finetune.preparation import Prepared, describe, prepare
-from samgraft.finetune.rounds import ValidationRounds
 from samgraft.finetune.segmenter import Segmenter
 from samgraft.finetune.starting_point import StartingPoint
 from samgraft.finetune.task import Task
-from samgraft.finetune.validation import CaseResult, mean_dice, measure
+from samgraft.finetune.training.cached_slices import CachedSlices, collate_cached, use_cache
+from samgraft.finetune.training.config import FinetuneConfig, Schedule
+from samgraft.finetune.training.few_shot import may_end
+from samgraft.finetune.training.finetune_report import write_report
+from samgraft.finetune.training.module import FinetuneModule
+from samgraft.finetune.training.preparation import Prepared, describe, prepare
+from samgraft.finetune.training.rounds import ValidationRounds
 from samgraft.finetune.volume_patches import VolumePatches
 from samgraft.shared.config import config_sha256, config_to_dict
 from samgraft.shared.data.dataset import SliceDataset, batch_to_input, collate_slices

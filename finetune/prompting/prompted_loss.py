@@ -12,7 +12,7 @@ from functools import partial
 import numpy as np
 import torch
 from samgraft.finetune.loss import LossConfig, MaskLoss, on_loss_grid
-from samgraft.finetune.prompt_sampling import (
+from samgraft.finetune.prompting.prompt_sampling import (
     PromptConfig,
     PromptedObject,
     PromptMode,
@@ -22,7 +22,7 @@ from samgraft.finetune.prompt_sampling import (
     mask_prompt,
     thin_out,
 )
-from samgraft.finetune.prompts import Prompt, best_masks, decode_prompts
+from samgraft.finetune.prompting.prompts import Prompt, best_masks, decode_prompts
 from segment_anything.modeling import Sam
 from torch import Tensor, nn
 

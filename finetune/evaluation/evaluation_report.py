@@ -12,9 +12,9 @@ import numpy as np
 import numpy.typing as npt
 from matplotlib.figure import Figure
 from samgraft.finetune.classes import ClassTable
-from samgraft.finetune.evaluate import Evaluation, write_text
-from samgraft.finetune.overlays import choose_slices, overlay, slice_pictures
-from samgraft.finetune.scores import (
+from samgraft.finetune.evaluation.evaluate import Evaluation, write_text
+from samgraft.finetune.evaluation.overlays import choose_slices, overlay, slice_pictures
+from samgraft.finetune.evaluation.scores import (
     AVERAGING,
     EMPTY_RULE,
     METRICS,
@@ -24,9 +24,9 @@ from samgraft.finetune.scores import (
     interval_of,
     per_patient,
 )
-from samgraft.finetune.statistics import Interval
-from samgraft.finetune.subgroups import Subgroups
-from samgraft.finetune.viewer import ViewedCase, find_bundle, viewer_html, viewer_scripts
+from samgraft.finetune.evaluation.statistics import Interval
+from samgraft.finetune.evaluation.subgroups import Subgroups
+from samgraft.finetune.evaluation.viewer import ViewedCase, find_bundle, viewer_html, viewer_scripts
 from samgraft.shared.data.intensity import IntensityPreset, normalise
 from samgraft.shared.data.store import SliceStore
 from samgraft.shared.training.report import (

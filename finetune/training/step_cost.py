@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from samgraft.finetune.config import FinetuneConfig
-from samgraft.finetune.module import FinetuneModule
-from samgraft.finetune.preparation import Prepared
+from samgraft.finetune.training.config import FinetuneConfig
+from samgraft.finetune.training.module import FinetuneModule
+from samgraft.finetune.training.preparation import Prepared
 from samgraft.finetune.volume_patches import VolumePatches
 from samgraft.shared.data.dataset import collate_slices
 from samgraft.shared.training.device import DeviceChoice

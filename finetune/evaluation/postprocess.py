@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from samgraft.finetune.classes import ClassTable
-from samgraft.finetune.metrics import mean_or_none
+from samgraft.finetune.evaluation.metrics import mean_or_none
 from samgraft.shared.errors import UsageError, WeightsError
 from scipy import ndimage
 

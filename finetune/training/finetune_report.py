@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from samgraft.finetune.config import FinetuneConfig
+from samgraft.finetune.evaluation.overlays import choose_slices, overlay, slice_pictures
+from samgraft.finetune.evaluation.validation import CaseResult, telling_cases
 from samgraft.finetune.inference import segment_volume
-from samgraft.finetune.overlays import choose_slices, overlay, slice_pictures
-from samgraft.finetune.preparation import Prepared, describe
-from samgraft.finetune.rounds import Record
 from samgraft.finetune.segmenter import Segmenter
 from samgraft.finetune.starting_point import StartingPoint
-from samgraft.finetune.validation import CaseResult, telling_cases
+from samgraft.finetune.training.config import FinetuneConfig
+from samgraft.finetune.training.preparation import Prepared, describe
+from samgraft.finetune.training.rounds import Record
 from samgraft.shared.training.report import (
     KeyValues,
     Picture,

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from samgraft.finetune.validation import CaseResult, mean_dice
+from samgraft.finetune.evaluation.validation import CaseResult, mean_dice
 from samgraft.shared.errors import DataError, WeightsError
 from samgraft.shared.models.weights import save_tensors
 from torch import Tensor

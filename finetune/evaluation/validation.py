@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from samgraft.finetune.classes import ClassTable
+from samgraft.finetune.evaluation.metrics import ClassScore, class_scores, mean_or_none
 from samgraft.finetune.inference import InferenceConfig, segment_series
-from samgraft.finetune.metrics import ClassScore, class_scores, mean_or_none
 from samgraft.finetune.segmenter import Segmenter
 from samgraft.shared.data.store import SliceStore
 from samgraft.shared.errors import DataError

@@ -1,6 +1,6 @@
 """A finished model as a function from a volume to a mask.
 
-    from samgraft.finetune.predictor import Predictor
+    from samgraft.finetune.prediction.predictor import Predictor
 
     predictor = Predictor("releases/NAME")      # or runs/NAME
     labels_zyx = predictor(volume_zyx)          # native units in, label ids out, same shape
@@ -20,6 +20,7 @@ import numpy.typing as npt
 import torch
 from samgraft.finetune.baselines import VolumeBaseline
 from samgraft.finetune.classes import ClassTable
+from samgraft.finetune.evaluation.postprocess import PostProcessing, apply_postprocessing, read_postprocessing
 from samgraft.finetune.inference import (
     ALL_FLIPS,
     NO_FLIPS,
@@ -29,9 +30,8 @@ from samgraft.finetune.inference import (
     with_neighbours,
 )
 from samgraft.finetune.model_folder import FinishedModel, read_model
-from samgraft.finetune.postprocess import PostProcessing, apply_postprocessing, read_postprocessing
-from samgraft.finetune.prompt_file import SlicePrompt
-from samgraft.finetune.prompts import Prompt, box_to_frame, points_to_frame, predict_prompts
+from samgraft.finetune.prompting.prompt_file import SlicePrompt
+from samgraft.finetune.prompting.prompts import Prompt, box_to_frame, points_to_frame, predict_prompts
 from samgraft.shared.data.frame import InputFrame, fit_frame, image_to_frame, logits_to_native
 from samgraft.shared.data.intensity import IntensityStats, measure_intensity
 from samgraft.shared.data.volume import Modality

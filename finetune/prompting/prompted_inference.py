@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from samgraft.finetune.classes import ClassTable
-from samgraft.finetune.prompt_sampling import (
+from samgraft.finetune.prompting.prompt_sampling import (
     Bools,
     PromptConfig,
     PromptedObject,
@@ -27,7 +27,7 @@ from samgraft.finetune.prompt_sampling import (
     find_objects,
     mask_prompt,
 )
-from samgraft.finetune.prompts import Prompt, box_to_frame, points_to_frame, predict_prompts
+from samgraft.finetune.prompting.prompts import Prompt, box_to_frame, points_to_frame, predict_prompts
 from samgraft.finetune.segmenter import Segmenter
 from samgraft.shared.data.frame import InputFrame, image_to_frame, logits_to_native
 from torch import Tensor

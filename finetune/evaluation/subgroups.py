@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from samgraft.finetune.scores import METRICS, Row, class_names, interval_of
+from samgraft.finetune.evaluation.scores import METRICS, Row, class_names, interval_of
 from samgraft.shared.data.series import SeriesRecord
 from samgraft.shared.data.store import SliceStore
 from samgraft.shared.errors import DataError, UsageError

@@ -17,17 +17,17 @@ from typing import Any, Protocol
 
 import numpy as np
 from samgraft.finetune.classes import ClassTable
-from samgraft.finetune.dicom_seg_file import write_dicom_seg
-from samgraft.finetune.prediction_files import (
+from samgraft.finetune.prediction.dicom_seg_file import write_dicom_seg
+from samgraft.finetune.prediction.prediction_files import (
     LABEL_LIST,
     NativeMasks,
     write_label_list,
     write_nifti,
     write_seg_nrrd,
 )
-from samgraft.finetune.prediction_inputs import InputScan
-from samgraft.finetune.predictor import OnSlices, Predictor
-from samgraft.finetune.prompt_file import PromptFile, SlicePrompt, slice_prompts
+from samgraft.finetune.prediction.prediction_inputs import InputScan
+from samgraft.finetune.prediction.predictor import OnSlices, Predictor
+from samgraft.finetune.prompting.prompt_file import PromptFile, SlicePrompt, slice_prompts
 from samgraft.shared.data.examine import BuildSettings, Examined, examine_case
 from samgraft.shared.data.orientation import to_native
 from samgraft.shared.errors import DataError, SamgraftError, StorageError

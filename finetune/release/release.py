@@ -7,12 +7,12 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from samgraft.finetune.adapter_format import adapter_format
-from samgraft.finetune.model_card import read_test_scores, write_model_card
+from samgraft.finetune.evaluation.postprocess import read_postprocessing
 from samgraft.finetune.model_folder import CARD_FILE, FinishedModel, read_model, weights_digest
-from samgraft.finetune.monai_bundle import expected_slices, monai_format
-from samgraft.finetune.pair_format import pair_formats, pair_outputs, pair_subject
-from samgraft.finetune.postprocess import read_postprocessing
+from samgraft.finetune.release.adapter_format import adapter_format
+from samgraft.finetune.release.model_card import read_test_scores, write_model_card
+from samgraft.finetune.release.monai_bundle import expected_slices, monai_format
+from samgraft.finetune.release.pair_format import pair_formats, pair_outputs, pair_subject
 from samgraft.finetune.task import Task
 from samgraft.shared.errors import UsageError
 from samgraft.shared.models.card import Card
@@ -25,7 +25,7 @@ from samgraft.shared.release.subject import Subject
 
 log = logging.getLogger(__name__)
 
-CLIENTS_MODULE = "samgraft.finetune.release_clients"
+CLIENTS_MODULE = "samgraft.finetune.release.release_clients"
 
 
 def release_model(request: ReleaseRequest) -> Released:

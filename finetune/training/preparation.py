@@ -12,13 +12,13 @@ import numpy as np
 from samgraft.finetune.adapters import adapt, render_groups, trainable_groups, trainable_table
 from samgraft.finetune.baselines import Baseline, BaselineStart, as_baseline, build_network, plan_network
 from samgraft.finetune.classes import ClassTable, choose_classes
-from samgraft.finetune.config import FinetuneConfig
-from samgraft.finetune.few_shot import draw_few_shot
+from samgraft.finetune.evaluation.validation import labelled_series
 from samgraft.finetune.inference import InferenceConfig
-from samgraft.finetune.sampling import balance_foreground, has_foreground
 from samgraft.finetune.segmenter import Segmenter, make_room_for_classes
 from samgraft.finetune.starting_point import StartingPoint, find_starting_point
-from samgraft.finetune.validation import labelled_series
+from samgraft.finetune.training.config import FinetuneConfig
+from samgraft.finetune.training.few_shot import draw_few_shot
+from samgraft.finetune.training.sampling import balance_foreground, has_foreground
 from samgraft.finetune.volume_patches import VolumePatches
 from samgraft.shared.data.augment import SliceAugmentation
 from samgraft.shared.data.dataset import SliceDataset, select_slices
@@ -32,7 +32,7 @@ from samgraft.shared.models.tensor_report import TensorReport
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from samgraft.finetune.cached_slices import CachedSlices
+    from samgraft.finetune.training.cached_slices import CachedSlices
 
 log = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pydicom
-from samgraft.finetune.prediction_files import NativeMasks
+from samgraft.finetune.prediction.prediction_files import NativeMasks
 from samgraft.shared.data.readers.dicom import find
 from samgraft.shared.errors import DataError, UsageError
 

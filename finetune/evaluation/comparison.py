@@ -12,8 +12,8 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from samgraft.finetune.evaluate import plain, write_text
-from samgraft.finetune.scores import (
+from samgraft.finetune.evaluation.evaluate import plain, write_text
+from samgraft.finetune.evaluation.scores import (
     METRIC_BY_KEY,
     Row,
     class_names,
@@ -22,7 +22,7 @@ from samgraft.finetune.scores import (
     read_cases,
     render_csv,
 )
-from samgraft.finetune.statistics import PairedComparison, compare_paired, holm
+from samgraft.finetune.evaluation.statistics import PairedComparison, compare_paired, holm
 from samgraft.shared.errors import DataError, UsageError
 
 DEFAULT_METRICS = ("dice", "nsd", "hd95_mm")

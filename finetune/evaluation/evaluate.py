@@ -12,12 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 from samgraft.finetune.classes import ClassTable
-from samgraft.finetune.inference import segment_series
-from samgraft.finetune.metrics import mean_or_none
-from samgraft.finetune.model_folder import FinishedModel
-from samgraft.finetune.packed import PackedLabels
-from samgraft.finetune.postprocess import PostProcessing, apply_postprocessing, choose_postprocessing
-from samgraft.finetune.scores import (
+from samgraft.finetune.evaluation.metrics import mean_or_none
+from samgraft.finetune.evaluation.postprocess import PostProcessing, apply_postprocessing, choose_postprocessing
+from samgraft.finetune.evaluation.scores import (
     AVERAGING,
     CASE_COLUMNS,
     EMPTY_RULE,
@@ -28,10 +25,13 @@ from samgraft.finetune.scores import (
     interval_of,
     render_csv,
 )
-from samgraft.finetune.statistics import Interval
-from samgraft.finetune.subgroups import Subgroups
-from samgraft.finetune.surface import DEFAULT_TOLERANCE_MM
-from samgraft.finetune.validation import CaseResult, labelled_series
+from samgraft.finetune.evaluation.statistics import Interval
+from samgraft.finetune.evaluation.subgroups import Subgroups
+from samgraft.finetune.evaluation.surface import DEFAULT_TOLERANCE_MM
+from samgraft.finetune.evaluation.validation import CaseResult, labelled_series
+from samgraft.finetune.inference import segment_series
+from samgraft.finetune.model_folder import FinishedModel
+from samgraft.finetune.packed import PackedLabels
 from samgraft.shared.data.split import Split
 from samgraft.shared.data.store import SliceStore
 from samgraft.shared.errors import DataError

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
 import torch
-from samgraft.finetune.config import FinetuneConfig
 from samgraft.finetune.embedding_cache import EmbeddingCache, EmbeddingMemory, RecordShape
 from samgraft.finetune.segmenter import Segmenter
+from samgraft.finetune.training.config import FinetuneConfig
 from samgraft.shared.config import config_to_dict
 from samgraft.shared.data.dataset import SliceDataset, batch_to_input, collate_slices
 from samgraft.shared.data.sampler import sample_generator
@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 if TYPE_CHECKING:
-    from samgraft.finetune.preparation import Prepared
+    from samgraft.finetune.training.preparation import Prepared
 
 log = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from samgraft.finetune.prompts import NEGATIVE, POSITIVE, Prompt
+from samgraft.finetune.prompting.prompts import NEGATIVE, POSITIVE, Prompt
 from scipy import ndimage
 from torch import Tensor
 

@@ -1,0 +1,1 @@
+"""Scores on the scans' own grid, their intervals, comparisons and the report."""

@@ -1,0 +1,1 @@
+"""Boxes and points: read, drawn while training, run through the decoder."""

@@ -1,0 +1,1 @@
+"""What leaves the lab: one folder that every client loads, with its card."""

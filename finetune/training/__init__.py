@@ -1,0 +1,1 @@
+"""The fine-tuning run: settings, preparation, steps, rounds of validation, report."""
