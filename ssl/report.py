@@ -80,9 +80,10 @@ def write_report(
 
 def verdict(lines: Sequence[Mapping[str, Any]]) -> list[Text]:
     """Say in words whether the run learned, and what a person should worry about; what matters most comes first."""
-    probe = probe_verdict(lines)
-    found = find_worries(lines, is_final=True)
-    remarks = [text for text in (probe, drift_verdict(lines)) if text is not None]
+    found = {worry.rule: Text(text=worry.text, kind="warning") for worry in find_worries(lines, is_final=True)}
+    is_sound = not found
+    measured = [found.pop("probe", None) or probe_verdict(lines), found.pop("drift", None) or drift_verdict(lines)]
+    remarks = [text for text in measured if text is not None]
     loss = curve(lines, "held_out/loss")[1]
     if len(loss) < 2:
         remarks.append(Text(text="No patient was held out: the loss on unseen slices is not known.", kind="warning"))
@@ -90,9 +91,9 @@ def verdict(lines: Sequence[Mapping[str, Any]]) -> list[Text]:
         change = f"The loss on held-out slices went from {loss[0]:.4g} to {loss[-1]:.4g}"
         if loss[-1] < loss[0]:
             change += f": {100 * (1 - loss[-1] / loss[0]):.0f} % lower than at the start"
-        kind: Literal["plain", "good"] = "plain" if found else "good"
+        kind: Literal["plain", "good"] = "good" if is_sound else "plain"
         remarks.append(Text(text=f"{change}.", kind=kind))
-    return [*remarks, *(Text(text=worry.text, kind="warning") for worry in found)]
+    return [*remarks, *found.values()]
 
 
 def _summary(

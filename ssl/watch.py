@@ -120,12 +120,15 @@ class Watch:
         return values
 
     def _warn(self, boundary: Boundary) -> None:
-        """Print what the newest values give reason to worry about, once as long as it lasts."""
+        """Print what the newest values give reason to worry about, once as long as it lasts.
+
+        Not after the last step: the report's verdict, which is printed next, says it of the whole run.
+        """
         newest, self._values = self._values, {}
-        if boundary.rank != 0:
+        if boundary.rank != 0 or boundary.step == self.config.trainer.max_steps:
             return
         lines = [*boundary.log.lines(), {"step": boundary.step, **newest}]
-        found = find_worries(lines, is_final=boundary.step == self.config.trainer.max_steps)
+        found = find_worries(lines, is_final=False)
         for worry in found:
             if worry.rule not in self._firing:
                 log.warning("step %d: %s", boundary.step, worry.text)

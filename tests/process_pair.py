@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
+import torch
+
 TESTS = Path(__file__).parent
+NEXT_PORTS = "SAMGRAFT_TEST_NEXT_PORTS"
 
 
 def run_pair(
     root: Path, case: str, *, worker: str = "two_processes.py", timeout_s: int = 150
 ) -> list[subprocess.CompletedProcess[str]]:
     """Run ``tests/WORKER ROOT CASE`` as both processes; return how they ended."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    first, *others = _free_ports(3)
     shared = {
         "WORLD_SIZE": "2",
         "LOCAL_WORLD_SIZE": "2",
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
+        "MASTER_PORT": first,
+        NEXT_PORTS: ",".join(others),
         "TORCHELASTIC_RUN_ID": "test",
         "OMP_NUM_THREADS": "1",
     }
@@ -46,3 +49,21 @@ def run_pair(
             raise
         done.append(subprocess.CompletedProcess(process.args, process.returncode, out, err))
     return done
+
+
+def leave_group() -> None:
+    """Leave the process group as a killed process does, so that the same process can join a new one.
+
+    At another port: the faster process could otherwise still find the meeting point of the group that its slower
+    partner has not left yet, and both would wait for each other for ever.
+    """
+    torch.distributed.destroy_process_group()
+    os.environ["MASTER_PORT"], _, os.environ[NEXT_PORTS] = os.environ[NEXT_PORTS].partition(",")
+
+
+def _free_ports(num: int) -> list[str]:
+    with contextlib.ExitStack() as stack:
+        probes = [stack.enter_context(socket.socket()) for _ in range(num)]
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [str(probe.getsockname()[1]) for probe in probes]

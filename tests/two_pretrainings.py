@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from process_pair import leave_group
 from tiny_pretrain import act_after, left_behind, run
 from tiny_training import Killed, die
 
@@ -21,7 +22,7 @@ def main(lab: Path, objective: str, strategy: str) -> None:
         try:
             run(lab, f"pair-{objective}-killed-{strategy}", objective, *settings)
         except Killed:
-            torch.distributed.destroy_process_group()
+            leave_group()
     killed = run(lab, f"pair-{objective}-killed-{strategy}", objective, *settings)
     torch.distributed.barrier()
     sys.stdout.write(f"same bytes: {left_behind(whole) == left_behind(killed)}\n")

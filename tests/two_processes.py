@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import torch
+from process_pair import leave_group
 from samgraft.shared.errors import NumericalError, StoppedAndSaved, StorageError
 from samgraft.shared.training import tensor_file
 from tiny_training import At, Killed, TinyModule, curve, die, final_bytes, tiny_config, tiny_fit
@@ -24,7 +25,7 @@ def resume(root: Path) -> None:
         try:
             tiny_fit(root, "killed", config, callbacks=[At(step, die)])
         except Killed:
-            torch.distributed.destroy_process_group()
+            leave_group()
     tiny_fit(root, "killed", config)
     torch.distributed.barrier()
     equal = final_bytes(root, "whole", 15) == final_bytes(root, "killed", 15)

@@ -1,10 +1,12 @@
 """What a stage-1 report says first, and that its parts say where their numbers come from."""
 
+from types import SimpleNamespace
+
 import pytest
 from samgraft.shared.training.report import Picture, Table, Text
 from samgraft.ssl.report import verdict
 from samgraft.ssl.report_curves import engine_parts, feature_parts, probe_parts
-from samgraft.ssl.watch import Watched
+from samgraft.ssl.watch import Watch, Watched
 
 LOSS = [{"step": 0, "held_out/loss": 1.0}, {"step": 100, "held_out/loss": 0.5}]
 NOTHING = Watched(held_out=None, probe=None, gauge=None, gauge_note="off")
@@ -23,7 +25,7 @@ def with_probe(start, end, *, drift=(0.8, 0.7)):
     [
         (0.61, "rose to a Dice of 0.610, 0.500 at the start", "good"),
         (0.51, "is where it was: a Dice of 0.510, 0.500 at the start. A difference below 0.02 is noise", "plain"),
-        (0.41, "fell to a Dice of 0.410, 0.500 at the start", "plain"),
+        (0.41, "fell to a Dice of 0.410, 0.500 at the start: for segmentation this encoder is worse", "warning"),
     ],
 )
 def test_verdict__the_probe_comes_first(end, words, kind):
@@ -32,13 +34,35 @@ def test_verdict__the_probe_comes_first(end, words, kind):
     assert remarks[0].kind == kind
     assert "SAM's own decoder, asked with boxes, scores a Dice of 0.700" in remarks[1].text
     assert "50 % lower than at the start" in remarks[2].text
-    warned = [r.text for r in remarks if r.kind == "warning"]
-    assert len(warned) == (end < 0.48)
+    assert len(remarks) == 3  # each thing is said once
 
 
 def test_verdict__without_a_probe_the_loss_and_without_held_out_patients_a_warning():
     assert [r.text[:28] for r in verdict(LOSS)] == ["The loss on held-out slices "]
     assert verdict([])[0].kind == "warning"
+
+
+def test_live_warnings__once_as_long_as_they_last_and_left_to_the_verdict_at_the_end(tmp_path, caplog):
+    """What the verdict says right after the last step is not said twice."""
+    log: list[dict[str, float]] = []
+    config = SimpleNamespace(trainer=SimpleNamespace(max_steps=30))
+    watch = Watch(watched=NOTHING, config=config, run_path=tmp_path)
+    for step, dice in [(0, 0.7), (10, 0.5), (20, 0.5), (30, 0.5)]:
+        watch._values = {"probe/dice": dice}
+        watch._warn(SimpleNamespace(rank=0, step=step, log=SimpleNamespace(lines=lambda: log)))
+        log.append({"step": step, "probe/dice": dice})
+    assert [r.getMessage()[:40] for r in caplog.records] == ["step 10: The frozen-feature probe fell to"[:40]]
+    assert "fell to a Dice of 0.500" in verdict(log)[0].text
+
+
+def test_live_warnings__spoken_again_when_the_trouble_came_back(tmp_path, caplog):
+    log: list[dict[str, float]] = []
+    watch = Watch(watched=NOTHING, config=SimpleNamespace(trainer=SimpleNamespace(max_steps=99)), run_path=tmp_path)
+    for step, dice in [(0, 0.7), (10, 0.5), (20, 0.7), (30, 0.5)]:
+        watch._values = {"probe/dice": dice}
+        watch._warn(SimpleNamespace(rank=0, step=step, log=SimpleNamespace(lines=lambda: log)))
+        log.append({"step": step, "probe/dice": dice})
+    assert [r.getMessage().split(":")[0] for r in caplog.records] == ["step 10", "step 30"]
 
 
 def test_parts__say_what_was_not_measured():
