@@ -72,7 +72,8 @@ class ModelConfig:
     """SAM weights that give what the base lacks by nature: a plain ViT (MAE, DINO, MRI-CORE) has no relative positions
     and no neck."""
     ssl_state: StateUse = StateUse.AUTO
-    """auto, require or ignore: whether decoder, heads and teacher of the run that is the base are taken up too."""
+    """auto, require or ignore: whether decoder, heads, teacher and AdamW's running means of the run that is the base
+    are taken up too."""
     image_size: int = 256
     """Side of the square input in pixels."""
     num_frozen_depths: int = 0

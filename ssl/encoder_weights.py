@@ -15,6 +15,7 @@ from samgraft.shared.models.weights import save_encoder
 from samgraft.shared.training.environment import code_revision, processes_expected
 from samgraft.shared.training.run_folder import RunFolder
 from samgraft.ssl.config import PretrainConfig
+from samgraft.ssl.moments import write_moments
 from samgraft.ssl.objectives.objective import Objective
 from samgraft.ssl.scope import merged_state
 from samgraft.ssl.ssl_state import STATE_FOLDER, write_ssl_state
@@ -64,5 +65,8 @@ def hand_over(
     path = run.path / ENCODER_FOLDER / "encoder.safetensors"
     if run.is_writer:
         path = write_encoder_weights(objective, run.path, card)
+        last_step = run.latest_training_state()
+        assert last_step is not None
+        write_moments(last_step, objective, config.optim, run.path / STATE_FOLDER)
         run.mark_complete(data_fingerprint=store.fingerprint, base_sha256=start.base_sha256, split_sha256=split.sha256)
     return path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import pytorch_lightning as pl
@@ -10,24 +11,24 @@ from samgraft.shared.data.dataset import SliceBatch, batch_to_input
 from samgraft.shared.models.image_encoder import ImageEncoder
 from samgraft.shared.models.tiny_vit import TinyViTEncoder
 from samgraft.shared.training.sharding import is_sharded, name_root, shard
-from samgraft.ssl.config import PretrainOptimizerConfig
+from samgraft.ssl.config import PretrainConfig
+from samgraft.ssl.moments import Moments, take_up_moments
 from samgraft.ssl.objectives.objective import Objective
 from samgraft.ssl.optimizer import build_pretrain_optimizer
 from torch import nn
+
+log = logging.getLogger(__name__)
 
 
 class PretrainModule(pl.LightningModule):
     """One objective, its optimizer and its schedule."""
 
-    def __init__(
-        self, objective: Objective, config: PretrainOptimizerConfig, *, image_size: int, keep_aspect: bool
-    ) -> None:
+    def __init__(self, objective: Objective, config: PretrainConfig, *, moments: Moments | None = None) -> None:
         super().__init__()
         assert isinstance(objective, nn.Module)
         self.objective: Any = objective
         self.config = config
-        self.image_size = image_size
-        self.keep_aspect = keep_aspect
+        self._moments = moments
 
     def configure_model(self) -> None:
         """With trainer.strategy=fsdp: cut blocks, neck, encoder and the rest into parts; otherwise leave all whole."""
@@ -50,7 +51,10 @@ class PretrainModule(pl.LightningModule):
     def training_step(self, batch: SliceBatch, batch_idx: int) -> dict[str, torch.Tensor]:
         """Return the loss of one micro-step and its parts; the progress callback logs them."""
         images_B1SS, _, _ = batch_to_input(
-            batch, image_size=self.image_size, keep_aspect=self.keep_aspect, device=self.device
+            batch,
+            image_size=self.config.model.image_size,
+            keep_aspect=self.config.data.keep_aspect,
+            device=self.device,
         )
         counters = batch["sample_counter"].tolist()
         result = self.objective.loss(images_B1SS, sample_counters=counters, step=self.global_step)
@@ -67,4 +71,7 @@ class PretrainModule(pl.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Return AdamW; the learning rate is set by a callback, as a function of the step."""
-        return build_pretrain_optimizer(self.objective, self.config)
+        optimizer = build_pretrain_optimizer(self.objective, self.config.optim)
+        if self._moments is not None:
+            log.info(take_up_moments(optimizer, self.objective, self._moments))
+        return optimizer

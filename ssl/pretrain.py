@@ -27,6 +27,7 @@ from samgraft.ssl.config import PretrainConfig
 from samgraft.ssl.encoder_weights import hand_over
 from samgraft.ssl.labelled import open_probe_store
 from samgraft.ssl.module import PretrainModule
+from samgraft.ssl.moments import read_moments
 from samgraft.ssl.objectives import Objective
 from samgraft.ssl.optimizer import build_schedule
 from samgraft.ssl.preflight import leak_check, preflight, pretraining_split
@@ -63,9 +64,8 @@ def pretrain(
     notes = [*leaks, *taken_up]
     stride = objective.encoder.stride
     watched = load_watched(config, store, split, probe_store, preset=preset, stride=stride)
-    module = PretrainModule(
-        objective, config.optim, image_size=config.model.image_size, keep_aspect=config.data.keep_aspect
-    )
+    moments = read_moments(config.model.base) if taken_up else None
+    module = PretrainModule(objective, config, moments=moments)
     preflight(config, objective, dataset, split, watched, leaks=leaks, device=device, run_path=runs / name)
     if dry_run:
         return None

@@ -1,7 +1,8 @@
 """``ssl_state/``: what an objective leaves beside the encoder (decoder, heads, student, centers), to go on from.
 
 It is derived from the training slices, so releases leave it out unless asked for. Names and tensors are those of the
-objective with LoRA merged, without the encoder that is handed on: that one lies in ``encoder/``.
+objective with LoRA merged, without the encoder that is handed on: that one lies in ``encoder/``. AdamW's state lies
+beside it (:mod:`samgraft.ssl.moments`).
 """
 
 from __future__ import annotations

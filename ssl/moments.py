@@ -1,0 +1,102 @@
+"""AdamW's running means by parameter name, in ``ssl_state/``: more SSL from a run need not gather them again.
+
+Names instead of AdamW's own numbering, so that a run with other groups or frozen depths takes what is still trained.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from samgraft.shared.errors import WeightsError
+from samgraft.shared.models.weights import save_tensors
+from samgraft.shared.training.state_tree import load_optimizer_state, unflatten_state
+from samgraft.shared.training.training_state import read_state
+from samgraft.ssl.config import PretrainOptimizerConfig
+from samgraft.ssl.objectives.objective import Objective
+from samgraft.ssl.optimizer import build_pretrain_optimizer
+from samgraft.ssl.scope import lora_layers
+from samgraft.ssl.ssl_state import find_state
+from torch import nn
+
+log = logging.getLogger(__name__)
+
+MOMENTS_FILE = "optimizer.safetensors"
+PARTS = ("exp_avg", "exp_avg_sq", "step")
+
+Moments = Mapping[str, torch.Tensor]
+"""``{parameter}/{part}`` for each of ``PARTS``."""
+
+
+def write_moments(training_state: Path, objective: Objective, config: PretrainOptimizerConfig, folder: Path) -> bool:
+    """Write the optimizer of a run's last training state by name.
+
+    Args:
+        training_state: Verified folder of the last step.
+        objective: Whole, as the run trained it.
+        config: Of the run: it decides AdamW's numbering.
+        folder: ``ssl_state`` of the run.
+
+    Returns:
+        False, and nothing is written, if LoRA was trained: it is merged when it is handed on, its means fit nothing.
+    """
+    assert isinstance(objective, nn.Module)
+    if lora_layers(objective):
+        return False
+    state = read_state(training_state)
+    saved = unflatten_state(state.record["optimizer"], state.tensors)["state"]
+    names = _numbered_names(objective, build_pretrain_optimizer(objective, config))
+    save_tensors(
+        {f"{names[number]}/{part}": values[part] for number, values in saved.items() for part in PARTS},
+        folder / MOMENTS_FILE,
+    )
+    return True
+
+
+def read_moments(base: str) -> Moments | None:
+    """Return the moments beside the encoder that a run starts from; None if there are none."""
+    folder = find_state(base)
+    path = None if folder is None else folder / MOMENTS_FILE
+    if path is None or not path.is_file():
+        return None
+    try:
+        return dict(load_file(path))
+    except SafetensorError as err:
+        raise WeightsError(
+            "the optimizer's file is damaged.",
+            where=f"{path.parent.name}/{path.name}",
+            next_command="... ARGS='model.ssl_state=ignore'",
+        ) from err
+
+
+def take_up_moments(optimizer: torch.optim.AdamW, objective: Objective, moments: Moments) -> str:
+    """Give every parameter that is trained under the same name and shape its moments; say how many in words.
+
+    Raises:
+        WeightsError: If a value is not finite: it would spoil the first update.
+    """
+    state = optimizer.state_dict()
+    for number, name in _numbered_names(objective, optimizer).items():
+        values = {part: moments[f"{name}/{part}"] for part in PARTS if f"{name}/{part}" in moments}
+        if len(values) < len(PARTS) or values["exp_avg"].shape != _parameters(optimizer)[number].shape:
+            continue
+        if not all(bool(torch.isfinite(value).all()) for value in values.values()):
+            raise WeightsError(f"the optimizer's state must be finite, got NaN or Inf for {name}.", where=MOMENTS_FILE)
+        state["state"][number] = values
+    load_optimizer_state(optimizer, state)
+    total = len(_parameters(optimizer))
+    return f"AdamW goes on with the running means of {len(state['state'])}/{total} trained tensors"
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    """Return the parameters in the order in which an optimizer's state numbers them."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _numbered_names(objective: Objective, optimizer: torch.optim.Optimizer) -> dict[int, str]:
+    name_of = {id(parameter): name for name, parameter in objective.named_parameters()}
+    return {number: name_of[id(parameter)] for number, parameter in enumerate(_parameters(optimizer))}
