@@ -52,12 +52,13 @@ SETTINGS = {
 }  # fmt: skip
 FULL_RATE = "optim.lr=1e-4"
 """``full`` moves pretrained weights themselves: a tenth of the rate, as config.py advises."""
-STEPS = {"all": 2400, "5": 400}
-EVERY = {"all": 300, "5": 100}
+STEPS = {"all": 1000, "5": 250}
+EVERY = {"all": 250, "5": 50}
 BOX_STEPS = ["trainer.max_steps=400", "watch.validate_every_n_steps=100"]
 """A box says where to look: there is less to learn."""
 METHODS = {
     "lora": ["adapter.method=lora"],
+    "lora-long": ["adapter.method=lora", "trainer.max_steps=2400", "watch.validate_every_n_steps=300"],
     "decoder": ["adapter.method=full", "adapter.scope=decoder", FULL_RATE],
     "adapter": ["adapter.method=adapter"],
     "full": ["adapter.method=full", FULL_RATE],
@@ -69,9 +70,9 @@ METHODS = {
 }
 BASELINES = {"unet2d", "dynunet2d", "dynunet3d"}
 ORDER = (
-    [("lora", "all", 0), ("box", "all", 0), ("box-untrained", "all", 0), ("unet2d", "all", 0)]
+    [("lora-long", "all", 0), ("box", "all", 0), ("box-untrained", "all", 0)]
     + [(m, "5", 0) for m in ("lora", "unet2d", "decoder", "adapter", "full")]
-    + [(m, "all", 0) for m in ("decoder", "adapter", "full")]
+    + [(m, "all", 0) for m in ("full", "lora", "unet2d", "decoder", "adapter")]
     + [(m, "5", s) for s in (1, 2) for m in ("lora", "unet2d", "decoder", "adapter", "full")]
     + [("dynunet3d", "5", s) for s in (0, 1, 2)]
     + [(m, "all", 0) for m in ("dynunet3d", "dynunet2d")]
