@@ -65,7 +65,7 @@ def leak_check(
     """Compare the training slices with the validation and test patients of the probe and of ``config.test_stores``.
 
     Returns:
-        One line per store for the pre-flight and the card.
+        For the pre-flight and the card: a line per store that leaks, one for all that do not.
 
     Raises:
         DataError: If a patient leaks and ``allow_transductive`` is not set.
@@ -75,7 +75,7 @@ def leak_check(
     compared = [(labelled, load_split(None, labelled), "") for labelled in named]
     if probe is not None:
         compared.append((*probe, " (probe)"))
-    lines = []
+    lines, apart = [], []
     for labelled, split, use in compared:
         name = f"{labelled.path.name}{use}"
         try:
@@ -90,8 +90,8 @@ def leak_check(
                 ) from leak
             lines.append(f"transductive: validation or test patients of {name} are among the training slices")
         else:
-            lines.append(f"no patient of {name}'s validation or test part is among the training slices")
-    return lines
+            apart.append(name)
+    return lines + ([f"no val or test patient of {', '.join(apart)} among the training slices"] if apart else [])
 
 
 def describe_data(store: SliceStore, split: Split, slices: Sequence[SliceRef]) -> str:

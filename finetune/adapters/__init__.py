@@ -19,6 +19,7 @@ from samgraft.finetune.adapters.saving import base_tensors, load_adapter, save_a
 from samgraft.finetune.adapters.table import (
     TensorGroup,
     render_groups,
+    render_parts,
     trainable_groups,
     trainable_table,
     trainable_tensors,
@@ -42,6 +43,7 @@ __all__ = [
     "load_adapter",
     "merge_adapters",
     "render_groups",
+    "render_parts",
     "save_adapter",
     "take_out",
     "target_pattern",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from dataclasses import dataclass
 
 from torch import nn
@@ -60,6 +61,33 @@ def num_free(parameter: nn.Parameter) -> int:
 def render_groups(groups: list[TensorGroup]) -> list[str]:
     """Return the table for a log, widest names first cut to what a terminal shows."""
     return [f"{g.parameters:>12,}  {100 * g.share:5.1f} %  {g.tensors:>4} x  {g.name}" for g in groups]
+
+
+def render_parts(table: list[tuple[str, int, int]], groups: list[TensorGroup]) -> list[str]:
+    """Return one line per part of the network: tensors, parameters and share; ``render_groups`` names the tensors.
+
+    Args:
+        table: Of ``trainable_table``.
+        groups: Of ``trainable_groups``, the same network.
+    """
+    tensors = Counter[str]()
+    for group in groups:
+        tensors[group.name.split(".")[0]] += group.tensors
+    width = max(len(part) for part, _, _ in table)
+    trained, everything = sum(t for _, t, _ in table), sum(total for _, _, total in table)
+    lines = [f"trains: {_share(trained, everything)} in {sum(tensors.values())} tensors"]
+    for part, number, total in table:
+        what = f"{_share(number, total)} in {tensors[part]} tensors" if tensors[part] else f"frozen, {_millions(total)}"
+        lines.append(f"  {part:{width}}  {what}")
+    return lines
+
+
+def _share(number: int, total: int) -> str:
+    return f"{number / 1e6:.3f} of {_millions(total)} ({100 * number / total:.1f} %)"
+
+
+def _millions(number: int) -> str:
+    return f"{number / 1e6:.3f} million parameters"
 
 
 def _is_replaced_norm(name: str, sam: nn.Module) -> bool:

@@ -65,6 +65,11 @@ def run(arguments: argparse.Namespace) -> int:
 
     for line in [*describe(prepared), *(embedding_lines(prepared, config, device) if arguments.ckpt else [])]:
         log.info("%s", line)
+    if arguments.dry_run:
+        from samgraft.finetune.adapters import render_groups, trainable_groups
+
+        for line in render_groups(trainable_groups(prepared.segmenter.network)):
+            log.info("  %s", line)
     name = arguments.name or default_name(arguments.ckpt or arguments.model, arguments.data)
     if arguments.dry_run or not (arguments.runs / name / "checkpoints").is_dir():
         from samgraft.finetune.training.step_cost import measure_step
@@ -79,6 +84,7 @@ def run(arguments: argparse.Namespace) -> int:
         if folder.is_complete:
             log.info("%s is complete already; choose another NAME= to train again.", folder.path)
         else:
+            log.info("every trained tensor: %s, later in report.html too", folder.path / "run.json")
             log.info("TensorBoard: tensorboard --logdir %s", folder.tb)
             log.info("Ctrl-C saves and ends; the same command goes on.")
             finetune(config, folder, device, prepared)

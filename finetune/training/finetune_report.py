@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from samgraft.finetune.adapters import TensorGroup
 from samgraft.finetune.evaluation.overlays import choose_slices, overlay, slice_pictures
 from samgraft.finetune.evaluation.validation import CaseResult, telling_cases
 from samgraft.finetune.inference import segment_volume
 from samgraft.finetune.segmenter import Segmenter
 from samgraft.finetune.starting_point import StartingPoint
 from samgraft.finetune.training.config import FinetuneConfig
-from samgraft.finetune.training.preparation import Prepared, describe
+from samgraft.finetune.training.preparation import Prepared, describe_data
 from samgraft.finetune.training.rounds import Record
 from samgraft.shared.training.report import (
     KeyValues,
@@ -36,6 +37,7 @@ def write_report(
     results: Sequence[CaseResult],
     *,
     trainable: Sequence[tuple[str, int, int]],
+    groups: Sequence[TensorGroup],
     slices_per_s: float,
 ) -> None:
     """Write the report; ``prepared.segmenter`` is the finished model."""
@@ -44,8 +46,8 @@ def write_report(
         Section(title="Cases", parts=[_cases(results)]),
         Section(title="Segmentations", parts=_pictures(config, prepared, results)),
         Section(title="Training", parts=_curves(run, record)),
-        Section(title="What was trained", parts=[_trained(trainable), KeyValues(items=_facts(config, prepared))]),
-        Section(title="Data", parts=[Text(text="\n\n".join(describe(prepared)[:-1]))]),
+        Section(title="What was trained", parts=_trained(trainable, groups, _facts(config, prepared))),
+        Section(title="Data", parts=[Text(text="\n\n".join(describe_data(prepared)))]),
         Section(title="Next", parts=[_next(run)]),
     ]
     subtitle = f"stage 2, {prepared.store.modality.value}, {slices_per_s:.2g} slices/s in training"
@@ -156,9 +158,20 @@ def _curves(run: RunFolder, record: Record) -> list[Picture]:
     ]
 
 
-def _trained(trainable: Sequence[tuple[str, int, int]]) -> Table:
+def _trained(
+    trainable: Sequence[tuple[str, int, int]], groups: Sequence[TensorGroup], facts: Mapping[str, Any]
+) -> list[Table | KeyValues]:
     rows = [[part, t / 1e6, total / 1e6, f"{100 * t / total:.1f} %"] for part, t, total in trainable]
-    return Table(columns=["part", "trainable (M)", "all (M)", "share"], rows=rows)
+    kinds = [[group.name, group.tensors, group.parameters, f"{100 * group.share:.1f} %"] for group in groups]
+    return [
+        Table(columns=["part", "trainable (M)", "all (M)", "share"], rows=rows),
+        KeyValues(items=facts),
+        Table(
+            columns=["trained tensors", "number", "parameters", "share"],
+            rows=kinds,
+            caption="Every trained tensor; * stands for the numbers in which names of one kind differ.",
+        ),
+    ]
 
 
 def _facts(config: FinetuneConfig, prepared: Prepared) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from samgraft.finetune.adapters import adapt, render_groups, trainable_groups, trainable_table
+from samgraft.finetune.adapters import adapt, render_parts, trainable_groups, trainable_table
 from samgraft.finetune.baselines import Baseline, BaselineStart, as_baseline, build_network, plan_network
 from samgraft.finetune.classes import ClassTable, choose_classes
 from samgraft.finetune.evaluation.validation import labelled_series
@@ -303,6 +303,12 @@ def neighbours_of(wanted: int | None, card: Card) -> int:
 
 def describe(prepared: Prepared) -> list[str]:
     """Return the pre-flight lines on data and weights."""
+    network = prepared.segmenter.network
+    return [*describe_data(prepared), *render_parts(trainable_table(network), trainable_groups(network))]
+
+
+def describe_data(prepared: Prepared) -> list[str]:
+    """Return what the store and the split hold, one line per class."""
     store, split, classes = prepared.store, prepared.split, prepared.classes
     lines = [f"data: {store.path.name} ({store.modality.value}), {len(store.series)} scans"]
     for channel, name in enumerate(classes.names):
@@ -313,11 +319,6 @@ def describe(prepared: Prepared) -> list[str]:
         f"patients: train {len(split.train)}, val {len(split.val)}, test {len(split.test)}; "
         f"{len(prepared.dataset)} training slices per epoch, {len(prepared.val_series)} validation scans"
     )
-    lines += [
-        f"trains: {part} {trainable / 1e6:.3f} of {total / 1e6:.3f} M parameters ({100 * trainable / total:.1f} %)"
-        for part, trainable, total in trainable_table(prepared.segmenter.network)
-    ]
-    lines += [f"  {line}" for line in render_groups(trainable_groups(prepared.segmenter.network))]
     return lines
 
 

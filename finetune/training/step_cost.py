@@ -6,6 +6,7 @@ import resource
 import sys
 import time
 from dataclasses import dataclass
+from statistics import median
 from typing import Any
 
 import torch
@@ -19,9 +20,10 @@ from samgraft.shared.training.progress import format_duration
 from samgraft.shared.training.resume import rng_untouched
 from torch.utils.data import default_collate
 
-MEASURED_STEPS = 3
+MEASURED_STEPS = 5
+"""Counted ones; the warm-up comes before."""
 LONG_STEP_S = 10.0
-"""A step longer than this is measured once."""
+"""After a warm-up longer than this one step is counted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +31,8 @@ class StepCost:
     """Of one optimizer step, without data loading by other processes and without the update itself."""
 
     seconds: float
+    """Median of the counted steps."""
+    num_measured: int
     peak_gb: float
     """CUDA: memory of tensors. CPU: peak of this process so far."""
     on_gpu: bool
@@ -37,8 +41,8 @@ class StepCost:
         """Return the pre-flight line."""
         memory = f"{self.peak_gb:.1f} GB of GPU memory" if self.on_gpu else f"{self.peak_gb:.1f} GB of memory"
         return (
-            f"measured: {self.seconds:.2f} s per step, {memory}; {max_steps} steps take about "
-            f"{format_duration(self.seconds * max_steps)} without validation"
+            f"measured: {self.seconds:.2f} s per step (median of {self.num_measured}), {memory}; {max_steps} steps "
+            f"take about {format_duration(self.seconds * max_steps)} without validation"
         )
 
 
@@ -50,20 +54,17 @@ def measure_step(prepared: Prepared, config: FinetuneConfig, device: DeviceChoic
     was_training = module.training
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(target)
-    times = []
     with rng_untouched():
         module.train()
         batch = _first_batch(prepared, config, target)
-        for _ in range(MEASURED_STEPS):
-            times.append(_one_step(module, batch, config, device))
-            if times[-1] > LONG_STEP_S:
-                break
+        # The first step also allocates: it is the warm-up.
+        is_long = _one_step(module, batch, config, device) > LONG_STEP_S
+        times = [_one_step(module, batch, config, device) for _ in range(1 if is_long else MEASURED_STEPS)]
     module.train(was_training)
     for parameter in module.parameters():
         parameter.grad = None
     peak = torch.cuda.max_memory_allocated(target) / 1e9 if on_gpu else _process_peak_gb()
-    # The first step also allocates: it counts only where it is the only one.
-    return StepCost(seconds=min(times), peak_gb=peak, on_gpu=on_gpu)
+    return StepCost(seconds=median(times), num_measured=len(times), peak_gb=peak, on_gpu=on_gpu)
 
 
 def _one_step(module: FinetuneModule, batch: Any, config: FinetuneConfig, device: DeviceChoice) -> float:

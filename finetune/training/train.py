@@ -17,6 +17,7 @@ from samgraft.finetune.adapters import (
     can_merge,
     merge_adapters,
     save_adapter,
+    trainable_groups,
     trainable_table,
     trainable_tensors,
 )
@@ -103,12 +104,21 @@ def finetune(config: FinetuneConfig, run: RunFolder, device: DeviceChoice, prepa
     if not run.is_writer:
         return run.path / "model"
     sam = restore_best(prepared, rounds)
-    trainable = trainable_table(sam)
+    trainable, groups = trainable_table(sam), trainable_groups(sam)
     results = measure(prepared.segmenter, prepared.store, prepared.val_series, prepared.classes, prepared.inference)
     folder = write_finished(sam, prepared, config, run, rounds, trainable=trainable, steps=result.step)
     evaluation = summarise(results, prepared.store, prepared.classes, part="val")
     write_evaluation(evaluation, run.path / "evaluation" / "val", provenance={"chosen_on": "this part"})
-    write_report(run, config, prepared, rounds.record, results, trainable=trainable, slices_per_s=result.slices_per_s)
+    write_report(
+        run,
+        config,
+        prepared,
+        rounds.record,
+        results,
+        trainable=trainable,
+        groups=groups,
+        slices_per_s=result.slices_per_s,
+    )
     rounds.discard_others()
     run.mark_complete(best_step=rounds.record.best_step, best_dice=round(mean_dice(results) or 0.0, 4))
     return folder
@@ -358,6 +368,7 @@ def _provenance(prepared: Prepared) -> dict[str, Any]:
         "base_sha256": prepared.start.base.sha256,
         "tensors": [report.to_dict() for report in prepared.reports],
         "preflight": describe(prepared),
+        "trains": [dataclasses.asdict(group) for group in trainable_groups(prepared.segmenter.network)],
     }
 
 

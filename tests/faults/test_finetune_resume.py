@@ -9,7 +9,7 @@ import pytest
 import torch
 from model_factory import make_sam, tiny_vit_t_spec
 from samgraft.finetune.model_folder import read_model
-from samgraft.finetune.training import train
+from samgraft.finetune.training import step_cost, train
 from samgraft.finetune.training.config import FinetuneConfig
 from samgraft.finetune.training.module import FinetuneModule
 from samgraft.finetune.training.step_cost import measure_step
@@ -183,3 +183,14 @@ def test_step_cost__is_measured_and_changes_nothing(lab):
     assert torch.equal(torch.get_rng_state(), generators)
     assert all(torch.equal(before[k], v) for k, v in prepared.segmenter.state_dict().items())
     assert all(p.grad is None for p in prepared.segmenter.parameters())
+
+
+@pytest.mark.parametrize(("steps", "said"), [((9, 5, 1, 2, 4, 3), "3.00 s per step (median of 5)"),
+                                             ((11, 8), "8.00 s per step (median of 1)")])  # fmt: skip
+def test_step_cost__is_a_median_after_a_warm_up(lab, monkeypatch, steps, said):
+    config = config_of(lab)
+    times = list(steps)
+    monkeypatch.setattr(step_cost, "_one_step", lambda *_: times.pop(0))
+    cost = measure_step(train.prepare_seeded(config), config, choose_device("cpu"))
+    assert said in cost.describe(4)
+    assert not times

@@ -262,7 +262,7 @@ def test_cache__needs_an_encoder_that_stays(place, scope):
         config_for(place, adapter={"scope": scope})
 
 
-def test_run__on_cached_embeddings_from_command_to_model(place, monkeypatch, tmp_path):
+def test_run__on_cached_embeddings_from_command_to_model(place, monkeypatch, capsys, tmp_path):
     root, store = place
     monkeypatch.chdir(tmp_path)
     arguments = [
@@ -272,7 +272,23 @@ def test_run__on_cached_embeddings_from_command_to_model(place, monkeypatch, tmp
         f"cache.folder={tmp_path / 'embeddings'}", "optim.warmup_steps=1",
     ]  # fmt: skip
     assert main(arguments) == 0
-    assert (tmp_path / "runs" / "cached" / "model" / "sam.safetensors").is_file()
+    run = tmp_path / "runs" / "cached"
+    assert (run / "model" / "sam.safetensors").is_file()
+
+    # The log has one line per part; every trained tensor is in run.json and in the report.
+    shown = capsys.readouterr()
+    said = " ".join((shown.out + shown.err).split())
+    groups = json.loads((run / "run.json").read_text())["trains"]
+    number, parameters = (sum(group[key] for group in groups) for key in ("tensors", "parameters"))
+    assert f"mask_decoder {parameters / 1e6:.3f} of " in said
+    assert f"in {number} tensors" in said
+    assert "image_encoder frozen, " in said
+    assert "every trained tensor: runs/cached/run.json" in said
+    name = "mask_decoder.transformer.layers.*.self_attn.q_proj.lora_A.weight"
+    assert name in {group["name"] for group in groups}
+    assert name not in said
+    report = (run / "report.html").read_text()
+    assert all(group["name"] in report for group in groups)
     (folder,) = (tmp_path / "embeddings").iterdir()
     assert (folder / "complete.json").is_file()
     assert SliceStore.open(store).fingerprint in (folder / "facts.json").read_text()

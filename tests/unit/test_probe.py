@@ -11,7 +11,7 @@ from model_factory import make_sam, tiny_vit_t_spec
 from samgraft.shared.config import load_config
 from samgraft.shared.data.frame import fit_frame
 from samgraft.shared.data.preset import load_preset
-from samgraft.shared.data.split import Split
+from samgraft.shared.data.split import Split, default_split_path
 from samgraft.shared.data.store import SliceStore
 from samgraft.shared.errors import DataError, UsageError, WeightsError
 from samgraft.shared.models.card import Card
@@ -213,7 +213,12 @@ def test_leak_check__scored_patients_of_the_probe_must_not_be_trained_on(tmp_pat
         leak_check(config.data, store, store.patient_ids, probe=opened)
     assert "(probe)" in str(refusal.value.where)
     assert leak_check(config.data, store, split.train, probe=opened) == [
-        "no patient of labelled.zarr (probe)'s validation or test part is among the training slices"
+        "no val or test patient of labelled.zarr (probe) among the training slices"
+    ]
+    make_split_file(store, default_split_path(store.path))
+    both = replace(config.data, test_stores=[str(store.path)])
+    assert leak_check(both, store, split.train, probe=opened) == [
+        "no val or test patient of labelled.zarr, labelled.zarr (probe) among the training slices"
     ]
     allowed = replace(config.data, allow_transductive=True)
     assert "transductive" in leak_check(allowed, store, store.patient_ids, probe=opened)[0]
