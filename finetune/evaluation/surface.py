@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from monai.metrics.utils import get_edge_surface_distance
 
 DEFAULT_TOLERANCE_MM = 2.0
 """The tolerance of the FLARE challenges and of MedSAM's evaluation. Better: how far your own readers disagree."""
@@ -84,6 +83,9 @@ def _distances(
     predicted: Mask, true: Mask, spacing_mm: tuple[float, float, float]
 ) -> tuple[tuple[Values, Values], tuple[Values, Values]]:
     """Return (distance, area) of every surface element of the prediction and of the truth."""
+    # MONAI takes seconds to import, which studies, comparisons and releases would pay although they only read scores.
+    from monai.metrics.utils import get_edge_surface_distance
+
     box = _bounding_box(predicted | true)
     # MONAI pads what it crops; cutting here keeps its copies small on large scans with small structures.
     pair = [np.pad(mask[box], 1) for mask in (predicted, true)]

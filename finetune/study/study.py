@@ -11,7 +11,6 @@ from typing import Any
 
 import yaml
 from filelock import FileLock, Timeout
-from samgraft.finetune.starting_point import BASE_OF_DEMO
 from samgraft.finetune.study.cell_run import CellFolder, Outcome, Run, run_samgraft
 from samgraft.finetune.study.cells import Cell, Grid, expand
 from samgraft.finetune.study.config import StudyConfig
@@ -155,6 +154,9 @@ def say_plan(plan: StudyPlan) -> None:
 
 
 def _fetch_demo_weights(grid: Grid) -> None:
+    # Brings the networks along, seconds that a study itself does not need.
+    from samgraft.finetune.starting_point import BASE_OF_DEMO
+
     named = {cell.ckpt for cell in grid.cells} | {cell.base for cell in grid.cells}
     if str(BASE_OF_DEMO) in named and not BASE_OF_DEMO.is_file():
         from samgraft.shared.data.demo import fetch_base_weights
