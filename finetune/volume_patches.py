@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from samgraft.finetune.classes import ClassTable
 from samgraft.shared.data.augment import AugmentConfig
 from samgraft.shared.data.intensity import IntensityPreset, normalise
+from samgraft.shared.data.orientation import Plane, has_mirror_image
 from samgraft.shared.data.sampler import sample_generator
 from samgraft.shared.data.store import SliceStore
 from torch import Tensor
@@ -72,12 +73,14 @@ class VolumePatches(Dataset[dict[str, Any]]):
         rng = sample_generator(self.seed, sample_counter)
         volume_ZHW, label_ZHW = self.store.read_volume(series_id), self.store.read_label_volume(series_id)
         start = self._place(label_ZHW, rng)
-        stats = self.store.record(series_id).stats
+        record = self.store.record(series_id)
         image = np.stack(
-            [normalise(slice_HW, stats, self.intensity) for slice_HW in cut(volume_ZHW, start, self.patch_size)]
+            [normalise(slice_HW, record.stats, self.intensity) for slice_HW in cut(volume_ZHW, start, self.patch_size)]
         )
         label = cut(label_ZHW, start, self.patch_size).astype(np.int64)
-        moved, label_moved = augment_patch(torch.from_numpy(image), torch.from_numpy(label), self.augment, rng)
+        moved, label_moved = augment_patch(
+            torch.from_numpy(image), torch.from_numpy(label), self.augment, rng, plane=record.plane
+        )
         return {"volume": moved[None], "label": label_moved, "sample_counter": sample_counter}
 
     def _place(self, label_ZHW: Array, rng: np.random.Generator) -> tuple[int, ...]:
@@ -108,14 +111,14 @@ def cut(volume_ZHW: Array, start: Sequence[int], patch_size: Sequence[int]) -> A
 
 
 def augment_patch(
-    image_ZHW: Tensor, label_ZHW: Tensor, config: AugmentConfig, rng: np.random.Generator
+    image_ZHW: Tensor, label_ZHW: Tensor, config: AugmentConfig, rng: np.random.Generator, *, plane: Plane
 ) -> tuple[Tensor, Tensor]:
     """Move every slice of a patch alike (the label by nearest neighbour), then change its intensity."""
     height, width = image_ZHW.shape[-2:]
     angle = math.radians(rng.uniform(-config.max_rotation_deg, config.max_rotation_deg))
     scale = math.exp(rng.uniform(math.log(config.min_scale), math.log(config.max_scale)))
     shift_x, shift_y = rng.uniform(-2 * config.max_shift, 2 * config.max_shift, size=2)
-    flip = -1.0 if rng.random() < config.flip_columns_probability else 1.0
+    flip = -1.0 if rng.random() < config.flip_columns_probability and has_mirror_image(plane) else 1.0
     cosine, sine, aspect = math.cos(angle) / scale, math.sin(angle) / scale, height / width
     theta = torch.tensor([[[flip * cosine, -flip * sine * aspect, shift_x], [sine / aspect, cosine, shift_y]]])
     grid = F.affine_grid(theta.float(), [1, 1, height, width], align_corners=False)

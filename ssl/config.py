@@ -13,7 +13,7 @@ from samgraft.shared.models.architecture import Arch
 from samgraft.shared.training.optimizer import OptimizerConfig
 from samgraft.shared.training.trainer_config import Strategy, TrainerConfig
 from samgraft.ssl.objectives.mae import Layout
-from samgraft.ssl.objectives.settings import ObjectiveConfig
+from samgraft.ssl.objectives.settings import ObjectiveConfig, with_mirroring
 from samgraft.ssl.scope import ScopeConfig
 from samgraft.ssl.ssl_state import StateUse
 
@@ -167,6 +167,9 @@ class PretrainConfig:
     probe: ProbeConfig = field(default_factory=ProbeConfig)
 
     def __post_init__(self) -> None:
+        # Here, so that the configuration of every run holds the number that it used.
+        filled = with_mirroring(self.objective, self.data.augment.flip_columns_probability)
+        object.__setattr__(self, "objective", filled)
         if self.objective.mae.layout is Layout.PLAIN_VIT and self.trainer.strategy is Strategy.FSDP:
             raise ValueError(
                 "objective.mae.layout=plain_vit must not be combined with trainer.strategy=fsdp: it runs the parts of "

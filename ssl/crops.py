@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
+from samgraft.shared.data.orientation import Plane, has_mirror_image
 from samgraft.shared.errors import UsageError
 from samgraft.shared.models.architecture import ArchSpec
 
@@ -43,8 +44,9 @@ class CropConfig:
     """Largest part in a small view."""
     max_aspect: float = 1.33
     """Height over width of a view is drawn from [1 / max_aspect, max_aspect]."""
-    flip_probability: float = 0.5
-    """Left-right flip."""
+    flip_probability: float | None = None
+    """Of mirroring a view left to right; sagittal slices never are. null takes
+    ``data.augment.flip_columns_probability``, which the modality decides: CT and X-ray show organs that have a side."""
     max_gamma: float = 1.4
     """Grey values are raised to a power drawn from [1 / max_gamma, max_gamma]; 1 switches it off."""
     max_contrast: float = 1.3
@@ -68,10 +70,23 @@ class CropConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
         for name in ("flip_probability", "blur_probability"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}.")
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= 1:
+                raise ValueError(f"{name} must lie in [0, 1], got {value}.")
         if self.max_blur_sigma_px < 0.3 or self.max_shift < 0:
             raise ValueError("max_blur_sigma_px must be at least 0.3 and max_shift at least 0.")
+
+    def mirror_probability(self, plane: Plane | None) -> float:
+        """Return how often a view of a slice of this plane is mirrored; never where the plane is not known.
+
+        Raises:
+            ValueError: If the setting was left open: a run's configuration fills it in.
+        """
+        if plane is None or not has_mirror_image(plane):
+            return 0.0
+        if self.flip_probability is None:
+            raise ValueError("crops.flip_probability must be a number, got None. Set it, or use a PretrainConfig's.")
+        return self.flip_probability
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +122,13 @@ def local_size(spec: ArchSpec, image_size: int, config: CropConfig) -> int:
 
 
 def multi_crop(
-    images_BCSS: torch.Tensor, *, sample_counters: Sequence[int], seed: int, config: CropConfig, local_size_px: int
+    images_BCSS: torch.Tensor,
+    *,
+    sample_counters: Sequence[int],
+    seed: int,
+    config: CropConfig,
+    local_size_px: int,
+    planes: Sequence[Plane] | None = None,
 ) -> Crops:
     """Cut two large and some small views of every slice.
 
@@ -117,17 +138,20 @@ def multi_crop(
         seed: The run's seed.
         config: What views look like.
         local_size_px: From :func:`local_size`.
+        planes: Of the slices: they decide which mirror images exist; None mirrors nothing.
     """
     sizes = [images_BCSS.shape[-1]] * NUM_GLOBAL + [local_size_px] * config.num_local_crops
     views: list[list[torch.Tensor]] = [[] for _ in sizes]
-    for image_CSS, counter, box in zip(images_BCSS, sample_counters, content_boxes(images_BCSS), strict=True):
+    mirrors = [config.mirror_probability(plane) for plane in planes or [None] * len(images_BCSS)]
+    boxes = content_boxes(images_BCSS)
+    for image_CSS, counter, box, mirror in zip(images_BCSS, sample_counters, boxes, mirrors, strict=True):
         generator = np.random.default_rng([seed, CROP_STREAM, int(counter)])
         for index, size in enumerate(sizes):
             areas = (
                 (config.min_global_area, 1.0) if index < NUM_GLOBAL else (config.min_local_area, config.max_local_area)
             )
             crop_CHW = _cut(image_CSS, box, areas, generator, max_aspect=config.max_aspect)
-            views[index].append(_look(crop_CHW, size, config, generator))
+            views[index].append(_look(crop_CHW, size, config, generator, mirror=mirror))
     together = [torch.stack(view) for view in views]
     small = together[NUM_GLOBAL:]
     return Crops(global_BCSS=torch.cat(together[:NUM_GLOBAL]), local_BCss=torch.cat(small) if small else None)
@@ -169,8 +193,10 @@ def _cut(
     return image_CSS[:, top : top + rows, left : left + columns]
 
 
-def _look(crop_CHW: torch.Tensor, size: int, config: CropConfig, generator: np.random.Generator) -> torch.Tensor:
-    """Resize, flip and change grey values. Always draws the same number of random numbers."""
+def _look(
+    crop_CHW: torch.Tensor, size: int, config: CropConfig, generator: np.random.Generator, *, mirror: float
+) -> torch.Tensor:
+    """Resize, mirror and change grey values. Always draws the same number of random numbers."""
     flip, blur = generator.random(2)
     gamma, contrast = (
         float(np.exp(generator.uniform(-np.log(most), np.log(most))))
@@ -179,7 +205,7 @@ def _look(crop_CHW: torch.Tensor, size: int, config: CropConfig, generator: np.r
     shift = float(generator.uniform(-config.max_shift, config.max_shift))
     sigma = float(generator.uniform(0.3, config.max_blur_sigma_px))
     view_CSS = F.interpolate(crop_CHW[None], size=(size, size), mode="bilinear", antialias=True)[0]
-    if flip < config.flip_probability:
+    if flip < mirror:
         view_CSS = view_CSS.flip(-1)
     view_CSS = view_CSS.clamp(0, 1) ** gamma
     mean = view_CSS.mean()

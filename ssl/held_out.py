@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from samgraft.shared.data.dataset import SliceDataset, SliceRef, batch_to_input, collate_slices, select_slices
+from samgraft.shared.data.orientation import Plane
 from samgraft.shared.data.preset import ModalityPreset
 from samgraft.shared.data.store import SliceStore
 from samgraft.ssl.config import DataConfig, ModelConfig
@@ -34,6 +35,7 @@ class HeldOut:
 
     images_N1SS: torch.Tensor
     sample_counters: tuple[int, ...]
+    planes: tuple[Plane, ...]
     refs: tuple[SliceRef, ...]
     num_patients: int
 
@@ -64,7 +66,11 @@ def load_held_out(
     batch = collate_slices([dataset[i, counter] for i, counter in enumerate(counters)])
     images_N1SS, _, _ = batch_to_input(batch, image_size=model.image_size, keep_aspect=config.keep_aspect, device="cpu")
     return HeldOut(
-        images_N1SS=images_N1SS, sample_counters=counters, refs=tuple(refs), num_patients=len(set(patient_ids))
+        images_N1SS=images_N1SS,
+        sample_counters=counters,
+        planes=tuple(batch["planes"]),
+        refs=tuple(refs),
+        num_patients=len(set(patient_ids)),
     )
 
 
@@ -82,9 +88,11 @@ def held_out_loss(
     sums: dict[str, float] = {}
     features: list[torch.Tensor] = []
     for start in range(0, len(held_out.refs), batch_size):
-        images_B1SS = held_out.images_N1SS[start : start + batch_size].to(device)
-        counters = held_out.sample_counters[start : start + batch_size]
-        result = objective.loss(images_B1SS, sample_counters=counters, step=step)
+        part = slice(start, start + batch_size)
+        counters = held_out.sample_counters[part]
+        result = objective.loss(
+            held_out.images_N1SS[part].to(device), sample_counters=counters, step=step, planes=held_out.planes[part]
+        )
         for name, value in {"loss": result.total, **result.parts}.items():
             sums[name] = sums.get(name, 0.0) + float(value) * len(counters)
         if result.features_BC is not None:

@@ -153,6 +153,7 @@ def _errors(
         images, _, _ = batch_to_input(
             batch, image_size=config.model.image_size, keep_aspect=config.data.keep_aspect, device="cpu"
         )
-        loss = objective.loss(images, sample_counters=counters, step=config.trainer.max_steps).total
+        last = config.trainer.max_steps
+        loss = objective.loss(images, sample_counters=counters, step=last, planes=batch["planes"]).total
         errors.append(float(loss))
     return np.asarray(errors, dtype=np.float64)

@@ -57,7 +57,9 @@ class PretrainModule(pl.LightningModule):
             device=self.device,
         )
         counters = batch["sample_counter"].tolist()
-        result = self.objective.loss(images_B1SS, sample_counters=counters, step=self.global_step)
+        result = self.objective.loss(
+            images_B1SS, sample_counters=counters, step=self.global_step, planes=batch["planes"]
+        )
         return {"loss": result.total, **result.parts}
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from samgraft.shared.data.orientation import Plane
+from samgraft.shared.data.orientation import Plane, has_mirror_image
 from torch import Tensor
 
 
@@ -116,7 +116,7 @@ class SliceAugmentation:
             image_CHW, label_HW = _crop(image_CHW, label_HW, config.min_crop_fraction, generator)
         moves = config.has_affine and _happens(config.affine_probability, generator)
         motion = _draw_motion(config, generator) if moves else None
-        flip_columns = _flips(config.flip_columns_probability, generator) and plane is not Plane.SAGITTAL
+        flip_columns = _flips(config.flip_columns_probability, generator) and has_mirror_image(plane)
         flip_rows = _flips(config.flip_rows_probability, generator)
         if motion is None:
             axes = [axis for axis, flip in ((-1, flip_columns), (-2, flip_rows)) if flip]

@@ -52,6 +52,7 @@ class SliceSample(TypedDict):
     """Position of the series in ``store.series``."""
     slice_index: int
     sample_counter: int
+    plane: Plane
 
 
 class SliceBatch(TypedDict):
@@ -62,6 +63,8 @@ class SliceBatch(TypedDict):
     series_index: Tensor
     slice_index: Tensor
     sample_counter: Tensor
+    planes: list[Plane]
+    """Of the slices: they decide which mirror images exist."""
 
 
 def select_slices(
@@ -184,14 +187,15 @@ class SliceDataset(Dataset[SliceSample]):
         if self.with_label:
             label_HW = self.store.read_label_slice(ref.series_id, ref.slice_index, plane=ref.plane)
             label = torch.from_numpy(label_HW.astype(np.int64))
+        plane = ref.plane or self.store.record(ref.series_id).plane
         if self.augment is not None:
-            plane = ref.plane or self.store.record(ref.series_id).plane
             image, label = self.augment(image, label, sample_generator(self.seed, sample_counter), plane)
         sample: SliceSample = {
             "image": image,
             "series_index": self._series_index[ref.series_id],
             "slice_index": ref.slice_index,
             "sample_counter": sample_counter,
+            "plane": plane,
         }
         if label is not None:
             sample["label"] = label
@@ -242,6 +246,7 @@ def collate_slices(samples: Sequence[SliceSample]) -> SliceBatch:
         "series_index": torch.tensor([sample["series_index"] for sample in samples]),
         "slice_index": torch.tensor([sample["slice_index"] for sample in samples]),
         "sample_counter": torch.tensor([sample["sample_counter"] for sample in samples]),
+        "planes": [sample["plane"] for sample in samples],
     }
     if all("label" in sample for sample in samples):
         batch["labels"] = [sample["label"] for sample in samples]

@@ -42,6 +42,11 @@ DISPLAY_AXES = {
 _PLANE_OF_WORLD_AXIS = (Plane.SAGITTAL, Plane.CORONAL, Plane.AXIAL)
 
 
+def has_mirror_image(plane: Plane) -> bool:
+    """Return whether a left-right mirrored slice may be a patient's: not where columns run from front to back."""
+    return plane is not Plane.SAGITTAL
+
+
 @dataclass(frozen=True, kw_only=True)
 class NativeGrid:
     """The grid of the source file, enough to put a canonical array back into it without resampling."""

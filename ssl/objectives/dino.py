@@ -27,6 +27,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from lightly.loss import KoLeoLoss
+from samgraft.shared.data.orientation import Plane
 from samgraft.shared.errors import UsageError
 from samgraft.shared.models.image_encoder import ImageEncoder, MaskableEncoder
 from samgraft.shared.training.schedule import cosine
@@ -151,7 +152,14 @@ class DINO(nn.Module):
         encoder: MaskableEncoder = self.teacher.encoder
         return encoder
 
-    def loss(self, images_B1SS: torch.Tensor, *, sample_counters: Sequence[int], step: int) -> ObjectiveLoss:
+    def loss(
+        self,
+        images_B1SS: torch.Tensor,
+        *,
+        sample_counters: Sequence[int],
+        step: int,
+        planes: Sequence[Plane] | None = None,
+    ) -> ObjectiveLoss:
         """Return DINO + iBOT + KoLeo on fresh views of the slices."""
         crops = multi_crop(
             images_B1SS,
@@ -159,6 +167,7 @@ class DINO(nn.Module):
             seed=self.seed,
             config=self.config.crops,
             local_size_px=self.local_size_px,
+            planes=planes,
         )
         mask_Vhw = self._masks(sample_counters).to(images_B1SS.device) if self.config.ibot_weight else None
         with torch.no_grad():

@@ -28,6 +28,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from samgraft.shared.data.dataset import centre_channel
+from samgraft.shared.data.orientation import Plane
 from samgraft.shared.models.image_encoder import ImageEncoder, MaskableEncoder
 from samgraft.shared.models.sam import to_pixels
 from samgraft.ssl.masking import MaskKind, token_masks, upsample_mask
@@ -122,8 +123,18 @@ class Feature(WithoutTeacher, nn.Module):
                 torch.zeros(encoder.mask_token_dim), requires_grad=learns_mask_token(encoder)
             )
 
-    def loss(self, images_B1SS: torch.Tensor, *, sample_counters: Sequence[int], step: int) -> ObjectiveLoss:
-        """Return the unexplained share of the features' variance; the mean would score 1. ``step`` is not used."""
+    def loss(
+        self,
+        images_B1SS: torch.Tensor,
+        *,
+        sample_counters: Sequence[int],
+        step: int,
+        planes: Sequence[Plane] | None = None,
+    ) -> ObjectiveLoss:
+        """Return the unexplained share of the features' variance; the mean would score 1.
+
+        ``step`` and ``planes`` are not used.
+        """
         mask_Bhw = self._masks(sample_counters).to(images_B1SS.device)
         target_BChw = self._target(images_B1SS)
         guess_BChw, features_BChw = self._guess(images_B1SS, mask_Bhw)

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 import torch
 from lightly.loss.lejepa_loss import SIGReg, lejepa_invariance_loss
 from lightly.models.modules.heads import LeJEPAProjectionHead
+from samgraft.shared.data.orientation import Plane
 from samgraft.shared.models.image_encoder import MaskableEncoder
 from samgraft.ssl.crops import NUM_GLOBAL, CropConfig, local_size, multi_crop
 from samgraft.ssl.objectives.feature_panel import feature_panel
@@ -72,7 +73,14 @@ class LeJEPA(WithoutTeacher, nn.Module):
         distributed = torch.distributed.is_available()
         self.sigreg = SIGReg(num_vectors=config.num_directions, gather_distributed=distributed)
 
-    def loss(self, images_B1SS: torch.Tensor, *, sample_counters: Sequence[int], step: int) -> ObjectiveLoss:
+    def loss(
+        self,
+        images_B1SS: torch.Tensor,
+        *,
+        sample_counters: Sequence[int],
+        step: int,
+        planes: Sequence[Plane] | None = None,
+    ) -> ObjectiveLoss:
         """Return agreement and the Gaussian term on fresh views of the slices."""
         crops = multi_crop(
             images_B1SS,
@@ -80,6 +88,7 @@ class LeJEPA(WithoutTeacher, nn.Module):
             seed=self.seed,
             config=self.config.crops,
             local_size_px=self.local_size_px,
+            planes=planes,
         )
         neck = self.config.train_neck
         pooled = [view_features(self.encoder, crops.global_BCSS, with_neck=neck).float().mean((2, 3))]

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from samgraft.shared.data.dataset import centre_channel
+from samgraft.shared.data.orientation import Plane
 from samgraft.shared.errors import UsageError
 from samgraft.shared.models.image_encoder import ImageEncoder, MaskableEncoder
 from samgraft.shared.models.sam import to_pixels
@@ -110,8 +111,15 @@ class MAE(WithoutTeacher, nn.Module):
                 table.requires_grad_(False)
         self.decoder = Decoder(encoder.feature_dim, config.decoder_shape(), grid=self.grid, out_dim=encoder.stride**2)
 
-    def loss(self, images_B1SS: torch.Tensor, *, sample_counters: Sequence[int], step: int) -> ObjectiveLoss:
-        """Return the mean squared error over hidden tokens. ``step`` is not used."""
+    def loss(
+        self,
+        images_B1SS: torch.Tensor,
+        *,
+        sample_counters: Sequence[int],
+        step: int,
+        planes: Sequence[Plane] | None = None,
+    ) -> ObjectiveLoss:
+        """Return the mean squared error over hidden tokens. ``step`` and ``planes`` are not used."""
         mask_Bhw = self._masks(sample_counters).to(images_B1SS.device)
         ids_hidden_BM = self._asked(mask_Bhw, sample_counters)
         guess_BMP, visible_BNC = self._guess(images_B1SS, mask_Bhw, ids_hidden_BM)

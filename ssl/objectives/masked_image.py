@@ -23,6 +23,7 @@ from enum import Enum
 import torch
 import torch.nn.functional as F
 from samgraft.shared.data.dataset import centre_channel
+from samgraft.shared.data.orientation import Plane
 from samgraft.shared.models.image_encoder import MaskableEncoder
 from samgraft.shared.models.sam import to_pixels
 from samgraft.ssl.masking import MaskKind, token_masks, upsample_mask
@@ -164,8 +165,15 @@ class MaskedImage(WithoutTeacher, nn.Module):
             sees_pixels=config.decoder_sees_pixels,
         )
 
-    def loss(self, images_B1SS: torch.Tensor, *, sample_counters: Sequence[int], step: int) -> ObjectiveLoss:
-        """Return the mean absolute error over hidden pixels. ``step`` is not used."""
+    def loss(
+        self,
+        images_B1SS: torch.Tensor,
+        *,
+        sample_counters: Sequence[int],
+        step: int,
+        planes: Sequence[Plane] | None = None,
+    ) -> ObjectiveLoss:
+        """Return the mean absolute error over hidden pixels. ``step`` and ``planes`` are not used."""
         guess = self._guess(images_B1SS, sample_counters)
         images_B1SS = centre_channel(images_B1SS)
         error_B1SS = (guess.picture_B1SS - (images_B1SS - guess.mean) / guess.std).abs()

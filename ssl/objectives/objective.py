@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 import torch
+from samgraft.shared.data.orientation import Plane
 from samgraft.shared.models.image_encoder import MaskableEncoder
 from torch import nn
 
@@ -66,8 +67,17 @@ class Objective(Protocol):
         """The encoder that is handed on: the trained one, or an EMA teacher that follows it."""
         ...
 
-    def loss(self, images_B1SS: torch.Tensor, *, sample_counters: Sequence[int], step: int) -> ObjectiveLoss:
-        """Return the loss of a batch; a pure function of the weights, the images, the counters and the step.
+    def loss(
+        self,
+        images_B1SS: torch.Tensor,
+        *,
+        sample_counters: Sequence[int],
+        step: int,
+        planes: Sequence[Plane] | None = None,
+    ) -> ObjectiveLoss:
+        """Return the loss of a batch; a pure function of the weights, the images, the counters, the step and planes.
+
+        The planes of the slices decide which mirror images exist; without them no view is mirrored.
 
         Without gradients (held-out slices) it changes nothing; with them it may collect statistics in buffers, which
         take effect in :meth:`after_step`.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from enum import Enum
 
 from samgraft.ssl.objectives.dino import DINOConfig
@@ -49,3 +49,12 @@ class ObjectiveConfig:
                     f"objective.{section.name} is set but objective.name is {self.name.value}: it would be ignored. "
                     f"Remove it, or choose METHOD={section.name}."
                 )
+
+
+def with_mirroring(config: ObjectiveConfig, probability: float) -> ObjectiveConfig:
+    """Return the settings with the share of mirrored views filled in, if they left it open."""
+    section = getattr(config, config.name.value)
+    if not isinstance(section, DINOConfig | LeJEPAConfig) or section.crops.flip_probability is not None:
+        return config
+    crops = replace(section.crops, flip_probability=probability)
+    return replace(config, **{config.name.value: replace(section, crops=crops)})

@@ -17,6 +17,7 @@ from samgraft.finetune.baselines import (
 from samgraft.finetune.classes import ClassTable
 from samgraft.finetune.volume_patches import VolumePatches, augment_patch, cut
 from samgraft.shared.data.augment import AugmentConfig
+from samgraft.shared.data.orientation import Plane
 from samgraft.shared.data.store import SliceStore
 from samgraft.shared.errors import UsageError
 from store_factory import make_store
@@ -150,10 +151,21 @@ def test_augment__moves_image_and_label_alike_and_invents_no_class():
     image[:, 8:20, 6:15] = 1.0
     label = (image > 0.5).long() * 4
     config = AugmentConfig(max_rotation_deg=90)
-    out, moved = augment_patch(image, label, config, np.random.default_rng(1))
+    out, moved = augment_patch(image, label, config, np.random.default_rng(1), plane=Plane.AXIAL)
     assert set(moved.unique().tolist()) <= {0, 4}
     assert ((out > 0.5) == (moved > 0)).float().mean() > 0.97
     assert not torch.equal(moved, label)
+
+
+def test_augment__patches_of_sagittal_scans_are_never_mirrored():
+    image = torch.rand(2, 8, 8, generator=torch.Generator().manual_seed(0))
+    config = AugmentConfig(flip_columns_probability=1.0)
+    outs = [
+        augment_patch(image, image.long(), config, np.random.default_rng(1), plane=plane)[0]
+        for plane in (Plane.CORONAL, Plane.SAGITTAL)
+    ]
+    torch.testing.assert_close(outs[0], image.flip(-1))
+    torch.testing.assert_close(outs[1], image)
 
 
 def test_segment__a_whole_scan_on_its_own_grid(store):

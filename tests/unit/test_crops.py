@@ -2,11 +2,26 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
+from samgraft.shared.config import config_to_dict, load_config, packaged_config
+from samgraft.shared.data.dataset import SliceDataset, collate_slices, select_slices
+from samgraft.shared.data.examine import BuildSettings
+from samgraft.shared.data.intensity import IntensityPreset
+from samgraft.shared.data.orientation import Plane
+from samgraft.shared.data.preset import load_preset, modality_layer
+from samgraft.shared.data.store import SliceStore
+from samgraft.shared.data.store_build import build_store
+from samgraft.shared.data.volume import Modality
 from samgraft.shared.errors import UsageError
 from samgraft.shared.models.architecture import arch_spec
+from samgraft.ssl.config import DataConfig, ModelConfig, PretrainConfig, PretrainOptimizerConfig
 from samgraft.ssl.crops import CropConfig, content_boxes, local_size, multi_crop
+from samgraft.ssl.held_out import held_out_loss, load_held_out
+from samgraft.ssl.module import PretrainModule
+from samgraft.ssl.objectives.objective import ObjectiveLoss
+from store_factory import make_cases, make_scan, write_nifti
 from tiny_encoders import PLAIN_VIT, TINY_VIT, slices
 
 STILL = CropConfig(
@@ -22,8 +37,8 @@ STILL = CropConfig(
 """Views that are the slice itself."""
 
 
-def crop(images, config, counters=(7, 8), seed=3, size=16):
-    return multi_crop(images, sample_counters=counters, seed=seed, config=config, local_size_px=size)
+def crop(images, config, counters=(7, 8), seed=3, size=16, planes=None):
+    return multi_crop(images, sample_counters=counters, seed=seed, config=config, local_size_px=size, planes=planes)
 
 
 def test_multi_crop__depends_on_seed_and_counter_only():
@@ -66,18 +81,100 @@ def test_multi_crop__still_views_are_the_slice():
 )
 def test_multi_crop__every_option_changes_the_large_views(change):
     images = slices()
-    changed = crop(images, dataclasses.replace(STILL, **change)).global_BCSS
+    changed = crop(images, dataclasses.replace(STILL, **change), planes=[Plane.AXIAL] * 2).global_BCSS
     assert not torch.allclose(changed, torch.cat([images, images]), atol=1e-3)
 
 
 def test_multi_crop__flip_is_a_flip_and_small_views_are_small_parts():
     images = slices()
-    flipped = crop(images, dataclasses.replace(STILL, flip_probability=1.0))
+    flipped = crop(images, dataclasses.replace(STILL, flip_probability=1.0), planes=[Plane.AXIAL, Plane.CORONAL])
     torch.testing.assert_close(flipped.global_BCSS[:2].flip(-1), images)
     ramp = torch.linspace(0, 1, 32).expand(1, 1, 32, 32).contiguous()
     small = crop(ramp, dataclasses.replace(STILL, min_local_area=0.25, max_local_area=0.25), counters=(1,))
     spread = small.local_BCss.max() - small.local_BCss.min()
     assert spread.item() == pytest.approx(0.5, abs=0.05)
+
+
+def test_multi_crop__sagittal_slices_are_never_mirrored():
+    """Their columns run from front to back. A slice of unknown plane is not mirrored either."""
+    images, config = slices(count=3), CropConfig(num_local_crops=1, flip_probability=1.0)
+    planes = [Plane.AXIAL, Plane.SAGITTAL, Plane.CORONAL]
+    some, never = (crop(images, config, counters=(7, 8, 9), planes=p) for p in (planes, None))
+    for view_some, view_never in (
+        (some.global_BCSS.unflatten(0, (2, 3)), never.global_BCSS.unflatten(0, (2, 3))),
+        (some.local_BCss[None], never.local_BCss[None]),
+    ):
+        assert torch.equal(view_some[:, 1], view_never[:, 1])
+        # The other random numbers of a view stay the same.
+        torch.testing.assert_close(view_some[:, [0, 2]].flip(-1), view_never[:, [0, 2]])
+
+
+def test_multi_crop__mirroring_left_open_is_refused():
+    with pytest.raises(ValueError, match="flip_probability must be a number, got None"):
+        crop(slices(), CropConfig(), planes=[Plane.AXIAL] * 2)
+
+
+def odds_of(modality, method, *overrides):
+    layers = [modality_layer(modality), packaged_config(f"pretrain/{method}-cpu.yaml"), {"modality": modality}]
+    layers.append({"data": {"store": "a.zarr"}, "model": {"base": "random"}})
+    config = load_config(PretrainConfig, layers=layers, overrides=overrides)
+    return config, getattr(config.objective, method).crops.flip_probability
+
+
+@pytest.mark.parametrize(
+    ("modality", "method", "expected"),
+    [("mri", "dino", 0.5), ("ultrasound", "lejepa", 0.5), ("ct", "dino", 0.0), ("xray", "lejepa", 0.0)],
+)
+def test_config__the_modality_decides_how_often_views_are_mirrored(modality, method, expected):
+    config, odds = odds_of(modality, method)
+    assert odds == expected
+    assert config_to_dict(config)["objective"][method]["crops"]["flip_probability"] == expected  # as runs keep it
+
+
+def test_config__users_have_the_last_word_on_mirrored_views():
+    augment, own = "data.augment.flip_columns_probability=0.25", "objective.dino.crops.flip_probability="
+    assert [odds_of("ct", "dino", *more)[1] for more in ((augment,), (augment, f"{own}0.75"))] == [0.25, 0.75]
+    config, odds = odds_of("mri", "dino", f"{own}0.0")
+    assert odds == 0.0
+    assert load_config(PretrainConfig, layers=[config_to_dict(config)]) == config
+
+
+class Recorder(torch.nn.Module):
+    """An objective that only remembers the planes of the slices that it was shown."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def loss(self, images, *, sample_counters, step, planes):
+        assert len(images) == len(sample_counters) == len(planes)
+        self.seen += planes
+        return ObjectiveLoss(total=images.mean())
+
+
+def test_planes__of_every_slice_reach_the_objective_in_training_and_held_out(tmp_path):
+    cases = make_cases(tmp_path, num_patients=2, shape_zyx=(3, 24, 20), labelled=False)
+    side_on = np.array([[0.0, 0, 5, 0], [-1, 0, 0, 0], [0, -1, 0, 0], [0, 0, 0, 1]])
+    write_nifti(cases[1].scan.paths[0], make_scan(shape_zyx=(3, 24, 20), seed=1)[0], affine=side_on)
+    settings = BuildSettings(modality=Modality.MRI, salt="test")
+    build_store(cases, out=tmp_path / "a.zarr", settings=settings, label_names={}, intensity=IntensityPreset())
+    store = SliceStore.open(tmp_path / "a.zarr")
+    expected = [record.plane for record in store.series for _ in range(3)]
+    assert set(expected) == {Plane.AXIAL, Plane.SAGITTAL}
+
+    dataset = SliceDataset(store, select_slices(store, store.patient_ids))
+    trained = Recorder()
+    module = PretrainModule(trained, PretrainOptimizerConfig(), image_size=32, keep_aspect=True)
+    module.training_step(collate_slices([dataset[i, i] for i in range(6)]), 0)
+    assert trained.seen == expected
+
+    looked_at = Recorder()
+    data = DataConfig(store="a.zarr", num_held_out_slices=6)
+    model = ModelConfig(base="random", image_size=32)
+    held_out = load_held_out(store, store.patient_ids, config=data, model=model, preset=load_preset("mri"))
+    held_out_loss(looked_at, held_out, batch_size=4, step=0, device=torch.device("cpu"))
+    assert sorted(p.value for p in looked_at.seen) == sorted(p.value for p in expected)
+    assert looked_at.seen == [store.record(ref.series_id).plane for ref in held_out.refs]
 
 
 def test_multi_crop__stays_inside_the_content():

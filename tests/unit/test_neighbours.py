@@ -1,5 +1,7 @@
 """Slice neighbourhood (2.5D): the keys of both stages reach the encoder's input, the card and inference."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -19,13 +21,20 @@ from samgraft.shared.models.weights import save_encoder, save_tensors
 from samgraft.shared.training.device import choose_device
 from samgraft.ssl.config import PretrainConfig
 from samgraft.ssl.labelled import load_probe, open_probe_store
+from samgraft.ssl.module import PretrainModule
+from samgraft.ssl.objectives import Method
+from samgraft.ssl.objectives.dino import DINO, DINOConfig
+from samgraft.ssl.objectives.feature import Feature, FeatureConfig
+from samgraft.ssl.objectives.lejepa import LeJEPA, LeJEPAConfig
 from samgraft.ssl.objectives.mae import MAE, MAEConfig
 from samgraft.ssl.objectives.masked_image import MaskedImage, MaskedImageConfig
 from samgraft.ssl.pretrain import pretrain
 from store_factory import make_store
-from tiny_encoders import plain_encoder, tiny_encoder
+from tiny_encoders import lively_encoder, plain_encoder, tiny_encoder
+from tiny_pretrain import make_lab, run
 
 SPEC = tiny_vit_t_spec()
+HEADS = {"output_dim": 12, "head_hidden_dim": 8, "head_bottleneck_dim": 4}
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +47,11 @@ def lab(tmp_path_factory):
     save_tensors(dict(sam.state_dict()), root / "sam.safetensors")
     save_encoder(sam.image_encoder, root / "ssl", Card(image_size=32, stage="encoder", num_neighbours=1, **about))
     return root
+
+
+@pytest.fixture(scope="module")
+def small_lab(tmp_path_factory):
+    return make_lab(tmp_path_factory.mktemp("small"))
 
 
 def test_neighbour_slices__edges_repeat():
@@ -88,10 +102,16 @@ def test_probe__sees_the_neighbours_that_training_sees(lab):
     [
         pytest.param(lambda: MaskedImage(tiny_encoder(), MaskedImageConfig(mask_unit_px=8), seed=0), id="masked_image"),
         pytest.param(lambda: MAE(plain_encoder(), MAEConfig(decoder_dim=16, num_decoder_heads=2), seed=0), id="mae"),
+        pytest.param(lambda: DINO(lively_encoder(), DINOConfig(**HEADS), seed=0, max_steps=4), id="dino"),
+        pytest.param(lambda: DINO(plain_encoder(), DINOConfig(**HEADS), seed=0, max_steps=4), id="dino plain"),
+        pytest.param(lambda: LeJEPA(lively_encoder(), LeJEPAConfig(head_hidden_dim=8), seed=0), id="lejepa"),
+        pytest.param(lambda: LeJEPA(plain_encoder(), LeJEPAConfig(head_hidden_dim=8), seed=0), id="lejepa plain"),
+        pytest.param(lambda: Feature(lively_encoder(), FeatureConfig(), seed=0), id="feature"),
+        pytest.param(lambda: Feature(plain_encoder(), FeatureConfig(decoder_dim=16), seed=0), id="feature plain"),
     ],
 )
-def test_objectives__guess_the_slice_and_look_at_its_neighbours(objective):
-    """Three equal channels are one slice three times; other neighbours change the guess, not what is to be guessed."""
+def test_objectives__show_the_slice_and_look_at_its_neighbours(objective):
+    """Three equal channels are one slice three times; other neighbours change the loss, not what pictures show."""
     model = objective().eval()
     randomise(model, scale=1.0)  # decoders start by answering zero
     size = model.encoder.image_size
@@ -106,6 +126,27 @@ def test_objectives__guess_the_slice_and_look_at_its_neighbours(objective):
     torch.testing.assert_close(same, alone, atol=1e-6, rtol=1e-6)
     assert abs(mixed - alone) > 1e-3
     torch.testing.assert_close(panel.images_KBHW[0], slice_2[:, 0], atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("objective", [method.value for method in Method])
+def test_pretrain__every_objective_learns_from_neighbours(small_lab, monkeypatch, objective):
+    """Two steps, a look at held-out slices before and after them, and a hand-over."""
+    shapes = []
+    forward = PretrainModule.training_step
+
+    def watched(self, batch, batch_idx):
+        shapes.extend(image.shape[0] for image in batch["images"])
+        return forward(self, batch, batch_idx)
+
+    monkeypatch.setattr(PretrainModule, "training_step", watched)
+    settings = ("data.num_neighbours=1", "trainer.max_steps=2", "watch.log_images=true")
+    folder = run(small_lab, f"2.5d-{objective}", objective, *settings)
+    assert shapes == [3] * 4
+    assert Card.read(folder / "encoder" / "card.json").num_neighbours == 1
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    values = [v for line in lines for name, v in line.items() if name.endswith("loss")]
+    assert len(values) >= 4
+    assert all(np.isfinite(values))
 
 
 def finetune_config(lab, *overrides):
