@@ -19,7 +19,10 @@ from samgraft.shared.models.architecture import arch_spec
 from samgraft.ssl.config import DataConfig, ModelConfig, PretrainConfig, PretrainOptimizerConfig
 from samgraft.ssl.crops import CropConfig, content_boxes, local_size, multi_crop
 from samgraft.ssl.held_out import held_out_loss, load_held_out
+from samgraft.ssl.membership import _errors
 from samgraft.ssl.module import PretrainModule
+from samgraft.ssl.objectives.dino import DINO, DINOConfig
+from samgraft.ssl.objectives.lejepa import LeJEPA, LeJEPAConfig
 from samgraft.ssl.objectives.objective import ObjectiveLoss
 from store_factory import make_cases, make_scan, write_nifti
 from tiny_encoders import PLAIN_VIT, TINY_VIT, slices
@@ -152,7 +155,7 @@ class Recorder(torch.nn.Module):
         return ObjectiveLoss(total=images.mean())
 
 
-def test_planes__of_every_slice_reach_the_objective_in_training_and_held_out(tmp_path):
+def test_planes__of_every_slice_reach_the_objective_in_training_held_out_and_audit(tmp_path):
     cases = make_cases(tmp_path, num_patients=2, shape_zyx=(3, 24, 20), labelled=False)
     side_on = np.array([[0.0, 0, 5, 0], [-1, 0, 0, 0], [0, -1, 0, 0], [0, 0, 0, 1]])
     write_nifti(cases[1].scan.paths[0], make_scan(shape_zyx=(3, 24, 20), seed=1)[0], affine=side_on)
@@ -175,6 +178,39 @@ def test_planes__of_every_slice_reach_the_objective_in_training_and_held_out(tmp
     held_out_loss(looked_at, held_out, batch_size=4, step=0, device=torch.device("cpu"))
     assert sorted(p.value for p in looked_at.seen) == sorted(p.value for p in expected)
     assert looked_at.seen == [store.record(ref.series_id).plane for ref in held_out.refs]
+
+    audited = Recorder()
+    layer = {"modality": "mri", "data": {"store": "a.zarr"}, "model": {"base": "random", "image_size": 32}}
+    layer |= {"objective": {"name": "dino"}, "trainer": {"max_steps": 1}}
+    _errors(audited, load_config(PretrainConfig, layers=[layer]), store, store.patient_ids)
+    assert set(audited.seen) == set(expected)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        pytest.param(lambda crops: DINO(plain_encoder(), small_dino(crops), seed=0, max_steps=4), id="dino"),
+        pytest.param(lambda crops: LeJEPA(plain_encoder(), small_lejepa(crops), seed=0), id="lejepa"),
+    ],
+)
+def test_objectives__mirror_views_by_plane(build):
+    objective, images = build(dataclasses.replace(STILL, flip_probability=1.0)).eval(), slices(size=96)
+
+    def loss(plane):
+        return objective.loss(images, sample_counters=(7, 8), step=0, planes=[plane] * 2).total.item()
+
+    with torch.no_grad():
+        unknown = objective.loss(images, sample_counters=(7, 8), step=0).total.item()
+    assert loss(Plane.SAGITTAL) == unknown
+    assert abs(loss(Plane.AXIAL) - unknown) > 1e-4
+
+
+def small_dino(crops):
+    return DINOConfig(crops=crops, output_dim=12, head_hidden_dim=8, head_bottleneck_dim=4)
+
+
+def small_lejepa(crops):
+    return LeJEPAConfig(crops=crops, head_hidden_dim=8, output_dim=4, num_directions=8)
 
 
 def test_multi_crop__stays_inside_the_content():
