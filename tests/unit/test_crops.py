@@ -25,7 +25,7 @@ from samgraft.ssl.objectives.dino import DINO, DINOConfig
 from samgraft.ssl.objectives.lejepa import LeJEPA, LeJEPAConfig
 from samgraft.ssl.objectives.objective import ObjectiveLoss
 from store_factory import make_cases, make_scan, write_nifti
-from tiny_encoders import PLAIN_VIT, TINY_VIT, slices
+from tiny_encoders import PLAIN_VIT, TINY_VIT, plain_encoder, slices
 
 STILL = CropConfig(
     num_local_crops=1,
