@@ -21,7 +21,10 @@ MARKS = {"ok": "ok     ", "warning": "warning", "problem": "PROBLEM"}
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--data", type=Path, action="append", default=[], help="store to check; default: those in data/"
+        "--data",
+        action="append",
+        default=[],
+        help="store, or scans whose headers and names are looked at for people; default: the stores in data/",
     )
     parser.add_argument(
         "--weights", type=Path, action="append", default=[], help="weights file; default: those in data/weights/"

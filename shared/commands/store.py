@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from samgraft.shared.cli import Command
+from samgraft.shared.data.store_files import is_scans
 from samgraft.shared.errors import DataError, StorageError, UsageError
 
 if TYPE_CHECKING:
@@ -63,12 +64,6 @@ def store_of(data: Path | str, *, modality: str, folder: Path = Path("data")) ->
             "or add --overwrite",
         ) from err
     return out
-
-
-def is_scans(data: Path | str) -> bool:
-    """Return whether DATA is there and no store, hence scans that must be built first."""
-    path = Path(data)
-    return "://" not in str(data) and path.exists() and path.suffix != ".zarr" and not (path / "zarr.json").is_file()
 
 
 def modality_of(data: Path | str | None) -> str:

@@ -139,3 +139,9 @@ class RemoteFiles:
 def is_address(path: Path | str) -> bool:
     """Return whether a store is named by an address instead of a folder."""
     return isinstance(path, str) and "://" in path
+
+
+def is_scans(data: Path | str) -> bool:
+    """Return whether DATA is there and no store, hence scans that must be built first."""
+    path = Path(data)
+    return "://" not in str(data) and path.exists() and path.suffix != ".zarr" and not (path / "zarr.json").is_file()

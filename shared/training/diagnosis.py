@@ -15,7 +15,10 @@ from typing import Any
 
 import torch
 from packaging.requirements import Requirement
+from samgraft.shared.data.header_check import check_headers
+from samgraft.shared.data.privacy import BURNED_IN
 from samgraft.shared.data.store import SliceStore
+from samgraft.shared.data.store_files import is_scans
 from samgraft.shared.errors import ExitCode, SamgraftError
 from samgraft.shared.models.inspection import describe
 from samgraft.shared.training.device import choose_device, cpu_has_fast_bf16
@@ -70,24 +73,24 @@ ENVIRONMENT_NOTES: Mapping[str, tuple[Callable[[str], bool], str]] = {
 }
 
 
-def diagnose(root: Path, *, data: Sequence[Path] = (), weights: Sequence[Path] = ()) -> list[Finding]:
+def diagnose(root: Path, *, data: Sequence[Path | str] = (), weights: Sequence[Path] = ()) -> list[Finding]:
     """Look at everything that a run needs.
 
     Args:
         root: Where ``runs/`` and ``data/`` are or will be.
-        data: Stores to open; those in ``root/data`` if none are given.
+        data: Stores to open, and scans whose headers are looked at; the stores in ``root/data`` if none are given.
         weights: Weights files to inspect; those in ``root/data/weights`` if none are given.
 
     Returns:
         Findings without user, host or absolute path names.
     """
-    stores = list(data) or sorted((root / "data").glob("**/*.zarr"))
+    stores: list[Path | str] = list(data) or sorted((root / "data").glob("**/*.zarr"))
     files = list(weights) or sorted(p for p in (root / "data" / "weights").glob("*") if p.is_file())
     return [
         *_environment(),
         *_disk(root),
         *_devices(),
-        *[_store(path) for path in stores],
+        *[finding for path in stores for finding in (_scans(path) if is_scans(path) else [_store(path)])],
         *([] if stores else [_nothing("data", "no store in data/", "samgraft demo-data, or samgraft store build")]),
         *[_weights(path) for path in files],
         *([] if files else [_nothing("weights", "no file in data/weights/", "samgraft demo-data fetches LiteMedSAM")]),
@@ -216,18 +219,51 @@ def _devices() -> list[Finding]:
     return findings
 
 
-def _store(path: Path) -> Finding:
+def _store(path: Path | str) -> Finding:
     try:
         store = SliceStore.open(path)
     except SamgraftError as err:
-        return _refused("data", path, err, advice="samgraft store check shows more; build it again")
+        return _refused("data", Path(path), err, advice="samgraft store check shows more; build it again")
     slices = sum(record.shape_zyx[0] for record in store.series)
     labelled = sum(record.has_label for record in store.series)
     text = (
         f"{store.modality.value}, {len(store.patient_ids)} patients, {len(store.series)} series "
         f"({labelled} labelled), {slices} slices"
     )
-    return Finding(area="data", name=path.name, text=text)
+    return Finding(area="data", name=store.path.name, text=text)
+
+
+def _scans(path: Path | str) -> list[Finding]:
+    """Say what could identify a person. Scans go unnamed: folders and files may be named after one."""
+    try:
+        report = check_headers(Path(path))
+    except SamgraftError:
+        text, advice = "cannot be sorted into scans", "samgraft store check FOLDER says why"
+        return [Finding(area="data", name="scans", status=Status.PROBLEM, text=text, advice=advice)]
+    reasons = ", ".join(f"{number} x {reason}" for reason, number in report.left_out.most_common())
+    findings = [
+        Finding(
+            area="data",
+            name="scans",
+            text=f"{report.num_scans} in {report.num_files} files ({report.layout})"
+            + (f"; left out: {reasons}" if reasons else "")
+            + ("" if report.kinds else "; nothing in headers and names points to a person"),
+        )
+    ]
+    for kind, count in report.kinds.most_common():
+        burned_in = kind == BURNED_IN
+        findings.append(
+            Finding(
+                area="data",
+                name="privacy",
+                status=Status.PROBLEM if burned_in else Status.WARNING,
+                text=f"{count} of {report.num_scans} scans: {kind}",
+                advice="look at them; store build refuses them unless --accept-burned-in is given"
+                if burned_in
+                else "stays out of stores, pixels do not; de-identify before the scans go anywhere else",
+            )
+        )
+    return findings
 
 
 def _weights(path: Path) -> Finding:

@@ -6,13 +6,22 @@ import getpass
 import json
 import shutil
 import socket
+from collections import Counter
 from pathlib import Path
 
+import nibabel as nib
+import pydicom
 import pytest
+from dicom_factory import write_series
 from samgraft.shared.cli import main
+from samgraft.shared.data.examine import BuildSettings, examine_case
+from samgraft.shared.data.header_check import check_headers
+from samgraft.shared.data.privacy import BURNED_IN
+from samgraft.shared.data.sources import discover
+from samgraft.shared.data.volume import Modality
 from samgraft.shared.training import diagnosis
 from samgraft.shared.training.diagnosis import Status, diagnose
-from store_factory import make_store
+from store_factory import make_scan, make_store, write_nifti
 
 
 def by_name(root: Path) -> dict[str, diagnosis.Finding]:
@@ -63,6 +72,74 @@ def test_leftover_variables__named(
 ) -> None:
     monkeypatch.setenv(name, value)
     assert (name in by_name(tmp_path)) is warned
+
+
+def clinic(folder: Path) -> Path:
+    """Three scans: a DICOM series full of names, a clean one, and NIfTI with free text under a patient's name."""
+    volume = make_scan(shape_zyx=(3, 24, 20))[0]
+    paths = write_series(
+        folder / "a", volume, PatientName="Roe^Jane", PatientIdentityRemoved="NO", BurnedInAnnotation="YES"
+    )
+    private = pydicom.dcmread(paths[-1])  # in one file of the series only
+    private.private_block(0x0011, "ACME", create=True).add_new(0x01, "LO", "secret-remark")
+    private.save_as(paths[-1])
+    write_series(folder / "b", volume, PatientID="P2", SeriesInstanceUID="1.2.3.5")
+    scan = nib.load(write_nifti(folder / "Doe John" / "scan.nii.gz", volume))
+    scan.header["descrip"] = b"ward 7"
+    nib.save(scan, folder / "Doe John" / "scan.nii.gz")
+    (folder / "readme.txt").write_text("Roe, Jane")
+    return folder
+
+
+def test_scans__identifying_tags_burned_in_flags_and_private_tags_are_counted(tmp_path: Path) -> None:
+    findings = [finding for finding in diagnose(tmp_path, data=[clinic(tmp_path / "in")]) if finding.area == "data"]
+    assert findings[0].text == "3 in 7 files (plain folder); left out: 1 x text or description"
+    assert [finding.name for finding in findings] == ["scans", *["privacy"] * 6]
+    said = {finding.text.removeprefix("1 of 3 scans: "): finding.status for finding in findings[1:]}
+    assert said == {
+        BURNED_IN: Status.PROBLEM,
+        "DICOM does not say that the identity was removed (0012,0062)": Status.WARNING,
+        "DICOM identifying tags: PatientName": Status.WARNING,
+        "DICOM private tags": Status.WARNING,
+        "NIfTI free text: descrip": Status.WARNING,
+        "what looks like a person's name in a file or folder name": Status.WARNING,
+    }
+    assert diagnosis.exit_code(findings) == 3
+
+
+def test_scans__doctor_and_build_find_the_same(tmp_path: Path) -> None:
+    folder = clinic(tmp_path / "in")
+    settings = BuildSettings(modality=Modality.MRI, salt="", accept_burned_in=True)
+    built: Counter[str] = Counter()
+    for case in discover(folder).cases:
+        built.update(examine_case(case, settings).privacy)
+    assert check_headers(folder).kinds == built
+
+
+def test_scans__clean_ones_are_said_to_be_clean(tmp_path: Path) -> None:
+    write_series(tmp_path / "in", make_scan(shape_zyx=(3, 24, 20))[0])
+    findings = [finding for finding in diagnose(tmp_path, data=[tmp_path / "in"]) if finding.area == "data"]
+    assert [(f.status, f.text) for f in findings] == [
+        (Status.OK, "1 in 3 files (plain folder); nothing in headers and names points to a person")
+    ]
+
+
+def test_scans__damaged_headers_and_folders_without_scans(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    volume = make_scan(shape_zyx=(3, 24, 20))[0]
+    path = write_nifti(tmp_path / "in" / "scan.nii.gz", volume)
+    path.write_bytes(path.read_bytes()[:20])
+    assert check_headers(tmp_path / "in").kinds == {"header that cannot be read": 1}
+    path.unlink()
+    assert main(["doctor", "--data", str(tmp_path / "in")]) == 3
+    assert "PROBLEM  scans: cannot be sorted into scans" in capsys.readouterr().out
+
+
+def test_scans__names_nobody(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--json", "--data", str(clinic(tmp_path / "Smith Anna"))]) == 3
+    text = capsys.readouterr().out
+    assert "PatientName" in text
+    for secret in ("Roe", "Jane", "Doe", "John", "Smith", "secret-remark", "ACME", "ward 7", str(tmp_path)):
+        assert secret not in text
 
 
 def test_json__names_nobody(
