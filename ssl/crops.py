@@ -142,7 +142,8 @@ def multi_crop(
     """
     sizes = [images_BCSS.shape[-1]] * NUM_GLOBAL + [local_size_px] * config.num_local_crops
     views: list[list[torch.Tensor]] = [[] for _ in sizes]
-    mirrors = [config.mirror_probability(plane) for plane in planes or [None] * len(images_BCSS)]
+    known: Sequence[Plane | None] = planes or [None] * len(images_BCSS)
+    mirrors = [config.mirror_probability(plane) for plane in known]
     boxes = content_boxes(images_BCSS)
     for image_CSS, counter, box, mirror in zip(images_BCSS, sample_counters, boxes, mirrors, strict=True):
         generator = np.random.default_rng([seed, CROP_STREAM, int(counter)])

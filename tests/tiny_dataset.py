@@ -45,3 +45,24 @@ class PatientDataset(FatalDataset):
         if item[1] == self.at_sample:
             time.sleep(60)
         return TinyDataset.__getitem__(self, item)
+
+
+class SlowStart(TinyDataset):
+    """Takes its time to arrive in a worker, as imports on a loaded machine do."""
+
+    def __init__(self, *, seconds: float) -> None:
+        self.seconds = seconds
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        time.sleep(state["seconds"])
+        self.__dict__.update(state)
+
+
+class NoStart(TinyDataset):
+    """Kills the worker that it arrives in."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"kill": True}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        os._exit(1)

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from samgraft.shared.data.privacy import dicom_findings, nifti_findings, path_findings
 from samgraft.shared.data.readers.scan import ScanFiles, ScanFormat
@@ -84,7 +85,7 @@ def _nifti(path: Path) -> tuple[str, ...]:
     from nibabel.spatialimages import HeaderDataError
 
     try:
-        header = nib.load(path).header
+        header: Any = nib.load(path).header
     except (ImageFileError, HeaderDataError, EOFError, OSError, ValueError, zlib.error):
         return (UNREADABLE,)
     return nifti_findings(header, num_extensions=len(header.extensions))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
 from enum import Enum
+from typing import Any
 
 from samgraft.ssl.objectives.dino import DINOConfig
 from samgraft.ssl.objectives.feature import FeatureConfig
@@ -56,5 +57,6 @@ def with_mirroring(config: ObjectiveConfig, probability: float) -> ObjectiveConf
     section = getattr(config, config.name.value)
     if not isinstance(section, DINOConfig | LeJEPAConfig) or section.crops.flip_probability is not None:
         return config
-    crops = replace(section.crops, flip_probability=probability)
-    return replace(config, **{config.name.value: replace(section, crops=crops)})
+    filled: dict[str, Any] = {"crops": replace(section.crops, flip_probability=probability)}
+    filled = {config.name.value: replace(section, **filled)}
+    return replace(config, **filled)

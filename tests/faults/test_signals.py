@@ -17,10 +17,12 @@ import pytest
 import torch
 from samgraft.shared.errors import SamgraftError, StoppedAndSaved
 from samgraft.shared.training.failures import explain_failure
+from samgraft.shared.training.loader import build_step_loader
 from samgraft.shared.training.periodic import Boundary, Periodic
 from samgraft.shared.training.signals import StopRequest, listening
-from tiny_dataset import FatalDataset, PatientDataset
+from tiny_dataset import FatalDataset, NoStart, PatientDataset, SlowStart, TinyDataset
 from tiny_training import At, TinyModule, curve, final_bytes, noisy_validation, tiny_config, tiny_fit
+from torch.utils.data import default_collate
 
 
 def send(number: int) -> None:
@@ -160,6 +162,30 @@ def test_worker_hangs__said_in_words(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("samgraft.shared.training.loader.WORKER_TIMEOUT_S", 1)
     with pytest.raises(SamgraftError, match="no data worker delivered a batch in time"):
         tiny_fit(tmp_path, "a", tiny_config(num_workers=1), dataset=PatientDataset(at_sample=8))
+
+
+def worker_batches(dataset: TinyDataset) -> list[Any]:
+    loader = build_step_loader(
+        dataset, batch_sampler=[[(0, 0)], [(1, 1)], [(2, 2)]], collate_fn=default_collate, num_workers=2
+    )
+    return list(loader)
+
+
+def test_worker_starts_slowly__does_not_count_as_hanging(monkeypatch: pytest.MonkeyPatch) -> None:
+    worker_batches(TinyDataset())  # the fork server is up
+    monkeypatch.setattr("samgraft.shared.training.loader.WORKER_TIMEOUT_S", 1)
+    monkeypatch.setattr("samgraft.shared.training.loader.POLL_S", 0.05)
+    assert len(worker_batches(SlowStart(seconds=1.5))) == 3
+    monkeypatch.setattr("samgraft.shared.training.loader.WORKER_START_TIMEOUT_S", 0.1)
+    with pytest.raises(RuntimeError, match=r"DataLoader timed out: no worker within 0\.1 seconds"):
+        worker_batches(SlowStart(seconds=0.5))
+
+
+def test_worker_dies_at_its_start__said_at_once() -> None:
+    started = time.monotonic()
+    with pytest.raises(RuntimeError, match=r"DataLoader worker \(pid.*\) exited unexpectedly"):
+        worker_batches(NoStart())
+    assert time.monotonic() - started < 60  # the time-out of a batch is 120 s
 
 
 def test_out_of_memory__names_the_same_global_batch(tmp_path: Path) -> None:
