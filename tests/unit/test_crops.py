@@ -16,7 +16,7 @@ from samgraft.shared.data.store_build import build_store
 from samgraft.shared.data.volume import Modality
 from samgraft.shared.errors import UsageError
 from samgraft.shared.models.architecture import arch_spec
-from samgraft.ssl.config import DataConfig, ModelConfig, PretrainConfig, PretrainOptimizerConfig
+from samgraft.ssl.config import PretrainConfig
 from samgraft.ssl.crops import CropConfig, content_boxes, local_size, multi_crop
 from samgraft.ssl.held_out import held_out_loss, load_held_out
 from samgraft.ssl.membership import _errors
@@ -167,22 +167,22 @@ def test_planes__of_every_slice_reach_the_objective_in_training_held_out_and_aud
 
     dataset = SliceDataset(store, select_slices(store, store.patient_ids))
     trained = Recorder()
-    module = PretrainModule(trained, PretrainOptimizerConfig(), image_size=32, keep_aspect=True)
+    layer = {"modality": "mri", "data": {"store": "a.zarr", "num_held_out_slices": 6}, "objective": {"name": "dino"}}
+    layer |= {"model": {"base": "random", "image_size": 32}, "trainer": {"max_steps": 1}}
+    config = load_config(PretrainConfig, layers=[layer])
+    module = PretrainModule(trained, config)
     module.training_step(collate_slices([dataset[i, i] for i in range(6)]), 0)
     assert trained.seen == expected
 
     looked_at = Recorder()
-    data = DataConfig(store="a.zarr", num_held_out_slices=6)
-    model = ModelConfig(base="random", image_size=32)
-    held_out = load_held_out(store, store.patient_ids, config=data, model=model, preset=load_preset("mri"))
+    preset = load_preset("mri")
+    held_out = load_held_out(store, store.patient_ids, config=config.data, model=config.model, preset=preset)
     held_out_loss(looked_at, held_out, batch_size=4, step=0, device=torch.device("cpu"))
     assert sorted(p.value for p in looked_at.seen) == sorted(p.value for p in expected)
     assert looked_at.seen == [store.record(ref.series_id).plane for ref in held_out.refs]
 
     audited = Recorder()
-    layer = {"modality": "mri", "data": {"store": "a.zarr"}, "model": {"base": "random", "image_size": 32}}
-    layer |= {"objective": {"name": "dino"}, "trainer": {"max_steps": 1}}
-    _errors(audited, load_config(PretrainConfig, layers=[layer]), store, store.patient_ids)
+    _errors(audited, config, store, store.patient_ids)
     assert set(audited.seen) == set(expected)
 
 
