@@ -36,6 +36,13 @@ class _Parser(argparse.ArgumentParser):
         raise UsageError(f"{message}.", next_command=f"{self.prog} --help")
 
 
+def local_path(text: str) -> Path:
+    """Read an argument that must lie on this machine; an address would become a path that does not exist."""
+    if "://" in text:
+        raise argparse.ArgumentTypeError(f"must lie on this machine, got the address {text}: copy it here first")
+    return Path(text)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; never shows a traceback without ``--debug``."""
     arguments = list(sys.argv[1:] if argv is None else argv)

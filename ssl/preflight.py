@@ -14,11 +14,11 @@ import torch
 from samgraft.shared.data.dataset import SliceDataset, SliceRef, batch_to_input, collate_slices
 from samgraft.shared.data.split import (
     Split,
-    default_split_path,
     load_split,
     make_split,
     pretrain_manifest,
     refuse_leak,
+    split_beside,
 )
 from samgraft.shared.data.store import SliceStore
 from samgraft.shared.errors import DataError, StorageError, UsageError
@@ -53,10 +53,9 @@ class StepTime:
 
 def pretraining_split(config: DataConfig, store: SliceStore, *, seed: int) -> Split:
     """Return the split by patient; without a file, one that holds out a quarter of the patients."""
-    path = Path(config.split) if config.split else None
-    if path is None and not default_split_path(store.path).is_file():
-        return make_split(store, fractions=HELD_OUT_FRACTIONS, seed=seed)
-    return load_split(path, store)
+    if config.split:
+        return load_split(Path(config.split), store)
+    return split_beside(store) or make_split(store, fractions=HELD_OUT_FRACTIONS, seed=seed)
 
 
 def leak_check(

@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.add_argument("model", metavar="RUN_OR_RELEASE", help="a finished stage-2 run or a release")
-    parser.add_argument("--data", type=Path, help="labelled slice store; default the one the run was trained on")
+    parser.add_argument("--data", help="labelled slice store, folder or address; default the run's")
     parser.add_argument("--split-file", type=Path, help="split by patient; default the one beside the store")
     parser.add_argument("--split", default="test", choices=("train", "val", "test"), help="part (default test)")
     parser.add_argument("--out", type=Path, help="folder; default RUN/evaluation/PART")
@@ -174,14 +174,14 @@ def _may_show_images(path: Path) -> bool:
     return bool(watch.get("log_images", False))
 
 
-def _store_of_run(path: Path) -> Path:
+def _store_of_run(path: Path) -> str:
     """Read the store from the run's configuration; a release does not know where data lies."""
     config = path / "config.yaml"
     if not config.is_file():
         raise UsageError("a release does not know where the data lies.", next_command="add --data STORE.zarr (DATA=)")
     import yaml
 
-    return Path(yaml.safe_load(config.read_text(encoding="utf-8"))["data"]["store"])
+    return str(yaml.safe_load(config.read_text(encoding="utf-8"))["data"]["store"])
 
 
 COMMAND = Command(help="scores per case and class, with intervals over patients", add_arguments=add_arguments, run=run)

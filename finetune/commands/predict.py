@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from samgraft.shared.cli import Command
+from samgraft.shared.cli import Command, local_path
 from samgraft.shared.errors import DataError, ExitCode, StoppedAndSaved, UsageError
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ FORMATS = ("nifti", "nrrd", "dicom-seg")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.add_argument("model", metavar="RUN_OR_RELEASE", type=Path, help="a finished stage-2 run or a release")
-    parser.add_argument("input", metavar="INPUT", type=Path, help="a scan, a folder, a DICOM series, or a CSV list")
+    parser.add_argument("input", metavar="INPUT", type=local_path, help="a scan, a folder, a DICOM series, a CSV list")
     parser.add_argument("--out", type=Path, required=True, help="folder for the masks")
     parser.add_argument("--prompts", type=Path, help="YAML or JSON with boxes and points; default: automatic")
     parser.add_argument(

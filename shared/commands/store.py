@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from samgraft.shared.cli import Command
-from samgraft.shared.data.store_files import is_scans
+from samgraft.shared.cli import Command, local_path
+from samgraft.shared.data.store_files import is_address, is_scans
 from samgraft.shared.errors import DataError, StorageError, UsageError
 
 if TYPE_CHECKING:
@@ -78,21 +78,21 @@ def modality_of(data: Path | str | None) -> str:
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", required=True, metavar="build|check|info|split")
     build = actions.add_parser("build", help="scans and labels -> slice store", allow_abbrev=False)
-    build.add_argument("source", type=Path, help="folder (plain, nnU-Net raw, Decathlon, BIDS, DICOM) or CSV list")
-    build.add_argument("--out", type=Path, required=True, help="the store, NAME.zarr")
+    build.add_argument("source", type=local_path, help="folder (plain, nnU-Net, Decathlon, BIDS, DICOM) or CSV list")
+    build.add_argument("--out", type=local_path, required=True, help="the store, NAME.zarr")
     build.add_argument("--dry-run", action="store_true", help="read and check everything, write nothing")
     build.add_argument("--overwrite", action="store_true", help="replace a complete store with other content")
     build.add_argument("--skip-refused", action="store_true", help="leave refused cases out and count them")
     _add_source_options(build)
     check = actions.add_parser("check", help="verify every byte of a store, or examine scans", allow_abbrev=False)
-    check.add_argument("path", type=Path, help="a store, or a folder of scans")
-    check.add_argument("--source", type=Path, help="compare the store with these scans as well")
+    check.add_argument("path", type=local_path, help="a store, or a folder of scans")
+    check.add_argument("--source", type=local_path, help="compare the store with these scans as well")
     _add_source_options(check)
     info = actions.add_parser("info", help="describe a store", allow_abbrev=False)
     info.add_argument("path", help="folder or address (s3://bucket/NAME.zarr)")
     info.add_argument("--json", action="store_true", help="the same for programs")
     split = actions.add_parser("split", help="draw a split by patient and save it", allow_abbrev=False)
-    split.add_argument("path", type=Path)
+    split.add_argument("path", help="folder or address")
     split.add_argument("--fractions", default="0.7,0.15,0.15", help="train,val,test")
     split.add_argument("--seed", type=int, default=0)
     split.add_argument("--by-site", action="store_true", help="keep every site or scanner in one part")
@@ -270,7 +270,9 @@ def _split(arguments: argparse.Namespace) -> int:
         raise UsageError(f"--fractions must be three numbers like 0.7,0.15,0.15, got {arguments.fractions!r}.") from err
     store = SliceStore.open(arguments.path)
     split = make_split(store, fractions=fractions, seed=arguments.seed, by_site=arguments.by_site)
-    path = arguments.out or default_split_path(arguments.path)
+    if arguments.out is None and is_address(arguments.path):
+        raise UsageError("--out must say where the split goes: the store is not on this machine.")
+    path = arguments.out or default_split_path(Path(arguments.path))
     console = Console(stderr=True)
     if arguments.few_shot is None:
         split.save(path)

@@ -127,22 +127,39 @@ def load_split(path: Path | None, store: SliceStore) -> Split:
     Raises:
         DataError: If the file is damaged, belongs to another store, or leaks.
     """
-    if path is None:
-        beside = default_split_path(store.path)
-        if not beside.is_file():
-            split = make_split(store)
-            log.info(
-                "no split file: drawn by patient with seed 0 (train %d, val %d, test %d patients)",
-                len(split.train),
-                len(split.val),
-                len(split.test),
-            )
-            return split
-        path = beside
-    if not path.is_file():
-        raise DataError("the split file does not exist.", where=path.name)
+    if path is not None:
+        if not path.is_file():
+            raise DataError("the split file does not exist.", where=path.name)
+        return _read_split(path.read_bytes(), store, where=path.name)
+    split = split_beside(store)
+    if split is None:
+        split = make_split(store)
+        log.info(
+            "no split file: drawn by patient with seed 0 (train %d, val %d, test %d patients)",
+            len(split.train),
+            len(split.val),
+            len(split.test),
+        )
+    return split
+
+
+def split_beside(store: SliceStore) -> Split | None:
+    """Return the split that lies beside a store, here or behind its address; None if there is none.
+
+    Raises:
+        DataError: If the file is damaged, belongs to another store, or leaks.
+    """
+    name = default_split_path(store.path).name
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        content = store.files.read_beside(name)
+    except FileNotFoundError:
+        return None
+    return _read_split(content, store, where=name)
+
+
+def _read_split(content: bytes, store: SliceStore, *, where: str) -> Split:
+    try:
+        values = json.loads(content)
         split = Split(
             train=tuple(values["train"]),
             val=tuple(values["val"]),
@@ -153,9 +170,9 @@ def load_split(path: Path | None, store: SliceStore) -> Split:
         )
         recorded = str(values["sha256"])
     except (ValueError, KeyError, TypeError) as err:
-        raise DataError(f"the split file is damaged ({type(err).__name__}).", where=path.name) from err
+        raise DataError(f"the split file is damaged ({type(err).__name__}).", where=where) from err
     if recorded != split.sha256:
-        raise DataError("the split file was changed by hand: its hash differs. Make it again.", where=path.name)
+        raise DataError("the split file was changed by hand: its hash differs. Make it again.", where=where)
     check_split(split, store)
     return split
 

@@ -34,6 +34,10 @@ class StoreFiles(Protocol):
         """Return the size of a file; None if there is none, or asking would cost a round trip."""
         ...
 
+    def read_beside(self, name: str) -> bytes:
+        """Return a whole file that lies beside the store; FileNotFoundError if there is none."""
+        ...
+
 
 class LocalFiles:
     """A folder."""
@@ -64,6 +68,10 @@ class LocalFiles:
             return None
         return info.st_size
 
+    def read_beside(self, name: str) -> bytes:
+        """Return a whole file that lies beside the folder."""
+        return LocalFiles(Path(self._root).absolute().parent).read(name)
+
 
 class RemoteFiles:
     """An object store. The connection is made at the first use in each process, and never pickled.
@@ -90,6 +98,10 @@ class RemoteFiles:
     def size(self, name: str) -> int | None:
         """Return None: not asked."""
         return None
+
+    def read_beside(self, name: str) -> bytes:
+        """Return a whole file that lies beside the store."""
+        return RemoteFiles(self._url.rpartition("/")[0]).read(name)
 
     def _ask(self, question: Callable[[Any, Any], Any], name: str) -> bytes:
         store = self._connect()

@@ -8,15 +8,14 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 from samgraft.shared.data.build_report import spacing_ranges
-from samgraft.shared.data.split import default_split_path, load_split
+from samgraft.shared.data.split import split_beside
 from samgraft.shared.data.store import SliceStore
 
 
 def describe_store(store: SliceStore) -> dict[str, Any]:
     """Return counts, ranges and identity of a store."""
     records = list(store.series)
-    split_path = default_split_path(store.path)
-    split = load_split(split_path, store) if split_path.is_file() else None
+    split = split_beside(store)
     return {
         "name": store.path.name,
         "fingerprint": store.fingerprint,

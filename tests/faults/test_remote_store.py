@@ -1,5 +1,6 @@
 """Stores behind an address: a local server that speaks S3 and HTTP, is slow to answer, or loses files (row 104)."""
 
+import argparse
 import pickle
 import sys
 import threading
@@ -8,9 +9,23 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import numpy as np
 import pytest
 import samgraft.shared.data.store_files as store_files
+from finished_factory import SPEC, make_lab
+from model_factory import make_sam
+from samgraft.finetune.commands.finetune import add_arguments, build_config
+from samgraft.finetune.evaluation.evaluate import evaluate
+from samgraft.finetune.evaluation.scores import read_cases
+from samgraft.finetune.model_folder import read_model
+from samgraft.finetune.training.preparation import prepare
+from samgraft.shared.cli import main
 from samgraft.shared.data.dataset import SliceDataset, select_slices
+from samgraft.shared.data.split import load_split, split_beside
 from samgraft.shared.data.store import SliceStore
+from samgraft.shared.data.store_info import describe_store
 from samgraft.shared.errors import DataError, StorageError, UsageError
+from samgraft.shared.models.card import Card
+from samgraft.shared.models.weights import save_encoder, save_tensors
+from samgraft.ssl.config import DataConfig
+from samgraft.ssl.preflight import pretraining_split
 from store_factory import make_store
 
 pytest.importorskip("obstore", reason="addresses need the extra s3")
@@ -170,3 +185,87 @@ def test_missing_package_is_named(monkeypatch):
     with pytest.raises(UsageError, match=r"an address \(s3://\) needs another package") as caught:
         SliceStore.open("s3://bucket/x.zarr")
     assert caught.value.next_command == "pip install 'samgraft[s3]'"
+
+
+# The commands on a store behind an address ---------------------------------------------------------------------------
+
+LAB = "s3://bucket/lab/store.zarr"
+
+
+@pytest.fixture
+def lab(server):
+    return make_lab(server.root / "lab", num_patients=4)
+
+
+def test_s3__the_split_beside_the_store_is_found(server, lab):
+    remote = SliceStore.open(LAB)
+    assert load_split(None, remote) == lab.split
+    assert pretraining_split(DataConfig(store=LAB), remote, seed=5) == lab.split
+    assert describe_store(remote)["split"] == {name: len(lab.split.part(name)) for name in ("train", "val", "test")}
+    other = SliceStore.open("s3://bucket/store.zarr")
+    assert split_beside(other) is None
+    server.failures = 10_000
+    with pytest.raises(StorageError, match="does not answer"):
+        load_split(None, remote)
+
+
+@pytest.mark.parametrize("given", [("--data", LAB), ()], ids=["--data", "the store of the run"])
+def test_s3__evaluate_scores_the_same(lab, tmp_path, monkeypatch, given):
+    """The page of the report, which costs seconds, is not what depends on the place of the store."""
+    monkeypatch.setattr("samgraft.finetune.evaluation.evaluation_report.write_evaluation_report", lambda *_, **__: None)
+    (lab.run / "config.yaml").write_text(f"data: {{store: '{'nowhere' if given else LAB}'}}\n")
+    assert main(["evaluate", str(lab.run), "--out", str(tmp_path / "out"), *given]) == 0
+    expected = evaluate(read_model(lab.run), lab.store, lab.split, part="test").rows
+    rows = read_cases(tmp_path / "out" / "cases.csv")
+    assert {row["patient_id"] for row in rows} == set(lab.split.test)
+    assert [(row["series_id"], row["predicted_voxels"], row["dice"]) for row in rows] == [
+        (row["series_id"], row["predicted_voxels"], pytest.approx(row["dice"], abs=1e-5)) for row in expected
+    ]
+
+
+def test_s3__finetune_prepares_the_same_samples(lab):
+    sam = make_sam(SPEC, image_size=32)
+    save_tensors(dict(sam.state_dict()), lab.root / "sam.safetensors")
+    about = {"arch": "vit_t", "stem": "conv1x1", "pixel_mean": [0.0] * 3, "pixel_std": [255.0] * 3}
+    save_encoder(sam.image_encoder, lab.root / "ssl", Card(image_size=32, stage="encoder", **about))
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    given = ["--ckpt", str(lab.root / "ssl"), "--base", str(lab.root / "sam.safetensors"), "--preset", "cpu"]
+
+    def prepared(store):
+        return prepare(build_config(parser.parse_args([*given, "--data", store, "model.image_size=32"])))
+
+    ours, theirs = prepared(str(lab.store.path)), prepared(LAB)
+    assert theirs.split == ours.split == lab.split
+    first, second = ours.dataset[0, 0], theirs.dataset[0, 0]
+    np.testing.assert_array_equal(second["image"], first["image"])
+    np.testing.assert_array_equal(second["label"], first["label"])
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (
+            "predict runs/a s3://bucket/scan --out x",
+            "INPUT: must lie on this machine, got the address s3://bucket/scan",
+        ),
+        ("store build s3://bucket/scans --out x.zarr", "source: must lie on this machine"),
+        ("store build scans --out s3://bucket/x.zarr", "--out: must lie on this machine"),
+        ("store check s3://bucket/store.zarr", "path: must lie on this machine, got the address s3://"),
+        ("store split s3://bucket/store.zarr", "--out must say where the split goes"),
+    ],
+)
+def test_commands_that_need_files_on_this_machine_refuse_addresses(server, capsys, command, message):
+    assert main(command.split()) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_s3__split_is_written_where_it_is_told(server, tmp_path):
+    path = tmp_path / "mine.split.json"
+    assert main(["store", "split", "s3://bucket/store.zarr", "--out", str(path), "--fractions", "1,0,0"]) == 0
+    assert load_split(path, SliceStore.open("s3://bucket/store.zarr")).train
+
+
+def test_s3__doctor_describes_the_store(server, capsys):
+    assert main(["doctor", "--data", "s3://bucket/store.zarr"]) == 0
+    assert "store.zarr: mri, 1 patients, 1 series" in capsys.readouterr().out
