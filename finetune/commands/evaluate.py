@@ -54,9 +54,10 @@ def run(arguments: argparse.Namespace) -> int:
     from samgraft.finetune.model_folder import read_model
     from samgraft.shared.data.split import load_split
     from samgraft.shared.data.store import SliceStore
-    from samgraft.shared.training.device import choose_device
+    from samgraft.shared.training.device import choose_device, tune_cpu
 
     _check(arguments)
+    tune_cpu()
     path = Path(arguments.model)
     model = read_model(path)
     store = SliceStore.open(arguments.data or _store_of_run(path))

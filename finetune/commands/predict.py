@@ -49,12 +49,14 @@ def run(arguments: argparse.Namespace) -> int:
     from samgraft.finetune.prediction.prediction_inputs import find_inputs
     from samgraft.finetune.prediction.predictor import Predictor
     from samgraft.finetune.prompting.prompt_file import read_prompts
+    from samgraft.shared.training.device import tune_cpu
     from samgraft.shared.training.signals import StopRequest, listening
 
     if arguments.batch_size is not None and arguments.batch_size < 1:
         raise UsageError(f"--batch-size must be at least 1, got {arguments.batch_size}.")
     inputs = find_inputs(arguments.input, frame=arguments.frame, allow_gaps=arguments.allow_gaps)
     formats = _formats(arguments.formats, inputs)
+    tune_cpu()
     predictor = Predictor(
         arguments.model,
         device=arguments.device,
