@@ -5,6 +5,7 @@ import re
 import shutil
 from importlib.metadata import entry_points
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 from doc_commands import ROOT, arguments_of, fake_environment, parse, shell_commands
@@ -64,6 +65,13 @@ def test_docs__pictures_are_small_used_and_readable() -> None:
     assert {p.name for p in pictures} == used
     for path in pictures:
         assert path.stat().st_size < 100_000
+        if path.suffix == ".svg":
+            text = path.read_text(encoding="utf-8")
+            root = ElementTree.fromstring(text)
+            assert root.tag.endswith("svg")
+            assert float(root.attrib["width"].removesuffix("pt")) > 300
+            assert "creator" not in text.lower()
+            continue
         with Image.open(path, formats=("PNG",)) as picture:
             assert picture.size[0] > 300
             assert not picture.info.get("Software")

@@ -1,7 +1,9 @@
 """``evaluate`` and ``compare`` from the command line: files, post-processing on validation only, refusals by code."""
 
 import json
+import random
 
+import numpy as np
 import pytest
 import torch
 from finished_factory import make_lab, write_finished
@@ -132,3 +134,35 @@ def test_refusals__one_screen_and_their_code(lab, capsys, arguments, code, text)
     shown = capsys.readouterr().err
     assert text in shown
     assert "Traceback" not in shown
+
+
+def test_evaluate__leaves_model_and_generators_alone(lab):
+    model = read_model(lab.run)
+    model.segmenter.train()
+    model.segmenter.sam.mask_decoder.eval()
+    modes = {name: module.training for name, module in model.segmenter.named_modules()}
+    tensors = {name: tensor.clone() for name, tensor in model.segmenter.state_dict().items()}
+    states = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
+    evaluate(model, lab.store, lab.split, part="test", bf16=True)
+    assert {name: module.training for name, module in model.segmenter.named_modules()} == modes
+    assert len(set(modes.values())) == 2
+    assert all(torch.equal(tensors[name], tensor) for name, tensor in model.segmenter.state_dict().items())
+    assert all(p.grad is None and p.requires_grad for p in model.segmenter.parameters())
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert np.array_equal(np.random.get_state()[1], states[1])
+    assert random.getstate() == states[2]
+
+
+def test_postprocessing__sees_validation_scans_only(lab, monkeypatch):
+    from samgraft.finetune.evaluation import evaluate as module
+
+    seen = []
+    segment = module.segment_series
+
+    def spy(segmenter, store, series_id, *rest):
+        seen.append(store.record(series_id).patient_id)
+        return segment(segmenter, store, series_id, *rest)
+
+    monkeypatch.setattr(module, "segment_series", spy)
+    module.choose_on_validation(read_model(lab.run), lab.store, lab.split)
+    assert set(seen) == set(lab.split.val)

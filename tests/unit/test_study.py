@@ -4,6 +4,7 @@ import csv
 import json
 import logging
 import math
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -153,6 +154,28 @@ def test_study__runs_every_cell_once_and_writes_table_and_report(study, caplog):
     assert "4 of 4 complete" in page
     run_study(plan(study), run=samgraft)
     assert len(samgraft.calls) == 8, "complete cells ran again"
+
+
+def test_study__few_shot_curves_have_a_picture_per_data_set(study):
+    study.write_text(yaml.safe_dump(GRID | {"shots": [2, 0], "seeds": [0]}))
+    page = run_study(plan(study), run=FakeSamgraft()).read_text()
+    assert page.count("data:image/png") == 3
+    assert "The right-most point uses all training data." in page
+
+
+def test_study__runs_as_many_cells_at_a_time_as_asked(study):
+    """A barrier that opens for two, and a third that would be counted."""
+    barrier, inside, most, fake = threading.Barrier(2, timeout=20), [], [], FakeSamgraft()
+
+    def run(arguments, log_file, num_threads, processes):
+        inside.append(1)
+        most.append(len(inside))
+        barrier.wait()
+        inside.pop()
+        return fake(arguments, log_file, num_threads, processes)
+
+    run_study(plan(study), num_parallel=2, run=run)
+    assert max(most) == 2
 
 
 def test_study__failed_cells_do_not_stop_the_others_and_are_tried_again(study):
