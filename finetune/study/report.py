@@ -53,7 +53,7 @@ def write_results(
         Section(title="Ranks", parts=_ranks(ranking)),
     ]
     if len(config.shots) > 1:
-        sections.append(Section(title="Few shots", parts=_curves(rows)))
+        sections.append(Section(title="Few shots", parts=_curves(rows, config.shot_unit)))
     sections.append(
         Section(title="Quality and cost", parts=[Picture(png=cost_figure(rows), caption=_COST)] if rows else [])
     )
@@ -102,7 +102,7 @@ def rank_figure(ranking: Ranking) -> bytes:
         axes.set_yticks(range(len(ordered)), [names[setting] for setting, _ in ordered])
         axes.set_ylim(len(ordered) + 0.5 * len(groups), -0.6)
         axes.set_xlim(0.8, len(ordered) + 0.4)
-        axes.set_xlabel(f"mean rank over {ranking.num_patients} patients (1 is best)")
+        axes.set_xlabel(f"mean rank over {ranking.num_patients} blocks (1 is best)")
         axes.set_title(f"critical difference {ranking.critical_difference:.2f}", fontsize=9, loc="right")
         return figure_png(figure)
 
@@ -160,12 +160,17 @@ def _summary(
 
 
 def _table(rows: Sequence[Row]) -> Table:
+    values = [_values(row) for row in rows]
+    # What never varies is in the summary; with it the table is too wide for a page. table.csv has every column.
+    names = 1 + len(SETTING_AXES)
+    shown = [i for i in range(len(TABLE_COLUMNS)) if i >= names or len({row[i] for row in values}) > 1]
     return Table(
-        columns=TABLE_COLUMNS,
-        rows=[[_shown(v) for v in _values(row)] for row in rows],
+        columns=[TABLE_COLUMNS[i] for i in shown],
+        rows=[[_shown(row[i]) for i in shown] for row in values],
         caption=(
             "Dice on the scans' own grids, seeds averaged per patient; low and high are a 95 % bootstrap interval over "
-            "patients (none below six). Peak memory is the resident memory of the training process."
+            "patients (none below six). Peak memory is the resident memory of the training process. Names that all "
+            "rows share are left out; table.csv has them."
         ),
         max_rows=2000,
     )
@@ -187,17 +192,19 @@ def _ranks(ranking: Ranking | None) -> list[Text | Picture]:
     return [Picture(png=rank_figure(ranking), caption=caption)]
 
 
-def _curves(rows: Sequence[Row]) -> list[Text | Picture]:
+def _curves(rows: Sequence[Row], unit: str) -> list[Text | Picture]:
     names = short_names([row.setting for row in rows])
     pictures: list[Text | Picture] = []
     for data_set in dict.fromkeys(row.data_set for row in rows):
         curves: dict[str, tuple[list[float], list[float]]] = {}
+        ticks: dict[float, str] = {}
         mine = [row for row in rows if row.data_set == data_set and row.dice is not None]
         last = max((row.shots for row in mine), default=0)
         for row in sorted(mine, key=lambda r: r.shots if r.shots != ALL else last + 1):
             assert row.dice is not None
             x, y = curves.setdefault(names[row.setting], ([], []))
             x.append(float(row.shots if row.shots != ALL else 2 * last or 1))
+            ticks[x[-1]] = _shots(row.shots)
             y.append(row.dice.mean)
         if any(len(x) > 1 for x, _ in curves.values()):
             caption = (
@@ -205,7 +212,11 @@ def _curves(rows: Sequence[Row]) -> list[Text | Picture]:
                 if any(row.shots == ALL for row in mine)
                 else data_set
             )
-            pictures.append(Picture(png=curve_figure(curves, ylabel="Dice", xlabel="shots"), caption=caption))
+            pictures.append(
+                Picture(
+                    png=curve_figure(curves, ylabel="Dice", xlabel=f"training {unit}", ticks=ticks), caption=caption
+                )
+            )
     return pictures or [Text(text="No setting is complete at two numbers of shots yet.")]
 
 

@@ -136,6 +136,7 @@ def curve_figure(
     baseline: tuple[str, float] | None = None,
     min_span: float = 0.0,
     from_zero: bool = False,
+    ticks: Mapping[float, str] | None = None,
     size_in: tuple[float, float] = (7.2, 2.9),
 ) -> bytes:
     """Draw curves over steps.
@@ -149,6 +150,7 @@ def curve_figure(
         baseline: Name and height of a dashed line: the value to beat.
         min_span: Least height of the ordinate in its units, so that noise does not look like a result.
         from_zero: Begin the ordinate at 0, where a curve must be seen against a collapse.
+        ticks: The only places marked on the abscissa, and their names.
         size_in: Width and height in inches.
 
     Returns:
@@ -157,6 +159,8 @@ def curve_figure(
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=size_in, layout="constrained")
         axes = figure.add_subplot()
+        if ticks is not None:
+            axes.set_xticks(list(ticks), list(ticks.values()))
         for number, (name, (x, y)) in enumerate(curves.items()):
             color = COLORS[number % len(COLORS)]
             raw = np.asarray(y, dtype=float)

@@ -4,6 +4,7 @@ import csv
 import json
 import logging
 import math
+import re
 import threading
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pytest
 import yaml
 from samgraft.finetune.evaluation.evaluate import Evaluation, write_evaluation
 from samgraft.finetune.evaluation.scores import CASE_COLUMNS
-from samgraft.finetune.study import schedule
+from samgraft.finetune.study import report, schedule
 from samgraft.finetune.study.cell_run import CellFolder, Processes, run_cell
 from samgraft.finetune.study.cells import expand
 from samgraft.finetune.study.config import StudyConfig
@@ -161,6 +162,18 @@ def test_study__few_shot_curves_have_a_picture_per_data_set(study):
     page = run_study(plan(study), run=FakeSamgraft()).read_text()
     assert page.count("data:image/png") == 3
     assert "The right-most point uses all training data." in page
+
+
+def test_report__leaves_out_what_never_varies_and_marks_the_shots(study, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(report, "curve_figure", lambda curves, **values: drawn.update(values) or b"")
+    study.write_text(yaml.safe_dump(GRID | {"shots": [5, 0, 2], "seeds": [0]}))
+    page = run_study(plan(study), run=FakeSamgraft()).read_text()
+    assert drawn["ticks"] == {2.0: "2", 5.0: "5", 10.0: "all"}
+    assert drawn["xlabel"] == "training patients"
+    headings = re.findall(r"<th[^>]*>(?:<button[^>]*>)?([^<]+)", page)
+    assert {"method", "shots", "dice", "low", "high"} <= set(headings)
+    assert not {"data set", "initialisation", "architecture", "scope", "variant"} & set(headings)
 
 
 def test_study__runs_as_many_cells_at_a_time_as_asked(study):
