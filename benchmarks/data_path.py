@@ -160,7 +160,8 @@ def measure_all(folder, arguments):
     stage_2 = stage_augmentation(FinetuneConfig, "finetune/cpu.yaml", {"ckpt": "x"})
     kinds = {"plain": None, "stage 1": stage_1, "stage 2": stage_2}
     read = rates(
-        {k: lambda k=k: read_speed(store, num=2000, augment=kinds[k]) for k in kinds}, repeats=arguments.repeats
+        {k: lambda k=k: read_speed(store, num=arguments.reads, augment=kinds[k]) for k in kinds},
+        repeats=arguments.repeats,
     )
     source = arguments.series * NUM_SLICES_PER_SERIES * SIDE * SIDE * 2
     share = sum(size for r in store.series for size, _ in r.files.values()) / source
@@ -170,11 +171,17 @@ def measure_all(folder, arguments):
         ("the same with stage 2's augmentation", read["stage 2"], ""),
         ("store building from .nii, MB of source voxels per second and core", build[".nii"], "at least 40"),
         ("store building from .nii.gz, the same", build[".nii.gz"], "at least 40"),
-        ("indexing 20,000 files, s", f"{index_speed(folder / 'many', num=20_000):.2f}", "under 60"),
+        (
+            f"indexing {arguments.files:,} files, s",
+            f"{index_speed(folder / 'many', num=arguments.files):.2f}",
+            "under 60",
+        ),
         ("store size, share of the source voxels", f"{share:.2f}", ""),
     ]
     for num_workers in arguments.workers:
-        waiting, seconds = data_wait(store, stage_1, device=arguments.device, num_workers=num_workers)
+        waiting, seconds = data_wait(
+            store, stage_1, device=arguments.device, num_workers=num_workers, num_steps=arguments.steps
+        )
         what = (
             f"share of a stage-1 step waiting for data, {num_workers} workers (8 slices at 128 px, {arguments.device})"
         )
@@ -186,6 +193,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--series", type=int, default=3)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--reads", type=int, default=2000, help="slices per measurement of reading")
+    parser.add_argument("--files", type=int, default=20_000, help="files to index")
+    parser.add_argument("--steps", type=int, default=8, help="training steps, after two that do not count")
     parser.add_argument("--workers", type=int, nargs="*", default=[0, 2], help="of the loader in the training step")
     parser.add_argument("--device", default="cpu", help="for the training step: cpu or cuda")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
@@ -197,8 +207,10 @@ def main():
     lines = [
         f"# Data path, {today}",
         "",
-        f"Command: `python benchmarks/data_path.py --series {arguments.series} --repeats {arguments.repeats} --device "
-        f"{arguments.device}`; {NUM_SLICES_PER_SERIES} slices of {SIDE}x{SIDE} uint16 per series, warm page cache, CPU "
+        f"Command: `python benchmarks/data_path.py --series {arguments.series} --repeats {arguments.repeats} --reads "
+        f"{arguments.reads} --files {arguments.files} --steps {arguments.steps} --workers "
+        f"{' '.join(map(str, arguments.workers))} --device {arguments.device}`; {NUM_SLICES_PER_SERIES} slices of "
+        f"{SIDE}x{SIDE} uint16 per series, warm page cache, CPU "
         "time of one thread; median (range).",
         f"Hardware: {cpu_name()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; Python "
         f"{platform.python_version()}, NumPy {np.__version__}, torch {torch.__version__}.",
