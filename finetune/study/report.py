@@ -163,7 +163,9 @@ def _table(rows: Sequence[Row]) -> Table:
     values = [_values(row) for row in rows]
     # What never varies is in the summary; with it the table is too wide for a page. table.csv has every column.
     names = 1 + len(SETTING_AXES)
-    shown = [i for i in range(len(TABLE_COLUMNS)) if i >= names or len({row[i] for row in values}) > 1]
+    different = [len({row[i] for row in values}) > 1 for i in range(len(TABLE_COLUMNS))]
+    measured = [any(row[i] is not None for row in values) for i in range(len(TABLE_COLUMNS))]
+    shown = [i for i in range(len(TABLE_COLUMNS)) if (different[i] if i < names else measured[i])]
     return Table(
         columns=[TABLE_COLUMNS[i] for i in shown],
         rows=[[_shown(row[i]) for i in shown] for row in values],
