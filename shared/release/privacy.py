@@ -11,7 +11,8 @@ What is packed (zip and npz, gzip, bzip2, xz, also one in another) is unpacked a
 cannot be unpacked here (zstd, 7z, rar) or is packed too deeply or too tightly is refused: unknown is not clean.
 
 Tensors are numbers: a chance run of ``MIN_PRINTABLE`` printable bytes with a pattern inside is not to be expected in a
-file of gigabytes (digits: (10/256)^6 times (95/256)^6 per byte).
+file of gigabytes (digits: (10/256)^6 times (95/256)^6 per byte). Short addresses and drive paths are: ``a@b.c`` turned
+up in an optimizer of 2 MB. In binary files these two patterns must be long enough to cross two floats' first bytes.
 """
 
 from __future__ import annotations
@@ -55,6 +56,15 @@ PATTERNS: dict[str, re.Pattern[bytes]] = {
     ),
     "person name in DICOM form": re.compile(rb"\b[A-Z][A-Za-z'-]+\^[A-Z][A-Za-z'-]+"),
 }
+BINARY_PATTERNS = PATTERNS | {
+    "e-mail address": re.compile(
+        rb"[A-Za-z0-9._%+-]{3,64}@[A-Za-z0-9-]{2,63}(?:\.[A-Za-z0-9-]{1,63})*\.[A-Za-z]{2,63}"
+    ),
+    "absolute path": re.compile(
+        rb"(?<![\w./])/(?:home|Users|root|data|mnt|scratch|tmp|work|srv)/[\w.-]+|[A-Za-z]:\\[\w.-]{4,}"
+    ),
+}
+"""What is searched in printable runs of binary files."""
 MONAI_SCHEMA_URL = (
     "https://github.com/Project-MONAI/MONAI-extra-test-data/releases/download/0.8.1/meta_schema_20240725.json"
 )
@@ -254,8 +264,9 @@ def _scan_bytes(
         content = content.replace(public, b"x" * len(public))
     content = _HASH.sub(lambda m: b"x" * len(m.group()), content)
     pieces = [(0, content)] if is_text else _printable_runs(content)
+    patterns = PATTERNS if is_text else BINARY_PATTERNS
     for start, piece in pieces:
-        for kind, pattern in PATTERNS.items():
+        for kind, pattern in patterns.items():
             findings += [
                 Finding(file=name, offset=base + start + m.start(), kind=f"{kind} {what}".strip())
                 for m in pattern.finditer(piece)

@@ -119,6 +119,24 @@ def test_gate__finds_the_canary(clean, plant, monkeypatch):
     assert "Canary" not in refusal.value.what.replace("CanaryHospital.txt", "").replace("CanaryHospital.w", "")
 
 
+@pytest.mark.parametrize(
+    ("text", "in_text", "in_tensor"),
+    [
+        (b"0=;<8a@b1.c7=;<0", 1, 0),
+        (b"0=;<8x:\\y;<=0=;<0", 1, 0),
+        (b"0=;< jane@site.org", 1, 1),
+        (b"0=;< D:\\scans\\x ;<", 1, 1),
+    ],
+    ids=["chance address", "chance path", "address", "path"],
+)
+def test_gate__short_chance_matches_count_in_text_only(clean, text, in_text, in_tensor):
+    """Of the numbers of a large optimizer some always read like a@b.c."""
+    save_file({"w": torch.tensor(list(text), dtype=torch.uint8)}, clean / "sam.safetensors")
+    assert len(scan_folder(clean)) == in_tensor
+    (clean / "notes.txt").write_bytes(text)
+    assert len([f for f in scan_folder(clean) if f.file == "notes.txt"]) == in_text
+
+
 def test_gate__finds_the_user_as_a_word(clean, monkeypatch):
     monkeypatch.setattr(getpass, "getuser", lambda: "kim")
     (clean / "README.md").write_text("skimming is no finding\n")
