@@ -124,17 +124,25 @@ def test_gate__finds_the_canary(clean, plant, monkeypatch):
     [
         (b"0=;<8a@b1.c7=;<0", 1, 0),
         (b"0=;<8x:\\y;<=0=;<0", 1, 0),
+        (b"0=;<8123456;<=0=;<0", 1, 0),
         (b"0=;< jane@site.org", 1, 1),
         (b"0=;< D:\\scans\\x ;<", 1, 1),
     ],
-    ids=["chance address", "chance path", "address", "path"],
+    ids=["chance address", "chance path", "chance digits", "address", "path"],
 )
-def test_gate__short_chance_matches_count_in_text_only(clean, text, in_text, in_tensor):
+def test_gate__short_chance_matches_count_outside_of_tensors_only(clean, text, in_text, in_tensor):
     """Of the numbers of a large optimizer some always read like a@b.c."""
-    save_file({"w": torch.tensor(list(text), dtype=torch.uint8)}, clean / "sam.safetensors")
-    assert len(scan_folder(clean)) == in_tensor
-    (clean / "notes.txt").write_bytes(text)
-    assert len([f for f in scan_folder(clean) if f.file == "notes.txt"]) == in_text
+    tensors = {"w": torch.tensor(list(text), dtype=torch.uint8)}
+    save_file(tensors, clean / "sam.safetensors")
+    torch.save(tensors, clean / "sam.pth")
+    found = scan_folder(clean)
+    assert len([f for f in found if f.file == "sam.safetensors"]) == in_tensor
+    assert len([f for f in found if f.file.startswith("sam.pth")]) == in_tensor
+    torch.save({"args": text.decode()} | tensors, clean / "sam.pth")
+    (clean / "notes.bin").write_bytes(text)
+    found = [f.file.split(":")[-1] for f in scan_folder(clean)]
+    assert found.count("notes.bin") == in_text
+    assert found.count("sam/data.pkl") == in_text
 
 
 def test_gate__finds_the_user_as_a_word(clean, monkeypatch):
