@@ -1,10 +1,12 @@
 """Augmentation: seeded per sample, labels follow geometry, values stay in range, float safe, anatomy respected."""
 
+import argparse
 import pickle
 
 import numpy as np
 import pytest
 import torch
+from samgraft.finetune.commands.finetune import add_arguments, build_config
 from samgraft.finetune.training.config import FinetuneConfig
 from samgraft.shared.config import load_config, packaged_config
 from samgraft.shared.data.augment import AugmentConfig, SliceAugmentation
@@ -13,6 +15,8 @@ from samgraft.shared.data.preset import load_preset, modality_layer
 from samgraft.shared.data.sampler import sample_generator
 from samgraft.shared.data.volume import Modality
 from samgraft.ssl.config import PretrainConfig
+from samgraft.ssl.prepare import Request, prepare
+from store_factory import make_store
 
 STILL = {"flip_columns_probability": 0.0}
 PARTS = {
@@ -192,3 +196,14 @@ def test_users_have_the_last_word(schema):
     assert stage_augment(schema, "ct", overrides=["data.augment.flip_columns_probability=0.25"]) == stage_augment(
         schema, "mri", overrides=["data.augment.flip_columns_probability=0.25", "data.augment.gamma_probability=0.1"]
     )
+
+
+def test_commands__both_ask_the_modality(tmp_path):
+    """What CT says about mirroring arrives through the commands, not only through the function they share."""
+    store = str(make_store(tmp_path, num_patients=2, shape_zyx=(2, 16, 16), modality="ct"))
+    config, _ = prepare(Request(data=store, base="random"), has_gpu=False)
+    assert config.data.augment.flip_columns_probability == 0.0
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    tuned = build_config(parser.parse_args(["--ckpt", "runs/a", "--data", store, "--preset", "cpu"]))
+    assert tuned.data.augment.flip_columns_probability == 0.0

@@ -80,6 +80,14 @@ def test_split__file_round_trip_and_tampering(store, tmp_path):
         load_split(tmp_path / "none.json", store)
 
 
+def test_load_split__a_file_that_leaks_is_refused(store, tmp_path):
+    """Its own hash is right: it is the content that must not be used."""
+    split = make_split(store)
+    dataclasses.replace(split, val=(*split.val, split.train[0])).save(tmp_path / "s.json")
+    with pytest.raises(DataError, match="1 patients are in both train and val"):
+        load_split(tmp_path / "s.json", store)
+
+
 def test_load_split__none_takes_the_file_beside_the_store(store):
     default = load_split(None, store)
     assert default == make_split(store)
