@@ -224,7 +224,7 @@ def finetune(plan: Plan, *, init: str, seed: int, size: str) -> dict[str, Any]:
     command += [f"watch.validate_every_n_steps={steps}", f"trainer.device={plan.device}"]
     run(command, plan, log=f"finetune-{name}")
     test = ["evaluate", str(plan.work / "runs" / name), "--split-file", str(split), "--split", "test"]
-    run([*test, "--batch-size", "32", "--device", plan.device], plan, log=f"evaluate-{name}")
+    run([*test, "--batch-size", "8", "--precision", "auto", "--device", plan.device], plan, log=f"evaluate-{name}")
     rows = list(csv.DictReader((plan.work / "runs" / name / "evaluation" / "test" / "cases.csv").open()))
     per_subject: dict[str, list[float]] = {}
     for row in rows:
