@@ -1,11 +1,13 @@
 """A model that cannot be merged is released as base and adapter, loads back as it was, and refuses to be plain SAM."""
 
+import numpy as np
 import pytest
 import torch
 from model_factory import tiny_vit_t_spec
 from release_factory import InThisProcess, finished_model
 from samgraft.finetune.adapters import AdapterConfig, Method, adapt, save_adapter
 from samgraft.finetune.model_folder import read_model, write_model
+from samgraft.finetune.prediction import Predictor
 from samgraft.finetune.release import release_clients
 from samgraft.finetune.release.release import release_model
 from samgraft.shared.errors import UsageError, WeightsError
@@ -59,6 +61,15 @@ def test_release__of_a_pair_segments_as_the_run_did(run):
     assert "read_model" in (out / "README.md").read_text()
     with pytest.raises(WeightsError, match="adapter that cannot be merged"):
         load_sam(out)
+
+
+def test_predict__with_a_pair_and_its_release_gives_the_same_labels(run):
+    out = run.parents[1] / "out"
+    release_model(request(run))
+    volume_ZHW = np.random.default_rng(1).normal(100, 30, size=(3, 40, 36)).astype(np.float32)
+    labels = [Predictor(path, device="cpu", precision="fp32")(volume_ZHW) for path in (run, out)]
+    assert 0 < (labels[0] > 0).mean() < 1
+    assert np.array_equal(*labels)
 
 
 def test_release__of_a_pair_as_plain_sam_is_refused(run):
