@@ -39,13 +39,7 @@ NUM_CHOOSING_SUBJECTS = 10
 STORE = "hippocampus.zarr"
 COMMAND = [sys.executable, "-c", "import sys; from samgraft.shared.cli import main; sys.exit(main())"]
 SETTINGS = {
-    "data": {
-        "min_foreground_fraction": 0.0,
-        "augment": {
-            "max_rotation_deg": 30.0, "min_scale": 0.8, "max_scale": 1.25, "max_shear": 0.1, "max_shift": 0.1,
-            "max_log_gamma": 0.3, "max_log_contrast": 0.25,
-        },
-    },
+    "data": {"min_foreground_fraction": 0.0},
     "model": {"image_size": 64},
     "optim": {"lr": 1e-3, "warmup_steps": 20},
     "trainer": {"save_every_steps": 100, "log_every_steps": 10},

@@ -69,15 +69,6 @@ STAGE_2 = (
     f"model.image_size={IMAGE_SIZE}",
     "data.batch_size=8",
     "data.min_foreground_fraction=0.0",
-    # As in finetune_methods.py. Anterior and posterior look alike when slices are turned by any angle (180 degrees):
-    # in so few steps that regime ends at half the Dice.
-    "data.augment.max_rotation_deg=30",
-    "data.augment.min_scale=0.8",
-    "data.augment.max_scale=1.25",
-    "data.augment.max_shear=0.1",
-    "data.augment.max_shift=0.1",
-    "data.augment.max_log_gamma=0.3",
-    "data.augment.max_log_contrast=0.25",
     "trainer.channels_last=true",
     "trainer.save_every_steps=100",
     "optim.warmup_steps=20",

@@ -50,8 +50,8 @@ class DataConfig:
     augment: AugmentConfig = field(
         default_factory=lambda: AugmentConfig(
             max_rotation_deg=30.0,
-            min_scale=0.7,
-            max_scale=1.4,
+            min_scale=0.8,
+            max_scale=1.25,
             max_shear=0.1,
             max_shift=0.1,
             max_log_gamma=0.3,
