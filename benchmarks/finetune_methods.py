@@ -47,7 +47,7 @@ SETTINGS = {
 FULL_RATE = "optim.lr=1e-4"
 """``full`` moves pretrained weights themselves: a tenth of the rate, as config.py advises."""
 STEPS = {"all": 600, "5": 250}
-EVERY = {"all": 150, "5": 50}
+EVERY = {"all": 300, "5": 125}
 BOX_STEPS = ["trainer.max_steps=400", "watch.validate_every_n_steps=100"]
 """A box says where to look: there is less to learn."""
 METHODS = {
