@@ -19,7 +19,16 @@ _IDENTIFYING = (
     "PatientAddress",
     "PatientTelephoneNumbers",
     "OtherPatientIDs",
+    "OtherPatientNames",
+    "PatientBirthName",
+    "PatientMotherBirthName",
+    "ResponsiblePerson",
     "ReferringPhysicianName",
+    "PerformingPhysicianName",
+    "RequestingPhysician",
+    "PhysiciansOfRecord",
+    "NameOfPhysiciansReadingStudy",
+    "InstitutionName",
     "InstitutionAddress",
     "OperatorsName",
     "AccessionNumber",
@@ -36,11 +45,13 @@ _PATH_SIGNS = {
 
 
 def dicom_findings(dataset: Any) -> tuple[str, ...]:
-    """Return kinds of identifying content in a DICOM header; no values."""
+    """Return kinds of identifying content in a DICOM header, its sequences included; no values."""
     found = []
+    elements = list(dataset.iterall())
+    filled = {e.keyword for e in elements if e.keyword in _IDENTIFYING and str(e.value or "").strip()}
     if str(dataset.get("PatientIdentityRemoved", "")).upper() != "YES":
         found.append("DICOM does not say that the identity was removed (0012,0062)")
-    if names := [name for name in _IDENTIFYING if str(dataset.get(name, "") or "").strip()]:
+    if names := [name for name in _IDENTIFYING if name in filled]:
         found.append(f"DICOM identifying tags: {', '.join(names)}")
     burned = str(dataset.get("BurnedInAnnotation", "")).upper()
     derived = {str(part).upper() for part in (dataset.get("ImageType") or ())}
@@ -49,7 +60,7 @@ def dicom_findings(dataset: Any) -> tuple[str, ...]:
         found.append(BURNED_IN)
     elif burned != "NO" and risky:
         found.append("DICOM of a kind that often has burned-in text does not say that it has none (0028,0301)")
-    if any(element.tag.is_private for element in dataset):
+    if any(element.tag.is_private for element in elements):
         found.append("DICOM private tags")
     return tuple(found)
 
