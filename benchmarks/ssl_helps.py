@@ -23,84 +23,34 @@ import csv
 import datetime
 import hashlib
 import json
-import platform
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from samgraft.finetune.evaluation.statistics import bootstrap_mean
 from samgraft.shared.data.split import Split
 from samgraft.shared.data.store import SliceStore
-from samgraft.shared.training.device import cpu_has_fast_bf16
 from samgraft.shared.training.environment import code_revision
-from scipy.stats import wilcoxon
+from ssl_helps_plan import (
+    BASE,
+    FEW,
+    GEOMETRY,
+    NUM_HELD_OUT,
+    NUM_PROBE_TEST,
+    NUM_PROBE_TRAIN,
+    NUM_STAGE_2_VAL,
+    OWN_SETTINGS,
+    SEEDS,
+    STAGE_1,
+    STAGE_2,
+    Plan,
+)
+from ssl_helps_table import render
 
 RESULTS = Path(__file__).parent / "results"
-BASE = "base"
-IMAGE_SIZE = 56
-"""The crops are about 35 x 50 pixels; vit_t's attention windows fit 56 px, 64 px cost 1.8 times as much for padding."""
-NUM_HELD_OUT, NUM_PROBE_TRAIN, NUM_PROBE_TEST = 12, 8, 16
-"""Training subjects kept out of pretraining: for the held-out loss (four of them validate stage 2), and the probe."""
-NUM_STAGE_2_VAL = 4
-SEEDS = (0, 1, 2)
-FEW = 5
-STAGE_1 = (
-    f"model.image_size={IMAGE_SIZE}",
-    "data.batch_size=2",
-    "data.num_held_out_slices=24",
-    "optim.lr=3e-5",
-    "optim.warmup_steps=50",
-    "trainer.channels_last=true",
-    "trainer.save_every_steps=100",
-    "trainer.num_workers=0",
-    "watch.every_n_steps=250",
-    "watch.log_images=false",
-    "probe.every_n_steps=250",
-    "probe.num_train_slices=64",
-    "probe.num_test_slices=96",
-)
-STAGE_2 = (
-    f"model.image_size={IMAGE_SIZE}",
-    "data.batch_size=8",
-    "data.min_foreground_fraction=0.0",
-    "trainer.channels_last=true",
-    "trainer.save_every_steps=100",
-    "optim.warmup_steps=20",
-)
-OWN_SETTINGS = {
-    "masked_image": ("objective.masked_image.mask_unit_px=8",),
-    # Its Gaussian term compares the slices of a batch: two would be no sample.
-    "lejepa": ("data.batch_size=4",),
-}
-"""Where an objective needs other settings than the rest."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """What is compared and at what length."""
-
-    work: Path
-    base: Path
-    objectives: tuple[str, ...]
-    stage_1_steps: int
-    few_steps: int
-    full_steps: int
-    device: str
-
-    @property
-    def store(self) -> Path:
-        """The store of all subjects."""
-        return self.work / "hippocampus.zarr"
-
-    def steps(self, size: str) -> int:
-        """Steps of a fine-tuning."""
-        return self.few_steps if size == "few" else self.full_steps
 
 
 # data
@@ -220,7 +170,15 @@ def finetune(plan: Plan, *, init: str, seed: int, size: str) -> dict[str, Any]:
     split = plan.work / f"{size}-{seed}.split.json"
     steps = plan.steps(size)
     command = ["finetune", "--ckpt", str(ckpt), "--base", str(plan.base), "--data", str(plan.store), "--name", name]
-    command += ["--preset", "cpu", *STAGE_2, f"trainer.max_steps={steps}", f"seed={seed}", f"data.split={split}"]
+    command += [
+        "--preset",
+        "cpu",
+        *STAGE_2,
+        *GEOMETRY[plan.geometry],
+        f"trainer.max_steps={steps}",
+        f"seed={seed}",
+        f"data.split={split}",
+    ]
     # One round, at the end: nothing is chosen among rounds.
     command += [f"watch.validate_every_n_steps={steps}", f"trainer.device={plan.device}"]
     run(command, plan, log=f"finetune-{name}")
@@ -253,143 +211,6 @@ def say(text: str) -> None:
     sys.stdout.flush()
 
 
-# the table
-
-
-def load(plan: Plan) -> dict[str, dict[str, Any]]:
-    """Return the finished cells by name."""
-    return {p.stem: json.loads(p.read_text()) for p in sorted((plan.work / "cells").glob("*.json"))}
-
-
-def mean_over_seeds(done: dict[str, dict[str, Any]], init: str, size: str, seeds: Sequence[int]) -> dict[str, float]:
-    """Return Dice per subject, the mean over seeds."""
-    runs = [done[f"{size}-{init}-{seed}"]["dice"] for seed in seeds]
-    return {patient: float(np.mean([run[patient] for run in runs])) for patient in runs[0]}
-
-
-def stage_2_rows(plan: Plan, done: dict[str, dict[str, Any]], size: str) -> list[str]:
-    """Return the table's rows of one training size: only seeds that base and encoder both have are compared."""
-    rows = []
-    for init in [BASE, *plan.objectives]:
-        seeds = [s for s in SEEDS if f"{size}-{init}-{s}" in done and f"{size}-{BASE}-{s}" in done]
-        if not seeds:
-            rows.append(f"| {init} | not run | | | |")
-            continue
-        dice, base = (mean_over_seeds(done, name, size, seeds) for name in (init, BASE))
-        interval = bootstrap_mean(list(dice.values()))
-        assert interval is not None
-        cells_ = [init, f"{len(seeds)}", f"{interval.mean:.3f} ({interval.low:.3f} to {interval.high:.3f})"]
-        if init == BASE:
-            cells_ += ["", ""]
-        else:
-            differences = [dice[p] - base[p] for p in base]
-            gain = bootstrap_mean(differences)
-            assert gain is not None
-            cells_ += [f"{gain.mean:+.3f} ({gain.low:+.3f} to {gain.high:+.3f})", p_value(differences)]
-        rows.append("| " + " | ".join(cells_) + " |")
-    return rows
-
-
-def p_value(differences: Sequence[float]) -> str:
-    """Return the two-sided Wilcoxon signed-rank p value over subjects."""
-    if not any(differences):
-        return "1 (all equal)"
-    return f"{wilcoxon(differences).pvalue:.2g}"
-
-
-def stage_1_rows(plan: Plan, done: dict[str, dict[str, Any]]) -> list[str]:
-    """Return what every stage-1 run shows of itself, start -> end."""
-    rows = []
-    for objective in plan.objectives:
-        cell = done.get(f"pretrain-{objective}")
-        if cell is None:
-            rows.append(f"| {objective} | not run | | | | |")
-            continue
-        ends = cell["ends"]
-        keys = ("probe/dice", "drift/box_dice", "held_out/loss", "held_out/effective_rank")
-        shown = [f"{ends[k][0]:.3f} -> {ends[k][1]:.3f}" if k in ends else "" for k in keys]
-        rows.append(f"| {objective} | {cell['steps']} | {' | '.join(shown)} |")
-    return rows
-
-
-def verdict(plan: Plan, done: dict[str, dict[str, Any]]) -> list[str]:
-    """Say in words what the intervals say, for every comparison that was made."""
-    words = []
-    for size, title in (("few", f"{FEW} subjects"), ("full", "all subjects")):
-        for init in plan.objectives:
-            seeds = [s for s in SEEDS if f"{size}-{init}-{s}" in done and f"{size}-{BASE}-{s}" in done]
-            if not seeds:
-                continue
-            dice, base = (mean_over_seeds(done, name, size, seeds) for name in (init, BASE))
-            gain = bootstrap_mean([dice[p] - base[p] for p in base])
-            assert gain is not None
-            assert gain.low is not None
-            assert gain.high is not None
-            if gain.low > 0:
-                found = "better than the base weights"
-            elif gain.high < 0:
-                found = "worse than the base weights"
-            else:
-                found = "no difference from the base weights that the interval excludes from being chance"
-            words.append(f"- {title}, {init}, {len(seeds)} seed{'s' * (len(seeds) > 1)}: {found} ({gain.mean:+.3f}).")
-    return words or ["- No comparison is finished yet."]
-
-
-def render(plan: Plan) -> str:
-    """Return the whole result as Markdown."""
-    done = load(plan)
-    tested = next((len(c["dice"]) for c in done.values() if "dice" in c), 40)
-    revisions = sorted({str(c["code_revision"])[:9] for c in done.values()})
-    head = "| start | seeds | test Dice (95 % interval over subjects) | against the base, paired | Wilcoxon p |"
-    rule = "|---|---|---|---|---|"
-    return "\n".join(
-        [
-            f"# Does stage 1 help stage 2? {datetime.date.today()}",
-            "",
-            f"Medical Segmentation Decathlon, hippocampus (2 classes): {tested} test subjects, looked at once per "
-            f"model; {IMAGE_SIZE} px, `vit_t` from LiteMedSAM's weights. Stage 1 on the training subjects except "
-            f"{NUM_HELD_OUT + NUM_PROBE_TRAIN + NUM_PROBE_TEST} (held-out loss, probe). Stage 2: LoRA in encoder and "
-            f"decoder, automatic mode, {plan.few_steps} steps of 8 slices for {FEW} subjects, {plan.full_steps} for "
-            "all; the last weights, nothing chosen. Dice is the mean of both classes per subject on its own grid. The "
-            "interval is over subjects: it does not cover the choice of the training subjects, of which the seeds "
-            "draw three.",
-            "",
-            f"Hardware: {platform.machine()}, {os.cpu_count()} logical cores, one thread, bf16 "
-            f"{'native' if cpu_has_fast_bf16() else 'emulated or off'}, no GPU, torch {torch.__version__}; code "
-            f"{', '.join(revisions) or 'not run yet'}. Other work ran beside it; only Dice is reported, no times. "
-            "`mae` is not in the table: it needs an encoder that can leave tokens out, vit_t cannot.",
-            "",
-            "## Stage 1: what the runs show of themselves (start -> end)",
-            "",
-            "| objective | steps | frozen-feature probe Dice | box-prompt Dice of SAM's own decoder | held-out loss | "
-            "effective rank |",
-            "|---|---|---|---|---|---|",
-            *stage_1_rows(plan, done),
-            "",
-            f"## Stage 2 on {FEW} subjects",
-            "",
-            head,
-            rule,
-            *stage_2_rows(plan, done, "few"),
-            "",
-            "## Stage 2 on all training subjects",
-            "",
-            head,
-            rule,
-            *stage_2_rows(plan, done, "full"),
-            "",
-            "## In words",
-            "",
-            *verdict(plan, done),
-            "",
-            f"Command: `python benchmarks/ssl_helps.py FOLDER --base lite_medsam.pth --work WORK --steps "
-            f"{plan.stage_1_steps} --few-steps {plan.few_steps} --full-steps {plan.full_steps} --objectives "
-            f"{','.join(plan.objectives)}`",
-            "",
-        ]
-    )
-
-
 def main() -> None:
     """Run what is missing, then write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -401,6 +222,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1000, help="of stage 1")
     parser.add_argument("--few-steps", type=int, default=300)
     parser.add_argument("--full-steps", type=int, default=800)
+    parser.add_argument("--geometry", default="mild", choices=tuple(GEOMETRY), help="augmentation of stage 2")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--table", action="store_true", help="only write the table")
     arguments = parser.parse_args()
@@ -414,6 +236,7 @@ def main() -> None:
         stage_1_steps=arguments.steps,
         few_steps=arguments.few_steps,
         full_steps=arguments.full_steps,
+        geometry=arguments.geometry,
         device=arguments.device,
     )
     if not arguments.table:
@@ -421,7 +244,8 @@ def main() -> None:
         for kind in arguments.kinds.split(","):
             for name, what in list(cells(plan, [kind])):
                 run_cell(plan, name, what)
-    out = RESULTS / f"ssl_helps-{datetime.date.today()}.md"
+    strong = "" if plan.geometry == "mild" else f"-{plan.geometry}"
+    out = RESULTS / f"ssl_helps{strong}-{datetime.date.today()}.md"
     out.write_text(render(plan))
     say(f"written: {out.name}")
 

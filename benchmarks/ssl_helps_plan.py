@@ -1,0 +1,80 @@
+"""What ``ssl_helps.py`` compares and at what length; its settings, one place for the runs and for the table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+BASE = "base"
+IMAGE_SIZE = 56
+"""The crops are about 35 x 50 pixels; vit_t's attention windows fit 56 px, 64 px cost 1.8 times as much for padding."""
+NUM_HELD_OUT, NUM_PROBE_TRAIN, NUM_PROBE_TEST = 12, 8, 16
+"""Training subjects kept out of pretraining: for the held-out loss (four of them validate stage 2), and the probe."""
+NUM_STAGE_2_VAL = 4
+SEEDS = (0, 1, 2)
+FEW = 5
+STAGE_1 = (
+    f"model.image_size={IMAGE_SIZE}",
+    "data.batch_size=2",
+    "data.num_held_out_slices=24",
+    "optim.lr=3e-5",
+    "optim.warmup_steps=50",
+    "trainer.channels_last=true",
+    "trainer.save_every_steps=100",
+    "trainer.num_workers=0",
+    "watch.every_n_steps=250",
+    "watch.log_images=false",
+    "probe.every_n_steps=250",
+    "probe.num_train_slices=64",
+    "probe.num_test_slices=96",
+)
+STAGE_2 = (
+    f"model.image_size={IMAGE_SIZE}",
+    "data.batch_size=8",
+    "data.min_foreground_fraction=0.0",
+    "trainer.channels_last=true",
+    "trainer.save_every_steps=100",
+    "optim.warmup_steps=20",
+)
+GEOMETRY = {
+    "mild": (),
+    "strong": (
+        "data.augment.max_rotation_deg=180",
+        "data.augment.min_scale=0.7",
+        "data.augment.max_scale=1.6",
+        "data.augment.max_shear=0.3",
+        "data.augment.max_shift=0.2",
+        "data.augment.max_log_gamma=0.4",
+        "data.augment.max_log_contrast=0.35",
+    ),
+}
+"""Augmentation of stage 2: the presets' own, or turned by any angle: anterior and posterior then look alike."""
+OWN_SETTINGS = {
+    "masked_image": ("objective.masked_image.mask_unit_px=8",),
+    # Its Gaussian term compares the slices of a batch: two would be no sample.
+    "lejepa": ("data.batch_size=4",),
+}
+"""Where an objective needs other settings than the rest."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What is compared and at what length."""
+
+    work: Path
+    base: Path
+    objectives: tuple[str, ...]
+    stage_1_steps: int
+    few_steps: int
+    full_steps: int
+    geometry: str
+    device: str
+
+    @property
+    def store(self) -> Path:
+        """The store of all subjects."""
+        return self.work / "hippocampus.zarr"
+
+    def steps(self, size: str) -> int:
+        """Steps of a fine-tuning."""
+        return self.few_steps if size == "few" else self.full_steps

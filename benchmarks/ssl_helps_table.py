@@ -1,0 +1,152 @@
+"""The table of ``ssl_helps.py`` from its finished cells: intervals over subjects, paired differences, words."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from samgraft.finetune.evaluation.statistics import bootstrap_mean
+from samgraft.shared.training.device import cpu_has_fast_bf16
+from scipy.stats import wilcoxon
+from ssl_helps_plan import BASE, FEW, IMAGE_SIZE, NUM_HELD_OUT, NUM_PROBE_TEST, NUM_PROBE_TRAIN, SEEDS, Plan
+
+
+def load(plan: Plan) -> dict[str, dict[str, Any]]:
+    """Return the finished cells by name."""
+    return {p.stem: json.loads(p.read_text()) for p in sorted((plan.work / "cells").glob("*.json"))}
+
+
+def mean_over_seeds(done: dict[str, dict[str, Any]], init: str, size: str, seeds: Sequence[int]) -> dict[str, float]:
+    """Return Dice per subject, the mean over seeds."""
+    runs = [done[f"{size}-{init}-{seed}"]["dice"] for seed in seeds]
+    return {patient: float(np.mean([run[patient] for run in runs])) for patient in runs[0]}
+
+
+def stage_2_rows(plan: Plan, done: dict[str, dict[str, Any]], size: str) -> list[str]:
+    """Return the table's rows of one training size: only seeds that base and encoder both have are compared."""
+    rows = []
+    for init in [BASE, *plan.objectives]:
+        seeds = [s for s in SEEDS if f"{size}-{init}-{s}" in done and f"{size}-{BASE}-{s}" in done]
+        if not seeds:
+            rows.append(f"| {init} | not run | | | |")
+            continue
+        dice, base = (mean_over_seeds(done, name, size, seeds) for name in (init, BASE))
+        interval = bootstrap_mean(list(dice.values()))
+        assert interval is not None
+        cells_ = [init, f"{len(seeds)}", f"{interval.mean:.3f} ({interval.low:.3f} to {interval.high:.3f})"]
+        if init == BASE:
+            cells_ += ["", ""]
+        else:
+            differences = [dice[p] - base[p] for p in base]
+            gain = bootstrap_mean(differences)
+            assert gain is not None
+            cells_ += [f"{gain.mean:+.3f} ({gain.low:+.3f} to {gain.high:+.3f})", p_value(differences)]
+        rows.append("| " + " | ".join(cells_) + " |")
+    return rows
+
+
+def p_value(differences: Sequence[float]) -> str:
+    """Return the two-sided Wilcoxon signed-rank p value over subjects."""
+    if not any(differences):
+        return "1 (all equal)"
+    return f"{wilcoxon(differences).pvalue:.2g}"
+
+
+def stage_1_rows(plan: Plan, done: dict[str, dict[str, Any]]) -> list[str]:
+    """Return what every stage-1 run shows of itself, start -> end."""
+    rows = []
+    for objective in plan.objectives:
+        cell = done.get(f"pretrain-{objective}")
+        if cell is None:
+            rows.append(f"| {objective} | not run | | | | |")
+            continue
+        ends = cell["ends"]
+        keys = ("probe/dice", "drift/box_dice", "held_out/loss", "held_out/effective_rank")
+        shown = [f"{ends[k][0]:.3f} -> {ends[k][1]:.3f}" if k in ends else "" for k in keys]
+        rows.append(f"| {objective} | {cell['steps']} | {' | '.join(shown)} |")
+    return rows
+
+
+def verdict(plan: Plan, done: dict[str, dict[str, Any]]) -> list[str]:
+    """Say in words what the intervals say, for every comparison that was made."""
+    words = []
+    for size, title in (("few", f"{FEW} subjects"), ("full", "all subjects")):
+        for init in plan.objectives:
+            seeds = [s for s in SEEDS if f"{size}-{init}-{s}" in done and f"{size}-{BASE}-{s}" in done]
+            if not seeds:
+                continue
+            dice, base = (mean_over_seeds(done, name, size, seeds) for name in (init, BASE))
+            gain = bootstrap_mean([dice[p] - base[p] for p in base])
+            assert gain is not None
+            assert gain.low is not None
+            assert gain.high is not None
+            if gain.low > 0:
+                found = "better than the base weights"
+            elif gain.high < 0:
+                found = "worse than the base weights"
+            else:
+                found = "no difference from the base weights that the interval excludes from being chance"
+            words.append(f"- {title}, {init}, {len(seeds)} seed{'s' * (len(seeds) > 1)}: {found} ({gain.mean:+.3f}).")
+    return words or ["- No comparison is finished yet."]
+
+
+def render(plan: Plan) -> str:
+    """Return the whole result as Markdown."""
+    done = load(plan)
+    tested = next((len(c["dice"]) for c in done.values() if "dice" in c), 40)
+    revisions = sorted({str(c["code_revision"])[:9] for c in done.values()})
+    head = "| start | seeds | test Dice (95 % interval over subjects) | against the base, paired | Wilcoxon p |"
+    rule = "|---|---|---|---|---|"
+    return "\n".join(
+        [
+            f"# Does stage 1 help stage 2? {datetime.date.today()}, {plan.geometry} geometry",
+            "",
+            f"Medical Segmentation Decathlon, hippocampus (2 classes): {tested} test subjects, looked at once per "
+            f"model; {IMAGE_SIZE} px, `vit_t` from LiteMedSAM's weights. Stage 1 on the training subjects except "
+            f"{NUM_HELD_OUT + NUM_PROBE_TRAIN + NUM_PROBE_TEST} (held-out loss, probe). Stage 2: LoRA in encoder and "
+            f"decoder, automatic mode, {plan.few_steps} steps of 8 slices for {FEW} subjects, {plan.full_steps} for "
+            f"all, {plan.geometry} geometry; the last weights, nothing chosen. Dice is the mean of both classes per "
+            "subject on its own grid. The "
+            "interval is over subjects: it does not cover the choice of the training subjects, of which the seeds "
+            "draw three.",
+            "",
+            f"Hardware: {platform.machine()}, {os.cpu_count()} logical cores, one thread, bf16 "
+            f"{'native' if cpu_has_fast_bf16() else 'emulated or off'}, no GPU, torch {torch.__version__}; code "
+            f"{', '.join(revisions) or 'not run yet'}. Other work ran beside it; only Dice is reported, no times. "
+            "`mae` is not in the table: it needs an encoder that can leave tokens out, vit_t cannot.",
+            "",
+            "## Stage 1: what the runs show of themselves (start -> end)",
+            "",
+            "| objective | steps | frozen-feature probe Dice | box-prompt Dice of SAM's own decoder | held-out loss | "
+            "effective rank |",
+            "|---|---|---|---|---|---|",
+            *stage_1_rows(plan, done),
+            "",
+            f"## Stage 2 on {FEW} subjects",
+            "",
+            head,
+            rule,
+            *stage_2_rows(plan, done, "few"),
+            "",
+            "## Stage 2 on all training subjects",
+            "",
+            head,
+            rule,
+            *stage_2_rows(plan, done, "full"),
+            "",
+            "## In words",
+            "",
+            *verdict(plan, done),
+            "",
+            f"Command: `python benchmarks/ssl_helps.py FOLDER --base lite_medsam.pth --work WORK --steps "
+            f"{plan.stage_1_steps} --few-steps {plan.few_steps} --full-steps {plan.full_steps} --geometry "
+            f"{plan.geometry} --objectives {','.join(plan.objectives)}`",
+            "",
+        ]
+    )
