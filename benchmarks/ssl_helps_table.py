@@ -92,7 +92,9 @@ def verdict(plan: Plan, done: dict[str, dict[str, Any]]) -> list[str]:
                 found = "worse than the base weights"
             else:
                 found = "no difference from the base weights that the interval excludes from being chance"
-            words.append(f"- {title}, {init}, {len(seeds)} seed{'s' * (len(seeds) > 1)}: {found} ({gain.mean:+.3f}).")
+            one = " How much two trainings differ by chance is not known from one." if len(seeds) == 1 else ""
+            number = f"{len(seeds)} seed{'s' * (len(seeds) > 1)}"
+            words.append(f"- {title}, {init}, {number}: {found} ({gain.mean:+.3f}).{one}")
     return words or ["- No comparison is finished yet."]
 
 
