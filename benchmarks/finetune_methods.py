@@ -68,7 +68,7 @@ ORDER = (
     + [(m, "5", 0) for m in ("lora", "unet2d", "decoder", "adapter", "full")]
     + [(m, "all", 0) for m in ("full", "lora", "unet2d", "decoder", "adapter")]
     + [(m, "5", s) for s in (1, 2) for m in ("lora", "unet2d", "decoder", "adapter", "full")]
-    + [("dynunet3d", "5", s) for s in (0, 1, 2)]
+    + [(m, "5", s) for m in ("dynunet2d", "dynunet3d") for s in (0, 1, 2)]
     + [(m, "all", 0) for m in ("dynunet3d", "dynunet2d")]
 )
 """What answers the most questions first."""

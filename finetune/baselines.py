@@ -217,9 +217,7 @@ def build_network(plan: dict[str, Any]) -> SliceBaseline:
     }
     net: nn.Module
     if baseline in {Baseline.UNET_2D, Baseline.UNET_3D}:
-        from monai.networks.nets.unet import UNet
-
-        net = UNet(**options, channels=plan["channels"], num_res_units=2, norm="INSTANCE")
+        net = _unet(options, plan["channels"])
     else:
         from monai.networks.nets.dynunet import DynUNet
 
@@ -236,6 +234,23 @@ def build_network(plan: dict[str, Any]) -> SliceBaseline:
     if baseline.is_volume:
         return VolumeBaseline(net, num_classes=plan["num_classes"], patch_size=plan["sizes"], overlap=plan["overlap"])
     return SliceBaseline(net, num_classes=plan["num_classes"], image_size=plan["sizes"][0])
+
+
+def _unet(options: dict[str, Any], channels: list[int]) -> nn.Module:
+    """Return MONAI's residual U-Net with a head of its own.
+
+    MONAI's ends in layers of as many channels as there are classes, normalised per slice: two classes let next to
+    nothing through, and no slice can be empty. Measured on 170 subjects of the hippocampus set: after 600 steps it had
+    settled for background everywhere.
+    """
+    from monai.networks.nets.unet import UNet
+
+    width = channels[0]
+    features = UNet(
+        **{**options, "out_channels": width}, channels=channels, num_res_units=2, norm=("INSTANCE", {"affine": True})
+    )
+    head = (nn.Conv3d if options["spatial_dims"] == 3 else nn.Conv2d)(width, options["out_channels"], 1)
+    return nn.Sequential(features, nn.PReLU(), head)
 
 
 def plan_patch(median_shape_zyx: Sequence[int], max_voxels: int) -> list[int]:
