@@ -98,6 +98,32 @@ def test_config__refuses(values, message):
         BaselineConfig(**values)
 
 
+@pytest.mark.parametrize("baseline", [Baseline.UNET_2D, Baseline.DYNUNET_2D])
+def test_baseline__learns_small_structures_and_an_empty_slice_in_a_few_steps(baseline):
+    """A comparison is worth as much as its baseline: last layers that are normalised per slice fail here."""
+    torch.manual_seed(0)
+    images, labels = 0.2 * torch.rand(4, 1, 32, 32), torch.zeros(4, 32, 32, dtype=torch.long)
+    for n in range(3):
+        for label, (value, row) in enumerate([(0.6, 4), (0.9, 20)], start=1):
+            images[n, 0, row : row + 5, 3 + 6 * n : 9 + 6 * n] += value
+            labels[n, row : row + 5, 3 + 6 * n : 9 + 6 * n] = label
+    small = BaselineConfig(base_channels=8, max_channels=32)
+    net = build_network(plan_network(baseline, small, num_classes=2, in_channels=1, image_size=32)).train()
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2)
+    for _ in range(80):
+        optimizer.zero_grad()
+        scores = with_background(net(images))
+        torch.nn.functional.cross_entropy(scores, labels).backward()
+        optimizer.step()
+    found = with_background(net.eval()(images)).argmax(1)
+    assert (found[labels > 0] == labels[labels > 0]).float().mean() > 0.9
+    assert (found[labels == 0] > 0).float().mean() < 0.01
+
+
+def with_background(logits_NCSS):
+    return torch.cat([torch.zeros_like(logits_NCSS[:, :1]), logits_NCSS], dim=1)
+
+
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
     return SliceStore.open(make_store(tmp_path_factory.mktemp("store"), num_patients=2, shape_zyx=(6, 32, 28)))
