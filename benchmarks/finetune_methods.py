@@ -182,8 +182,8 @@ def table(out: Path) -> str:
         "`box`: one tight box per connected piece of a class and slice, drawn from the label, in training with jitter;",
         "the score says how well objects are outlined, not whether they are found. `box-untrained` is the same model",
         "before training (two steps at a rate of 1e-12).",
-        "`lora-long` is the preset `default` at 64 px with 2400 steps and nothing else that bears on the result. The others",
-        "stand beside each other at equal steps; none of them is trained to its end, the U-Nets start from nothing.",
+        "`lora-long` is the preset `default` at 64 px with 2400 steps and nothing else that bears on the result. The",
+        "others stand beside each other at equal steps; none is trained to its end, the U-Nets start from nothing.",
         "In the first seed of 5 subjects SAM's methods looked at the 10 subjects every 50 steps, otherwise every 125.",
         "",
     ]
