@@ -69,7 +69,7 @@ ORDER = (
     + [(m, "all", 0) for m in ("full", "lora", "unet2d", "decoder", "adapter")]
     + [(m, "5", s) for s in (1, 2) for m in ("lora", "unet2d", "decoder", "adapter", "full")]
     + [(m, "5", s) for m in ("dynunet2d", "dynunet3d") for s in (0, 1, 2)]
-    + [(m, "all", 0) for m in ("dynunet3d", "dynunet2d")]
+    + [(m, "all", 0) for m in ("dynunet2d", "dynunet3d")]
 )
 """What answers the most questions first."""
 
