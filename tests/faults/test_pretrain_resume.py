@@ -138,7 +138,7 @@ def test_probe__is_resumed_exactly_and_leaves_the_training_as_it_was(
     unprobed = run(lab, "unprobed", *MASKED_IMAGE, f"model.base={lab / 'sam.safetensors'}")
     assert results(unprobed)[0] == results(whole)[0]
     assert "fitted on 2 slices of 1 patient" in caplog.text
-    assert "(probe)'s validation or test part" in caplog.text
+    assert "no val or test patient of labelled.zarr (probe) among the training slices" in caplog.text
     assert "GiB for weights, gradients, AdamW" in caplog.text
     report = (whole.parents[1] / "report.html").read_text()
     assert "A linear head on the frozen features, fitted anew at every look (lesion of labelled.zarr" in report
