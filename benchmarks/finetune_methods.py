@@ -43,7 +43,7 @@ SETTINGS = {
     "model": {"image_size": 64},
     "optim": {"lr": 1e-3, "warmup_steps": 20},
     "trainer": {"save_every_steps": 100, "log_every_steps": 10},
-}  # fmt: skip
+}
 FULL_RATE = "optim.lr=1e-4"
 """``full`` moves pretrained weights themselves: a tenth of the rate, as config.py advises."""
 STEPS = {"all": 600, "5": 250}

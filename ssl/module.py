@@ -74,6 +74,7 @@ class PretrainModule(pl.LightningModule):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Return AdamW; the learning rate is set by a callback, as a function of the step."""
         optimizer = build_pretrain_optimizer(self.objective, self.config.optim)
-        if self._moments is not None:
-            log.info(take_up_moments(optimizer, self.objective, self._moments))
+        moments, self._moments = self._moments, None  # copied: twice the weights need not stay in memory
+        if moments is not None:
+            log.info(take_up_moments(optimizer, self.objective, moments))
         return optimizer

@@ -6,8 +6,9 @@ Names instead of AdamW's own numbering, so that a run with other groups or froze
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -18,7 +19,7 @@ from samgraft.shared.training.state_tree import load_optimizer_state, unflatten_
 from samgraft.shared.training.training_state import read_state
 from samgraft.ssl.config import PretrainOptimizerConfig
 from samgraft.ssl.objectives.objective import Objective
-from samgraft.ssl.optimizer import build_pretrain_optimizer
+from samgraft.ssl.optimizer import pretrain_groups
 from samgraft.ssl.scope import lora_layers
 from samgraft.ssl.ssl_state import find_state
 from torch import nn
@@ -49,9 +50,9 @@ def write_moments(training_state: Path, objective: Objective, config: PretrainOp
         return False
     state = read_state(training_state)
     saved = unflatten_state(state.record["optimizer"], state.tensors)["state"]
-    names = _numbered_names(objective, build_pretrain_optimizer(objective, config))
+    numbered = _numbered(objective, pretrain_groups(objective, config))
     save_tensors(
-        {f"{names[number]}/{part}": values[part] for number, values in saved.items() for part in PARTS},
+        {f"{numbered[number][0]}/{part}": values[part] for number, values in saved.items() for part in PARTS},
         folder / MOMENTS_FILE,
     )
     return True
@@ -79,24 +80,19 @@ def take_up_moments(optimizer: torch.optim.AdamW, objective: Objective, moments:
     Raises:
         WeightsError: If a value is not finite: it would spoil the first update.
     """
-    state = optimizer.state_dict()
-    for number, name in _numbered_names(objective, optimizer).items():
+    state, numbered = optimizer.state_dict(), _numbered(objective, optimizer.param_groups)
+    for number, (name, parameter) in enumerate(numbered):
         values = {part: moments[f"{name}/{part}"] for part in PARTS if f"{name}/{part}" in moments}
-        if len(values) < len(PARTS) or values["exp_avg"].shape != _parameters(optimizer)[number].shape:
+        if len(values) < len(PARTS) or values["exp_avg"].shape != parameter.shape:
             continue
         if not all(bool(torch.isfinite(value).all()) for value in values.values()):
             raise WeightsError(f"the optimizer's state must be finite, got NaN or Inf for {name}.", where=MOMENTS_FILE)
         state["state"][number] = values
     load_optimizer_state(optimizer, state)
-    total = len(_parameters(optimizer))
-    return f"AdamW goes on with the running means of {len(state['state'])}/{total} trained tensors"
+    return f"AdamW goes on with the running means of {len(state['state'])}/{len(numbered)} trained tensors"
 
 
-def _parameters(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
-    """Return the parameters in the order in which an optimizer's state numbers them."""
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
-
-
-def _numbered_names(objective: Objective, optimizer: torch.optim.Optimizer) -> dict[int, str]:
+def _numbered(objective: Objective, groups: Iterable[Mapping[str, Any]]) -> list[tuple[str, torch.Tensor]]:
+    """Return names and parameters in the order in which an optimizer's state numbers them."""
     name_of = {id(parameter): name for name, parameter in objective.named_parameters()}
-    return {number: name_of[id(parameter)] for number, parameter in enumerate(_parameters(optimizer))}
+    return [(name_of[id(parameter)], parameter) for group in groups for parameter in group["params"]]

@@ -1,6 +1,6 @@
 """A finished model as a function from a volume to a mask.
 
-    from samgraft.finetune.prediction.predictor import Predictor
+    from samgraft.finetune.prediction import Predictor
 
     predictor = Predictor("releases/NAME")      # or runs/NAME
     labels_zyx = predictor(volume_zyx)          # native units in, label ids out, same shape

@@ -156,4 +156,4 @@ def is_address(path: Path | str) -> bool:
 def is_scans(data: Path | str) -> bool:
     """Return whether DATA is there and no store, hence scans that must be built first."""
     path = Path(data)
-    return "://" not in str(data) and path.exists() and path.suffix != ".zarr" and not (path / "zarr.json").is_file()
+    return not is_address(data) and path.exists() and path.suffix != ".zarr" and not (path / "zarr.json").is_file()

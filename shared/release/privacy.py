@@ -45,22 +45,19 @@ MAX_UNPACKED = 8 << 30
 """Bytes of one member; a release holds nothing larger that is packed."""
 NO_FILE_MAY_BE = {".pkl", ".pickle", ".npy", ".tfevents", ".dcm", ".nii", ".gz", ".log"}
 
+_UNIX_PATH = rb"(?<![\w./])/(?:home|Users|root|data|mnt|scratch|tmp|work|srv)/[\w.-]+"
 PATTERNS: dict[str, re.Pattern[bytes]] = {
     "e-mail address": re.compile(rb"[A-Za-z0-9._%+-]{1,64}@[A-Za-z0-9-]{1,63}(?:\.[A-Za-z0-9-]{1,63})+"),
     "DICOM UID": re.compile(rb"(?<![\d.])[12]\.\d{1,3}\.\d{2,}(?:\.\d+){3,}"),
     # Decimals (0.123456) are numbers; whole hashes are blanked before the search.
     "long digit run": re.compile(rb"(?<![\d.])\d{6,}"),
-    "absolute path": re.compile(
-        rb"(?<![\w./])/(?:home|Users|root|data|mnt|scratch|tmp|work|srv)/[\w.-]+|[A-Za-z]:\\[\w.-]+"
-    ),
+    "absolute path": re.compile(_UNIX_PATH + rb"|[A-Za-z]:\\[\w.-]+"),
     "person name in DICOM form": re.compile(rb"\b[A-Z][A-Za-z'-]+\^[A-Z][A-Za-z'-]+"),
 }
 NUMBER_PATTERNS = PATTERNS | {
     "e-mail address": re.compile(rb"[a-z0-9._%+-]{3,64}@[a-z0-9-]{3,63}(?:\.[a-z0-9-]{1,63})*\.[a-z]{2,63}"),
     "long digit run": re.compile(rb"(?<![\d.])\d{8,}"),
-    "absolute path": re.compile(
-        rb"(?<![\w./])/(?:home|Users|root|data|mnt|scratch|tmp|work|srv)/[\w.-]+|[A-Za-z]:\\[\w.-]{4,}"
-    ),
+    "absolute path": re.compile(_UNIX_PATH + rb"|[A-Za-z]:\\[\w.-]{4,}"),
 }
 """What is searched in printable runs of tensors."""
 _TENSOR = re.compile(r"/data/\d+$")

@@ -42,26 +42,27 @@ def test_verdict__without_a_probe_the_loss_and_without_held_out_patients_a_warni
     assert verdict([])[0].kind == "warning"
 
 
-def test_live_warnings__once_as_long_as_they_last_and_left_to_the_verdict_at_the_end(tmp_path, caplog):
-    """What the verdict says right after the last step is not said twice."""
+def live_warnings(dices, run_path, *, max_steps):
+    """Look every ten steps; return the log that the looks leave."""
     log: list[dict[str, float]] = []
-    config = SimpleNamespace(trainer=SimpleNamespace(max_steps=30))
-    watch = Watch(watched=NOTHING, config=config, run_path=tmp_path)
-    for step, dice in [(0, 0.7), (10, 0.5), (20, 0.5), (30, 0.5)]:
+    config = SimpleNamespace(trainer=SimpleNamespace(max_steps=max_steps))
+    watch = Watch(watched=NOTHING, config=config, run_path=run_path)
+    for step, dice in zip(range(0, 10 * len(dices), 10), dices, strict=True):
         watch._values = {"probe/dice": dice}
         watch._warn(SimpleNamespace(rank=0, step=step, log=SimpleNamespace(lines=lambda: log)))
         log.append({"step": step, "probe/dice": dice})
+    return log
+
+
+def test_live_warnings__once_as_long_as_they_last_and_left_to_the_verdict_at_the_end(tmp_path, caplog):
+    """What the verdict says right after the last step is not said twice."""
+    log = live_warnings([0.7, 0.5, 0.5, 0.5], tmp_path, max_steps=30)
     assert [r.getMessage()[:40] for r in caplog.records] == ["step 10: The frozen-feature probe fell to"[:40]]
     assert "fell to a Dice of 0.500" in verdict(log)[0].text
 
 
 def test_live_warnings__spoken_again_when_the_trouble_came_back(tmp_path, caplog):
-    log: list[dict[str, float]] = []
-    watch = Watch(watched=NOTHING, config=SimpleNamespace(trainer=SimpleNamespace(max_steps=99)), run_path=tmp_path)
-    for step, dice in [(0, 0.7), (10, 0.5), (20, 0.7), (30, 0.5)]:
-        watch._values = {"probe/dice": dice}
-        watch._warn(SimpleNamespace(rank=0, step=step, log=SimpleNamespace(lines=lambda: log)))
-        log.append({"step": step, "probe/dice": dice})
+    live_warnings([0.7, 0.5, 0.7, 0.5], tmp_path, max_steps=99)
     assert [r.getMessage().split(":")[0] for r in caplog.records] == ["step 10", "step 30"]
 
 
