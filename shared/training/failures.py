@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import traceback
+from multiprocessing import resource_sharer
 
 import torch
 from samgraft.shared.errors import SamgraftError
@@ -26,8 +28,8 @@ def explain_failure(error: Exception, *, batch_size: int, accumulate: int, num_w
             next_command="the same with trainer.num_workers=0, or mount a larger /dev/shm",
         )
     died = WORKER_DIED.search(text)
-    if died:
-        signal = f"signal {died['signal']}" if died["signal"] else "unexpectedly"
+    if died or _broke_while_handing_over(error):
+        signal = f"signal {died['signal']}" if died and died["signal"] else "unexpectedly"
         return SamgraftError(
             f"a data worker died ({signal}, likely out of memory).",
             kept=kept,
@@ -40,6 +42,14 @@ def explain_failure(error: Exception, *, batch_size: int, accumulate: int, num_w
             next_command="the same with trainer.num_workers=0 shows where it hangs",
         )
     return error
+
+
+def _broke_while_handing_over(error: Exception) -> bool:
+    """Tell whether a worker died between announcing a batch and giving its memory: its socket is all that is heard."""
+    frames = traceback.walk_tb(error.__traceback__)
+    return isinstance(error, OSError | EOFError) and any(
+        frame.f_globals.get("__name__") == resource_sharer.__name__ for frame, _ in frames
+    )
 
 
 def _smaller_batch(batch_size: int, accumulate: int) -> str:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from multiprocessing import resource_sharer
 from pathlib import Path
 from typing import Any
 
@@ -223,3 +224,13 @@ def test_other_failures__stay_themselves() -> None:
 
 def _children(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def test_worker_dies_while_it_hands_a_batch_over__said_in_words(tmp_path: Path) -> None:
+    """The announced batch lies in the memory of a process that is gone: no word of torch's, only a broken socket."""
+    with pytest.raises(OSError, match=r"No such file|refused") as lost:
+        resource_sharer._resource_sharer.get_connection((str(tmp_path / "socket"), 1))
+    said = explain_failure(lost.value, batch_size=4, accumulate=1, num_workers=2, kept="all")
+    assert re.search(r"a data worker died \(unexpectedly, likely out of memory\)", str(said))
+    other = ConnectionResetError("of an object store")
+    assert explain_failure(other, batch_size=4, accumulate=1, num_workers=2, kept="all") is other
