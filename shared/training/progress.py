@@ -91,6 +91,7 @@ class Progress(pl.Callback):
         waited = now - self._mark if self._mark is not None else 0.0
         if self.micro_steps == 0:
             self.startup_s = waited
+            self._started = now  # looks and workers before the first batch come once: an ETA must not multiply them
         else:
             self.wait_s += waited
         self._mark = now

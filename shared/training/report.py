@@ -183,6 +183,8 @@ def curve_figure(
         axes.set_ylabel(ylabel)
         if len(curves) + (baseline is not None) > 1 or smooth > 1:
             axes.legend(loc="best")
+        # The first layout may change the ticks, and with them the room that the ordinate's name needs.
+        figure.draw_without_rendering()
         return figure_png(figure)
 
 

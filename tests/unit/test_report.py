@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import re
 
 import numpy as np
+from PIL import Image
 from samgraft.shared.training.report import (
     KeyValues,
     Picture,
@@ -72,3 +74,19 @@ def test_curve__axes_that_do_not_make_noise_look_like_a_result() -> None:
     assert curve_figure(flat, ylabel="Dice", min_span=0.001) == plain
     assert curve_figure(flat, ylabel="Dice", min_span=0.2) != plain
     assert curve_figure(flat, ylabel="Dice", from_zero=True) != plain
+
+
+def test_curve__the_ordinates_name_stays_whole_beside_long_numbers() -> None:
+    """Its left edge was cut off: the first layout changes the ticks, and with them the room that is left."""
+    spread = [0.01988176256418228, 0.020064570009708405, 0.01764027588069439, 0.017218083143234253, 0.0170596782118082]
+    png = curve_figure(
+        {"a": ([0, 20, 40, 60, 80], spread)}, ylabel="feature std", from_zero=True, baseline=("start", spread[0])
+    )
+    grey_HW = np.asarray(Image.open(io.BytesIO(png)).convert("L"))
+    assert (grey_HW[:, 0] == 255).all()
+    assert (grey_HW[:, :40] < 128).any()
+
+
+def test_report__the_contents_may_break_between_sections() -> None:
+    html = render_report("t", [Section(title=name, parts=[]) for name in ("One", "Two", "Three")])
+    assert re.search(r">One</a>\s+<a [^>]*>Two</a>", html)

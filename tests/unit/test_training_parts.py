@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from samgraft.shared.errors import UsageError
 from samgraft.shared.training import device as device_module
+from samgraft.shared.training import progress as progress_module
 from samgraft.shared.training.device import choose_device, cpu_has_fast_bf16, tune_cpu
 from samgraft.shared.training.optimizer import OptimizerConfig, build_optimizer, parameter_groups
 from samgraft.shared.training.periodic import Periodic, evaluating
-from samgraft.shared.training.progress import format_duration
+from samgraft.shared.training.progress import Progress, format_duration
 from samgraft.shared.training.report import running_mean
 from samgraft.shared.training.resume import capture_rng, restore_rng, rng_untouched, seed_process
 from samgraft.shared.training.schedule import LearningRate, cosine, warmup_cosine
@@ -205,3 +207,24 @@ def test_durations(seconds: float, text: str) -> None:
 
 def test_running_mean__shorter_at_the_ends() -> None:
     np.testing.assert_allclose(running_mean(np.array([1.0, 2.0, 6.0, 3.0]), 3), [1.5, 3.0, 11 / 3, 4.5])
+
+
+def test_eta__what_comes_once_before_the_first_batch_is_not_counted_per_step(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A minute of looks and workers, then 2 s a step: 9 steps more take 18 s, not 9 minutes."""
+    clock = [100.0]
+    monkeypatch.setattr(progress_module, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    step_log = SimpleNamespace(every_steps=1, record=lambda step, values: None)
+    progress = Progress(step_log, max_steps=10, slices_per_micro_step=4)
+    optimizer = SimpleNamespace(param_groups=[{"lr": 1.0}])
+    trainer = SimpleNamespace(global_step=1, is_global_zero=True, optimizers=[optimizer])
+    monkeypatch.setattr(progress_module.sys.stderr, "isatty", lambda: False, raising=False)
+    progress.on_train_start(trainer, None)
+    clock[0] += 60
+    progress.on_train_batch_start(trainer, None, None, 0)
+    clock[0] += 2
+    with caplog.at_level("INFO"):
+        progress.on_train_batch_end(trainer, None, {"loss": torch.tensor(1.0)}, None, 0)
+    assert "step 1/10" in caplog.text
+    assert "ETA 18 s" in caplog.text
