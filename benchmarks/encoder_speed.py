@@ -58,7 +58,7 @@ class Row:
         """Return the row of the table."""
         saved = f"{self.ours_mib / self.baseline_mib:.3f}" if self.baseline_mib else "-"
         return [
-            str(self.image_size), self.dtype, self.case, f"{self.baseline_s:.2f}", f"{self.ours_s:.2f}",
+            str(self.image_size), self.dtype, self.case, f"{self.baseline_s:.3f}", f"{self.ours_s:.3f}",
             f"**{self.ratio:.2f}**", f"{self.lowest_ratio:.2f}-{self.highest_ratio:.2f}",
             f"{self.baseline_mib:.0f}", f"{self.ours_mib:.0f}", saved,
         ]  # fmt: skip

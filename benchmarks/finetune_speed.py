@@ -297,7 +297,7 @@ def mode_cells(
     except torch.OutOfMemoryError:
         return ["out of memory"]
     if device == "cuda":
-        return [f"{torch.cuda.max_memory_allocated() / 2**30:.2f} / {taken:.2f}"]
+        return [f"{torch.cuda.max_memory_allocated() / 2**30:.2f} / {taken:.3f}"]
     return [f"{mib:.0f}", f"{taken:.2f}"]
 
 

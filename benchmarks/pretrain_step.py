@@ -129,16 +129,16 @@ def sides(arguments: argparse.Namespace, decoder: str) -> tuple[Side, Side]:
     dense = DenseSimMIM(stock, objective).to(arguments.device)
     dtype = getattr(torch, arguments.weights)
     objective, dense = objective.to(dtype), dense.to(dtype)
-    shape = (arguments.batch, 1, arguments.size, arguments.size)
+    shape = (arguments.our_batch, 1, arguments.size, arguments.size)
     images = torch.rand(shape, generator=torch.Generator().manual_seed(1)).to(arguments.device, dtype)
-    counters = list(range(arguments.batch))
+    counters = list(range(arguments.our_batch))
 
     def cast() -> torch.autocast:
         return torch.autocast(arguments.device, dtype=torch.bfloat16, enabled=arguments.autocast == "bfloat16")
 
     def dense_loss() -> torch.Tensor:
         with cast():
-            return dense.loss(images, counters)
+            return dense.loss(images[: arguments.batch], counters[: arguments.batch])
 
     def our_loss() -> torch.Tensor:
         with cast():
@@ -178,10 +178,12 @@ def mae(arguments: argparse.Namespace) -> Iterator[str]:
                     peaks.append(peak_mib(one, arguments.device))
                 else:
                     one()
+        batches = (arguments.batch, arguments.our_batch)
+        times = [[t / batch for t in taken] for taken, batch in zip(times, batches, strict=True)]
         ratios = [a / b for a, b in zip(*times, strict=True)]
-        medians = [statistics.median(taken) / arguments.batch for taken in times]
+        medians = [statistics.median(taken) for taken in times]
         yield (
-            f"| {decoder} | {medians[0]:.2f} | {medians[1]:.2f} | **{medians[0] / medians[1]:.2f}** | "
+            f"| {decoder} | {medians[0]:.3f} | {medians[1]:.3f} | **{medians[0] / medians[1]:.2f}** | "
             f"{min(ratios):.2f}-{max(ratios):.2f} | {saved[0]:.0f} | {saved[1]:.0f} | {saved[1] / saved[0]:.3f} | "
             f"{peaks[0]:.0f} | {peaks[1]:.0f} | {peaks[1] / peaks[0]:.3f} |"
         )
@@ -199,8 +201,8 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
     from samgraft.ssl.config import PretrainConfig
     from samgraft.ssl.pretrain import pretrain
 
-    yield "| objective | px | batch | workers | slices per s | data wait % |"
-    yield "|" + "---|" * 6
+    yield "| preset | encoder | px | batch | workers | slices per s | data wait % | peak GiB |"
+    yield "|" + "---|" * 8
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         (root / "scans").mkdir()
@@ -208,37 +210,59 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
         cases = write_scans(root / "scans", 4, suffix=".nii.gz")
         build_store(cases, out=root / "store.zarr", settings=settings, label_names={}, intensity=IntensityPreset())
         for objective in arguments.objectives:
-            layers = [packaged_config(f"pretrain/{objective}-cpu.yaml"), {"modality": "mri"}]
+            preset = f"{objective}-{'cpu' if arguments.device == 'cpu' else 'gpu'}"
+            layers = [packaged_config(f"pretrain/{preset}.yaml"), {"modality": "mri"}]
             overrides = [
                 f"data.store={root / 'store.zarr'}",
-                f"data.batch_size={arguments.batch}",
                 "data.num_held_out_slices=0",
                 "model.base=random",
                 "optim.warmup_steps=1",
-                f"model.image_size={arguments.size}",
                 f"trainer.max_steps={arguments.steps}",
                 f"trainer.save_every_steps={arguments.steps}",
                 f"trainer.log_every_steps={arguments.steps}",
-                f"trainer.num_workers={arguments.workers}",
+                *(
+                    f"{key}={value}"
+                    for key, value in {
+                        "model.arch": arguments.arch,
+                        "model.image_size": arguments.size,
+                        "data.batch_size": arguments.batch,
+                        "trainer.num_workers": arguments.workers,
+                    }.items()
+                    if value is not None
+                ),
             ]
             config = load_config(PretrainConfig, layers=layers, overrides=overrides)
             device = choose_device(arguments.device)
             torch.set_num_threads(arguments.threads)
             pretrain(config, name=objective, runs=root / "runs", device=device)
             last = list(MetricsLog(root / "runs" / objective / "metrics.jsonl").read())[-1]
+            model, data = config.model, config.data
             yield (
-                f"| {objective} | {arguments.size} | {arguments.batch} | {arguments.workers} | "
-                f"{last['perf/slices_per_s']:.2f} | {last['perf/data_wait_percent']:.2f} |"
+                f"| {preset} | {model.arch} | {model.image_size} | {data.batch_size} | {config.trainer.num_workers} | "
+                f"{last['perf/slices_per_s']:.2f} | {last['perf/data_wait_percent']:.2f} | "
+                f"{gpu_peak(arguments.device)} |"
             )
+
+
+def gpu_peak(device: str) -> str:
+    """The most that the allocator held since the last question, in GiB; empty on a CPU."""
+    if device == "cpu":
+        return ""
+    peak = torch.cuda.max_memory_reserved() / 2**30
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    return f"{peak:.1f}"
 
 
 def head(arguments: argparse.Namespace, load: float) -> list[str]:
     what = (
-        f"ViT-B, {arguments.size} px, batch {arguments.batch}, {arguments.hidden:.0%} hidden, autocast "
-        f"{arguments.autocast}, weights {arguments.weights}; whole steps with AdamW, {arguments.repeats} interleaved "
+        f"ViT-B, {arguments.size} px, batch {arguments.batch} (ours {arguments.our_batch}), {arguments.hidden:.0%} "
+        f"hidden, autocast {arguments.autocast}, weights {arguments.weights}; whole steps with AdamW, "
+        f"{arguments.repeats} interleaved "
         "turns after a warm-up: median per slice, and the range of the ratio per turn"
         if arguments.what == "mae"
-        else f"`samgraft pretrain` with the objective's CPU preset, {arguments.steps} steps, the first wait not counted"
+        else f"`samgraft pretrain` with the objective's preset, {arguments.steps} steps, the first wait not counted"
     )
     return [
         f"# Stage-1 step, {datetime.now(UTC):%Y-%m-%d}",
@@ -257,8 +281,10 @@ def head(arguments: argparse.Namespace, load: float) -> list[str]:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("what", choices=["mae", "run"])
-    parser.add_argument("--size", type=int, help="pixels; default 1024 for mae, 128 for run")
-    parser.add_argument("--batch", type=int, help="default 1 for mae, 16 for run")
+    parser.add_argument("--size", type=int, help="pixels; default 1024 for mae; for run 128, on a GPU the preset's")
+    parser.add_argument("--batch", type=int, help="default 1 for mae; for run 16, on a GPU the preset's")
+    parser.add_argument("--our-batch", type=int, help="mae: where the other side's memory ends before ours")
+    parser.add_argument("--arch", help="run: instead of the preset's encoder")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--write", metavar="NAME", help="keep the table as benchmarks/results/NAME-DATE.md")
@@ -270,10 +296,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--decoders", nargs="+", default=list(DECODERS)[:1], choices=list(DECODERS), help="mae")
     parser.add_argument("--objectives", nargs="+", default=["masked_image"], help="run")
     parser.add_argument("--steps", type=int, default=20, help="run: optimizer steps")
-    parser.add_argument("--workers", type=int, default=0, help="run: processes that load data")
+    parser.add_argument("--workers", type=int, help="run: processes that load data; default 0, on a GPU the preset's")
     arguments = parser.parse_args()
-    arguments.size = arguments.size or {"mae": 1024, "run": 128}[arguments.what]
-    arguments.batch = arguments.batch or {"mae": 1, "run": 16}[arguments.what]
+    if arguments.what == "mae" or arguments.device == "cpu":
+        arguments.size = arguments.size or {"mae": 1024, "run": 128}[arguments.what]
+        arguments.batch = arguments.batch or {"mae": 1, "run": 16}[arguments.what]
+        arguments.workers = arguments.workers or 0
+    arguments.our_batch = arguments.our_batch or arguments.batch
     return arguments
 
 

@@ -27,10 +27,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from encoder_speed import hardware
 from samgraft.shared.data.split import Split
 from samgraft.shared.data.store import SliceStore
 from samgraft.shared.training.environment import code_revision
@@ -42,8 +45,7 @@ from ssl_helps_plan import (
     NUM_PROBE_TEST,
     NUM_PROBE_TRAIN,
     NUM_STAGE_2_VAL,
-    OWN_SETTINGS,
-    SEEDS,
+    SCALES,
     STAGE_1,
     STAGE_2,
     Plan,
@@ -69,7 +71,7 @@ def prepare(plan: Plan, source: Path) -> None:
     rest = train[NUM_HELD_OUT + NUM_PROBE_TRAIN + NUM_PROBE_TEST :]
     save(store, plan.work / "pretrain.split.json", train=rest, val=held_out)
     save(store, plan.work / "probe.split.json", train=probe_train, val=probe_test)
-    for seed in SEEDS:
+    for seed in range(max(plan.few_seeds, plan.full_seeds)):
         order = np.random.default_rng([seed, 5]).permutation(len(rest))
         few = [rest[i] for i in order[:FEW]]
         save(store, plan.work / f"few-{seed}.split.json", train=few, val=held_out[:NUM_STAGE_2_VAL], test=test)
@@ -109,13 +111,10 @@ def cells(plan: Plan, kinds: Sequence[str]) -> Iterator[tuple[str, dict[str, Any
         for objective in plan.objectives:
             yield f"pretrain-{objective}", {"kind": "pretrain", "objective": objective}
     inits = [BASE, *(o for o in plan.objectives if (plan.work / "cells" / f"pretrain-{o}.json").is_file())]
-    if "few" in kinds:
-        for seed in SEEDS:
+    for size in (size for size in ("few", "full") if size in kinds):
+        for seed in plan.seeds(size):
             for init in inits:
-                yield f"few-{init}-{seed}", {"kind": "finetune", "init": init, "seed": seed, "size": "few"}
-    if "full" in kinds:
-        for init in inits:
-            yield f"full-{init}-0", {"kind": "finetune", "init": init, "seed": 0, "size": "full"}
+                yield f"{size}-{init}-{seed}", {"kind": "finetune", "init": init, "seed": seed, "size": size}
 
 
 def run_cell(plan: Plan, name: str, what: dict[str, Any]) -> None:
@@ -131,6 +130,8 @@ def run_cell(plan: Plan, name: str, what: dict[str, Any]) -> None:
         **result,
         "minutes": round((time.time() - started) / 60, 1),
         "code_revision": code_revision(),
+        "hardware": hardware(plan.device),
+        "torch": torch.__version__,
         "load": round(os.getloadavg()[0], 1),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -149,8 +150,9 @@ def pretrain(plan: Plan, objective: str) -> dict[str, Any]:
     """Stage 1 from the base weights; return its probe, drift and health against the start's."""
     name = f"helps-{objective}"
     command = ["pretrain", "--data", str(plan.store), "--modality", "mri", "--base", str(plan.base)]
-    command += ["--method", objective, "--preset", "cpu" if plan.device == "cpu" else "gpu", "--name", name]
-    command += [*STAGE_1, *OWN_SETTINGS.get(objective, ()), f"trainer.max_steps={plan.stage_1_steps}"]
+    command += ["--method", objective, "--preset", "cpu", "--name", name, f"model.image_size={plan.scale.image_size}"]
+    command += [*STAGE_1, *plan.scale.stage_1, *plan.scale.own.get(objective, ())]
+    command += [f"trainer.max_steps={plan.stage_1_steps}", f"optim.warmup_steps={min(50, plan.stage_1_steps // 4)}"]
     command += [f"data.split={plan.work / 'pretrain.split.json'}", f"trainer.device={plan.device}"]
     command += [f"probe.store={plan.store}", f"probe.split={plan.work / 'probe.split.json'}"]
     run(command, plan, log=f"pretrain-{objective}")
@@ -173,9 +175,11 @@ def finetune(plan: Plan, *, init: str, seed: int, size: str) -> dict[str, Any]:
     command += [
         "--preset",
         "cpu",
+        f"model.image_size={plan.scale.image_size}",
         *STAGE_2,
         *GEOMETRY[plan.geometry],
         f"trainer.max_steps={steps}",
+        f"optim.warmup_steps={min(20, steps // 4)}",
         f"seed={seed}",
         f"data.split={split}",
     ]
@@ -183,7 +187,11 @@ def finetune(plan: Plan, *, init: str, seed: int, size: str) -> dict[str, Any]:
     command += [f"watch.validate_every_n_steps={steps}", f"trainer.device={plan.device}"]
     run(command, plan, log=f"finetune-{name}")
     test = ["evaluate", str(plan.work / "runs" / name), "--split-file", str(split), "--split", "test"]
-    run([*test, "--batch-size", "8", "--precision", "auto", "--device", plan.device], plan, log=f"evaluate-{name}")
+    run(
+        [*test, "--batch-size", "8" if plan.device == "cpu" else "32", "--precision", "auto", "--device", plan.device],
+        plan,
+        log=f"evaluate-{name}",
+    )
     rows = list(csv.DictReader((plan.work / "runs" / name / "evaluation" / "test" / "cases.csv").open()))
     per_subject: dict[str, list[float]] = {}
     for row in rows:
@@ -222,6 +230,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1000, help="of stage 1")
     parser.add_argument("--few-steps", type=int, default=300)
     parser.add_argument("--full-steps", type=int, default=800)
+    parser.add_argument("--few-seeds", type=int, default=3)
+    parser.add_argument("--full-seeds", type=int, default=1)
+    parser.add_argument("--image-size", type=int, default=56, choices=tuple(SCALES), help="56 on a CPU, 256 on a GPU")
+    parser.add_argument("--parallel", type=int, default=1, help="cells at a time")
     parser.add_argument("--geometry", default="mild", choices=tuple(GEOMETRY), help="augmentation of stage 2")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--table", action="store_true", help="only write the table")
@@ -236,16 +248,20 @@ def main() -> None:
         stage_1_steps=arguments.steps,
         few_steps=arguments.few_steps,
         full_steps=arguments.full_steps,
+        few_seeds=arguments.few_seeds,
+        full_seeds=arguments.full_seeds,
+        scale=SCALES[arguments.image_size],
         geometry=arguments.geometry,
         device=arguments.device,
     )
     if not arguments.table:
         prepare(plan, arguments.source.resolve())
         for kind in arguments.kinds.split(","):
-            for name, what in list(cells(plan, [kind])):
-                run_cell(plan, name, what)
+            with ThreadPoolExecutor(arguments.parallel) as pool:
+                list(pool.map(lambda cell: run_cell(plan, *cell), list(cells(plan, [kind]))))
     strong = "" if plan.geometry == "mild" else f"-{plan.geometry}"
-    out = RESULTS / f"ssl_helps{strong}-{datetime.date.today()}.md"
+    size = "" if plan.scale.image_size == min(SCALES) else f"-{plan.scale.image_size}px"
+    out = RESULTS / f"ssl_helps{size}{strong}-{datetime.date.today()}.md"
     out.write_text(render(plan))
     say(f"written: {out.name}")
 

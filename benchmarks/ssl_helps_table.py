@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import datetime
 import json
-import os
-import platform
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from samgraft.finetune.evaluation.statistics import bootstrap_mean
-from samgraft.shared.training.device import cpu_has_fast_bf16
 from scipy.stats import wilcoxon
-from ssl_helps_plan import BASE, FEW, IMAGE_SIZE, NUM_HELD_OUT, NUM_PROBE_TEST, NUM_PROBE_TRAIN, SEEDS, Plan
+from ssl_helps_plan import BASE, FEW, NUM_HELD_OUT, NUM_PROBE_TEST, NUM_PROBE_TRAIN, SCALES, Plan
 
 
 def load(plan: Plan) -> dict[str, dict[str, Any]]:
@@ -32,7 +28,7 @@ def stage_2_rows(plan: Plan, done: dict[str, dict[str, Any]], size: str) -> list
     """Return the table's rows of one training size: only seeds that base and encoder both have are compared."""
     rows = []
     for init in [BASE, *plan.objectives]:
-        seeds = [s for s in SEEDS if f"{size}-{init}-{s}" in done and f"{size}-{BASE}-{s}" in done]
+        seeds = [s for s in plan.seeds(size) if f"{size}-{init}-{s}" in done and f"{size}-{BASE}-{s}" in done]
         if not seeds:
             rows.append(f"| {init} | not run | | | |")
             continue
@@ -78,7 +74,7 @@ def verdict(plan: Plan, done: dict[str, dict[str, Any]]) -> list[str]:
     words = []
     for size, title in (("few", f"{FEW} subjects"), ("full", "all subjects")):
         for init in plan.objectives:
-            seeds = [s for s in SEEDS if f"{size}-{init}-{s}" in done and f"{size}-{BASE}-{s}" in done]
+            seeds = [s for s in plan.seeds(size) if f"{size}-{init}-{s}" in done and f"{size}-{BASE}-{s}" in done]
             if not seeds:
                 continue
             dice, base = (mean_over_seeds(done, name, size, seeds) for name in (init, BASE))
@@ -103,24 +99,26 @@ def render(plan: Plan) -> str:
     done = load(plan)
     tested = next((len(c["dice"]) for c in done.values() if "dice" in c), 40)
     revisions = sorted({str(c["code_revision"])[:9] for c in done.values()})
+    hardware = sorted({f"{c['hardware']}, torch {c['torch']}" for c in done.values() if "hardware" in c})
     head = "| start | seeds | test Dice (95 % interval over subjects) | against the base, paired | Wilcoxon p |"
     rule = "|---|---|---|---|---|"
     return "\n".join(
         [
-            f"# Does stage 1 help stage 2? {datetime.date.today()}, {plan.geometry} geometry",
+            f"# Does stage 1 help stage 2? {datetime.date.today()}, {plan.scale.image_size} px, {plan.geometry} "
+            "geometry",
             "",
             f"Medical Segmentation Decathlon, hippocampus (2 classes): {tested} test subjects, looked at once per "
-            f"model; {IMAGE_SIZE} px, `vit_t` from LiteMedSAM's weights. Stage 1 on the training subjects except "
-            f"{NUM_HELD_OUT + NUM_PROBE_TRAIN + NUM_PROBE_TEST} (held-out loss, probe). Stage 2: LoRA in encoder and "
+            f"model; {plan.scale.image_size} px, `vit_t` from LiteMedSAM's weights. Stage 1 on the training subjects "
+            f"except {NUM_HELD_OUT + NUM_PROBE_TRAIN + NUM_PROBE_TEST} (held-out loss, probe): {plan.scale.says}. "
+            f"Stage 2: LoRA in encoder and "
             f"decoder, automatic mode, {plan.few_steps} steps of 8 slices for {FEW} subjects, {plan.full_steps} for "
             f"all, {plan.geometry} geometry; the last weights, nothing chosen. Dice is the mean of both classes per "
             "subject on its own grid. The "
-            "interval is over subjects: it does not cover the choice of the training subjects, of which the seeds "
-            "draw three.",
+            "interval is over subjects: it does not cover the choice of the few training subjects, which every seed "
+            "draws anew.",
             "",
-            f"Hardware: {platform.machine()}, {os.cpu_count()} logical cores, one thread, bf16 "
-            f"{'native' if cpu_has_fast_bf16() else 'emulated or off'}, no GPU, torch {torch.__version__}; code "
-            f"{', '.join(revisions) or 'not run yet'}. Other work ran beside it; only Dice is reported, no times. "
+            f"Hardware: {'; '.join(hardware) or 'not run yet'}; code {', '.join(revisions) or 'not run yet'}. Other "
+            "work ran beside it; only Dice is reported, no times. "
             "`mae` is not in the table: it needs an encoder that can leave tokens out, vit_t cannot.",
             "",
             "## Stage 1: what the runs show of themselves (start -> end)",
@@ -146,9 +144,19 @@ def render(plan: Plan) -> str:
             "",
             *verdict(plan, done),
             "",
-            f"Command: `python benchmarks/ssl_helps.py FOLDER --base lite_medsam.pth --work WORK --steps "
-            f"{plan.stage_1_steps} --few-steps {plan.few_steps} --full-steps {plan.full_steps} --geometry "
-            f"{plan.geometry} --objectives {','.join(plan.objectives)}`",
+            command(plan),
             "",
         ]
+    )
+
+
+def command(plan: Plan) -> str:
+    """Return the line that says how to get this table again."""
+    sized = "" if plan.scale.image_size == min(SCALES) else f" --image-size {plan.scale.image_size}"
+    device = "" if plan.device == "cpu" else f" --device {plan.device}"
+    return (
+        f"Command: `python benchmarks/ssl_helps.py FOLDER --base lite_medsam.pth --work WORK --steps "
+        f"{plan.stage_1_steps} --few-steps {plan.few_steps} --full-steps {plan.full_steps} --few-seeds "
+        f"{plan.few_seeds} --full-seeds {plan.full_seeds} --geometry {plan.geometry}{sized}{device} --objectives "
+        f"{','.join(plan.objectives)}`"
     )

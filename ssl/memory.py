@@ -43,7 +43,9 @@ def training_bytes(module: nn.Module, saved_bytes: int) -> int:
 def free_bytes(device: torch.device) -> int | None:
     """Return the memory that is free on the device; None where nobody says."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        # What torch's allocator keeps for later is free for the run.
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + kept
     try:
         text = Path("/proc/meminfo").read_text(encoding="utf-8")
     except OSError:

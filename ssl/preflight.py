@@ -23,6 +23,7 @@ from samgraft.shared.data.split import (
 from samgraft.shared.data.store import SliceStore
 from samgraft.shared.errors import DataError, StorageError, UsageError
 from samgraft.shared.training.device import DeviceChoice
+from samgraft.shared.training.failures import explain_out_of_memory
 from samgraft.shared.training.progress import format_duration
 from samgraft.shared.training.trainer import state_bytes
 from samgraft.shared.training.training_state import finished_states
@@ -193,9 +194,12 @@ def preflight(
             where="data.batch_size",
         )
     images_B1SS = _first_batch(config, dataset, device)
-    step_time = measure_step(
-        objective, images_B1SS, precision=device.precision, channels_last=config.trainer.channels_last
-    )
+    try:
+        step_time = measure_step(
+            objective, images_B1SS, precision=device.precision, channels_last=config.trainer.channels_last
+        )
+    except torch.OutOfMemoryError as error:
+        raise explain_out_of_memory(batch_size=batch_size, accumulate=config.trainer.accumulate) from error
     seconds = run_seconds(config, step_time, watched)
     show = "shown in TensorBoard and the report" if config.watch.log_images else "not shown (watch.log_images=false)"
     lines = {

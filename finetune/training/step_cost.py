@@ -16,6 +16,7 @@ from samgraft.finetune.training.preparation import Prepared
 from samgraft.finetune.volume_patches import VolumePatches
 from samgraft.shared.data.dataset import collate_slices
 from samgraft.shared.training.device import DeviceChoice
+from samgraft.shared.training.failures import explain_out_of_memory
 from samgraft.shared.training.progress import format_duration
 from samgraft.shared.training.resume import rng_untouched
 from torch.utils.data import default_collate
@@ -47,7 +48,11 @@ class StepCost:
 
 
 def measure_step(prepared: Prepared, config: FinetuneConfig, device: DeviceChoice) -> StepCost:
-    """Run forward and backward passes on the first batch; weights, statistics and generators stay as they are."""
+    """Run forward and backward passes on the first batch; weights, statistics and generators stay as they are.
+
+    Raises:
+        SamgraftError: If a step does not fit in memory.
+    """
     target = device.torch_device
     on_gpu = target.type == "cuda"
     module = FinetuneModule(prepared.segmenter, config, prepared.classes).to(target)
@@ -57,9 +62,14 @@ def measure_step(prepared: Prepared, config: FinetuneConfig, device: DeviceChoic
     with rng_untouched():
         module.train()
         batch = _first_batch(prepared, config, target)
-        # The first step also allocates: it is the warm-up.
-        is_long = _one_step(module, batch, config, device) > LONG_STEP_S
-        times = [_one_step(module, batch, config, device) for _ in range(1 if is_long else MEASURED_STEPS)]
+        try:
+            # The first step also allocates: it is the warm-up.
+            is_long = _one_step(module, batch, config, device) > LONG_STEP_S
+            times = [_one_step(module, batch, config, device) for _ in range(1 if is_long else MEASURED_STEPS)]
+        except torch.OutOfMemoryError as error:
+            raise explain_out_of_memory(
+                batch_size=config.data.batch_size, accumulate=config.trainer.accumulate
+            ) from error
     module.train(was_training)
     for parameter in module.parameters():
         parameter.grad = None

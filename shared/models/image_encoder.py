@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from samgraft.shared.errors import UsageError
 from samgraft.shared.models.architecture import Arch, ArchSpec
-from samgraft.shared.models.relpos_attention import attend
+from samgraft.shared.models.relpos_attention import attend, plan_all, plan_visible
 from samgraft.shared.models.tiny_vit import TinyViTEncoder, build_neck
-from samgraft.shared.models.window_attention import Plan, dense_plan, visible_plan
+from samgraft.shared.models.window_attention import Plan
 from segment_anything.modeling.common import MLPBlock
 from segment_anything.modeling.image_encoder import Attention, PatchEmbed
 from torch import nn
@@ -58,12 +58,12 @@ class RelPosAttention(Attention):
 
     def forward(self, tokens_BNC: torch.Tensor, plan: Plan) -> torch.Tensor:
         """Attend within the plan's windows, or globally."""
-        bundles = plan.windowed if self.windowed else plan.everyone
+        windows = plan.windowed if self.windowed else plan.everyone
         # What a zero-padded position contributes; a layer that carries an adapter is asked itself.
         is_plain = type(self.qkv) is nn.Linear
         padding_D = self.qkv.bias if is_plain else self.qkv(tokens_BNC.new_zeros(tokens_BNC.shape[-1]))
         mixed = attend(
-            self.qkv(tokens_BNC), padding_D, self.rel_pos_h, self.rel_pos_w, bundles, num_heads=self.num_heads
+            self.qkv(tokens_BNC), padding_D, self.rel_pos_h, self.rel_pos_w, windows, num_heads=self.num_heads
         )
         out: torch.Tensor = self.proj(mixed)
         return out
@@ -148,10 +148,11 @@ class ImageEncoder(nn.Module):
             tokens_BggC = torch.where(hidden[..., None], token, tokens_BggC)
         tokens_BNC = (tokens_BggC + self.pos_embed).flatten(1, 2)
         plan = self._dense_plan(len(images_B3SS), images_B3SS.device)
-        order = plan.order
-        assert order is not None
-        tokens_BNC = self._run_blocks(tokens_BNC.index_select(1, order), plan)
-        raster_BNC = tokens_BNC.index_select(1, order.argsort())
+        if plan.order is None:
+            raster_BNC = self._run_blocks(tokens_BNC, plan)
+        else:
+            tokens_BNC = self._run_blocks(tokens_BNC.index_select(1, plan.order), plan)
+            raster_BNC = tokens_BNC.index_select(1, plan.order.argsort())
         return raster_BNC.transpose(1, 2).reshape(len(images_B3SS), -1, self.grid, self.grid)
 
     def forward_visible(self, images_B3SS: torch.Tensor, ids_keep_BN: torch.Tensor) -> torch.Tensor:
@@ -196,7 +197,7 @@ class ImageEncoder(nn.Module):
 
     def _encode_patches(self, patches_BNP: torch.Tensor, ids_keep_BN: torch.Tensor) -> torch.Tensor:
         tokens_BNC = self.embed_patches(patches_BNP, ids_keep_BN)
-        plan = visible_plan(ids_keep_BN, grid=self.grid, side=self.attn_window_size)
+        plan = plan_visible(ids_keep_BN, grid=self.grid, side=self.attn_window_size)
         return self._run_blocks(tokens_BNC, plan)
 
     def embed_patches(self, patches_BNP: torch.Tensor, ids_keep_BN: torch.Tensor) -> torch.Tensor:
@@ -215,9 +216,9 @@ class ImageEncoder(nn.Module):
     def _dense_plan(self, num_images: int, device: torch.device) -> Plan:
         """Plan of the last batch shape, kept because it is the same at every step."""
         if torch.compiler.is_compiling():
-            return dense_plan(self.grid, self.attn_window_size, num_images, device)
+            return plan_all(self.grid, self.attn_window_size, num_images, device)
         if self._last_plan is None or self._last_plan[:2] != (num_images, device):
-            plan = dense_plan(self.grid, self.attn_window_size, num_images, device)
+            plan = plan_all(self.grid, self.attn_window_size, num_images, device)
             self._last_plan = (num_images, device, plan)
         return self._last_plan[2]
 

@@ -1,8 +1,9 @@
-"""TinyViT's window attention without its padding: the same outputs from the real tokens alone.
+"""TinyViT's window attention: timm's outputs with less of its padding.
 
 timm pads the grid with zeros to whole windows, before the norm, and lets real tokens attend to the padding. A grid of
 16 with windows of 14 becomes 28: four windows of 196 tokens for 256 real ones. All padding tokens have one key and one
-value, so that their share of a softmax is a single extra key whose bias is the log-sum-exp of theirs: exact.
+value, so that on a CPU their share of a softmax is a single extra key whose bias is the log-sum-exp of theirs: exact.
+On a GPU, where few large operations are faster, only the attention itself sees padding: norm and products do not.
 
 Shape letters: B = images; H, W = grid; C = channels; h = heads; n, m = queries and keys of a window; d = head width.
 """
@@ -32,6 +33,10 @@ class GridAttention(Attention):
         padding_1C = None
         if height % side or width % side:
             padding_1C = self.qkv(self.norm(features_BHWC.new_zeros(1, features_BHWC.shape[-1])))
+        if not attends_in_strips(features_BHWC.device):
+            mixed = self._attend(_pad(qkv_BHWC, padding_1C, side=side), None)[:, :height, :width]
+            padded: Tensor = self.proj(mixed)
+            return padded
         rows = []
         for top, bottom in _spans(height, side):
             parts = [
@@ -94,6 +99,21 @@ class GridBlock(TinyVitBlock):
         features_BHWC = self.local_conv(features_BHWC.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         out: Tensor = features_BHWC + self.drop_path2(self.mlp(features_BHWC))
         return out
+
+
+def attends_in_strips(device: torch.device) -> bool:
+    """Return whether the edge of a grid is attended to by itself; on a GPU four calls cost more than some padding."""
+    return device.type == "cpu"
+
+
+def _pad(qkv_BHWC: Tensor, padding_1C: Tensor | None, *, side: int) -> Tensor:
+    """Fill up to whole windows with what timm's zero padding contributes."""
+    if padding_1C is None:
+        return qkv_BHWC
+    images, height, width, channels = qkv_BHWC.shape
+    right = padding_1C.expand(images, height, -width % side, channels)
+    below = padding_1C.expand(images, -height % side, width + -width % side, channels)
+    return torch.cat([torch.cat([qkv_BHWC, right], dim=2), below], dim=1)
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, bias_hnm: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """Which token attends to which: windows of a grid, dense or with hidden tokens, as lists of token numbers.
 
 segment_anything pads its grid with zeros to whole windows and lets real tokens attend to the padding. Nothing is padded
-here: windows at the edge are smaller groups of tokens, and their padding is a closed-form term (``relpos_attention``).
+here: windows at the edge are smaller groups of tokens, and their padding is a closed-form term. This is the form of
+``blocked_attention``; that of GPUs is in ``fused_plan``.
 
 Shape letters: B = images; N = tokens kept per image; X = windows (of all images); n = slots per window; m = keys;
 E = terms; g = grid side; W = window side.
@@ -14,6 +15,7 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
+from samgraft.shared.models.fused_attention import FusedWindows
 
 
 @dataclass(kw_only=True)
@@ -82,11 +84,11 @@ class WindowGroup:
 class Plan:
     """Who attends to whom in one forward pass."""
 
-    windowed: tuple[Bundle, ...]
-    everyone: tuple[Bundle, ...]
-    """Bundle of the global blocks."""
+    windowed: tuple[Bundle, ...] | FusedWindows
+    everyone: tuple[Bundle, ...] | FusedWindows
+    """Of the global blocks."""
     order: torch.Tensor | None = None
-    """(N,), dense only: raster position of each token in the order in which they are kept (window by window)."""
+    """(N,): raster position of each token in the order in which they are kept (window by window); None if as given."""
 
 
 def window_groups(grid: int, side: int) -> tuple[WindowGroup, ...]:

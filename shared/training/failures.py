@@ -16,11 +16,7 @@ def explain_failure(error: Exception, *, batch_size: int, accumulate: int, num_w
     """Return the error to raise for a failed training: a refusal in words where the cause is known, else itself."""
     text = str(error)
     if isinstance(error, torch.OutOfMemoryError) or "out of memory" in text.lower():
-        return SamgraftError(
-            f"out of memory with batch_size {batch_size} and trainer.accumulate {accumulate}.",
-            kept=kept,
-            next_command=_smaller_batch(batch_size, accumulate),
-        )
+        return explain_out_of_memory(batch_size=batch_size, accumulate=accumulate, kept=kept)
     if "bus error" in text.lower() or "shared memory" in text.lower() or "/dev/shm" in text:
         return SamgraftError(
             "shared memory is full: the loader workers pass their batches through /dev/shm.",
@@ -44,6 +40,17 @@ def explain_failure(error: Exception, *, batch_size: int, accumulate: int, num_w
     return error
 
 
+def explain_out_of_memory(
+    *, batch_size: int, accumulate: int, kept: str = "nothing was written: it was the pre-flight's trial step"
+) -> SamgraftError:
+    """Return the refusal for a step that does not fit in memory."""
+    return SamgraftError(
+        f"out of memory with batch_size {batch_size} and trainer.accumulate {accumulate}.",
+        kept=kept,
+        next_command=_smaller_batch(batch_size, accumulate),
+    )
+
+
 def _broke_while_handing_over(error: Exception) -> bool:
     """Tell whether a worker died between announcing a batch and giving its memory: its socket is all that is heard."""
     frames = traceback.walk_tb(error.__traceback__)
@@ -55,5 +62,5 @@ def _broke_while_handing_over(error: Exception) -> bool:
 def _smaller_batch(batch_size: int, accumulate: int) -> str:
     if batch_size > 1:
         same = f"a batch of {batch_size // 2} with trainer.accumulate={2 * accumulate}"
-        return f"{same}: the same global batch, under another NAME="
+        return f"{same}: the same global batch; or trainer.activation_checkpointing=true; under another NAME="
     return "trainer.activation_checkpointing=true, or a smaller image_size, under another NAME="

@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import pytorch_lightning as pl
+from samgraft.shared.training.trainer_config import check_warmup
 from torch import Tensor
 
 
@@ -55,11 +56,7 @@ class LearningRate(pl.Callback):
     def __init__(
         self, *, warmup_steps: int, max_steps: int, final_factor: float = 0.0, poly_power: float | None = None
     ) -> None:
-        if not 0 <= warmup_steps < max_steps:
-            raise ValueError(
-                f"warmup_steps must be at least 0 and below max_steps, got {warmup_steps} of {max_steps}. "
-                "Shorten the warm-up or train longer."
-            )
+        check_warmup(warmup_steps, max_steps)
         self.warmup_steps = warmup_steps
         self.max_steps = max_steps
         self.final_factor = final_factor

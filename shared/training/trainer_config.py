@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
+from samgraft.shared.errors import UsageError
 from samgraft.shared.training.device import Device, Precision
 from samgraft.shared.training.run_folder import MAY_CHANGE
 
@@ -75,3 +76,17 @@ class TrainerConfig:
             raise ValueError(f"trainer.keep_last must be at least 2, got {self.keep_last}: one may be damaged.")
         if self.devices is not None and self.devices < 1:
             raise ValueError(f"trainer.devices must be at least 1 or null, got {self.devices}.")
+
+
+def check_warmup(warmup_steps: int, max_steps: int) -> None:
+    """Check that the warm-up ends before the run does.
+
+    Raises:
+        UsageError: If it does not.
+    """
+    if not 0 <= warmup_steps < max_steps:
+        raise UsageError(
+            f"warmup_steps must be at least 0 and below max_steps, got {warmup_steps} of {max_steps}. Shorten the "
+            "warm-up or train longer.",
+            where="optim.warmup_steps",
+        )
