@@ -103,9 +103,11 @@ def finetune(config: FinetuneConfig, run: RunFolder, device: DeviceChoice, prepa
     )
     if not run.is_writer:
         return run.path / "model"
-    sam = restore_best(prepared, rounds)
+    sam = restore_best(prepared, rounds, device.torch_device)
     trainable, groups = trainable_table(sam), trainable_groups(sam)
     results = measure(prepared.segmenter, prepared.store, prepared.val_series, prepared.classes, prepared.inference)
+    # Merged and written in float32 on a CPU: reduced precision of a GPU would look like a fault of the merge.
+    prepared.segmenter.cpu()
     folder = write_finished(sam, prepared, config, run, rounds, trainable=trainable, steps=result.step)
     evaluation = summarise(results, prepared.store, prepared.classes, part="val")
     write_evaluation(evaluation, run.path / "evaluation" / "val", provenance={"chosen_on": "this part"})
@@ -161,13 +163,13 @@ def measure_zero_shot(prepared: Prepared, start: StartingPoint, device: torch.de
     return measure(segmenter.to(device), prepared.store, prepared.val_series, prepared.classes, prepared.inference)
 
 
-def restore_best(prepared: Prepared, rounds: ValidationRounds) -> nn.Module:
-    """Put the best round's tensors into the model and return a merged SAM under segment_anything's names.
+def restore_best(prepared: Prepared, rounds: ValidationRounds, device: torch.device) -> nn.Module:
+    """Put the best round's tensors into the model, on the device, and return its network.
 
     Raises:
-        WeightsError: If tensors do not fit or the merged model gives other outputs than the adapted one.
+        WeightsError: If the tensors are not those that trained.
     """
-    segmenter = prepared.segmenter.cpu().eval()
+    segmenter = prepared.segmenter.to(device).eval()
     best = load_file(rounds.best_file())
     trained = trainable_tensors(segmenter.network)
     if set(best) != set(trained):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from model_factory import make_sam, tiny_vit_t_spec
 from samgraft.finetune.model_folder import read_model
+from samgraft.finetune.segmenter import Segmenter
 from samgraft.finetune.training import step_cost, train
 from samgraft.finetune.training.config import FinetuneConfig
 from samgraft.finetune.training.module import FinetuneModule
@@ -120,6 +121,16 @@ def test_early_end__is_saved_remembered_and_recorded(lab, caplog):
     assert read_model(path).card.steps == 6
     again = json.loads((path / "validation.json").read_text())
     assert sorted(int(step) for step in again["rounds"]) == [2, 4, 6]
+
+
+def test_last_validation__runs_on_the_device_before_the_model_leaves_it(lab, monkeypatch):
+    """On a CPU every scan of a vit_b takes minutes: a GPU would wait for hours after its training."""
+    events = []
+    measure, cpu = train.measure, Segmenter.cpu
+    monkeypatch.setattr(train, "measure", lambda *args: events.append("measured") or measure(*args))
+    monkeypatch.setattr(Segmenter, "cpu", lambda self: events.append("off the device") or cpu(self))
+    run(lab, "order")
+    assert events[-2:] == ["measured", "off the device"]
 
 
 @pytest.mark.slow
