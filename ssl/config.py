@@ -11,7 +11,7 @@ from samgraft.shared.data.orientation import Plane
 from samgraft.shared.data.preset import ModalityPreset
 from samgraft.shared.models.architecture import Arch
 from samgraft.shared.training.optimizer import OptimizerConfig
-from samgraft.shared.training.trainer_config import Strategy, TrainerConfig, check_warmup
+from samgraft.shared.training.trainer_config import Strategy, TrainerConfig
 from samgraft.ssl.objectives.mae import Layout
 from samgraft.ssl.objectives.settings import ObjectiveConfig, with_mirroring
 from samgraft.ssl.scope import ScopeConfig
@@ -168,7 +168,6 @@ class PretrainConfig:
 
     def __post_init__(self) -> None:
         # Here, so that the configuration of every run holds the number that it used.
-        check_warmup(self.optim.warmup_steps, self.trainer.max_steps)
         filled = with_mirroring(self.objective, self.data.augment.flip_columns_probability)
         object.__setattr__(self, "objective", filled)
         if self.objective.mae.layout is Layout.PLAIN_VIT and self.trainer.strategy is Strategy.FSDP:

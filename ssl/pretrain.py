@@ -22,7 +22,7 @@ from samgraft.shared.training.resume import LoaderPosition, seed_process
 from samgraft.shared.training.run_folder import RunFolder
 from samgraft.shared.training.sharding import full_state, is_sharded, load_full_state
 from samgraft.shared.training.trainer import fit
-from samgraft.shared.training.trainer_config import Strategy
+from samgraft.shared.training.trainer_config import Strategy, check_warmup
 from samgraft.ssl.config import PretrainConfig
 from samgraft.ssl.encoder_weights import hand_over
 from samgraft.ssl.labelled import open_probe_store
@@ -52,6 +52,7 @@ def pretrain(
         device: Where to train.
         dry_run: Stop after the pre-flight, write nothing, return None.
     """
+    check_warmup(config.optim.warmup_steps, config.trainer.max_steps)
     store = SliceStore.open(config.data.store)
     preset = load_preset(config.modality)
     split = pretraining_split(config.data, store, seed=config.seed)

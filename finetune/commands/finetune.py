@@ -54,9 +54,11 @@ def run(arguments: argparse.Namespace) -> int:
     from samgraft.finetune.training.train import finetune, prepare_seeded
     from samgraft.shared.training.device import choose_device
     from samgraft.shared.training.run_folder import RunFolder
+    from samgraft.shared.training.trainer_config import check_warmup
 
     started = time.monotonic()
     config = build_config(arguments)
+    check_warmup(config.optim.warmup_steps, config.trainer.max_steps)
     device = choose_device(config.trainer.device, precision=config.trainer.precision, devices=config.trainer.devices)
     log.info("device: %s", device.reason)
     prepared = prepare_seeded(config)

@@ -15,7 +15,6 @@ from samgraft.shared.data.augment import AugmentConfig
 from samgraft.shared.data.dataset import check_neighbours
 from samgraft.shared.training.optimizer import OptimizerConfig
 from samgraft.shared.training.trainer import TrainerConfig
-from samgraft.shared.training.trainer_config import check_warmup
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,7 +155,6 @@ class FinetuneConfig:
     cache: CacheConfig = field(default_factory=CacheConfig)
 
     def __post_init__(self) -> None:
-        check_warmup(self.optim.warmup_steps, self.trainer.max_steps)
         if self.prompt.is_prompted and self.loss.class_weights:
             raise ValueError(
                 "loss.class_weights has no effect with prompts: every object is a mask of its own. Leave it out."

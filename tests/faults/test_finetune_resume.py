@@ -123,6 +123,18 @@ def test_early_end__is_saved_remembered_and_recorded(lab, caplog):
     assert sorted(int(step) for step in again["rounds"]) == [2, 4, 6]
 
 
+def test_trial_step_out_of_memory__is_said_in_words(lab, monkeypatch):
+    def too_much(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(FinetuneModule, "training_step", too_much)
+    config = config_of(lab)
+    with pytest.raises(SamgraftError, match=r"out of memory with batch_size 2 and trainer\.accumulate 1") as refusal:
+        measure_step(train.prepare_seeded(config), config, choose_device("cpu"))
+    assert "nothing was written" in refusal.value.kept
+    assert "trainer.activation_checkpointing=true" in refusal.value.next_command
+
+
 def test_last_validation__runs_on_the_device_before_the_model_leaves_it(lab, monkeypatch):
     """On a CPU every scan of a vit_b takes minutes: a GPU would wait for hours after its training."""
     events = []

@@ -9,6 +9,7 @@ import torch
 from samgraft.shared.cli import main
 from samgraft.shared.models.card import Card
 from samgraft.shared.models.weights import save_encoder
+from samgraft.ssl import preflight
 from store_factory import make_store
 from tiny_encoders import plain_encoder, tiny_encoder
 
@@ -33,6 +34,10 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.param(
             ["--modality", "mrri"], 2, ["must be one of ct, mri, ultrasound, xray, got 'mrri'", "Did you mean 'mri'"],
             id="unknown modality",
+        ),
+        pytest.param(
+            ["--data", "store.zarr", "--base", "tiny", "trainer.max_steps=4"], 2,
+            ["warmup_steps must be at least 0 and below max_steps, got 4 of 4"], id="warm-up as long as the run",
         ),
         pytest.param(["--data", "nowhere.zarr"], 3, ["the store does not exist", "samgraft store build"], id="none"),
         pytest.param(["--data", "half.zarr"], 3, ["is not a slice store"], id="a folder that is no store"),
@@ -95,4 +100,22 @@ def test_bad_input__one_screen_and_nothing_written(
         assert message in shown
     assert "Traceback" not in shown
     assert len(shown.splitlines()) < 25
+    assert not (lab / "runs").exists()
+
+
+def test_trial_step_out_of_memory__one_screen_and_nothing_written(
+    lab: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def too_much(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.chdir(lab)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(preflight, "measure_step", too_much)
+    assert main(["pretrain", "--data", "store.zarr", "--base", "tiny", "data.batch_size=4"]) == 7
+    shown = capsys.readouterr().err
+    assert "out of memory with batch_size 4 and trainer.accumulate 1" in shown
+    assert "nothing was written" in shown
+    assert "a batch of 2 with trainer.accumulate=2" in shown
+    assert "please report" not in shown
     assert not (lab / "runs").exists()
