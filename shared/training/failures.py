@@ -12,9 +12,19 @@ from samgraft.shared.errors import SamgraftError
 WORKER_DIED = re.compile(r"DataLoader worker \(pid.*\) (?:is killed by signal: (?P<signal>\w+)|exited unexpectedly)")
 
 
+def first_failure(error: Exception) -> Exception:
+    """Return what went wrong first: Lightning clears away a loader that never started, fails, and hides why."""
+    frames = traceback.walk_tb(error.__traceback__)
+    if isinstance(error.__context__, Exception) and any(f.f_code.co_name == "_teardown" for f, _ in frames):
+        return first_failure(error.__context__)
+    return error
+
+
 def explain_failure(error: Exception, *, batch_size: int, accumulate: int, num_workers: int, kept: str) -> Exception:
     """Return the error to raise for a failed training: a refusal in words where the cause is known, else itself."""
     text = str(error)
+    if isinstance(error, SamgraftError):
+        return error
     if isinstance(error, torch.OutOfMemoryError) or "out of memory" in text.lower():
         return explain_out_of_memory(batch_size=batch_size, accumulate=accumulate, kept=kept)
     if "bus error" in text.lower() or "shared memory" in text.lower() or "/dev/shm" in text:

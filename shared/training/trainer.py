@@ -15,7 +15,7 @@ from samgraft.shared.training.bookkeeping import Bookkeeping
 from samgraft.shared.training.device import DeviceChoice, tune_cpu
 from samgraft.shared.training.disk_need import check_disk, state_bytes
 from samgraft.shared.training.environment import process_rank
-from samgraft.shared.training.failures import explain_failure
+from samgraft.shared.training.failures import explain_failure, first_failure
 from samgraft.shared.training.lightning_setup import LoaderFactory, StepData, build_trainer, quiet_lightning
 from samgraft.shared.training.numerics import FiniteOnly
 from samgraft.shared.training.periodic import Monitor, Periodic, PeriodicTasks
@@ -192,7 +192,7 @@ def _run(
         except Exception as error:
             newest = newest_name(run.checkpoints)
             raise explain_failure(
-                error,
+                first_failure(error),
                 batch_size=batch_size,
                 accumulate=config.accumulate,
                 num_workers=config.num_workers,

@@ -18,7 +18,7 @@ import pytest
 import torch
 from samgraft.shared.errors import SamgraftError, StoppedAndSaved
 from samgraft.shared.training.failures import explain_failure
-from samgraft.shared.training.loader import build_step_loader
+from samgraft.shared.training.loader import StepLoader, build_step_loader
 from samgraft.shared.training.periodic import Boundary, Periodic
 from samgraft.shared.training.signals import StopRequest, listening
 from tiny_dataset import FatalDataset, NoStart, PatientDataset, SlowStart, TinyDataset
@@ -187,6 +187,18 @@ def test_worker_dies_at_its_start__said_at_once() -> None:
     with pytest.raises(RuntimeError, match=r"DataLoader worker \(pid.*\) exited unexpectedly"):
         worker_batches(NoStart())
     assert time.monotonic() - started < 60  # the time-out of a batch is 120 s
+
+
+def test_worker_dies_at_its_start__is_not_hidden_by_what_fails_afterwards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_worker(_: StepLoader) -> None:
+        raise RuntimeError("DataLoader worker (pid(s) 3) exited unexpectedly")
+
+    monkeypatch.setattr(StepLoader, "__iter__", no_worker)
+    with pytest.raises(SamgraftError, match="a data worker died") as refusal:
+        tiny_fit(tmp_path, "a", tiny_config())
+    assert refusal.value.kept == "nothing was saved yet"
 
 
 def test_out_of_memory__names_the_same_global_batch(tmp_path: Path) -> None:
