@@ -103,6 +103,7 @@ class Progress(pl.Callback):
         now = time.monotonic()
         if self._mark is not None:
             self.work_s += now - self._mark
+        self._mark = now
         self.micro_steps += 1
         self._in_step += 1
         for key, value in _scalars(outputs, accumulate=self.accumulate).items():

@@ -228,3 +228,18 @@ def test_eta__what_comes_once_before_the_first_batch_is_not_counted_per_step(
         progress.on_train_batch_end(trainer, None, {"loss": torch.tensor(1.0)}, None, 0)
     assert "step 1/10" in caplog.text
     assert "ETA 18 s" in caplog.text
+
+
+def test_data_wait__micro_steps_of_one_step_are_work_not_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [100.0]
+    monkeypatch.setattr(progress_module, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    progress = Progress(SimpleNamespace(every_steps=1), max_steps=10, slices_per_micro_step=4, accumulate=3)
+    trainer = SimpleNamespace(global_step=1, is_global_zero=True)
+    progress.on_train_start(trainer, None)
+    for wait, work in ((60, 3), (1, 4)):
+        clock[0] += wait
+        progress.on_train_batch_start(trainer, None, None, 0)
+        clock[0] += work
+        progress.on_train_batch_end(trainer, None, {"loss": torch.tensor(1.0)}, None, 0)
+    assert (progress.wait_s, progress.work_s) == (1, 7)
+    assert progress.slices_per_s == 1
