@@ -277,8 +277,8 @@ def _short(interval: Interval | None) -> str | None:
     if interval is None:
         return None
     if interval.low is None or interval.high is None:
-        return f"{interval.mean:.3g}"
-    return f"{interval.mean:.3g} ({interval.low:.3g} to {interval.high:.3g})"
+        return f"{interval.mean:.3f}"
+    return f"{interval.mean:.3f} ({interval.low:.3f} to {interval.high:.3f})"
 
 
 def _bounds(line: Mapping[str, Any]) -> list[Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -250,5 +251,14 @@ def _cell(value: Any) -> str:
     if value is None:
         return "n/a"
     if isinstance(value, float | np.floating):
-        return "n/a" if np.isnan(value) else f"{value:.4g}"
+        return _decimals(float(value))
     return str(value)
+
+
+def _decimals(value: float) -> str:
+    """Show as many decimals all down a column as long as they say something."""
+    if math.isnan(value):
+        return "n/a"
+    if 0 < abs(value) < 1e-3:
+        return f"{value:.2g}"
+    return f"{value:.3f}" if abs(value) < 1e3 else f"{value:,.0f}"
