@@ -261,4 +261,4 @@ def _decimals(value: float) -> str:
         return "n/a"
     if 0 < abs(value) < 1e-3:
         return f"{value:.2g}"
-    return f"{value:.3f}" if abs(value) < 1e3 else f"{value:,.0f}"
+    return f"{value:.3f}" if abs(value) < 1e3 else f"{value:.0f}"
