@@ -142,7 +142,7 @@ def test_probe__is_resumed_exactly_and_leaves_the_training_as_it_was(
     assert "GiB for weights, gradients, AdamW" in caplog.text
     report = (whole.parents[1] / "report.html").read_text()
     assert "A linear head on the frozen features, fitted anew at every look (lesion of labelled.zarr" in report
-    assert f'<td class="n">{looks[0]["probe/dice"]:.4g}</td>' in report
+    assert f'<td class="n">{looks[0]["probe/dice"]:.3f}</td>' in report
 
 
 def test_second_command__finds_the_finished_run(lab: Path, caplog: pytest.LogCaptureFixture) -> None:
