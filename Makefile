@@ -20,7 +20,7 @@ $(error see the message above)
 endif
 endif
 
-.PHONY: help install demo-data store pretrain finetune evaluate predict study release inspect doctor test test-slow check docs format imports types wheel clean
+.PHONY: help install demo-data store pretrain finetune evaluate predict study release inspect doctor test test-slow test-gpu check docs format imports types wheel clean
 
 help: ## this list
 	@echo "samgraft: unlabelled scans -> better SAM encoder -> segmentation models you can release"
@@ -79,6 +79,9 @@ test: $(STAMP) ## the fast suite, offline | make test
 
 test-slow: $(STAMP) ## real shapes and long runs too | make test-slow
 	@$(BIN)/python -m pytest -n auto -m "not gpu and not weights"
+
+test-gpu: $(STAMP) ## the encoders on this machine's GPU against the originals | make test-gpu
+	@$(BIN)/python -m pytest -n 0 -m gpu
 
 check: $(STAMP) imports types ## format, lint, types, one-way imports, spelling | make check
 	@$(BIN)/ruff format --check .

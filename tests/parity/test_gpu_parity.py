@@ -19,6 +19,8 @@ GPU = "cuda"
 @pytest.fixture(autouse=True)
 def _whole_float32(monkeypatch):
     """TensorFloat-32 would hide everything below 1e-3."""
+    if not torch.cuda.is_available():
+        pytest.fail("no GPU that torch can use: samgraft doctor says why", pytrace=False)
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
