@@ -23,6 +23,7 @@ from samgraft.shared.data.store import SliceStore
 from samgraft.shared.errors import DataError, UsageError, WeightsError
 from samgraft.shared.models.image_encoder import build_image_encoder
 from samgraft.shared.models.weights import load_into, read_weights
+from samgraft.shared.training.device import choose_device
 from samgraft.ssl.config import PretrainConfig
 from samgraft.ssl.encoder_weights import ENCODER_FOLDER
 from samgraft.ssl.held_out import spread
@@ -90,11 +91,14 @@ def audit_membership(run: Path) -> MembershipAudit:
             "an audit compares with held-out patients, and the run held none out. Release the encoder alone.",
             next_command="the same command without --continuable",
         )
+    device = choose_device().torch_device
+    assert isinstance(objective, nn.Module)
+    objective.to(device)
     halves = [split.train[0::2], split.train[1::2]]
-    errors = [_errors(objective, config, store, patients) for patients in (*halves, split.val)]
+    errors = [_errors(objective, config, store, patients, device=device) for patients in (*halves, split.val)]
     if any(len(e) == 0 for e in errors):
         # One member patient: its slices stand on both sides of the control.
-        members = _errors(objective, config, store, split.train)
+        members = _errors(objective, config, store, split.train, device=device)
         errors = [members[0::2], members[1::2], errors[2]]
     members = np.concatenate(errors[:2])
     return MembershipAudit(
@@ -132,7 +136,7 @@ def load_objective(run: Path, config: PretrainConfig) -> tuple[Objective, str | 
 
 @torch.no_grad()
 def _errors(
-    objective: Objective, config: PretrainConfig, store: SliceStore, patients: Sequence[str]
+    objective: Objective, config: PretrainConfig, store: SliceStore, patients: Sequence[str], *, device: torch.device
 ) -> npt.NDArray[np.float64]:
     """Return the mean loss per slice over ``NUM_MASKS`` masks."""
     preset = load_preset(config.modality)
@@ -151,7 +155,7 @@ def _errors(
         counters = [AUDIT_COUNTER + mask for mask in range(NUM_MASKS)]
         batch = collate_slices([dataset[index, counter] for counter in counters])
         images, _, _ = batch_to_input(
-            batch, image_size=config.model.image_size, keep_aspect=config.data.keep_aspect, device="cpu"
+            batch, image_size=config.model.image_size, keep_aspect=config.data.keep_aspect, device=device
         )
         last = config.trainer.max_steps
         loss = objective.loss(images, sample_counters=counters, step=last, planes=batch["planes"]).total

@@ -182,7 +182,7 @@ def test_planes__of_every_slice_reach_the_objective_in_training_held_out_and_aud
     assert looked_at.seen == [store.record(ref.series_id).plane for ref in held_out.refs]
 
     audited = Recorder()
-    _errors(audited, config, store, store.patient_ids)
+    _errors(audited, config, store, store.patient_ids, device=torch.device("cpu"))
     assert set(audited.seen) == set(expected)
 
 
