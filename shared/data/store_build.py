@@ -24,6 +24,7 @@ from samgraft.shared.data.intensity import IntensityPreset
 from samgraft.shared.data.series import SeriesRecord
 from samgraft.shared.data.store import COMPLETE, SCHEMA, SERIES, SliceStore
 from samgraft.shared.data.store_write import PARTIAL, finish_store, read_record, start_store, write_series
+from samgraft.shared.data.worker_process import end_with_parent
 from samgraft.shared.errors import DataError, SamgraftError, StorageError, UsageError
 
 log = logging.getLogger(__name__)
@@ -194,7 +195,7 @@ def _results(
         return
     # Spawned, not forked: codecs run threads, and a forked thread pool deadlocks.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(max_workers=min(num_workers, len(todo)), mp_context=context) as pool:
+    with ProcessPoolExecutor(min(num_workers, len(todo)), mp_context=context, initializer=end_with_parent) as pool:
         futures = [pool.submit(work, case) for case in todo]
         try:
             for future in as_completed(futures):

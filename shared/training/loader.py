@@ -11,6 +11,7 @@ from multiprocessing.synchronize import Semaphore
 from typing import Any
 
 import torch
+from samgraft.shared.data.worker_process import end_with_parent
 from samgraft.shared.training.signals import ignore_stop_signals
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -95,6 +96,7 @@ def worker_context() -> BaseContext:
 
 
 def _start_worker(started: Semaphore, _: int) -> None:
+    end_with_parent()
     ignore_stop_signals()
     torch.set_num_threads(1)
     started.release()

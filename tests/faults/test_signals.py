@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import multiprocessing
 import os
 import random
 import re
@@ -10,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from multiprocessing import resource_sharer
+from multiprocessing import forkserver, resource_sharer
 from pathlib import Path
 from typing import Any
 
@@ -180,6 +182,52 @@ def test_worker_starts_slowly__does_not_count_as_hanging(monkeypatch: pytest.Mon
     monkeypatch.setattr("samgraft.shared.training.loader.WORKER_START_TIMEOUT_S", 0.1)
     with pytest.raises(RuntimeError, match=r"DataLoader timed out: no worker within 0\.1 seconds"):
         worker_batches(SlowStart(seconds=0.5))
+
+
+def load_and_report(tell: int) -> None:
+    """In a child: load with two workers, say which processes that took, wait to be killed."""
+    forkserver._forkserver.__init__()  # the parent's is not a child of this process
+    loader = build_step_loader(
+        TinyDataset(), batch_sampler=[[(0, 0)], [(1, 1)]], collate_fn=default_collate, num_workers=2
+    )
+    batches = iter(loader)
+    next(batches)
+    pids = [worker.pid for worker in multiprocessing.active_children()]
+    os.write(tell, repr([*pids, forkserver._forkserver._forkserver_pid]).encode())
+    signal.pause()
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_sigkill__workers_and_their_fork_server_end_too() -> None:
+    """They wait for each other: killed trainers left them all, and their memory, for ever."""
+    ready, tell = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            load_and_report(tell)
+        finally:
+            os._exit(1)
+    os.close(tell)
+    pids = ast.literal_eval(os.read(ready, 1000).decode())
+    os.close(ready)
+    assert len(pids) == 3
+    assert all(map(is_running, pids))
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    until = time.monotonic() + 30
+    while any(map(is_running, pids)) and time.monotonic() < until:
+        time.sleep(0.1)
+    left = [pid for pid in pids if is_running(pid)]
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    assert not left
 
 
 def test_worker_dies_at_its_start__said_at_once() -> None:
