@@ -54,8 +54,7 @@ class Bundle:
         return self.extent != (self.side, self.side)
 
     def __post_init__(self) -> None:
-        # Computed once per plan and shared by all layers. A cached_property would hold a lock, which torch.compile
-        # cannot trace.
+        # Computed once per plan and shared by all layers.
         index = torch.arange(self.side, device=self.tokens.device)
         self.row_index = self.rows[..., None] - index + self.side - 1
         self.col_index = self.cols[..., None] - index + self.side - 1
