@@ -41,6 +41,7 @@ from ssl_helps_plan import (
     BASE,
     FEW,
     GEOMETRY,
+    METHOD,
     NUM_HELD_OUT,
     NUM_PROBE_TEST,
     NUM_PROBE_TRAIN,
@@ -150,7 +151,15 @@ def pretrain(plan: Plan, objective: str) -> dict[str, Any]:
     """Stage 1 from the base weights; return its probe, drift and health against the start's."""
     name = f"helps-{objective}"
     command = ["pretrain", "--data", str(plan.store), "--modality", "mri", "--base", str(plan.base)]
-    command += ["--method", objective, "--preset", "cpu", "--name", name, f"model.image_size={plan.scale.image_size}"]
+    command += [
+        "--method",
+        METHOD.get(objective, objective),
+        "--preset",
+        "cpu",
+        "--name",
+        name,
+        f"model.image_size={plan.scale.image_size}",
+    ]
     command += [*STAGE_1, *plan.scale.stage_1, *plan.scale.own.get(objective, ())]
     command += [f"trainer.max_steps={plan.stage_1_steps}", f"optim.warmup_steps={min(50, plan.stage_1_steps // 4)}"]
     command += [f"data.split={plan.work / 'pretrain.split.json'}", f"trainer.device={plan.device}"]
@@ -225,7 +234,9 @@ def main() -> None:
     parser.add_argument("source", type=Path, help="the hippocampus folder")
     parser.add_argument("--base", type=Path, required=True, help="LiteMedSAM's weights")
     parser.add_argument("--work", type=Path, default=Path("build/ssl_helps"), help="store, runs and cells")
-    parser.add_argument("--objectives", default="masked_image,dino,lejepa,feature", help="comma-separated")
+    parser.add_argument(
+        "--objectives", default="masked_image,masked_image_skip,dino,lejepa,feature", help="comma-separated"
+    )
     parser.add_argument("--kinds", default="pretrain,few,full", help="which cells to run")
     parser.add_argument("--steps", type=int, default=1000, help="of stage 1")
     parser.add_argument("--few-steps", type=int, default=300)
@@ -236,6 +247,7 @@ def main() -> None:
     parser.add_argument("--parallel", type=int, default=1, help="cells at a time")
     parser.add_argument("--geometry", default="mild", choices=tuple(GEOMETRY), help="augmentation of stage 2")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--suffix", help="of the result's file name")
     parser.add_argument("--table", action="store_true", help="only write the table")
     arguments = parser.parse_args()
     if not (arguments.source / "dataset.json").is_file():
@@ -261,7 +273,8 @@ def main() -> None:
                 list(pool.map(lambda cell: run_cell(plan, *cell), list(cells(plan, [kind]))))
     strong = "" if plan.geometry == "mild" else f"-{plan.geometry}"
     size = "" if plan.scale.image_size == min(SCALES) else f"-{plan.scale.image_size}px"
-    out = RESULTS / f"ssl_helps{size}{strong}-{datetime.date.today()}.md"
+    suffix = f"-{arguments.suffix}" if arguments.suffix else ""
+    out = RESULTS / f"ssl_helps{size}{strong}{suffix}-{datetime.date.today()}.md"
     out.write_text(render(plan))
     say(f"written: {out.name}")
 
