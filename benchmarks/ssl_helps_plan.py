@@ -42,8 +42,7 @@ GEOMETRY = {
 
 METHOD = {"masked_image_skip": "masked_image"}
 """Where a line of the table is not an objective of its own but another setting of one."""
-THROUGH_THE_ENCODER = ("objective.masked_image.decoder_sees_pixels=false",)
-"""The objective's own default; the ``cpu`` preset lets the decoder see the visible pixels, for the pictures' sake."""
+PAST_THE_ENCODER = ("objective.masked_image.decoder_sees_pixels=true",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,8 +61,8 @@ SCALES = {
         image_size=56,
         stage_1=("data.batch_size=2", "optim.lr=3e-5", "trainer.num_workers=0"),
         own={
-            "masked_image": (*THROUGH_THE_ENCODER, "objective.masked_image.mask_unit_px=8"),
-            "masked_image_skip": ("objective.masked_image.mask_unit_px=8",),
+            "masked_image": ("objective.masked_image.mask_unit_px=8",),
+            "masked_image_skip": (*PAST_THE_ENCODER, "objective.masked_image.mask_unit_px=8"),
             # Its Gaussian term compares the slices of a batch: two would be no sample.
             "lejepa": ("data.batch_size=4",),
         },
@@ -79,8 +78,8 @@ SCALES = {
             "trainer.num_workers=0",
         ),
         own={
-            "masked_image": (*THROUGH_THE_ENCODER, "objective.masked_image.mask_unit_px=16"),
-            "masked_image_skip": ("objective.masked_image.mask_unit_px=16",),
+            "masked_image": ("objective.masked_image.mask_unit_px=16",),
+            "masked_image_skip": (*PAST_THE_ENCODER, "objective.masked_image.mask_unit_px=16"),
             "lejepa": ("data.batch_size=16", "objective.lejepa.crops.local_size_px=112"),
             "dino": ("objective.dino.crops.local_size_px=112",),
         },

@@ -119,7 +119,7 @@ def render(plan: Plan) -> str:
             "",
             f"Hardware: {'; '.join(hardware) or 'not run yet'}; code {', '.join(revisions) or 'not run yet'}. Other "
             "work ran beside it; only Dice is reported, no times. `masked_image_skip` is `masked_image` whose decoder "
-            "also sees the visible pixels (`decoder_sees_pixels=true`, as in the `cpu` preset). "
+            "also sees the visible pixels (`decoder_sees_pixels=true`). "
             "`mae` is not in the table: it needs an encoder that can leave tokens out, vit_t cannot.",
             "",
             "## Stage 1: what the runs show of themselves (start -> end)",
