@@ -80,7 +80,19 @@ def ragged_ids(grid: int) -> torch.Tensor:
     return ids
 
 
-MASKS = {"random": random_ids, "block": block_ids, "uniform": uniform_ids, "ragged": ragged_ids}
+def full_corner_ids(grid: int) -> torch.Tensor:
+    """The last window is the fullest and another image keeps fewer: no slot is free for the token that is not there."""
+    number = torch.arange(grid * grid).view(grid, grid)
+    return torch.stack([torch.tensor([0, grid // 2, grid * grid // 2, -1]), number[-2:, -2:].flatten()])
+
+
+MASKS = {
+    "random": random_ids,
+    "block": block_ids,
+    "uniform": uniform_ids,
+    "ragged": ragged_ids,
+    "full_corner": full_corner_ids,
+}
 
 
 def compare(encoder: ImageEncoder, ids: torch.Tensor, *, tolerance: float) -> None:
