@@ -112,8 +112,8 @@ def cells(plan: Plan, kinds: Sequence[str]) -> Iterator[tuple[str, dict[str, Any
         for objective in plan.objectives:
             yield f"pretrain-{objective}", {"kind": "pretrain", "objective": objective}
     inits = [BASE, *(o for o in plan.objectives if (plan.work / "cells" / f"pretrain-{o}.json").is_file())]
-    for size in (size for size in ("few", "full") if size in kinds):
-        for seed in plan.seeds(size):
+    for size in ("few", "full"):
+        for seed in plan.seeds(size) if size in kinds else ():
             for init in inits:
                 yield f"{size}-{init}-{seed}", {"kind": "finetune", "init": init, "seed": seed, "size": size}
 

@@ -24,11 +24,16 @@ def mean_over_seeds(done: dict[str, dict[str, Any]], init: str, size: str, seeds
     return {patient: float(np.mean([run[patient] for run in runs])) for patient in runs[0]}
 
 
+def compared_seeds(plan: Plan, done: dict[str, dict[str, Any]], init: str, size: str) -> list[int]:
+    """Return the seeds that base and encoder both have."""
+    return [s for s in plan.seeds(size) if f"{size}-{init}-{s}" in done and f"{size}-{BASE}-{s}" in done]
+
+
 def stage_2_rows(plan: Plan, done: dict[str, dict[str, Any]], size: str) -> list[str]:
-    """Return the table's rows of one training size: only seeds that base and encoder both have are compared."""
+    """Return the table's rows of one training size."""
     rows = []
     for init in [BASE, *plan.objectives]:
-        seeds = [s for s in plan.seeds(size) if f"{size}-{init}-{s}" in done and f"{size}-{BASE}-{s}" in done]
+        seeds = compared_seeds(plan, done, init, size)
         if not seeds:
             rows.append(f"| {init} | not run | | | |")
             continue
@@ -74,7 +79,7 @@ def verdict(plan: Plan, done: dict[str, dict[str, Any]]) -> list[str]:
     words = []
     for size, title in (("few", f"{FEW} subjects"), ("full", "all subjects")):
         for init in plan.objectives:
-            seeds = [s for s in plan.seeds(size) if f"{size}-{init}-{s}" in done and f"{size}-{BASE}-{s}" in done]
+            seeds = compared_seeds(plan, done, init, size)
             if not seeds:
                 continue
             dice, base = (mean_over_seeds(done, name, size, seeds) for name in (init, BASE))

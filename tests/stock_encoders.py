@@ -6,6 +6,7 @@ import torch
 from model_factory import randomise
 from samgraft.shared.models.architecture import Arch, ArchSpec, Stem, arch_spec
 from samgraft.shared.models.image_encoder import ImageEncoder
+from samgraft.shared.models.tiny_vit import TinyViTEncoder
 from segment_anything.modeling import ImageEncoderViT
 from timm.models.tiny_vit import TinyVit
 from torch import nn
@@ -87,6 +88,16 @@ def to_timm_names(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
                 words[1] = str(int(words[1]) + 1)
         out[".".join(words)] = value
     return out
+
+
+def timm_twin(ours: TinyViTEncoder) -> nn.Module:
+    """timm's own TinyVit with the weights of ours: all of them but the neck, and none besides but its head."""
+    twin = timm_tiny(ours.spec).to(next(ours.parameters()).dtype)
+    tensors = {k: v for k, v in ours.state_dict().items() if not k.startswith("neck.")}
+    missing, unexpected = twin.load_state_dict(to_timm_names(tensors), strict=False)
+    assert not unexpected
+    assert all(name.startswith("head.") for name in missing)
+    return twin
 
 
 def real_pair(arch: Arch, image_size: int) -> tuple[ImageEncoder, ImageEncoderViT]:

@@ -47,8 +47,11 @@ class FusedWindows:
     left_out: Tensor | None = None
     """(X, 1, 1, 4, W) where padding has no slots but one key for all of it: what is left out of the sums over all rows,
     the rows outside the image, the columns outside, the columns inside."""
-    has_empty: bool = False
-    """True if some slot is neither token nor padding."""
+
+    @property
+    def has_empty(self) -> bool:
+        """True if some slot is neither token nor padding: then codes have a column for it."""
+        return self.codes.shape[-1] > self.terms_index.shape[-1]
 
 
 def attend_fused(

@@ -63,7 +63,6 @@ def fused_visible_plan(ids_keep_BN: Tensor, *, grid: int, side: int) -> Plan:
         shape=(ids.shape[0], ids.shape[1]),
         terms_index=index,
         codes=_with_empty(codes, missing_BN) if has_missing else codes,
-        has_empty=has_missing,
     )
     windowed = _visible_windows(rows_BN, cols_BN, missing_BN if has_missing else None, grid=grid, side=side)
     return Plan(windowed=windowed, everyone=everyone)
@@ -108,7 +107,6 @@ def _visible_windows(
         unused_slots=empty[:, None],
         unused_tokens=None if missing_BN is None else missing_BN.flatten()[:, None],
         left_out=_left_out(grid, side, num_images, device) if across * side > grid else None,
-        has_empty=True,
     )
 
 

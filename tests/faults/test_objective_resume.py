@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import os
 import signal
-from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
 import torch
+from killed_child import start_child
 from process_pair import run_pair
 from samgraft.shared.cli import main
 from samgraft.shared.errors import ExitCode, NumericalError, StoppedAndSaved
@@ -27,6 +27,10 @@ MATRIX = [
                  id=f"{workers} workers, {precision}, accumulate {n}")
     for workers in (0, 2) for precision in ("fp32", "bf16") for n in (1, 2)
 ]  # fmt: skip
+
+
+ROUNDING_ONLY = ("lejepa", "image_encoder.layers.3.blocks.0.mlp.fc2.bias")
+"""A bias before a batch norm has no gradient but rounding, along which AdamW walks all the same."""
 
 
 @pytest.fixture(scope="module")
@@ -55,19 +59,14 @@ def test_sigterm__same_bytes(lab: Path, monkeypatch: pytest.MonkeyPatch, objecti
 
 def kill_child_at(step: int, lab: Path, name: str, objective: str, *settings: str) -> None:
     """Train in a child and kill it when it has made ``step`` steps: SIGKILL, in the middle of whatever it does."""
-    ready, tell = os.pipe()
-    child = os.fork()  # not a new interpreter: importing takes longer than all the rest
-    if child == 0:
-        try:
-            forkserver._forkserver.__init__()  # the parent's is not a child of this process
-            with pytest.MonkeyPatch.context() as patch:
-                act_after(step, lambda: os.write(tell, b"x") and None, patch)
-                run(lab, name, objective, *settings)
-        finally:
-            os._exit(1)  # never back into pytest
-    os.close(tell)
-    assert os.read(ready, 1) == b"x", "the child ended before it got to the step"
-    os.close(ready)
+
+    def train(tell: int) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            act_after(step, lambda: os.write(tell, b"x") and None, patch)
+            run(lab, name, objective, *settings)
+
+    child, said = start_child(train)
+    assert said == b"x", "the child ended before it got to the step"
     os.kill(child, signal.SIGKILL)
     assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
 
@@ -124,10 +123,9 @@ def test_two_processes__killed_and_resumed_same_bytes(lab: Path, objective: str,
     if strategy == "fsdp":  # the same training as ddp, up to the order of sums
         ddp, fsdp = (read_weights(lab / "runs" / f"pair-{objective}-whole-{way}").tensors for way in ("ddp", "fsdp"))
         assert ddp.keys() == fsdp.keys()
-        apart = {name: (fsdp[name] - t).abs() - (1e-4 + 1e-3 * t.abs()) > 0 for name, t in ddp.items()}
-        # A bias before a batch norm has no gradient but rounding, which AdamW walks along all the same.
-        total = sum(tensor.numel() for tensor in ddp.values())
-        assert sum(int(a.sum()) for a in apart.values()) < 1e-3 * total, [n for n, a in apart.items() if a.any()]
+        for name, tensor in ddp.items():
+            atol = 1e-3 if (objective, name) == ROUNDING_ONLY else 1e-4
+            torch.testing.assert_close(fsdp[name], tensor, rtol=1e-3, atol=atol, msg=name)
 
 
 def test_nan__stops_before_the_update_and_the_step_can_be_replayed(lab: Path, monkeypatch: pytest.MonkeyPatch) -> None:

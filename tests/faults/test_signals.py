@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from killed_child import start_child
 from samgraft.shared.errors import SamgraftError, StoppedAndSaved
 from samgraft.shared.training.failures import explain_failure
 from samgraft.shared.training.loader import StepLoader, build_step_loader
@@ -186,7 +187,6 @@ def test_worker_starts_slowly__does_not_count_as_hanging(monkeypatch: pytest.Mon
 
 def load_and_report(tell: int) -> None:
     """In a child: load with two workers, say which processes that took, wait to be killed."""
-    forkserver._forkserver.__init__()  # the parent's is not a child of this process
     loader = build_step_loader(
         TinyDataset(), batch_sampler=[[(0, 0)], [(1, 1)]], collate_fn=default_collate, num_workers=2
     )
@@ -207,16 +207,8 @@ def is_running(pid: int) -> bool:
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_sigkill__workers_and_their_fork_server_end_too() -> None:
     """They wait for each other: killed trainers left them all, and their memory, for ever."""
-    ready, tell = os.pipe()
-    child = os.fork()
-    if child == 0:
-        try:
-            load_and_report(tell)
-        finally:
-            os._exit(1)
-    os.close(tell)
-    pids = ast.literal_eval(os.read(ready, 1000).decode())
-    os.close(ready)
+    child, said = start_child(load_and_report)
+    pids = ast.literal_eval(said.decode())
     assert len(pids) == 3
     assert all(map(is_running, pids))
     os.kill(child, signal.SIGKILL)

@@ -1,6 +1,6 @@
 """On a GPU: the same encoders as on a CPU, and as segment_anything's and timm's on the same GPU.
 
-python -m pytest -n 0 -m gpu tests/parity/test_gpu_parity.py
+Run by ``make test-gpu``.
 """
 
 import copy
@@ -10,7 +10,7 @@ import torch
 from model_factory import randomise
 from samgraft.shared.models.architecture import Arch, Stem, arch_spec
 from samgraft.shared.models.tiny_vit import TinyViTEncoder
-from stock_encoders import assert_same_training, real_pair, timm_tiny, to_timm_names
+from stock_encoders import assert_same_training, real_pair, timm_twin
 
 pytestmark = pytest.mark.gpu
 GPU = "cuda"
@@ -71,9 +71,7 @@ def test_kept_tokens__as_on_a_cpu(image_size, ragged):
 def test_vit_t__equals_timm(image_size):
     ours = TinyViTEncoder(arch_spec(Arch.vit_t, Stem.conv1x1), image_size=image_size)
     randomise(ours, scale=0.05)
-    reference = timm_tiny(ours.spec)
-    tensors = {k: v for k, v in ours.state_dict().items() if not k.startswith("neck.")}
-    assert not reference.load_state_dict(to_timm_names(tensors), strict=False).unexpected_keys
+    reference = timm_twin(ours)
     images = torch.randn(2, 3, image_size, image_size).to(GPU)
     with torch.no_grad():
         expected = reference.to(GPU).eval().forward_features(images)

@@ -9,7 +9,7 @@ from samgraft.shared.models.image_encoder import ImageEncoder
 from samgraft.shared.models.sam import build_sam
 from samgraft.shared.models.tiny_vit import TinyViTEncoder
 from segment_anything.modeling import ImageEncoderViT
-from stock_encoders import assert_same_training, real_pair, stock_encoder, timm_tiny, to_timm_names
+from stock_encoders import assert_same_training, real_pair, stock_encoder, timm_twin, to_timm_names
 
 # Grids 3 (smaller than the window of 4), 4 (one window), 10 and 11 (full, edge and corner windows).
 SIZES = (48, 64, 160, 176)
@@ -101,11 +101,7 @@ def test_vit_t__equals_timm(stem: Stem, image_size: int) -> None:
     ours = TinyViTEncoder(tiny_vit_t_spec(stem=stem), image_size=image_size).double()
     randomise(ours)
     ours.batch_norm_frozen = False
-    reference = timm_tiny(ours.spec).double()
-    tensors = {k: v for k, v in ours.state_dict().items() if not k.startswith("neck.")}
-    missing, unexpected = reference.load_state_dict(to_timm_names(tensors), strict=False)
-    assert not unexpected
-    assert all(name.startswith("head.") for name in missing)
+    reference = timm_twin(ours)
     images = torch.randn(2, 3, image_size, image_size, dtype=torch.float64)
     for mode in (False, True):
         ours.train(mode)
@@ -187,11 +183,7 @@ def test_real_vit_b__same_gradients_as_segment_anything(image_size: int) -> None
 def test_real_vit_t__equals_timm(stem: Stem, image_size: int) -> None:
     ours = TinyViTEncoder(arch_spec(Arch.vit_t, stem), image_size=image_size)
     randomise(ours, scale=0.05)
-    reference = timm_tiny(ours.spec)
-    tensors = {k: v for k, v in ours.state_dict().items() if not k.startswith("neck.")}
-    missing, unexpected = reference.load_state_dict(to_timm_names(tensors), strict=False)
-    assert not unexpected
-    assert all(name.startswith("head.") for name in missing)
+    reference = timm_twin(ours)
     images = torch.randn(1, 3, image_size, image_size)
     with torch.no_grad():
         expected = reference.eval().forward_features(images)
