@@ -147,8 +147,9 @@ def _probe(curves: Curves, is_final: bool) -> Worry | None:
         return None
     return Worry(
         rule="probe",
-        text=f"The frozen-feature probe fell to a Dice of {now:.3f}, {start:.3f} at the start: for segmentation this "
-        "encoder is worse than the one it began with. Lower optim.lr, train fewer depths, or fine-tune from the start.",
+        text=f"The frozen-feature probe fell to a Dice of {now:.3f}, {start:.3f} at the start: a linear head reads the "
+        "labelled structures less well than before. A sign, not a verdict: fine-tune from both and compare. A lower "
+        "optim.lr or fewer trained depths change less.",
     )
 
 

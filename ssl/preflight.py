@@ -6,7 +6,7 @@ import contextlib
 import logging
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,27 +71,33 @@ def leak_check(
         DataError: If a patient leaks and ``allow_transductive`` is not set.
     """
     manifest = pretrain_manifest(store, patient_ids)
-    named = [SliceStore.open(name) for name in config.test_stores]
-    compared = [(labelled, load_split(None, labelled), "") for labelled in named]
-    if probe is not None:
-        compared.append((*probe, " (probe)"))
     lines, apart = [], []
-    for labelled, split, use in compared:
+    for labelled, split, use in _compared_with(config, probe):
         name = f"{labelled.path.name}{use}"
         try:
             refuse_leak(manifest, split, labelled)
         except DataError as leak:
             if not config.allow_transductive:
                 raise DataError(
-                    leak.what,
-                    where=f"{leak.where}{use}",
-                    kept="nothing was written",
-                    next_command="samgraft pretrain ... data.allow_transductive=true, if that is meant",
+                    leak.what, where=f"{leak.where}{use}", kept=leak.kept, next_command=leak.next_command
                 ) from leak
             lines.append(f"transductive: validation or test patients of {name} are among the training slices")
         else:
             apart.append(name)
     return lines + ([f"no val or test patient of {', '.join(apart)} among the training slices"] if apart else [])
+
+
+def _compared_with(
+    config: DataConfig, probe: tuple[SliceStore, Split] | None
+) -> Iterator[tuple[SliceStore, Split, str]]:
+    """Yield each labelled store and split once, with what it is for where that is not only the user's test."""
+    named = [SliceStore.open(name) for name in config.test_stores]
+    compared = [(store, load_split(None, store)) for store in named]
+    is_probe = [probe is not None and (store.path, split) == (probe[0].path, probe[1]) for store, split in compared]
+    for (store, split), also in zip(compared, is_probe, strict=True):
+        yield store, split, " (test and probe)" if also else ""
+    if probe is not None and not any(is_probe):
+        yield *probe, " (probe)"
 
 
 def describe_data(store: SliceStore, split: Split, slices: Sequence[SliceRef]) -> str:

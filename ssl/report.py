@@ -60,7 +60,7 @@ def write_report(
     lines, held_out = list(run.metrics.read()), watched.held_out
     sections = [
         Section(title="Summary", parts=_summary(run, config, lines, result=result)),
-        Section(title="Is the encoder better for segmentation?", parts=probe_parts(lines, watched)),
+        Section(title="Signs for segmentation: probe and drift gauge", parts=probe_parts(lines, watched)),
         Section(title="Loss", parts=_loss(lines, objective, held_out)),
         Section(
             title="What the encoder makes of slices it was not trained on",

@@ -236,8 +236,11 @@ def refuse_leak(pretrain_manifest: Mapping[str, Any], split: Split, store: Slice
             how = "by id" if by_id else "by equal voxels"
             raise DataError(
                 f"{len(leaked)} {name} patients were in the pretraining set ({how}: {_some(leaked)}). Pretrain without "
-                "them, or move them to train; --allow-transductive goes on and the card records it.",
+                "them, or move them to train.",
                 where=store.path.name,
+                kept="nothing was written",
+                next_command="the same command with data.allow_transductive=true, if that is meant: it goes on, and the "
+                "card records it",
             )
 
 

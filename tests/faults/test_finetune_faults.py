@@ -142,8 +142,9 @@ def test_leak__pretraining_on_test_patients_is_refused_by_id_and_by_content(plac
     by_content = {**by_id, "patient_ids": ["p_elsewhere"]}
     for manifest in (by_id, by_content):
         leaky = card(data_manifest=manifest)
-        with pytest.raises(DataError, match="allow-transductive"):
+        with pytest.raises(DataError, match="were in the pretraining set") as refusal:
             check_leak(leaky, split, store, allow=False)
+        assert "data.allow_transductive=true" in refusal.value.render()
         assert check_leak(leaky, split, store, allow=True)
     assert not check_leak(card(data_manifest=pretrain_manifest(store, split.train)), split, store, allow=False)
     assert not check_leak(None, split, store, allow=False)

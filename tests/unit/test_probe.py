@@ -218,6 +218,10 @@ def test_leak_check__scored_patients_of_the_probe_must_not_be_trained_on(tmp_pat
     make_split_file(store, default_split_path(store.path))
     both = replace(config.data, test_stores=[str(store.path)])
     assert leak_check(both, store, split.train, probe=opened) == [
+        "no val or test patient of labelled.zarr (test and probe) among the training slices"
+    ]
+    other = make_split_file(store, default_split_path(store.path), train=1)
+    assert leak_check(both, store, other.train, probe=opened) == [
         "no val or test patient of labelled.zarr, labelled.zarr (probe) among the training slices"
     ]
     allowed = replace(config.data, allow_transductive=True)
