@@ -25,7 +25,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from samgraft.shared.models.architecture import Arch, ArchSpec, arch_spec
+from original_encoders import plain_twin
+from samgraft.shared.models.architecture import Arch, arch_spec
 from samgraft.shared.models.image_encoder import ImageEncoder
 from samgraft.shared.training.device import tune_cpu
 from segment_anything.modeling import ImageEncoderViT
@@ -83,24 +84,7 @@ def build(arch: Arch, image_size: int, depth: int | None, device: str) -> tuple[
         for name, parameter in ours.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator) * 0.02
             parameter.copy_(noise + (1.0 if parameter.ndim == 1 and name.endswith("weight") else 0.0))
-    stock = stock_encoder(spec, image_size)
-    stock.load_state_dict(ours.state_dict(), strict=True)
-    return ours.to(device), stock.to(device)
-
-
-def stock_encoder(spec: ArchSpec, image_size: int) -> ImageEncoderViT:
-    plain = spec.plain
-    assert plain is not None
-    return ImageEncoderViT(
-        img_size=image_size,
-        embed_dim=plain.embed_dim,
-        depth=plain.depth,
-        num_heads=plain.num_heads,
-        norm_layer=partial(nn.LayerNorm, eps=1e-6),
-        use_rel_pos=True,
-        window_size=plain.attn_window_size,
-        global_attn_indexes=plain.global_blocks,
-    )
+    return ours.to(device), plain_twin(ours).to(device)
 
 
 def backward(run: Run) -> None:

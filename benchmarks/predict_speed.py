@@ -24,6 +24,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from original_encoders import tiny_twin
 from samgraft.finetune.classes import ClassTable
 from samgraft.finetune.inference import InferenceConfig, segment_volume
 from samgraft.finetune.prediction.predictor import default_batch_size
@@ -35,7 +36,6 @@ from samgraft.shared.models.sam import build_sam, decode_automatic, to_pixels
 from samgraft.shared.models.weights import load_sam
 from samgraft.shared.training.device import choose_device, tune_cpu
 from segment_anything import SamPredictor
-from timm.models.tiny_vit import TinyVit
 from torch import nn
 
 BASELINE = "SamPredictor loop, published encoder code"
@@ -67,38 +67,11 @@ class PublishedEncoder(nn.Module):
 
     def __init__(self, encoder):
         super().__init__()
-        shape = encoder.spec.tiny
-        body = TinyVit(
-            num_classes=0,
-            embed_dims=shape.embed_dims,
-            depths=shape.depths,
-            num_heads=shape.num_heads,
-            window_sizes=shape.attn_window_sizes,
-            drop_path_rate=0.0,
-        )
-        half = shape.embed_dims[0] // 2
-        body.patch_embed.conv1.conv = nn.Conv2d(3, half, 1, bias=False)
-        body.patch_embed.conv2.conv = nn.Conv2d(half, shape.embed_dims[0], 1, bias=False)
-        body.stages[3].downsample.conv2.conv.stride = (1, 1)
-        tensors = {_timm_name(k): v for k, v in encoder.state_dict().items() if not k.startswith("neck.")}
-        unmatched = body.load_state_dict(tensors, strict=False)
-        assert not unmatched.unexpected_keys
-        assert all(name.startswith("head.") for name in unmatched.missing_keys)
-        self.body, self.neck, self.img_size = body, encoder.neck, encoder.img_size
+        self.body, self.neck, self.img_size = tiny_twin(encoder), encoder.neck, encoder.img_size
 
     def forward(self, images):
         """Return image embeddings."""
         return self.neck(self.body.forward_features(images))
-
-
-def _timm_name(key):
-    name = key.replace(".c.weight", ".conv.weight")
-    name = name.replace("patch_embed.seq.0", "patch_embed.conv1").replace("patch_embed.seq.2", "patch_embed.conv2")
-    words = name.split(".")
-    if words[0] == "layers":
-        words[0] = "stages"
-        words[1] = str(int(words[1]) + 1) if words[2] == "downsample" else words[1]
-    return ".".join(words)
 
 
 def logits_of(sam, frames, *, bf16):

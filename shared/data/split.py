@@ -239,8 +239,7 @@ def refuse_leak(pretrain_manifest: Mapping[str, Any], split: Split, store: Slice
                 "them, or move them to train.",
                 where=store.path.name,
                 kept="nothing was written",
-                next_command="the same command with data.allow_transductive=true, if that is meant: it goes on, and the "
-                "card records it",
+                next_command="the same command with data.allow_transductive=true, if that is meant; the card says so",
             )
 
 

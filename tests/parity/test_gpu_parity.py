@@ -8,9 +8,10 @@ import copy
 import pytest
 import torch
 from model_factory import randomise
+from original_encoders import tiny_twin
+from same_training import assert_same_training, real_pair
 from samgraft.shared.models.architecture import Arch, Stem, arch_spec
 from samgraft.shared.models.tiny_vit import TinyViTEncoder
-from stock_encoders import assert_same_training, real_pair, timm_twin
 
 pytestmark = pytest.mark.gpu
 GPU = "cuda"
@@ -71,7 +72,7 @@ def test_kept_tokens__as_on_a_cpu(image_size, ragged):
 def test_vit_t__equals_timm(image_size):
     ours = TinyViTEncoder(arch_spec(Arch.vit_t, Stem.conv1x1), image_size=image_size)
     randomise(ours, scale=0.05)
-    reference = timm_twin(ours)
+    reference = tiny_twin(ours)
     images = torch.randn(2, 3, image_size, image_size).to(GPU)
     with torch.no_grad():
         expected = reference.to(GPU).eval().forward_features(images)

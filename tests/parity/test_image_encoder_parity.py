@@ -3,25 +3,23 @@
 import pytest
 import torch
 from model_factory import make_sam, randomise, tiny_plain_spec, tiny_vit_t_spec
+from original_encoders import plain_twin, tiny_twin, to_timm_names
+from same_training import assert_same_training, real_pair
 from samgraft.shared.models import blocked_attention, relpos_attention
 from samgraft.shared.models.architecture import Arch, Stem, arch_spec
 from samgraft.shared.models.image_encoder import ImageEncoder
 from samgraft.shared.models.sam import build_sam
 from samgraft.shared.models.tiny_vit import TinyViTEncoder
 from segment_anything.modeling import ImageEncoderViT
-from stock_encoders import assert_same_training, real_pair, stock_encoder, timm_twin, to_timm_names
 
 # Grids 3 (smaller than the window of 4), 4 (one window), 10 and 11 (full, edge and corner windows).
 SIZES = (48, 64, 160, 176)
 
 
 def pair(image_size: int, dtype: torch.dtype) -> tuple[ImageEncoder, ImageEncoderViT]:
-    spec = tiny_plain_spec()
-    ours = ImageEncoder(spec, image_size=image_size).to(dtype)
+    ours = ImageEncoder(tiny_plain_spec(), image_size=image_size).to(dtype)
     randomise(ours)
-    stock = stock_encoder(spec, image_size).to(dtype)
-    stock.load_state_dict(ours.state_dict(), strict=True)
-    return ours, stock
+    return ours, plain_twin(ours)
 
 
 @pytest.mark.parametrize("image_size", SIZES)
@@ -101,7 +99,7 @@ def test_vit_t__equals_timm(stem: Stem, image_size: int) -> None:
     ours = TinyViTEncoder(tiny_vit_t_spec(stem=stem), image_size=image_size).double()
     randomise(ours)
     ours.batch_norm_frozen = False
-    reference = timm_twin(ours)
+    reference = tiny_twin(ours)
     images = torch.randn(2, 3, image_size, image_size, dtype=torch.float64)
     for mode in (False, True):
         ours.train(mode)
@@ -147,8 +145,7 @@ def test_whole_sam__same_masks_as_segment_anything() -> None:
     from segment_anything.modeling import Sam
 
     ours = make_sam(tiny_plain_spec(), image_size=160)
-    stock = Sam(stock_encoder(ours.image_encoder.spec, 160), ours.prompt_encoder, ours.mask_decoder).eval()
-    stock.image_encoder.load_state_dict(ours.image_encoder.state_dict(), strict=True)
+    stock = Sam(plain_twin(ours.image_encoder), ours.prompt_encoder, ours.mask_decoder).eval()
     image = {
         "image": 255 * torch.rand(3, 160, 120),
         "original_size": (200, 150),
@@ -183,7 +180,7 @@ def test_real_vit_b__same_gradients_as_segment_anything(image_size: int) -> None
 def test_real_vit_t__equals_timm(stem: Stem, image_size: int) -> None:
     ours = TinyViTEncoder(arch_spec(Arch.vit_t, stem), image_size=image_size)
     randomise(ours, scale=0.05)
-    reference = timm_twin(ours)
+    reference = tiny_twin(ours)
     images = torch.randn(1, 3, image_size, image_size)
     with torch.no_grad():
         expected = reference.eval().forward_features(images)

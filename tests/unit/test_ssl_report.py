@@ -25,7 +25,11 @@ def with_probe(start, end, *, drift=(0.8, 0.7)):
     [
         (0.61, "rose to a Dice of 0.610, 0.500 at the start", "good"),
         (0.51, "is where it was: a Dice of 0.510, 0.500 at the start. A difference below 0.02 is noise", "plain"),
-        (0.41, "fell to a Dice of 0.410, 0.500 at the start: a linear head reads the labelled structures less", "warning"),
+        (
+            0.41,
+            "fell to a Dice of 0.410, 0.500 at the start: a linear head reads the labelled structures less",
+            "warning",
+        ),
     ],
 )
 def test_verdict__the_probe_comes_first(end, words, kind):

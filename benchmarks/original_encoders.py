@@ -1,0 +1,85 @@
+"""The encoders as published, segment_anything's and timm's, with the weights of ours: what ours is measured against.
+
+Used by the speed benchmarks and by the parity tests. Names are mapped here apart from the code under test.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from samgraft.shared.models.architecture import ArchSpec, Stem
+from samgraft.shared.models.image_encoder import ImageEncoder
+from samgraft.shared.models.tiny_vit import TinyViTEncoder
+from segment_anything.modeling import ImageEncoderViT
+from timm.models.tiny_vit import TinyVit
+from torch import nn
+
+
+def plain_original(spec: ArchSpec, image_size: int) -> ImageEncoderViT:
+    """Build segment_anything's encoder of any size."""
+    plain = spec.plain
+    assert plain is not None
+    return ImageEncoderViT(
+        img_size=image_size,
+        embed_dim=plain.embed_dim,
+        depth=plain.depth,
+        num_heads=plain.num_heads,
+        out_chans=spec.neck_dim,
+        norm_layer=partial(nn.LayerNorm, eps=1e-6),
+        use_rel_pos=True,
+        window_size=plain.attn_window_size,
+        global_attn_indexes=plain.global_blocks,
+    )
+
+
+def plain_twin(ours: ImageEncoder) -> ImageEncoderViT:
+    """Return segment_anything's encoder with the weights of ours."""
+    twin = plain_original(ours.spec, ours.image_size).to(next(ours.parameters()).dtype)
+    twin.load_state_dict(ours.state_dict(), strict=True)
+    return twin
+
+
+def tiny_original(spec: ArchSpec) -> nn.Module:
+    """Build timm's own TinyVit with the two changes of the published vit_t; it has no neck."""
+    tiny = spec.tiny
+    assert tiny is not None
+    model = TinyVit(
+        num_classes=0,
+        embed_dims=tiny.embed_dims,
+        depths=tiny.depths,
+        num_heads=tiny.num_heads,
+        window_sizes=tiny.attn_window_sizes,
+        drop_path_rate=0.0,
+    )
+    if tiny.stem is Stem.conv1x1:
+        half = tiny.embed_dims[0] // 2
+        model.patch_embed.conv1.conv = nn.Conv2d(3, half, 1, bias=False)
+        model.patch_embed.conv2.conv = nn.Conv2d(half, tiny.embed_dims[0], 1, bias=False)
+    model.stages[3].downsample.conv2.conv.stride = (1, 1)
+    return model
+
+
+def tiny_twin(ours: TinyViTEncoder) -> nn.Module:
+    """Return timm's TinyVit with the weights of ours: all of them but the neck, and none besides but its head."""
+    twin = tiny_original(ours.spec).to(next(ours.parameters()).dtype)
+    tensors = {k: v for k, v in ours.state_dict().items() if not k.startswith("neck.")}
+    missing, unexpected = twin.load_state_dict(to_timm_names(tensors), strict=False)
+    assert not unexpected
+    assert all(name.startswith("head.") for name in missing)
+    return twin
+
+
+def to_timm_names(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Rename the published vit_t's tensors to timm's."""
+    out = {}
+    for key, value in tensors.items():
+        name = key.replace(".c.weight", ".conv.weight")
+        name = name.replace("patch_embed.seq.0", "patch_embed.conv1").replace("patch_embed.seq.2", "patch_embed.conv2")
+        words = name.split(".")
+        if words[0] == "layers":
+            words[0] = "stages"
+            if words[2] == "downsample":
+                words[1] = str(int(words[1]) + 1)
+        out[".".join(words)] = value
+    return out
