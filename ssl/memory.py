@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from samgraft.shared.job_limits import granted_memory
 from torch import Tensor, nn
 
 GIB = 2**30
@@ -51,7 +52,9 @@ def free_bytes(device: torch.device) -> int | None:
     except OSError:
         return None
     found = [line.split() for line in text.splitlines() if line.startswith("MemAvailable:")]
-    return int(found[0][1]) * 1024 if found else None
+    granted = granted_memory()
+    left = [int(words[1]) * 1024 for words in found] + ([granted[1]] if granted else [])
+    return min(left, default=None)
 
 
 def describe_memory(needed: int, free: int | None, *, batch_size: int) -> tuple[str, bool]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import os
 import signal
 import threading
 import time
@@ -18,6 +17,7 @@ from typing import Any
 from samgraft.finetune.study.cell_run import CellFolder, Outcome, Processes, Run, run_cell, run_samgraft
 from samgraft.finetune.study.cells import Cell
 from samgraft.shared.errors import UsageError
+from samgraft.shared.job_limits import granted_cores
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ def run_locally(
     if num_parallel < 1:
         raise UsageError(f"--parallel must be at least 1, got {num_parallel}.")
     processes = Processes()
-    num_threads = max(1, (os.cpu_count() or 1) // num_parallel)
+    num_threads = max(1, granted_cores() // num_parallel)
     outcomes: list[Outcome] = []
     with _stop_signals(processes), ThreadPoolExecutor(max_workers=num_parallel) as pool:
 
@@ -136,5 +136,5 @@ def run_stored_cell(root: str, name: str) -> dict[str, Any]:
     cell = Cell(**{**values, "settings": tuple(values["settings"])})
     processes = Processes()
     with _stop_signals(processes):
-        outcome = run_cell(cell, folder, num_threads=len(os.sched_getaffinity(0)), processes=processes)
+        outcome = run_cell(cell, folder, num_threads=granted_cores(), processes=processes)
     return dataclasses.asdict(outcome)

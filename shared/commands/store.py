@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import os
 import shlex
 import sys
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from samgraft.shared.cli import Command, local_path
 from samgraft.shared.data.store_files import is_address, is_scans
 from samgraft.shared.errors import DataError, StorageError, UsageError
+from samgraft.shared.job_limits import granted_cores
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -333,8 +333,7 @@ def _workers(arguments: argparse.Namespace, found: Discovery) -> int:
         raise UsageError(f"--workers must be 0 or more, got {arguments.workers}.")
     if arguments.workers:
         return int(arguments.workers)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cores, 1 + _source_bytes(found) // BYTES_PER_WORKER)
+    return min(granted_cores(), 1 + _source_bytes(found) // BYTES_PER_WORKER)
 
 
 def _source_bytes(found: Discovery) -> int:

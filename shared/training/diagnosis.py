@@ -20,6 +20,7 @@ from samgraft.shared.data.privacy import BURNED_IN
 from samgraft.shared.data.store import SliceStore
 from samgraft.shared.data.store_files import is_scans
 from samgraft.shared.errors import ExitCode, SamgraftError
+from samgraft.shared.job_limits import granted_cores, granted_memory
 from samgraft.shared.models.inspection import describe
 from samgraft.shared.training.device import choose_device, cpu_has_fast_bf16
 from samgraft.shared.training.environment import code_revision, software_versions, thread_count
@@ -202,9 +203,15 @@ def _devices() -> list[Finding]:
         )
     bf16 = "fast" if cpu_has_fast_bf16() else "slow, float32 is used"
     findings.append(
-        Finding(area="device", name="CPU", text=f"{os.cpu_count()} cores, {thread_count()} threads, bf16 {bf16}")
+        Finding(
+            area="device",
+            name="CPU",
+            text=f"{granted_cores()} of {os.cpu_count()} cores, {thread_count()} threads, bf16 {bf16}",
+        )
     )
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
+    if granted := granted_memory():
+        memory = min(memory, granted[0]) if memory else granted[0]
     if memory:
         small = memory < ENOUGH_MEMORY_BYTES
         findings.append(

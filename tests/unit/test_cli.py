@@ -102,6 +102,24 @@ def test_main__drops_variables_that_allow_pickles(
     assert "MONAI_ALLOW_PICKLE is set" in caplog.text
 
 
+def test_main__a_container_that_grants_fewer_cores_gets_fewer_threads(
+    command, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    import os
+
+    seen: list[str | None] = []
+    monkeypatch.setenv("OMP_NUM_THREADS", "to be put back")
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setattr("samgraft.shared.job_limits.granted_cores", lambda _groups=None: 1)
+    monkeypatch.setattr("samgraft.shared.job_limits._pinned_cores", lambda: 64)
+    command(lambda _args: seen.append(os.environ.get("OMP_NUM_THREADS")) or 0)
+    monkeypatch.setattr(cli, "_configure_logging", lambda debug: None)
+    with caplog.at_level(logging.INFO):
+        assert cli.main(["train"]) == 0
+    assert seen == ["1"]
+    assert "1 of the 64 cores" in caplog.text
+
+
 def test_main__without_command_lists_them_and_fails(command, capsys: pytest.CaptureFixture[str]) -> None:
     command(lambda _args: 0)
     assert cli.main([]) == ExitCode.USAGE

@@ -19,7 +19,7 @@ from samgraft.shared.models.weights import save_encoder, save_sam
 from samgraft.ssl import drift
 from samgraft.ssl.config import ModelConfig, PretrainConfig, ProbeConfig
 from samgraft.ssl.labelled import LabelledSlices, ProbeData, labelled_refs, load_probe, open_probe_store
-from samgraft.ssl.memory import SavedBytes, describe_memory, training_bytes
+from samgraft.ssl.memory import SavedBytes, describe_memory, free_bytes, training_bytes
 from samgraft.ssl.preflight import leak_check
 from samgraft.ssl.probe import DiceCount, best_threshold, class_shares, fit_head, probe_dice, to_label_ids
 from store_factory import make_store
@@ -336,6 +336,14 @@ def test_saved_bytes__what_the_backward_pass_needs_without_the_weights() -> None
         module(inputs)
     assert saved.total == 4 * (4 * 8 + 4 * 16)  # input of the first, output of the second
     assert training_bytes(module, saved.total) == 4 * (4 * 8 * 16) + saved.total
+
+
+def test_free_bytes__a_job_has_no_more_than_it_was_granted(monkeypatch) -> None:
+    whole = free_bytes(torch.device("cpu"))
+    assert whole is not None
+    assert whole > 2**20
+    monkeypatch.setattr("samgraft.ssl.memory.granted_memory", lambda: (2**30, 2**20))
+    assert free_bytes(torch.device("cpu")) == 2**20
 
 
 def test_describe_memory__says_when_it_does_not_fit() -> None:

@@ -1,0 +1,83 @@
+"""Cores and memory of a job: quotas of containers and schedulers, in both versions of the kernel's files."""
+
+import os
+
+import pytest
+from samgraft.shared import job_limits
+from samgraft.shared.job_limits import ControlGroups, granted_cores, granted_memory, use_granted_cores
+
+GIB = 2**30
+
+
+@pytest.fixture
+def groups(tmp_path, monkeypatch):
+    """A machine of 64 cores; returns a function that writes its control groups."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)), raising=False)
+
+    def write(membership, files):
+        (tmp_path / "self").write_text(membership)
+        for name, text in files.items():
+            path = tmp_path / "mounted" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+        return ControlGroups(mounted=tmp_path / "mounted", membership=tmp_path / "self")
+
+    return write
+
+
+def test_granted_cores__version_2__the_tightest_group_above_counts(groups):
+    files = {"job/cpu.max": "350000 100000\n", "job/step/cpu.max": "max 100000\n", "cpu.max": "max 100000\n"}
+    assert granted_cores(groups("0::/job/step\n", files)) == 4  # 3.5 cores, rounded up
+
+
+def test_granted_cores__version_1__and_the_hosts_path_inside_a_container(groups):
+    files = {"cpu/cpu.cfs_quota_us": "200000\n", "cpu/cpu.cfs_period_us": "100000\n"}
+    membership = "4:memory:/docker/a1\n3:cpu,cpuacct:/docker/a1\n0::/\n"
+    assert granted_cores(groups(membership, files)) == 2
+    unlimited = {"cpu/cpu.cfs_quota_us": "-1\n"}
+    assert granted_cores(groups(membership, unlimited)) == 64
+
+
+def test_granted_cores__a_group_outside_the_namespace(groups):
+    assert granted_cores(groups("0::/../../other\n", {"cpu.max": "150000 100000\n"})) == 2
+
+
+def test_granted_cores__pinned_cores_and_no_groups_at_all(groups, monkeypatch, tmp_path):
+    nothing = ControlGroups(mounted=tmp_path / "no", membership=tmp_path / "no")
+    assert granted_cores(nothing) == 64
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3, 5}, raising=False)
+    assert granted_cores(nothing) == 2
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert granted_cores(nothing) == 64
+
+
+def test_granted_memory__cached_files_are_left_and_the_tightest_group_counts(groups):
+    files = {
+        "job/memory.max": f"{8 * GIB}\n",
+        "job/memory.current": f"{7 * GIB}\n",
+        "job/memory.stat": f"anon {4 * GIB}\ninactive_file {3 * GIB}\n",
+        "memory.max": f"{100 * GIB}\n",
+        "memory.current": f"{20 * GIB}\n",
+    }
+    assert granted_memory(groups("0::/job\n", files)) == (8 * GIB, 4 * GIB)
+
+
+def test_granted_memory__version_1__a_huge_number_is_no_limit(groups):
+    at = "memory/slurm/job_7/memory"
+    files = {f"{at}.limit_in_bytes": f"{6 * GIB}\n", f"{at}.usage_in_bytes": f"{GIB}\n"}
+    files |= {"memory/memory.limit_in_bytes": "9223372036854771712\n", "memory/memory.usage_in_bytes": "5\n"}
+    assert granted_memory(groups("4:memory:/slurm/job_7\n", files)) == (6 * GIB, 5 * GIB)
+    assert granted_memory(groups("4:memory:/\n", {})) is None
+
+
+def test_use_granted_cores__says_so_and_leaves_a_users_number_alone(groups, monkeypatch):
+    limited = groups("0::/\n", {"cpu.max": "400000 100000\n"})
+    environment: dict[str, str] = {}
+    assert "4 of the 64 cores" in (use_granted_cores(environment, limited) or "")
+    assert environment == {job_limits.THREADS: "4"}
+    assert use_granted_cores(environment, limited) is None
+    unlimited = groups("0::/\n", {"cpu.max": "max 100000\n"})
+    assert use_granted_cores({}, unlimited) is None
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3, 5}, raising=False)
+    assert use_granted_cores({}, unlimited) is None  # OpenMP sees these two by itself
