@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import datetime
 import json
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from samgraft.finetune.evaluation.statistics import bootstrap_mean
-from scipy.stats import wilcoxon
+from scipy.stats import t, wilcoxon
 from ssl_helps_plan import BASE, FEW, NUM_HELD_OUT, NUM_PROBE_TEST, NUM_PROBE_TRAIN, SCALES, Plan
 
 
@@ -35,21 +36,40 @@ def stage_2_rows(plan: Plan, done: dict[str, dict[str, Any]], size: str) -> list
     for init in [BASE, *plan.objectives]:
         seeds = compared_seeds(plan, done, init, size)
         if not seeds:
-            rows.append(f"| {init} | not run | | | |")
+            rows.append(f"| {init} | not run | | | | |")
             continue
         dice, base = (mean_over_seeds(done, name, size, seeds) for name in (init, BASE))
         interval = bootstrap_mean(list(dice.values()))
         assert interval is not None
         cells_ = [init, f"{len(seeds)}", f"{interval.mean:.3f} ({interval.low:.3f} to {interval.high:.3f})"]
         if init == BASE:
-            cells_ += ["", ""]
+            cells_ += ["", "", ""]
         else:
             differences = [dice[p] - base[p] for p in base]
             gain = bootstrap_mean(differences)
             assert gain is not None
-            cells_ += [f"{gain.mean:+.3f} ({gain.low:+.3f} to {gain.high:+.3f})", p_value(differences)]
+            over_seeds = seed_interval(seed_differences(done, init, size, seeds))
+            cells_ += [
+                f"{gain.mean:+.3f} ({gain.low:+.3f} to {gain.high:+.3f})",
+                f"{over_seeds[0]:+.3f} to {over_seeds[1]:+.3f}" if over_seeds else "",
+                p_value(differences),
+            ]
         rows.append("| " + " | ".join(cells_) + " |")
     return rows
+
+
+def seed_differences(done: dict[str, dict[str, Any]], init: str, size: str, seeds: Sequence[int]) -> list[float]:
+    """Return the mean difference from the base weights of every seed: its own few subjects and its own training."""
+    dice, base = ([done[f"{size}-{name}-{s}"]["dice"] for s in seeds] for name in (init, BASE))
+    return [float(np.mean([d[p] - b[p] for p in b])) for d, b in zip(dice, base, strict=True)]
+
+
+def seed_interval(differences: Sequence[float]) -> tuple[float, float] | None:
+    """Return the 95 % t interval of the mean over seeds; None below three of them."""
+    if len(differences) < 3:
+        return None
+    reach = float(t.ppf(0.975, len(differences) - 1)) * float(np.std(differences, ddof=1)) / math.sqrt(len(differences))
+    return float(np.mean(differences)) - reach, float(np.mean(differences)) + reach
 
 
 def p_value(differences: Sequence[float]) -> str:
@@ -93,9 +113,14 @@ def verdict(plan: Plan, done: dict[str, dict[str, Any]]) -> list[str]:
                 found = "worse than the base weights"
             else:
                 found = "no difference from the base weights that the interval excludes from being chance"
-            one = " How much two trainings differ by chance is not known from one." if len(seeds) == 1 else ""
+            over_seeds = seed_interval(seed_differences(done, init, size, seeds))
+            doubt = ""
+            if over_seeds is None:
+                doubt = " How much trainings differ by chance is not known from so few."
+            elif gain.low * gain.high > 0 > over_seeds[0] * over_seeds[1]:
+                doubt = " On these test subjects; other trainings could turn it: the interval over seeds holds 0."
             number = f"{len(seeds)} seed{'s' * (len(seeds) > 1)}"
-            words.append(f"- {title}, {init}, {number}: {found} ({gain.mean:+.3f}).{one}")
+            words.append(f"- {title}, {init}, {number}: {found} ({gain.mean:+.3f}).{doubt}")
     return words or ["- No comparison is finished yet."]
 
 
@@ -105,8 +130,11 @@ def render(plan: Plan) -> str:
     tested = next((len(c["dice"]) for c in done.values() if "dice" in c), 40)
     revisions = sorted({str(c["code_revision"])[:9] for c in done.values()})
     hardware = sorted({f"{c['hardware']}, torch {c['torch']}" for c in done.values() if "hardware" in c})
-    head = "| start | seeds | test Dice (95 % interval over subjects) | against the base, paired | Wilcoxon p |"
-    rule = "|---|---|---|---|---|"
+    head = (
+        "| start | seeds | test Dice (95 % interval over subjects) | against the base, paired | the same over seeds "
+        "| Wilcoxon p |"
+    )
+    rule = "|---|---|---|---|---|---|"
     return "\n".join(
         [
             f"# Does stage 1 help stage 2? {datetime.date.today()}, {plan.scale.image_size} px, {plan.geometry} "
@@ -120,7 +148,8 @@ def render(plan: Plan) -> str:
             f"all, {plan.geometry} geometry; the last weights, nothing chosen. Dice is the mean of both classes per "
             "subject on its own grid. The "
             "interval is over subjects: it does not cover the choice of the few training subjects, which every seed "
-            "draws anew.",
+            "draws anew. The interval over seeds (t, from three on) covers that choice and everything else that a "
+            "training draws, not the test subjects; stage 1 was trained once per line.",
             "",
             f"Hardware: {'; '.join(hardware) or 'not run yet'}; code {', '.join(revisions) or 'not run yet'}. Other "
             "work ran beside it; only Dice is reported, no times. `masked_image_skip` is `masked_image` whose decoder "
