@@ -12,7 +12,7 @@ import difflib
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from enum import Enum
 from importlib.util import find_spec
 from pathlib import Path
@@ -90,6 +90,37 @@ def load_config(
         assert isinstance(nested, dict)
         config = _merge(config, {str(k): v for k, v in nested.items()}, schema, where=f"command line: {override}")
     return _to_object(config, schema)
+
+
+def read_settings(layers: Sequence[Path | Mapping[str, Any]], overrides: Sequence[str]) -> dict[str, str]:
+    """Return what a user wrote, by dotted key and as text, before defaults are filled in by what it says.
+
+    Nothing is checked here: ``load_config`` reads the same again. Lists and null are left out.
+
+    Raises:
+        UsageError: For a file that is not plain YAML.
+    """
+    said: dict[str, str] = {}
+    for layer in layers:
+        said |= dict(_leaves(read_yaml(layer) if isinstance(layer, Path) else layer, ""))
+    for override in overrides:
+        key, _, text = override.partition("=")
+        said[key] = text.strip().strip("\"'")
+    return {key: text for key, text in said.items() if text.lower() not in {"", "~", "null"}}
+
+
+def _leaves(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, str]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}.")
+        elif not isinstance(value, list):
+            yield f"{prefix}{key}", "" if value is None else str(value)
+
+
+def without_keys(overrides: Sequence[str], keys: Iterable[str]) -> list[str]:
+    """Return the overrides that set none of ``keys``: what stands behind them was read and filled in already."""
+    read = set(keys)
+    return [override for override in overrides if override.partition("=")[0] not in read]
 
 
 def config_to_yaml(config: object) -> str:

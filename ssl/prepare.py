@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from samgraft.shared.commands.store import modality_of, store_of
-from samgraft.shared.config import load_config, packaged_config
+from samgraft.shared.config import load_config, packaged_config, read_settings, without_keys
 from samgraft.shared.data.demo import DemoPaths, demo_data, demo_paths, fetch_base_weights
 from samgraft.shared.data.fetch import cache_folder
 from samgraft.shared.data.preset import load_preset, modality_layer
@@ -60,58 +60,86 @@ def prepare(request: Request, *, has_gpu: bool) -> tuple[PretrainConfig, str]:
         DataError: If the data is not a complete store of this modality.
         WeightsError: If the base is not weights.
     """
-    modality = load_preset(request.modality or modality_of(request.data)).modality.value
-    arch = _arch(request)
-    preset = _preset_file(request, arch, has_gpu=has_gpu)
-    layers: list[Path | Mapping[str, Any]] = [modality_layer(modality), preset, *request.config_files]
-    data = _data(request.data, modality)
-    flags = {"modality": modality, "model": {"arch": arch.value, "base": _base(request, arch)}, **data}
-    config = load_config(PretrainConfig, layers=[*layers, flags], overrides=request.overrides)
+    said = read_settings([*request.config_files, _typed(request)], request.overrides)
+    store = said.get("data.store")
+    modality = load_preset(said.get("modality") or modality_of(store)).modality.value
+    arch = _arch(said.get("model.arch"), said.get("model.base"))
+    preset = _preset_file(said.get("objective.name"), request.preset, arch, has_gpu=has_gpu)
+    demo = _demo(store, modality)
+    base = said.get("model.base") or _default_base(arch)
+    filled = {
+        "modality": modality,
+        "model": {"arch": arch.value, "base": base},
+        "data": {"store": str(demo.unlabelled if demo else store_of(store or "", modality=modality))},
+    }
+    config = load_config(
+        PretrainConfig,
+        layers=[
+            modality_layer(modality),
+            preset,
+            _demo_part(demo) if demo else {},
+            *request.config_files,
+            _typed(request),
+            filled,
+        ],
+        overrides=without_keys(request.overrides, ("modality", "model.arch", "model.base", "data.store")),
+    )
     _check_modality(config)
     return config, request.name or _run_name(config)
 
 
-def _arch(request: Request) -> Arch:
-    if request.model is not None:
-        return arch_spec(request.model).arch
-    if request.base is not None and request.base != RANDOM:
-        return read_weights(request.base).spec.arch
+def _typed(request: Request) -> dict[str, Any]:
+    """Return the options as settings; what was not given is left to the configuration files."""
+    given: dict[str, Any] = {
+        "modality": request.modality,
+        "data": {"store": request.data},
+        "model": {"arch": request.model, "base": request.base},
+        "objective": {"name": request.method},
+    }
+    sections = {key: _given(value) if isinstance(value, dict) else value for key, value in given.items()}
+    return _given(sections)
+
+
+def _given(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if value not in (None, {})}
+
+
+def _arch(model: str | None, base: str | None) -> Arch:
+    if model is not None:
+        return arch_spec(model).arch
+    if base is not None and base != RANDOM:
+        return read_weights(base).spec.arch
     return Arch.vit_t
 
 
-def _preset_file(request: Request, arch: Arch, *, has_gpu: bool) -> Path:
+def _preset_file(wanted: str | None, preset: str | None, arch: Arch, *, has_gpu: bool) -> Path:
     """Return ``configs/pretrain/METHOD-PRESET.yaml``; an unknown name is answered with the known ones."""
-    method = request.method or DEFAULT_METHOD[arch].value
-    preset = request.preset or ("gpu" if has_gpu else "cpu")
+    method = wanted or DEFAULT_METHOD[arch].value
     known = sorted(m.value for m in Method)
     if method not in known:
         raise UsageError(f"METHOD must be one of {', '.join(known)}, got {method!r}.", next_command="make help")
-    return packaged_config(f"pretrain/{method}-{preset}.yaml")
+    return packaged_config(f"pretrain/{method}-{preset or ('gpu' if has_gpu else 'cpu')}.yaml")
 
 
-def _data(data: str | None, modality: str) -> dict[str, Any]:
-    """Return the data part: the user's store, or the demo scans with their labelled store for the leak check."""
+def _demo(store: str | None, modality: str) -> DemoPaths | None:
+    """Return the demo data where they are what is trained on: nothing else was said, or just they."""
+    if store is None:
+        return demo_data(modality=modality)
     demo = demo_paths()
-    if data is None:
-        demo = demo_data(modality=modality)
-    elif is_address(data) or Path(data).resolve() != demo.unlabelled.resolve():
-        return {"data": {"store": str(store_of(data, modality=modality))}}
-    return _demo_part(demo)
+    return None if is_address(store) or Path(store).resolve() != demo.unlabelled.resolve() else demo
 
 
 def _demo_part(demo: DemoPaths) -> dict[str, Any]:
     # The demo scans are public: their pictures may be shown. The patients that the probe is scored on are those that
     # the demo keeps out of its unlabelled store.
     return {
-        "data": {"store": str(demo.unlabelled), "test_stores": [str(demo.labelled)]},
+        "data": {"test_stores": [str(demo.labelled)]},
         "watch": {"log_images": True},
         "probe": {"store": str(demo.labelled), "split": str(demo.split)},
     }
 
 
-def _base(request: Request, arch: Arch) -> str:
-    if request.base is not None:
-        return request.base
+def _default_base(arch: Arch) -> str:
     if arch is Arch.vit_t:
         target = demo_paths().weights
         return str(fetch_base_weights(target, cache=cache_folder(target.parent.parent)))

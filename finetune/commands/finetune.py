@@ -46,7 +46,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Carry the command out."""
-    if not arguments.ckpt and arguments.model not in BASELINES:
+    said = read_typed(arguments)
+    ckpt, model = said.get("model.ckpt"), said.get("model.arch")
+    if not ckpt and model not in BASELINES:
         raise UsageError(
             f"CKPT must say what to start from{_candidates()}.",
             next_command="make finetune CKPT=runs/NAME   (make pretrain MODALITY=mri makes one)",
@@ -65,14 +67,14 @@ def run(arguments: argparse.Namespace) -> int:
     from samgraft.finetune.training.cached_slices import embedding_lines
     from samgraft.finetune.training.preparation import describe
 
-    for line in [*describe(prepared), *(embedding_lines(prepared, config, device) if arguments.ckpt else [])]:
+    for line in [*describe(prepared), *(embedding_lines(prepared, config, device) if ckpt else [])]:
         log.info("%s", line)
     if arguments.dry_run:
         from samgraft.finetune.adapters import render_groups, trainable_groups
 
         for line in render_groups(trainable_groups(prepared.segmenter.network)):
             log.info("  %s", line)
-    name = arguments.name or default_name(arguments.ckpt or arguments.model, arguments.data)
+    name = arguments.name or default_name(ckpt or model or "", said.get("data.store"))
     if arguments.dry_run or not (arguments.runs / name / "checkpoints").is_dir():
         from samgraft.finetune.training.step_cost import measure_step
 
@@ -99,29 +101,47 @@ def build_config(arguments: argparse.Namespace) -> FinetuneConfig:
     from samgraft.finetune.training.config import FinetuneConfig
     from samgraft.finetune.training.presets import preset_layers
     from samgraft.shared.commands.store import modality_of, store_of
-    from samgraft.shared.config import load_config, packaged_config
+    from samgraft.shared.config import load_config, packaged_config, without_keys
     from samgraft.shared.data.preset import load_preset, modality_layer
 
-    modality = load_preset(arguments.modality or modality_of(arguments.data)).modality.value
-    flags: dict[str, Any] = {"modality": modality, "data": {}, "model": {"ckpt": arguments.ckpt}}
-    if arguments.base:
-        flags["model"]["base"] = arguments.base
-    if arguments.model:
-        flags["model"]["arch"] = arguments.model
-    if arguments.method:
-        flags["adapter"] = {"method": arguments.method}
-    if arguments.data:
-        flags["data"]["store"] = str(store_of(arguments.data, modality=modality))
-    else:
+    said = read_typed(arguments)
+    store = said.get("data.store")
+    modality = load_preset(said.get("modality") or modality_of(store)).modality.value
+    demo: dict[str, Any] = {}
+    if store is None:
         from samgraft.shared.data.demo import demo_data
 
         paths = demo_data(modality=modality)
-        flags["data"] |= {"store": str(paths.labelled), "split": str(paths.split)}
-        flags["watch"] = {"log_images": True}  # the demo scans are public
+        store, demo = str(paths.labelled), {"data": {"split": str(paths.split)}, "watch": {"log_images": True}}
+    filled = {"modality": modality, "data": {"store": str(store_of(store, modality=modality))}}
     preset = [packaged_config(f"finetune/{part}.yaml") for part in preset_layers(arguments.preset)]
-    layers: list[Any] = [modality_layer(modality), *preset]
-    layers += [arguments.config] if arguments.config else []
-    return load_config(FinetuneConfig, layers=[*layers, flags], overrides=arguments.overrides)
+    files = [arguments.config] if arguments.config else []
+    return load_config(
+        FinetuneConfig,
+        # The demo scans are public, their pictures may be shown; a file of the user's says otherwise.
+        layers=[modality_layer(modality), *preset, demo, *files, _typed(arguments), filled],
+        overrides=without_keys(arguments.overrides, ("modality", "data.store")),
+    )
+
+
+def read_typed(arguments: argparse.Namespace) -> dict[str, str]:
+    """Return what the user said in the file, the options and the overrides, by dotted key."""
+    from samgraft.shared.config import read_settings
+
+    files = [arguments.config] if arguments.config else []
+    return read_settings([*files, _typed(arguments)], arguments.overrides)
+
+
+def _typed(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return the options as settings; what was not given is left to the configuration file."""
+    model = {"ckpt": arguments.ckpt, "base": arguments.base, "arch": arguments.model}
+    typed = {"model": {key: value for key, value in model.items() if value}}
+    return {
+        **({"modality": arguments.modality} if arguments.modality else {}),
+        **({"data": {"store": arguments.data}} if arguments.data else {}),
+        **({"adapter": {"method": arguments.method}} if arguments.method else {}),
+        **typed,
+    }
 
 
 def default_name(ckpt: str, data: str | None) -> str:

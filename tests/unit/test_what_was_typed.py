@@ -1,0 +1,105 @@
+"""A key in a configuration file or an override counts as much as the option of the same meaning, in both stages."""
+
+import argparse
+
+import pytest
+from samgraft.finetune.commands.finetune import add_arguments, build_config, read_typed
+from samgraft.shared.config import read_settings, without_keys
+from samgraft.shared.errors import UsageError
+from samgraft.ssl import prepare as preparing
+from samgraft.ssl.prepare import Request, prepare
+from store_factory import make_store
+
+
+@pytest.fixture
+def store(tmp_path, monkeypatch):
+    """A store; the demo data must not be asked for."""
+
+    def refuse(*_args, **_kwargs):
+        raise AssertionError("the demo data were asked for")
+
+    monkeypatch.setattr(preparing, "demo_data", refuse)
+    monkeypatch.setattr("samgraft.shared.data.demo.demo_data", refuse)
+    monkeypatch.chdir(tmp_path)
+    return make_store(tmp_path, num_patients=3)
+
+
+def written(tmp_path, text):
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_pretrain__a_file_that_names_data_and_start_is_followed(store, tmp_path):
+    file = written(
+        tmp_path,
+        f"data: {{store: {store}, batch_size: 2}}\nmodel: {{base: random, arch: vit_b}}\nobjective: {{name: mae}}",
+    )
+    config, name = prepare(Request(config_files=(file,)), has_gpu=False)
+    assert (config.data.store, config.data.batch_size) == (str(store), 2)
+    assert (config.model.base, config.model.arch.value, config.objective.name.value) == ("random", "vit_b", "mae")
+    assert not config.watch.log_images
+    assert config.probe.store is None
+    assert name.endswith("vit_b-mae")
+
+
+def test_pretrain__an_override_of_the_store_brings_none_of_the_demos_settings(store):
+    config, _ = prepare(Request(overrides=(f"data.store={store}", "model.base=random")), has_gpu=False)
+    assert config.data.store == str(store)
+    assert not config.watch.log_images
+    assert not config.data.test_stores
+    assert config.probe.store is None
+
+
+def test_pretrain__options_win_over_the_file_and_overrides_over_both(store, tmp_path):
+    file = written(tmp_path, "model: {base: random, arch: vit_l}\nobjective: {name: dino}\n")
+    request = Request(data=str(store), model="vit_b", method="mae", config_files=(file,))
+    config, _ = prepare(request, has_gpu=False)
+    assert (config.model.arch.value, config.objective.name.value) == ("vit_b", "mae")
+    config, _ = prepare(
+        Request(data="nowhere", config_files=(file,), overrides=(f"data.store={store}", "model.arch=vit_b")),
+        has_gpu=False,
+    )
+    assert (config.data.store, config.model.arch.value) == (str(store), "vit_b")
+
+
+def test_pretrain__the_demos_own_settings_stand_below_a_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    demo = make_store(tmp_path / "data" / "demo", num_patients=3, name="mri.zarr")
+    paths = preparing.demo_paths()
+    assert paths.unlabelled.resolve() == demo.resolve()
+    shown, _ = prepare(Request(data=str(demo), base="random"), has_gpu=False)
+    assert shown.watch.log_images
+    assert shown.probe.store == str(paths.labelled)
+    file = written(tmp_path, "watch: {log_images: false}\n")
+    hidden, _ = prepare(Request(data=str(demo), base="random", config_files=(file,)), has_gpu=False)
+    assert not hidden.watch.log_images
+
+
+def typed(*words):
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    return parser.parse_args(list(words))
+
+
+def test_finetune__a_file_or_an_override_that_names_the_store_is_followed(store, tmp_path):
+    file = written(tmp_path, f"data: {{store: {store}}}\nmodel: {{ckpt: runs/mine}}\n")
+    for arguments in (typed("--config", str(file)), typed("--ckpt", "runs/mine", f"data.store={store}")):
+        config = build_config(arguments)
+        assert (config.data.store, config.data.split, config.model.ckpt) == (str(store), None, "runs/mine")
+        assert not config.watch.log_images
+        assert read_typed(arguments)["model.ckpt"] == "runs/mine"
+
+
+def test_read_settings__later_ones_win_and_null_is_not_given(tmp_path):
+    file = written(tmp_path, "a: {b: 1, c: null}\nd: [1, 2]\n")
+    assert read_settings([file, {"a": {"b": 2}}], []) == {"a.b": "2"}
+    assert read_settings([file], ["a.b=null", "e='x y'"]) == {"e": "x y"}
+    assert without_keys(["a.b=1", "c=2"], ("a.b",)) == ["c=2"]
+    with pytest.raises(UsageError, match="not plain YAML"):
+        read_settings([written(tmp_path, "a: !x 1\n")], [])
+
+
+def test_pretrain__a_mistyped_key_is_still_an_error(store):
+    with pytest.raises(UsageError, match=r"unknown key 'data\.stor'"):
+        prepare(Request(data=str(store), base="random", overrides=("data.stor=x",)), has_gpu=False)
