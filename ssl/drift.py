@@ -54,8 +54,12 @@ class Box:
 class DriftGauge:
     """The untouched decoder with its boxes; collects the answers of one look."""
 
-    def __init__(self, decoder: Sam, slices: LabelledSlices, boxes: Sequence[Box]) -> None:
+    def __init__(
+        self, decoder: Sam, slices: LabelledSlices, boxes: Sequence[Box], *, decoder_sha256: str | None = None
+    ) -> None:
         self.decoder = decoder
+        self.decoder_sha256 = decoder_sha256
+        """Of the file that the decoder is from."""
         self.slices = slices
         self.boxes = tuple(boxes)
         self._dice: list[float] = []
@@ -126,7 +130,7 @@ def load_gauge(
         decoder = load_sam(name, image_size=model.image_size).requires_grad_(False)
     decoder.image_encoder = nn.Identity()  # only prompt encoder and mask decoder are asked
     boxes = choose_boxes(data.test, data.class_ids, config.num_boxes)
-    gauge = DriftGauge(decoder, data.test, boxes)
+    gauge = DriftGauge(decoder, data.test, boxes, decoder_sha256=weights.sha256)
     return gauge, f"{len(boxes)} boxes; decoder of {weights.name}; the boxes alone score {gauge.filled_box_dice:.3f}"
 
 

@@ -85,7 +85,7 @@ def audit_membership(run: Path) -> MembershipAudit:
     objective, fingerprint = load_objective(run, config)
     if fingerprint not in (None, store.fingerprint):
         raise DataError("the store must be the one the run was trained on, its fingerprint differs.", where=run.name)
-    split = pretraining_split(config.data, store, seed=config.seed)
+    split = pretraining_split(config.data, store, seed=config.seed, run_path=run)
     if not split.val:
         raise UsageError(
             "an audit compares with held-out patients, and the run held none out. Release the encoder alone.",

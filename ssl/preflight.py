@@ -25,6 +25,7 @@ from samgraft.shared.errors import DataError, StorageError, UsageError
 from samgraft.shared.training.device import DeviceChoice
 from samgraft.shared.training.failures import explain_out_of_memory
 from samgraft.shared.training.progress import format_duration
+from samgraft.shared.training.run_inputs import kept_split
 from samgraft.shared.training.trainer import state_bytes
 from samgraft.shared.training.training_state import finished_states
 from samgraft.ssl.config import DataConfig, PretrainConfig
@@ -52,10 +53,15 @@ class StepTime:
     """Saved by the forward pass for the backward pass: what activations cost."""
 
 
-def pretraining_split(config: DataConfig, store: SliceStore, *, seed: int) -> Split:
-    """Return the split by patient; without a file, one that holds out a quarter of the patients."""
+def pretraining_split(config: DataConfig, store: SliceStore, *, seed: int, run_path: Path | None = None) -> Split:
+    """Return the split by patient; without a file, one that holds out a quarter of the patients.
+
+    What an earlier session of the run at ``run_path`` trained on comes before what is found or drawn today.
+    """
     if config.split:
         return load_split(Path(config.split), store)
+    if run_path is not None and (kept := kept_split(run_path, store)) is not None:
+        return kept
     return split_beside(store) or make_split(store, fractions=HELD_OUT_FRACTIONS, seed=seed)
 
 

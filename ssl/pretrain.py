@@ -15,11 +15,13 @@ from samgraft.shared.data.augment import SliceAugmentation
 from samgraft.shared.data.dataset import SliceDataset, collate_slices, select_slices
 from samgraft.shared.data.preset import ModalityPreset, load_preset
 from samgraft.shared.data.sampler import StepBatchSampler
+from samgraft.shared.data.split import Split
 from samgraft.shared.data.store import SliceStore
 from samgraft.shared.training.device import DeviceChoice
 from samgraft.shared.training.loader import build_step_loader
 from samgraft.shared.training.resume import LoaderPosition, seed_process
 from samgraft.shared.training.run_folder import RunFolder
+from samgraft.shared.training.run_inputs import hold_to_inputs, keep_split
 from samgraft.shared.training.sharding import full_state, is_sharded, load_full_state
 from samgraft.shared.training.trainer import fit
 from samgraft.shared.training.trainer_config import Strategy, check_warmup
@@ -33,7 +35,7 @@ from samgraft.ssl.optimizer import build_schedule
 from samgraft.ssl.preflight import leak_check, preflight, pretraining_split
 from samgraft.ssl.report import write_report
 from samgraft.ssl.start import start_objective
-from samgraft.ssl.watch import Watch, load_watched
+from samgraft.ssl.watch import Watch, Watched, load_watched
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -55,7 +57,7 @@ def pretrain(
     check_warmup(config.optim.warmup_steps, config.trainer.max_steps)
     store = SliceStore.open(config.data.store)
     preset = load_preset(config.modality)
-    split = pretraining_split(config.data, store, seed=config.seed)
+    split = pretraining_split(config.data, store, seed=config.seed, run_path=runs / name)
     probe_store = open_probe_store(config.probe)
     leaks = leak_check(config.data, store, split.train, probe=probe_store)
     dataset = training_set(config, store, split.train, preset)
@@ -72,6 +74,8 @@ def pretrain(
         return None
 
     with RunFolder.open(runs, name, config=config, stage="pretrain") as run:
+        hold_to_inputs(run, _inputs(store, split, probe_store, watched, base_sha256=start_card.base_sha256))
+        keep_split(run, split)
         whole = copy.deepcopy(objective) if config.trainer.strategy is Strategy.FSDP else objective
         result = fit(
             module,
@@ -92,6 +96,25 @@ def pretrain(
         write_report(run, config, objective, watched, result=result, notes=leaks)
         _say_end(run, weights)
     return weights
+
+
+def _inputs(
+    store: SliceStore,
+    split: Split,
+    probe: tuple[SliceStore, Split] | None,
+    watched: Watched,
+    *,
+    base_sha256: str | None,
+) -> dict[str, str | None]:
+    """Return the hashes of everything that is read by a path or drawn: what a run must go on with."""
+    return {
+        "data_fingerprint": store.fingerprint,
+        "split_sha256": split.sha256,
+        "base_sha256": base_sha256,
+        "probe_store_fingerprint": probe[0].fingerprint if probe else None,
+        "probe_split_sha256": probe[1].sha256 if probe else None,
+        "drift_decoder_sha256": watched.gauge.decoder_sha256 if watched.gauge else None,
+    }
 
 
 def _loader(dataset: SliceDataset, config: PretrainConfig, position: LoaderPosition) -> DataLoader[Any]:

@@ -50,6 +50,7 @@ from samgraft.shared.training.loader import build_step_loader
 from samgraft.shared.training.periodic import Boundary, Periodic
 from samgraft.shared.training.resume import LoaderPosition, rng_untouched, seed_process
 from samgraft.shared.training.run_folder import RunFolder
+from samgraft.shared.training.run_inputs import hold_to_inputs
 from samgraft.shared.training.schedule import LearningRate
 from samgraft.shared.training.trainer import fit
 from torch import nn
@@ -74,7 +75,7 @@ def finetune(config: FinetuneConfig, run: RunFolder, device: DeviceChoice, prepa
         device: What to train on.
         prepared: From ``prepare``, with the same configuration.
     """
-    _refuse_other_inputs(run, prepared)
+    hold_to_inputs(run, _inputs(prepared))
     run.write_run_json(**_provenance(prepared))
     rounds = ValidationRounds(run.path)
     if run.is_writer and rounds.record.zero_shot is None and isinstance(prepared.start, StartingPoint):
@@ -362,30 +363,22 @@ def _learning_rate(config: FinetuneConfig) -> LearningRate:
     )
 
 
-def _provenance(prepared: Prepared) -> dict[str, Any]:
+def _inputs(prepared: Prepared) -> dict[str, str | None]:
+    """Return the hashes of what is read by a path or drawn: a run goes on with what it began with, or not at all."""
     return {
         "store_fingerprint": prepared.store.fingerprint,
         "split_sha256": prepared.split.sha256,
         "encoder_sha256": prepared.start.encoder.sha256,
         "base_sha256": prepared.start.base.sha256,
+    }
+
+
+def _provenance(prepared: Prepared) -> dict[str, Any]:
+    return {
         "tensors": [report.to_dict() for report in prepared.reports],
         "preflight": describe(prepared),
         "trains": [dataclasses.asdict(group) for group in trainable_groups(prepared.segmenter.network)],
     }
-
-
-def _refuse_other_inputs(run: RunFolder, prepared: Prepared) -> None:
-    """A path may hold another file today: a run goes on with the weights it began with, or not at all."""
-    before = run.read_run_json()
-    now = _provenance(prepared)
-    for key in ("store_fingerprint", "split_sha256", "encoder_sha256", "base_sha256"):
-        if before.get(key, now[key]) != now[key]:
-            raise UsageError(
-                f"the run began with another {key.split('_')[0]} ({before[key][:12]}... before, {now[key][:12]}... "
-                "now). Give the old one, or choose another NAME=.",
-                where=run.path.name,
-                kept="the old run, untouched",
-            )
 
 
 def _detached(network: nn.Module) -> dict[str, torch.Tensor]:

@@ -1,0 +1,118 @@
+"""A run goes on with the patients and files that it began with, whatever lies at their paths today."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+from model_factory import make_sam
+from samgraft.shared.data.split import Split, default_split_path, make_split
+from samgraft.shared.data.store import SliceStore
+from samgraft.shared.errors import DataError, StoppedAndSaved, UsageError
+from samgraft.shared.models.card import Card
+from samgraft.shared.models.weights import save_sam
+from samgraft.shared.training.device import choose_device
+from samgraft.ssl.preflight import pretraining_split
+from samgraft.ssl.pretrain import pretrain
+from store_factory import make_store
+from tiny_encoders import TINY_VIT
+from tiny_pretrain import act_after, config_of, make_lab
+
+
+@pytest.fixture
+def lab(tmp_path: Path) -> Path:
+    """Data and weights, and a labelled store of other patients for the probe."""
+    make_lab(tmp_path)
+    save_sam(make_sam(dataclasses.replace(TINY_VIT, neck_dim=32), image_size=32), tmp_path / "sam.safetensors")
+    labelled(tmp_path, seed=50)
+    return tmp_path
+
+
+def labelled(lab: Path, *, seed: int) -> None:
+    path = lab / "labelled.zarr"
+    shutil.rmtree(path, ignore_errors=True)
+    store = SliceStore.open(make_store(lab, num_patients=7, shape_zyx=(4, 24, 20), seed=seed, name="labelled.zarr"))
+    new = tuple(p for p in store.patient_ids if p not in set(SliceStore.open(lab / "store.zarr").patient_ids))
+    parts = {"train": new[:1], "val": new[1:], "test": ()}
+    Split(**parts, seed=0, store_fingerprint=store.fingerprint).save(lab / "labelled.split.json")
+
+
+def go(lab: Path) -> Path:
+    overrides = (f"model.base={lab / 'sam.safetensors'}", f"probe.store={lab / 'labelled.zarr'}")
+    config = config_of(lab, "masked_image", *overrides, "probe.every_n_steps=2", "probe.num_train_slices=2")
+    weights = pretrain(config, name="run", runs=lab / "runs", device=choose_device("cpu"))
+    assert weights is not None
+    return weights
+
+
+def stop_half_way(lab: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        act_after(3, lambda: os.kill(os.getpid(), signal.SIGTERM), patch)
+        with pytest.raises(StoppedAndSaved):
+            go(lab)
+
+
+def other_split(store: SliceStore, kept: Split) -> Split:
+    """A split beside the store that trains on other patients."""
+    for seed in range(50):
+        split = make_split(store, fractions=(0.5, 0.25, 0.25), seed=seed)
+        if set(split.train) - set(kept.train):
+            return split
+    raise AssertionError("every seed gives the same patients")
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_split__made_beside_the_store_later_changes_neither_patients_nor_card(lab: Path, finished: bool) -> None:
+    store = SliceStore.open(lab / "store.zarr")
+    _ = go(lab) if finished else stop_half_way(lab)
+    kept = json.loads((lab / "runs" / "run" / "split.json").read_text())["train"]
+    drawn = pretraining_split(config_of(lab, "masked_image").data, store, seed=0)
+    assert kept == list(drawn.train)
+    other_split(store, drawn).save(default_split_path(store.path))
+    card = Card.read(go(lab).with_name("card.json"))
+    assert card.data_manifest["patient_ids"] == sorted(kept)
+    assert json.loads((lab / "runs" / "run" / "split.json").read_text())["train"] == kept
+
+
+def test_store__another_one_at_the_path_is_refused_and_the_run_kept(lab: Path) -> None:
+    stop_half_way(lab)
+    shutil.rmtree(lab / "store.zarr")
+    make_store(lab, num_patients=4, shape_zyx=(4, 24, 20), labelled=False, seed=9)
+    with pytest.raises(DataError, match="must be those the run began with") as refusal:
+        go(lab)
+    assert refusal.value.kept == "the run, untouched"
+
+
+def test_base__another_file_at_the_path_is_refused(lab: Path) -> None:
+    stop_half_way(lab)
+    spec = dataclasses.replace(TINY_VIT, neck_dim=32)
+    save_sam(make_sam(spec, image_size=32, seed=7), lab / "sam.safetensors")
+    with pytest.raises(UsageError, match=r"began with another base \("):
+        go(lab)
+
+
+def test_probe__another_store_or_split_is_refused_not_compared(lab: Path) -> None:
+    stop_half_way(lab)
+    labelled(lab, seed=80)
+    with pytest.raises(UsageError, match=r"began with another probe store \("):
+        go(lab)
+    labelled(lab, seed=50)
+    values = json.loads((lab / "labelled.split.json").read_text())
+    parts = {"train": tuple(values["val"][:1]), "val": tuple(values["val"][1:]), "test": ()}
+    Split(**parts, seed=0, store_fingerprint=values["store_fingerprint"]).save(lab / "labelled.split.json")
+    with pytest.raises(UsageError, match=r"began with another probe split \("):
+        go(lab)
+    assert json.loads((lab / "runs" / "run" / "run.json").read_text())["probe_split_sha256"] == values["sha256"]
+
+
+def test_split__a_damaged_copy_is_named(lab: Path) -> None:
+    stop_half_way(lab)
+    (lab / "runs" / "run" / "split.json").write_text("{")
+    with pytest.raises(DataError, match="split file is damaged") as refusal:
+        go(lab)
+    assert refusal.value.where == "run/split.json"
