@@ -68,8 +68,9 @@ def test_pretrain_presets__build_their_objective(path: Path) -> None:
     with torch.device("meta"):
         encoder = build_image_encoder(arch_spec(config.model.arch), image_size=config.model.image_size)
         apply_scope(encoder, config.model.scope, num_frozen_depths=config.model.num_frozen_depths)
-        build = OBJECTIVES[config.objective.name]
-        objective = build(encoder, config.objective, seed=0, max_steps=config.trainer.max_steps)
+    # Outside of the block: lightly's SIGReg computes while it is built.
+    build = OBJECTIVES[config.objective.name]
+    objective = build(encoder, config.objective, seed=0, max_steps=config.trainer.max_steps)
     assert len(build_pretrain_optimizer(objective, config.optim).param_groups) > 1
     build_schedule(config.optim, max_steps=config.trainer.max_steps)
 
