@@ -97,7 +97,15 @@ def _dispatch(arguments: list[str]) -> int:
     parser = _Parser(prog=f"samgraft {name}", description=command.help, allow_abbrev=False)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     command.add_arguments(parser)
-    return command.run(parser.parse_args(arguments[1:]))
+    return command.run(_parse(parser, arguments[1:]))
+
+
+def _parse(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Namespace:
+    """Let settings stand anywhere among the options: what is added at the end of a command must count."""
+    try:
+        return parser.parse_intermixed_args(words)
+    except TypeError:  # argparse cannot do that for a command with actions of its own (store build, ...)
+        return parser.parse_args(words)
 
 
 def _overview(found: dict[str, EntryPoint]) -> str:

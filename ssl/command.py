@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import logging
+import shlex
+import sys
 from pathlib import Path
 
 from samgraft.shared.cli import Command
@@ -31,6 +33,13 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    from samgraft.shared.training.signals import stopping_at_once
+
+    with stopping_at_once(shlex.join(["samgraft", *sys.argv[1:]])):
+        return _pretrain(arguments)
+
+
+def _pretrain(arguments: argparse.Namespace) -> int:
     # Imported here: `samgraft --help` must not wait for torch.
     from samgraft.shared.training.device import choose_device
     from samgraft.ssl.prepare import Request, prepare

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import shlex
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,6 +47,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Carry the command out."""
+    from samgraft.shared.training.signals import stopping_at_once
+
+    with stopping_at_once(shlex.join(["samgraft", *sys.argv[1:]])):
+        return _finetune(arguments)
+
+
+def _finetune(arguments: argparse.Namespace) -> int:
     said = read_typed(arguments)
     ckpt, model = said.get("model.ckpt"), said.get("model.arch")
     if not ckpt and model not in BASELINES:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from samgraft.shared.errors import ExitCode
+from samgraft.shared.errors import ExitCode, StoppedAndSaved
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +64,38 @@ def listening(stop: StopRequest) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+
+
+@contextmanager
+def stopping_at_once(continue_command: str) -> Iterator[None]:
+    """Outside of training, where ``listening`` holds, let the signals of schedulers end the command with exit code 75.
+
+    Nothing there takes so long that it must be waited for, and every file is whole or not there: the same command does
+    it again. Ctrl-C stays what it is.
+
+    Raises:
+        StoppedAndSaved: In the main thread, wherever it is, at the first signal; a second one ends the process.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    numbers = [number for number in STOP_SIGNALS if number != signal.SIGINT]
+
+    def stop(number: int, _: FrameType | None) -> None:
+        for each in numbers:
+            signal.signal(each, lambda *_: os._exit(int(ExitCode.STOPPED_SAVED)))
+        raise StoppedAndSaved(
+            f"{signal.Signals(number).name} asked to stop while nothing was being trained.",
+            kept="every verified training state, and results that were complete",
+            next_command=continue_command,
+        )
+
+    before = {number: signal.signal(number, stop) for number in numbers}
+    try:
+        yield
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler if handler is not None else signal.SIG_DFL)
 
 
 def listen(stop: StopRequest) -> None:

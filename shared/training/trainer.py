@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
-from samgraft.shared.errors import SamgraftError
+from samgraft.shared.errors import SamgraftError, UsageError
 from samgraft.shared.training.bookkeeping import Bookkeeping
 from samgraft.shared.training.device import DeviceChoice, tune_cpu
 from samgraft.shared.training.disk_need import check_disk, state_bytes
@@ -228,8 +228,14 @@ def _finish(
 
 
 def _starting_state(config: TrainerConfig, run: RunFolder) -> TrainingState | None:
-    path = run.path / Path(config.resume_from).name if config.resume_from else run.latest_training_state()
+    path = run.latest_training_state()
     state = read_state(path) if path else None
+    if config.resume_from:
+        replayed = _state_to_replay(config.resume_from, run)
+        if state is None or state.step <= replayed.step:
+            state = replayed
+        else:  # the command of a replay was given again: what it reached is not thrown away
+            log.info("trainer.resume_from=%s: the run has gone on since, to %s", replayed.path.name, state.path.name)
     if process_rank() == 0:
         name = run.path.name
         if state is None:
@@ -239,6 +245,19 @@ def _starting_state(config: TrainerConfig, run: RunFolder) -> TrainingState | No
         else:
             log.info("resuming %s at step %d of %d (%s)", name, state.step, config.max_steps, state.path.name)
     return state
+
+
+def _state_to_replay(name: str, run: RunFolder) -> TrainingState:
+    path = run.path / Path(name).name
+    if not path.is_dir():
+        kept = sorted(found.name for found in run.path.glob("nan-step-*") if found.is_dir())
+        raise UsageError(
+            f"trainer.resume_from must name a kept state of the run ({', '.join(kept) or 'none'}), got {name!r}. "
+            "States in checkpoints/ are taken up without it, the newest first.",
+            where=run.path.name,
+            next_command=run.continue_command,
+        )
+    return read_state(path)
 
 
 def _check_module(module: pl.LightningModule) -> None:

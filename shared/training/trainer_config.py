@@ -60,7 +60,7 @@ class TrainerConfig:
     allow_resize: bool = field(default=False, metadata=MAY_CHANGE)
     """Go on with another number of processes; not bit-exact from there."""
     resume_from: str | None = field(default=None, metadata=MAY_CHANGE)
-    """A state of this run's folder to start from instead of the newest, e.g. nan-step-120 to replay it."""
+    """A kept state of this run, e.g. nan-step-120, to replay it; without effect once the run has gone on beyond it."""
 
     def __post_init__(self) -> None:
         """Check ranges."""

@@ -19,11 +19,12 @@ from typing import Any
 import pytest
 import torch
 from killed_child import start_child
+from samgraft.shared.cli import main
 from samgraft.shared.errors import SamgraftError, StoppedAndSaved
 from samgraft.shared.training.failures import explain_failure
 from samgraft.shared.training.loader import StepLoader, build_step_loader
 from samgraft.shared.training.periodic import Boundary, Periodic
-from samgraft.shared.training.signals import StopRequest, listening
+from samgraft.shared.training.signals import StopRequest, listening, stopping_at_once
 from tiny_dataset import FatalDataset, NoStart, PatientDataset, SlowStart, TinyDataset
 from tiny_training import At, TinyModule, curve, final_bytes, noisy_validation, tiny_config, tiny_fit
 from torch.utils.data import default_collate
@@ -109,6 +110,35 @@ def test_fifty_signals_at_random_times__state_is_whole(tmp_path: Path) -> None:
         train()
     assert not list((tmp_path / "killed" / "checkpoints").glob("*.tmp"))
     assert tiny_fit(tmp_path, "killed", tiny_config(max_steps=100)).step == 100
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2])
+def test_signal_outside_of_training__is_exit_75_too(number: signal.Signals) -> None:
+    handlers = [signal.getsignal(n) for n in (number, signal.SIGINT)]
+
+    def stopped() -> None:
+        with stopping_at_once("samgraft pretrain"), listening(StopRequest()):
+            pass  # training: its handlers go away again
+        with stopping_at_once("samgraft pretrain"):
+            send(number)
+
+    with pytest.raises(StoppedAndSaved, match=f"{number.name} asked to stop while nothing was being trained") as stop:
+        stopped()
+    assert (stop.value.exit_code, stop.value.next_command) == (75, "samgraft pretrain")
+    assert [signal.getsignal(n) for n in (number, signal.SIGINT)] == handlers
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
+def test_command__stopped_in_its_pre_flight_can_be_requeued(
+    stage: str, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    def stopped(*_: object, **__: object) -> None:
+        send(signal.SIGUSR1)
+
+    monkeypatch.setattr("samgraft.ssl.prepare.prepare", stopped)
+    monkeypatch.setattr("samgraft.finetune.commands.finetune.build_config", stopped)
+    assert main([stage, *(["--ckpt", "runs/x"] if stage == "finetune" else [])]) == 75
+    assert "stopped: SIGUSR1 asked to stop" in capsys.readouterr().err
 
 
 SCRIPT = """

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from samgraft.shared.errors import NumericalError, StorageError, WeightsError
+from samgraft.shared.errors import NumericalError, StoppedAndSaved, StorageError, UsageError, WeightsError
 from samgraft.shared.training import tensor_file
 from samgraft.shared.training.state_tree import flatten_state, unflatten_state
 from samgraft.shared.training.training_state import (
@@ -255,6 +255,27 @@ def test_nan__stops_before_the_update_and_can_be_replayed(tmp_path: Path) -> Non
     tiny_fit(tmp_path, "a", tiny_config(resume_from="nan-step-7"))
     tiny_fit(tmp_path, "whole", tiny_config())
     assert final_bytes(tmp_path, "whole", 15) == final_bytes(tmp_path, "a", 15)
+
+
+def test_resume_from__the_same_command_again_keeps_what_the_replay_reached(tmp_path: Path, caplog) -> None:
+    with pytest.raises(NumericalError):
+        tiny_fit(tmp_path, "a", tiny_config(), nan_at=7)
+    replay = tiny_config(resume_from="nan-step-7", save_every_steps=1)
+    with pytest.raises(StoppedAndSaved):
+        tiny_fit(tmp_path, "a", replay, callbacks=[At(9, lambda: os.kill(os.getpid(), signal.SIGTERM))])
+    with caplog.at_level("INFO"):
+        result = tiny_fit(tmp_path, "a", replay)
+    assert result.resumed_from_step == 9
+    assert "nan-step-7: the run has gone on since, to step-000009" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["step-000004", "nan-step-9"])
+def test_resume_from__what_is_not_kept_is_answered_with_what_is(tmp_path: Path, name: str) -> None:
+    with pytest.raises(NumericalError):
+        tiny_fit(tmp_path, "a", tiny_config(), nan_at=7)
+    with pytest.raises(UsageError, match=r"kept state of the run \(nan-step-7\)") as refusal:
+        tiny_fit(tmp_path, "a", tiny_config(resume_from=name))
+    assert "checkpoints/ are taken up without it" in str(refusal.value)
 
 
 def test_gradient_clipping__limits_the_norm(tmp_path: Path) -> None:

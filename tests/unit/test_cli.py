@@ -87,6 +87,18 @@ def test_main__unknown_or_abbreviated_option_is_usage(command, arguments: list[s
     assert cli.main(arguments) == ExitCode.USAGE
 
 
+@pytest.mark.parametrize(
+    "words", [["a=1", "--name", "x", "b=2"], ["--name", "x", "a=1", "b=2"], ["a=1", "b=2", "--name", "x"]]
+)
+def test_main__settings_may_stand_anywhere(monkeypatch: pytest.MonkeyPatch, words: list[str]) -> None:
+    from samgraft.ssl import command as pretraining
+
+    seen: list[argparse.Namespace] = []
+    monkeypatch.setattr(pretraining, "_pretrain", lambda arguments: seen.append(arguments) or 0)
+    assert cli.main(["pretrain", *words]) == 0
+    assert (seen[0].name, seen[0].overrides) == ("x", ["a=1", "b=2"])
+
+
 def test_main__drops_variables_that_allow_pickles(
     command, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
