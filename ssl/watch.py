@@ -19,7 +19,7 @@ from samgraft.ssl.drift import DriftGauge, load_gauge
 from samgraft.ssl.health import Worry, worries
 from samgraft.ssl.held_out import HeldOut, held_out_loss, held_out_panel, load_held_out, panel_picture
 from samgraft.ssl.labelled import ProbeData, load_probe
-from samgraft.ssl.objectives.objective import Objective
+from samgraft.ssl.objectives.objective import Objective, Panel
 from samgraft.ssl.probe import probe_dice
 
 log = logging.getLogger(__name__)
@@ -81,19 +81,24 @@ class Watch:
         objective, device = cast(Objective, boundary.module.objective), boundary.module.device
         batch_size = self.config.data.batch_size
         numbers = held_out_loss(objective, held_out, batch_size=batch_size, step=boundary.step, device=device)
-        if config.log_images and boundary.rank == 0:
+        if config.log_images:
             boundary.check_stop()
+            # On every process: with sharded weights all take part in each forward pass.
             panel = held_out_panel(objective, held_out, num_rows=config.num_panel_rows, device=device)
-            picture_HW = panel_picture(panel)
-            boundary.add_image(f"held_out/{', '.join(panel.columns)}", picture_HW)
-            path = panel_path(self.run_path, boundary.step)
-            path.parent.mkdir(exist_ok=True)
-            Image.fromarray(picture_HW).save(path)
+            if boundary.rank == 0:
+                self._write_panel(panel, boundary)
         values = self._values = {f"held_out/{name}": value for name, value in numbers.items()}
         probe = next((task for task in self.tasks() if task.name == "probe"), None)
         if probe is None or not probe.is_due(boundary.step, max_steps=self.config.trainer.max_steps):
             self._warn(boundary)
         return values
+
+    def _write_panel(self, panel: Panel, boundary: Boundary) -> None:
+        picture_HW = panel_picture(panel)
+        boundary.add_image(f"held_out/{', '.join(panel.columns)}", picture_HW)
+        path = panel_path(self.run_path, boundary.step)
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(picture_HW).save(path)
 
     def _probe(self, boundary: Boundary) -> Mapping[str, float]:
         data, gauge = self.watched.probe, self.watched.gauge

@@ -1,22 +1,32 @@
-"""Run by tests/faults/test_objective_resume.py as each of two processes: stage 1 of one objective, whole and killed."""
+"""Run by tests/faults/test_objective_resume.py as each of two processes: stage 1, whole, and stopped and killed."""
 
 from __future__ import annotations
 
 import logging
+import os
+import signal
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from process_pair import leave_group
+from samgraft.shared.errors import StoppedAndSaved
 from tiny_pretrain import act_after, left_behind, run
 from tiny_training import Killed, die
 
 
 def main(lab: Path, objective: str, strategy: str) -> None:
-    """Train whole, then killed and resumed; both ranks see the same files."""
-    settings = ("trainer.accumulate=2", f"trainer.strategy={strategy}")
+    """Train whole, then stopped, killed and resumed; both ranks see the same files.
+
+    Only the second process hears the signal, right before a look in which both take part.
+    """
+    settings = ("trainer.accumulate=2", f"trainer.strategy={strategy}", "watch.log_images=true")
     whole = run(lab, f"pair-{objective}-whole-{strategy}", objective, *settings)
+    with pytest.MonkeyPatch.context() as patch:
+        act_after(2, lambda: os.environ["RANK"] == "1" and os.kill(os.getpid(), signal.SIGTERM), patch)
+        with pytest.raises(StoppedAndSaved):
+            run(lab, f"pair-{objective}-killed-{strategy}", objective, *settings)
     with pytest.MonkeyPatch.context() as patch:
         act_after(3, die, patch)
         try:

@@ -52,7 +52,7 @@ from samgraft.shared.training.resume import LoaderPosition, rng_untouched, seed_
 from samgraft.shared.training.run_folder import RunFolder
 from samgraft.shared.training.run_inputs import hold_to_inputs
 from samgraft.shared.training.schedule import LearningRate
-from samgraft.shared.training.trainer import fit
+from samgraft.shared.training.trainer import FitResult, fit
 from torch import nn
 from torch.utils.data import DataLoader, default_collate
 
@@ -76,7 +76,7 @@ def finetune(config: FinetuneConfig, run: RunFolder, device: DeviceChoice, prepa
         prepared: From ``prepare``, with the same configuration.
     """
     hold_to_inputs(run, _inputs(prepared))
-    run.write_run_json(**_provenance(prepared))
+    run.write_run_json(**_provenance(prepared), world_size=device.world_size)
     rounds = ValidationRounds(run.path)
     if run.is_writer and rounds.record.zero_shot is None and isinstance(prepared.start, StartingPoint):
         dice = rounds.set_reference("zero_shot", measure_zero_shot(prepared, prepared.start, device.torch_device))
@@ -109,7 +109,7 @@ def finetune(config: FinetuneConfig, run: RunFolder, device: DeviceChoice, prepa
     results = measure(prepared.segmenter, prepared.store, prepared.val_series, prepared.classes, prepared.inference)
     # Merged and written in float32 on a CPU: reduced precision of a GPU would look like a fault of the merge.
     prepared.segmenter.cpu()
-    folder = write_finished(sam, prepared, config, run, rounds, trainable=trainable, steps=result.step)
+    folder = write_finished(sam, prepared, config, run, rounds, trainable=trainable, result=result)
     evaluation = summarise(results, prepared.store, prepared.classes, part="val")
     write_evaluation(evaluation, run.path / "evaluation" / "val", provenance={"chosen_on": "this part"})
     write_report(
@@ -123,7 +123,8 @@ def finetune(config: FinetuneConfig, run: RunFolder, device: DeviceChoice, prepa
         slices_per_s=result.slices_per_s,
     )
     rounds.discard_others()
-    run.mark_complete(best_step=rounds.record.best_step, best_dice=round(mean_dice(results) or 0.0, 4))
+    best_dice = round(mean_dice(results) or 0.0, 4)
+    run.mark_complete(best_step=rounds.record.best_step, best_dice=best_dice, world_size=result.world_size)
     return folder
 
 
@@ -189,11 +190,11 @@ def write_finished(
     rounds: ValidationRounds,
     *,
     trainable: list[tuple[str, int, int]],
-    steps: int,
+    result: FitResult,
 ) -> Path:
     """Write the adapter pair, merge, compare, and write the merged model; the merged one stays in ``prepared``."""
     folder = run.path / "model"
-    card = finished_card(prepared, config, steps=steps)
+    card = finished_card(prepared, config, result=result)
     task = finished_task(prepared, config, rounds, trainable={p: round(t / 1e6, 4) for p, t, _ in trainable})
     if prepared.peft_model is None:
         write_model(sam, folder, card=card, task=task)
@@ -229,7 +230,7 @@ def _merged(prepared: Prepared, folder: Path) -> nn.Module:
     return sam
 
 
-def finished_card(prepared: Prepared, config: FinetuneConfig, *, steps: int) -> Card:
+def finished_card(prepared: Prepared, config: FinetuneConfig, *, result: FitResult) -> Card:
     """Return the card of the fine-tuned model; the encoder's history goes on in it."""
     manifest = pretrain_manifest(prepared.store, prepared.split.train)
     start = prepared.start
@@ -241,8 +242,8 @@ def finished_card(prepared: Prepared, config: FinetuneConfig, *, steps: int) -> 
     return dataclasses.replace(
         start.card,
         stage="model",
-        steps=steps,
-        slices_seen=steps * config.trainer.accumulate * config.data.batch_size,
+        steps=result.step,
+        slices_seen=result.slices_seen,
         intensity=prepared.inference.intensity.to_dict(),
         num_neighbours=prepared.inference.num_neighbours,
         base_name=start.base.name,

@@ -40,8 +40,15 @@ class Boundary:
         self.books.ended = reason
 
     def check_stop(self) -> None:
-        """Leave the task if somebody asked to stop; call it between the parts of a long one."""
-        if self.stop.requested:
+        """Leave the task if somebody asked any process to stop; call it between the parts of a long one.
+
+        A collective call: every process must make it equally often. A task may itself be collective - sharded weights,
+        a loss over all processes - so one that left it alone would leave the others waiting in it.
+
+        Raises:
+            EvaluationDropped: On every process at the same call.
+        """
+        if any_process(self.stop.requested)[0]:
             raise EvaluationDropped
 
     def add_image(self, tag: str, image_HWC: npt.NDArray[np.uint8]) -> None:
@@ -139,8 +146,8 @@ class PeriodicTasks:
                 dropped, result = False, _run_one(task, boundary)
             except EvaluationDropped:
                 dropped, result = True, {}
-            # All processes must agree on what is still to do; one may have heard the signal earlier.
-            if any_process(dropped)[0]:
+            # check_stop drops it on every process or on none, so all agree on what is still to do.
+            if dropped:
                 self._books.pending = [t.name for t in tasks[position:]]
                 break
             values |= result

@@ -46,6 +46,10 @@ class FitResult:
     step: int
     """The last one; below ``max_steps`` if a periodic task ended the training."""
     resumed_from_step: int | None
+    slices_seen: int
+    """By all processes and sessions together."""
+    world_size: int
+    """Number of processes."""
     seconds: float
     """Of this session."""
     slices_per_s: float
@@ -140,6 +144,8 @@ def fit(
     return FitResult(
         step=step,
         resumed_from_step=state.step if state else None,
+        slices_seen=books.samples_seen,
+        world_size=device.world_size,
         seconds=time.monotonic() - started,
         slices_per_s=progress.slices_per_s,
         data_wait_share=progress.data_wait_share,

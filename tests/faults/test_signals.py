@@ -21,6 +21,7 @@ import torch
 from killed_child import start_child
 from samgraft.shared.cli import main
 from samgraft.shared.errors import SamgraftError, StoppedAndSaved
+from samgraft.shared.training import periodic, step_boundary
 from samgraft.shared.training.failures import explain_failure
 from samgraft.shared.training.loader import StepLoader, build_step_loader
 from samgraft.shared.training.periodic import Boundary, Periodic
@@ -63,6 +64,35 @@ def test_signal_in_validation__dropped_and_made_up_for(tmp_path: Path) -> None:
     tasks = [Periodic(name="validation", every_steps=3, run=interrupted, at_start=True)]
     with pytest.raises(StoppedAndSaved, match="at step 9"):
         tiny_fit(tmp_path, "killed", tiny_config(), periodic=tasks)
+    assert "val/score" not in dict(curve(tmp_path, "killed"))[9]
+    tiny_fit(tmp_path, "killed", tiny_config())
+    tiny_fit(tmp_path, "whole", tiny_config())
+    assert same(tmp_path)
+
+
+def test_stop_of_another_process_in_validation__dropped_here_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only the other process hears the signal; a validation in which all take part must not go on in this one."""
+    heard_elsewhere, went_on = False, []
+
+    def any_process(*flags: bool) -> tuple[bool, ...]:
+        return tuple(flag or heard_elsewhere for flag in flags)
+
+    def validation(boundary: Boundary) -> dict[str, float]:
+        nonlocal heard_elsewhere
+        heard_elsewhere = boundary.step == 9
+        boundary.check_stop()
+        went_on.append(boundary.step)
+        return noisy_validation(boundary)
+
+    tasks = [Periodic(name="validation", every_steps=3, run=validation, at_start=True)]
+    with monkeypatch.context() as patch:
+        for module in (periodic, step_boundary):
+            patch.setattr(module, "any_process", any_process)
+        with pytest.raises(StoppedAndSaved, match="another process asked to stop; everything is saved at step 9"):
+            tiny_fit(tmp_path, "killed", tiny_config(), periodic=tasks)
+    assert went_on == [0, 3, 6]
     assert "val/score" not in dict(curve(tmp_path, "killed"))[9]
     tiny_fit(tmp_path, "killed", tiny_config())
     tiny_fit(tmp_path, "whole", tiny_config())

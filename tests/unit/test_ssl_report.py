@@ -3,10 +3,13 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
 from samgraft.shared.training.report import Picture, Table, Text
+from samgraft.ssl import watch as watch_module
+from samgraft.ssl.objectives.objective import Panel
 from samgraft.ssl.report import verdict
 from samgraft.ssl.report_curves import engine_parts, feature_parts, probe_parts
-from samgraft.ssl.watch import Watch, Watched
+from samgraft.ssl.watch import Watch, Watched, panel_path
 
 LOSS = [{"step": 0, "held_out/loss": 1.0}, {"step": 100, "held_out/loss": 0.5}]
 NOTHING = Watched(held_out=None, probe=None, gauge=None, gauge_note="off")
@@ -68,6 +71,38 @@ def test_live_warnings__once_as_long_as_they_last_and_left_to_the_verdict_at_the
 def test_live_warnings__spoken_again_when_the_trouble_came_back(tmp_path, caplog):
     live_warnings([0.7, 0.5, 0.7, 0.5], tmp_path, max_steps=99)
     assert [r.getMessage().split(":")[0] for r in caplog.records] == ["step 10", "step 30"]
+
+
+def test_look__every_process_makes_the_pictures_and_the_first_writes_them(tmp_path, monkeypatch):
+    """With sharded weights a forward pass of one process alone waits for the others for ever."""
+    watched = Watched(held_out=SimpleNamespace(), probe=None, gauge=None, gauge_note="off")
+    config = SimpleNamespace(
+        watch=SimpleNamespace(every_n_steps=1, log_images=True, num_panel_rows=2),
+        probe=SimpleNamespace(every_n_steps=1),
+        data=SimpleNamespace(batch_size=2),
+        trainer=SimpleNamespace(max_steps=0),
+    )
+    calls = []
+    panel = Panel(columns=("slice", "output"), images_KBHW=torch.zeros(2, 2, 4, 4))
+    monkeypatch.setattr(watch_module, "held_out_loss", lambda *_, **__: calls.append("loss") or {"loss": 1.0})
+    monkeypatch.setattr(watch_module, "held_out_panel", lambda *_, **__: calls.append("panel") or panel)
+
+    def look(rank):
+        calls.clear()
+        boundary = SimpleNamespace(
+            rank=rank,
+            step=0,
+            module=SimpleNamespace(objective=None, device="cpu"),
+            check_stop=lambda: calls.append("check"),
+            add_image=lambda *_: calls.append("image"),
+        )
+        Watch(watched=watched, config=config, run_path=tmp_path)._look(boundary)
+        return list(calls)
+
+    assert look(rank=1) == ["loss", "check", "panel"]
+    assert not panel_path(tmp_path, 0).exists()
+    assert look(rank=0) == ["loss", "check", "panel", "image"]
+    assert panel_path(tmp_path, 0).is_file()
 
 
 def test_parts__say_what_was_not_measured():
