@@ -6,6 +6,7 @@ The objectives come from the registry: a new one is covered when it has an entry
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import torch
 from killed_child import start_child
 from process_pair import run_pair
 from samgraft.shared.cli import main
-from samgraft.shared.errors import ExitCode, NumericalError, StoppedAndSaved
+from samgraft.shared.errors import ExitCode, NumericalError, StoppedAndSaved, WeightsError
 from samgraft.shared.models.weights import read_weights
 from samgraft.shared.training.training_state import find_damage
 from samgraft.ssl.objectives import OBJECTIVES
@@ -55,6 +56,28 @@ def test_sigterm__same_bytes(lab: Path, monkeypatch: pytest.MonkeyPatch, objecti
     assert left_behind(resumed) == whole
     base = read_weights(lab / ("plain" if objective in PLAIN_ONLY else "base")).tensors
     assert any(not torch.equal(base[name], tensor) for name, tensor in read_weights(resumed).tensors.items())
+
+
+@pytest.mark.parametrize("objective", OBJECTIVE_NAMES)
+def test_unfinished__as_a_start_it_is_the_encoder_that_would_be_handed_on(lab: Path, objective: str) -> None:
+    """Also of an ``ssl_state`` alone, which never holds that encoder; with what it expects of images."""
+    done = run(lab, f"start-{objective}", objective, "trainer.max_steps=2", "optim.lr=0.01")
+    handed_on = read_weights(done)
+    beside = read_weights(done / "ssl_state" / "state.safetensors")
+    assert (beside.sha256, beside.spec) == (handed_on.sha256, handed_on.spec)
+    shutil.rmtree(done / "encoder")
+    with pytest.raises(WeightsError, match="ssl_state, which holds everything but the encoder"):
+        read_weights(done / "ssl_state" / "state.safetensors")
+    shutil.rmtree(done / "ssl_state")
+    stopped = read_weights(done)
+    assert stopped.tensors.keys() == handed_on.tensors.keys()
+    assert all(torch.equal(tensor, handed_on.tensors[name]) for name, tensor in stopped.tensors.items())
+    assert (stopped.spec, stopped.image_size) == (handed_on.spec, handed_on.image_size)
+    told = ("objective", "steps", "intensity", "num_neighbours", "data_manifest", "base_sha256")
+    assert all(getattr(stopped.card, name) == getattr(handed_on.card, name) for name in told)
+    (done / "checkpoints" / "card.json").unlink()
+    with pytest.raises(WeightsError, match="which pixel statistics they expect is unknown"):
+        read_weights(done)
 
 
 def kill_child_at(step: int, lab: Path, name: str, objective: str, *settings: str) -> None:
