@@ -87,6 +87,12 @@ def test_gradient_flow__the_frozen_copy_never_moves(kind, settings):
     assert moved == {name for name, _ in objective.named_parameters() if not name.startswith(kept)}
 
 
+def test_frozen_copy__stays_in_evaluation_mode():
+    objective = make_objective("vit_t").train()
+    assert objective.encoder.training
+    assert not any(module.training for module in objective.frozen_copy.modules())
+
+
 def test_fill__puts_every_token_where_it_was():
     objective = make_objective("plain", mask_ratio=0.5)
     images = images_for(objective)
