@@ -9,21 +9,26 @@ from pathlib import Path
 import pytest
 import torch
 from process_pair import leave_group
+from samgraft.ssl import start
+from tiny_encoders import TINY_VIT
 from tiny_pretrain import act_after, left_behind, run
 from tiny_training import Killed, die
 
 
-def main(lab: Path, objective: str, strategy: str) -> None:
-    """Train whole, then killed and resumed; both ranks see the same files."""
-    settings = ("trainer.accumulate=2", f"trainer.strategy={strategy}")
-    whole = run(lab, f"pair-{objective}-whole-{strategy}", objective, *settings)
+def main(lab: Path, objective: str, strategy: str, base: str = "") -> None:
+    """Train whole, then killed and resumed; both ranks see the same files. ``base`` random: small, and from nothing."""
+    settings = ["trainer.accumulate=2", f"trainer.strategy={strategy}"]
+    if base:
+        start.arch_spec = lambda _: TINY_VIT
+        settings.append(f"model.base={base}")
+    whole = run(lab, f"pair-{objective}{base}-whole-{strategy}", objective, *settings)
     with pytest.MonkeyPatch.context() as patch:
         act_after(3, die, patch)
         try:
-            run(lab, f"pair-{objective}-killed-{strategy}", objective, *settings)
+            run(lab, f"pair-{objective}{base}-killed-{strategy}", objective, *settings)
         except Killed:
             leave_group()
-    killed = run(lab, f"pair-{objective}-killed-{strategy}", objective, *settings)
+    killed = run(lab, f"pair-{objective}{base}-killed-{strategy}", objective, *settings)
     torch.distributed.barrier()
     sys.stdout.write(f"same bytes: {left_behind(whole) == left_behind(killed)}\n")
 

@@ -16,10 +16,12 @@ from killed_child import start_child
 from process_pair import run_pair
 from samgraft.shared.cli import main
 from samgraft.shared.errors import ExitCode, NumericalError, StoppedAndSaved, WeightsError
-from samgraft.shared.models.weights import read_weights
+from samgraft.shared.models.weights import load_image_encoder, read_weights
 from samgraft.shared.training.training_state import find_damage
+from samgraft.ssl import module, start
 from samgraft.ssl.objectives import OBJECTIVES
-from tiny_pretrain import PLAIN_ONLY, SETTINGS, act_after, left_behind, make_lab, run
+from tiny_encoders import TINY_VIT
+from tiny_pretrain import NUM_STEPS, PLAIN_ONLY, SETTINGS, act_after, left_behind, make_lab, run
 from tiny_training import Killed, die
 
 OBJECTIVE_NAMES = [method.value for method in OBJECTIVES]
@@ -78,6 +80,32 @@ def test_unfinished__as_a_start_it_is_the_encoder_that_would_be_handed_on(lab: P
     (done / "checkpoints" / "card.json").unlink()
     with pytest.raises(WeightsError, match="which pixel statistics they expect is unknown"):
         read_weights(done)
+
+
+def test_random_start__statistics_are_learnt_resumed_and_handed_on(lab: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vit_t's batch norms move while nothing is known of them; stage 2 and later runs keep what they became."""
+    monkeypatch.setattr(start, "arch_spec", lambda _: TINY_VIT)
+    averaged: list[object] = []
+    monkeypatch.setattr(module, "average_statistics", averaged.append)
+    settings = (
+        "model.base=random",
+        "trainer.accumulate=2",
+        "trainer.activation_checkpointing=true",
+        "watch.every_n_steps=4",
+    )
+    whole = run(lab, "random-whole", "masked_image", *settings)
+    with monkeypatch.context() as patch:
+        act_after(3, lambda: os.kill(os.getpid(), signal.SIGTERM), patch)
+        with pytest.raises(StoppedAndSaved):
+            run(lab, "random-stopped", "masked_image", *settings)
+    assert left_behind(run(lab, "random-stopped", "masked_image", *settings)) == left_behind(whole)
+    encoder, card = load_image_encoder(whole)
+    norms = {name: m for name, m in encoder.train().named_modules() if isinstance(m, torch.nn.BatchNorm2d)}
+    assert all(norm.running_mean.any() and not norm.training for norm in norms.values())
+    # Every micro-batch counted once, although the backward pass runs each stage again.
+    assert {int(norm.num_batches_tracked) for norm in norms.values()} == {2 * NUM_STEPS}
+    assert "batch norms learnt their statistics in this run" in card.notes
+    assert len(averaged) == 2 * NUM_STEPS  # once per step, of both runs
 
 
 def kill_child_at(step: int, lab: Path, name: str, objective: str, *settings: str) -> None:
@@ -149,6 +177,18 @@ def test_two_processes__killed_and_resumed_same_bytes(lab: Path, objective: str,
         for name, tensor in ddp.items():
             atol = 1e-3 if (objective, name) == ROUNDING_ONLY else 1e-4
             torch.testing.assert_close(fsdp[name], tensor, rtol=1e-3, atol=atol, msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_two_processes_from_random_weights__same_statistics_and_bytes(lab: Path) -> None:
+    for way in ("ddp", "fsdp"):
+        for done in run_pair(lab, f"masked_image/{way}/random", worker="two_pretrainings.py", timeout_s=800):
+            assert done.returncode == 0, done.stderr[-2000:]
+            assert "same bytes: True" in done.stdout
+    ddp, fsdp = (read_weights(lab / "runs" / f"pair-masked_imagerandom-whole-{way}").tensors for way in ("ddp", "fsdp"))
+    for name, tensor in ddp.items():
+        torch.testing.assert_close(fsdp[name], tensor, rtol=1e-3, atol=1e-3, msg=name)
 
 
 def test_nan__stops_before_the_update_and_the_step_can_be_replayed(lab: Path, monkeypatch: pytest.MonkeyPatch) -> None:
