@@ -11,6 +11,7 @@ from samgraft.shared.data.intensity import IntensityPreset
 from samgraft.shared.data.split import Split, pretrain_manifest
 from samgraft.shared.data.store import SliceStore
 from samgraft.shared.models.card import Card
+from samgraft.shared.models.unfinished import CARD_FILE
 from samgraft.shared.models.weights import save_encoder
 from samgraft.shared.training.environment import code_revision
 from samgraft.shared.training.run_folder import RunFolder
@@ -34,33 +35,52 @@ def write_encoder_weights(objective: Objective, run_path: Path, card: Card) -> P
     return path
 
 
-def hand_over(
-    objective: Objective,
-    run: RunFolder,
+def encoder_card(
     config: PretrainConfig,
     start: Card,
-    result: FitResult,
     *,
     store: SliceStore,
     split: Split,
     intensity: IntensityPreset,
     notes: Sequence[str],
-) -> Path:
-    """Write the results of a finished run with their card, and mark the run complete; return the encoder's file."""
-    manifest = pretrain_manifest(store, split.train)
-    card = dataclasses.replace(
+) -> Card:
+    """Return the card of what a run trains, before its first step."""
+    return dataclasses.replace(
         start,
         stage="encoder",
         objective=config.objective.name.value,
-        steps=config.trainer.max_steps,
-        slices_seen=result.slices_seen,
+        steps=0,
+        slices_seen=0,
         intensity=intensity.to_dict(),
         num_neighbours=config.data.num_neighbours,
-        data_manifest=manifest,
+        data_manifest=pretrain_manifest(store, split.train),
         config_sha256=config_sha256(config),
         code_revision=code_revision(),
         notes=list(dict.fromkeys([*start.notes, *notes])),
     )
+
+
+def write_card_of_states(run: RunFolder, card: Card) -> None:
+    """Write the card beside the training states: who starts from a stopped run needs its pixel statistics too."""
+    if run.is_writer:
+        run.checkpoints.mkdir(exist_ok=True)
+        card.write(run.checkpoints / CARD_FILE)
+
+
+def hand_over(
+    objective: Objective, run: RunFolder, config: PretrainConfig, card: Card, result: FitResult, *, split: Split
+) -> Path:
+    """Write the results of a finished run, and mark it complete; return the encoder's file.
+
+    Args:
+        objective: Whole, as the run trained it.
+        run: Its folder.
+        config: Of the run.
+        card: From :func:`encoder_card`; the steps are filled in.
+        result: How the training went.
+        split: Of the training slices.
+    """
+    card = dataclasses.replace(card, steps=config.trainer.max_steps, slices_seen=result.slices_seen)
     path = run.path / ENCODER_FOLDER / "encoder.safetensors"
     if run.is_writer:
         path = write_encoder_weights(objective, run.path, card)
@@ -68,8 +88,8 @@ def hand_over(
         assert last_step is not None
         write_moments(last_step, objective, config.optim, run.path / STATE_FOLDER)
         run.mark_complete(
-            data_fingerprint=store.fingerprint,
-            base_sha256=start.base_sha256,
+            data_fingerprint=card.data_manifest["fingerprint"],
+            base_sha256=card.base_sha256,
             split_sha256=split.sha256,
             world_size=result.world_size,
         )

@@ -11,6 +11,7 @@ from samgraft.shared.data.dataset import SliceBatch, batch_to_input
 from samgraft.shared.models.image_encoder import ImageEncoder
 from samgraft.shared.models.tiny_vit import TinyViTEncoder
 from samgraft.shared.training.sharding import is_sharded, name_root, shard
+from samgraft.ssl.batch_norm import average_statistics
 from samgraft.ssl.config import PretrainConfig
 from samgraft.ssl.moments import Moments, take_up_moments
 from samgraft.ssl.objectives.objective import Objective
@@ -69,6 +70,7 @@ class PretrainModule(pl.LightningModule):
     def optimizer_step(self, *arguments: Any, **keywords: Any) -> None:
         """Update the weights, then let the objective act: an EMA teacher moves once per update, not per micro-step."""
         super().optimizer_step(*arguments, **keywords)
+        average_statistics(self.objective)  # before a teacher copies them
         self.objective.after_step(self.global_step)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:

@@ -26,7 +26,7 @@ from samgraft.shared.training.sharding import full_state, is_sharded, load_full_
 from samgraft.shared.training.trainer import fit
 from samgraft.shared.training.trainer_config import Strategy, check_warmup
 from samgraft.ssl.config import PretrainConfig
-from samgraft.ssl.encoder_weights import hand_over
+from samgraft.ssl.encoder_weights import encoder_card, hand_over, write_card_of_states
 from samgraft.ssl.labelled import open_probe_store
 from samgraft.ssl.module import PretrainModule
 from samgraft.ssl.moments import read_moments
@@ -64,7 +64,6 @@ def pretrain(
 
     seed_process(config.seed)
     objective, start_card, taken_up = start_objective(config)
-    notes = [*leaks, *taken_up]
     stride = objective.encoder.stride
     watched = load_watched(config, store, split, probe_store, preset=preset, stride=stride)
     moments = read_moments(config.model.base) if taken_up else None
@@ -73,9 +72,12 @@ def pretrain(
     if dry_run:
         return None
 
+    notes = [*leaks, *taken_up]
+    card = encoder_card(config, start_card, store=store, split=split, intensity=preset.intensity, notes=notes)
     with RunFolder.open(runs, name, config=config, stage="pretrain") as run:
         hold_to_inputs(run, _inputs(store, split, probe_store, watched, base_sha256=start_card.base_sha256))
         keep_split(run, split)
+        write_card_of_states(run, card)
         whole = copy.deepcopy(objective) if config.trainer.strategy is Strategy.FSDP else objective
         result = fit(
             module,
@@ -90,17 +92,7 @@ def pretrain(
             data_fingerprint=store.fingerprint,
         )
         objective = put_together(objective, whole)
-        weights = hand_over(
-            objective,
-            run,
-            config,
-            start_card,
-            result,
-            store=store,
-            split=split,
-            intensity=preset.intensity,
-            notes=notes,
-        )
+        weights = hand_over(objective, run, config, card, result, split=split)
         write_report(run, config, objective, watched, result=result, notes=leaks)
         _say_end(run, weights)
     return weights

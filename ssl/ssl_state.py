@@ -19,6 +19,7 @@ from samgraft.shared.errors import UsageError, WeightsError
 from samgraft.shared.models.positions import resize_positions
 from samgraft.shared.models.safe_read import read_file
 from samgraft.shared.models.tensor_report import shorten
+from samgraft.shared.models.unfinished import SSL_STATE_METADATA
 from samgraft.shared.models.weights import save_tensors
 from samgraft.ssl.objectives.objective import Objective
 from samgraft.ssl.scope import merged_state, plain_names
@@ -47,7 +48,7 @@ class StateUse(Enum):
 def write_ssl_state(objective: Objective, folder: Path, *, objective_name: str) -> None:
     """Write everything of the objective but the encoder that is handed on."""
     folder.mkdir(parents=True, exist_ok=True)
-    save_tensors(state_without_encoder(objective), folder / STATE_FILE)
+    save_tensors(state_without_encoder(objective), folder / STATE_FILE, metadata=SSL_STATE_METADATA)
     about = {"schema": STATE_SCHEMA, "objective": objective_name}
     (folder / ABOUT_FILE).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
 
@@ -106,11 +107,11 @@ def take_up_state(objective: Objective, *, base: str, objective_name: str, use: 
 
 
 def find_state(base: str) -> Path | None:
-    """Return the ``ssl_state`` folder beside the encoder of a run, given the run, its encoder folder or file."""
+    """Return the ``ssl_state`` folder of a run, given the run, or the folder or file of its encoder or of its state."""
     path = Path(base)
     for run in (path, path.parent, path.parent.parent):
         folder = run / STATE_FOLDER
-        named = path == run or path.parent.name == "encoder" or path.name == "encoder"
+        named = path == run or bool({path.name, path.parent.name} & {"encoder", STATE_FOLDER})
         if named and (folder / STATE_FILE).is_file() and (folder / ABOUT_FILE).is_file():
             return folder
     return None

@@ -9,7 +9,7 @@ from samgraft.shared.errors import UsageError, WeightsError
 from samgraft.shared.models.architecture import arch_spec
 from samgraft.shared.models.card import Card
 from samgraft.shared.models.image_encoder import ImageEncoder, build_image_encoder
-from samgraft.shared.models.tiny_vit import TinyViTEncoder
+from samgraft.shared.models.tiny_vit import TinyViTEncoder, freeze_batch_norm
 from samgraft.shared.models.weights import absent_by_nature, card_of, load_into, read_weights
 from samgraft.ssl.config import ModelConfig, PretrainConfig
 from samgraft.ssl.objectives import OBJECTIVES
@@ -53,22 +53,40 @@ def load_start(config: ModelConfig) -> tuple[Encoder, Card]:
         UsageError: If the image size does not fit, or everything would be frozen.
     """
     if config.base == RANDOM:
-        _refuse_rest(config, "random weights need no other file")
-        spec = arch_spec(config.arch)
-        encoder = build_image_encoder(spec, image_size=config.image_size)
-        card = Card(
-            arch=spec.arch.value,
-            stem=spec.stem.value if spec.stem else None,
-            image_size=config.image_size,
-            pixel_mean=list(spec.pixel_mean),
-            pixel_std=list(spec.pixel_std),
-            base_name=RANDOM,
-        )
-        log.warning("the encoder starts from random weights, because BASE=random was asked for.")
+        encoder, card = _random_start(config)
     else:
         encoder, card = _load_base(config)
     apply_scope(encoder, config.scope, num_frozen_depths=config.num_frozen_depths)
     return encoder.train(), card
+
+
+def _random_start(config: ModelConfig) -> tuple[Encoder, Card]:
+    """Build an encoder of random weights; vit_t's batch norms move, or its features would shrink to nothing."""
+    _refuse_rest(config, "random weights need no other file")
+    spec = arch_spec(config.arch)
+    encoder = build_image_encoder(spec, image_size=config.image_size)
+    log.warning("the encoder starts from random weights, because BASE=random was asked for.")
+    if config.num_frozen_depths:
+        log.warning(
+            "model.num_frozen_depths=%d: these depths keep their random weights; 0 trains them.",
+            config.num_frozen_depths,
+        )
+    notes = []
+    if isinstance(encoder, TinyViTEncoder):
+        # Published weights come with statistics of many images; fresh ones are 0 and 1, and fit nothing.
+        freeze_batch_norm(encoder, frozen=False)
+        notes = ["batch norms learnt their statistics in this run"]
+        log.info("batch norms learn their statistics too (from weights of a file they keep the file's)")
+    card = Card(
+        arch=spec.arch.value,
+        stem=spec.stem.value if spec.stem else None,
+        image_size=config.image_size,
+        pixel_mean=list(spec.pixel_mean),
+        pixel_std=list(spec.pixel_std),
+        base_name=RANDOM,
+        notes=notes,
+    )
+    return encoder, card
 
 
 def _load_base(config: ModelConfig) -> tuple[Encoder, Card]:

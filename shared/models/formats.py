@@ -12,6 +12,7 @@ from samgraft.shared.errors import WeightsError
 from samgraft.shared.models.plain_vit_format import from_plain_vit, is_plain_vit
 from samgraft.shared.models.safe_read import RawFile, iterate_tensors
 from samgraft.shared.models.transformers_format import SHARED_POSITIONS, from_transformers
+from samgraft.shared.models.unfinished import FINISH_RUN
 
 PARTS = ("image_encoder", "prompt_encoder", "mask_decoder")
 # A tensor that every layout of a kind has; several, so that a file lacking one is still recognised and refused by name.
@@ -26,6 +27,8 @@ _TRANSFORMERS_ANCHOR = "vision_encoder.patch_embed.projection.weight"
 _WRAPPING = frozenset({"module", "_orig_mod"})
 # Of several encoders in one file the first of these is taken, and said.
 _PREFERRED_ROOTS = ("teacher", "ema", "model", "state_dict", "student")
+# A copy of the encoder as it was before training (objective ``feature``): never what a file is read for.
+FROZEN_COPY = "frozen_copy"
 _NOT_SAM = re.compile(
     r"(pixel_mean|pixel_std|image_encoder\.(norm_head|head)\..*|image_encoder\..*attention_bias_idxs)$"
 )
@@ -134,7 +137,7 @@ def _without_wrapping(tensors: dict[str, torch.Tensor], notes: list[str]) -> dic
 def _find_root(flat: Mapping[str, torch.Tensor], anchor: str, notes: list[str]) -> str | None:
     """Return the prefix before an anchor, the preferred one if there are several; None without any."""
     roots = [k[: -len(anchor)] for k in flat if k == anchor or k.endswith(f".{anchor}")]
-    roots = [root for root in roots if not root.startswith("optimizer")]
+    roots = [root for root in roots if not root.startswith("optimizer") and FROZEN_COPY not in root.split(".")]
     if not roots:
         return None
 
@@ -171,4 +174,13 @@ def _refuse_adapter(flat: Mapping[str, torch.Tensor], name: str) -> None:
             f"weights are an adapter alone ({len(flat)} tensors): it needs the base it was trained on. Give the run or "
             "release folder, or the base with BASE=.",
             where=name,
+        )
+    layers = {key.rsplit(".base_layer.", 1)[0] for key in flat if ".base_layer." in key}
+    if layers:
+        raise WeightsError(
+            f"weights must have adapters added to the layers they adapt, got {len(layers)} layers with an adapter "
+            "beside them: a run (scope lora, or stage 2) that was not finished, which it must be first, or a peft "
+            "model before merge_and_unload().",
+            where=name,
+            next_command=FINISH_RUN,
         )

@@ -6,15 +6,22 @@ import hashlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
+from typing import Final
 
 import torch
 from safetensors.torch import save_file
 
+_TORCH_METADATA: Final[Mapping[str, str]] = MappingProxyType({"format": "pt"})
+"""As every file of safetensors.torch has it."""
 
-def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
-    """Write safetensors through a temporary neighbour."""
+
+def save_tensors(
+    tensors: Mapping[str, torch.Tensor], path: Path, *, metadata: Mapping[str, str] = _TORCH_METADATA
+) -> None:
+    """Write safetensors through a temporary neighbour; ``metadata`` goes into the header."""
     temporary = path.with_name(path.name + ".tmp")
-    save_file(_plain(tensors), temporary, metadata={"format": "pt"})
+    save_file(_plain(tensors), temporary, metadata=dict(metadata))
     _settle(temporary, path)
 
 

@@ -9,6 +9,8 @@ Shape letters: B = images; S = image side (pixels); h, w = grid of ``token_mask`
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -67,7 +69,8 @@ class TinyViTEncoder(nn.Module):
         image_size: Side of the square input in pixels, a multiple of the stride.
 
     BatchNorm keeps its running statistics by default (``batch_norm_frozen``): with few, partly hidden or few-shot
-    images they would drift away from the published ones, and they are not part of an adapter file.
+    images they would drift away from the published ones, and they are not part of an adapter file. Stage 1 from random
+    weights lets them move: there is nothing to keep.
     """
 
     def __init__(self, spec: ArchSpec, *, image_size: int) -> None:
@@ -140,7 +143,7 @@ class TinyViTEncoder(nn.Module):
             features = features.contiguous(memory_format=torch.channels_last)  # torch.where gives NCHW back
         for stage in self.layers:
             if self.activation_checkpointing and torch.is_grad_enabled():
-                features = checkpoint(stage, features, use_reentrant=False)
+                features = checkpoint(stage, features, use_reentrant=False, context_fn=partial(_once_counted, stage))
             else:
                 features = stage(features)
         return features
@@ -157,6 +160,26 @@ class TinyViTEncoder(nn.Module):
             if stage.downsample is not None:
                 yield depth, list(stage.downsample.parameters())
         yield depth + 1, list(self.neck.parameters())
+
+
+def _once_counted(module: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """Return what surrounds a forward pass and its repetition in the backward pass, for ``checkpoint``."""
+    return nullcontext(), _without_statistics(module)
+
+
+@contextmanager
+def _without_statistics(module: nn.Module) -> Iterator[None]:
+    """Let batch norms that train use a batch's statistics without remembering them: they saw that batch before."""
+    norms = [m for m in module.modules() if isinstance(m, nn.BatchNorm2d) and m.training]
+    before = [(norm, norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]  # type: ignore[union-attr]
+    for norm in norms:
+        norm.momentum = 0.0
+    try:
+        yield
+    finally:
+        for norm, momentum, count in before:
+            norm.momentum = momentum
+            norm.num_batches_tracked.copy_(count)  # type: ignore[union-attr]
 
 
 def freeze_batch_norm(module: nn.Module, *, frozen: bool = True) -> None:

@@ -25,6 +25,14 @@ from samgraft.shared.models.sam import build_sam
 from samgraft.shared.models.tensor_files import save_pth, save_tensors
 from samgraft.shared.models.tensor_report import ResizedTensor, TensorReport, shorten
 from samgraft.shared.models.tiny_vit import TinyViTEncoder
+from samgraft.shared.models.unfinished import (
+    SSL_STATE_METADATA,
+    STATE_FILE,
+    card_of_state,
+    encoder_of_ssl_state,
+    is_training_state,
+    newest_state_file,
+)
 from segment_anything.modeling import Sam
 from torch import nn
 
@@ -46,7 +54,6 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 Part = Literal["image_encoder", "sam"]
-STATE_FILE = "state.safetensors"
 # Where weights lie in our folders and in transformers'; the first that exists is taken.
 FOLDER_FILES = (
     "encoder/encoder.safetensors",
@@ -94,14 +101,17 @@ def read_weights(path: str | Path) -> WeightsFile:
     """
     file = _find_file(Path(path))
     raw = read_file(file)
+    if raw.metadata == SSL_STATE_METADATA:
+        return read_weights(encoder_of_ssl_state(file))
     found = recognise(raw)
     notes = list(found.notes)
-    if file.name == STATE_FILE:
-        notes.append(f"a training state ({file.parent.name}), not the result of a finished run")
     tensors = _as_float32(found.tensors, notes, name=raw.name)
     spec = spec_from_tensors(tensors)
     card_path = file.with_name("card.json")
     card = Card.read(card_path) if card_path.is_file() else None
+    if is_training_state(raw.content):
+        notes.append(f"a training state ({file.parent.name}), not the result of a finished run")
+        card = card or card_of_state(file)
     image_size = card.image_size if card else image_size_from_tensors(tensors, spec)
     spec = _with_pixel_statistics(spec, card, raw.sha256, notes)
     return WeightsFile(
@@ -282,7 +292,7 @@ def _find_file(path: Path) -> Path:
     for name in FOLDER_FILES:
         if (path / name).is_file():
             return path / name
-    if (state := _newest_state(path)) is not None:
+    if (state := newest_state_file(path)) is not None:
         return state
     if (path / ".metadata").exists() or any(path.glob("*.distcp")):
         raise WeightsError(
@@ -301,15 +311,6 @@ def _find_file(path: Path) -> Path:
     raise WeightsError(
         f"weights folder must hold one of {', '.join(FOLDER_FILES)}, and has none. Did the run finish?", where=path.name
     )
-
-
-def _newest_state(run: Path) -> Path | None:
-    """Return the newest complete training state of a run that has not handed its weights over yet.
-
-    A state under its final name is complete (``samgraft.shared.training`` renames it last), also while the run goes on.
-    """
-    states = [p for p in run.glob(f"checkpoints/step-*/{STATE_FILE}") if p.parent.name[5:].isdigit()]
-    return max(states, key=lambda p: int(p.parent.name[5:]), default=None)
 
 
 def _as_float32(tensors: dict[str, torch.Tensor], notes: list[str], *, name: str) -> dict[str, torch.Tensor]:

@@ -304,8 +304,13 @@ def teacher_temperature(step: int, config: DINOConfig, *, max_steps: int) -> flo
     return config.warmup_teacher_temp + share * (config.teacher_temp - config.warmup_teacher_temp)
 
 
-def mask_unit(encoder: MaskableEncoder, wanted_px: int | None) -> int:
+def mask_unit(encoder: MaskableEncoder, wanted_px: int | None, *, share: float = 0.1) -> int:
     """Return the side of a hidden square in pixels.
+
+    Args:
+        encoder: Its stride and input decide what fits.
+        wanted_px: The side; None takes one token of the windowed ViTs, for vit_t what is nearest to ``share``.
+        share: Of the input's side.
 
     Raises:
         UsageError: If the wanted side is no multiple of the encoder's stride or does not divide its input.
@@ -314,7 +319,8 @@ def mask_unit(encoder: MaskableEncoder, wanted_px: int | None) -> int:
     if wanted_px is None:
         if isinstance(encoder, ImageEncoder):
             return encoder.stride
-        return min(units, key=lambda unit: max(10 * unit / encoder.image_size, encoder.image_size / (10 * unit)))
+        side = share * encoder.image_size
+        return min(units, key=lambda unit: max(unit / side, side / unit))
     if wanted_px not in units:
         raise UsageError(
             f"mask_unit_px must be a multiple of the encoder's stride {encoder.stride} and divide image_size "

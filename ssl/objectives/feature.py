@@ -104,8 +104,8 @@ class Feature(WithoutTeacher, nn.Module):
         self.grid = encoder.image_size // encoder.stride
         self.mask_unit_px = mask_unit(encoder, config.mask_unit_px)
         self.reads_neck = config.target is FeatureTarget.EMBEDDINGS
-        teacher = cast(nn.Module, copy.deepcopy(encoder))
-        self.teacher: Any = teacher.requires_grad_(False)
+        # Under a name that weights are never read from: not "teacher", which in other files is the better encoder.
+        self.frozen_copy: Any = cast(nn.Module, copy.deepcopy(encoder)).requires_grad_(False).eval()
         if not config.train_neck:
             encoder.neck.requires_grad_(False)
         self.mask_token: nn.Parameter | None = None
@@ -122,6 +122,12 @@ class Feature(WithoutTeacher, nn.Module):
             self.mask_token = nn.Parameter(
                 torch.zeros(encoder.mask_token_dim), requires_grad=learns_mask_token(encoder)
             )
+
+    def train(self, mode: bool = True) -> Feature:
+        """Set the mode; the frozen copy answers the same in either (no dropout of LoRA, no batch statistics)."""
+        super().train(mode)
+        self.frozen_copy.eval()
+        return self
 
     def loss(
         self,
@@ -186,8 +192,8 @@ class Feature(WithoutTeacher, nn.Module):
     @torch.no_grad()
     def _target(self, images_B1SS: torch.Tensor) -> torch.Tensor:
         """Return what the frozen copy sees in the whole slice, float32."""
-        features_BChw = self.teacher.forward_features(to_pixels(images_B1SS, self.encoder.spec))
-        seen_BChw: torch.Tensor = self.teacher.neck(features_BChw) if self.reads_neck else features_BChw
+        features_BChw = self.frozen_copy.forward_features(to_pixels(images_B1SS, self.encoder.spec))
+        seen_BChw: torch.Tensor = self.frozen_copy.neck(features_BChw) if self.reads_neck else features_BChw
         return seen_BChw.float()
 
     def _guess(self, images_B1SS: torch.Tensor, mask_Bhw: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

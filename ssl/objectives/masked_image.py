@@ -17,7 +17,7 @@ for the 2020s (CVPR 2022): the decoder's block. Tian et al., SparK (ICLR 2023): 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 import torch
@@ -27,9 +27,13 @@ from samgraft.shared.data.orientation import Plane
 from samgraft.shared.models.image_encoder import MaskableEncoder
 from samgraft.shared.models.sam import to_pixels
 from samgraft.ssl.masking import MaskKind, token_masks, upsample_mask
+from samgraft.ssl.objectives.dino import mask_unit
 from samgraft.ssl.objectives.objective import ObjectiveLoss, Panel, WithoutTeacher
 from samgraft.ssl.scope import learns_mask_token
 from torch import nn
+
+MASK_SHARE = 1 / 16
+"""Of the input's side, for ``mask_unit_px: null``: about MAE's 16 of 224 px."""
 
 
 class PixelTarget(Enum):
@@ -49,8 +53,9 @@ class MaskedImageConfig:
 
     mask_ratio: float = 0.5
     """Fraction of squares hidden."""
-    mask_unit_px: int = 16
-    """Side of a hidden square in pixels of the encoder's input; a multiple of the encoder's stride."""
+    mask_unit_px: int | None = 16
+    """Side of a hidden square in pixels of the encoder's input; a multiple of the encoder's stride. null takes one
+    token of the windowed ViTs, about a sixteenth of the input for vit_t."""
     mask_kind: MaskKind = MaskKind.RANDOM
     """random or block."""
     target: PixelTarget = PixelTarget.SLICE
@@ -71,7 +76,11 @@ class MaskedImageConfig:
             raise ValueError(f"mask_ratio must lie between 0 and 1, got {self.mask_ratio}.")
         if self.mask_kind is MaskKind.PER_WINDOW:
             raise ValueError("masked_image hides whole squares: mask_kind must be random or block, got per_window.")
-        if self.mask_unit_px < 1 or self.decoder_dim < 1 or self.num_decoder_blocks < 0:
+        if (
+            (self.mask_unit_px is not None and self.mask_unit_px < 1)
+            or self.decoder_dim < 1
+            or self.num_decoder_blocks < 0
+        ):
             raise ValueError("mask_unit_px and decoder_dim must be positive, num_decoder_blocks at least 0.")
 
 
@@ -145,6 +154,9 @@ class MaskedImage(WithoutTeacher, nn.Module):
 
     def __init__(self, encoder: MaskableEncoder, config: MaskedImageConfig, *, seed: int) -> None:
         super().__init__()
+        if config.mask_unit_px is None:
+            config = replace(config, mask_unit_px=mask_unit(encoder, None, share=MASK_SHARE))
+        assert config.mask_unit_px is not None
         if config.mask_unit_px % encoder.stride or encoder.image_size % config.mask_unit_px:
             raise ValueError(
                 f"mask_unit_px must be a multiple of the encoder's stride {encoder.stride} and divide image_size "
@@ -152,6 +164,7 @@ class MaskedImage(WithoutTeacher, nn.Module):
             )
         self.encoder = encoder
         self.config = config
+        self.mask_unit_px = config.mask_unit_px
         self.seed = seed
         if not config.train_neck:
             encoder.neck.requires_grad_(False)
@@ -201,14 +214,14 @@ class MaskedImage(WithoutTeacher, nn.Module):
         mask_Bhw = self._masks(sample_counters).to(images_B1SS.device)
         hidden_B1SS = upsample_mask(mask_Bhw, image_size=images_B1SS.shape[-1])
         mean_B111, _ = _visible_statistics(images_B1SS, hidden_B1SS)
-        smooth_B1SS = fill_by_smoothing(images_B1SS, hidden_B1SS, sigma_px=self.config.mask_unit_px / 2)
+        smooth_B1SS = fill_by_smoothing(images_B1SS, hidden_B1SS, sigma_px=self.mask_unit_px / 2)
         return {
             "mean of the visible pixels": _hidden_error(images_B1SS, mean_B111.expand_as(images_B1SS), hidden_B1SS),
             "smoothing of the visible pixels": _hidden_error(images_B1SS, smooth_B1SS, hidden_B1SS),
         }
 
     def _masks(self, sample_counters: Sequence[int]) -> torch.Tensor:
-        side = self.encoder.image_size // self.config.mask_unit_px
+        side = self.encoder.image_size // self.mask_unit_px
         return token_masks(
             sample_counters,
             seed=self.seed,
@@ -231,7 +244,7 @@ class MaskedImage(WithoutTeacher, nn.Module):
         if self.config.decoder_sees_pixels:
             # In units of the visible pixels whatever the target: those of hidden squares would give them away.
             visible_mean, visible_std = _visible_statistics(images_B1SS, hidden_B1SS)
-            smooth_B1SS = fill_by_smoothing(images_B1SS, hidden_B1SS, sigma_px=self.config.mask_unit_px / 2)
+            smooth_B1SS = fill_by_smoothing(images_B1SS, hidden_B1SS, sigma_px=self.mask_unit_px / 2)
             seen_B1SS = (torch.where(hidden_B1SS, smooth_B1SS, images_B1SS) - visible_mean) / visible_std
         picture_B1SS = self.decoder(read_BChw, seen_B1SS, hidden_B1SS).float()
         return _Guess(
@@ -241,7 +254,7 @@ class MaskedImage(WithoutTeacher, nn.Module):
     def _units(self, images_B1SS: torch.Tensor, hidden_B1SS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return what is subtracted from and divides the grey values, see ``PixelTarget``."""
         if self.config.target is PixelTarget.UNIT:
-            return _unit_statistics(images_B1SS, self.config.mask_unit_px)
+            return _unit_statistics(images_B1SS, self.mask_unit_px)
         return _visible_statistics(images_B1SS, hidden_B1SS)
 
 

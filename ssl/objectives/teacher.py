@@ -47,13 +47,19 @@ class Heads(nn.Module):
 
 
 class Teacher(nn.Module):
-    """Encoder and heads that follow the student's."""
+    """Encoder and heads that follow the student's; always in eval mode: its answers are targets, without dropout."""
 
     def __init__(self, encoder: MaskableEncoder, heads: Heads) -> None:
         super().__init__()
         self.encoder: Any = copy.deepcopy(encoder)
         self.heads = heads.fresh_copy()
         self.requires_grad_(False)
+        self.eval()
+
+    def train(self, mode: bool = True) -> Teacher:
+        """Stay in eval mode whatever the mode."""
+        super().train(False)
+        return self
 
 
 @torch.no_grad()

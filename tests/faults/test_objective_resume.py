@@ -6,6 +6,7 @@ The objectives come from the registry: a new one is covered when it has an entry
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -14,11 +15,13 @@ import torch
 from killed_child import start_child
 from process_pair import run_pair
 from samgraft.shared.cli import main
-from samgraft.shared.errors import ExitCode, NumericalError, StoppedAndSaved
-from samgraft.shared.models.weights import read_weights
+from samgraft.shared.errors import ExitCode, NumericalError, StoppedAndSaved, WeightsError
+from samgraft.shared.models.weights import load_image_encoder, read_weights
 from samgraft.shared.training.training_state import find_damage
+from samgraft.ssl import module, start
 from samgraft.ssl.objectives import OBJECTIVES
-from tiny_pretrain import PLAIN_ONLY, SETTINGS, act_after, left_behind, make_lab, run
+from tiny_encoders import TINY_VIT
+from tiny_pretrain import NUM_STEPS, PLAIN_ONLY, SETTINGS, act_after, left_behind, make_lab, run
 from tiny_training import Killed, die
 
 OBJECTIVE_NAMES = [method.value for method in OBJECTIVES]
@@ -55,6 +58,54 @@ def test_sigterm__same_bytes(lab: Path, monkeypatch: pytest.MonkeyPatch, objecti
     assert left_behind(resumed) == whole
     base = read_weights(lab / ("plain" if objective in PLAIN_ONLY else "base")).tensors
     assert any(not torch.equal(base[name], tensor) for name, tensor in read_weights(resumed).tensors.items())
+
+
+@pytest.mark.parametrize("objective", OBJECTIVE_NAMES)
+def test_unfinished__as_a_start_it_is_the_encoder_that_would_be_handed_on(lab: Path, objective: str) -> None:
+    """Also of an ``ssl_state`` alone, which never holds that encoder; with what it expects of images."""
+    done = run(lab, f"start-{objective}", objective, "trainer.max_steps=2", "optim.lr=0.01")
+    handed_on = read_weights(done)
+    beside = read_weights(done / "ssl_state" / "state.safetensors")
+    assert (beside.sha256, beside.spec) == (handed_on.sha256, handed_on.spec)
+    shutil.rmtree(done / "encoder")
+    with pytest.raises(WeightsError, match="ssl_state, which holds everything but the encoder"):
+        read_weights(done / "ssl_state" / "state.safetensors")
+    shutil.rmtree(done / "ssl_state")
+    stopped = read_weights(done)
+    assert stopped.tensors.keys() == handed_on.tensors.keys()
+    assert all(torch.equal(tensor, handed_on.tensors[name]) for name, tensor in stopped.tensors.items())
+    assert (stopped.spec, stopped.image_size) == (handed_on.spec, handed_on.image_size)
+    told = ("objective", "steps", "intensity", "num_neighbours", "data_manifest", "base_sha256")
+    assert all(getattr(stopped.card, name) == getattr(handed_on.card, name) for name in told)
+    (done / "checkpoints" / "card.json").unlink()
+    with pytest.raises(WeightsError, match="which pixel statistics they expect is unknown"):
+        read_weights(done)
+
+
+def test_random_start__statistics_are_learnt_resumed_and_handed_on(lab: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vit_t's batch norms move while nothing is known of them; stage 2 and later runs keep what they became."""
+    monkeypatch.setattr(start, "arch_spec", lambda _: TINY_VIT)
+    averaged: list[object] = []
+    monkeypatch.setattr(module, "average_statistics", averaged.append)
+    settings = (
+        "model.base=random",
+        "trainer.accumulate=2",
+        "trainer.activation_checkpointing=true",
+        "watch.every_n_steps=4",
+    )
+    whole = run(lab, "random-whole", "masked_image", *settings)
+    with monkeypatch.context() as patch:
+        act_after(3, lambda: os.kill(os.getpid(), signal.SIGTERM), patch)
+        with pytest.raises(StoppedAndSaved):
+            run(lab, "random-stopped", "masked_image", *settings)
+    assert left_behind(run(lab, "random-stopped", "masked_image", *settings)) == left_behind(whole)
+    encoder, card = load_image_encoder(whole)
+    norms = {name: m for name, m in encoder.train().named_modules() if isinstance(m, torch.nn.BatchNorm2d)}
+    assert all(norm.running_mean.any() and not norm.training for norm in norms.values())
+    # Every micro-batch counted once, although the backward pass runs each stage again.
+    assert {int(norm.num_batches_tracked) for norm in norms.values()} == {2 * NUM_STEPS}
+    assert "batch norms learnt their statistics in this run" in card.notes
+    assert len(averaged) == 2 * NUM_STEPS  # once per step, of both runs
 
 
 def kill_child_at(step: int, lab: Path, name: str, objective: str, *settings: str) -> None:
@@ -126,6 +177,18 @@ def test_two_processes__killed_and_resumed_same_bytes(lab: Path, objective: str,
         for name, tensor in ddp.items():
             atol = 1e-3 if (objective, name) == ROUNDING_ONLY else 1e-4
             torch.testing.assert_close(fsdp[name], tensor, rtol=1e-3, atol=atol, msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_two_processes_from_random_weights__same_statistics_and_bytes(lab: Path) -> None:
+    for way in ("ddp", "fsdp"):
+        for done in run_pair(lab, f"masked_image/{way}/random", worker="two_pretrainings.py", timeout_s=800):
+            assert done.returncode == 0, done.stderr[-2000:]
+            assert "same bytes: True" in done.stdout
+    ddp, fsdp = (read_weights(lab / "runs" / f"pair-masked_imagerandom-whole-{way}").tensors for way in ("ddp", "fsdp"))
+    for name, tensor in ddp.items():
+        torch.testing.assert_close(fsdp[name], tensor, rtol=1e-3, atol=1e-3, msg=name)
 
 
 def test_nan__stops_before_the_update_and_the_step_can_be_replayed(lab: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,7 +39,7 @@ CASES = [
 BESIDE = {
     "dino": "encoder.",  # the student's; the teacher's encoder is handed on
     "lejepa": "head.",
-    "feature": "teacher.",
+    "feature": "frozen_copy.",
     "mae": "decoder.",
 }
 

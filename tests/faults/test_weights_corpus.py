@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from samgraft.shared.cli import main
 from samgraft.shared.errors import WeightsError
 from samgraft.shared.models.architecture import Arch
+from samgraft.shared.models.card import Card
 from samgraft.shared.models.safe_read import read_file
 from samgraft.shared.models.sam import build_sam
 from samgraft.shared.models.weights import load_image_encoder, load_sam, read_weights, save_sam
@@ -381,7 +382,13 @@ def test_running_job__newest_complete_state_is_taken_and_said(tmp_path: Path) ->
         save_file({f"model.objective.encoder.{k}": v for k, v in tensors.items()}, folder / "state.safetensors")
         if step == 10:
             expected = tensors
-    encoder, _ = load_image_encoder(run)
+    with pytest.raises(WeightsError, match=r"without checkpoints/card.json: which pixel statistics") as refusal:
+        read_weights(run)
+    assert "it goes on" in str(refusal.value.next_command)
+    card = Card(arch="vit_b", image_size=160, pixel_mean=[0.0] * 3, pixel_std=[255.0] * 3)
+    card.write(run / "checkpoints" / "card.json")
+    encoder, found = load_image_encoder(run)
+    assert (found.pixel_std, found.steps) == ([255.0] * 3, 10)
     assert all(torch.equal(v, expected[k]) for k, v in encoder.state_dict().items())
     assert "a training state (step-000010), not the result of a finished run" in read_weights(run).notes
 

@@ -15,6 +15,7 @@ from samgraft.shared.models.card import Card
 from samgraft.shared.models.image_encoder import ImageEncoder
 from samgraft.shared.models.tiny_vit import TinyViTEncoder
 from samgraft.shared.models.weights import save_encoder, save_sam
+from samgraft.ssl.objectives.plain_layout import plain_forward
 from store_factory import make_store
 from tiny_encoders import plain_encoder
 from torch import nn
@@ -53,9 +54,14 @@ def visible(encoder: nn.Module, images: torch.Tensor) -> torch.Tensor:
     return encoder.forward_visible(images, torch.arange(0, 100, 3).repeat(len(images), 1))
 
 
+def plain_layout(encoder: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    return plain_forward(encoder, images, torch.arange(0, 100, 3).repeat(len(images), 1))
+
+
 CASES = {
     "dense": (lambda: ImageEncoder(tiny_plain_spec(), image_size=160), dense),
     "kept tokens": (lambda: ImageEncoder(tiny_plain_spec(), image_size=160), visible),
+    "plain layout": (lambda: ImageEncoder(tiny_plain_spec(), image_size=160), plain_layout),
     "vit_t": (lambda: TinyViTEncoder(tiny_vit_t_spec(), image_size=64), dense),
 }  # fmt: skip
 

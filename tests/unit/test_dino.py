@@ -7,6 +7,7 @@ import pytest
 import torch
 from lightly.loss import DINOLoss, IBOTPatchLoss
 from samgraft.shared.errors import UsageError
+from samgraft.shared.models.tiny_vit import freeze_batch_norm
 from samgraft.ssl.crops import CropConfig, multi_crop
 from samgraft.ssl.masking import MaskKind, scattered_masks
 from samgraft.ssl.objectives.dino import DINO, DINOConfig, mask_unit, teacher_temperature
@@ -162,6 +163,23 @@ def test_teacher__its_outputs_follow_its_weights_in_evaluation_mode():
     objective.after_step(0)
     second = view_features(objective.teacher.encoder, images, with_neck=False)
     assert (second - first).norm() > 0.01 * first.norm()  # timm's own cache of the biases would keep it exactly equal
+
+
+def test_teacher__answers_without_dropout_and_keeps_its_statistics_while_the_student_trains():
+    """LoRA's dropout and batch norm lie in the copied encoder; in training mode answers would differ."""
+    encoder = lively_encoder()
+    freeze_batch_norm(encoder, frozen=False)
+    block = encoder.layers[3].blocks[0]
+    block.mlp = torch.nn.Sequential(block.mlp, torch.nn.Dropout(0.5))
+    objective = make_objective(encoder=encoder)
+    for mode in (True, False):
+        assert objective.train(mode).encoder.training is mode
+        assert not any(module.training for module in objective.teacher.modules())
+    objective.train()
+    images, before = images_for(objective), {name: b.clone() for name, b in objective.teacher.named_buffers()}
+    first, second = (view_features(objective.teacher.encoder, images, with_neck=False) for _ in range(2))
+    assert torch.equal(first, second)
+    assert all(torch.equal(b, before[name]) for name, b in objective.teacher.named_buffers())
 
 
 def test_loss__a_look_changes_nothing_and_is_repeatable():

@@ -31,10 +31,10 @@ def images_for(objective):
 def test_loss__by_hand(kind, target):
     objective = make_objective(kind, target=target, visible_weight=0.5)
     images, masks = images_for(objective), objective._masks(COUNTERS)
-    wanted = objective.teacher.forward_features(to_pixels(images, objective.encoder.spec))
+    wanted = objective.frozen_copy.forward_features(to_pixels(images, objective.encoder.spec))
     guess, _ = objective._guess(images, masks)
     if target is FeatureTarget.EMBEDDINGS:
-        wanted = objective.teacher.neck(wanted)
+        wanted = objective.frozen_copy.neck(wanted)
     else:
         both = (wanted, guess)
         wanted, guess = (
@@ -80,11 +80,17 @@ def test_gradient_flow__the_frozen_copy_never_moves(kind, settings):
     optimizer = torch.optim.SGD([p for p in objective.parameters() if p.requires_grad], lr=0.1)
     objective.loss(images_for(objective), sample_counters=COUNTERS, step=0).total.backward()
     assert all(p.grad is not None for p in objective.parameters() if p.requires_grad)
-    assert all(p.grad is None for p in objective.teacher.parameters())
+    assert all(p.grad is None for p in objective.frozen_copy.parameters())
     optimizer.step()
     moved = {name for name, tensor in objective.state_dict().items() if not torch.equal(tensor, before[name])}
-    kept = ("teacher.",) if settings.get("train_neck") else ("teacher.", "encoder.neck")
+    kept = ("frozen_copy.",) if settings.get("train_neck") else ("frozen_copy.", "encoder.neck")
     assert moved == {name for name, _ in objective.named_parameters() if not name.startswith(kept)}
+
+
+def test_frozen_copy__stays_in_evaluation_mode():
+    objective = make_objective("vit_t").train()
+    assert objective.encoder.training
+    assert not any(module.training for module in objective.frozen_copy.modules())
 
 
 def test_fill__puts_every_token_where_it_was():

@@ -2,6 +2,10 @@
 
 import pytest
 import torch
+from samgraft.shared.config import load_config, packaged_config
+from samgraft.shared.models.architecture import Arch, Stem, arch_spec
+from samgraft.shared.models.image_encoder import build_image_encoder
+from samgraft.ssl.config import PretrainConfig
 from samgraft.ssl.masking import MaskKind, token_masks, upsample_mask
 from samgraft.ssl.objectives.masked_image import (
     MaskedImage,
@@ -167,6 +171,21 @@ def test_loss__learns_to_fill_a_constant_slice():
         loss.backward()
         optimizer.step()
     assert losses[-1] < 0.5 * losses[0]
+
+
+@pytest.mark.parametrize(
+    ("arch", "stem", "unit_px"),
+    [(Arch.vit_t, Stem.conv1x1, 8), (Arch.vit_t, Stem.conv3x3, 16), (Arch.vit_b, None, 16)],
+)
+def test_cpu_preset__hides_squares_that_fit_every_encoder(arch, stem, unit_px):
+    """8 px, LiteMedSAM's, are half a token of MobileSAM and vit_b: what the first command crashed with."""
+    layer = {"modality": "mri", "data": {"store": "a.zarr"}, "model": {"base": "random"}}
+    preset = load_config(PretrainConfig, layers=[packaged_config("pretrain/masked_image-cpu.yaml"), layer])
+    with torch.device("meta"):
+        encoder = build_image_encoder(arch_spec(arch, stem), image_size=preset.model.image_size)
+        objective = MaskedImage(encoder, preset.objective.masked_image, seed=0)
+    assert objective.mask_unit_px == unit_px
+    assert objective._masks([0]).shape == (1, 128 // unit_px, 128 // unit_px)
 
 
 @pytest.mark.parametrize("unit", [6, 24])

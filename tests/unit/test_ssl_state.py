@@ -70,7 +70,9 @@ def test_take_up__everything_comes_back_to_the_bit(run):
     assert not any(name.startswith("teacher.encoder.") for name in state_without_encoder(before))
 
 
-@pytest.mark.parametrize("tail", ["", "encoder", "encoder/encoder.safetensors"])
+@pytest.mark.parametrize(
+    "tail", ["", "encoder", "encoder/encoder.safetensors", "ssl_state", "ssl_state/state.safetensors"]
+)
 def test_find_state__beside_the_encoder_however_it_is_named(run, tail):
     assert find_state(str(run / tail)) == run / "ssl_state"
 
@@ -95,6 +97,15 @@ def test_take_up__lora_is_merged_and_starts_afresh(tmp_path):
         found = merged_state(second.get_submodule(side))
         assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items())
     assert all((layer.lora_B["default"].weight == 0).all() for layer in lora_layers(second.encoder).values())
+
+
+def test_unfinished_lora__must_be_finished_before_it_is_a_start(tmp_path):
+    """Its training state holds updates beside the weights; read as if there were none, it would be half a start."""
+    state = trained_dino(scope=ScopeConfig(kind=Scope.LORA, lora_r=2)).state_dict()
+    save_file({f"model.objective.{name}": t.contiguous() for name, t in state.items()}, tmp_path / "state.safetensors")
+    with pytest.raises(WeightsError, match=r"got 16 layers with an adapter beside them: a run .* not finished") as told:
+        read_weights(tmp_path / "state.safetensors")
+    assert "it goes on, and BASE=runs/NAME is then its result" in str(told.value.next_command)
 
 
 def test_take_up__another_image_size_resizes_the_students_positions(run):

@@ -10,10 +10,13 @@ from model_factory import make_sam, tiny_plain_spec, tiny_vit_t_spec
 from samgraft.shared.errors import UsageError, WeightsError
 from samgraft.shared.models.architecture import Arch, Stem
 from samgraft.shared.models.card import Card
+from samgraft.shared.models.tiny_vit import freeze_batch_norm
 from samgraft.shared.models.weights import save_encoder
+from samgraft.ssl import batch_norm, start
 from samgraft.ssl.config import ModelConfig
 from samgraft.ssl.scope import Scope, ScopeConfig
 from samgraft.ssl.start import load_start
+from tiny_encoders import TINY_VIT
 
 Tensors = dict[str, torch.Tensor]
 SIZES = {"vit_b": 160, "vit_t": 64}
@@ -114,3 +117,38 @@ def test_start__scope_reaches_the_encoder(tmp_path: Path) -> None:
     encoder, _ = load_start(model_config(tmp_path / "sam.pth", "vit_b", scope=scope))
     trained = {name.rsplit(".", 3)[0] for name, p in encoder.named_parameters() if p.requires_grad}
     assert not any(name.startswith(("pos_embed", "patch_embed", "blocks.0", "blocks.2")) for name in trained)
+
+
+def test_average_statistics__of_all_processes_where_they_move(monkeypatch: pytest.MonkeyPatch) -> None:
+    norms = torch.nn.Sequential(torch.nn.BatchNorm2d(2), torch.nn.BatchNorm2d(3).eval())
+    monkeypatch.setattr(batch_norm, "in_group", lambda: True)
+    monkeypatch.setattr(batch_norm.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(batch_norm.dist, "all_reduce", lambda own: own.add_(torch.tensor([2.0, 4.0, 3.0, 5.0])))
+    batch_norm.average_statistics(norms)
+    assert (norms[0].running_mean.tolist(), norms[0].running_var.tolist()) == ([1.0, 2.0], [2.0, 3.0])
+    assert (norms[1].running_mean.tolist(), norms[1].running_var.tolist()) == ([0.0] * 3, [1.0] * 3)
+
+
+def test_start__random_vit_t_keeps_slices_apart(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With batch norm at mean 0 and variance 1 for ever, fresh features of different slices are the same."""
+    monkeypatch.setattr(start, "arch_spec", lambda _: TINY_VIT)
+    config = ModelConfig(arch=Arch.vit_t, base="random", image_size=32, num_frozen_depths=2)
+    torch.manual_seed(0)
+    with caplog.at_level("INFO"):
+        encoder, card = load_start(config)
+    assert "these depths keep their random weights; 0 trains them" in caplog.text
+    assert "batch norms learn their statistics too" in caplog.text
+    assert card.base_name == "random"
+    images = torch.rand(4, 3, 1, 1) * torch.rand(4, 3, 32, 32) * 2
+    with torch.no_grad():
+        for _ in range(30):
+            encoder(images)
+        moved = encoder.eval().forward_features(images)
+        freeze_batch_norm(encoder.train())
+        for module in encoder.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.reset_running_stats()
+        still = encoder.forward_features(images)
+    assert moved.mean((2, 3)).std(0).mean() > 3 * still.mean((2, 3)).std(0).mean()
