@@ -35,7 +35,7 @@ from samgraft.ssl.masking import MaskKind, token_masks, upsample_mask
 from samgraft.ssl.objectives.decoders import Decoder, DecoderKind, DecoderShape, chosen_ids
 from samgraft.ssl.objectives.dino import mask_unit
 from samgraft.ssl.objectives.feature_panel import principal_directions, project
-from samgraft.ssl.objectives.objective import ObjectiveLoss, Panel, WithoutTeacher
+from samgraft.ssl.objectives.objective import HIDDEN_IS_GREY, ObjectiveLoss, Panel, WithoutTeacher
 from samgraft.ssl.scope import learns_mask_token
 from torch import nn
 
@@ -165,7 +165,8 @@ class Feature(WithoutTeacher, nn.Module):
         return Panel(
             columns=("input", "visible", "output", "features of the whole slice"),
             images_KBHW=pictures.float().cpu(),
-            caption="Features along the direction in which SAM's own differ most over these slices.",
+            caption=f"{HIDDEN_IS_GREY} The last columns show features along the direction in which SAM's own differ "
+            "most over these slices: guessed from what is visible, and as SAM sees them in the whole slice.",
         )
 
     def references(self, images_B1SS: torch.Tensor, *, sample_counters: Sequence[int]) -> Mapping[str, float]:

@@ -27,7 +27,13 @@ from samgraft.shared.data.orientation import Plane
 from samgraft.shared.models.image_encoder import MaskableEncoder
 from samgraft.shared.models.sam import to_pixels
 from samgraft.ssl.masking import MaskKind, token_masks, upsample_mask
-from samgraft.ssl.objectives.objective import ObjectiveLoss, Panel, WithoutTeacher
+from samgraft.ssl.objectives.objective import (
+    GIVEN_BRIGHTNESS,
+    HIDDEN_IS_GREY,
+    ObjectiveLoss,
+    Panel,
+    WithoutTeacher,
+)
 from samgraft.ssl.scope import learns_mask_token
 from torch import nn
 
@@ -192,7 +198,11 @@ class MaskedImage(WithoutTeacher, nn.Module):
         seen_B1SS = images_B1SS.masked_fill(guess.hidden_B1SS, 0.5)
         filled_B1SS = torch.where(guess.hidden_B1SS, grey_B1SS, images_B1SS)
         columns = torch.stack([images_B1SS, seen_B1SS, grey_B1SS, filled_B1SS]).squeeze(2)
-        return Panel(columns=("input", "visible", "output", "output in the holes"), images_KBHW=columns.float().cpu())
+        return Panel(
+            columns=("input", "visible", "output", "output in the holes"),
+            images_KBHW=columns.float().cpu(),
+            caption=HIDDEN_IS_GREY + (GIVEN_BRIGHTNESS if self.config.target is PixelTarget.UNIT else ""),
+        )
 
     @torch.no_grad()
     def references(self, images_B1SS: torch.Tensor, *, sample_counters: Sequence[int]) -> Mapping[str, float]:
