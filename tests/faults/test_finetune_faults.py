@@ -227,6 +227,20 @@ def test_rounds__keep_the_best_and_survive_a_resume(tmp_path):
         rounds.add(40, [dataclasses.replace(result([0, 0, 0])[0], scores=())], dict)
 
 
+@pytest.mark.parametrize(
+    ("name", "message"), [("a/b", "plain folder name"), ("file", "file is a file"), ("foreign", "holds no run")]
+)
+def test_dry_run__refuses_the_run_folder_that_the_run_would_refuse(place, tmp_path, monkeypatch, capsys, name, message):
+    monkeypatch.chdir(place[0])
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "scan.txt").write_text("x")
+    start_from = ["--ckpt", "base.safetensors", "--data", "store.zarr", "--preset", "cpu"]
+    assert main(["finetune", *start_from, "--runs", str(tmp_path), "--name", name, "--dry-run"]) == 2
+    assert message in capsys.readouterr().err
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["file", "foreign", "scan.txt"]
+
+
 def test_workplace_has_no_absolute_path(place):
     """Guards the fixtures above: messages name files, not where they lie."""
     root, _, _ = place

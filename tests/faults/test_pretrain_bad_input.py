@@ -9,7 +9,9 @@ import torch
 from samgraft.shared.cli import main
 from samgraft.shared.models.card import Card
 from samgraft.shared.models.weights import save_encoder
+from samgraft.shared.training.run_folder import RunFolder
 from samgraft.ssl import preflight
+from samgraft.ssl.prepare import Request, prepare
 from store_factory import make_store
 from tiny_encoders import plain_encoder, tiny_encoder
 
@@ -119,3 +121,35 @@ def test_trial_step_out_of_memory__one_screen_and_nothing_written(
     assert "a batch of 2 with trainer.accumulate=2" in shown
     assert "please report" not in shown
     assert not (lab / "runs").exists()
+
+
+@pytest.fixture
+def with_runs(lab: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return a folder of runs in which a file, a foreign folder and a run of other settings lie."""
+    monkeypatch.chdir(lab)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "scan.txt").write_text("x")
+    prepared, _ = prepare(Request(data="store.zarr", base="tiny"), has_gpu=False)
+    RunFolder.open(tmp_path, "before", config=prepared, stage="pretrain").close()
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("a/b", "must be a plain folder name"),
+        ("file", "file is a file"),
+        ("foreign", "holds no run"),
+        ("before", "another configuration, 1 difference: optim.lr: 3e-05 -> 0.0003"),
+    ],
+)
+def test_dry_run__refuses_the_run_folder_that_the_run_would_refuse(
+    with_runs: Path, capsys: pytest.CaptureFixture[str], name: str, message: str
+) -> None:
+    before = {p: p.stat().st_mtime_ns for p in with_runs.rglob("*")}
+    place = ["--runs", str(with_runs), "--name", name]
+    assert main(["pretrain", "--data", "store.zarr", "--base", "tiny", *place, "--dry-run", "optim.lr=3e-4"]) == 2
+    assert message in capsys.readouterr().err
+    assert {p: p.stat().st_mtime_ns for p in with_runs.rglob("*")} == before

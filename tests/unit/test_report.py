@@ -101,13 +101,13 @@ def test_report__the_contents_may_break_between_sections() -> None:
 
 def test_paths__relative_ones_as_typed_absolute_ones_by_name() -> None:
     assert shown_path("runs/a b") == "runs/a b"
-    assert shown_path("/home/name/runs/a") == "a"
-    line = "No such file: '/home/name/scans/pat 1.nii', 0.5 s/step, runs/a/tb, https://host/x/y, see /mnt/c/log.txt"
+    assert shown_path("/vol/name/runs/a") == "a"
+    line = "No such file: '/vol/name/scans/pat 1.nii', 0.5 s/step, runs/a/tb, https://host/x/y, see /mnt/c/log.txt"
     told = "No such file: 'pat 1.nii', 0.5 s/step, runs/a/tb, https://host/x/y, see log.txt"
     assert without_folders(line) == told
 
 
-@pytest.mark.parametrize(("runs", "shown"), [("/home/name/runs", "'a b'"), ("other", "'other/a b'")])
+@pytest.mark.parametrize(("runs", "shown"), [("/vol/name/runs", "'a b'"), ("other", "'other/a b'")])
 def test_finetune_report__names_the_run_but_not_where_it_lies(runs: str, shown: str) -> None:
     text = _next(SimpleNamespace(path=Path(runs) / "a b")).text
     assert f"RUN={shown} SPLIT=test" in text

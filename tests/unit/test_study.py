@@ -54,7 +54,7 @@ class FakeSamgraft:
         self.calls.append(arguments)
         code = self.codes.pop(0) if self.codes else 0
         with log_file.open("a") as file:
-            file.write("hello\nerror: no such thing. See /home/name/x.log\n  next   nothing\n" if code else "hello\n")
+            file.write("hello\nerror: no such thing. See /vol/name/x.log\n  next   nothing\n" if code else "hello\n")
         if code == 0 and arguments[0] == "finetune":
             self.finetune(Path(arguments[arguments.index("--runs") + 1]), arguments)
         if code == 0 and arguments[0] == "evaluate":
