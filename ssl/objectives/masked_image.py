@@ -26,7 +26,7 @@ from samgraft.shared.data.dataset import centre_channel
 from samgraft.shared.data.orientation import Plane
 from samgraft.shared.models.image_encoder import MaskableEncoder
 from samgraft.shared.models.sam import to_pixels
-from samgraft.ssl.masking import MaskKind, token_masks, upsample_mask
+from samgraft.ssl.masking import MaskKind, check_mask_unit, token_masks, upsample_mask
 from samgraft.ssl.objectives.objective import (
     GIVEN_BRIGHTNESS,
     HIDDEN_IS_GREY,
@@ -151,11 +151,7 @@ class MaskedImage(WithoutTeacher, nn.Module):
 
     def __init__(self, encoder: MaskableEncoder, config: MaskedImageConfig, *, seed: int) -> None:
         super().__init__()
-        if config.mask_unit_px % encoder.stride or encoder.image_size % config.mask_unit_px:
-            raise ValueError(
-                f"mask_unit_px must be a multiple of the encoder's stride {encoder.stride} and divide image_size "
-                f"{encoder.image_size}, got {config.mask_unit_px}."
-            )
+        check_mask_unit(encoder, config.mask_unit_px)
         self.encoder = encoder
         self.config = config
         self.seed = seed

@@ -16,6 +16,7 @@ from samgraft.finetune.model_folder import read_model, write_model
 from samgraft.finetune.release.release import release_model
 from samgraft.finetune.starting_point import find_starting_point
 from samgraft.finetune.task import Task
+from samgraft.finetune.training.config import ModelConfig
 from samgraft.finetune.training.preparation import check_leak
 from samgraft.finetune.training.rounds import ValidationRounds
 from samgraft.shared.cli import main
@@ -113,6 +114,8 @@ def test_base__without_decoder_is_refused(place):
             "batch_size must be at most",
         ),
         (["--ckpt", "base.safetensors", "--data", "store.zarr", "--method", "lorra"], 2, "lora"),
+        (["--ckpt", "base.safetensors", "--data", "store.zarr", "--model", "vit_x"], 2, "model must be one of vit_t"),
+        (["--ckpt", "base.safetensors", "--data", "store.zarr", "seed=-1"], 2, "seed must lie in 0..4294967295"),
         (["--ckpt", "base.safetensors", "--data", "store.zarr", "--preset", "gpu"], 2, "cpu, default"),
     ],
 )
@@ -125,6 +128,11 @@ def test_command__refuses_on_one_screen_with_its_code(place, monkeypatch, capsys
     assert text in shown
     assert "Traceback" not in shown
     assert sorted(p.name for p in (root / "runs").iterdir()) == before
+
+
+def test_image_size__zero_is_not_the_encoders_own():
+    with pytest.raises(ValueError, match=r"model\.image_size must be positive or null, got 0"):
+        ModelConfig(image_size=0)
 
 
 def test_command__store_without_mark(tmp_path, place, monkeypatch, capsys):
