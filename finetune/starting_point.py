@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from samgraft.shared.errors import UsageError, WeightsError
-from samgraft.shared.models.architecture import Arch
+from samgraft.shared.models.architecture import Arch, arch_spec
 from samgraft.shared.models.card import Card
 from samgraft.shared.models.download import OFFICIAL
 from samgraft.shared.models.sam import build_sam
@@ -88,7 +88,7 @@ def find_starting_point(
             next_command="make pretrain MODALITY=mri   (or CKPT=data/weights/lite_medsam.pth for the base weights)",
         )
     encoder = read_weights(ckpt)
-    if model is not None and Arch(model) is not encoder.spec.arch:
+    if model is not None and arch_spec(model).arch is not encoder.spec.arch:
         raise WeightsError(
             f"weights must be of MODEL={model}, the file is {encoder.spec.title}. Use MODEL={encoder.spec.arch.value}.",
             where=encoder.name,

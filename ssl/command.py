@@ -28,7 +28,11 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--preset", default=None, help="cpu or gpu (default: what this machine has)")
     add("--config", type=Path, action="append", default=[], metavar="FILE", help="YAML on top of the preset")
     add("--runs", type=Path, default=Path("runs"), help="folder of all runs")
-    add("--dry-run", action="store_true", help="stop after the pre-flight; writes nothing")
+    add(
+        "--dry-run",
+        action="store_true",
+        help="stop after the pre-flight: no run is written (scans become a store first, demo data are fetched)",
+    )
     add("overrides", nargs="*", metavar="key=value", help="e.g. optim.lr=1e-4 trainer.max_steps=500")
 
 
@@ -41,7 +45,9 @@ def _run(arguments: argparse.Namespace) -> int:
 
 def _pretrain(arguments: argparse.Namespace) -> int:
     # Imported here: `samgraft --help` must not wait for torch.
+    from samgraft.shared.commands.store import left_by_dry_run
     from samgraft.shared.training.device import choose_device
+    from samgraft.shared.training.run_folder import check_run_folder
     from samgraft.ssl.prepare import Request, prepare
     from samgraft.ssl.pretrain import pretrain
 
@@ -57,9 +63,12 @@ def _pretrain(arguments: argparse.Namespace) -> int:
         overrides=tuple(arguments.overrides),
     )
     config, name = prepare(request, has_gpu=choose_device().accelerator != "cpu")
+    check_run_folder(arguments.runs, name, config=config, stage="pretrain")
     trainer = config.trainer
     device = choose_device(trainer.device, precision=trainer.precision, devices=trainer.devices)
     pretrain(config, name=name, runs=arguments.runs, device=device, dry_run=arguments.dry_run)
+    if arguments.dry_run:
+        log.info("dry run: %s.", left_by_dry_run(arguments.data, config.data.store))
     return 0
 
 

@@ -9,6 +9,7 @@ from samgraft.shared.data.augment import AugmentConfig
 from samgraft.shared.data.dataset import check_neighbours
 from samgraft.shared.data.orientation import Plane
 from samgraft.shared.data.preset import ModalityPreset
+from samgraft.shared.data.sampler import check_seed
 from samgraft.shared.models.architecture import Arch
 from samgraft.shared.training.optimizer import OptimizerConfig
 from samgraft.shared.training.trainer_config import Strategy, TrainerConfig
@@ -50,7 +51,12 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         if self.batch_size < 1 or self.num_held_out_slices < 0:
-            raise ValueError("batch_size must be at least 1 and num_held_out_slices at least 0.")
+            raise ValueError(
+                "data.batch_size must be at least 1 and data.num_held_out_slices at least 0, got "
+                f"{self.batch_size} and {self.num_held_out_slices}."
+            )
+        if self.min_foreground_fraction is not None and not 0 <= self.min_foreground_fraction < 1:
+            raise ValueError(f"data.min_foreground_fraction must lie in [0, 1), got {self.min_foreground_fraction}.")
         check_neighbours(self.num_neighbours)
         if unknown := sorted(set(self.planes) - {plane.value for plane in Plane}):
             raise ValueError(f"data.planes must be among axial, coronal, sagittal, got {', '.join(unknown)}.")
@@ -84,7 +90,9 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         if self.num_frozen_depths < 0:
-            raise ValueError(f"num_frozen_depths must be at least 0, got {self.num_frozen_depths}.")
+            raise ValueError(f"model.num_frozen_depths must be at least 0, got {self.num_frozen_depths}.")
+        if self.image_size < 1:
+            raise ValueError(f"model.image_size must be positive, got {self.image_size}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +120,11 @@ class WatchConfig:
     log_images: bool = False
     """Write pictures of slices to TensorBoard and the report. They are patient images: only the demo scans, which are
     public, switch it on by themselves."""
+
+    def __post_init__(self) -> None:
+        for name in ("every_n_steps", "num_panel_rows"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"watch.{name} must be at least 1, got {getattr(self, name)}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,6 +180,7 @@ class PretrainConfig:
     probe: ProbeConfig = field(default_factory=ProbeConfig)
 
     def __post_init__(self) -> None:
+        check_seed(self.seed)
         # Here, so that the configuration of every run holds the number that it used.
         filled = with_mirroring(self.objective, self.data.augment.flip_columns_probability)
         object.__setattr__(self, "objective", filled)

@@ -71,6 +71,11 @@ Curves = Mapping[str, Sequence[float]]
 """
 
 
+def target_moves(curves: Curves) -> bool:
+    """Tell whether the loss is measured against a teacher that moves: then its height means nothing over time."""
+    return "held_out/teacher_entropy" in curves
+
+
 def worries(curves: Curves, *, is_final: bool) -> list[Worry]:
     """Say what a person should worry about.
 
@@ -108,7 +113,7 @@ def _spread(curves: Curves, is_final: bool) -> Worry | None:
 def _dead(curves: Curves, is_final: bool) -> Worry | None:
     start, now = _ends(curves, "held_out/loss")
     looks = len(curves.get("held_out/loss", ()))
-    if start is None or _target_moves(curves) or (looks < PATIENT_LOOKS and not is_final):
+    if start is None or target_moves(curves) or (looks < PATIENT_LOOKS and not is_final):
         return None
     if now < LEARNED_SHARE * start:
         return None
@@ -121,7 +126,7 @@ def _dead(curves: Curves, is_final: bool) -> Worry | None:
 
 def _risen(curves: Curves, is_final: bool) -> Worry | None:
     loss = curves.get("held_out/loss", ())
-    if len(loss) < 3 or _target_moves(curves) or loss[-1] <= RISEN_SHARE * min(loss):
+    if len(loss) < 3 or target_moves(curves) or loss[-1] <= RISEN_SHARE * min(loss):
         return None
     return Worry(
         rule="risen loss",
@@ -200,8 +205,3 @@ def _ends(curves: Curves, name: str) -> tuple[float, float] | tuple[None, float]
     """Return the start's value and the newest one; None where there are not two."""
     values = curves.get(name, ())
     return (values[0], values[-1]) if len(values) > 1 else (None, 0.0)
-
-
-def _target_moves(curves: Curves) -> bool:
-    """Tell whether the loss is measured against a teacher that moves: then its height means nothing over time."""
-    return "held_out/teacher_entropy" in curves

@@ -38,6 +38,7 @@ class HeldOut:
     planes: tuple[Plane, ...]
     refs: tuple[SliceRef, ...]
     num_patients: int
+    """Whose slices these are; patients beyond ``num_held_out_slices`` give none."""
 
     def panel_rows(self, num_rows: int) -> list[int]:
         """Return positions of ``num_rows`` slices, evenly spread."""
@@ -70,7 +71,7 @@ def load_held_out(
         sample_counters=counters,
         planes=tuple(batch["planes"]),
         refs=tuple(refs),
-        num_patients=len(set(patient_ids)),
+        num_patients=len({store.record(ref.series_id).patient_id for ref in refs}),
     )
 
 

@@ -15,6 +15,8 @@ from enum import Enum
 import numpy as np
 import numpy.typing as npt
 import torch
+from samgraft.shared.errors import UsageError
+from samgraft.shared.models.image_encoder import MaskableEncoder
 
 MASK_STREAM = 0x6D61736B
 """Keeps the random numbers of masks apart from those of augmentation, which use the same seed and counter."""
@@ -59,13 +61,15 @@ def token_masks(
         Shape (B, h, w), boolean, True = hidden. Kinds random and block hide ``round(mask_ratio * h * w)`` tokens.
 
     Raises:
-        ValueError: If the ratio leaves nothing hidden or nothing visible, or a needed window size is missing.
+        UsageError: If the ratio leaves nothing hidden or nothing visible.
+        ValueError: If a needed window size is missing.
     """
     height, width = grid_hw
     num_hidden = hidden_count(height * width, mask_ratio)
     if not 0 < num_hidden < height * width:
-        raise ValueError(
-            f"mask_ratio must hide at least one token and keep one on a {height} x {width} grid, got {mask_ratio}."
+        raise UsageError(
+            f"mask_ratio must hide at least one token and keep one on a {height} x {width} grid, got {mask_ratio}.",
+            where="objective.*.mask_ratio",
         )
     masks = []
     for counter in sample_counters:
@@ -78,8 +82,44 @@ def token_masks(
             if attn_window_size is None:
                 raise ValueError("masks per window must know attn_window_size, got None.")
             mask_hw = _per_window_mask(grid_hw, mask_ratio, attn_window_size, generator)
+        if not mask_hw.any():
+            raise UsageError(
+                f"mask_ratio must hide at least one token of an attention window, got {mask_ratio}.",
+                where="objective.*.mask_ratio",
+            )
         masks.append(mask_hw)
     return torch.from_numpy(np.stack(masks))
+
+
+def mask_units(encoder: MaskableEncoder) -> list[int]:
+    """Return the sides of hidden squares, in pixels, that fit the encoder's grid and its input; never none.
+
+    Raises:
+        UsageError: If the input is a single token, of which no part can be hidden.
+    """
+    sides = range(encoder.stride, encoder.image_size, encoder.stride)
+    units = [side for side in sides if encoder.image_size % side == 0]
+    if not units:
+        raise UsageError(
+            f"image_size must be at least two tokens of {encoder.stride} px, got {encoder.image_size}.",
+            where="model.image_size",
+        )
+    return units
+
+
+def check_mask_unit(encoder: MaskableEncoder, wanted_px: int) -> None:
+    """Refuse a side of hidden squares that does not fit.
+
+    Raises:
+        UsageError: If it is no multiple of the encoder's stride, does not divide its input, or is all of it.
+    """
+    units = mask_units(encoder)
+    if wanted_px not in units:
+        raise UsageError(
+            f"mask_unit_px must be a multiple of the encoder's stride {encoder.stride} and divide image_size "
+            f"{encoder.image_size}, got {wanted_px}. Use one of {', '.join(map(str, units))}.",
+            where="objective.*.mask_unit_px",
+        )
 
 
 def scattered_masks(

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any, Literal
+import shlex
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,15 +21,18 @@ from samgraft.shared.training.report import (
     curve_figure,
     image_grid,
     render_report,
+    shown_path,
 )
 from samgraft.shared.training.run_folder import RunFolder
 from samgraft.shared.training.trainer import FitResult
 from samgraft.ssl.config import PretrainConfig
+from samgraft.ssl.health import target_moves
 from samgraft.ssl.held_out import HeldOut, held_out_panel, split_picture
 from samgraft.ssl.objectives.objective import Objective, Panel
 from samgraft.ssl.report_curves import (
     SMOOTH_STEPS,
     Curve,
+    Lines,
     curve,
     drift_verdict,
     engine_parts,
@@ -37,7 +41,7 @@ from samgraft.ssl.report_curves import (
     probe_verdict,
 )
 from samgraft.ssl.start import RANDOM
-from samgraft.ssl.watch import Watched, find_worries, panel_path
+from samgraft.ssl.watch import Watched, curves_of, find_worries, panel_path
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +62,7 @@ def write_report(
         return
     lines, held_out = list(run.metrics.read()), watched.held_out
     sections = [
-        Section(title="Summary", parts=_summary(run, config, lines, result=result)),
+        Section(title="Summary", parts=_summary(config, lines, watched, result=result)),
         Section(title="Signs for segmentation: probe and drift gauge", parts=probe_parts(lines, watched)),
         Section(title="Loss", parts=_loss(lines, objective, held_out)),
         Section(
@@ -70,34 +74,44 @@ def write_report(
         Section(title="What to do next", parts=_next_steps(run, config)),
         Section(title="How this run was made", parts=[KeyValues(items=_facts(config, notes))]),
     ]
-    for text in verdict(lines):
+    for text in verdict(lines, watched):
         (log.warning if text.kind == "warning" else log.info)("%s", text.text)
     title = f"Stage 1: {run.path.name}"
     subtitle = f"{config.objective.name.value} on {config.model.arch.value}, {config.modality}"
     run.report.write_text(render_report(title, sections, subtitle=subtitle), encoding="utf-8")
 
 
-def verdict(lines: Sequence[Mapping[str, Any]]) -> list[Text]:
+def verdict(lines: Lines, watched: Watched) -> list[Text]:
     """Say in words whether the run learned, and what a person should worry about; what matters most comes first."""
     found = {worry.rule: Text(text=worry.text, kind="warning") for worry in find_worries(lines, is_final=True)}
     is_sound = not found
-    measured = [found.pop("probe", None) or probe_verdict(lines), found.pop("drift", None) or drift_verdict(lines)]
+    probe = found.pop("probe", None) or probe_verdict(lines)
+    if probe is not None and watched.probe is not None:
+        # How few slices a Dice stands on is part of what it says.
+        probe = replace(probe, text=f"{probe.text} ({watched.probe.describe()}.)")
+    measured = [probe, found.pop("drift", None) or drift_verdict(lines)]
     remarks = [text for text in measured if text is not None]
+    return [*remarks, _loss_verdict(lines, is_sound=is_sound), *found.values()]
+
+
+def _loss_verdict(lines: Lines, *, is_sound: bool) -> Text:
+    """Say what became of the held-out loss; good only where it fell, means something and nothing else is wrong."""
     loss = curve(lines, "held_out/loss")[1]
     if len(loss) < 2:
-        remarks.append(Text(text="No patient was held out: the loss on unseen slices is not known.", kind="warning"))
-    else:
-        change = f"The loss on held-out slices went from {loss[0]:.4g} to {loss[-1]:.4g}"
-        if loss[-1] < loss[0]:
-            change += f": {100 * (1 - loss[-1] / loss[0]):.0f} % lower than at the start"
-        kind: Literal["plain", "good"] = "good" if is_sound else "plain"
-        remarks.append(Text(text=f"{change}.", kind=kind))
-    return [*remarks, *found.values()]
+        return Text(text="No patient was held out: the loss on unseen slices is not known.", kind="warning")
+    change = f"The loss on held-out slices went from {loss[0]:.4g} to {loss[-1]:.4g}"
+    if target_moves(curves_of(lines)):
+        return Text(
+            text=f"{change}. Its height means little: the student is compared with a teacher that moves. Look at the "
+            "teacher's entropy and the effective rank instead, whether they stay away from a collapse."
+        )
+    if loss[-1] >= loss[0]:
+        return Text(text=f"{change}.")
+    fall = 100 * (1 - loss[-1] / loss[0])
+    return Text(text=f"{change}: {fall:.0f} % lower than at the start.", kind="good" if is_sound else "plain")
 
 
-def _summary(
-    run: RunFolder, config: PretrainConfig, lines: Sequence[Mapping[str, Any]], *, result: FitResult
-) -> list[Any]:
+def _summary(config: PretrainConfig, lines: Lines, watched: Watched, *, result: FitResult) -> list[Any]:
     facts: dict[str, Any] = {
         "steps": result.step,
         "slices seen": result.slices_seen,
@@ -105,57 +119,57 @@ def _summary(
     if result.slices_per_s:  # nothing was trained when a finished run is asked for again
         facts["time of the last session"] = format_duration(result.seconds)
         facts["speed"] = f"{result.slices_per_s:.3g} slices/s, {100 * result.data_wait_share:.1f} % waiting for data"
-    return [*verdict(lines), KeyValues(items=facts)]
+    return [*verdict(lines, watched), KeyValues(items=facts)]
 
 
 def _next_steps(run: RunFolder, config: PretrainConfig) -> list[Any]:
     """Return what to do with the encoder: the comparison that decides whether this run was worth it."""
-    start = Path(config.model.base)
-    # No absolute path: the report travels with the results.
-    base = "" if config.model.base == RANDOM else str(start.name if start.is_absolute() else start)
+    run_path = shown_path(run.path)
     parts: list[Any] = [
         Text(
             text="Neither a lower loss nor a better probe proves a better encoder for your task. Fine-tune from this "
             "run and from the weights it started with, on the same few labelled patients, and compare; the result "
             "decides."
         ),
-        Text(text=f"make finetune CKPT={run.path}", kind="command"),
+        Text(text=f"make finetune CKPT={shlex.quote(run_path)}", kind="command"),
     ]
-    if base:
+    if config.model.base != RANDOM:
+        base = shlex.quote(shown_path(config.model.base))
         parts.append(Text(text=f"make finetune CKPT={base} NAME=from-the-start", kind="command"))
     parts.append(
         Text(
             text="More steps, more patients or another objective: give the run another NAME=. This run's curves stay "
-            f"in TensorBoard: tensorboard --logdir {run.path}/tb"
+            f"in TensorBoard: tensorboard --logdir {shlex.quote(f'{run_path}/tb')}"
         )
     )
     return parts
 
 
-def _loss(lines: Sequence[Mapping[str, Any]], objective: Objective, held_out: HeldOut | None) -> list[Any]:
+def _loss(lines: Lines, objective: Objective, held_out: HeldOut | None) -> list[Any]:
     curves: dict[str, Curve] = {"training slices": curve(lines, "train/loss")}
     if held_out is not None:
-        curves["held-out slices, fixed masks"] = curve(lines, "held_out/loss")
+        curves["held-out slices"] = curve(lines, "held_out/loss")
     parts: list[Any] = [
-        Picture(png=curve_figure(curves, ylabel="loss", smooth=SMOOTH_STEPS), caption=_loss_caption(held_out))
+        Picture(png=curve_figure(curves, ylabel="loss", smooth=SMOOTH_STEPS), caption=_loss_caption(lines, held_out))
     ]
     table = _reference_table(lines, objective, held_out)
     return [*parts, table] if table else parts
 
 
-def _loss_caption(held_out: HeldOut | None) -> str:
+def _loss_caption(lines: Lines, held_out: HeldOut | None) -> str:
     if held_out is None:
         return "Training loss. No patient was held out."
-    return (
+    caption = (
         f"Training loss, and the loss on {len(held_out.refs)} slices of held-out patients "
-        f"({held_out.num_patients}) that were never trained on, always with the same masks. The slices are "
-        "spread evenly by rule."
+        f"({held_out.num_patients}) that were never trained on, always with the same random numbers (masks, views). "
+        "The slices are spread evenly by rule."
     )
+    if target_moves(curves_of(lines)):
+        caption += " The target moves while the run goes on: compare the two curves, not the start with the end."
+    return caption
 
 
-def _reference_table(
-    lines: Sequence[Mapping[str, Any]], objective: Objective, held_out: HeldOut | None
-) -> Table | None:
+def _reference_table(lines: Lines, objective: Objective, held_out: HeldOut | None) -> Table | None:
     """Compare with answers that need no network, in grey values; None where an objective has none."""
     if held_out is None:
         return None
@@ -189,11 +203,8 @@ def _pictures(run: RunFolder, config: PretrainConfig, objective: Objective, held
     titles, columns = _columns_with_start(run, panel)
     rows = [[column[row] for column in columns] for row in range(panel.images_KBHW.shape[1])]
     shown = [str(held_out.refs[i].slice_index) for i in held_out.panel_rows(config.watch.num_panel_rows)]
-    caption = (
-        f"Held-out slices {', '.join(shown)}, chosen by even spacing. Hidden pixels are grey in the second column; the "
-        "encoder never saw them."
-    )
-    return [Picture(png=image_grid(rows, column_titles=titles), caption=caption)]
+    caption = f"Held-out slices {', '.join(shown)}, chosen by even spacing. {panel.caption}"
+    return [Picture(png=image_grid(rows, column_titles=titles), caption=caption.strip())]
 
 
 def _columns_with_start(run: RunFolder, panel: Panel) -> tuple[list[str], list[npt.NDArray[np.uint8]]]:
@@ -212,7 +223,7 @@ def _columns_with_start(run: RunFolder, panel: Panel) -> tuple[list[str], list[n
 
 def _facts(config: PretrainConfig, notes: Sequence[str]) -> dict[str, Any]:
     return {
-        "start": config.model.base,
+        "start": shown_path(config.model.base),
         "image size": f"{config.model.image_size} px",
         "frozen depths": config.model.num_frozen_depths,
         "learning rate": config.optim.lr,

@@ -24,14 +24,21 @@ def curve(lines: Lines, name: str) -> Curve:
 
 
 def probe_verdict(lines: Lines) -> Text | None:
-    """Say in one sentence what the probe found; None where it did not run. That it fell is said by the rules."""
+    """Say what the probe found; None where it did not run. That it fell is said by the rules.
+
+    A rise is not called good: in our own comparison (benchmarks/results/ssl_helps-2026-11-26.md) the probe rose for
+    encoders that fine-tuned worse, and fell for the one that fine-tuned better.
+    """
     dice = curve(lines, "probe/dice")[1]
     if len(dice) < 2:
         return None
     change = f"a Dice of {dice[-1]:.3f}, {dice[0]:.3f} at the start"
     if dice[-1] > dice[0] + PROBE_NOISE:
-        text = f"The frozen-feature probe rose to {change}: the features separate the labelled structures better."
-        return Text(text=text, kind="good")
+        return Text(
+            text=f"The frozen-feature probe rose to {change}: a linear head reads the labelled structures better than "
+            "before. A sign, not a verdict: it did not foretell which encoder fine-tunes better where we compared. "
+            "Fine-tune from both and compare."
+        )
     return Text(
         text=f"The frozen-feature probe is where it was: {change}. A difference below {PROBE_NOISE:g} is noise."
     )
@@ -55,8 +62,8 @@ def probe_parts(lines: Lines, watched: Watched) -> list[Any]:
         return [
             Text(
                 text="Not measured: no labelled store was named. With a few labelled patients, "
-                "ARGS='probe.store=STORE.zarr' measures at every look whether the encoder gets better for "
-                "segmentation, before any fine-tuning is paid for."
+                "ARGS='probe.store=STORE.zarr' measures at every look how well a linear head reads the labels from the "
+                "features: a sign, not a verdict, before any fine-tuning is paid for."
             )
         ]
     figure = curve_figure(

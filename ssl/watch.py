@@ -142,12 +142,17 @@ class Watch:
 
 def find_worries(lines: Iterable[Mapping[str, Any]], *, is_final: bool) -> list[Worry]:
     """Apply the rules of :mod:`samgraft.ssl.health` to metrics, a line per step."""
+    return worries(curves_of(lines), is_final=is_final)
+
+
+def curves_of(lines: Iterable[Mapping[str, Any]]) -> dict[str, list[float]]:
+    """Return the values of every metric, in the order of the steps."""
     curves: dict[str, list[float]] = {}
     for line in lines:
         for name, value in line.items():
             if name != "step":
                 curves.setdefault(name, []).append(float(value))
-    return worries(curves, is_final=is_final)
+    return curves
 
 
 def panel_path(run_path: Path, step: int) -> Path:

@@ -15,6 +15,7 @@ from samgraft.shared.errors import ExitCode, UsageError
 
 if TYPE_CHECKING:
     from samgraft.finetune.training.config import FinetuneConfig
+    from samgraft.finetune.training.preparation import Prepared
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +42,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--preset", default="auto", help="a file of configs/finetune; auto takes cpu or gpu_8gb, gpu_12gb, gpu_24gb"
     )
     parser.add_argument("--config", type=Path, help="YAML on top of the preset")
-    parser.add_argument("--dry-run", action="store_true", help="stop after the pre-flight; nothing is written")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="stop after the pre-flight: no run is written (scans become a store first, demo data are fetched)",
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. trainer.max_steps=500")
 
 
@@ -62,12 +67,15 @@ def _finetune(arguments: argparse.Namespace) -> int:
             next_command="make finetune CKPT=runs/NAME   (make pretrain MODALITY=mri makes one)",
         )
     from samgraft.finetune.training.train import finetune, prepare_seeded
+    from samgraft.shared.commands.store import left_by_dry_run
     from samgraft.shared.training.device import choose_device
-    from samgraft.shared.training.run_folder import RunFolder
+    from samgraft.shared.training.run_folder import RunFolder, check_run_folder
     from samgraft.shared.training.trainer_config import check_warmup
 
     started = time.monotonic()
     config = build_config(arguments)
+    name = arguments.name or default_name(ckpt or model or "", said.get("data.store"))
+    check_run_folder(arguments.runs, name, config=config, stage="finetune")
     check_warmup(config.optim.warmup_steps, config.trainer.max_steps)
     device = choose_device(config.trainer.device, precision=config.trainer.precision, devices=config.trainer.devices)
     log.info("device: %s", device.reason)
@@ -78,19 +86,14 @@ def _finetune(arguments: argparse.Namespace) -> int:
     for line in [*describe(prepared), *(embedding_lines(prepared, config, device) if ckpt else [])]:
         log.info("%s", line)
     if arguments.dry_run:
-        from samgraft.finetune.adapters import render_groups, trainable_groups
-
-        for line in render_groups(trainable_groups(prepared.segmenter.network)):
-            log.info("  %s", line)
-    name = arguments.name or default_name(ckpt or model or "", said.get("data.store"))
+        _list_trained(prepared)
     if arguments.dry_run or not (arguments.runs / name / "checkpoints").is_dir():
         from samgraft.finetune.training.step_cost import measure_step
 
         log.info("%s", measure_step(prepared, config, device).describe(config.trainer.max_steps))
     if arguments.dry_run:
-        log.info(
-            "dry run: %s would take %d steps; nothing was written.", arguments.runs / name, config.trainer.max_steps
-        )
+        left = left_by_dry_run(said.get("data.store"), config.data.store)
+        log.info("dry run: %s would take %d steps; %s.", arguments.runs / name, config.trainer.max_steps, left)
         return int(ExitCode.OK)
     with RunFolder.open(arguments.runs, name, config=config, stage="finetune") as folder:
         if folder.is_complete:
@@ -102,6 +105,13 @@ def _finetune(arguments: argparse.Namespace) -> int:
             finetune(config, folder, device, prepared)
         _say_end(folder.path, seconds=time.monotonic() - started)
     return int(ExitCode.OK)
+
+
+def _list_trained(prepared: Prepared) -> None:
+    from samgraft.finetune.adapters import render_groups, trainable_groups
+
+    for line in render_groups(trainable_groups(prepared.segmenter.network)):
+        log.info("  %s", line)
 
 
 def build_config(arguments: argparse.Namespace) -> FinetuneConfig:

@@ -23,6 +23,7 @@ from samgraft.shared.training.report import (
     curve_figure,
     figure_png,
     render_report,
+    without_folders,
 )
 
 TABLE_COLUMNS = (
@@ -140,7 +141,10 @@ def _summary(
         text = f"{done} of {len(cells)} cells are complete: tables and ranks below hold those only."
         parts.append(Text(text=text, kind="warning"))
     titles = {cell.key: cell.title for cell in cells}
-    parts += [Text(text=f"Failed: {titles.get(key, key)}: {line}", kind="warning") for key, line in failed.items()]
+    parts += [
+        Text(text=f"Failed: {titles.get(key, key)}: {without_folders(line)}", kind="warning")
+        for key, line in failed.items()
+    ]
     if any(data_set.synthetic_patients for data_set in config.data_sets):
         text = "Made-up scans take part: this shows that a study runs, and says nothing about real scans."
         parts.append(Text(text=text, kind="warning"))

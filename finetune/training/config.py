@@ -13,6 +13,7 @@ from samgraft.finetune.prompting.prompt_sampling import PromptConfig
 from samgraft.finetune.training.few_shot import FewShotConfig
 from samgraft.shared.data.augment import AugmentConfig
 from samgraft.shared.data.dataset import check_neighbours
+from samgraft.shared.data.sampler import check_seed
 from samgraft.shared.training.optimizer import OptimizerConfig
 from samgraft.shared.training.trainer import TrainerConfig
 
@@ -89,6 +90,10 @@ class ModelConfig:
     image_size: int | None = None
     """Side of the square input in pixels; None takes the encoder's."""
 
+    def __post_init__(self) -> None:
+        if self.image_size is not None and self.image_size < 1:
+            raise ValueError(f"model.image_size must be positive or null, got {self.image_size}.")
+
 
 @dataclass(frozen=True, kw_only=True)
 class WatchConfig:
@@ -155,6 +160,7 @@ class FinetuneConfig:
     cache: CacheConfig = field(default_factory=CacheConfig)
 
     def __post_init__(self) -> None:
+        check_seed(self.seed)
         if self.prompt.is_prompted and self.loss.class_weights:
             raise ValueError(
                 "loss.class_weights has no effect with prompts: every object is a mask of its own. Leave it out."

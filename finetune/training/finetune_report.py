@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -23,6 +24,7 @@ from samgraft.shared.training.report import (
     curve_figure,
     image_grid,
     render_report,
+    shown_path,
 )
 from samgraft.shared.training.run_folder import RunFolder
 
@@ -188,7 +190,7 @@ def _facts(config: FinetuneConfig, prepared: Prepared) -> dict[str, Any]:
 
 
 def _next(run: RunFolder) -> Text:
-    name = run.path.name
-    evaluate = f"make evaluate RUN=runs/{name} SPLIT=test"
-    release = f"make release RUN=runs/{name} OUT=releases/{name} LICENSE=..."
+    path, out = shlex.quote(shown_path(run.path)), shlex.quote(f"releases/{run.path.name}")
+    evaluate = f"make evaluate RUN={path} SPLIT=test"
+    release = f"make release RUN={path} OUT={out} LICENSE=..."
     return Text(kind="command", text=f"{evaluate}\n\n{release}")

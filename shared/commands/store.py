@@ -75,6 +75,15 @@ def modality_of(data: Path | str | None) -> str:
     return SliceStore.open(data).modality.value
 
 
+def left_by_dry_run(data: Path | str | None, store: str) -> str:
+    """Return what stays on the disk after a dry run of a training: it needs a store, so scans were put into one."""
+    if data is None:
+        return f"no run was written; the demo data stay ({Path(store).parent})"
+    if is_scans(data):
+        return f"no run was written; the store {store}, made from the scans, and the salt of its ids beside it stay"
+    return "no run was written"
+
+
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", required=True, metavar="build|check|info|split")
     build = actions.add_parser("build", help="scans and labels -> slice store", allow_abbrev=False)

@@ -19,6 +19,9 @@ import torch.nn.functional as F
 from samgraft.shared.data.orientation import Plane, has_mirror_image
 from torch import Tensor
 
+MAX_LOG = 10.0
+"""Factors up to 22,000: beyond, a slice is black, white or gone."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentConfig:
@@ -69,6 +72,9 @@ class AugmentConfig:
             value = getattr(self, name)
             if value < 0 or (name.endswith("probability") and value > 1):
                 raise ValueError(f"augment.{name} must not be negative (probabilities: at most 1), got {value}.")
+        for name in ("max_log_gamma", "max_log_contrast", "max_shear"):
+            if getattr(self, name) > MAX_LOG:
+                raise ValueError(f"augment.{name} must be at most {MAX_LOG:g}, got {getattr(self, name)}: a logarithm.")
         for name in ("min_crop_fraction", "min_zoom"):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"augment.{name} must lie in (0, 1], got {getattr(self, name)}.")

@@ -7,6 +7,19 @@ from collections.abc import Iterator
 import numpy as np
 from torch.utils.data import Sampler
 
+MAX_SEED = 2**32 - 1
+"""NumPy's and torch's generators both take it, also as a part of other seeds."""
+
+
+def check_seed(seed: int) -> None:
+    """Check that every generator takes the seed.
+
+    Raises:
+        ValueError: If it is negative or too large.
+    """
+    if not 0 <= seed <= MAX_SEED:
+        raise ValueError(f"seed must lie in 0..{MAX_SEED}, got {seed}.")
+
 
 class StepBatchSampler(Sampler[list[tuple[int, int]]]):
     """Batches of ``(index, sample_counter)`` from a given micro-step on.

@@ -9,6 +9,7 @@ import base64
 import hashlib
 import io
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -217,6 +218,19 @@ def image_grid(
         for axes, title in zip(grid[0], column_titles, strict=False):
             axes.set_title(title, fontsize=9)
         return figure_png(figure)
+
+
+def shown_path(path: Path | str) -> str:
+    """Return a path as it may stand in a report: as it was typed, or its last name where it is absolute.
+
+    Reports travel with the results; the folders above say who works where, and mean nothing elsewhere.
+    """
+    return Path(path).name if Path(path).is_absolute() else str(path)
+
+
+def without_folders(text: str) -> str:
+    """Return a text, such as a line of a log, whose absolute paths are cut down to their last names."""
+    return re.sub(r"(?<![\w.:/~-])/(?:[^\s/'\"]+/)+(?=[^\s/'\"])", "", text)
 
 
 def figure_png(figure: Figure) -> bytes:

@@ -164,6 +164,20 @@ class RunFolder:
         self.close()
 
 
+def check_run_folder(root: Path, name: str, *, config: object, stage: str) -> None:
+    """Refuse what ``RunFolder.open`` would refuse, a run in use by another process apart; lock and write nothing.
+
+    For a pre-flight: it must not pass what the run then refuses. Arguments are those of ``RunFolder.open``.
+
+    Raises:
+        UsageError: If the folder holds a run of another configuration or stage, or something that is no run.
+    """
+    path = _checked_path(root, name)
+    # Only the first process may look: others could see the folder while the first one fills it.
+    if process_rank() == 0 and path.exists():
+        _check_same_run(path, config=config, stage=stage)
+
+
 def keys_that_may_change(schema: type, prefix: str = "") -> Iterator[str]:
     """Yield the dotted keys of a configuration that are marked ``MAY_CHANGE``."""
     hints = get_type_hints(schema)
@@ -195,7 +209,7 @@ def _checked_path(root: Path, name: str) -> Path:
             f"the run name must be a plain folder name of at most 200 bytes, got {name!r}.", where="NAME (--name)"
         )
     path = root / name
-    for place in (path, root):
+    for place in (path, root, *root.parents):
         if place.exists() and not place.is_dir():
             raise UsageError(f"the run folder must be a folder, but {place.name} is a file.", where="NAME (--name)")
     return path

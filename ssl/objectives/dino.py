@@ -32,7 +32,7 @@ from samgraft.shared.errors import UsageError
 from samgraft.shared.models.image_encoder import ImageEncoder, MaskableEncoder
 from samgraft.shared.training.schedule import cosine
 from samgraft.ssl.crops import NUM_GLOBAL, CropConfig, local_size, multi_crop
-from samgraft.ssl.masking import MaskKind, scattered_masks
+from samgraft.ssl.masking import MaskKind, check_mask_unit, mask_units, scattered_masks
 from samgraft.ssl.objectives.centering import StepDINOLoss, StepIBOTLoss
 from samgraft.ssl.objectives.feature_panel import feature_panel
 from samgraft.ssl.objectives.objective import ObjectiveLoss, Panel
@@ -315,18 +315,12 @@ def mask_unit(encoder: MaskableEncoder, wanted_px: int | None, *, share: float =
     Raises:
         UsageError: If the wanted side is no multiple of the encoder's stride or does not divide its input.
     """
-    units = [u for u in range(encoder.stride, encoder.image_size, encoder.stride) if encoder.image_size % u == 0]
     if wanted_px is None:
         if isinstance(encoder, ImageEncoder):
             return encoder.stride
         side = share * encoder.image_size
-        return min(units, key=lambda unit: max(unit / side, side / unit))
-    if wanted_px not in units:
-        raise UsageError(
-            f"mask_unit_px must be a multiple of the encoder's stride {encoder.stride} and divide image_size "
-            f"{encoder.image_size}, got {wanted_px}. Use one of {', '.join(map(str, units))}.",
-            where="objective.*.mask_unit_px",
-        )
+        return min(mask_units(encoder), key=lambda unit: max(unit / side, side / unit))
+    check_mask_unit(encoder, wanted_px)
     return wanted_px
 
 

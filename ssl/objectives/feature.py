@@ -29,13 +29,14 @@ import torch
 import torch.nn.functional as F
 from samgraft.shared.data.dataset import centre_channel
 from samgraft.shared.data.orientation import Plane
+from samgraft.shared.errors import UsageError
 from samgraft.shared.models.image_encoder import ImageEncoder, MaskableEncoder
 from samgraft.shared.models.sam import to_pixels
 from samgraft.ssl.masking import MaskKind, token_masks, upsample_mask
 from samgraft.ssl.objectives.decoders import Decoder, DecoderKind, DecoderShape, chosen_ids
 from samgraft.ssl.objectives.dino import mask_unit
 from samgraft.ssl.objectives.feature_panel import principal_directions, project
-from samgraft.ssl.objectives.objective import ObjectiveLoss, Panel, WithoutTeacher
+from samgraft.ssl.objectives.objective import HIDDEN_IS_GREY, ObjectiveLoss, Panel, WithoutTeacher
 from samgraft.ssl.scope import learns_mask_token
 from torch import nn
 
@@ -112,13 +113,19 @@ class Feature(WithoutTeacher, nn.Module):
         self.decoder: Decoder | None = None
         if isinstance(encoder, ImageEncoder):
             if self.mask_unit_px != encoder.stride and config.mask_kind is MaskKind.PER_WINDOW:
-                raise ValueError("mask_kind per_window hides single tokens: leave mask_unit_px out.")
+                raise UsageError(
+                    "mask_kind per_window hides single tokens: leave mask_unit_px out.",
+                    where="objective.feature.mask_unit_px",
+                )
             self.decoder = Decoder(
                 encoder.feature_dim, config.decoder_shape(), grid=self.grid, out_dim=encoder.feature_dim
             )
         else:
             if config.mask_kind is MaskKind.PER_WINDOW:
-                raise ValueError("vit_t hides whole squares: mask_kind must be random or block, got per_window.")
+                raise UsageError(
+                    "vit_t hides whole squares: mask_kind must be random or block, got per_window.",
+                    where="objective.feature.mask_kind",
+                )
             self.mask_token = nn.Parameter(
                 torch.zeros(encoder.mask_token_dim), requires_grad=learns_mask_token(encoder)
             )
@@ -171,7 +178,8 @@ class Feature(WithoutTeacher, nn.Module):
         return Panel(
             columns=("input", "visible", "output", "features of the whole slice"),
             images_KBHW=pictures.float().cpu(),
-            caption="Features along the direction in which SAM's own differ most over these slices.",
+            caption=f"{HIDDEN_IS_GREY} The last columns show features along the direction in which SAM's own differ "
+            "most over these slices: guessed from what is visible, and as SAM sees them in the whole slice.",
         )
 
     def references(self, images_B1SS: torch.Tensor, *, sample_counters: Sequence[int]) -> Mapping[str, float]:

@@ -31,7 +31,13 @@ from samgraft.shared.models.image_encoder import ImageEncoder, MaskableEncoder
 from samgraft.shared.models.sam import to_pixels
 from samgraft.ssl.masking import MaskKind, hidden_count, token_masks, upsample_mask
 from samgraft.ssl.objectives.decoders import Decoder, DecoderKind, DecoderShape, chosen_ids
-from samgraft.ssl.objectives.objective import ObjectiveLoss, Panel, WithoutTeacher
+from samgraft.ssl.objectives.objective import (
+    GIVEN_BRIGHTNESS,
+    HIDDEN_IS_GREY,
+    ObjectiveLoss,
+    Panel,
+    WithoutTeacher,
+)
 from samgraft.ssl.objectives.plain_layout import plain_forward, relative_positions
 from torch import nn
 
@@ -151,7 +157,11 @@ class MAE(WithoutTeacher, nn.Module):
         filled_B1SS = F.fold(filled_BLP.mT, images_B1SS.shape[-2:], self.encoder.stride, stride=self.encoder.stride)
         seen_B1SS = images_B1SS.masked_fill(upsample_mask(mask_Bhw, image_size=images_B1SS.shape[-1]), 0.5)
         pictures = torch.stack([images_B1SS, seen_B1SS, filled_B1SS]).squeeze(2)
-        return Panel(columns=("input", "visible", "output"), images_KBHW=pictures.float().cpu())
+        return Panel(
+            columns=("input", "visible", "output"),
+            images_KBHW=pictures.float().cpu(),
+            caption=HIDDEN_IS_GREY + (GIVEN_BRIGHTNESS if self.config.norm_pix_loss else ""),
+        )
 
     def references(self, images_B1SS: torch.Tensor, *, sample_counters: Sequence[int]) -> Mapping[str, float]:
         """Return nothing: no trivial answer is comparable in normalised units."""

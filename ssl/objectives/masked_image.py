@@ -17,7 +17,7 @@ for the 2020s (CVPR 2022): the decoder's block. Tian et al., SparK (ICLR 2023): 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import Enum
 
 import torch
@@ -28,7 +28,13 @@ from samgraft.shared.models.image_encoder import MaskableEncoder
 from samgraft.shared.models.sam import to_pixels
 from samgraft.ssl.masking import MaskKind, token_masks, upsample_mask
 from samgraft.ssl.objectives.dino import mask_unit
-from samgraft.ssl.objectives.objective import ObjectiveLoss, Panel, WithoutTeacher
+from samgraft.ssl.objectives.objective import (
+    GIVEN_BRIGHTNESS,
+    HIDDEN_IS_GREY,
+    ObjectiveLoss,
+    Panel,
+    WithoutTeacher,
+)
 from samgraft.ssl.scope import learns_mask_token
 from torch import nn
 
@@ -154,17 +160,9 @@ class MaskedImage(WithoutTeacher, nn.Module):
 
     def __init__(self, encoder: MaskableEncoder, config: MaskedImageConfig, *, seed: int) -> None:
         super().__init__()
-        if config.mask_unit_px is None:
-            config = replace(config, mask_unit_px=mask_unit(encoder, None, share=MASK_SHARE))
-        assert config.mask_unit_px is not None
-        if config.mask_unit_px % encoder.stride or encoder.image_size % config.mask_unit_px:
-            raise ValueError(
-                f"mask_unit_px must be a multiple of the encoder's stride {encoder.stride} and divide image_size "
-                f"{encoder.image_size}, got {config.mask_unit_px}."
-            )
         self.encoder = encoder
         self.config = config
-        self.mask_unit_px = config.mask_unit_px
+        self.mask_unit_px = mask_unit(encoder, config.mask_unit_px, share=MASK_SHARE)
         self.seed = seed
         if not config.train_neck:
             encoder.neck.requires_grad_(False)
@@ -205,7 +203,11 @@ class MaskedImage(WithoutTeacher, nn.Module):
         seen_B1SS = images_B1SS.masked_fill(guess.hidden_B1SS, 0.5)
         filled_B1SS = torch.where(guess.hidden_B1SS, grey_B1SS, images_B1SS)
         columns = torch.stack([images_B1SS, seen_B1SS, grey_B1SS, filled_B1SS]).squeeze(2)
-        return Panel(columns=("input", "visible", "output", "output in the holes"), images_KBHW=columns.float().cpu())
+        return Panel(
+            columns=("input", "visible", "output", "output in the holes"),
+            images_KBHW=columns.float().cpu(),
+            caption=HIDDEN_IS_GREY + (GIVEN_BRIGHTNESS if self.config.target is PixelTarget.UNIT else ""),
+        )
 
     @torch.no_grad()
     def references(self, images_B1SS: torch.Tensor, *, sample_counters: Sequence[int]) -> Mapping[str, float]:

@@ -11,6 +11,9 @@ from samgraft.shared.data.orientation import Plane
 from samgraft.shared.models.image_encoder import MaskableEncoder
 from torch import nn
 
+HIDDEN_IS_GREY = "Hidden pixels are grey in the second column; the encoder never saw them."
+GIVEN_BRIGHTNESS = " Brightness and contrast of every hidden square are given in the output, its structure is guessed."
+
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveLoss:
@@ -32,7 +35,7 @@ class Panel:
     images_KBHW: torch.Tensor
     """Shape (K columns, B slices, H, W), float32."""
     caption: str = ""
-    """What the columns are, where their titles do not say it."""
+    """What the columns are, in words for the report."""
 
 
 class WithoutTeacher:

@@ -88,11 +88,24 @@ def test_pretrain__on_a_folder_of_scans(workplace, capsys, write):
     assert not Path("runs/changed").exists()
 
 
+def test_pretrain__a_dry_run_on_scans_says_what_it_leaves(workplace, capsys):
+    write_nifti_folder(workplace / FOLDER, labelled=False)
+    assert pretrain(FOLDER, "--dry-run") == 0
+    left = f"dry run: no run was written; the store {Path('data') / FOLDER}.zarr, made from the scans, and the salt"
+    assert left in capsys.readouterr().err
+    assert sorted(p.name for p in Path("data").iterdir()) == [".samgraft-salt", f"{FOLDER}.zarr"]
+    assert not Path("runs").exists()
+    assert pretrain("data/" + FOLDER + ".zarr", "--dry-run") == 0
+    assert "dry run: no run was written." in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("write", SOURCES)
-def test_finetune__on_a_folder_of_scans_with_labels(workplace, write):
+def test_finetune__on_a_folder_of_scans_with_labels(workplace, write, capsys):
     write(workplace / FOLDER, labelled=True)
     command = ["finetune", "--ckpt", "sam.safetensors", "--data", FOLDER, "--preset", "cpu", "--dry-run"]
     assert main([*command, "model.image_size=32", "data.batch_size=2"]) == 0
+    assert f"no run was written; the store {Path('data') / FOLDER}.zarr, made from" in capsys.readouterr().err
+    assert not Path("runs").exists()
     store = SliceStore.open(Path("data") / f"{FOLDER}.zarr")
     assert store.label_names == ({1: "label 1"} if write is write_nifti_folder else {1: "lesion"})
     assert all(record.has_label for record in store.series)

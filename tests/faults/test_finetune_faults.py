@@ -16,6 +16,7 @@ from samgraft.finetune.model_folder import read_model, write_model
 from samgraft.finetune.release.release import release_model
 from samgraft.finetune.starting_point import find_starting_point
 from samgraft.finetune.task import Task
+from samgraft.finetune.training.config import ModelConfig
 from samgraft.finetune.training.preparation import check_leak
 from samgraft.finetune.training.rounds import ValidationRounds
 from samgraft.shared.cli import main
@@ -113,6 +114,8 @@ def test_base__without_decoder_is_refused(place):
             "batch_size must be at most",
         ),
         (["--ckpt", "base.safetensors", "--data", "store.zarr", "--method", "lorra"], 2, "lora"),
+        (["--ckpt", "base.safetensors", "--data", "store.zarr", "--model", "vit_x"], 2, "model must be one of vit_t"),
+        (["--ckpt", "base.safetensors", "--data", "store.zarr", "seed=-1"], 2, "seed must lie in 0..4294967295"),
         (["--ckpt", "base.safetensors", "--data", "store.zarr", "--preset", "gpu"], 2, "cpu, default"),
     ],
 )
@@ -125,6 +128,11 @@ def test_command__refuses_on_one_screen_with_its_code(place, monkeypatch, capsys
     assert text in shown
     assert "Traceback" not in shown
     assert sorted(p.name for p in (root / "runs").iterdir()) == before
+
+
+def test_image_size__zero_is_not_the_encoders_own():
+    with pytest.raises(ValueError, match=r"model\.image_size must be positive or null, got 0"):
+        ModelConfig(image_size=0)
 
 
 def test_command__store_without_mark(tmp_path, place, monkeypatch, capsys):
@@ -225,6 +233,20 @@ def test_rounds__keep_the_best_and_survive_a_resume(tmp_path):
     assert again.best_file().name == "step-000010.safetensors"
     with pytest.raises(DataError, match="no validation scan shows a class"):
         rounds.add(40, [dataclasses.replace(result([0, 0, 0])[0], scores=())], dict)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [("a/b", "plain folder name"), ("file", "file is a file"), ("foreign", "holds no run")]
+)
+def test_dry_run__refuses_the_run_folder_that_the_run_would_refuse(place, tmp_path, monkeypatch, capsys, name, message):
+    monkeypatch.chdir(place[0])
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "scan.txt").write_text("x")
+    start_from = ["--ckpt", "base.safetensors", "--data", "store.zarr", "--preset", "cpu"]
+    assert main(["finetune", *start_from, "--runs", str(tmp_path), "--name", name, "--dry-run"]) == 2
+    assert message in capsys.readouterr().err
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["file", "foreign", "scan.txt"]
 
 
 def test_workplace_has_no_absolute_path(place):

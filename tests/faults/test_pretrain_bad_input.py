@@ -9,9 +9,20 @@ import torch
 from samgraft.shared.cli import main
 from samgraft.shared.models.card import Card
 from samgraft.shared.models.weights import save_encoder
+from samgraft.shared.training.run_folder import RunFolder
 from samgraft.ssl import preflight
+from samgraft.ssl.prepare import Request, prepare
 from store_factory import make_store
 from tiny_encoders import plain_encoder, tiny_encoder
+
+SMALL = ("data.batch_size=2", "trainer.max_steps=2", "optim.warmup_steps=1", "model.num_frozen_depths=0")
+
+
+def wrong_value(method: str, *values: str, base: str = "tiny") -> list[str]:
+    """Return the command line of a dry run with these settings."""
+    size = f"model.image_size={32 if base == 'tiny' else 96}"
+    flags = ["--data", "store.zarr", "--base", base, "--method", method, "--preset", "cpu", "--dry-run"]
+    return [*flags, size, *SMALL, *values]
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +93,37 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Path:
             ["--data", "store.zarr", "--base", "tiny", "model.num_frozen_depths=99"], 2,
             ["num_frozen_depths must be below", "nothing would be trained"], id="everything frozen",
         ),
+        *(
+            pytest.param(wrong_value(method, value), 2, [message], id=f"{method} {value}")
+            for method, value, message in (
+                ("masked_image", "model.image_size=60", "divide image_size 60, got 8. Use one of 4, 12, 20"),
+                ("masked_image", "model.image_size=4", "image_size must be at least two tokens of 4 px, got 4"),
+                ("masked_image", "model.image_size=0", "model.image_size must be positive, got 0"),
+                ("masked_image", "objective.masked_image.mask_unit_px=6", "where  objective.*.mask_unit_px"),
+                ("masked_image", "objective.masked_image.mask_ratio=0.01", "where  objective.*.mask_ratio"),
+                ("feature", "objective.feature.mask_kind=per_window", "where  objective.feature.mask_kind"),
+                ("feature", "objective.feature.mask_unit_px=6", "where  objective.*.mask_unit_px"),
+                ("dino", "objective.dino.mask_unit_px=6", "where  objective.*.mask_unit_px"),
+                ("dino", "model.image_size=4", "where  model.image_size"),
+                ("lejepa", "objective.lejepa.crops.local_size_px=6", "where  objective.*.crops.local_size_px"),
+                ("masked_image", "watch.every_n_steps=0", "watch.every_n_steps must be at least 1, got 0"),
+                ("masked_image", "watch.every_n_steps=-3", "watch.every_n_steps must be at least 1, got -3"),
+                ("masked_image", "watch.num_panel_rows=0", "watch.num_panel_rows must be at least 1, got 0"),
+                ("masked_image", "probe.every_n_steps=0", "probe.every_n_steps must be at least 1, got 0"),
+                ("masked_image", "data.min_foreground_fraction=2", "data.min_foreground_fraction must lie in [0, 1)"),
+                ("masked_image", "data.augment.max_log_gamma=1000", "max_log_gamma must be at most 10, got 1000.0"),
+                ("masked_image", "seed=-1", "seed must lie in 0..4294967295, got -1"),
+            )
+        ),
+        pytest.param(
+            wrong_value("mae", "objective.mae.mask_ratio=0.01", base="plain"), 2, ["where  objective.*.mask_ratio"],
+            id="mae that hides nothing",
+        ),
+        pytest.param(
+            wrong_value(
+                "feature", "objective.feature.mask_kind=per_window", "objective.feature.mask_unit_px=32", base="plain"
+            ), 2, ["where  objective.feature.mask_unit_px"], id="windows and squares",
+        ),
     ],
 )  # fmt: skip
 def test_bad_input__one_screen_and_nothing_written(
@@ -119,3 +161,35 @@ def test_trial_step_out_of_memory__one_screen_and_nothing_written(
     assert "a batch of 2 with trainer.accumulate=2" in shown
     assert "please report" not in shown
     assert not (lab / "runs").exists()
+
+
+@pytest.fixture
+def with_runs(lab: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return a folder of runs in which a file, a foreign folder and a run of other settings lie."""
+    monkeypatch.chdir(lab)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "scan.txt").write_text("x")
+    prepared, _ = prepare(Request(data="store.zarr", base="tiny"), has_gpu=False)
+    RunFolder.open(tmp_path, "before", config=prepared, stage="pretrain").close()
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("a/b", "must be a plain folder name"),
+        ("file", "file is a file"),
+        ("foreign", "holds no run"),
+        ("before", "another configuration, 1 difference: optim.lr: 3e-05 -> 0.0003"),
+    ],
+)
+def test_dry_run__refuses_the_run_folder_that_the_run_would_refuse(
+    with_runs: Path, capsys: pytest.CaptureFixture[str], name: str, message: str
+) -> None:
+    before = {p: p.stat().st_mtime_ns for p in with_runs.rglob("*")}
+    place = ["--runs", str(with_runs), "--name", name]
+    assert main(["pretrain", "--data", "store.zarr", "--base", "tiny", *place, "--dry-run", "optim.lr=3e-4"]) == 2
+    assert message in capsys.readouterr().err
+    assert {p: p.stat().st_mtime_ns for p in with_runs.rglob("*")} == before

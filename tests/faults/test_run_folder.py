@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from samgraft.shared.errors import StorageError, UsageError
 from samgraft.shared.training.metrics_log import MetricsLog
-from samgraft.shared.training.run_folder import RunFolder, keys_that_may_change
+from samgraft.shared.training.run_folder import RunFolder, check_run_folder, keys_that_may_change
 from tiny_training import TinyConfig, tiny_config
 
 
@@ -96,6 +96,34 @@ def test_foreign_folder__refused(tmp_path: Path) -> None:
     (tmp_path / "a" / "scan.txt").write_text("x")
     with pytest.raises(UsageError, match=r"holds no run .*scan\.txt"):
         open_run(tmp_path)
+
+
+def test_file_above_the_folder_of_runs__refused(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("x")
+    with pytest.raises(UsageError, match="a is a file"):
+        open_run(tmp_path / "a" / "runs")
+
+
+def test_check__refuses_as_opening_does_and_touches_nothing(tmp_path: Path) -> None:
+    open_run(tmp_path).close()
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "scan.txt").write_text("x")
+    everything = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
+
+    def check(name: str, *, stage: str = "pretrain", **settings: object) -> None:
+        check_run_folder(tmp_path, name, config=tiny_config(**settings), stage=stage)
+
+    check("new")
+    check("a", num_workers=3)
+    for name, match in (("a/b", "plain folder name"), ("file", "file is a file"), ("foreign", "holds no run")):
+        with pytest.raises(UsageError, match=match):
+            check(name)
+    with pytest.raises(UsageError, match=r"trainer\.max_steps: 15 -> 20"):
+        check("a", max_steps=20)
+    with pytest.raises(UsageError, match="another stage than finetune"):
+        check("a", stage="finetune")
+    assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")} == everything
 
 
 def test_unwritable_place__exit_5(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import io
 import re
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
+import pytest
 from PIL import Image
+from samgraft.finetune.training.finetune_report import _next
 from samgraft.shared.training.report import (
     KeyValues,
     Picture,
@@ -16,6 +20,8 @@ from samgraft.shared.training.report import (
     curve_figure,
     image_grid,
     render_report,
+    shown_path,
+    without_folders,
 )
 
 EVIL = '"><script>alert(1)</script>'
@@ -91,3 +97,18 @@ def test_curve__the_ordinates_name_stays_whole_beside_long_numbers() -> None:
 def test_report__the_contents_may_break_between_sections() -> None:
     html = render_report("t", [Section(title=name, parts=[]) for name in ("One", "Two", "Three")])
     assert re.search(r">One</a>\s+<a [^>]*>Two</a>", html)
+
+
+def test_paths__relative_ones_as_typed_absolute_ones_by_name() -> None:
+    assert shown_path("runs/a b") == "runs/a b"
+    assert shown_path("/vol/name/runs/a") == "a"
+    line = "No such file: '/vol/name/scans/pat 1.nii', 0.5 s/step, runs/a/tb, https://host/x/y, see /mnt/c/log.txt"
+    told = "No such file: 'pat 1.nii', 0.5 s/step, runs/a/tb, https://host/x/y, see log.txt"
+    assert without_folders(line) == told
+
+
+@pytest.mark.parametrize(("runs", "shown"), [("/vol/name/runs", "'a b'"), ("other", "'other/a b'")])
+def test_finetune_report__names_the_run_but_not_where_it_lies(runs: str, shown: str) -> None:
+    text = _next(SimpleNamespace(path=Path(runs) / "a b")).text
+    assert f"RUN={shown} SPLIT=test" in text
+    assert f"RUN={shown} OUT='releases/a b'" in text

@@ -1,18 +1,33 @@
 """What a stage-1 report says first, and that its parts say where their numbers come from."""
 
+import dataclasses
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from samgraft.shared.data.preset import load_preset
+from samgraft.shared.data.store import SliceStore
 from samgraft.shared.training.report import Picture, Table, Text
 from samgraft.ssl import watch as watch_module
+from samgraft.ssl.held_out import load_held_out
+from samgraft.ssl.labelled import LabelledSlices, ProbeData
 from samgraft.ssl.objectives.objective import Panel
 from samgraft.ssl.report import verdict
 from samgraft.ssl.report_curves import engine_parts, feature_parts, probe_parts
 from samgraft.ssl.watch import Watch, Watched, panel_path
+from tiny_pretrain import config_of, make_lab, run
 
 LOSS = [{"step": 0, "held_out/loss": 1.0}, {"step": 100, "held_out/loss": 0.5}]
 NOTHING = Watched(held_out=None, probe=None, gauge=None, gauge_note="off")
+ONE_SLICE = LabelledSlices(images_N1SS=torch.zeros(1, 1, 8, 8), labels=(None,), frames=(None,), patient_ids=("p0",))
+PROBED = dataclasses.replace(
+    NOTHING,
+    probe=ProbeData(
+        train=ONE_SLICE, test=ONE_SLICE, class_ids=(1,), class_names=("lesion",), store_name="labelled.zarr"
+    ),
+)
 
 
 def with_probe(start, end, *, drift=(0.8, 0.7)):
@@ -26,7 +41,12 @@ def with_probe(start, end, *, drift=(0.8, 0.7)):
 @pytest.mark.parametrize(
     ("end", "words", "kind"),
     [
-        (0.61, "rose to a Dice of 0.610, 0.500 at the start", "good"),
+        (
+            0.61,
+            "rose to a Dice of 0.610, 0.500 at the start: a linear head reads the labelled structures better than "
+            "before. A sign, not a verdict",
+            "plain",
+        ),
         (0.51, "is where it was: a Dice of 0.510, 0.500 at the start. A difference below 0.02 is noise", "plain"),
         (
             0.41,
@@ -36,17 +56,35 @@ def with_probe(start, end, *, drift=(0.8, 0.7)):
     ],
 )
 def test_verdict__the_probe_comes_first(end, words, kind):
-    remarks = verdict(with_probe(0.5, end))
+    remarks = verdict(with_probe(0.5, end), PROBED)
     assert words in remarks[0].text
     assert remarks[0].kind == kind
+    counted = "(lesion of labelled.zarr: fitted on 1 slices of 1 patient, scored on 1 slices of 1 patient.)"
+    assert remarks[0].text.endswith(counted)
     assert "SAM's own decoder, asked with boxes, scores a Dice of 0.700" in remarks[1].text
     assert "50 % lower than at the start" in remarks[2].text
     assert len(remarks) == 3  # each thing is said once
 
 
 def test_verdict__without_a_probe_the_loss_and_without_held_out_patients_a_warning():
-    assert [r.text[:28] for r in verdict(LOSS)] == ["The loss on held-out slices "]
-    assert verdict([])[0].kind == "warning"
+    assert [r.text[:28] for r in verdict(LOSS, NOTHING)] == ["The loss on held-out slices "]
+    assert verdict([], NOTHING)[0].kind == "warning"
+
+
+@pytest.mark.parametrize(("end", "kind", "words"), [(0.5, "good", "50 % lower"), (0.99, "plain", "1 to 0.99")])
+def test_verdict__a_loss_is_good_only_where_it_fell(end, kind, words):
+    loss = verdict([LOSS[0], {"step": 100, "held_out/loss": end}], NOTHING)[0]
+    assert loss.kind == kind
+    assert words in loss.text
+
+
+@pytest.mark.parametrize("end", [14.13, 11.6])
+def test_verdict__the_height_of_a_loss_against_a_moving_teacher_is_never_good(end):
+    looks = [(0, 12.71), (20, end)]
+    lines = [{"step": n, "held_out/loss": loss, "held_out/teacher_entropy": 0.5} for n, loss in looks]
+    (loss,) = verdict(lines, NOTHING)
+    assert loss.kind == "plain"
+    assert f"from 12.71 to {end}. Its height means little: the student is compared with a teacher" in loss.text
 
 
 def live_warnings(dices, run_path, *, max_steps):
@@ -65,7 +103,7 @@ def test_live_warnings__once_as_long_as_they_last_and_left_to_the_verdict_at_the
     """What the verdict says right after the last step is not said twice."""
     log = live_warnings([0.7, 0.5, 0.5, 0.5], tmp_path, max_steps=30)
     assert [r.getMessage()[:40] for r in caplog.records] == ["step 10: The frozen-feature probe fell to"[:40]]
-    assert "fell to a Dice of 0.500" in verdict(log)[0].text
+    assert "fell to a Dice of 0.500" in verdict(log, NOTHING)[0].text
 
 
 def test_live_warnings__spoken_again_when_the_trouble_came_back(tmp_path, caplog):
@@ -127,3 +165,44 @@ def test_engine_parts__loss_parts_gradient_and_waiting():
     ]
     captions = [part.caption for part in engine_parts(lines)]
     assert [text.split(" ")[0] for text in captions] == ["Parts", "Norm", "Time"]
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    return make_lab(tmp_path_factory.mktemp("lab"))
+
+
+IN_WORDS = {
+    "masked_image": "Hidden pixels are grey in the second column; the encoder never saw them.",
+    "feature": "Hidden pixels are grey in the second column; the encoder never saw them. The last columns show",
+    "dino": "Features of the encoder that is handed on, along the three directions",
+    "lejepa": "Features of the encoder that is handed on, along the three directions",
+}
+
+
+@pytest.mark.parametrize("objective", IN_WORDS)
+def test_report__says_what_the_pictures_are_and_no_path_of_the_machine(lab, objective):
+    folder = run(lab, f"told-{objective}", objective, "watch.log_images=true")
+    page = (folder / "report.html").read_text()
+    assert IN_WORDS[objective] in page
+    assert ("Hidden pixels" in page) == ("Hidden pixels" in IN_WORDS[objective])
+    # The base and the folder of runs were given as absolute paths.
+    assert str(lab) not in page
+    for written in (folder / "run.json", folder / "encoder" / "card.json"):
+        assert str(lab) not in written.read_text()
+    for event_file in (folder / "tb").rglob("*tfevents*"):
+        assert str(lab).encode() not in event_file.read_bytes()
+    assert f"make finetune CKPT=told-{objective}<" in page
+    assert "make finetune CKPT=base NAME=from-the-start" in page
+    texts = re.sub(r"data:image/png;base64,[^\"]+", "", page)
+    assert not re.findall(rf"{re.escape(str(Path(lab.anchor) / lab.parts[1]))}/\S+", texts)
+
+
+def test_held_out__counts_the_patients_whose_slices_are_looked_at(lab):
+    config, store = config_of(lab, "masked_image"), SliceStore.open(lab / "store.zarr")
+    assert config.data.num_held_out_slices == 2
+    assert len(store.patient_ids) == 4
+    held_out = load_held_out(
+        store, store.patient_ids, config=config.data, model=config.model, preset=load_preset("mri")
+    )
+    assert (len(held_out.refs), held_out.num_patients) == (2, 2)

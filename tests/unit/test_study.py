@@ -54,7 +54,7 @@ class FakeSamgraft:
         self.calls.append(arguments)
         code = self.codes.pop(0) if self.codes else 0
         with log_file.open("a") as file:
-            file.write("hello\nerror: no such thing.\n  next   nothing\n" if code else "hello\n")
+            file.write("hello\nerror: no such thing. See /vol/name/x.log\n  next   nothing\n" if code else "hello\n")
         if code == 0 and arguments[0] == "finetune":
             self.finetune(Path(arguments[arguments.index("--runs") + 1]), arguments)
         if code == 0 and arguments[0] == "evaluate":
@@ -194,7 +194,9 @@ def test_study__runs_as_many_cells_at_a_time_as_asked(study):
 def test_study__failed_cells_do_not_stop_the_others_and_are_tried_again(study):
     with pytest.raises(StudyIncomplete, match=r"1 of 4 cells did not end well, the first: error: no such thing\."):
         run_study(plan(study), run=FakeSamgraft(codes=[4]))
-    assert "3 of 4 cells are complete" in (Path("studies/s") / "report.html").read_text()
+    page = (Path("studies/s") / "report.html").read_text()
+    assert "3 of 4 cells are complete" in page
+    assert "no such thing. See x.log" in page  # the report travels
     again = FakeSamgraft()
     run_study(plan(study), run=again)
     assert [a[0] for a in again.calls] == ["finetune", "evaluate"]
