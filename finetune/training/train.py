@@ -112,19 +112,11 @@ def finetune(config: FinetuneConfig, run: RunFolder, device: DeviceChoice, prepa
     folder = write_finished(sam, prepared, config, run, rounds, trainable=trainable, result=result)
     evaluation = summarise(results, prepared.store, prepared.classes, part="val")
     write_evaluation(evaluation, run.path / "evaluation" / "val", provenance={"chosen_on": "this part"})
-    write_report(
-        run,
-        config,
-        prepared,
-        rounds.record,
-        results,
-        trainable=trainable,
-        groups=groups,
-        slices_per_s=result.slices_per_s,
-    )
+    speed = result.slices_per_s
+    write_report(run, config, prepared, rounds.record, results, trainable=trainable, groups=groups, slices_per_s=speed)
     rounds.discard_others()
-    best_dice = round(mean_dice(results) or 0.0, 4)
-    run.mark_complete(best_step=rounds.record.best_step, best_dice=best_dice, world_size=result.world_size)
+    best = {"best_step": rounds.record.best_step, "best_dice": round(mean_dice(results) or 0.0, 4)}
+    run.mark_complete(**best, world_size=result.world_size)
     return folder
 
 

@@ -116,8 +116,7 @@ def fit(
         step_log=step_log,
         max_steps=config.max_steps,
     )
-    slices = batch_size * device.devices * device.num_nodes
-    progress = _progress(step_log, config=config, slices_per_micro_step=slices)
+    progress = _progress(step_log, config=config, slices_per_micro_step=batch_size * device.world_size)
     if state is not None and (state.step >= config.max_steps or books.ended):
         step = state.step
         with listening(stop):
@@ -137,8 +136,7 @@ def fit(
         )
         finite = FiniteOnly(clip_norm=config.clip_grad_norm, step_log=step_log, on_bad=boundary.refuse_update)
         trainer = build_trainer(config, run=run, device=device, callbacks=[*callbacks, progress, finite, boundary])
-        first_step = state.step if state else 0
-        data = StepData(loader_factory, books=books, first_step=first_step, max_steps=config.max_steps)
+        data = StepData(loader_factory, books=books, first_step=state.step if state else 0, max_steps=config.max_steps)
         _run(trainer, module, data, config=config, run=run, batch_size=batch_size, stop=stop)
         step = int(trainer.global_step)
     return FitResult(
