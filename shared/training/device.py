@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from samgraft.shared.errors import UsageError
-from samgraft.shared.training.environment import processes_expected
+from samgraft.shared.training.environment import processes_expected, processes_per_node
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +45,11 @@ class DeviceChoice:
     reason: str
 
     @property
+    def world_size(self) -> int:
+        """Number of processes on all machines together."""
+        return self.devices * self.num_nodes
+
+    @property
     def torch_device(self) -> torch.device:
         """Device of this process outside of a trainer."""
         if self.accelerator == "cuda":
@@ -63,15 +68,20 @@ def choose_device(
         devices: Processes on this machine; None takes what torchrun or SLURM announce, else 1.
 
     Raises:
-        UsageError: If the requested device is not there.
+        UsageError: If the requested device is not there, or the processes are not those that were started.
     """
     wanted = Device(requested)
     number_format = Precision(precision)
     accelerator, why = _accelerator(wanted)
     world = processes_expected()
-    local = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("SLURM_NTASKS_PER_NODE") or 0)
-    num_nodes = max(1, world // local) if local and world > 1 else 1
-    num_devices = devices or (world // num_nodes if world > 1 else 1)
+    local = processes_per_node()
+    if devices is not None and world > 1 and devices != local:
+        raise UsageError(
+            f"devices must be the {local} processes that torchrun or SLURM started on this machine, got {devices}. "
+            "Leave it out.",
+            where="trainer.devices",
+        )
+    num_devices, num_nodes = devices or local, max(1, world // local)
     if accelerator == "cuda" and num_devices > torch.cuda.device_count():
         raise UsageError(
             f"devices must be at most the {torch.cuda.device_count()} GPUs of this machine, got {num_devices}.",
@@ -83,13 +93,13 @@ def choose_device(
     )
     if number_format is Precision.BF16 and not fast_bf16:
         log.warning("bf16 was asked for, but this %s has no fast bf16: expect it to be slower.", accelerator)
-    format_name = "bf16" if use_bf16 else "float32"
+    format_name, processes = "bf16" if use_bf16 else "float32", num_devices * num_nodes
     return DeviceChoice(
         accelerator=accelerator,
         devices=num_devices,
         num_nodes=num_nodes,
         precision="bf16-mixed" if use_bf16 else "32-true",
-        reason=f"{why}, {format_name}" + (f", {num_devices * num_nodes} processes" if num_devices > 1 else ""),
+        reason=f"{why}, {format_name}" + (f", {processes} processes" if processes > 1 else ""),
     )
 
 

@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+from samgraft.shared.errors import UsageError
 
 RECORDED_PACKAGES = (
     "samgraft",
@@ -56,7 +57,8 @@ def code_revision() -> str | None:
 
 def process_rank() -> int:
     """Return this process's rank before the process group exists: from torchrun, SLURM or Lightning's launcher."""
-    for name in ("RANK", *(("SLURM_PROCID",) if _in_slurm_step() else ()), "LOCAL_RANK"):
+    # torchrun's come first: inside of a SLURM job both sets are there.
+    for name in ("RANK", *(("SLURM_PROCID",) if slurm_starts_processes() else ()), "LOCAL_RANK"):
         if os.environ.get(name, "").isdigit():
             return int(os.environ[name])
     return 0
@@ -64,10 +66,45 @@ def process_rank() -> int:
 
 def processes_expected() -> int:
     """Return the world size that torchrun or SLURM announce, else 1."""
-    for name in ("WORLD_SIZE", *(("SLURM_NTASKS",) if _in_slurm_step() else ())):
+    for name in ("WORLD_SIZE", *(("SLURM_NTASKS",) if slurm_starts_processes() else ())):
         if os.environ.get(name, "").isdigit():
             return int(os.environ[name])
     return 1
+
+
+def processes_per_node() -> int:
+    """Return how many of ``processes_expected`` run on this machine, and on every other one.
+
+    Raises:
+        UsageError: If SLURM's tasks are not spread evenly over its nodes.
+    """
+    if os.environ.get("LOCAL_WORLD_SIZE", "").isdigit():
+        return int(os.environ["LOCAL_WORLD_SIZE"])
+    num_tasks = processes_expected()
+    if not slurm_starts_processes():
+        return num_tasks
+    per_node = _slurm_number("SLURM_NTASKS_PER_NODE")  # only set if --ntasks-per-node was given
+    num_nodes = _slurm_number("SLURM_STEP_NUM_NODES") or _slurm_number("SLURM_NNODES")
+    num_nodes = num_nodes or (num_tasks // per_node if per_node else 1) or 1
+    spread = os.environ.get("SLURM_STEP_TASKS_PER_NODE", "")  # 2(x2), or 3,1
+    if num_nodes * (per_node or num_tasks // num_nodes) != num_tasks or "," in spread:
+        raise UsageError(
+            f"SLURM's tasks must be spread evenly over the nodes, got {num_tasks} tasks on {num_nodes} nodes"
+            f"{f', {per_node} per node' if per_node else ''}{f' ({spread})' if spread else ''}. "
+            "Start with srun --nodes=N --ntasks-per-node=M.",
+            where="SLURM_NTASKS, SLURM_NNODES, SLURM_NTASKS_PER_NODE",
+        )
+    return num_tasks // num_nodes
+
+
+def slurm_starts_processes() -> bool:
+    """Tell whether srun started this process as one of several tasks, and torchrun did not.
+
+    A shell or a batch script inside an allocation has most of the same variables, and so has the one task in which
+    torchrun or Lightning start processes of their own.
+    """
+    is_step = "SLURM_STEP_ID" in os.environ and os.environ.get("SLURM_JOB_NAME") not in {"bash", "interactive"}
+    return is_step and _slurm_number("SLURM_NTASKS") > 1 and "TORCHELASTIC_RUN_ID" not in os.environ
 
 
 def thread_count() -> int:
@@ -75,9 +112,9 @@ def thread_count() -> int:
     return torch.get_num_threads()
 
 
-def _in_slurm_step() -> bool:
-    """Tell a task started by srun from a shell inside an allocation, where the same variables are set."""
-    return "SLURM_STEP_ID" in os.environ and os.environ.get("SLURM_JOB_NAME") not in {"bash", "interactive"}
+def _slurm_number(name: str) -> int:
+    text = os.environ.get(name, "")
+    return int(text) if text.isdigit() else 0
 
 
 def _git(folder: Path, *arguments: str) -> str:

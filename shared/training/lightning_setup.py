@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import logging
+import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import pytorch_lightning as pl
+from lightning_fabric.plugins.environments.cluster_environment import ClusterEnvironment
+from lightning_fabric.plugins.environments.lightning import LightningEnvironment
 from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from pytorch_lightning.strategies import DDPStrategy, ModelParallelStrategy
 from samgraft.shared.training.bookkeeping import Bookkeeping
 from samgraft.shared.training.device import DeviceChoice
+from samgraft.shared.training.environment import slurm_starts_processes
 from samgraft.shared.training.resume import LoaderPosition
 from samgraft.shared.training.run_folder import RunFolder
 from samgraft.shared.training.trainer_config import Strategy, TrainerConfig
@@ -25,19 +30,17 @@ def build_trainer(
     config: TrainerConfig, *, run: RunFolder, device: DeviceChoice, callbacks: Sequence[pl.Callback]
 ) -> pl.Trainer:
     """Build the Trainer; ``callbacks`` must hold a ``StepBoundary``, or Lightning adds its own checkpoints."""
-    several = device.devices * device.num_nodes > 1
+    several = device.world_size > 1
     strategy: Any = "auto"
     backend = "nccl" if device.accelerator == "cuda" else "gloo"
     if several and config.strategy is Strategy.FSDP:
         strategy = ModelParallelStrategy(
-            data_parallel_size=device.devices * device.num_nodes, tensor_parallel_size=1, process_group_backend=backend
+            data_parallel_size=device.world_size, tensor_parallel_size=1, process_group_backend=backend
         )
     elif several:
         strategy = DDPStrategy(find_unused_parameters=config.find_unused_parameters, process_group_backend=backend)
-    # Lightning would requeue the job itself and write a pickle.
-    slurm = several and SLURMEnvironment.detect()
-    plugins: list[Any] | None = [SLURMEnvironment(auto_requeue=False)] if slurm else None
     with quiet_lightning():
+        cluster = cluster_environment(device)
         return pl.Trainer(
             accelerator=device.accelerator,
             devices=device.devices,
@@ -51,13 +54,28 @@ def build_trainer(
             num_sanity_val_steps=0,
             use_distributed_sampler=False,
             callbacks=list(callbacks),
-            plugins=plugins,
+            plugins=[cluster],
             logger=False,
             enable_progress_bar=False,
             enable_model_summary=False,
             enable_autolog_hparams=False,
             default_root_dir=run.path,
         )
+
+
+def cluster_environment(device: DeviceChoice) -> ClusterEnvironment:
+    """Return who started the processes: torchrun, srun, or Lightning itself.
+
+    Lightning's own choice takes every process with SLURM's variables for a task of srun: also the processes that
+    torchrun starts in a batch job, and a single one that is to start others.
+    """
+    if TorchElasticEnvironment.detect():
+        return TorchElasticEnvironment()
+    if not slurm_starts_processes():
+        return LightningEnvironment()
+    # Lightning refuses tasks that were started without --ntasks-per-node; choose_device has counted them.
+    os.environ.setdefault("SLURM_NTASKS_PER_NODE", str(device.devices))
+    return SLURMEnvironment(auto_requeue=False)  # it would requeue the job itself and write a pickle
 
 
 class StepData(pl.LightningDataModule):

@@ -14,7 +14,7 @@ from samgraft.finetune.training.config import FinetuneConfig
 from samgraft.ssl.config import PretrainConfig
 
 ROOT = Path(__file__).parents[2]
-NOT_OURS = ("tensorboard", "torchrun", "python -m")
+NOT_OURS = ("tensorboard", "torchrun", "srun", "python -m")
 """A text that names one of these may name its options."""
 
 

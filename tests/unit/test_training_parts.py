@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import random
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from lightning_fabric.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
 from samgraft.shared.errors import UsageError
 from samgraft.shared.training import device as device_module
 from samgraft.shared.training import progress as progress_module
 from samgraft.shared.training.device import choose_device, cpu_has_fast_bf16, tune_cpu
+from samgraft.shared.training.environment import process_rank
+from samgraft.shared.training.lightning_setup import cluster_environment
 from samgraft.shared.training.optimizer import OptimizerConfig, build_optimizer, parameter_groups
 from samgraft.shared.training.periodic import Periodic, evaluating
 from samgraft.shared.training.progress import Progress, format_duration
@@ -133,6 +138,75 @@ def test_device__torchrun_decides_the_processes(monkeypatch: pytest.MonkeyPatch)
         monkeypatch.setenv(name, value)
     choice = choose_device("cpu")
     assert (choice.devices, choice.num_nodes) == (2, 2)
+
+
+ONE_TASK = {"SLURM_JOB_ID": "77", "SLURM_JOB_NAME": "samgraft", "SLURM_NTASKS": "1", "SLURM_NTASKS_PER_NODE": "1"} | {
+    "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_NODELIST": "localhost", "SLURM_NNODES": "1"
+}  # fmt: skip
+"""Of a batch script; ``STEP`` makes it a task of srun."""
+STEP = {"SLURM_STEP_ID": "0"}
+FOUR_TASKS = {**ONE_TASK, **STEP, "SLURM_NTASKS": "4", "SLURM_NNODES": "2", "SLURM_PROCID": "3", "SLURM_LOCALID": "1"}
+TORCHRUN = {"TORCHELASTIC_RUN_ID": "t", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}
+CHILD_OF_LIGHTNING = {"WORLD_SIZE": "2", "LOCAL_RANK": "1", "NODE_RANK": "0"}
+
+
+@pytest.fixture
+def started_with(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[dict[str, str]], None]]:
+    """Put exactly these variables of launchers into the environment."""
+    ours = ("SLURM_", "TORCHELASTIC_", "RANK", "WORLD_SIZE", "LOCAL_", "NODE_RANK", "MASTER_")
+    with monkeypatch.context() as patch:
+        clean = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
+        patch.setattr(os, "environ", clean)
+        yield clean.update
+
+
+@pytest.mark.parametrize(
+    ("variables", "devices", "shape", "rank", "cluster"),
+    [
+        ({}, None, (1, 1), 0, LightningEnvironment),
+        ({}, 2, (2, 1), 0, LightningEnvironment),
+        (TORCHRUN, None, (2, 1), 1, TorchElasticEnvironment),
+        (ONE_TASK | TORCHRUN, None, (2, 1), 1, TorchElasticEnvironment),
+        (ONE_TASK | STEP | TORCHRUN, None, (2, 1), 1, TorchElasticEnvironment),
+        (FOUR_TASKS | TORCHRUN | {"WORLD_SIZE": "4"}, None, (2, 2), 1, TorchElasticEnvironment),
+        (ONE_TASK | STEP, None, (1, 1), 0, LightningEnvironment),
+        (ONE_TASK | STEP, 2, (2, 1), 0, LightningEnvironment),
+        (ONE_TASK | STEP | CHILD_OF_LIGHTNING, 2, (2, 1), 1, LightningEnvironment),
+        (FOUR_TASKS | {"SLURM_NTASKS_PER_NODE": "2"}, None, (2, 2), 3, SLURMEnvironment),
+        (FOUR_TASKS | {"SLURM_NTASKS_PER_NODE": ""}, 2, (2, 2), 3, SLURMEnvironment),
+    ],
+    ids=[
+        "alone", "two of Lightning", "torchrun", "torchrun in a batch script", "torchrun in a task",
+        "torchrun in one of several tasks", "one task", "two of Lightning in a task", "its second process",
+        "srun", "srun without --ntasks-per-node",
+    ],
+)  # fmt: skip
+def test_processes__who_started_them(started_with, variables, devices, shape, rank, cluster) -> None:
+    """torchrun comes before SLURM, and SLURM only counts where srun started several tasks."""
+    started_with({name: value for name, value in variables.items() if value})
+    choice = choose_device("cpu", devices=devices)
+    assert (choice.devices, choice.num_nodes) == shape
+    assert process_rank() == rank
+    found = cluster_environment(choice)
+    assert type(found) is cluster
+    found.validate_settings(num_devices=choice.devices, num_nodes=choice.num_nodes)
+    assert not getattr(found, "auto_requeue", False)
+
+
+@pytest.mark.parametrize(
+    ("variables", "devices", "message"),
+    [
+        ({"SLURM_NTASKS": "3"}, None, r"spread evenly over the nodes, got 3 tasks on 2 nodes\. Start with srun"),
+        ({"SLURM_NTASKS_PER_NODE": "1"}, None, "got 4 tasks on 2 nodes, 1 per node"),
+        ({"SLURM_STEP_TASKS_PER_NODE": "3,1"}, None, r"got 4 tasks on 2 nodes \(3,1\)"),
+        ({}, 4, "devices must be the 2 processes that torchrun or SLURM started on this machine, got 4. Leave it out"),
+    ],
+)
+def test_processes__uneven_or_other_than_started_refused(started_with, variables, devices, message) -> None:
+    tasks = FOUR_TASKS | variables
+    started_with({k: v for k, v in tasks.items() if k != "SLURM_NTASKS_PER_NODE" or k in variables})
+    with pytest.raises(UsageError, match=message):
+        choose_device("cpu", devices=devices)
 
 
 @pytest.mark.parametrize(
