@@ -12,8 +12,9 @@ from samgraft.shared.data.split import Split, pretrain_manifest
 from samgraft.shared.data.store import SliceStore
 from samgraft.shared.models.card import Card
 from samgraft.shared.models.weights import save_encoder
-from samgraft.shared.training.environment import code_revision, processes_expected
+from samgraft.shared.training.environment import code_revision
 from samgraft.shared.training.run_folder import RunFolder
+from samgraft.shared.training.trainer import FitResult
 from samgraft.ssl.config import PretrainConfig
 from samgraft.ssl.moments import write_moments
 from samgraft.ssl.objectives.objective import Objective
@@ -38,6 +39,7 @@ def hand_over(
     run: RunFolder,
     config: PretrainConfig,
     start: Card,
+    result: FitResult,
     *,
     store: SliceStore,
     split: Split,
@@ -51,10 +53,7 @@ def hand_over(
         stage="encoder",
         objective=config.objective.name.value,
         steps=config.trainer.max_steps,
-        slices_seen=config.trainer.max_steps
-        * config.trainer.accumulate
-        * config.data.batch_size
-        * processes_expected(),
+        slices_seen=result.slices_seen,
         intensity=intensity.to_dict(),
         num_neighbours=config.data.num_neighbours,
         data_manifest=manifest,
@@ -68,5 +67,10 @@ def hand_over(
         last_step = run.latest_training_state()
         assert last_step is not None
         write_moments(last_step, objective, config.optim, run.path / STATE_FOLDER)
-        run.mark_complete(data_fingerprint=store.fingerprint, base_sha256=start.base_sha256, split_sha256=split.sha256)
+        run.mark_complete(
+            data_fingerprint=store.fingerprint,
+            base_sha256=start.base_sha256,
+            split_sha256=split.sha256,
+            world_size=result.world_size,
+        )
     return path

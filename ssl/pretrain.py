@@ -87,7 +87,15 @@ def pretrain(
         )
         objective = put_together(objective, whole)
         weights = hand_over(
-            objective, run, config, start_card, store=store, split=split, intensity=preset.intensity, notes=notes
+            objective,
+            run,
+            config,
+            start_card,
+            result,
+            store=store,
+            split=split,
+            intensity=preset.intensity,
+            notes=notes,
         )
         write_report(run, config, objective, watched, result=result, notes=leaks)
         _say_end(run, weights)

@@ -10,7 +10,6 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
-from samgraft.shared.training.environment import processes_expected
 from samgraft.shared.training.progress import format_duration
 from samgraft.shared.training.report import (
     KeyValues,
@@ -101,10 +100,7 @@ def _summary(
 ) -> list[Any]:
     facts: dict[str, Any] = {
         "steps": result.step,
-        "slices seen": config.trainer.max_steps
-        * config.trainer.accumulate
-        * config.data.batch_size
-        * processes_expected(),
+        "slices seen": result.slices_seen,
     }
     if result.slices_per_s:  # nothing was trained when a finished run is asked for again
         facts["time of the last session"] = format_duration(result.seconds)

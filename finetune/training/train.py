@@ -51,7 +51,7 @@ from samgraft.shared.training.periodic import Boundary, Periodic
 from samgraft.shared.training.resume import LoaderPosition, rng_untouched, seed_process
 from samgraft.shared.training.run_folder import RunFolder
 from samgraft.shared.training.schedule import LearningRate
-from samgraft.shared.training.trainer import fit
+from samgraft.shared.training.trainer import FitResult, fit
 from torch import nn
 from torch.utils.data import DataLoader, default_collate
 
@@ -75,7 +75,7 @@ def finetune(config: FinetuneConfig, run: RunFolder, device: DeviceChoice, prepa
         prepared: From ``prepare``, with the same configuration.
     """
     _refuse_other_inputs(run, prepared)
-    run.write_run_json(**_provenance(prepared))
+    run.write_run_json(**_provenance(prepared), world_size=device.world_size)
     rounds = ValidationRounds(run.path)
     if run.is_writer and rounds.record.zero_shot is None and isinstance(prepared.start, StartingPoint):
         dice = rounds.set_reference("zero_shot", measure_zero_shot(prepared, prepared.start, device.torch_device))
@@ -108,21 +108,14 @@ def finetune(config: FinetuneConfig, run: RunFolder, device: DeviceChoice, prepa
     results = measure(prepared.segmenter, prepared.store, prepared.val_series, prepared.classes, prepared.inference)
     # Merged and written in float32 on a CPU: reduced precision of a GPU would look like a fault of the merge.
     prepared.segmenter.cpu()
-    folder = write_finished(sam, prepared, config, run, rounds, trainable=trainable, steps=result.step)
+    folder = write_finished(sam, prepared, config, run, rounds, trainable=trainable, result=result)
     evaluation = summarise(results, prepared.store, prepared.classes, part="val")
     write_evaluation(evaluation, run.path / "evaluation" / "val", provenance={"chosen_on": "this part"})
-    write_report(
-        run,
-        config,
-        prepared,
-        rounds.record,
-        results,
-        trainable=trainable,
-        groups=groups,
-        slices_per_s=result.slices_per_s,
-    )
+    speed = result.slices_per_s
+    write_report(run, config, prepared, rounds.record, results, trainable=trainable, groups=groups, slices_per_s=speed)
     rounds.discard_others()
-    run.mark_complete(best_step=rounds.record.best_step, best_dice=round(mean_dice(results) or 0.0, 4))
+    best = {"best_step": rounds.record.best_step, "best_dice": round(mean_dice(results) or 0.0, 4)}
+    run.mark_complete(**best, world_size=result.world_size)
     return folder
 
 
@@ -188,11 +181,11 @@ def write_finished(
     rounds: ValidationRounds,
     *,
     trainable: list[tuple[str, int, int]],
-    steps: int,
+    result: FitResult,
 ) -> Path:
     """Write the adapter pair, merge, compare, and write the merged model; the merged one stays in ``prepared``."""
     folder = run.path / "model"
-    card = finished_card(prepared, config, steps=steps)
+    card = finished_card(prepared, config, result=result)
     task = finished_task(prepared, config, rounds, trainable={p: round(t / 1e6, 4) for p, t, _ in trainable})
     if prepared.peft_model is None:
         write_model(sam, folder, card=card, task=task)
@@ -228,7 +221,7 @@ def _merged(prepared: Prepared, folder: Path) -> nn.Module:
     return sam
 
 
-def finished_card(prepared: Prepared, config: FinetuneConfig, *, steps: int) -> Card:
+def finished_card(prepared: Prepared, config: FinetuneConfig, *, result: FitResult) -> Card:
     """Return the card of the fine-tuned model; the encoder's history goes on in it."""
     manifest = pretrain_manifest(prepared.store, prepared.split.train)
     start = prepared.start
@@ -240,8 +233,8 @@ def finished_card(prepared: Prepared, config: FinetuneConfig, *, steps: int) -> 
     return dataclasses.replace(
         start.card,
         stage="model",
-        steps=steps,
-        slices_seen=steps * config.trainer.accumulate * config.data.batch_size,
+        steps=result.step,
+        slices_seen=result.slices_seen,
         intensity=prepared.inference.intensity.to_dict(),
         num_neighbours=prepared.inference.num_neighbours,
         base_name=start.base.name,

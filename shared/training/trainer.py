@@ -46,6 +46,10 @@ class FitResult:
     step: int
     """The last one; below ``max_steps`` if a periodic task ended the training."""
     resumed_from_step: int | None
+    slices_seen: int
+    """By all processes and sessions together."""
+    world_size: int
+    """Number of processes."""
     seconds: float
     """Of this session."""
     slices_per_s: float
@@ -112,8 +116,7 @@ def fit(
         step_log=step_log,
         max_steps=config.max_steps,
     )
-    slices = batch_size * device.devices * device.num_nodes
-    progress = _progress(step_log, config=config, slices_per_micro_step=slices)
+    progress = _progress(step_log, config=config, slices_per_micro_step=batch_size * device.world_size)
     if state is not None and (state.step >= config.max_steps or books.ended):
         step = state.step
         with listening(stop):
@@ -133,13 +136,14 @@ def fit(
         )
         finite = FiniteOnly(clip_norm=config.clip_grad_norm, step_log=step_log, on_bad=boundary.refuse_update)
         trainer = build_trainer(config, run=run, device=device, callbacks=[*callbacks, progress, finite, boundary])
-        first_step = state.step if state else 0
-        data = StepData(loader_factory, books=books, first_step=first_step, max_steps=config.max_steps)
+        data = StepData(loader_factory, books=books, first_step=state.step if state else 0, max_steps=config.max_steps)
         _run(trainer, module, data, config=config, run=run, batch_size=batch_size, stop=stop)
         step = int(trainer.global_step)
     return FitResult(
         step=step,
         resumed_from_step=state.step if state else None,
+        slices_seen=books.samples_seen,
+        world_size=device.world_size,
         seconds=time.monotonic() - started,
         slices_per_s=progress.slices_per_s,
         data_wait_share=progress.data_wait_share,

@@ -1,5 +1,6 @@
 """Stage 2 in every mode, stopped or killed and started again, ends with the bytes of a run that was not."""
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -20,6 +21,7 @@ from samgraft.shared.errors import SamgraftError, StoppedAndSaved
 from samgraft.shared.models.weights import save_tensors
 from samgraft.shared.training.device import choose_device
 from samgraft.shared.training.run_folder import RunFolder
+from samgraft.shared.training.trainer import fit
 from store_factory import make_store
 
 MODES = {
@@ -217,3 +219,17 @@ def test_step_cost__is_a_median_after_a_warm_up(lab, monkeypatch, steps, said):
     cost = measure_step(train.prepare_seeded(config), config, choose_device("cpu"))
     assert said in cost.describe(4)
     assert not times
+
+
+@pytest.mark.slow
+def test_results__count_the_slices_of_every_process(lab, monkeypatch):
+    """Processes that Lightning starts are announced by no variable: what the training counted is what is written."""
+
+    def by_two_processes(*arguments, **keywords):
+        result = fit(*arguments, **keywords)
+        return dataclasses.replace(result, slices_seen=2 * result.slices_seen, world_size=2)
+
+    monkeypatch.setattr(train, "fit", by_two_processes)
+    path = run(lab, "two", "trainer.max_steps=1", "optim.warmup_steps=0")
+    assert read_model(path).card.slices_seen == 2 * 2
+    assert json.loads((path / "run.json").read_text())["world_size"] == 2

@@ -10,7 +10,10 @@ import hashlib
 import json
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from model_factory import make_sam
@@ -22,6 +25,8 @@ from samgraft.shared.errors import StoppedAndSaved
 from samgraft.shared.models.card import Card
 from samgraft.shared.models.weights import card_of, read_weights, save_encoder, save_sam
 from samgraft.shared.training.device import choose_device
+from samgraft.shared.training.trainer import FitResult, fit
+from samgraft.ssl import preflight
 from samgraft.ssl.config import PretrainConfig
 from samgraft.ssl.pretrain import pretrain
 from store_factory import make_store
@@ -80,6 +85,37 @@ def test_results__card_says_what_was_done(lab: Path) -> None:
     state = read_weights_names(weights.parents[1] / "ssl_state" / "state.safetensors")
     assert "mask_token" in state
     assert not any(name.startswith("encoder.") for name in state)
+
+
+def test_results__count_the_slices_of_every_process(lab: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes that Lightning starts are announced by no variable: what the training counted is what is written."""
+
+    def by_two_processes(*arguments: Any, **keywords: Any) -> FitResult:
+        result = fit(*arguments, **keywords)
+        return dataclasses.replace(result, slices_seen=2 * result.slices_seen, world_size=2)
+
+    monkeypatch.setattr("samgraft.ssl.pretrain.fit", by_two_processes)
+    monkeypatch.setattr(preflight, "MAX_MEASURED_STEPS", 1)
+    weights = run(lab, "two", *MASKED_IMAGE, "trainer.max_steps=2")
+    folder = weights.parents[1]
+    assert Card.read(weights.with_name("card.json")).slices_seen == 2 * 2 * 2
+    assert "<dt>slices seen</dt><dd>8</dd>" in (folder / "report.html").read_text()
+    assert json.loads((folder / "run.json").read_text())["world_size"] == 2
+
+
+@pytest.mark.slow
+def test_results__of_two_processes_that_lightning_starts(lab: Path) -> None:
+    command = [Path(sys.executable).with_name("samgraft"), "pretrain", "--data", lab / "store.zarr"]
+    command += ["--base", lab / "base", "--runs", lab / "runs", "--name", "started", "--modality", "mri"]
+    command += ["--method", "masked_image", "--preset", "cpu", "model.image_size=32", "model.num_frozen_depths=0"]
+    command += ["data.batch_size=2", "trainer.devices=2", "trainer.max_steps=2", "trainer.accumulate=2"]
+    command += ["optim.warmup_steps=1"]
+    for _ in range(2):  # the second time only the results are written again
+        done = subprocess.run([*command, *MASKED_IMAGE], capture_output=True, text=True, timeout=200, check=False)
+        assert done.returncode == 0, done.stderr[-2000:]
+        folder = lab / "runs" / "started"
+        assert Card.read(folder / "encoder" / "card.json").slices_seen == 2 * 2 * 2 * 2
+        assert json.loads((folder / "run.json").read_text())["world_size"] == 2
 
 
 def read_weights_names(path: Path) -> set[str]:
