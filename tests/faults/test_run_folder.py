@@ -145,4 +145,19 @@ def test_metrics__torn_last_line_and_later_steps_dropped(tmp_path: Path) -> None
         file.write('{"step": 6, "train/l')
     assert [line["step"] for line in metrics.read()] == [1, 2, 3, 4, 5]
     assert metrics.truncate_after(3) == {"step": 3, "train/loss": 1 / 3}
-    assert metrics.path.read_text() == '{"step": 1, "train/loss": 1.0}\n{"step": 2, "train/loss": 0.5}\n'
+    kept = '{"step": 1, "train/loss": 1.0}\n{"step": 2, "train/loss": 0.5}\n'
+    assert metrics.path.read_text() == kept + '{"step": 3, "train/loss": 0.3333333333333333}\n'
+    metrics.append_many([{"step": 3, "train/loss": 1 / 3, "probe/dice": 0.5}, {"step": 4}])
+    metrics.append(4, {"x": 1})
+    replaced = '{"step": 3, "train/loss": 0.3333333333333333, "probe/dice": 0.5}\n{"step": 4}\n'
+    assert metrics.path.read_text() == kept + replaced + '{"step": 4, "x": 1}\n'
+
+
+@pytest.mark.parametrize(("whole", "torn_bytes"), [("", 4), ('{"step": 2}\n', 200_000)])
+def test_metrics__line_torn_by_a_full_disk_costs_no_other(tmp_path: Path, whole: str, torn_bytes: int) -> None:
+    metrics = MetricsLog(tmp_path / "metrics.jsonl")
+    metrics.append(1, {})
+    with metrics.path.open("a") as file:
+        file.write(whole + "x" * torn_bytes)
+    metrics.append(4, {})
+    assert metrics.path.read_text() == '{"step": 1}\n' + whole + '{"step": 4}\n'
