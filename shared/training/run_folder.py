@@ -29,7 +29,7 @@ from samgraft.shared.training.environment import (
 )
 from samgraft.shared.training.metrics_log import MetricsLog
 from samgraft.shared.training.tensor_file import replace_text
-from samgraft.shared.training.training_state import newest_state
+from samgraft.shared.training.training_state import newest_state, tidy_states
 
 log = logging.getLogger(__name__)
 
@@ -109,8 +109,11 @@ class RunFolder:
         return bool(self.read_run_json().get("complete"))
 
     def latest_training_state(self) -> Path | None:
-        """Return the newest training state that verifies; damaged ones are set aside by the writing process."""
-        return newest_state(self.checkpoints, set_aside=self.is_writer)
+        """Return the newest training state that verifies; the writing process sets damaged ones aside and tidies up."""
+        newest = newest_state(self.checkpoints, set_aside=self.is_writer)
+        if newest is not None and self.is_writer:
+            tidy_states(self.path)  # of a nan-step-N
+        return newest
 
     def append_metrics(self, step: int, values: Mapping[str, float]) -> None:
         """Append one line to ``metrics.jsonl``."""

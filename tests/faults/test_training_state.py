@@ -13,9 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from samgraft.shared.errors import NumericalError, StorageError, WeightsError
-from samgraft.shared.training import numerics, tensor_file
-from samgraft.shared.training.numerics import suspect_batch
+from samgraft.shared.errors import StorageError, WeightsError
+from samgraft.shared.training import tensor_file, training_state
 from samgraft.shared.training.state_tree import flatten_state, unflatten_state
 from samgraft.shared.training.training_state import (
     find_damage,
@@ -23,9 +22,10 @@ from samgraft.shared.training.training_state import (
     newest_state,
     prune_states,
     read_state,
+    rewrite_record,
     write_state,
 )
-from tiny_training import At, Killed, TinyModule, curve, die, final_bytes, tiny_config, tiny_fit
+from tiny_training import At, Killed, TinyModule, die, final_bytes, tiny_config, tiny_fit
 
 
 def write(parent: Path, step: int, *, size: int = 100) -> Path:
@@ -99,12 +99,75 @@ def test_all_states_damaged__not_started_from_zero(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-000001.corrupt", "step-000002.corrupt"]
 
 
-def test_unfinished_state__ignored_with_a_message(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    write(tmp_path, 297)
-    write(tmp_path, 300).rename(tmp_path / "step-000300.tmp")
-    with caplog.at_level("WARNING"):
-        assert newest_state(tmp_path) == tmp_path / "step-000297"
+def test_unfinished_states__deleted_once_another_verifies(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for step in (300, 303):
+        write(tmp_path, step).rename(tmp_path / f"step-{step:06d}.tmp")
+    (tmp_path / "card.tmp").mkdir()
+    with caplog.at_level("INFO"):
+        assert newest_state(tmp_path) is None
     assert "step-000300.tmp is incomplete" in caplog.text
+    write(tmp_path, 297)
+    caplog.clear()
+    with caplog.at_level("INFO"):
+        assert newest_state(tmp_path, set_aside=False) == tmp_path / "step-000297"
+        assert caplog.text == ""
+        assert newest_state(tmp_path) == tmp_path / "step-000297"
+        assert newest_state(tmp_path) == tmp_path / "step-000297"
+    (line,) = caplog.messages
+    assert line == "deleted what stopped saves left behind, 2 of them: step-000300.tmp, step-000303.tmp"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["card.tmp", "step-000297"]
+
+
+def test_killed_save_of_a_nan_step__its_draft_goes_too(tmp_path: Path) -> None:
+    tiny_fit(tmp_path, "a", tiny_config(max_steps=3))
+    (tmp_path / "a/nan-step-7.tmp").mkdir()
+    tiny_fit(tmp_path, "a", tiny_config(max_steps=3))
+    assert not (tmp_path / "a/nan-step-7.tmp").exists()
+
+
+@pytest.mark.parametrize("die_at", range(3))
+def test_same_step_again__a_state_stands_at_every_moment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, die_at: int
+) -> None:
+    """As after a validation that a stop had dropped; it is the only state of the run."""
+    write(tmp_path, 300)
+    act, calls = Path.rename, iter(range(100))
+
+    def dying_rename(self: Path, target: Path) -> Path:
+        if next(calls) == die_at:
+            raise Killed
+        return act(self, target)
+
+    def dying_rmtree(*_: object, **__: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", dying_rename)
+        patch.setattr(training_state.shutil, "rmtree", dying_rmtree if die_at == 2 else shutil.rmtree)
+        with pytest.raises(Killed):
+            rewrite_record(read_state(tmp_path / "step-000300"), {"best": "new"})
+    newest = newest_state(tmp_path)
+    assert newest == tmp_path / "step-000300"
+    assert read_state(newest).record.get("best") == ("new" if die_at == 2 else None)
+    assert [p.name for p in tmp_path.iterdir()] == ["step-000300"]
+
+
+def test_same_step_again__a_failing_disk_gives_the_old_one_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path, 300)
+    act = Path.rename
+
+    def failing_rename(self: Path, target: Path) -> Path:
+        if self.suffix == ".tmp":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return act(self, target)
+
+    monkeypatch.setattr(Path, "rename", failing_rename)
+    with pytest.raises(StorageError) as refusal:
+        write(tmp_path, 300)
+    assert refusal.value.kept == "the verified state step-000300"
+    assert find_damage(tmp_path / "step-000300") is None
 
 
 def test_newest__by_step_not_by_time(tmp_path: Path) -> None:
@@ -237,81 +300,6 @@ def test_full_disk_in_the_logs__training_goes_on(tmp_path: Path, caplog: pytest.
         result = tiny_fit(tmp_path, "a", tiny_config(), callbacks=[At(6, lose_logs)])
     assert result.step == 15
     assert caplog.text.count("metrics.jsonl cannot be written") == 1
-
-
-def test_nan__stops_before_the_update_and_can_be_replayed(tmp_path: Path) -> None:
-    with pytest.raises(NumericalError, match=r"loss is nan and gradient norm nan at step 7 ") as refusal:
-        tiny_fit(tmp_path, "a", tiny_config(), nan_at=7)
-    assert refusal.value.kept == "last good state: step-000004"
-    assert refusal.value.next_command == "replay: make pretrain NAME=a trainer.resume_from=nan-step-7"
-    assert [step for step, _ in curve(tmp_path, "a")] == list(range(7))
-    kept = tmp_path / "a" / "nan-step-7"
-    state = read_state(kept)
-    assert state.step == 6
-    assert all(t.isfinite().all() for name, t in state.tensors.items() if t.is_floating_point())
-    assert load_file(kept / "batch.safetensors")["batch.image"].shape == (4, 3, 6, 6)
-    with pytest.raises(NumericalError, match="at step 7"):
-        tiny_fit(tmp_path, "a", tiny_config(resume_from="nan-step-7"), nan_at=7)
-    # The replayable state is exact: without the NaN it leads to the same end as a run that never had one.
-    tiny_fit(tmp_path, "a", tiny_config(resume_from="nan-step-7"))
-    tiny_fit(tmp_path, "whole", tiny_config())
-    assert final_bytes(tmp_path, "whole", 15) == final_bytes(tmp_path, "a", 15)
-
-
-def test_nan_in_one_micro_step__its_batch_is_kept(tmp_path: Path) -> None:
-    seen: list[torch.Tensor] = []
-
-    class NanFirst(TinyModule):
-        def training_step(self, batch):
-            result = super().training_step(batch)
-            if self.trainer.global_step == 1:
-                seen.append(batch["image"].clone())
-                result["loss"] = result["loss"] * (float("nan") if len(seen) == 1 else 1)
-            return result
-
-    with pytest.raises(NumericalError) as refusal:
-        tiny_fit(tmp_path, "a", tiny_config(accumulate=2), module=NanFirst)
-    assert refusal.value.where.endswith("and the batch whose loss is not finite (micro-step 1 of 2)")
-    assert len(seen) == 2
-    assert torch.equal(load_file(tmp_path / "a/nan-step-2/batch.safetensors")["batch.image"], seen[0])
-
-
-def test_only_the_gradient_is_nan__all_micro_batches_are_kept(tmp_path: Path) -> None:
-    class Steep(TinyModule):
-        def training_step(self, batch):
-            result = super().training_step(batch)
-            result["loss"] = result["loss"] + (result["loss"] * 0).sqrt()  # 0, but of infinite slope
-            return result
-
-    with pytest.raises(NumericalError, match=r"loss is [0-9.]+ and gradient norm nan at step 1 ") as refusal:
-        tiny_fit(tmp_path, "a", tiny_config(accumulate=2), module=Steep)
-    assert refusal.value.where.endswith("and all 2 micro-batches")
-    kept = load_file(tmp_path / "a/nan-step-1/batch.safetensors")
-    assert {"batch.0.image", "batch.1.image"} <= set(kept)
-
-
-def test_nan_on_another_process__its_batch_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    others = iter([1, {"batch": torch.ones(1)}])
-    monkeypatch.setattr(numerics, "gather", lambda own: [own, next(others)])
-    tensors, which = suspect_batch([torch.zeros(1)] * 2, torch.tensor([0.1, 0.2]), rank=0)
-    assert tensors == {"batch": torch.ones(1)}
-    assert which == "the batch whose loss is not finite (micro-step 2 of 2, process 2 of 2)"
-    monkeypatch.setattr(numerics, "gather", lambda own: [own, None])
-    assert suspect_batch([torch.zeros(1)], torch.tensor([0.1]), rank=0)[1] == "the batch of the first process"
-
-
-def test_gradient_clipping__limits_the_norm(tmp_path: Path) -> None:
-    norms = []
-
-    class Watch(TinyModule):
-        def optimizer_step(self, *args, **kwargs):
-            super().optimizer_step(*args, **kwargs)
-            norms.append(
-                float(torch.nn.utils.get_total_norm([p.grad for p in self.parameters() if p.grad is not None]))
-            )
-
-    tiny_fit(tmp_path, "a", tiny_config(max_steps=3, clip_grad_norm=0.25), module=Watch)
-    assert norms == pytest.approx([0.25] * 3, rel=1e-4)
 
 
 def test_module_hook_after_the_save__refused(tmp_path: Path) -> None:
