@@ -9,12 +9,14 @@ import resource
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from samgraft.shared.errors import StorageError, WeightsError
-from samgraft.shared.training import tensor_file, training_state
+from samgraft.shared.training import disk_need, tensor_file, training_state
+from samgraft.shared.training.disk_need import LOGS_BYTES, check_disk
 from samgraft.shared.training.state_tree import flatten_state, unflatten_state
 from samgraft.shared.training.training_state import (
     find_damage,
@@ -26,6 +28,7 @@ from samgraft.shared.training.training_state import (
     write_state,
 )
 from tiny_training import At, Killed, TinyModule, die, final_bytes, tiny_config, tiny_fit
+from torch import nn
 
 
 def write(parent: Path, step: int, *, size: int = 100) -> Path:
@@ -289,6 +292,38 @@ def test_disk_need__refused_before_the_start(tmp_path: Path, monkeypatch: pytest
     with pytest.raises(StorageError, match=r"needs 0\.07 GB for its training states"):
         tiny_fit(tmp_path, "a", tiny_config())
     assert not (tmp_path / "a" / "checkpoints").exists()
+
+
+def test_disk_need__what_is_there_is_not_needed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that just fits its disk fits it at every resume, and needs none when nothing is left to train."""
+    trainer = tiny_config(keep_every_steps=5).trainer
+    module, run_path, size = nn.Linear(1000, 100), tmp_path / "a", 300_300
+    whole = 4 * size * (trainer.keep_last + 3 + 3) + LOGS_BYTES
+
+    def set_free(num_bytes: int) -> None:
+        usage = SimpleNamespace(free=num_bytes)
+        monkeypatch.setattr(disk_need, "shutil", SimpleNamespace(disk_usage=lambda _: usage))
+
+    set_free(whole)
+    assert check_disk(module, trainer, run_path).startswith("up to 0.08 GB for training states")
+    set_free(whole - 1)
+    with pytest.raises(StorageError, match=r"needs 0\.08 GB for its training states \(0\.00 GB each"):
+        check_disk(module, trainer, run_path)
+    for step in (5, 9, 10):
+        write(run_path / "checkpoints", step, size=size)
+    write(run_path / "checkpoints", 12, size=size).rename(run_path / "checkpoints" / "step-000012.tmp")
+    (run_path / "metrics.jsonl").write_bytes(bytes(1000))
+    set_free(whole - 4 * 4 * size - 1000)
+    assert check_disk(module, trainer, run_path).startswith("up to 0.07 GB more for training states")
+    set_free(whole - 4 * 4 * size - 100_000)  # beyond the few kB of generators and manifest in each state
+    with pytest.raises(StorageError, match="GB more for its training states") as refusal:
+        check_disk(module, trainer, run_path)
+    assert refusal.value.kept == "the training states up to step-000010"
+    write(run_path / "checkpoints", 15)
+    set_free(0)
+    assert check_disk(module, trainer, run_path) == "nothing more to train after step-000015"
+    with pytest.raises(StorageError):
+        check_disk(module, tiny_config(resume_from="nan-step-7").trainer, run_path)
 
 
 def test_full_disk_in_the_logs__training_goes_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
