@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -15,6 +16,7 @@ def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
     """Write safetensors through a temporary neighbour."""
     temporary = path.with_name(path.name + ".tmp")
     save_file(_plain(tensors), temporary, metadata={"format": "pt"})
+    follow_umask(temporary)
     _settle(temporary, path)
 
 
@@ -23,6 +25,20 @@ def save_pth(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
     temporary = path.with_name(path.name + ".tmp")
     torch.save(_plain(tensors), temporary)
     _settle(temporary, path)
+
+
+def follow_umask(path: Path) -> None:
+    """Give a file the permissions of a new one: safetensors writes 0600 whatever the umask, so no group could read it.
+
+    The umask can only be asked by setting it, for all threads: a file beside it is made and looked at instead.
+    """
+    sample = path.with_name(path.name + ".mode")
+    sample.unlink(missing_ok=True)
+    sample.touch()
+    mode = stat.S_IMODE(sample.stat().st_mode)
+    sample.unlink()
+    if stat.S_IMODE(path.stat().st_mode) != mode:
+        path.chmod(mode)
 
 
 def tensors_sha256(tensors: Mapping[str, torch.Tensor]) -> str:
