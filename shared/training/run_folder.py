@@ -10,15 +10,14 @@ import os
 import shlex
 import socket
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, Final, get_type_hints
+from typing import Any, get_type_hints
 
 import yaml
 from filelock import FileLock, Timeout
-from samgraft.shared.config import config_sha256, config_to_dict, config_to_yaml, plain_value
+from samgraft.shared.config import config_sha256, config_to_dict, config_to_yaml, keys_that_may_change, plain_value
 from samgraft.shared.errors import StorageError, UsageError
 from samgraft.shared.training.environment import (
     code_revision,
@@ -32,9 +31,6 @@ from samgraft.shared.training.tensor_file import replace_text
 from samgraft.shared.training.training_state import newest_state, tidy_states
 
 log = logging.getLogger(__name__)
-
-MAY_CHANGE: Final = MappingProxyType({"may_change_on_resume": True})
-"""``field(metadata=MAY_CHANGE)``: this setting does not change the numbers, so a resumed run may have another one."""
 
 
 class RunFolder:
@@ -165,17 +161,6 @@ class RunFolder:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def keys_that_may_change(schema: type, prefix: str = "") -> Iterator[str]:
-    """Yield the dotted keys of a configuration that are marked ``MAY_CHANGE``."""
-    hints = get_type_hints(schema)
-    for field in dataclasses.fields(schema):
-        key, kind = f"{prefix}{field.name}", hints[field.name]
-        if field.metadata.get("may_change_on_resume"):
-            yield key
-        elif isinstance(kind, type) and dataclasses.is_dataclass(kind):
-            yield from keys_that_may_change(kind, f"{key}.")
 
 
 def default_settings(schema: type) -> dict[str, Any]:

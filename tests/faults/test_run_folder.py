@@ -11,9 +11,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from samgraft.shared.config import config_sha256, keys_that_may_change, load_config
 from samgraft.shared.errors import StorageError, UsageError
 from samgraft.shared.training.metrics_log import MetricsLog
-from samgraft.shared.training.run_folder import RunFolder, keys_that_may_change
+from samgraft.shared.training.run_folder import RunFolder
 from tiny_training import TinyConfig, tiny_config
 
 
@@ -30,6 +31,16 @@ def test_same_configuration__taken_up(tmp_path: Path) -> None:
     before = snapshot(tmp_path)
     open_run(tmp_path, num_workers=3, save_every_steps=99).close()
     assert snapshot(tmp_path) == before
+
+
+def test_hash_of_the_configuration__is_that_of_config_yaml_also_after_a_resume(tmp_path: Path) -> None:
+    with open_run(tmp_path) as run:
+        run.write_run_json()
+    with open_run(tmp_path, num_workers=3, save_every_steps=99) as run:
+        run.write_run_json()
+        recorded = run.read_run_json()["config_sha256"]
+    assert recorded == config_sha256(load_config(TinyConfig, layers=[tmp_path / "a" / "config.yaml"]))
+    assert recorded != config_sha256(tiny_config(max_steps=20))
 
 
 def test_other_configuration__refused_naming_the_keys(tmp_path: Path) -> None:
