@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
+import re
+import shutil
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 
 def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
     """Write safetensors through a temporary neighbour."""
     temporary = path.with_name(path.name + ".tmp")
-    save_file(_plain(tensors), temporary, metadata={"format": "pt"})
+    with _whole_or_gone(temporary, tensors):
+        save_file(_plain(tensors), temporary, metadata={"format": "pt"})
     follow_umask(temporary)
     _settle(temporary, path)
 
@@ -23,7 +29,8 @@ def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
 def save_pth(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
     """Write what ``torch.load`` opens in segment_anything: a flat dictionary of plain tensors."""
     temporary = path.with_name(path.name + ".tmp")
-    torch.save(_plain(tensors), temporary)
+    with _whole_or_gone(temporary, tensors):
+        torch.save(_plain(tensors), temporary)
     _settle(temporary, path)
 
 
@@ -54,6 +61,24 @@ def tensors_sha256(tensors: Mapping[str, torch.Tensor]) -> str:
 def _plain(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     # channels_last parameters are written row-major, like everybody's; clones share no storage.
     return {name: tensors[name].detach().cpu().contiguous().clone() for name in sorted(tensors)}
+
+
+@contextmanager
+def _whole_or_gone(temporary: Path, tensors: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    """Leave no half file; say what the disk refused as the system says it, where the libraries have words of their own.
+
+    safetensors puts the number of the system's error into its text, torch says that a position is unexpected.
+    """
+    try:
+        yield
+    except (SafetensorError, RuntimeError, OSError) as err:
+        temporary.unlink(missing_ok=True)
+        number = re.search(r"\(os error (\d+)\)", str(err))
+        size = sum(t.numel() * t.element_size() for t in tensors.values())
+        if number is None and (isinstance(err, OSError) or shutil.disk_usage(temporary.parent).free > size):
+            raise
+        code = int(number[1]) if number else errno.ENOSPC
+        raise OSError(code, os.strerror(code), temporary.name.removesuffix(".tmp")) from err
 
 
 def _settle(temporary: Path, path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import dataclasses
+import errno
 import json
 import logging
 import os
@@ -18,7 +19,7 @@ from typing import Any, get_type_hints
 import yaml
 from filelock import FileLock, Timeout
 from samgraft.shared.config import config_sha256, config_to_dict, config_to_yaml, keys_that_may_change, plain_value
-from samgraft.shared.errors import StorageError, UsageError
+from samgraft.shared.errors import SamgraftError, StorageError, UsageError
 from samgraft.shared.training.environment import (
     code_revision,
     process_rank,
@@ -28,9 +29,11 @@ from samgraft.shared.training.environment import (
 )
 from samgraft.shared.training.metrics_log import MetricsLog
 from samgraft.shared.training.tensor_file import replace_text
-from samgraft.shared.training.training_state import newest_state, tidy_states
+from samgraft.shared.training.training_state import newest_name, newest_state, tidy_states
 
 log = logging.getLogger(__name__)
+
+FULL_DISK = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
 class RunFolder:
@@ -159,8 +162,21 @@ class RunFolder:
     def __enter__(self) -> RunFolder:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        """Let go of the folder; a full disk, wherever the run met it, is said with what is kept of the run."""
         self.close()
+        if isinstance(error, OSError) and not isinstance(error, SamgraftError) and error.errno in FULL_DISK:
+            raise self._disk_full(error) from error
+
+    def _disk_full(self, error: OSError) -> StorageError:
+        newest = newest_name(self.checkpoints)
+        place = f"{self.path.name}/{Path(str(error.filename)).name}" if error.filename else self.path.name
+        return StorageError(
+            f"the disk is full: {error.strerror}.",
+            where=place,
+            kept=f"the verified state {newest}" if newest else "nothing was saved yet",
+            next_command=f"free space, then: {self.continue_command}",
+        )
 
 
 def default_settings(schema: type) -> dict[str, Any]:

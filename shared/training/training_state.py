@@ -282,11 +282,12 @@ def _set_aside(path: Path) -> None:
 def _storage_error(err: OSError, *, parent: Path, name: str, tensors: Mapping[str, Tensor]) -> StorageError:
     need = sum(t.numel() * t.element_size() for t in tensors.values())
     free = shutil.disk_usage(parent).free if parent.exists() else 0
-    older = newest_name(parent)
+    run = parent.parent if parent.name == "checkpoints" else parent  # a nan-step-N lies beside the others' folder
+    older = newest_name(parent) or newest_name(run / "checkpoints")
     return StorageError(
         f"the training state {name} could not be written: {err.strerror or type(err).__name__}. "
         f"It needs {need / 1e9:.2f} GB, {free / 1e9:.2f} GB are free.",
-        where=f"runs folder of {parent.parent.name}",
+        where=run.name,
         kept=f"the verified state {older}" if older else "nothing was saved yet",
         next_command="free space, then the same command",
     )

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from samgraft.shared.errors import StorageError, WeightsError
 from samgraft.shared.training import disk_need, tensor_file, training_state
 from samgraft.shared.training.disk_need import LOGS_BYTES, check_disk
+from samgraft.shared.training.periodic import Boundary, Periodic
 from samgraft.shared.training.state_tree import flatten_state, unflatten_state
 from samgraft.shared.training.training_state import (
     find_damage,
@@ -284,6 +285,35 @@ def test_full_disk_in_training__older_state_goes_on(tmp_path: Path, monkeypatch:
     tiny_fit(tmp_path, "killed", tiny_config())
     tiny_fit(tmp_path, "whole", tiny_config())
     assert final_bytes(tmp_path, "whole", 15) == final_bytes(tmp_path, "killed", 15)
+
+
+@pytest.mark.parametrize(("step", "kept"), [(3, "nothing was saved yet"), (6, "the verified state step-000004")])
+def test_full_disk_outside_a_state__names_what_is_kept_and_the_command(tmp_path: Path, step: int, kept: str) -> None:
+    """A validation that keeps its best weights, a log that is shortened at a resume, the results at the end."""
+
+    def keep_best(boundary: Boundary) -> dict[str, float]:
+        if boundary.step == step:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs/killed/best/step.safetensors")
+        return {"val/score": 0.0}
+
+    periodic = [Periodic(name="validation", every_steps=3, run=keep_best)]
+    with pytest.raises(StorageError, match=r"the disk is full: No space left on device\.") as refusal:
+        tiny_fit(tmp_path, "killed", tiny_config(save_every_steps=4), periodic=periodic)
+    assert refusal.value.where == "killed/step.safetensors"
+    assert refusal.value.kept == kept
+    assert refusal.value.next_command == "free space, then: make pretrain NAME=killed"
+
+
+def test_full_disk_at_a_nan_step__names_the_state_that_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    write(tmp_path / "a" / "checkpoints", 4)
+    monkeypatch.setattr(training_state, "write_tensors", full)
+    with pytest.raises(StorageError, match="nan-step-7 could not be written: No space") as refusal:
+        write_state(tmp_path / "a", "nan-step-7", step=6, record={}, tensors={}, rng_per_rank=[])
+    assert refusal.value.kept == "the verified state step-000004"
+    assert refusal.value.where == "a"
 
 
 def test_disk_need__refused_before_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import OrderedDict
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,7 +16,6 @@ from samgraft.shared.models.card import Card
 from samgraft.shared.models.image_encoder import ImageEncoder
 from samgraft.shared.models.positions import resize_positions
 from samgraft.shared.models.sam import build_sam
-from samgraft.shared.models.tensor_files import save_pth, save_tensors
 from samgraft.shared.models.weights import (
     absent_by_nature,
     card_of,
@@ -361,16 +358,3 @@ def test_card_of__without_a_card_says_what_the_tensors_tell(tmp_path: Path, plai
     assert (card.arch, card.image_size, card.stem) == ("vit_b", 160, None)
     assert card.base_sha256
     assert card.pixel_mean[0] == pytest.approx(123.675)
-
-
-@pytest.mark.parametrize("save", [save_tensors, save_pth])
-@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o007, 0o660), (0o077, 0o600)])
-def test_written_files__may_be_read_by_whom_the_umask_lets(
-    save: Callable[[Tensors, Path], None], umask: int, mode: int, tmp_path: Path
-) -> None:
-    before = os.umask(umask)
-    try:
-        save({"a": torch.ones(2)}, tmp_path / "w")
-    finally:
-        os.umask(before)
-    assert [(p.name, p.stat().st_mode & 0o777) for p in tmp_path.iterdir()] == [("w", mode)]
