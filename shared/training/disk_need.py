@@ -64,8 +64,8 @@ def _bytes_to_come(one: int, config: TrainerConfig, run_path: Path, states: Sequ
     kept = one * (config.keep_last + 1 + milestones)  # the newest ones, the best, the milestones
     passing = 2 * one  # the one being written, and the weights that are handed on
     logs = _bytes_of([run_path / "metrics.jsonl", run_path / "tb"])
-    # What a killed save left behind is deleted when the run goes on.
-    freed = _bytes_of(leftovers(run_path / "checkpoints"))
+    # What killed saves left behind is deleted when the run goes on from a state.
+    freed = _bytes_of(leftovers(run_path / "checkpoints")) if states else 0
     return max(0, max(0, kept - _bytes_of(states)) + passing + max(0, LOGS_BYTES - logs) - freed)
 
 

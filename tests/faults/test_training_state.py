@@ -339,9 +339,11 @@ def test_disk_need__what_is_there_is_not_needed_again(tmp_path: Path, monkeypatc
     set_free(whole - 1)
     with pytest.raises(StorageError, match=r"needs 0\.08 GB for its training states \(0\.00 GB each"):
         check_disk(module, trainer, run_path)
+    write(run_path / "checkpoints", 12, size=size).rename(run_path / "checkpoints" / "step-000012.tmp")
+    with pytest.raises(StorageError):  # a draft is kept while there is nothing else
+        check_disk(module, trainer, run_path)
     for step in (5, 9, 10):
         write(run_path / "checkpoints", step, size=size)
-    write(run_path / "checkpoints", 12, size=size).rename(run_path / "checkpoints" / "step-000012.tmp")
     (run_path / "metrics.jsonl").write_bytes(bytes(1000))
     set_free(whole - 4 * 4 * size - 1000)
     assert check_disk(module, trainer, run_path).startswith("up to 0.07 GB more for training states")
