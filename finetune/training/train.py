@@ -45,7 +45,6 @@ from samgraft.shared.data.split import pretrain_manifest
 from samgraft.shared.errors import UsageError, WeightsError
 from samgraft.shared.models.card import Card
 from samgraft.shared.training.device import DeviceChoice
-from samgraft.shared.training.disk_need import check_disk
 from samgraft.shared.training.environment import code_revision
 from samgraft.shared.training.loader import build_step_loader
 from samgraft.shared.training.periodic import Boundary, Periodic
@@ -90,8 +89,6 @@ def finetune(config: FinetuneConfig, run: RunFolder, device: DeviceChoice, prepa
     module = FinetuneModule(
         prepared.segmenter, config, prepared.classes, rank_updates=RankUpdates.of(prepared.peft_model)
     )
-    if run.is_writer:
-        log.info("disk: %s", check_disk(module, config.trainer, run.path))
     result = fit(
         module,
         config=config.trainer,

@@ -89,10 +89,11 @@ def test_pretrain__on_a_folder_of_scans(workplace, capsys, write):
 
 
 @pytest.mark.parametrize("write", SOURCES)
-def test_finetune__on_a_folder_of_scans_with_labels(workplace, write):
+def test_finetune__on_a_folder_of_scans_with_labels(workplace, write, capsys):
     write(workplace / FOLDER, labelled=True)
     command = ["finetune", "--ckpt", "sam.safetensors", "--data", FOLDER, "--preset", "cpu", "--dry-run"]
     assert main([*command, "model.image_size=32", "data.batch_size=2"]) == 0
+    assert capsys.readouterr().err.count(" GB for training states, ") == 1
     store = SliceStore.open(Path("data") / f"{FOLDER}.zarr")
     assert store.label_names == ({1: "label 1"} if write is write_nifti_folder else {1: "lesion"})
     assert all(record.has_label for record in store.series)
