@@ -16,7 +16,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from enum import Enum
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_type_hints
+from types import MappingProxyType
+from typing import Any, Final, TypeVar, get_args, get_type_hints
 
 import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -31,6 +32,9 @@ from samgraft.shared.errors import UsageError
 
 Schema = TypeVar("Schema")
 MAX_CONFIG_BYTES = 1_000_000
+
+MAY_CHANGE: Final = MappingProxyType({"may_change_on_resume": True})
+"""``field(metadata=MAY_CHANGE)``: this setting does not change the numbers, so a resumed run may have another one."""
 
 
 def packaged_config(relative: str) -> Path:
@@ -138,8 +142,29 @@ def config_to_dict(config: object) -> dict[str, Any]:
 
 
 def config_sha256(config: object) -> str:
-    """Return the identity of a configuration: sha256 over its sorted JSON."""
-    return hashlib.sha256(json.dumps(config_to_dict(config), sort_keys=True).encode()).hexdigest()
+    """Return the identity of a configuration: sha256 over its sorted JSON.
+
+    Settings marked ``MAY_CHANGE`` are left out: with them, what a resumed run wrote would not match its config.yaml.
+    """
+    values = config_to_dict(config)
+    for key in keys_that_may_change(type(config)):
+        *sections, name = key.split(".")
+        section = values
+        for part in sections:
+            section = section[part]
+        del section[name]
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def keys_that_may_change(schema: type, prefix: str = "") -> Iterator[str]:
+    """Yield the dotted keys of a configuration that are marked ``MAY_CHANGE``."""
+    hints = get_type_hints(schema)
+    for field in dataclasses.fields(schema):
+        key, kind = f"{prefix}{field.name}", hints[field.name]
+        if field.metadata.get("may_change_on_resume"):
+            yield key
+        elif isinstance(kind, type) and dataclasses.is_dataclass(kind):
+            yield from keys_that_may_change(kind, f"{key}.")
 
 
 def dotted_keys(schema: type) -> list[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import shutil
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,12 +20,12 @@ from samgraft.shared.data.split import (
     split_beside,
 )
 from samgraft.shared.data.store import SliceStore
-from samgraft.shared.errors import DataError, StorageError, UsageError
+from samgraft.shared.errors import DataError, UsageError
 from samgraft.shared.training.device import DeviceChoice
+from samgraft.shared.training.disk_need import check_disk
 from samgraft.shared.training.failures import explain_out_of_memory
 from samgraft.shared.training.progress import format_duration
 from samgraft.shared.training.run_inputs import kept_split
-from samgraft.shared.training.trainer import state_bytes
 from samgraft.shared.training.training_state import finished_states
 from samgraft.ssl.config import DataConfig, PretrainConfig
 from samgraft.ssl.memory import SavedBytes, describe_memory, free_bytes, training_bytes
@@ -160,27 +159,6 @@ def check_memory(objective: Objective, step_time: StepTime, *, device: torch.dev
     return line
 
 
-def check_disk(folder: Path, objective: Objective, *, keep_last: int) -> str:
-    """Return what the run will write against what is free.
-
-    Raises:
-        StorageError: If it does not fit.
-    """
-    assert isinstance(objective, nn.Module)
-    # The newest states, the one being written, and the weights that are handed on.
-    needed = state_bytes(objective) * (keep_last + 2)
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    free = shutil.disk_usage(existing).free
-    if free < needed:
-        raise StorageError(
-            f"free space must be at least {needed / 1e9:.2f} GB for the training states, got {free / 1e9:.2f} GB.",
-            where=folder.name,
-            kept="nothing was written",
-            next_command="free space, then run the same command again",
-        )
-    return f"{needed / 1e6:.0f} MB needed, {free / 1e9:.0f} GB free"
-
-
 def preflight(
     config: PretrainConfig,
     objective: Objective,
@@ -205,6 +183,7 @@ def preflight(
             f"{device.devices * device.num_nodes} processes.",
             where="data.batch_size",
         )
+    assert isinstance(objective, nn.Module)
     images_B1SS = _first_batch(config, dataset, device)
     try:
         step_time = measure_step(
@@ -223,7 +202,7 @@ def preflight(
         "time": f"{step_time.seconds:.2f} s per step of {batch_size} slices ({step_time.num_measured} measured); "
         f"{config.trainer.max_steps} steps take about {format_duration(seconds)}",
         "memory": check_memory(objective, step_time, device=images_B1SS.device, batch_size=batch_size),
-        "disk": check_disk(run_path, objective, keep_last=config.trainer.keep_last),
+        "disk": check_disk(objective, config.trainer, run_path),
         "probe": watched.probe.describe() if watched.probe else "off: no labelled store named (probe.store)",
         "drift": watched.gauge_note,
         "pictures": show,

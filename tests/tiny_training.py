@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 import pytorch_lightning as pl
 import torch
-from samgraft.shared.config import load_config
+from samgraft.shared.config import MAY_CHANGE, load_config
 from samgraft.shared.data.sampler import StepBatchSampler
 from samgraft.shared.training.device import choose_device
 from samgraft.shared.training.loader import build_step_loader
 from samgraft.shared.training.optimizer import OptimizerConfig, build_optimizer
 from samgraft.shared.training.periodic import Boundary, Periodic
 from samgraft.shared.training.resume import LoaderPosition, seed_process
-from samgraft.shared.training.run_folder import MAY_CHANGE, RunFolder
+from samgraft.shared.training.run_folder import RunFolder
 from samgraft.shared.training.schedule import LearningRate
 from samgraft.shared.training.trainer import FitResult, TrainerConfig, fit
 from tiny_dataset import BATCH_SIZE, NUM_SAMPLES, TinyDataset

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from samgraft.finetune.adapters.config import Method
 from samgraft.shared.errors import WeightsError
 from samgraft.shared.models.adapter_base import read_adapter_base, write_adapter_base
-from samgraft.shared.models.tensor_files import tensors_sha256
+from samgraft.shared.models.tensor_files import follow_umask, tensors_sha256
 from samgraft.shared.models.tensor_report import shorten
 from segment_anything.modeling import Sam
 from torch import Tensor
@@ -52,6 +52,7 @@ def save_adapter(peft_model: PeftModel, folder: Path, *, method: Method) -> None
         # step may have had another one.
         config.rank_pattern = None
     peft_model.save_pretrained(str(folder))
+    follow_umask(folder / TENSORS_FILE)
 
 
 def load_adapter(sam: Sam, folder: Path) -> PeftModel:
@@ -141,4 +142,5 @@ def _save_as_lora(peft_model: PeftModel, folder: Path) -> None:
     config.inference_mode = True
     folder.mkdir(parents=True, exist_ok=True)
     save_file({name: t.contiguous().cpu() for name, t in tensors.items()}, folder / TENSORS_FILE)
+    follow_umask(folder / TENSORS_FILE)
     config.save_pretrained(str(folder))

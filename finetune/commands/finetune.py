@@ -69,6 +69,7 @@ def _finetune(arguments: argparse.Namespace) -> int:
     from samgraft.finetune.training.train import finetune, prepare_seeded
     from samgraft.shared.commands.store import left_by_dry_run
     from samgraft.shared.training.device import choose_device
+    from samgraft.shared.training.disk_need import check_disk
     from samgraft.shared.training.run_folder import RunFolder, check_run_folder
     from samgraft.shared.training.trainer_config import check_warmup
 
@@ -93,12 +94,14 @@ def _finetune(arguments: argparse.Namespace) -> int:
         log.info("%s", measure_step(prepared, config, device).describe(config.trainer.max_steps))
     if arguments.dry_run:
         left = left_by_dry_run(said.get("data.store"), config.data.store)
+        log.info("disk: %s", check_disk(prepared.segmenter, config.trainer, arguments.runs / name))
         log.info("dry run: %s would take %d steps; %s.", arguments.runs / name, config.trainer.max_steps, left)
         return int(ExitCode.OK)
     with RunFolder.open(arguments.runs, name, config=config, stage="finetune") as folder:
         if folder.is_complete:
             log.info("%s is complete already; choose another NAME= to train again.", folder.path)
         else:
+            log.info("disk: %s", check_disk(prepared.segmenter, config.trainer, folder.path))
             log.info("every trained tensor: %s, later in report.html too", folder.path / "run.json")
             log.info("TensorBoard: tensorboard --logdir %s", folder.tb)
             log.info("Ctrl-C saves and ends; the same command goes on.")

@@ -47,7 +47,7 @@ class Card:
     data_manifest: dict[str, Any] = field(default_factory=dict)
     """Store fingerprint, hashed patient ids and content hashes of what was trained on: leaks are found by them."""
     config_sha256: str | None = None
-    """Hash of the resolved configuration."""
+    """Hash of the resolved configuration, without the settings that may change when a run is resumed."""
     code_revision: str | None = None
     """Git revision of the code."""
     license: str | None = None

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from samgraft.shared.training.processes import gather
 from samgraft.shared.training.step_log import StepLog
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -19,11 +21,12 @@ class FiniteOnly(pl.Callback):
     Args:
         clip_norm: Largest gradient norm; None does not clip.
         step_log: Takes ``train/grad_norm``.
-        on_bad: Called on every process with (loss, gradient norm) before the update; must raise.
+        on_bad: Called on every process with (this process's losses by micro-step, gradient norm) before the update;
+            must raise. The losses are those of the backward pass: each already divided by the number of micro-steps.
     """
 
     def __init__(
-        self, *, clip_norm: float | None, step_log: StepLog, on_bad: Callable[[pl.Trainer, float, float], None]
+        self, *, clip_norm: float | None, step_log: StepLog, on_bad: Callable[[pl.Trainer, Tensor, float], None]
     ) -> None:
         self.clip_norm = clip_norm
         self.step_log = step_log
@@ -51,11 +54,40 @@ class FiniteOnly(pl.Callback):
             torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
             bad = flag > 0
         if bool(bad):
-            self.on_bad(trainer, float(losses.float().mean()), float(norm))
+            self.on_bad(trainer, losses.float(), float(norm))
         # Gradients exist, so this step's number is one more than the finished ones.
         self.step_log.record(trainer.global_step + 1, {"train/grad_norm": norm})
         if self.clip_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(parameters, self.clip_norm, norm)
+
+
+def suspect_batch(batches: Sequence[Any], losses: Tensor, *, rank: int) -> tuple[dict[str, Tensor], str]:
+    """Return what a step that was not finite should be looked at with: tensors, and in words which ones they are.
+
+    All processes must call it; only what the first one gets is that of the whole group.
+
+    Args:
+        batches: This process's micro-batches of the step, in order.
+        losses: Their losses.
+        rank: Of this process.
+
+    Returns:
+        The micro-batch whose loss is not finite, of the first process that has one; if every loss is finite, so that
+        only the gradient is not, all micro-batches of this process.
+    """
+    own = next((index for index, loss in enumerate(losses.tolist()) if not math.isfinite(loss)), None)
+    found = gather(own)
+    culprit = next((process for process, index in enumerate(found) if index is not None), None)
+    if culprit is None:
+        whose = " of the first process" if len(found) > 1 else ""
+        if len(batches) == 1:
+            return batch_tensors(batches[0]), f"the batch{whose}"
+        return batch_tensors(list(batches)), f"all {len(batches)} micro-batches{whose}"
+    # Only the batch that is needed travels.
+    tensors = gather({k: t.cpu() for k, t in batch_tensors(batches[own or 0]).items()} if rank == culprit else {})
+    places = [f"micro-step {(found[culprit] or 0) + 1} of {len(batches)}"] if len(batches) > 1 else []
+    places += [f"process {culprit + 1} of {len(found)}"] if len(found) > 1 else []
+    return tensors[culprit], "the batch whose loss is not finite" + (f" ({', '.join(places)})" if places else "")
 
 
 def batch_tensors(batch: Any) -> dict[str, Tensor]:

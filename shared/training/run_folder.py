@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import atexit
 import dataclasses
+import errno
 import json
 import logging
 import os
 import shlex
 import socket
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, Final, get_type_hints
+from typing import Any, get_type_hints
 
 import yaml
 from filelock import FileLock, Timeout
-from samgraft.shared.config import config_sha256, config_to_dict, config_to_yaml, plain_value
-from samgraft.shared.errors import StorageError, UsageError
+from samgraft.shared.config import config_sha256, config_to_dict, config_to_yaml, keys_that_may_change, plain_value
+from samgraft.shared.errors import SamgraftError, StorageError, UsageError
 from samgraft.shared.training.environment import (
     code_revision,
     process_rank,
@@ -29,12 +29,11 @@ from samgraft.shared.training.environment import (
 )
 from samgraft.shared.training.metrics_log import MetricsLog
 from samgraft.shared.training.tensor_file import replace_text
-from samgraft.shared.training.training_state import newest_state
+from samgraft.shared.training.training_state import newest_name, newest_state, tidy_states
 
 log = logging.getLogger(__name__)
 
-MAY_CHANGE: Final = MappingProxyType({"may_change_on_resume": True})
-"""``field(metadata=MAY_CHANGE)``: this setting does not change the numbers, so a resumed run may have another one."""
+FULL_DISK = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
 class RunFolder:
@@ -109,8 +108,11 @@ class RunFolder:
         return bool(self.read_run_json().get("complete"))
 
     def latest_training_state(self) -> Path | None:
-        """Return the newest training state that verifies; damaged ones are set aside by the writing process."""
-        return newest_state(self.checkpoints, set_aside=self.is_writer)
+        """Return the newest training state that verifies; the writing process sets damaged ones aside and tidies up."""
+        newest = newest_state(self.checkpoints, set_aside=self.is_writer)
+        if newest is not None and self.is_writer:
+            tidy_states(self.path)  # of a nan-step-N
+        return newest
 
     def append_metrics(self, step: int, values: Mapping[str, float]) -> None:
         """Append one line to ``metrics.jsonl``."""
@@ -160,8 +162,21 @@ class RunFolder:
     def __enter__(self) -> RunFolder:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        """Let go of the folder; a full disk, wherever the run met it, is said with what is kept of the run."""
         self.close()
+        if isinstance(error, OSError) and not isinstance(error, SamgraftError) and error.errno in FULL_DISK:
+            raise self._disk_full(error) from error
+
+    def _disk_full(self, error: OSError) -> StorageError:
+        newest = newest_name(self.checkpoints)
+        place = f"{self.path.name}/{Path(str(error.filename)).name}" if error.filename else self.path.name
+        return StorageError(
+            f"the disk is full: {error.strerror}.",
+            where=place,
+            kept=f"the verified state {newest}" if newest else "nothing was saved yet",
+            next_command=f"free space, then: {self.continue_command}",
+        )
 
 
 def check_run_folder(root: Path, name: str, *, config: object, stage: str) -> None:
@@ -176,17 +191,6 @@ def check_run_folder(root: Path, name: str, *, config: object, stage: str) -> No
     # Only the first process may look: others could see the folder while the first one fills it.
     if process_rank() == 0 and path.exists():
         _check_same_run(path, config=config, stage=stage)
-
-
-def keys_that_may_change(schema: type, prefix: str = "") -> Iterator[str]:
-    """Yield the dotted keys of a configuration that are marked ``MAY_CHANGE``."""
-    hints = get_type_hints(schema)
-    for field in dataclasses.fields(schema):
-        key, kind = f"{prefix}{field.name}", hints[field.name]
-        if field.metadata.get("may_change_on_resume"):
-            yield key
-        elif isinstance(kind, type) and dataclasses.is_dataclass(kind):
-            yield from keys_that_may_change(kind, f"{key}.")
 
 
 def default_settings(schema: type) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from pytorch_lightning.callbacks import Checkpoint
 from samgraft.shared.errors import NumericalError, StoppedAndSaved
 from samgraft.shared.training.bookkeeping import Bookkeeping
 from samgraft.shared.training.environment import software_versions, thread_count
-from samgraft.shared.training.numerics import batch_tensors
+from samgraft.shared.training.numerics import suspect_batch
 from samgraft.shared.training.periodic import PeriodicTasks
 from samgraft.shared.training.processes import any_process, from_first, gather
 from samgraft.shared.training.progress import Progress, format_duration
@@ -82,7 +82,8 @@ class StepBoundary(Checkpoint):
         self._rng_to_restore: dict[str, Tensor] | None = None
         self._rng_of_step: dict[str, Tensor] = {}
         self._buffers_of_step: dict[str, Tensor] = {}
-        self._batch: Any = None
+        self._batches: list[Any] = []
+        """The micro-batches of the step so far."""
         self._micro_steps = 0
         self._at_whole_step = False
         self._last_save = time.monotonic()
@@ -120,7 +121,8 @@ class StepBoundary(Checkpoint):
             self._rng_of_step = capture_rng()
             # Batch norm's statistics change in the forward pass, before anyone can see that a loss is not finite.
             self._buffers_of_step = {name: buffer.clone() for name, buffer in pl_module.named_buffers()}
-        self._batch = batch
+            self._batches.clear()
+        self._batches.append(batch)
         self._at_whole_step = False
 
     def on_train_batch_end(
@@ -128,9 +130,9 @@ class StepBoundary(Checkpoint):
     ) -> None:
         """At a whole step: run tasks, save, stop, as due."""
         self._micro_steps += 1
-        self._batch = None
         if self._micro_steps % self.books.accumulate:
             return
+        self._batches.clear()
         step = trainer.global_step
         self.books.samples_seen += self.books.accumulate * self.books.batch_size * trainer.world_size
         improved = self.tasks.run_due(pl_module, step, rank=trainer.global_rank, world_size=trainer.world_size)
@@ -162,7 +164,7 @@ class StepBoundary(Checkpoint):
         """Write the values that were collected."""
         self.step_log.close()
 
-    def refuse_update(self, trainer: pl.Trainer, loss: float, grad_norm: float) -> None:
+    def refuse_update(self, trainer: pl.Trainer, losses: Tensor, grad_norm: float) -> None:
         """Keep the state before a step whose loss or gradient is not finite, and stop.
 
         Raises:
@@ -171,16 +173,17 @@ class StepBoundary(Checkpoint):
         step = trainer.global_step + 1
         name = f"nan-step-{step}"
         self.step_log.flush()
-        batch = batch_tensors(self._batch)
+        batch, which = suspect_batch(self._batches, losses, rank=trainer.global_rank)
         for buffer_name, buffer in trainer.lightning_module.named_buffers():
             buffer.copy_(self._buffers_of_step[buffer_name])
         self._write(trainer, trainer.lightning_module, step - 1, name=name, rng=self._rng_of_step, batch=batch)
         last = newest_name(self.run.checkpoints)
+        loss = float(losses.sum())
         rate = max(float(group["lr"]) for group in trainer.optimizers[0].param_groups)
         raise NumericalError(
             f"loss is {loss:g} and gradient norm {grad_norm:g} at step {step} (lr {rate:.1e}); stopped before the "
             "update. Lower the learning rate, lengthen the warm-up, or look at the batch.",
-            where=f"{self.run.path.name}/{name} holds weights, optimizer, generators and batch of this step",
+            where=f"{self.run.path.name}/{name} holds weights, optimizer and generators before this step, and {which}",
             kept=f"last good state: {last}" if last else f"the state before step {step}, in {name}",
             next_command=f"replay: {self.run.continue_command} trainer.resume_from={name}",
         )

@@ -27,7 +27,7 @@ class StepLog:
     def start(self, *, after_step: int) -> None:
         """Drop what earlier sessions logged of steps after ``after_step``; those are computed again."""
         if self._run.is_writer:
-            # The last line is taken back: a validation that was interrupted at this step still adds to it.
+            # The last line is taken up: a validation that was interrupted at this step still adds to it.
             last = self._run.metrics.truncate_after(after_step)
             if last is not None:
                 self._pending[after_step] = {k: v for k, v in last.items() if k != "step"}

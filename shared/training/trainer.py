@@ -122,7 +122,7 @@ def fit(
         with listening(stop):
             _finish(module, state, run=run, device=device, tasks=tasks, books=books, step_log=step_log, stop=stop)
     else:
-        check_disk(module, config, run)
+        check_disk(module, config, run.path)
         boundary = StepBoundary(
             run=run,
             plan=_save_plan(config),

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
+from samgraft.shared.config import MAY_CHANGE
 from samgraft.shared.errors import UsageError
 from samgraft.shared.training.device import Device, Precision
-from samgraft.shared.training.run_folder import MAY_CHANGE
 
 
 class Strategy(Enum):

@@ -2,7 +2,8 @@
 
 ``checkpoints/step-000300.tmp/`` is filled, every file flushed, then ``manifest.json`` with sizes and sha256, then the
 folder is renamed to ``step-000300/`` and its parent flushed. Only after that are older states pruned. A reader takes
-the newest folder whose manifest verifies; what does not verify is set aside as ``.corrupt``, never deleted.
+the newest folder whose manifest verifies; what does not verify is set aside as ``.corrupt``, never deleted. A state
+that is written again stays as ``.old`` until the new one has its name.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ log = logging.getLogger(__name__)
 FORMAT = "samgraft.training_state"
 FORMAT_VERSION = 1
 STATE_NAME = re.compile(r"^step-(\d{6,})$")
+LEFTOVER_NAME = re.compile(r"^(?:nan-)?step-\d+\.(?:tmp|old)$")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,11 +96,9 @@ def write_state(
         manifest = {"format": FORMAT, "version": FORMAT_VERSION, "step": step, "files": files}
         write_json(draft / "manifest.json", manifest)
         sync_folder(draft)
-        if final.exists():  # the same step again, after an exact resume: the same bytes
-            shutil.rmtree(final)
-        draft.rename(final)
-        sync_folder(parent)
+        _give_name(draft, final)
     except OSError as err:
+        _restore_replaced(parent)
         shutil.rmtree(draft, ignore_errors=True)
         raise _storage_error(err, parent=parent, name=name, tensors=tensors) from err
     return final
@@ -109,19 +109,22 @@ def newest_state(parent: Path, *, set_aside: bool = True) -> Path | None:
 
     Args:
         parent: Folder of the states.
-        set_aside: Rename folders that do not verify to ``.corrupt``; only one process may.
+        set_aside: Rename folders that do not verify to ``.corrupt``, and delete what stopped saves left behind once
+            there is a state that verifies; only the process that writes may.
 
     Raises:
         WeightsError: If there are states but not one of them verifies: starting from zero would waste a run silently.
     """
     if not parent.is_dir():
         return None
+    if set_aside:
+        _restore_replaced(parent)
     damaged = sum(1 for p in parent.iterdir() if ".corrupt" in p.suffix)
-    for draft in sorted(parent.glob("step-*.tmp")):
-        log.warning("%s is incomplete (stopped while being written): ignored.", draft.name)
     for path in reversed(finished_states(parent)):
         problem = find_damage(path)
         if problem is None:
+            if set_aside:
+                tidy_states(parent)
             return path
         damaged += 1
         log.warning("%s: %s. Set aside as %s.corrupt, using an older state.", path.name, problem, path.name)
@@ -134,7 +137,28 @@ def newest_state(parent: Path, *, set_aside: bool = True) -> Path | None:
             kept="the damaged states, as step-*.corrupt",
             next_command="another NAME=... to start a new run, or move the folder away",
         )
+    for draft in leftovers(parent):
+        log.warning("%s is incomplete (stopped while being written): ignored.", draft.name)
     return None
+
+
+def leftovers(parent: Path) -> list[Path]:
+    """Return what stopped saves left behind: drafts, and states whose replacement is there."""
+    if not parent.is_dir():
+        return []
+    found = [p for p in parent.iterdir() if LEFTOVER_NAME.match(p.name) and p.is_dir()]
+    return sorted(p for p in found if p.suffix == ".tmp" or p.with_suffix("").exists())
+
+
+def tidy_states(parent: Path) -> None:
+    """Delete ``leftovers``, each as large as a state, and say so; only the process that writes may."""
+    _restore_replaced(parent)
+    found = leftovers(parent)
+    for path in found:
+        shutil.rmtree(path, ignore_errors=True)
+    gone = [path.name for path in found if not path.exists()]
+    if gone:
+        log.info("deleted what stopped saves left behind, %d of them: %s", len(gone), ", ".join(gone))
 
 
 def finished_states(parent: Path) -> list[Path]:
@@ -228,6 +252,24 @@ def _rng_name(rank: int) -> str:
     return f"rng-{rank:04d}.safetensors"
 
 
+def _give_name(draft: Path, final: Path) -> None:
+    replaced = final.with_name(f"{final.name}.old")
+    if final.exists():  # the same step again; it may be the only state there is, so it goes last
+        if replaced.exists():
+            shutil.rmtree(replaced)
+        final.rename(replaced)
+    draft.rename(final)
+    sync_folder(final.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _restore_replaced(parent: Path) -> None:
+    """Give a state its name back whose replacement was stopped before it had that name."""
+    for path in parent.glob("*step-*.old"):
+        if LEFTOVER_NAME.match(path.name) and not path.with_suffix("").exists():
+            path.rename(path.with_suffix(""))
+
+
 def _set_aside(path: Path) -> None:
     target = path.with_name(f"{path.name}.corrupt")
     number = 1
@@ -240,11 +282,12 @@ def _set_aside(path: Path) -> None:
 def _storage_error(err: OSError, *, parent: Path, name: str, tensors: Mapping[str, Tensor]) -> StorageError:
     need = sum(t.numel() * t.element_size() for t in tensors.values())
     free = shutil.disk_usage(parent).free if parent.exists() else 0
-    older = newest_name(parent)
+    run = parent.parent if parent.name == "checkpoints" else parent  # a nan-step-N lies beside the others' folder
+    older = newest_name(parent) or newest_name(run / "checkpoints")
     return StorageError(
         f"the training state {name} could not be written: {err.strerror or type(err).__name__}. "
         f"It needs {need / 1e9:.2f} GB, {free / 1e9:.2f} GB are free.",
-        where=f"runs folder of {parent.parent.name}",
+        where=run.name,
         kept=f"the verified state {older}" if older else "nothing was saved yet",
         next_command="free space, then the same command",
     )

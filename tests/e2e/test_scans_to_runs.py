@@ -104,7 +104,9 @@ def test_finetune__on_a_folder_of_scans_with_labels(workplace, write, capsys):
     write(workplace / FOLDER, labelled=True)
     command = ["finetune", "--ckpt", "sam.safetensors", "--data", FOLDER, "--preset", "cpu", "--dry-run"]
     assert main([*command, "model.image_size=32", "data.batch_size=2"]) == 0
-    assert f"no run was written; the store {Path('data') / FOLDER}.zarr, made from" in capsys.readouterr().err
+    printed = capsys.readouterr().err
+    assert f"no run was written; the store {Path('data') / FOLDER}.zarr, made from" in printed
+    assert printed.count(" GB for training states, ") == 1
     assert not Path("runs").exists()
     store = SliceStore.open(Path("data") / f"{FOLDER}.zarr")
     assert store.label_names == ({1: "label 1"} if write is write_nifti_folder else {1: "lesion"})

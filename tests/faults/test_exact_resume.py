@@ -210,6 +210,24 @@ def test_sigkill__same_bytes(tmp_path: Path) -> None:
     assert curve(tmp_path, "whole") == curve(tmp_path, "killed")
 
 
+def test_sigkill_early_in_a_resumed_session__no_line_lost(tmp_path: Path) -> None:
+    """Resumed at step 3 and killed before anything was logged again: the line of step 3 has a validation in it."""
+    config = tiny_config(save_every_steps=3)
+    tiny_fit(tmp_path, "whole", config)
+    with pytest.raises(Killed):
+        tiny_fit(tmp_path, "killed", config, callbacks=[At(5, die)])
+    child = os.fork()
+    if child == 0:
+        try:
+            tiny_fit(tmp_path, "killed", config, callbacks=[At(4, lambda: os.kill(os.getpid(), signal.SIGKILL))])
+        finally:
+            os._exit(1)  # never back into pytest
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+    assert [step for step, _ in curve(tmp_path, "killed")] == [0, 1, 2, 3]
+    tiny_fit(tmp_path, "killed", config)
+    assert same(tmp_path, 15)
+
+
 SCRIPT = """
 import sys
 sys.path.insert(0, {tests!r})

@@ -9,10 +9,13 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,6 +27,7 @@ from samgraft.shared.data.store import SliceStore
 from samgraft.shared.errors import StoppedAndSaved
 from samgraft.shared.models.card import Card
 from samgraft.shared.models.weights import card_of, read_weights, save_encoder, save_sam
+from samgraft.shared.training import disk_need
 from samgraft.shared.training.device import choose_device
 from samgraft.shared.training.trainer import FitResult, fit
 from samgraft.ssl import preflight
@@ -146,6 +150,11 @@ def test_dry_run__writes_nothing(lab: Path, caplog: pytest.LogCaptureFixture) ->
     assert {p for p in lab.rglob("*") if p.is_file()} == before
     assert "new run" in caplog.text
     assert "12 training slices, volumes: 3, patients: 3 for training, 1 held out" in caplog.text
+    assert re.search(r"disk +up to 0\.0\d GB for training states, ", caplog.text)
+    milestones = (*MASKED_IMAGE, "trainer.keep_every_steps=1", "trainer.max_steps=1000")
+    with caplog.at_level("INFO"):
+        pretrain(config_of(lab, *milestones), name="dry", runs=lab / "runs", device=choose_device("cpu"), dry_run=True)
+    assert re.search(r"disk +up to 0\.[1-9]\d GB for training states, ", caplog.text)
 
 
 def test_probe__is_resumed_exactly_and_leaves_the_training_as_it_was(
@@ -181,9 +190,15 @@ def test_probe__is_resumed_exactly_and_leaves_the_training_as_it_was(
     assert f'<td class="n">{looks[0]["probe/dice"]:.3f}</td>' in report
 
 
-def test_second_command__finds_the_finished_run(lab: Path, caplog: pytest.LogCaptureFixture) -> None:
-    first = run(lab, "again")
+def test_second_command__finds_the_finished_run_also_on_a_full_disk(
+    lab: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with caplog.at_level("INFO"):
+        first = run(lab, "again")
+    assert caplog.text.count("GB for training states") == 1, "one account of the disk, said once"
     before = first.read_bytes()
+    usage = shutil.disk_usage(lab)._replace(free=0)
+    monkeypatch.setattr(disk_need, "shutil", SimpleNamespace(disk_usage=lambda _: usage))
     with caplog.at_level("INFO"):
         second = run(lab, "again")
     assert second.read_bytes() == before

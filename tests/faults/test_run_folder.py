@@ -11,9 +11,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from samgraft.shared.config import config_sha256, keys_that_may_change, load_config
 from samgraft.shared.errors import StorageError, UsageError
 from samgraft.shared.training.metrics_log import MetricsLog
-from samgraft.shared.training.run_folder import RunFolder, check_run_folder, keys_that_may_change
+from samgraft.shared.training.run_folder import RunFolder, check_run_folder
 from tiny_training import TinyConfig, tiny_config
 
 
@@ -30,6 +31,16 @@ def test_same_configuration__taken_up(tmp_path: Path) -> None:
     before = snapshot(tmp_path)
     open_run(tmp_path, num_workers=3, save_every_steps=99).close()
     assert snapshot(tmp_path) == before
+
+
+def test_hash_of_the_configuration__is_that_of_config_yaml_also_after_a_resume(tmp_path: Path) -> None:
+    with open_run(tmp_path) as run:
+        run.write_run_json()
+    with open_run(tmp_path, num_workers=3, save_every_steps=99) as run:
+        run.write_run_json()
+        recorded = run.read_run_json()["config_sha256"]
+    assert recorded == config_sha256(load_config(TinyConfig, layers=[tmp_path / "a" / "config.yaml"]))
+    assert recorded != config_sha256(tiny_config(max_steps=20))
 
 
 def test_other_configuration__refused_naming_the_keys(tmp_path: Path) -> None:
@@ -173,4 +184,19 @@ def test_metrics__torn_last_line_and_later_steps_dropped(tmp_path: Path) -> None
         file.write('{"step": 6, "train/l')
     assert [line["step"] for line in metrics.read()] == [1, 2, 3, 4, 5]
     assert metrics.truncate_after(3) == {"step": 3, "train/loss": 1 / 3}
-    assert metrics.path.read_text() == '{"step": 1, "train/loss": 1.0}\n{"step": 2, "train/loss": 0.5}\n'
+    kept = '{"step": 1, "train/loss": 1.0}\n{"step": 2, "train/loss": 0.5}\n'
+    assert metrics.path.read_text() == kept + '{"step": 3, "train/loss": 0.3333333333333333}\n'
+    metrics.append_many([{"step": 3, "train/loss": 1 / 3, "probe/dice": 0.5}, {"step": 4}])
+    metrics.append(4, {"x": 1})
+    replaced = '{"step": 3, "train/loss": 0.3333333333333333, "probe/dice": 0.5}\n{"step": 4}\n'
+    assert metrics.path.read_text() == kept + replaced + '{"step": 4, "x": 1}\n'
+
+
+@pytest.mark.parametrize(("whole", "torn_bytes"), [("", 4), ('{"step": 2}\n', 200_000)])
+def test_metrics__line_torn_by_a_full_disk_costs_no_other(tmp_path: Path, whole: str, torn_bytes: int) -> None:
+    metrics = MetricsLog(tmp_path / "metrics.jsonl")
+    metrics.append(1, {})
+    with metrics.path.open("a") as file:
+        file.write(whole + "x" * torn_bytes)
+    metrics.append(4, {})
+    assert metrics.path.read_text() == '{"step": 1}\n' + whole + '{"step": 4}\n'

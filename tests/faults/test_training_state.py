@@ -9,12 +9,15 @@ import resource
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from samgraft.shared.errors import NumericalError, StoppedAndSaved, StorageError, UsageError, WeightsError
-from samgraft.shared.training import tensor_file
+from samgraft.shared.errors import StorageError, WeightsError
+from samgraft.shared.training import disk_need, tensor_file, training_state
+from samgraft.shared.training.disk_need import LOGS_BYTES, check_disk
+from samgraft.shared.training.periodic import Boundary, Periodic
 from samgraft.shared.training.state_tree import flatten_state, unflatten_state
 from samgraft.shared.training.training_state import (
     find_damage,
@@ -22,9 +25,11 @@ from samgraft.shared.training.training_state import (
     newest_state,
     prune_states,
     read_state,
+    rewrite_record,
     write_state,
 )
-from tiny_training import At, Killed, TinyModule, curve, die, final_bytes, tiny_config, tiny_fit
+from tiny_training import At, Killed, TinyModule, die, final_bytes, tiny_config, tiny_fit
+from torch import nn
 
 
 def write(parent: Path, step: int, *, size: int = 100) -> Path:
@@ -98,12 +103,75 @@ def test_all_states_damaged__not_started_from_zero(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-000001.corrupt", "step-000002.corrupt"]
 
 
-def test_unfinished_state__ignored_with_a_message(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    write(tmp_path, 297)
-    write(tmp_path, 300).rename(tmp_path / "step-000300.tmp")
-    with caplog.at_level("WARNING"):
-        assert newest_state(tmp_path) == tmp_path / "step-000297"
+def test_unfinished_states__deleted_once_another_verifies(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for step in (300, 303):
+        write(tmp_path, step).rename(tmp_path / f"step-{step:06d}.tmp")
+    (tmp_path / "card.tmp").mkdir()
+    with caplog.at_level("INFO"):
+        assert newest_state(tmp_path) is None
     assert "step-000300.tmp is incomplete" in caplog.text
+    write(tmp_path, 297)
+    caplog.clear()
+    with caplog.at_level("INFO"):
+        assert newest_state(tmp_path, set_aside=False) == tmp_path / "step-000297"
+        assert caplog.text == ""
+        assert newest_state(tmp_path) == tmp_path / "step-000297"
+        assert newest_state(tmp_path) == tmp_path / "step-000297"
+    (line,) = caplog.messages
+    assert line == "deleted what stopped saves left behind, 2 of them: step-000300.tmp, step-000303.tmp"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["card.tmp", "step-000297"]
+
+
+def test_killed_save_of_a_nan_step__its_draft_goes_too(tmp_path: Path) -> None:
+    tiny_fit(tmp_path, "a", tiny_config(max_steps=3))
+    (tmp_path / "a/nan-step-7.tmp").mkdir()
+    tiny_fit(tmp_path, "a", tiny_config(max_steps=3))
+    assert not (tmp_path / "a/nan-step-7.tmp").exists()
+
+
+@pytest.mark.parametrize("die_at", range(3))
+def test_same_step_again__a_state_stands_at_every_moment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, die_at: int
+) -> None:
+    """As after a validation that a stop had dropped; it is the only state of the run."""
+    write(tmp_path, 300)
+    act, calls = Path.rename, iter(range(100))
+
+    def dying_rename(self: Path, target: Path) -> Path:
+        if next(calls) == die_at:
+            raise Killed
+        return act(self, target)
+
+    def dying_rmtree(*_: object, **__: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", dying_rename)
+        patch.setattr(training_state.shutil, "rmtree", dying_rmtree if die_at == 2 else shutil.rmtree)
+        with pytest.raises(Killed):
+            rewrite_record(read_state(tmp_path / "step-000300"), {"best": "new"})
+    newest = newest_state(tmp_path)
+    assert newest == tmp_path / "step-000300"
+    assert read_state(newest).record.get("best") == ("new" if die_at == 2 else None)
+    assert [p.name for p in tmp_path.iterdir()] == ["step-000300"]
+
+
+def test_same_step_again__a_failing_disk_gives_the_old_one_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path, 300)
+    act = Path.rename
+
+    def failing_rename(self: Path, target: Path) -> Path:
+        if self.suffix == ".tmp":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return act(self, target)
+
+    monkeypatch.setattr(Path, "rename", failing_rename)
+    with pytest.raises(StorageError) as refusal:
+        write(tmp_path, 300)
+    assert refusal.value.kept == "the verified state step-000300"
+    assert find_damage(tmp_path / "step-000300") is None
 
 
 def test_newest__by_step_not_by_time(tmp_path: Path) -> None:
@@ -219,12 +287,75 @@ def test_full_disk_in_training__older_state_goes_on(tmp_path: Path, monkeypatch:
     assert final_bytes(tmp_path, "whole", 15) == final_bytes(tmp_path, "killed", 15)
 
 
+@pytest.mark.parametrize(("step", "kept"), [(3, "nothing was saved yet"), (6, "the verified state step-000004")])
+def test_full_disk_outside_a_state__names_what_is_kept_and_the_command(tmp_path: Path, step: int, kept: str) -> None:
+    """A validation that keeps its best weights, a log that is shortened at a resume, the results at the end."""
+
+    def keep_best(boundary: Boundary) -> dict[str, float]:
+        if boundary.step == step:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs/killed/best/step.safetensors")
+        return {"val/score": 0.0}
+
+    periodic = [Periodic(name="validation", every_steps=3, run=keep_best)]
+    with pytest.raises(StorageError, match=r"the disk is full: No space left on device\.") as refusal:
+        tiny_fit(tmp_path, "killed", tiny_config(save_every_steps=4), periodic=periodic)
+    assert refusal.value.where == "killed/step.safetensors"
+    assert refusal.value.kept == kept
+    assert refusal.value.next_command == "free space, then: make pretrain NAME=killed"
+
+
+def test_full_disk_at_a_nan_step__names_the_state_that_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    write(tmp_path / "a" / "checkpoints", 4)
+    monkeypatch.setattr(training_state, "write_tensors", full)
+    with pytest.raises(StorageError, match="nan-step-7 could not be written: No space") as refusal:
+        write_state(tmp_path / "a", "nan-step-7", step=6, record={}, tensors={}, rng_per_rank=[])
+    assert refusal.value.kept == "the verified state step-000004"
+    assert refusal.value.where == "a"
+
+
 def test_disk_need__refused_before_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=10**6)
     monkeypatch.setattr("samgraft.shared.training.disk_need.shutil.disk_usage", lambda _: usage)
     with pytest.raises(StorageError, match=r"needs 0\.07 GB for its training states"):
         tiny_fit(tmp_path, "a", tiny_config())
     assert not (tmp_path / "a" / "checkpoints").exists()
+
+
+def test_disk_need__what_is_there_is_not_needed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that just fits its disk fits it at every resume, and needs none when nothing is left to train."""
+    trainer = tiny_config(keep_every_steps=5).trainer
+    module, run_path, size = nn.Linear(1000, 100), tmp_path / "a", 300_300
+    whole = 4 * size * (trainer.keep_last + 3 + 3) + LOGS_BYTES
+
+    def set_free(num_bytes: int) -> None:
+        usage = SimpleNamespace(free=num_bytes)
+        monkeypatch.setattr(disk_need, "shutil", SimpleNamespace(disk_usage=lambda _: usage))
+
+    set_free(whole)
+    assert check_disk(module, trainer, run_path).startswith("up to 0.08 GB for training states")
+    set_free(whole - 1)
+    with pytest.raises(StorageError, match=r"needs 0\.08 GB for its training states \(0\.00 GB each"):
+        check_disk(module, trainer, run_path)
+    write(run_path / "checkpoints", 12, size=size).rename(run_path / "checkpoints" / "step-000012.tmp")
+    with pytest.raises(StorageError):  # a draft is kept while there is nothing else
+        check_disk(module, trainer, run_path)
+    for step in (5, 9, 10):
+        write(run_path / "checkpoints", step, size=size)
+    (run_path / "metrics.jsonl").write_bytes(bytes(1000))
+    set_free(whole - 4 * 4 * size - 1000)
+    assert check_disk(module, trainer, run_path).startswith("up to 0.07 GB more for training states")
+    set_free(whole - 4 * 4 * size - 100_000)  # beyond the few kB of generators and manifest in each state
+    with pytest.raises(StorageError, match="GB more for its training states") as refusal:
+        check_disk(module, trainer, run_path)
+    assert refusal.value.kept == "the training states up to step-000010"
+    write(run_path / "checkpoints", 15)
+    set_free(0)
+    assert check_disk(module, trainer, run_path) == "nothing more to train after step-000015"
+    with pytest.raises(StorageError):
+        check_disk(module, tiny_config(resume_from="nan-step-7").trainer, run_path)
 
 
 def test_full_disk_in_the_logs__training_goes_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -236,60 +367,6 @@ def test_full_disk_in_the_logs__training_goes_on(tmp_path: Path, caplog: pytest.
         result = tiny_fit(tmp_path, "a", tiny_config(), callbacks=[At(6, lose_logs)])
     assert result.step == 15
     assert caplog.text.count("metrics.jsonl cannot be written") == 1
-
-
-def test_nan__stops_before_the_update_and_can_be_replayed(tmp_path: Path) -> None:
-    with pytest.raises(NumericalError, match=r"loss is nan and gradient norm nan at step 7 ") as refusal:
-        tiny_fit(tmp_path, "a", tiny_config(), nan_at=7)
-    assert refusal.value.kept == "last good state: step-000004"
-    assert refusal.value.next_command == "replay: make pretrain NAME=a trainer.resume_from=nan-step-7"
-    assert [step for step, _ in curve(tmp_path, "a")] == list(range(7))
-    kept = tmp_path / "a" / "nan-step-7"
-    state = read_state(kept)
-    assert state.step == 6
-    assert all(t.isfinite().all() for name, t in state.tensors.items() if t.is_floating_point())
-    assert load_file(kept / "batch.safetensors")["batch.image"].shape == (4, 3, 6, 6)
-    with pytest.raises(NumericalError, match="at step 7"):
-        tiny_fit(tmp_path, "a", tiny_config(resume_from="nan-step-7"), nan_at=7)
-    # The replayable state is exact: without the NaN it leads to the same end as a run that never had one.
-    tiny_fit(tmp_path, "a", tiny_config(resume_from="nan-step-7"))
-    tiny_fit(tmp_path, "whole", tiny_config())
-    assert final_bytes(tmp_path, "whole", 15) == final_bytes(tmp_path, "a", 15)
-
-
-def test_resume_from__the_same_command_again_keeps_what_the_replay_reached(tmp_path: Path, caplog) -> None:
-    with pytest.raises(NumericalError):
-        tiny_fit(tmp_path, "a", tiny_config(), nan_at=7)
-    replay = tiny_config(resume_from="nan-step-7", save_every_steps=1)
-    with pytest.raises(StoppedAndSaved):
-        tiny_fit(tmp_path, "a", replay, callbacks=[At(9, lambda: os.kill(os.getpid(), signal.SIGTERM))])
-    with caplog.at_level("INFO"):
-        result = tiny_fit(tmp_path, "a", replay)
-    assert result.resumed_from_step == 9
-    assert "nan-step-7: the run has gone on since, to step-000009" in caplog.text
-
-
-@pytest.mark.parametrize("name", ["step-000004", "nan-step-9"])
-def test_resume_from__what_is_not_kept_is_answered_with_what_is(tmp_path: Path, name: str) -> None:
-    with pytest.raises(NumericalError):
-        tiny_fit(tmp_path, "a", tiny_config(), nan_at=7)
-    with pytest.raises(UsageError, match=r"kept state of the run \(nan-step-7\)") as refusal:
-        tiny_fit(tmp_path, "a", tiny_config(resume_from=name))
-    assert "checkpoints/ are taken up without it" in str(refusal.value)
-
-
-def test_gradient_clipping__limits_the_norm(tmp_path: Path) -> None:
-    norms = []
-
-    class Watch(TinyModule):
-        def optimizer_step(self, *args, **kwargs):
-            super().optimizer_step(*args, **kwargs)
-            norms.append(
-                float(torch.nn.utils.get_total_norm([p.grad for p in self.parameters() if p.grad is not None]))
-            )
-
-    tiny_fit(tmp_path, "a", tiny_config(max_steps=3, clip_grad_norm=0.25), module=Watch)
-    assert norms == pytest.approx([0.25] * 3, rel=1e-4)
 
 
 def test_module_hook_after_the_save__refused(tmp_path: Path) -> None:

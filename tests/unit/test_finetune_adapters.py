@@ -1,5 +1,6 @@
 """What trains, what stays, and that merging changes nothing."""
 
+import os
 import re
 
 import pytest
@@ -13,9 +14,11 @@ from samgraft.finetune.adapters import (
     adapt,
     head_names,
     key_rows,
+    save_adapter,
     target_pattern,
     trainable_tensors,
 )
+from samgraft.finetune.adapters.saving import remember_base
 from samgraft.finetune.loss import SegmentationLoss
 from samgraft.finetune.segmenter import Segmenter, make_room_for_classes
 from torch import nn
@@ -208,3 +211,19 @@ def test_room__more_classes_reuse_sams_tokens_first():
 def test_adapter_config__refuses(values, message):
     with pytest.raises(ValueError, match=message):
         AdapterConfig(**values)
+
+
+@pytest.mark.parametrize("method", [Method.LORA, Method.PISSA])  # peft writes the one, we the other
+def test_adapter_files__may_be_read_by_whom_the_umask_lets(method, tmp_path):
+    _, peft_model = make_segmenter("plain", AdapterConfig(method=method, r=2, lora_alpha=2))
+    remember_base(peft_model, "0" * 64)
+    before = os.umask(0o007)
+    try:
+        save_adapter(peft_model, tmp_path, method=method)
+    finally:
+        os.umask(before)
+    assert {p.name: oct(p.stat().st_mode & 0o777) for p in tmp_path.iterdir() if "adapter_" in p.name} == {
+        "adapter_base.json": "0o660",
+        "adapter_config.json": "0o660",
+        "adapter_model.safetensors": "0o660",
+    }

@@ -60,6 +60,9 @@ def test_release__vit_t_says_what_does_not_apply(tmp_path, in_process):
     run = finished_model(tmp_path, tiny_vit_t_spec(), image_size=64)
     released = release_model(request(run, formats=("sam", "peft")))
     assert {c.path for c in released.checked} == {"sam.safetensors", "sam.pth", "peft"}
+    (tmp_path / "new").touch()
+    modes = {p.name: p.stat().st_mode for p in (tmp_path / "out").rglob("*") if p.is_file()}
+    assert set(modes.values()) == {(tmp_path / "new").stat().st_mode}, modes  # of any new file, as the umask says
     with pytest.raises(UsageError, match="cannot express vit_t"):
         release_model(request(run, formats=("transformers",), out=tmp_path / "b"))
 
