@@ -34,9 +34,9 @@ def newest_state_file(run: Path) -> Path | None:
     return max(states, key=lambda p: int(p.parent.name[5:]), default=None)
 
 
-def is_training_state(names: Iterable[str]) -> bool:
+def is_training_state(names: Iterable[object]) -> bool:
     """Tell a training state of either stage by the names of its tensors, wherever the file lies."""
-    return any(name.split(".")[:2] in _OWN_ROOTS for name in names)
+    return any(str(name).split(".")[:2] in _OWN_ROOTS for name in names)
 
 
 def card_of_state(file: Path) -> Card:
