@@ -22,7 +22,7 @@ STATES_FOLDER = "checkpoints"
 SSL_STATE_METADATA: Final[Mapping[str, str]] = MappingProxyType({"samgraft": "ssl_state"})
 """In the header of an ``ssl_state``. One entry: safetensors writes several in no fixed order."""
 FINISH_RUN = "the command that the run was started with: it goes on, and BASE=runs/NAME is then its result"
-_OWN_ROOTS = ("model.objective.", "model.segmenter.")
+_OWN_ROOTS = (["model", "objective"], ["model", "segmenter"])
 
 
 def newest_state_file(run: Path) -> Path | None:
@@ -34,9 +34,9 @@ def newest_state_file(run: Path) -> Path | None:
     return max(states, key=lambda p: int(p.parent.name[5:]), default=None)
 
 
-def is_training_state(names: Iterable[str]) -> bool:
+def is_training_state(names: Iterable[object]) -> bool:
     """Tell a training state of either stage by the names of its tensors, wherever the file lies."""
-    return any(name.startswith(_OWN_ROOTS) for name in names)
+    return any(str(name).split(".")[:2] in _OWN_ROOTS for name in names)
 
 
 def card_of_state(file: Path) -> Card:

@@ -62,6 +62,7 @@ WRAPPED = {
         "_instantiator": "os.system",
         "epoch": 1,
     },
+    "beside numbers": lambda t: {"model": t, 0: 7},
     "ddp": lambda t: {f"module.{k}": v for k, v in t.items()},
     "compiled": lambda t: {f"_orig_mod.{k}": v for k, v in t.items()},
     "compiled inside ddp": lambda t: {f"module._orig_mod.{k}": v for k, v in t.items()},
