@@ -41,9 +41,15 @@ class Record:
 
 
 class ValidationRounds:
-    """Keeps the record and the best tensors on disk."""
+    """Keeps the record and the best tensors on disk.
 
-    def __init__(self, run_path: Path) -> None:
+    Args:
+        run_path: Folder of the run.
+        is_writer: Every process keeps the record, one of them writes it.
+    """
+
+    def __init__(self, run_path: Path, *, is_writer: bool = True) -> None:
+        self.is_writer = is_writer
         self.path = run_path / "validation.json"
         self.best_folder = run_path / "best"
         self.record = self._read()
@@ -64,8 +70,10 @@ class ValidationRounds:
         dice = _dice_of(results)
         self.record.rounds[step] = dice
         if self.record.best_step == step:
-            self.best_folder.mkdir(exist_ok=True)
-            save_tensors(trained(), self._tensor_file(step))
+            tensors = trained()  # on every process: sharded ones are put together by all
+            if self.is_writer:
+                self.best_folder.mkdir(exist_ok=True)
+                save_tensors(tensors, self._tensor_file(step))
         self._write()
         return dice
 
@@ -97,6 +105,8 @@ class ValidationRounds:
         return Record(zero_shot=values["zero_shot"], start=values["start"], rounds=rounds)
 
     def _write(self) -> None:
+        if not self.is_writer:
+            return
         temporary = self.path.with_name(self.path.name + ".tmp")
         temporary.write_text(json.dumps(asdict(self.record), indent=1) + "\n", encoding="utf-8")
         temporary.replace(self.path)

@@ -77,7 +77,7 @@ def finetune(config: FinetuneConfig, run: RunFolder, device: DeviceChoice, prepa
     """
     hold_to_inputs(run, _inputs(prepared))
     run.write_run_json(**_provenance(prepared), world_size=device.world_size)
-    rounds = ValidationRounds(run.path)
+    rounds = ValidationRounds(run.path, is_writer=run.is_writer)
     if run.is_writer and rounds.record.zero_shot is None and isinstance(prepared.start, StartingPoint):
         dice = rounds.set_reference("zero_shot", measure_zero_shot(prepared, prepared.start, device.torch_device))
         prompts = f"{config.prompt.mode.value} prompts from the labels" if config.prompt.is_prompted else "no prompt"

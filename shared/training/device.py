@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from samgraft.shared.errors import UsageError
-from samgraft.shared.training.environment import processes_expected, processes_per_node
+from samgraft.shared.training.environment import local_rank, processes_expected, processes_per_node
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ class DeviceChoice:
     def torch_device(self) -> torch.device:
         """Device of this process outside of a trainer."""
         if self.accelerator == "cuda":
-            return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % max(1, torch.cuda.device_count()))
+            return torch.device("cuda", local_rank() % max(1, torch.cuda.device_count()))
         return torch.device(self.accelerator)
 
 

@@ -64,6 +64,14 @@ def process_rank() -> int:
     return 0
 
 
+def local_rank() -> int:
+    """Return this process's number on its machine, as torchrun, Lightning or srun announce it: its GPU."""
+    for name in ("LOCAL_RANK", *(("SLURM_LOCALID",) if slurm_starts_processes() else ())):
+        if os.environ.get(name, "").isdigit():
+            return int(os.environ[name])
+    return 0
+
+
 def processes_expected() -> int:
     """Return the world size that torchrun or SLURM announce, else 1."""
     for name in ("WORLD_SIZE", *(("SLURM_NTASKS",) if slurm_starts_processes() else ())):

@@ -223,7 +223,7 @@ def _finish(
         return
     module.to(device.torch_device)
     step_log.start(after_step=state.step)
-    tasks.run_pending(module, state.step)
+    tasks.run_pending(module, state.step, rank=process_rank())
     step_log.close()
     if books.pending:
         raise stopped(state.step, run=run, signal_name=stop.signal_name)

@@ -231,6 +231,10 @@ def test_rounds__keep_the_best_and_survive_a_resume(tmp_path):
     assert again.best_file().name == "step-000020.safetensors"
     again.forget_after(15)
     assert again.best_file().name == "step-000010.safetensors"
+    other = ValidationRounds(tmp_path / "other", is_writer=False)  # the second of two processes
+    other.add(10, result([1, 1, 0]), dict)
+    assert other.record.best_step == 10
+    assert not (tmp_path / "other").exists()
     with pytest.raises(DataError, match="no validation scan shows a class"):
         rounds.add(40, [dataclasses.replace(result([0, 0, 0])[0], scores=())], dict)
 

@@ -96,7 +96,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Path:
         *(
             pytest.param(wrong_value(method, value), 2, [message], id=f"{method} {value}")
             for method, value, message in (
-                ("masked_image", "objective.masked_image.mask_unit_px=24", "divide image_size 32, got 24. Use one of 4, 8"),
+                ("masked_image", "objective.masked_image.mask_unit_px=24", "image_size 32, got 24. Use one of 4, 8"),
                 ("masked_image", "model.image_size=4", "image_size must be at least two tokens of 4 px, got 4"),
                 ("masked_image", "model.image_size=0", "model.image_size must be positive, got 0"),
                 ("masked_image", "objective.masked_image.mask_unit_px=6", "where  objective.*.mask_unit_px"),

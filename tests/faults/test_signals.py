@@ -114,6 +114,26 @@ def test_signal_in_the_last_validation__made_up_for_without_training(tmp_path: P
     assert same(tmp_path)
 
 
+def test_made_up_for_by_every_process__under_its_own_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without training there is no group of processes; still only the first one may write what a look leaves."""
+    ranks = []
+
+    def look(boundary: Boundary) -> dict[str, float]:
+        if boundary.step == 15 and not ranks:
+            ranks.append(boundary.rank)
+            send(signal.SIGTERM)
+            boundary.check_stop()
+        ranks.append(boundary.rank)
+        return {}
+
+    tasks = [Periodic(name="look", every_steps=15, run=look)]
+    with pytest.raises(StoppedAndSaved, match="at step 15"):
+        tiny_fit(tmp_path, "killed", tiny_config(), periodic=tasks)
+    monkeypatch.setattr("samgraft.shared.training.trainer.process_rank", lambda: 1)
+    tiny_fit(tmp_path, "killed", tiny_config(), periodic=tasks)
+    assert ranks == [0, 1]
+
+
 def test_fifty_signals_at_random_times__state_is_whole(tmp_path: Path) -> None:
     finished = threading.Event()
 

@@ -15,7 +15,7 @@ from samgraft.shared.errors import UsageError
 from samgraft.shared.training import device as device_module
 from samgraft.shared.training import progress as progress_module
 from samgraft.shared.training.device import choose_device, cpu_has_fast_bf16, tune_cpu
-from samgraft.shared.training.environment import process_rank
+from samgraft.shared.training.environment import local_rank, process_rank
 from samgraft.shared.training.lightning_setup import cluster_environment
 from samgraft.shared.training.optimizer import OptimizerConfig, build_optimizer, parameter_groups
 from samgraft.shared.training.periodic import Periodic, evaluating
@@ -187,6 +187,7 @@ def test_processes__who_started_them(started_with, variables, devices, shape, ra
     choice = choose_device("cpu", devices=devices)
     assert (choice.devices, choice.num_nodes) == shape
     assert process_rank() == rank
+    assert local_rank() == min(rank, 1)
     found = cluster_environment(choice)
     assert type(found) is cluster
     found.validate_settings(num_devices=choice.devices, num_nodes=choice.num_nodes)
