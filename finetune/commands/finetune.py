@@ -80,7 +80,7 @@ def _finetune(arguments: argparse.Namespace) -> int:
     check_warmup(config.optim.warmup_steps, config.trainer.max_steps)
     device = choose_device(config.trainer.device, precision=config.trainer.precision, devices=config.trainer.devices)
     log.info("device: %s", device.reason)
-    prepared = prepare_seeded(config)
+    prepared = prepare_seeded(config, run_path=arguments.runs / name)
     from samgraft.finetune.training.cached_slices import embedding_lines
     from samgraft.finetune.training.preparation import describe
 

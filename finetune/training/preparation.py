@@ -29,6 +29,7 @@ from samgraft.shared.data.store import SliceStore
 from samgraft.shared.errors import DataError, UsageError
 from samgraft.shared.models.card import Card
 from samgraft.shared.models.tensor_report import TensorReport
+from samgraft.shared.training.run_inputs import kept_split
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -57,15 +58,21 @@ class Prepared:
     transductive: bool
 
 
-def prepare(config: FinetuneConfig) -> Prepared:
+def prepare(config: FinetuneConfig, *, run_path: Path | None = None) -> Prepared:
     """Open data and weights, check that they fit, and adapt the model; writes nothing.
+
+    Args:
+        config: Everything the run is decided by.
+        run_path: A run that may exist: without ``data.split`` its own split comes before what is found or drawn today.
 
     Raises:
         DataError, WeightsError, UsageError: If the run could not give a trustworthy result.
     """
     store = _open_store(config)
-    split = load_split(Path(config.data.split) if config.data.split else None, store)
-    split = draw_few_shot(split, store, config.data.few_shot)
+    split = kept_split(run_path, store) if run_path is not None and not config.data.split else None
+    if split is None:
+        split = load_split(Path(config.data.split) if config.data.split else None, store)
+        split = draw_few_shot(split, store, config.data.few_shot)
     classes = choose_classes(
         store, config.data.classes, regions=config.data.regions or None, train_patients=split.train
     )

@@ -50,7 +50,7 @@ from samgraft.shared.training.loader import build_step_loader
 from samgraft.shared.training.periodic import Boundary, Periodic
 from samgraft.shared.training.resume import LoaderPosition, rng_untouched, seed_process
 from samgraft.shared.training.run_folder import RunFolder
-from samgraft.shared.training.run_inputs import hold_to_inputs
+from samgraft.shared.training.run_inputs import hold_to_inputs, keep_split
 from samgraft.shared.training.schedule import LearningRate
 from samgraft.shared.training.trainer import FitResult, fit
 from torch import nn
@@ -76,6 +76,8 @@ def finetune(config: FinetuneConfig, run: RunFolder, device: DeviceChoice, prepa
         prepared: From ``prepare``, with the same configuration.
     """
     hold_to_inputs(run, _inputs(prepared))
+    if not config.data.split:
+        keep_split(run, prepared.split)
     run.write_run_json(**_provenance(prepared), world_size=device.world_size)
     rounds = ValidationRounds(run.path, is_writer=run.is_writer)
     if run.is_writer and rounds.record.zero_shot is None and isinstance(prepared.start, StartingPoint):
@@ -120,11 +122,11 @@ def finetune(config: FinetuneConfig, run: RunFolder, device: DeviceChoice, prepa
     return folder
 
 
-def prepare_seeded(config: FinetuneConfig) -> Prepared:
+def prepare_seeded(config: FinetuneConfig, *, run_path: Path | None = None) -> Prepared:
     """Prepare with fresh adapter weights drawn from the run's seed; the caller's generators stay as they were."""
     with rng_untouched():
         seed_process(config.seed)
-        return prepare(config)
+        return prepare(config, run_path=run_path)
 
 
 def start_from_slices(prepared: Prepared, config: FinetuneConfig, device: DeviceChoice) -> None:

@@ -17,6 +17,8 @@ from samgraft.finetune.training.module import FinetuneModule
 from samgraft.finetune.training.step_cost import measure_step
 from samgraft.shared.cli import main
 from samgraft.shared.config import load_config
+from samgraft.shared.data.split import default_split_path, make_split
+from samgraft.shared.data.store import SliceStore
 from samgraft.shared.errors import SamgraftError, StoppedAndSaved
 from samgraft.shared.models.weights import save_tensors
 from samgraft.shared.training.device import choose_device
@@ -193,6 +195,24 @@ def test_bad_input__is_refused_before_a_run_begins(lab, settings, message):
     """The command prepares before it opens a run folder."""
     with pytest.raises(SamgraftError, match=message):
         train.prepare_seeded(config_of(lab, *settings))
+
+
+@pytest.mark.parametrize("few_shot", ["null", "2"])
+def test_resume__with_the_runs_own_split_whatever_lies_beside_the_store_now(tmp_path, few_shot):
+    store = SliceStore.open(make_store(tmp_path, num_patients=6, shape_zyx=(4, 24, 20)))
+    save_tensors(dict(make_sam(tiny_vit_t_spec(), image_size=32).state_dict()), tmp_path / "base.safetensors")
+    config = config_of(tmp_path, f"data.few_shot.num={few_shot}", "trainer.max_steps=2")
+    path = tmp_path / "runs" / "a"
+    first = train.prepare_seeded(config, run_path=path)
+    with RunFolder.open(tmp_path / "runs", "a", config=config, stage="finetune") as folder:
+        train.finetune(config, folder, choose_device("cpu"), first)
+    other = next(s for s in (make_split(store, seed=seed) for seed in range(50)) if s.test != first.split.test)
+    other.save(default_split_path(store.path))
+    again = train.prepare_seeded(config, run_path=path)
+    assert again.split == first.split
+    with RunFolder.open(tmp_path / "runs", "a", config=config, stage="finetune") as folder:
+        train.finetune(config, folder, choose_device("cpu"), again)
+    assert set(train.prepare_seeded(config, run_path=tmp_path / "runs" / "b").split.test) == set(other.test)
 
 
 def test_step_cost__is_measured_and_changes_nothing(lab):

@@ -142,7 +142,7 @@ def test_finetune__trainer_switch_reaches_the_encoder(
     save_sam(make_sam(tiny_vit_t_spec(), image_size=32), tmp_path / "base.pth")
     prepared: list[preparation.Prepared] = []
     original = train.prepare_seeded
-    monkeypatch.setattr(train, "prepare_seeded", lambda c: prepared.append(original(c)) or prepared[0])
+    monkeypatch.setattr(train, "prepare_seeded", lambda c, **g: prepared.append(original(c, **g)) or prepared[0])
     arguments = ["--ckpt", "base.pth", "--data", "store.zarr", "--dry-run", "data.batch_size=2"]
     assert main(["finetune", *arguments, f"trainer.activation_checkpointing={str(wanted).lower()}"]) == 0
     assert prepared[0].segmenter.sam.image_encoder.activation_checkpointing is wanted
