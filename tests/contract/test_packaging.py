@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import tomllib
+import zipfile
 from importlib.metadata import entry_points
 from pathlib import Path
 
@@ -89,7 +90,9 @@ def test_wheel__imports_from_an_empty_folder(tmp_path: Path) -> None:
         check=True,
         capture_output=True,
     )
-    wheel = next(tmp_path.glob("samgraft-*.whl"))
-    code = f"import sys; sys.path.insert(0, {str(wheel)!r}); import samgraft.ssl.pretrain as m; print(m.__file__)"
+    installed = tmp_path / "installed"
+    with zipfile.ZipFile(next(tmp_path.glob("samgraft-*.whl"))) as wheel:
+        wheel.extractall(installed)
+    code = f"import sys; sys.path.insert(0, {str(installed)!r}); import samgraft.ssl.pretrain as m; print(m.__file__)"
     out = subprocess.run([sys.executable, "-I", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert ".whl" in out.stdout
+    assert out.stdout.startswith(str(installed))
