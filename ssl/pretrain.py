@@ -21,7 +21,7 @@ from samgraft.shared.training.device import DeviceChoice
 from samgraft.shared.training.loader import build_step_loader
 from samgraft.shared.training.resume import LoaderPosition, seed_process
 from samgraft.shared.training.run_folder import RunFolder
-from samgraft.shared.training.run_inputs import hold_to_inputs, keep_split
+from samgraft.shared.training.run_inputs import hold_to_inputs, keep_split, refuse_other_inputs
 from samgraft.shared.training.sharding import full_state, is_sharded, load_full_state
 from samgraft.shared.training.trainer import fit
 from samgraft.shared.training.trainer_config import Strategy, check_warmup
@@ -68,6 +68,8 @@ def pretrain(
     watched = load_watched(config, store, split, probe_store, preset=preset, stride=stride)
     moments = read_moments(config.model.base) if taken_up else None
     module = PretrainModule(objective, config, moments=moments)
+    inputs = _inputs(store, split, probe_store, watched, base_sha256=start_card.base_sha256)
+    refuse_other_inputs(runs / name, inputs)
     preflight(config, objective, dataset, split, watched, leaks=leaks, device=device, run_path=runs / name)
     if dry_run:
         return None
@@ -75,7 +77,7 @@ def pretrain(
     notes = [*leaks, *taken_up]
     card = encoder_card(config, start_card, store=store, split=split, intensity=preset.intensity, notes=notes)
     with RunFolder.open(runs, name, config=config, stage="pretrain") as run:
-        hold_to_inputs(run, _inputs(store, split, probe_store, watched, base_sha256=start_card.base_sha256))
+        hold_to_inputs(run, inputs)
         keep_split(run, split)
         write_card_of_states(run, card)
         whole = copy.deepcopy(objective) if config.trainer.strategy is Strategy.FSDP else objective

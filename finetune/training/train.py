@@ -50,7 +50,7 @@ from samgraft.shared.training.loader import build_step_loader
 from samgraft.shared.training.periodic import Boundary, Periodic
 from samgraft.shared.training.resume import LoaderPosition, rng_untouched, seed_process
 from samgraft.shared.training.run_folder import RunFolder
-from samgraft.shared.training.run_inputs import hold_to_inputs, keep_split
+from samgraft.shared.training.run_inputs import hold_to_inputs, keep_split, refuse_other_inputs
 from samgraft.shared.training.schedule import LearningRate
 from samgraft.shared.training.trainer import FitResult, fit
 from torch import nn
@@ -126,7 +126,10 @@ def prepare_seeded(config: FinetuneConfig, *, run_path: Path | None = None) -> P
     """Prepare with fresh adapter weights drawn from the run's seed; the caller's generators stay as they were."""
     with rng_untouched():
         seed_process(config.seed)
-        return prepare(config, run_path=run_path)
+        prepared = prepare(config, run_path=run_path)
+    if run_path is not None:
+        refuse_other_inputs(run_path, _inputs(prepared))
+    return prepared
 
 
 def start_from_slices(prepared: Prepared, config: FinetuneConfig, device: DeviceChoice) -> None:

@@ -121,11 +121,7 @@ class RunFolder:
 
     def read_run_json(self) -> dict[str, Any]:
         """Return ``run.json``, or nothing if it was not written yet."""
-        try:
-            content = json.loads((self.path / "run.json").read_text(encoding="utf-8"))
-        except (FileNotFoundError, ValueError):
-            return {}
-        return content if isinstance(content, dict) else {}
+        return read_run_json(self.path)
 
     def write_run_json(self, **facts: Any) -> None:
         """Add facts to ``run.json`` (fingerprints, hashes); versions and code revision are always recorded.
@@ -177,6 +173,15 @@ class RunFolder:
             kept=f"the verified state {newest}" if newest else "nothing was saved yet",
             next_command=f"free space, then: {self.continue_command}",
         )
+
+
+def read_run_json(run_path: Path) -> dict[str, Any]:
+    """Return ``run.json`` of a run, or nothing if it was not written yet."""
+    try:
+        content = json.loads((run_path / "run.json").read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def check_run_folder(root: Path, name: str, *, config: object, stage: str) -> None:

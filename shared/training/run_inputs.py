@@ -10,36 +10,41 @@ from pathlib import Path
 from samgraft.shared.data.split import Split, load_split
 from samgraft.shared.data.store import SliceStore
 from samgraft.shared.errors import DataError, UsageError
-from samgraft.shared.training.run_folder import RunFolder
+from samgraft.shared.training.run_folder import RunFolder, read_run_json
 
 log = logging.getLogger(__name__)
 
 SPLIT_FILE = "split.json"
 
 
-def hold_to_inputs(run: RunFolder, inputs: Mapping[str, str | None]) -> None:
-    """Record what a run begins with, or refuse to go on with something else.
+def refuse_other_inputs(run_path: Path, inputs: Mapping[str, str | None]) -> None:
+    """Refuse to go on with something else than a run began with; writes nothing, so a pre-flight may ask.
 
     Args:
-        run: Open run folder; ``run.json`` keeps the hashes.
+        run_path: A run that may exist; its ``run.json`` has the hashes of earlier sessions.
         inputs: Hash by what it is of, e.g. ``split_sha256``; None where there is none.
 
     Raises:
         UsageError: If an earlier session of the run had another one.
     """
-    before = run.read_run_json()
+    before = read_run_json(run_path)
     for name, now in inputs.items():
         then = before.get(name, now)
         if then != now:
             kind = name.removesuffix("_sha256").removesuffix("_fingerprint").replace("_", " ")
-            has_copy = name == "split_sha256" and (run.path / SPLIT_FILE).is_file()
-            copy = f" The run's own copy is {run.path.name}/{SPLIT_FILE}." if has_copy else ""
+            has_copy = name == "split_sha256" and (run_path / SPLIT_FILE).is_file()
+            copy = f" The run's own copy is {run_path.name}/{SPLIT_FILE}." if has_copy else ""
             raise UsageError(
                 f"the run began with another {kind} ({_short(then)} before, {_short(now)} now). Give the old one, or "
                 f"choose another NAME=.{copy}",
-                where=run.path.name,
+                where=run_path.name,
                 kept="the old run, untouched",
             )
+
+
+def hold_to_inputs(run: RunFolder, inputs: Mapping[str, str | None]) -> None:
+    """Record what a run begins with, or refuse to go on with something else (``refuse_other_inputs``)."""
+    refuse_other_inputs(run.path, inputs)
     run.write_run_json(**inputs)
 
 

@@ -42,10 +42,10 @@ def labelled(lab: Path, *, seed: int) -> None:
     Split(**parts, seed=0, store_fingerprint=store.fingerprint).save(lab / "labelled.split.json")
 
 
-def go(lab: Path) -> Path:
+def go(lab: Path, *, dry_run: bool = False) -> Path:
     overrides = (f"model.base={lab / 'sam.safetensors'}", f"probe.store={lab / 'labelled.zarr'}")
     config = config_of(lab, "masked_image", *overrides, "probe.every_n_steps=2", "probe.num_train_slices=2")
-    weights = pretrain(config, name="run", runs=lab / "runs", device=choose_device("cpu"))
+    weights = pretrain(config, name="run", runs=lab / "runs", device=choose_device("cpu"), dry_run=dry_run)
     assert weights is not None
     return weights
 
@@ -92,8 +92,9 @@ def test_base__another_file_at_the_path_is_refused(lab: Path) -> None:
     stop_half_way(lab)
     spec = dataclasses.replace(TINY_VIT, neck_dim=32)
     save_sam(make_sam(spec, image_size=32, seed=7), lab / "sam.safetensors")
-    with pytest.raises(UsageError, match=r"began with another base \("):
-        go(lab)
+    for dry_run in (True, False):
+        with pytest.raises(UsageError, match=r"began with another base \("):
+            go(lab, dry_run=dry_run)
 
 
 def test_probe__another_store_or_split_is_refused_not_compared(lab: Path) -> None:
