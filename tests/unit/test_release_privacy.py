@@ -126,10 +126,21 @@ def test_gate__finds_the_canary(clean, plant, monkeypatch):
         (b"0=;<B31@Em.Un|.M0=;<", 1, 0),
         (b"0=;<8x:\\y;<=0=;<0", 1, 0),
         (b"0=;<8123456;<=0=;<0", 1, 0),
+        (b"0=;<.X-^Ya;<=0=;<00", 1, 0),
+        (b"0=;<.MUELLER^Anna<0", 1, 1),
         (b"0=;< jane@site.org", 1, 1),
         (b"0=;< D:\\scans\\x ;<", 1, 1),
     ],
-    ids=["chance address", "address of a real optimizer", "chance path", "chance digits", "address", "path"],
+    ids=[
+        "chance address",
+        "address of a real optimizer",
+        "chance path",
+        "chance digits",
+        "chance name",
+        "name",
+        "address",
+        "path",
+    ],
 )
 def test_gate__short_chance_matches_count_outside_of_tensors_only(clean, text, in_text, in_tensor):
     """Of the numbers of a large optimizer some always read like a@b.c."""
