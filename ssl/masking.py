@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from samgraft.shared.errors import UsageError
-from samgraft.shared.models.image_encoder import MaskableEncoder
+from samgraft.shared.models.image_encoder import ImageEncoder, MaskableEncoder
 
 MASK_STREAM = 0x6D61736B
 """Keeps the random numbers of masks apart from those of augmentation, which use the same seed and counter."""
@@ -91,35 +91,35 @@ def token_masks(
     return torch.from_numpy(np.stack(masks))
 
 
-def mask_units(encoder: MaskableEncoder) -> list[int]:
-    """Return the sides of hidden squares, in pixels, that fit the encoder's grid and its input; never none.
+def mask_unit(encoder: MaskableEncoder, wanted_px: int | None, *, share: float = 0.1) -> int:
+    """Return the side of a hidden square in pixels.
+
+    Args:
+        encoder: Its stride and input decide what fits.
+        wanted_px: The side; None takes one token of the windowed ViTs, for vit_t what is nearest to ``share``.
+        share: Of the input's side.
 
     Raises:
-        UsageError: If the input is a single token, of which no part can be hidden.
+        UsageError: If the wanted side is no multiple of the encoder's stride, does not divide its input, or is all of
+            it; or if the input is a single token, of which no part can be hidden.
     """
-    sides = range(encoder.stride, encoder.image_size, encoder.stride)
-    units = [side for side in sides if encoder.image_size % side == 0]
+    if wanted_px is None and isinstance(encoder, ImageEncoder):
+        return encoder.stride
+    size = encoder.image_size
+    units = [side for side in range(encoder.stride, size, encoder.stride) if size % side == 0]
     if not units:
         raise UsageError(
-            f"image_size must be at least two tokens of {encoder.stride} px, got {encoder.image_size}.",
-            where="model.image_size",
+            f"image_size must be at least two tokens of {encoder.stride} px, got {size}.", where="model.image_size"
         )
-    return units
-
-
-def check_mask_unit(encoder: MaskableEncoder, wanted_px: int) -> None:
-    """Refuse a side of hidden squares that does not fit.
-
-    Raises:
-        UsageError: If it is no multiple of the encoder's stride, does not divide its input, or is all of it.
-    """
-    units = mask_units(encoder)
+    if wanted_px is None:
+        return min(units, key=lambda unit: max(unit / (share * size), share * size / unit))
     if wanted_px not in units:
         raise UsageError(
             f"mask_unit_px must be a multiple of the encoder's stride {encoder.stride} and divide image_size "
-            f"{encoder.image_size}, got {wanted_px}. Use one of {', '.join(map(str, units))}.",
+            f"{size}, got {wanted_px}. Use one of {', '.join(map(str, units))}.",
             where="objective.*.mask_unit_px",
         )
+    return wanted_px
 
 
 def scattered_masks(

@@ -29,10 +29,10 @@ import torch.nn.functional as F
 from lightly.loss import KoLeoLoss
 from samgraft.shared.data.orientation import Plane
 from samgraft.shared.errors import UsageError
-from samgraft.shared.models.image_encoder import ImageEncoder, MaskableEncoder
+from samgraft.shared.models.image_encoder import MaskableEncoder
 from samgraft.shared.training.schedule import cosine
 from samgraft.ssl.crops import NUM_GLOBAL, CropConfig, local_size, multi_crop
-from samgraft.ssl.masking import MaskKind, check_mask_unit, mask_units, scattered_masks
+from samgraft.ssl.masking import MaskKind, mask_unit, scattered_masks
 from samgraft.ssl.objectives.centering import StepDINOLoss, StepIBOTLoss
 from samgraft.ssl.objectives.feature_panel import feature_panel
 from samgraft.ssl.objectives.objective import ObjectiveLoss, Panel
@@ -302,26 +302,6 @@ def teacher_temperature(step: int, config: DINOConfig, *, max_steps: int) -> flo
     length = config.teacher_temp_warmup * max_steps
     share = min(step / length, 1.0) if length else 1.0
     return config.warmup_teacher_temp + share * (config.teacher_temp - config.warmup_teacher_temp)
-
-
-def mask_unit(encoder: MaskableEncoder, wanted_px: int | None, *, share: float = 0.1) -> int:
-    """Return the side of a hidden square in pixels.
-
-    Args:
-        encoder: Its stride and input decide what fits.
-        wanted_px: The side; None takes one token of the windowed ViTs, for vit_t what is nearest to ``share``.
-        share: Of the input's side.
-
-    Raises:
-        UsageError: If the wanted side is no multiple of the encoder's stride or does not divide its input.
-    """
-    if wanted_px is None:
-        if isinstance(encoder, ImageEncoder):
-            return encoder.stride
-        side = share * encoder.image_size
-        return min(mask_units(encoder), key=lambda unit: max(unit / side, side / unit))
-    check_mask_unit(encoder, wanted_px)
-    return wanted_px
 
 
 def _entropy(answers_BD: torch.Tensor, temperature: float) -> torch.Tensor:

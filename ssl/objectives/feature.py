@@ -32,9 +32,8 @@ from samgraft.shared.data.orientation import Plane
 from samgraft.shared.errors import UsageError
 from samgraft.shared.models.image_encoder import ImageEncoder, MaskableEncoder
 from samgraft.shared.models.sam import to_pixels
-from samgraft.ssl.masking import MaskKind, token_masks, upsample_mask
+from samgraft.ssl.masking import MaskKind, mask_unit, token_masks, upsample_mask
 from samgraft.ssl.objectives.decoders import Decoder, DecoderKind, DecoderShape, chosen_ids
-from samgraft.ssl.objectives.dino import mask_unit
 from samgraft.ssl.objectives.feature_panel import principal_directions, project
 from samgraft.ssl.objectives.objective import HIDDEN_IS_GREY, ObjectiveLoss, Panel, WithoutTeacher
 from samgraft.ssl.scope import learns_mask_token

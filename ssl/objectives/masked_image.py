@@ -26,8 +26,7 @@ from samgraft.shared.data.dataset import centre_channel
 from samgraft.shared.data.orientation import Plane
 from samgraft.shared.models.image_encoder import MaskableEncoder
 from samgraft.shared.models.sam import to_pixels
-from samgraft.ssl.masking import MaskKind, token_masks, upsample_mask
-from samgraft.ssl.objectives.dino import mask_unit
+from samgraft.ssl.masking import MaskKind, mask_unit, token_masks, upsample_mask
 from samgraft.ssl.objectives.objective import (
     GIVEN_BRIGHTNESS,
     HIDDEN_IS_GREY,

@@ -9,8 +9,8 @@ from lightly.loss import DINOLoss, IBOTPatchLoss
 from samgraft.shared.errors import UsageError
 from samgraft.shared.models.tiny_vit import freeze_batch_norm
 from samgraft.ssl.crops import CropConfig, multi_crop
-from samgraft.ssl.masking import MaskKind, scattered_masks
-from samgraft.ssl.objectives.dino import DINO, DINOConfig, mask_unit, teacher_temperature
+from samgraft.ssl.masking import MaskKind, mask_unit, scattered_masks
+from samgraft.ssl.objectives.dino import DINO, DINOConfig, teacher_temperature
 from samgraft.ssl.objectives.teacher import follow
 from samgraft.ssl.objectives.view_features import view_features
 from samgraft.ssl.scope import freeze_depths
