@@ -67,9 +67,7 @@ def write_card_of_states(run: RunFolder, card: Card) -> None:
         card.write(run.checkpoints / CARD_FILE)
 
 
-def hand_over(
-    objective: Objective, run: RunFolder, config: PretrainConfig, card: Card, result: FitResult, *, split: Split
-) -> Path:
+def hand_over(objective: Objective, run: RunFolder, config: PretrainConfig, card: Card, result: FitResult) -> Path:
     """Write the results of a finished run, and mark it complete; return the encoder's file.
 
     Args:
@@ -78,7 +76,6 @@ def hand_over(
         config: Of the run.
         card: From :func:`encoder_card`; the steps are filled in.
         result: How the training went.
-        split: Of the training slices.
     """
     card = dataclasses.replace(card, steps=config.trainer.max_steps, slices_seen=result.slices_seen)
     path = run.path / ENCODER_FOLDER / "encoder.safetensors"
@@ -87,10 +84,5 @@ def hand_over(
         last_step = run.latest_training_state()
         assert last_step is not None
         write_moments(last_step, objective, config.optim, run.path / STATE_FOLDER)
-        run.mark_complete(
-            data_fingerprint=card.data_manifest["fingerprint"],
-            base_sha256=card.base_sha256,
-            split_sha256=split.sha256,
-            world_size=result.world_size,
-        )
+        run.mark_complete(world_size=result.world_size)
     return path

@@ -94,7 +94,7 @@ def pretrain(
             data_fingerprint=store.fingerprint,
         )
         objective = put_together(objective, whole)
-        weights = hand_over(objective, run, config, card, result, split=split)
+        weights = hand_over(objective, run, config, card, result)
         write_report(run, config, objective, watched, result=result, notes=leaks)
         _say_end(run, weights)
     return weights
