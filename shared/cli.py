@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points, version
 from pathlib import Path
 
-from samgraft.shared.errors import ExitCode, SamgraftError, StoppedAndSaved, StorageError, UsageError
+from samgraft.shared.errors import FULL_DISK, ExitCode, SamgraftError, StoppedAndSaved, StorageError, UsageError
 from samgraft.shared.job_limits import use_granted_cores
 
 # MONAI runs pickles again when this is set; no command of ours may (guarantee 3 of the contract).
@@ -143,7 +143,7 @@ def _as_storage_error(error: Exception) -> StorageError | None:
         return None
     name = Path(str(error.filename)).name if error.filename else None
     kept = "everything that was complete"
-    if error.errno in {errno.ENOSPC, errno.EDQUOT}:
+    if error.errno in FULL_DISK:
         return StorageError(
             "the disk is full.", where=name, kept=kept, next_command="free space, then the same command"
         )

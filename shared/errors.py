@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from enum import IntEnum
 
 
@@ -18,6 +19,10 @@ class ExitCode(IntEnum):
     STOPPED_SAVED = 75
     """Stopped with everything saved: run the same command again (``EX_TEMPFAIL``; requeue scripts test for it)."""
     INTERRUPTED = 130
+
+
+FULL_DISK = frozenset({errno.ENOSPC, errno.EDQUOT})
+"""Numbers of the system's errors for a full disk or quota."""
 
 
 class SamgraftError(Exception):

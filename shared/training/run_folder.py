@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import dataclasses
-import errno
 import json
 import logging
 import os
@@ -19,7 +18,7 @@ from typing import Any, get_type_hints
 import yaml
 from filelock import FileLock, Timeout
 from samgraft.shared.config import config_sha256, config_to_dict, config_to_yaml, keys_that_may_change, plain_value
-from samgraft.shared.errors import SamgraftError, StorageError, UsageError
+from samgraft.shared.errors import FULL_DISK, SamgraftError, StorageError, UsageError
 from samgraft.shared.training.environment import (
     code_revision,
     process_rank,
@@ -32,8 +31,6 @@ from samgraft.shared.training.tensor_file import replace_text
 from samgraft.shared.training.training_state import newest_name, newest_state, tidy_states
 
 log = logging.getLogger(__name__)
-
-FULL_DISK = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
 class RunFolder:
