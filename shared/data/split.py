@@ -60,9 +60,11 @@ class Split:
         return values
 
     def save(self, path: Path) -> None:
-        """Write the split with its own hash."""
+        """Write the split with its own hash, through a temporary neighbour: a kill leaves no half of it."""
         values = {**self._plain(), "sha256": self.sha256}
-        path.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+        temporary.replace(path)
 
 
 def make_split(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,8 +10,6 @@ from samgraft.shared.data.split import Split, load_split
 from samgraft.shared.data.store import SliceStore
 from samgraft.shared.errors import DataError, UsageError
 from samgraft.shared.training.run_folder import RunFolder, read_run_json
-
-log = logging.getLogger(__name__)
 
 SPLIT_FILE = "split.json"
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -78,6 +79,24 @@ def test_split__file_round_trip_and_tampering(store, tmp_path):
         load_split(path, store)
     with pytest.raises(DataError, match="does not exist"):
         load_split(tmp_path / "none.json", store)
+
+
+def test_split__a_kill_while_it_is_written_leaves_the_old_file_or_none(store, tmp_path, monkeypatch):
+    """A run reads its own split for ever after: half a file would end it."""
+    make_split(store).save(tmp_path / "s.json")
+    before = (tmp_path / "s.json").read_bytes()
+    write = Path.write_text
+
+    def killed(path, text, **given):
+        write(path, text[: len(text) // 2], **given)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_text", killed)
+    for name in ("s.json", "new.json"):
+        with pytest.raises(KeyboardInterrupt):
+            make_split(store, seed=3).save(tmp_path / name)
+    assert (tmp_path / "s.json").read_bytes() == before
+    assert not (tmp_path / "new.json").exists()
 
 
 def test_load_split__a_file_that_leaks_is_refused(store, tmp_path):
