@@ -24,21 +24,21 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import torch
-from samgraft.finetune.training.config import FinetuneConfig
+from samgraft.finetune.config import FinetuneConfig
 from samgraft.shared.config import load_config, packaged_config
-from samgraft.shared.data.augment import SliceAugmentation
-from samgraft.shared.data.case import SourceCase
-from samgraft.shared.data.dataset import SliceDataset, batch_to_input, collate_slices, select_slices
-from samgraft.shared.data.examine import BuildSettings
-from samgraft.shared.data.file_index import index_files
-from samgraft.shared.data.intensity import IntensityPreset
-from samgraft.shared.data.readers.scan import ScanFiles, ScanFormat
-from samgraft.shared.data.sampler import StepBatchSampler
-from samgraft.shared.data.store import SliceStore
-from samgraft.shared.data.store_build import build_store
-from samgraft.shared.data.volume import Modality
-from samgraft.shared.models.architecture import arch_spec
-from samgraft.shared.models.image_encoder import build_image_encoder
+from samgraft.shared.encoders.architecture import arch_spec
+from samgraft.shared.encoders.vit import build_image_encoder
+from samgraft.shared.samples.augment import SliceAugmentation
+from samgraft.shared.samples.dataset import SliceDataset, batch_to_input, collate_slices, select_slices
+from samgraft.shared.samples.sampler import StepBatchSampler
+from samgraft.shared.scans.case import SourceCase
+from samgraft.shared.scans.file_index import index_files
+from samgraft.shared.scans.intensity import IntensityPreset
+from samgraft.shared.scans.readers.scan import ScanFiles, ScanFormat
+from samgraft.shared.scans.volume import Modality
+from samgraft.shared.store.build import build_store
+from samgraft.shared.store.examine import BuildSettings
+from samgraft.shared.store.store import SliceStore
 from samgraft.shared.training.loader import build_step_loader
 from samgraft.ssl.config import PretrainConfig
 from samgraft.ssl.objectives.masked_image import MaskedImage, MaskedImageConfig

@@ -26,8 +26,8 @@ from pathlib import Path
 
 import torch
 from original_encoders import plain_twin
-from samgraft.shared.models.architecture import Arch, arch_spec
-from samgraft.shared.models.image_encoder import ImageEncoder
+from samgraft.shared.encoders.architecture import Arch, arch_spec
+from samgraft.shared.encoders.vit import ImageEncoder
 from samgraft.shared.training.device import tune_cpu
 from segment_anything.modeling import ImageEncoderViT
 from torch import nn

@@ -22,16 +22,16 @@ import torch
 from samgraft.finetune.classes import ClassTable
 from samgraft.finetune.evaluation.evaluate import Evaluation, write_evaluation
 from samgraft.finetune.evaluation.evaluation_report import Pictured, write_evaluation_report
+from samgraft.finetune.evaluation.packed import PackedLabels
 from samgraft.finetune.evaluation.scores import case_rows
 from samgraft.finetune.evaluation.viewer import find_bundle
-from samgraft.finetune.packed import PackedLabels
-from samgraft.shared.data.case import LabelFiles, SourceCase
-from samgraft.shared.data.examine import BuildSettings
-from samgraft.shared.data.intensity import IntensityPreset
-from samgraft.shared.data.readers.scan import ScanFiles, ScanFormat
-from samgraft.shared.data.store import SliceStore
-from samgraft.shared.data.store_build import build_store
-from samgraft.shared.data.volume import Modality
+from samgraft.shared.scans.case import LabelFiles, SourceCase
+from samgraft.shared.scans.intensity import IntensityPreset
+from samgraft.shared.scans.readers.scan import ScanFiles, ScanFormat
+from samgraft.shared.scans.volume import Modality
+from samgraft.shared.store.build import build_store
+from samgraft.shared.store.examine import BuildSettings
+from samgraft.shared.store.store import SliceStore
 
 CLASSES = ClassTable(ids=(1, 2), names=("organ", "lesion"))
 

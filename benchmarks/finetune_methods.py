@@ -29,10 +29,10 @@ from pathlib import Path
 import numpy as np
 from samgraft.finetune.evaluation.metrics import mean_or_none
 from samgraft.finetune.evaluation.statistics import bootstrap_mean
-from samgraft.shared.data.pseudonym import local_salt, pseudonym
-from samgraft.shared.data.sources import discover
-from samgraft.shared.data.split import Split, check_split, default_split_path
-from samgraft.shared.data.store import SliceStore
+from samgraft.shared.samples.split import Split, check_split, default_split_path
+from samgraft.shared.scans.privacy import local_salt, pseudonym
+from samgraft.shared.scans.sources import discover
+from samgraft.shared.store.store import SliceStore
 
 RESULTS = Path(__file__).parent / "results"
 NUM_CHOOSING_SUBJECTS = 10

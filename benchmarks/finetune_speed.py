@@ -29,7 +29,7 @@ from samgraft.finetune.adapters import AdapterConfig, Method, Scope, Targets, ad
 from samgraft.finetune.embedding_cache import CacheType, EmbeddingCache, RecordShape
 from samgraft.finetune.loss import SegmentationLoss
 from samgraft.finetune.segmenter import Segmenter
-from samgraft.shared.models.sam import build_sam
+from samgraft.shared.encoders.sam import build_sam
 from segment_anything import sam_model_registry
 from segment_anything.modeling import Sam
 from torch import Tensor
@@ -107,7 +107,7 @@ def straightforward(arch: str, size: int, *, device: str, half: bool) -> Trainin
 
 
 def build_sam_spec(arch: str) -> object:
-    from samgraft.shared.models.architecture import arch_spec
+    from samgraft.shared.encoders.architecture import arch_spec
 
     return arch_spec(arch)
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-from samgraft.shared.models.architecture import ArchSpec, Stem
-from samgraft.shared.models.image_encoder import ImageEncoder
-from samgraft.shared.models.tiny_vit import TinyViTEncoder
+from samgraft.shared.encoders.architecture import ArchSpec, Stem
+from samgraft.shared.encoders.tiny_vit import TinyViTEncoder
+from samgraft.shared.encoders.vit import ImageEncoder
 from segment_anything.modeling import ImageEncoderViT
 from timm.models.tiny_vit import TinyVit
 from torch import nn

@@ -29,12 +29,12 @@ from samgraft.finetune.classes import ClassTable
 from samgraft.finetune.inference import InferenceConfig, segment_volume
 from samgraft.finetune.prediction.predictor import default_batch_size
 from samgraft.finetune.segmenter import Segmenter
-from samgraft.shared.data.intensity import IntensityPreset, measure_intensity, normalise
-from samgraft.shared.data.volume import Modality
-from samgraft.shared.models.architecture import arch_spec
-from samgraft.shared.models.sam import build_sam, decode_automatic, to_pixels
-from samgraft.shared.models.weights import load_sam
+from samgraft.shared.encoders.architecture import arch_spec
+from samgraft.shared.encoders.sam import build_sam, decode_automatic, to_pixels
+from samgraft.shared.scans.intensity import IntensityPreset, measure_intensity, normalise
+from samgraft.shared.scans.volume import Modality
 from samgraft.shared.training.device import choose_device, tune_cpu
+from samgraft.shared.weights.load import load_sam
 from segment_anything import SamPredictor
 from torch import nn
 

@@ -33,8 +33,8 @@ from pathlib import Path
 import torch
 from data_path import write_scans
 from encoder_speed import RESULTS, build, hardware, saved_mib, seconds
-from samgraft.shared.models.architecture import Arch
-from samgraft.shared.models.sam import to_pixels
+from samgraft.shared.encoders.architecture import Arch
+from samgraft.shared.encoders.sam import to_pixels
 from samgraft.ssl.config import PretrainOptimizerConfig
 from samgraft.ssl.objectives.decoders import DecoderKind
 from samgraft.ssl.objectives.mae import MAE, MAEConfig
@@ -192,12 +192,12 @@ def mae(arguments: argparse.Namespace) -> Iterator[str]:
 def run(arguments: argparse.Namespace) -> Iterator[str]:
     # Imported here: the other half needs no Lightning.
     from samgraft.shared.config import load_config, packaged_config
-    from samgraft.shared.data.examine import BuildSettings
-    from samgraft.shared.data.intensity import IntensityPreset
-    from samgraft.shared.data.store_build import build_store
-    from samgraft.shared.data.volume import Modality
+    from samgraft.shared.runs.metrics import MetricsLog
+    from samgraft.shared.scans.intensity import IntensityPreset
+    from samgraft.shared.scans.volume import Modality
+    from samgraft.shared.store.build import build_store
+    from samgraft.shared.store.examine import BuildSettings
     from samgraft.shared.training.device import choose_device
-    from samgraft.shared.training.metrics_log import MetricsLog
     from samgraft.ssl.config import PretrainConfig
     from samgraft.ssl.pretrain import pretrain
 

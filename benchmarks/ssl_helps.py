@@ -34,9 +34,9 @@ from typing import Any
 import numpy as np
 import torch
 from encoder_speed import hardware
-from samgraft.shared.data.split import Split
-from samgraft.shared.data.store import SliceStore
-from samgraft.shared.training.environment import code_revision
+from samgraft.shared.runs.environment import code_revision
+from samgraft.shared.samples.split import Split
+from samgraft.shared.store.store import SliceStore
 from ssl_helps_plan import (
     BASE,
     FEW,

@@ -17,13 +17,13 @@ import time
 from pathlib import Path
 
 import numpy as np
-from samgraft.shared.data.build_report import summarise
-from samgraft.shared.data.examine import BuildSettings
-from samgraft.shared.data.preset import load_preset
-from samgraft.shared.data.sources import discover
-from samgraft.shared.data.store import SliceStore
-from samgraft.shared.data.store_build import build_store, examine_cases
-from samgraft.shared.data.store_check import check_sources, check_store
+from samgraft.shared.scans.preset import load_preset
+from samgraft.shared.scans.sources import discover
+from samgraft.shared.store.build import build_store, examine_cases
+from samgraft.shared.store.build_report import summarise
+from samgraft.shared.store.check import check_sources, check_store
+from samgraft.shared.store.examine import BuildSettings
+from samgraft.shared.store.store import SliceStore
 
 
 def build(source, modality, out):

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from samgraft.shared.data.store import SliceStore
 from samgraft.shared.errors import DataError, UsageError
+from samgraft.shared.store.store import SliceStore
 from torch import Tensor
 
 BACKGROUND = 0

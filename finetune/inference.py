@@ -13,15 +13,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from samgraft.finetune.baselines import VolumeBaseline
+from samgraft.finetune.baselines.networks import VolumeBaseline
 from samgraft.finetune.classes import ClassTable
 from samgraft.finetune.prompting.prompt_sampling import PromptConfig
 from samgraft.finetune.prompting.prompted_inference import segment_with_label_prompts
 from samgraft.finetune.segmenter import Segmenter
-from samgraft.shared.data.dataset import neighbour_slices
-from samgraft.shared.data.frame import InputFrame, fit_frame, image_to_frame, logits_to_native
-from samgraft.shared.data.intensity import IntensityPreset, IntensityStats, normalise
-from samgraft.shared.data.store import SliceStore
+from samgraft.shared.samples.dataset import neighbour_slices
+from samgraft.shared.samples.frame import InputFrame, fit_frame, image_to_frame, logits_to_native
+from samgraft.shared.scans.intensity import IntensityPreset, IntensityStats, normalise
+from samgraft.shared.store.store import SliceStore
 from torch import Tensor, nn
 
 Volume = npt.NDArray[Any]

@@ -14,13 +14,13 @@ from pathlib import Path
 
 from safetensors.torch import load_file
 from samgraft.finetune.adapters import base_tensors, load_adapter
-from samgraft.finetune.baselines import build_network
+from samgraft.finetune.baselines.networks import build_network
 from samgraft.finetune.segmenter import Segmenter
 from samgraft.finetune.task import Task
 from samgraft.shared.errors import WeightsError
-from samgraft.shared.models.card import Card
-from samgraft.shared.models.safe_read import file_sha256
-from samgraft.shared.models.weights import load_sam, save_tensors
+from samgraft.shared.weights.card import Card
+from samgraft.shared.weights.load import load_sam, save_tensors
+from samgraft.shared.weights.safe_read import file_sha256
 from torch import nn
 
 WEIGHTS_FILE = "sam.safetensors"

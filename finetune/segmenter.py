@@ -9,7 +9,7 @@ import copy
 from typing import TYPE_CHECKING
 
 import torch
-from samgraft.shared.models.sam import decode_automatic, to_pixels
+from samgraft.shared.encoders.sam import decode_automatic, to_pixels
 from segment_anything.modeling import Sam
 from torch import Tensor, nn
 

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from samgraft.finetune.loss import with_background
 from samgraft.finetune.segmenter import Segmenter
-from samgraft.shared.data.frame import fit_frame, image_to_frame, logits_to_native
-from samgraft.shared.models.architecture import Arch, ArchSpec, PlainShape, Stem, TinyShape
-from samgraft.shared.models.sam import build_sam
+from samgraft.shared.encoders.architecture import Arch, ArchSpec, PlainShape, Stem, TinyShape
+from samgraft.shared.encoders.sam import build_sam
+from samgraft.shared.samples.frame import fit_frame, image_to_frame, logits_to_native
 from torch import Tensor, nn
 
 

@@ -12,8 +12,8 @@ from samgraft.finetune.classes import ClassTable
 from samgraft.finetune.inference import InferenceConfig
 from samgraft.finetune.prompting.prompt_sampling import PromptConfig
 from samgraft.shared.config import load_config
-from samgraft.shared.data.intensity import IntensityPreset
 from samgraft.shared.errors import WeightsError
+from samgraft.shared.scans.intensity import IntensityPreset
 
 SCHEMA = 1
 TASK_FILE = "task.json"

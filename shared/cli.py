@@ -15,7 +15,7 @@ from importlib.metadata import EntryPoint, entry_points, version
 from pathlib import Path
 
 from samgraft.shared.errors import FULL_DISK, ExitCode, SamgraftError, StoppedAndSaved, StorageError, UsageError
-from samgraft.shared.job_limits import use_granted_cores
+from samgraft.shared.machine import use_granted_cores
 
 # MONAI runs pickles again when this is set; no command of ours may (guarantee 3 of the contract).
 UNSAFE_ENVIRONMENT = ("MONAI_ALLOW_PICKLE", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD")

@@ -46,8 +46,8 @@ def _run(arguments: argparse.Namespace) -> int:
 def _pretrain(arguments: argparse.Namespace) -> int:
     # Imported here: `samgraft --help` must not wait for torch.
     from samgraft.shared.commands.store import left_by_dry_run
+    from samgraft.shared.runs.run_folder import check_run_folder
     from samgraft.shared.training.device import choose_device
-    from samgraft.shared.training.run_folder import check_run_folder
     from samgraft.ssl.prepare import Request, prepare
     from samgraft.ssl.pretrain import pretrain
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from samgraft.shared.data.augment import AugmentConfig
-from samgraft.shared.data.dataset import check_neighbours
-from samgraft.shared.data.orientation import Plane
-from samgraft.shared.data.preset import ModalityPreset
-from samgraft.shared.data.sampler import check_seed
-from samgraft.shared.models.architecture import Arch
-from samgraft.shared.training.optimizer import OptimizerConfig
-from samgraft.shared.training.trainer_config import Strategy, TrainerConfig
+from samgraft.shared.encoders.architecture import Arch
+from samgraft.shared.samples.augment import AugmentConfig
+from samgraft.shared.samples.dataset import check_neighbours
+from samgraft.shared.samples.sampler import check_seed
+from samgraft.shared.scans.orientation import Plane
+from samgraft.shared.scans.preset import ModalityPreset
+from samgraft.shared.training.config import Strategy, TrainerConfig
+from samgraft.shared.training.optim import OptimizerConfig
 from samgraft.ssl.objectives.mae import Layout
 from samgraft.ssl.objectives.settings import ObjectiveConfig, with_mirroring
 from samgraft.ssl.scope import ScopeConfig

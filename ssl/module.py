@@ -1,4 +1,12 @@
-"""The training step of stage 1 as Lightning wants it; everything that differs between objectives is the objective's."""
+"""The training step of stage 1 as Lightning wants it; everything that differs between objectives is the objective's.
+
+Batch norm's running statistics where several processes train: every process goes on with the mean of all.
+
+Only ``vit_t`` from random weights has batch norms that move (:func:`samgraft.ssl.start.load_start`). Each batch is
+normalised by its own process's statistics, as without this module: torch's SyncBatchNorm needs a GPU. Averaged after
+every step the running ones are the same everywhere, under DDP (which would take the first process's) and under FSDP
+(which would leave each process its own), so that looks, states and results do not depend on who computes them.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +15,11 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from samgraft.shared.data.dataset import SliceBatch, batch_to_input
-from samgraft.shared.models.image_encoder import ImageEncoder
-from samgraft.shared.models.tiny_vit import TinyViTEncoder
-from samgraft.shared.training.sharding import is_sharded, name_root, shard
-from samgraft.ssl.batch_norm import average_statistics
+import torch.distributed as dist
+from samgraft.shared.encoders.tiny_vit import TinyViTEncoder
+from samgraft.shared.encoders.vit import ImageEncoder
+from samgraft.shared.samples.dataset import SliceBatch, batch_to_input
+from samgraft.shared.training.processes import in_group, is_sharded, name_root, shard
 from samgraft.ssl.config import PretrainConfig
 from samgraft.ssl.moments import Moments, take_up_moments
 from samgraft.ssl.objectives.objective import Objective
@@ -80,3 +88,16 @@ class PretrainModule(pl.LightningModule):
         if moments is not None:
             log.info(take_up_moments(optimizer, self.objective, moments))
         return optimizer
+
+
+def average_statistics(module: nn.Module) -> None:
+    """Average the running statistics of the batch norms in training mode over all processes, in place."""
+    norms = [m for m in module.modules() if isinstance(m, nn.BatchNorm2d) and m.training]
+    own = [b for norm in norms for b in (norm.running_mean, norm.running_var) if b is not None]
+    if not own or not in_group():
+        return
+    every = torch.cat(own)
+    dist.all_reduce(every)
+    every /= dist.get_world_size()
+    for buffer, mean in zip(own, every.split([len(buffer) for buffer in own]), strict=True):
+        buffer.copy_(mean)

@@ -14,9 +14,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from samgraft.shared.errors import WeightsError
-from samgraft.shared.models.weights import save_tensors
-from samgraft.shared.training.state_tree import load_optimizer_state, unflatten_state
-from samgraft.shared.training.training_state import read_state
+from samgraft.shared.runs.training_state import load_optimizer_state, read_state, unflatten_state
+from samgraft.shared.weights.load import save_tensors
 from samgraft.ssl.config import PretrainOptimizerConfig
 from samgraft.ssl.objectives.objective import Objective
 from samgraft.ssl.optimizer import pretrain_groups

@@ -6,8 +6,7 @@ from typing import Any
 
 import torch
 from samgraft.shared.errors import UsageError
-from samgraft.shared.training.optimizer import parameter_groups
-from samgraft.shared.training.schedule import LearningRate
+from samgraft.shared.training.optim import LearningRate, parameter_groups
 from samgraft.ssl.config import PretrainOptimizerConfig
 from samgraft.ssl.objectives.objective import Objective
 from torch import nn

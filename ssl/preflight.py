@@ -1,4 +1,7 @@
-"""Pre-flight: what a run will do, on what, for how long, before anything is trained or written."""
+"""Pre-flight: what a run will do, on what, for how long, before anything is trained or written.
+
+Memory that a run will need, from one measured step.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,17 @@ import contextlib
 import logging
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from samgraft.shared.data.dataset import SliceDataset, SliceRef, batch_to_input, collate_slices
-from samgraft.shared.data.split import (
+from samgraft.shared.errors import DataError, UsageError
+from samgraft.shared.machine import granted_memory
+from samgraft.shared.runs.inputs import kept_split
+from samgraft.shared.runs.training_state import finished_states
+from samgraft.shared.samples.dataset import SliceDataset, SliceRef, batch_to_input, collate_slices
+from samgraft.shared.samples.split import (
     Split,
     load_split,
     make_split,
@@ -19,20 +27,16 @@ from samgraft.shared.data.split import (
     refuse_leak,
     split_beside,
 )
-from samgraft.shared.data.store import SliceStore
-from samgraft.shared.errors import DataError, UsageError
+from samgraft.shared.store.store import SliceStore
 from samgraft.shared.training.device import DeviceChoice
-from samgraft.shared.training.disk_need import check_disk
 from samgraft.shared.training.failures import explain_out_of_memory
+from samgraft.shared.training.preflight import check_disk
 from samgraft.shared.training.progress import format_duration
-from samgraft.shared.training.run_inputs import kept_split
-from samgraft.shared.training.training_state import finished_states
 from samgraft.ssl.config import DataConfig, PretrainConfig
-from samgraft.ssl.memory import SavedBytes, describe_memory, free_bytes, training_bytes
+from samgraft.ssl.monitor.monitor import Watched
 from samgraft.ssl.objectives.objective import Objective
 from samgraft.ssl.start import trained_share
-from samgraft.ssl.watch import Watched
-from torch import nn
+from torch import Tensor, nn
 
 log = logging.getLogger(__name__)
 
@@ -245,3 +249,61 @@ def _first_batch(config: PretrainConfig, dataset: SliceDataset, device: DeviceCh
         device=device.torch_device,
     )
     return images_B1SS
+
+
+GIB = 2**30
+
+
+class SavedBytes:
+    """Counts what the forward pass keeps for the backward pass; weights, which are there anyway, are left out."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.total = 0
+        self._seen = {tensor.untyped_storage().data_ptr() for tensor in (*module.parameters(), *module.buffers())}
+
+    @contextmanager
+    def count(self) -> Iterator[None]:
+        """Count inside the block; storages that several tensors share are counted once."""
+        with torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor):
+            yield
+
+    def _pack(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self._seen:
+            self._seen.add(storage.data_ptr())
+            self.total += storage.nbytes()
+        return tensor
+
+
+def training_bytes(module: nn.Module, saved_bytes: int) -> int:
+    """Return weights and buffers, gradients and AdamW's two moments of what trains, and activations."""
+    held = sum(t.numel() * t.element_size() for t in (*module.parameters(), *module.buffers()))
+    trained = sum(p.numel() * p.element_size() for p in module.parameters() if p.requires_grad)
+    return held + 3 * trained + saved_bytes
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Return the memory that is free on the device; None where nobody says."""
+    if device.type == "cuda":
+        # What torch's allocator keeps for later is free for the run.
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + kept
+    try:
+        text = Path("/proc/meminfo").read_text(encoding="utf-8")
+    except OSError:
+        return None
+    found = [line.split() for line in text.splitlines() if line.startswith("MemAvailable:")]
+    granted = granted_memory()
+    left = [int(words[1]) * 1024 for words in found] + ([granted[1]] if granted else [])
+    return min(left, default=None)
+
+
+def describe_memory(needed: int, free: int | None, *, batch_size: int) -> tuple[str, bool]:
+    """Return the line of the pre-flight, and whether it fits as far as one can tell.
+
+    Temporary buffers of single operations come on top: a tenth of headroom is asked for.
+    """
+    line = f"about {needed / GIB:.1f} GiB for weights, gradients, AdamW and the activations of {batch_size} slices"
+    if free is None:
+        return line, True
+    return f"{line}; {free / GIB:.1f} GiB free", 1.1 * needed < free

@@ -10,14 +10,14 @@ from typing import Any
 
 from samgraft.shared.commands.store import modality_of, store_of
 from samgraft.shared.config import load_config, packaged_config, read_settings, without_keys
-from samgraft.shared.data.demo import DemoPaths, demo_data, demo_paths, fetch_base_weights
-from samgraft.shared.data.fetch import cache_folder
-from samgraft.shared.data.preset import load_preset, modality_layer
-from samgraft.shared.data.store import SliceStore
-from samgraft.shared.data.store_files import is_address
+from samgraft.shared.demo import DemoPaths, demo_data, demo_paths, fetch_base_weights
+from samgraft.shared.encoders.architecture import Arch, arch_spec
 from samgraft.shared.errors import DataError, UsageError
-from samgraft.shared.models.architecture import Arch, arch_spec
-from samgraft.shared.models.weights import read_weights
+from samgraft.shared.fetch import cache_folder
+from samgraft.shared.scans.preset import load_preset, modality_layer
+from samgraft.shared.store.files import is_address
+from samgraft.shared.store.store import SliceStore
+from samgraft.shared.weights.load import read_weights
 from samgraft.ssl.config import PretrainConfig
 from samgraft.ssl.objectives.settings import Method
 from samgraft.ssl.start import RANDOM

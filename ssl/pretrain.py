@@ -11,31 +11,31 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from samgraft.shared.data.augment import SliceAugmentation
-from samgraft.shared.data.dataset import SliceDataset, collate_slices, select_slices
-from samgraft.shared.data.preset import ModalityPreset, load_preset
-from samgraft.shared.data.sampler import StepBatchSampler
-from samgraft.shared.data.split import Split
-from samgraft.shared.data.store import SliceStore
+from samgraft.shared.runs.inputs import hold_to_inputs, keep_split, refuse_other_inputs
+from samgraft.shared.runs.run_folder import RunFolder
+from samgraft.shared.samples.augment import SliceAugmentation
+from samgraft.shared.samples.dataset import SliceDataset, collate_slices, select_slices
+from samgraft.shared.samples.sampler import StepBatchSampler
+from samgraft.shared.samples.split import Split
+from samgraft.shared.scans.preset import ModalityPreset, load_preset
+from samgraft.shared.store.store import SliceStore
+from samgraft.shared.training.config import Strategy, check_warmup
 from samgraft.shared.training.device import DeviceChoice
 from samgraft.shared.training.loader import build_step_loader
+from samgraft.shared.training.processes import full_state, is_sharded, load_full_state
 from samgraft.shared.training.resume import LoaderPosition, seed_process
-from samgraft.shared.training.run_folder import RunFolder
-from samgraft.shared.training.run_inputs import hold_to_inputs, keep_split, refuse_other_inputs
-from samgraft.shared.training.sharding import full_state, is_sharded, load_full_state
 from samgraft.shared.training.trainer import fit
-from samgraft.shared.training.trainer_config import Strategy, check_warmup
 from samgraft.ssl.config import PretrainConfig
-from samgraft.ssl.encoder_weights import encoder_card, hand_over, write_card_of_states
-from samgraft.ssl.labelled import open_probe_store
+from samgraft.ssl.export.encoder_weights import encoder_card, hand_over, write_card_of_states
 from samgraft.ssl.module import PretrainModule
 from samgraft.ssl.moments import read_moments
+from samgraft.ssl.monitor.labelled import open_probe_store
+from samgraft.ssl.monitor.monitor import Watch, Watched, load_watched
+from samgraft.ssl.monitor.report import write_report
 from samgraft.ssl.objectives import Objective
 from samgraft.ssl.optimizer import build_schedule
 from samgraft.ssl.preflight import leak_check, preflight, pretraining_split
-from samgraft.ssl.report import write_report
 from samgraft.ssl.start import start_objective
-from samgraft.ssl.watch import Watch, Watched, load_watched
 from torch import nn
 from torch.utils.data import DataLoader
 

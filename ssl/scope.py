@@ -17,9 +17,9 @@ from enum import Enum
 from typing import Any
 
 import torch
+from samgraft.shared.encoders.tiny_vit import TinyViTEncoder
+from samgraft.shared.encoders.vit import ImageEncoder
 from samgraft.shared.errors import UsageError, WeightsError
-from samgraft.shared.models.image_encoder import ImageEncoder
-from samgraft.shared.models.tiny_vit import TinyViTEncoder
 from torch import nn
 
 log = logging.getLogger(__name__)

@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 from samgraft.shared.errors import UsageError, WeightsError
-from samgraft.shared.models.positions import resize_positions
-from samgraft.shared.models.safe_read import read_file
-from samgraft.shared.models.tensor_report import shorten
-from samgraft.shared.models.unfinished import SSL_STATE_METADATA
-from samgraft.shared.models.weights import save_tensors
+from samgraft.shared.weights.load import save_tensors
+from samgraft.shared.weights.positions import resize_positions
+from samgraft.shared.weights.safe_read import read_file
+from samgraft.shared.weights.tensor_report import shorten
+from samgraft.shared.weights.unfinished import SSL_STATE_METADATA
 from samgraft.ssl.objectives.objective import Objective
 from samgraft.ssl.scope import merged_state, plain_names
 from torch import nn

@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import logging
 
+from samgraft.shared.encoders.architecture import arch_spec
+from samgraft.shared.encoders.tiny_vit import TinyViTEncoder, freeze_batch_norm
+from samgraft.shared.encoders.vit import ImageEncoder, build_image_encoder
 from samgraft.shared.errors import UsageError, WeightsError
-from samgraft.shared.models.architecture import arch_spec
-from samgraft.shared.models.card import Card
-from samgraft.shared.models.image_encoder import ImageEncoder, build_image_encoder
-from samgraft.shared.models.tiny_vit import TinyViTEncoder, freeze_batch_norm
-from samgraft.shared.models.weights import absent_by_nature, card_of, load_into, read_weights
+from samgraft.shared.weights.card import Card
+from samgraft.shared.weights.load import absent_by_nature, card_of, load_into, read_weights
 from samgraft.ssl.config import ModelConfig, PretrainConfig
 from samgraft.ssl.objectives import OBJECTIVES
 from samgraft.ssl.objectives.objective import Objective

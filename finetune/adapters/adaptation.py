@@ -25,9 +25,9 @@ from samgraft.finetune.adapters.placement import (
     whole_modules,
 )
 from samgraft.finetune.adapters.saving import remember_base, remember_start
+from samgraft.shared.encoders.architecture import ArchSpec
 from samgraft.shared.errors import UsageError, WeightsError
-from samgraft.shared.models.architecture import ArchSpec
-from samgraft.shared.models.tensor_files import tensors_sha256
+from samgraft.shared.weights.tensor_files import tensors_sha256
 from segment_anything.modeling import Sam
 from torch import Tensor, nn
 
@@ -73,8 +73,8 @@ def adapt(
         _unfreeze(sam, config, blocks, used=head_names(num_classes, prompted_tokens=prompted_tokens))
         return None
     from peft import get_peft_model
+    from samgraft.finetune.adapters.layers import without_warnings_of_peft
     from samgraft.finetune.adapters.methods import peft_config_of
-    from samgraft.finetune.adapters.own_types import without_warnings_of_peft
 
     pattern = target_pattern(spec, config)
     expected = {name: module for name, module in sam.named_modules() if re.fullmatch(pattern, name)}

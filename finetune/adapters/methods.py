@@ -12,12 +12,11 @@ from typing import Any
 import peft
 import peft.tuners.boft.layer
 from peft import PeftConfig
-from samgraft.finetune.adapters.bottleneck import BottleneckConfig
 from samgraft.finetune.adapters.config import AdapterConfig, BottleneckInit, Method, Scope, Targets
+from samgraft.finetune.adapters.layers import BottleneckConfig, ScaleShiftConfig
 from samgraft.finetune.adapters.placement import parallel_pattern
-from samgraft.finetune.adapters.scale_shift import ScaleShiftConfig
+from samgraft.shared.encoders.architecture import ArchSpec
 from samgraft.shared.errors import UsageError
-from samgraft.shared.models.architecture import ArchSpec
 
 ADALORA_START = 1.5
 """adalora begins with this many times the rank and takes the rest away (12 to 8 in the paper's code)."""

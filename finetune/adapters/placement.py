@@ -10,8 +10,8 @@ import re
 from collections.abc import Sequence
 
 from samgraft.finetune.adapters.config import AdapterConfig, Heads, Method, Scope, Targets
+from samgraft.shared.encoders.architecture import ArchSpec
 from samgraft.shared.errors import UsageError
-from samgraft.shared.models.architecture import ArchSpec
 
 _DECODER_ATTENTION = r"mask_decoder\.transformer\.(layers\.\d+\.\w*attn\w*|final_attn_token_to_image)"
 DECODER_LINEAR = rf"({_DECODER_ATTENTION}\.([qkv]_proj|out_proj)|mask_decoder\.transformer\.layers\.\d+\.mlp\.lin[12])"

@@ -15,9 +15,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from samgraft.finetune.adapters.config import Method
 from samgraft.shared.errors import WeightsError
-from samgraft.shared.models.adapter_base import read_adapter_base, write_adapter_base
-from samgraft.shared.models.tensor_files import follow_umask, tensors_sha256
-from samgraft.shared.models.tensor_report import shorten
+from samgraft.shared.weights.adapter_base import read_adapter_base, write_adapter_base
+from samgraft.shared.weights.tensor_files import follow_umask, tensors_sha256
+from samgraft.shared.weights.tensor_report import shorten
 from segment_anything.modeling import Sam
 from torch import Tensor
 
@@ -62,8 +62,7 @@ def load_adapter(sam: Sam, folder: Path) -> PeftModel:
         WeightsError: If a file is missing, or the adapter does not fit ``sam`` or was trained on other weights.
     """
     from peft import PeftModel, get_peft_model_state_dict
-    from samgraft.finetune.adapters import methods as methods  # our own tuners register themselves
-    from samgraft.finetune.adapters.own_types import without_warnings_of_peft
+    from samgraft.finetune.adapters.layers import without_warnings_of_peft
 
     for name in (CONFIG_FILE, TENSORS_FILE):
         # Asked for by name: without the second peft would look for a pickle.

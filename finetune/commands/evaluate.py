@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from samgraft.finetune.evaluation.postprocess import PostProcessing
     from samgraft.finetune.evaluation.subgroups import Subgroups
     from samgraft.finetune.model_folder import FinishedModel
-    from samgraft.shared.data.split import Split
-    from samgraft.shared.data.store import SliceStore
+    from samgraft.shared.samples.split import Split
+    from samgraft.shared.store.store import SliceStore
 
 log = logging.getLogger(__name__)
 
@@ -52,8 +52,8 @@ def run(arguments: argparse.Namespace) -> int:
     from samgraft.finetune.evaluation.evaluate import evaluate, write_evaluation
     from samgraft.finetune.evaluation.evaluation_report import Pictured, write_evaluation_report
     from samgraft.finetune.model_folder import read_model
-    from samgraft.shared.data.split import load_split
-    from samgraft.shared.data.store import SliceStore
+    from samgraft.shared.samples.split import load_split
+    from samgraft.shared.store.store import SliceStore
     from samgraft.shared.training.device import choose_device, tune_cpu
 
     _check(arguments)

@@ -14,7 +14,7 @@ from samgraft.shared.cli import Command
 from samgraft.shared.errors import ExitCode, UsageError
 
 if TYPE_CHECKING:
-    from samgraft.finetune.training.config import FinetuneConfig
+    from samgraft.finetune.config import FinetuneConfig
     from samgraft.finetune.training.preparation import Prepared
 
 log = logging.getLogger(__name__)
@@ -68,10 +68,10 @@ def _finetune(arguments: argparse.Namespace) -> int:
         )
     from samgraft.finetune.training.train import finetune, prepare_seeded
     from samgraft.shared.commands.store import left_by_dry_run
+    from samgraft.shared.runs.run_folder import RunFolder, check_run_folder
+    from samgraft.shared.training.config import check_warmup
     from samgraft.shared.training.device import choose_device
-    from samgraft.shared.training.disk_need import check_disk
-    from samgraft.shared.training.run_folder import RunFolder, check_run_folder
-    from samgraft.shared.training.trainer_config import check_warmup
+    from samgraft.shared.training.preflight import check_disk
 
     started = time.monotonic()
     config = build_config(arguments)
@@ -119,18 +119,18 @@ def _list_trained(prepared: Prepared) -> None:
 
 def build_config(arguments: argparse.Namespace) -> FinetuneConfig:
     """Merge preset, file, flags and overrides; without DATA the demo store is made if it is not there."""
-    from samgraft.finetune.training.config import FinetuneConfig
+    from samgraft.finetune.config import FinetuneConfig
     from samgraft.finetune.training.presets import preset_layers
     from samgraft.shared.commands.store import modality_of, store_of
     from samgraft.shared.config import load_config, packaged_config, without_keys
-    from samgraft.shared.data.preset import load_preset, modality_layer
+    from samgraft.shared.scans.preset import load_preset, modality_layer
 
     said = read_typed(arguments)
     store = said.get("data.store")
     modality = load_preset(said.get("modality") or modality_of(store)).modality.value
     demo: dict[str, Any] = {}
     if store is None:
-        from samgraft.shared.data.demo import demo_data
+        from samgraft.shared.demo import demo_data
 
         paths = demo_data(modality=modality)
         store, demo = str(paths.labelled), {"data": {"split": str(paths.split)}, "watch": {"log_images": True}}

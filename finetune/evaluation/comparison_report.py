@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from samgraft.finetune.evaluation.comparison import EvaluatedRun, PairResult
 from samgraft.finetune.evaluation.evaluate import write_text
 from samgraft.finetune.evaluation.scores import METRIC_BY_KEY, interval_of
-from samgraft.shared.training.report import (
+from samgraft.shared.report.page import (
     COLORS,
     STYLE,
     KeyValues,

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from samgraft.finetune.classes import ClassTable
 from samgraft.finetune.evaluation.metrics import mean_or_none
+from samgraft.finetune.evaluation.packed import PackedLabels
 from samgraft.finetune.evaluation.postprocess import PostProcessing, apply_postprocessing, choose_postprocessing
 from samgraft.finetune.evaluation.scores import (
     AVERAGING,
@@ -31,10 +32,9 @@ from samgraft.finetune.evaluation.surface import DEFAULT_TOLERANCE_MM
 from samgraft.finetune.evaluation.validation import CaseResult, labelled_series
 from samgraft.finetune.inference import segment_series
 from samgraft.finetune.model_folder import FinishedModel
-from samgraft.finetune.packed import PackedLabels
-from samgraft.shared.data.split import Split
-from samgraft.shared.data.store import SliceStore
 from samgraft.shared.errors import DataError
+from samgraft.shared.samples.split import Split
+from samgraft.shared.store.store import SliceStore
 
 log = logging.getLogger(__name__)
 

@@ -27,9 +27,7 @@ from samgraft.finetune.evaluation.scores import (
 from samgraft.finetune.evaluation.statistics import Interval
 from samgraft.finetune.evaluation.subgroups import Subgroups
 from samgraft.finetune.evaluation.viewer import ViewedCase, find_bundle, viewer_html, viewer_scripts
-from samgraft.shared.data.intensity import IntensityPreset, normalise
-from samgraft.shared.data.store import SliceStore
-from samgraft.shared.training.report import (
+from samgraft.shared.report.page import (
     COLORS,
     STYLE,
     Fragment,
@@ -43,6 +41,8 @@ from samgraft.shared.training.report import (
     image_grid,
     render_report,
 )
+from samgraft.shared.scans.intensity import IntensityPreset, normalise
+from samgraft.shared.store.store import SliceStore
 
 SLICES_PER_CASE = 4
 MAX_CASE_ROWS = 4000

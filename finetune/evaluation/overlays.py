@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from samgraft.shared.data.intensity import IntensityPreset, normalise
-from samgraft.shared.data.store import SliceStore
+from samgraft.shared.scans.intensity import IntensityPreset, normalise
+from samgraft.shared.store.store import SliceStore
 from scipy import ndimage
 
 Array = npt.NDArray[Any]

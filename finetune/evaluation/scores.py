@@ -19,8 +19,8 @@ from samgraft.finetune.classes import ClassTable
 from samgraft.finetune.evaluation.metrics import ClassScore, class_scores, mean_or_none
 from samgraft.finetune.evaluation.statistics import Interval, bootstrap_mean
 from samgraft.finetune.evaluation.surface import SurfaceScore, surface_score
-from samgraft.shared.data.series import SeriesRecord
 from samgraft.shared.errors import DataError
+from samgraft.shared.store.series import SeriesRecord
 
 Labels = npt.NDArray[Any]
 Row = Mapping[str, Any]

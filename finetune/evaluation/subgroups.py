@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from samgraft.finetune.evaluation.scores import METRICS, Row, class_names, interval_of
-from samgraft.shared.data.series import SeriesRecord
-from samgraft.shared.data.store import SliceStore
 from samgraft.shared.errors import DataError, UsageError
+from samgraft.shared.store.series import SeriesRecord
+from samgraft.shared.store.store import SliceStore
 
 UNKNOWN = "unknown"
 ATTRIBUTES: dict[str, Callable[[SeriesRecord], str]] = {

@@ -12,8 +12,8 @@ from samgraft.finetune.classes import ClassTable
 from samgraft.finetune.evaluation.metrics import ClassScore, class_scores, mean_or_none
 from samgraft.finetune.inference import InferenceConfig, segment_series
 from samgraft.finetune.segmenter import Segmenter
-from samgraft.shared.data.store import SliceStore
 from samgraft.shared.errors import DataError
+from samgraft.shared.store.store import SliceStore
 
 Labels = npt.NDArray[Any]
 

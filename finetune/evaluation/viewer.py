@@ -21,8 +21,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from samgraft.shared.data.fetch import cache_folder, extract_members, fetch_npm, sha256_of
 from samgraft.shared.errors import SamgraftError
+from samgraft.shared.fetch import cache_folder, extract_members, fetch_npm, sha256_of
 
 log = logging.getLogger(__name__)
 

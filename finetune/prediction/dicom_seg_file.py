@@ -18,8 +18,8 @@ import numpy as np
 import numpy.typing as npt
 import pydicom
 from samgraft.finetune.prediction.prediction_files import NativeMasks
-from samgraft.shared.data.readers.dicom import find
 from samgraft.shared.errors import DataError, UsageError
+from samgraft.shared.scans.readers.dicom import find
 
 MAX_LABEL_LETTERS = 64
 """Of a segment's label, value representation LO."""

@@ -28,10 +28,10 @@ from samgraft.finetune.prediction.prediction_files import (
 from samgraft.finetune.prediction.prediction_inputs import InputScan
 from samgraft.finetune.prediction.predictor import OnSlices, Predictor
 from samgraft.finetune.prompting.prompt_file import PromptFile, SlicePrompt, slice_prompts
-from samgraft.shared.data.examine import BuildSettings, Examined, examine_case
-from samgraft.shared.data.orientation import to_native
 from samgraft.shared.errors import DataError, SamgraftError, StorageError
-from samgraft.shared.models.safe_read import file_sha256
+from samgraft.shared.scans.orientation import to_native
+from samgraft.shared.store.examine import BuildSettings, Examined, examine_case
+from samgraft.shared.weights.safe_read import file_sha256
 
 log = logging.getLogger(__name__)
 

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from samgraft.shared.data.case import SourceCase
-from samgraft.shared.data.discovery import SourceOptions, known_format
-from samgraft.shared.data.file_index import scan_suffix
-from samgraft.shared.data.readers.scan import ScanFiles, ScanFormat, sniff_format
-from samgraft.shared.data.sources import discover
 from samgraft.shared.errors import DataError
+from samgraft.shared.scans.case import SourceCase
+from samgraft.shared.scans.discovery import SourceOptions, known_format
+from samgraft.shared.scans.file_index import scan_suffix
+from samgraft.shared.scans.readers.scan import ScanFiles, ScanFormat, sniff_format
+from samgraft.shared.scans.sources import discover
 
 SUFFIX = "_seg"
 """Added to the name of a scan: recognised as a label by ``store build``, and never the name of the scan itself."""

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from samgraft.finetune.baselines import VolumeBaseline
+from samgraft.finetune.baselines.networks import VolumeBaseline
 from samgraft.finetune.classes import ClassTable
 from samgraft.finetune.evaluation.postprocess import PostProcessing, apply_postprocessing, read_postprocessing
 from samgraft.finetune.inference import (
@@ -32,11 +32,11 @@ from samgraft.finetune.inference import (
 from samgraft.finetune.model_folder import FinishedModel, read_model
 from samgraft.finetune.prompting.prompt_file import SlicePrompt
 from samgraft.finetune.prompting.prompts import Prompt, box_to_frame, points_to_frame, predict_prompts
-from samgraft.shared.data.frame import InputFrame, fit_frame, image_to_frame, logits_to_native
-from samgraft.shared.data.intensity import IntensityStats, measure_intensity
-from samgraft.shared.data.volume import Modality
+from samgraft.shared.encoders.sam import to_pixels
 from samgraft.shared.errors import DataError, UsageError
-from samgraft.shared.models.sam import to_pixels
+from samgraft.shared.samples.frame import InputFrame, fit_frame, image_to_frame, logits_to_native
+from samgraft.shared.scans.intensity import IntensityStats, measure_intensity
+from samgraft.shared.scans.volume import Modality
 from samgraft.shared.training.device import Device, Precision, choose_device
 from torch import Tensor
 

@@ -29,7 +29,7 @@ from samgraft.finetune.prompting.prompt_sampling import (
 )
 from samgraft.finetune.prompting.prompts import Prompt, box_to_frame, points_to_frame, predict_prompts
 from samgraft.finetune.segmenter import Segmenter
-from samgraft.shared.data.frame import InputFrame, image_to_frame, logits_to_native
+from samgraft.shared.samples.frame import InputFrame, image_to_frame, logits_to_native
 from torch import Tensor
 
 Labels = npt.NDArray[Any]

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from samgraft.shared.data.frame import InputFrame
 from samgraft.shared.errors import UsageError
+from samgraft.shared.samples.frame import InputFrame
 from segment_anything.modeling import Sam
 from torch import Tensor
 

@@ -12,12 +12,12 @@ from typing import Any
 import yaml
 from samgraft.finetune.model_folder import FinishedModel
 from samgraft.finetune.segmenter import make_room_for_classes
-from samgraft.finetune.starting_point import StartingPoint, find_starting_point
+from samgraft.finetune.start import StartingPoint, find_starting_point
 from samgraft.shared.errors import SamgraftError
-from samgraft.shared.models.tensor_files import save_tensors
 from samgraft.shared.release.formats import Artefact, Format
 from samgraft.shared.release.licence import KNOWN_BASES
 from samgraft.shared.release.subject import Subject
+from samgraft.shared.weights.tensor_files import save_tensors
 
 PAIR = ("adapter_config.json", "adapter_model.safetensors")
 BASE_FILE = "base.safetensors"

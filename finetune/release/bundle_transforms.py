@@ -14,9 +14,9 @@ from monai.config.type_definitions import KeysCollection
 from monai.data.meta_tensor import MetaTensor
 from monai.transforms.spatial.array import Orientation
 from monai.transforms.transform import MapTransform
-from samgraft.shared.data.intensity import IntensityPreset, measure_intensity, normalise
-from samgraft.shared.data.orientation import DISPLAY_AXES, slice_plane
-from samgraft.shared.data.volume import Modality
+from samgraft.shared.scans.intensity import IntensityPreset, measure_intensity, normalise
+from samgraft.shared.scans.orientation import DISPLAY_AXES, slice_plane
+from samgraft.shared.scans.volume import Modality
 
 
 class DisplayOrientationd(MapTransform):

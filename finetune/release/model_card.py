@@ -10,8 +10,7 @@ from typing import Any
 from samgraft.finetune.evaluation.scores import METRIC_BY_KEY, class_names, interval_of, read_cases
 from samgraft.finetune.evaluation.statistics import Interval
 from samgraft.finetune.task import Task
-from samgraft.shared.models.architecture import SAM_PIXEL_MEAN
-from samgraft.shared.models.card import Card
+from samgraft.shared.encoders.architecture import SAM_PIXEL_MEAN
 from samgraft.shared.release.card_page import (
     LIMITS,
     contents_section,
@@ -23,6 +22,7 @@ from samgraft.shared.release.card_page import (
 )
 from samgraft.shared.release.formats import Artefact
 from samgraft.shared.release.licence import Licence
+from samgraft.shared.weights.card import Card
 
 SAM_IMAGE_SIZE = 1024
 SAM_CLASSES = 3
@@ -141,7 +141,7 @@ def _use(card: Card, task: Task, paths: set[str]) -> str:
         "from segment_anything import sam_model_registry\n"
         f'sam = sam_model_registry["{card.arch}"](checkpoint="sam.pth")'
         if stock
-        else "from samgraft.shared.models.weights import load_sam\n"
+        else "from samgraft.shared.weights.load import load_sam\n"
         f'sam = load_sam("sam.safetensors", image_size={task.image_size})'
     )
     output = (
@@ -162,7 +162,7 @@ def _use(card: Card, task: Task, paths: set[str]) -> str:
         )
     if "peft" in paths:
         blocks.append(
-            "```python\nfrom peft import PeftModel\nfrom samgraft.shared.models.weights import load_sam\n"
+            "```python\nfrom peft import PeftModel\nfrom samgraft.shared.weights.load import load_sam\n"
             f'base = load_sam("peft/base.safetensors", image_size={task.image_size})  '
             "# or the base named in adapter_config.json\n"
             'model = PeftModel.from_pretrained(base, "peft")\n```'

@@ -20,13 +20,13 @@ from samgraft.finetune.loss import with_background
 from samgraft.finetune.model_folder import FinishedModel
 from samgraft.finetune.slice_network import spec_to_dict
 from samgraft.finetune.task import Task
-from samgraft.shared.data.frame import fit_frame, image_to_frame, logits_to_native
-from samgraft.shared.data.intensity import measure_intensity, normalise
-from samgraft.shared.data.volume import Modality
-from samgraft.shared.models.tensor_files import save_pth
 from samgraft.shared.release.formats import Artefact, Format
 from samgraft.shared.release.privacy import MONAI_SCHEMA_URL
 from samgraft.shared.release.subject import Subject
+from samgraft.shared.samples.frame import fit_frame, image_to_frame, logits_to_native
+from samgraft.shared.scans.intensity import measure_intensity, normalise
+from samgraft.shared.scans.volume import Modality
+from samgraft.shared.weights.tensor_files import save_pth
 from torch import Tensor
 
 

@@ -15,13 +15,13 @@ from samgraft.finetune.release.monai_bundle import expected_slices, monai_format
 from samgraft.finetune.release.pair_format import pair_formats, pair_outputs, pair_subject
 from samgraft.finetune.task import Task
 from samgraft.shared.errors import UsageError
-from samgraft.shared.models.card import Card
 from samgraft.shared.release.formats import SAM_FORMAT, TRANSFORMERS_FORMAT, Artefact, Format, choose_formats
 from samgraft.shared.release.licence import Licence, decide_licence
 from samgraft.shared.release.onnx_format import ONNX_FORMAT
 from samgraft.shared.release.release_folder import Contents, build_release, refuse_existing
 from samgraft.shared.release.request import Released, ReleaseRequest
 from samgraft.shared.release.subject import Subject
+from samgraft.shared.weights.card import Card
 
 log = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from samgraft.finetune.study.cells import SETTING_AXES, Cell
 from samgraft.finetune.study.config import ALL, StudyConfig
 from samgraft.finetune.study.results import Ranking, Row, indistinct_groups, rank, rows_of, short_names
-from samgraft.shared.training.report import (
+from samgraft.shared.report.page import (
     STYLE,
     KeyValues,
     Picture,

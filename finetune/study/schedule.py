@@ -17,7 +17,7 @@ from typing import Any
 from samgraft.finetune.study.cell_run import CellFolder, Outcome, Processes, Run, run_cell, run_samgraft
 from samgraft.finetune.study.cells import Cell
 from samgraft.shared.errors import UsageError
-from samgraft.shared.job_limits import granted_cores
+from samgraft.shared.machine import granted_cores
 
 log = logging.getLogger(__name__)
 

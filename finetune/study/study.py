@@ -17,8 +17,8 @@ from samgraft.finetune.study.config import StudyConfig
 from samgraft.finetune.study.report import table_lines, write_results
 from samgraft.finetune.study.schedule import run_locally, run_on_slurm
 from samgraft.shared.config import config_to_yaml, load_config
-from samgraft.shared.data.synthetic import synthetic_store
 from samgraft.shared.errors import DataError, ExitCode, SamgraftError, StoppedAndSaved, UsageError
+from samgraft.shared.synthetic import synthetic_store
 
 log = logging.getLogger(__name__)
 
@@ -155,13 +155,12 @@ def say_plan(plan: StudyPlan) -> None:
 
 def _fetch_demo_weights(grid: Grid) -> None:
     # Brings the networks along, seconds that a study itself does not need.
-    from samgraft.finetune.starting_point import BASE_OF_DEMO
+    from samgraft.finetune.start import BASE_OF_DEMO
 
     named = {cell.ckpt for cell in grid.cells} | {cell.base for cell in grid.cells}
     if str(BASE_OF_DEMO) in named and not BASE_OF_DEMO.is_file():
-        from samgraft.shared.data.demo import fetch_base_weights
-        from samgraft.shared.data.fetch import cache_folder
-        from samgraft.shared.data.fetch_progress import fetch_progress
+        from samgraft.shared.demo import fetch_base_weights
+        from samgraft.shared.fetch import cache_folder, fetch_progress
 
         fetch_base_weights(BASE_OF_DEMO, cache=cache_folder(Path("data")), on_fetch=fetch_progress)
 

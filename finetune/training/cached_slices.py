@@ -12,17 +12,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
 import torch
+from samgraft.finetune.config import FinetuneConfig
 from samgraft.finetune.embedding_cache import EmbeddingCache, EmbeddingMemory, RecordShape
 from samgraft.finetune.segmenter import Segmenter
-from samgraft.finetune.training.config import FinetuneConfig
 from samgraft.shared.config import config_to_dict
-from samgraft.shared.data.dataset import SliceDataset, batch_to_input, collate_slices
-from samgraft.shared.data.sampler import sample_generator
-from samgraft.shared.data.store_files import is_address
 from samgraft.shared.errors import UsageError
-from samgraft.shared.models.tensor_files import tensors_sha256
+from samgraft.shared.runs.environment import processes_expected
+from samgraft.shared.samples.dataset import SliceDataset, batch_to_input, collate_slices
+from samgraft.shared.samples.sampler import sample_generator
+from samgraft.shared.store.files import is_address
 from samgraft.shared.training.device import DeviceChoice
-from samgraft.shared.training.environment import processes_expected
+from samgraft.shared.weights.tensor_files import tensors_sha256
 from torch import Tensor
 from torch.utils.data import Dataset
 

@@ -7,15 +7,15 @@ from typing import Any, cast
 import pytorch_lightning as pl
 import torch
 from samgraft.finetune.adapters import RankUpdates, trainable_tensors
-from samgraft.finetune.baselines import SliceBaseline
+from samgraft.finetune.baselines.networks import SliceBaseline
 from samgraft.finetune.classes import ClassTable
+from samgraft.finetune.config import FinetuneConfig
 from samgraft.finetune.loss import SegmentationLoss
 from samgraft.finetune.prompting.prompted_loss import PromptedLoss
 from samgraft.finetune.segmenter import Segmenter
 from samgraft.finetune.training.cached_slices import CachedBatch
-from samgraft.finetune.training.config import FinetuneConfig
-from samgraft.shared.data.dataset import SliceBatch, batch_to_input
-from samgraft.shared.training.optimizer import build_optimizer
+from samgraft.shared.samples.dataset import SliceBatch, batch_to_input
+from samgraft.shared.training.optim import build_optimizer
 from torch import Tensor
 
 

@@ -10,26 +10,26 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from samgraft.finetune.adapters import adapt, render_parts, trainable_groups, trainable_table
-from samgraft.finetune.baselines import Baseline, BaselineStart, as_baseline, build_network, plan_network
+from samgraft.finetune.baselines.networks import Baseline, BaselineStart, as_baseline, build_network, plan_network
+from samgraft.finetune.baselines.volume_patches import VolumePatches
 from samgraft.finetune.classes import ClassTable, choose_classes
+from samgraft.finetune.config import FinetuneConfig
 from samgraft.finetune.evaluation.validation import labelled_series
+from samgraft.finetune.few_shot import draw_few_shot
 from samgraft.finetune.inference import InferenceConfig
 from samgraft.finetune.segmenter import Segmenter, make_room_for_classes
-from samgraft.finetune.starting_point import StartingPoint, find_starting_point
-from samgraft.finetune.training.config import FinetuneConfig
-from samgraft.finetune.training.few_shot import draw_few_shot
+from samgraft.finetune.start import StartingPoint, find_starting_point
 from samgraft.finetune.training.sampling import balance_foreground, has_foreground
-from samgraft.finetune.volume_patches import VolumePatches
-from samgraft.shared.data.augment import SliceAugmentation
-from samgraft.shared.data.dataset import SliceDataset, select_slices
-from samgraft.shared.data.few_shot import keep_train_slices
-from samgraft.shared.data.intensity import IntensityPreset
-from samgraft.shared.data.split import Split, load_split, refuse_leak
-from samgraft.shared.data.store import SliceStore
 from samgraft.shared.errors import DataError, UsageError
-from samgraft.shared.models.card import Card
-from samgraft.shared.models.tensor_report import TensorReport
-from samgraft.shared.training.run_inputs import kept_split
+from samgraft.shared.runs.inputs import kept_split
+from samgraft.shared.samples.augment import SliceAugmentation
+from samgraft.shared.samples.dataset import SliceDataset, select_slices
+from samgraft.shared.samples.few_shot import keep_train_slices
+from samgraft.shared.samples.split import Split, load_split, refuse_leak
+from samgraft.shared.scans.intensity import IntensityPreset
+from samgraft.shared.store.store import SliceStore
+from samgraft.shared.weights.card import Card
+from samgraft.shared.weights.tensor_report import TensorReport
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from samgraft.finetune.evaluation.validation import CaseResult, mean_dice
 from samgraft.shared.errors import DataError, WeightsError
-from samgraft.shared.models.weights import save_tensors
+from samgraft.shared.weights.load import save_tensors
 from torch import Tensor
 
 log = logging.getLogger(__name__)

@@ -6,8 +6,8 @@ import logging
 from collections.abc import Sequence
 
 from samgraft.finetune.classes import ClassTable
-from samgraft.shared.data.dataset import SliceRef
-from samgraft.shared.data.store import SliceStore
+from samgraft.shared.samples.dataset import SliceRef
+from samgraft.shared.store.store import SliceStore
 
 log = logging.getLogger(__name__)
 

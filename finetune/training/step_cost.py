@@ -10,11 +10,11 @@ from statistics import median
 from typing import Any
 
 import torch
-from samgraft.finetune.training.config import FinetuneConfig
+from samgraft.finetune.baselines.volume_patches import VolumePatches
+from samgraft.finetune.config import FinetuneConfig
 from samgraft.finetune.training.module import FinetuneModule
 from samgraft.finetune.training.preparation import Prepared
-from samgraft.finetune.volume_patches import VolumePatches
-from samgraft.shared.data.dataset import collate_slices
+from samgraft.shared.samples.dataset import collate_slices
 from samgraft.shared.training.device import DeviceChoice
 from samgraft.shared.training.failures import explain_out_of_memory
 from samgraft.shared.training.progress import format_duration

@@ -22,37 +22,37 @@ from samgraft.finetune.adapters import (
     trainable_tensors,
 )
 from samgraft.finetune.adapters.eva import initialise_eva
-from samgraft.finetune.baselines import BaselineStart
+from samgraft.finetune.baselines.networks import BaselineStart
+from samgraft.finetune.baselines.volume_patches import VolumePatches
+from samgraft.finetune.config import FinetuneConfig, Schedule
 from samgraft.finetune.evaluation.evaluate import dice_per_class, summarise, write_evaluation
 from samgraft.finetune.evaluation.overlays import choose_slices, overlay, slice_pictures
 from samgraft.finetune.evaluation.validation import CaseResult, mean_dice, measure
+from samgraft.finetune.few_shot import may_end
 from samgraft.finetune.model_folder import ADAPTER_FOLDER, write_model
 from samgraft.finetune.segmenter import Segmenter
-from samgraft.finetune.starting_point import StartingPoint
+from samgraft.finetune.start import StartingPoint
 from samgraft.finetune.task import Task
 from samgraft.finetune.training.cached_slices import CachedSlices, collate_cached, use_cache
-from samgraft.finetune.training.config import FinetuneConfig, Schedule
-from samgraft.finetune.training.few_shot import may_end
-from samgraft.finetune.training.finetune_report import write_report
 from samgraft.finetune.training.module import FinetuneModule
 from samgraft.finetune.training.preparation import Prepared, describe, prepare
+from samgraft.finetune.training.report import write_report
 from samgraft.finetune.training.rounds import ValidationRounds
-from samgraft.finetune.volume_patches import VolumePatches
 from samgraft.shared.config import config_sha256, config_to_dict
-from samgraft.shared.data.dataset import SliceDataset, batch_to_input, collate_slices
-from samgraft.shared.data.sampler import StepBatchSampler
-from samgraft.shared.data.split import pretrain_manifest
 from samgraft.shared.errors import UsageError, WeightsError
-from samgraft.shared.models.card import Card
+from samgraft.shared.runs.environment import code_revision
+from samgraft.shared.runs.inputs import hold_to_inputs, keep_split, refuse_other_inputs
+from samgraft.shared.runs.run_folder import RunFolder
+from samgraft.shared.samples.dataset import SliceDataset, batch_to_input, collate_slices
+from samgraft.shared.samples.sampler import StepBatchSampler
+from samgraft.shared.samples.split import pretrain_manifest
 from samgraft.shared.training.device import DeviceChoice
-from samgraft.shared.training.environment import code_revision
 from samgraft.shared.training.loader import build_step_loader
+from samgraft.shared.training.optim import LearningRate
 from samgraft.shared.training.periodic import Boundary, Periodic
 from samgraft.shared.training.resume import LoaderPosition, rng_untouched, seed_process
-from samgraft.shared.training.run_folder import RunFolder
-from samgraft.shared.training.run_inputs import hold_to_inputs, keep_split, refuse_other_inputs
-from samgraft.shared.training.schedule import LearningRate
 from samgraft.shared.training.trainer import FitResult, fit
+from samgraft.shared.weights.card import Card
 from torch import nn
 from torch.utils.data import DataLoader, default_collate
 

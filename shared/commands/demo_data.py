@@ -23,7 +23,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _run(arguments: argparse.Namespace) -> int:
     # Imported here: `samgraft --help` must not wait for zarr.
-    from samgraft.shared.data.demo import SOURCES, demo_data
+    from samgraft.shared.demo import SOURCES, demo_data
 
     paths = demo_data(arguments.root, arguments.modality)
     log.info(EXCLUDED_LINE)

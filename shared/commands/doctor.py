@@ -14,7 +14,7 @@ from samgraft.shared.cli import Command
 from samgraft.shared.errors import UsageError
 
 if TYPE_CHECKING:
-    from samgraft.shared.training.diagnosis import Finding
+    from samgraft.shared.diagnosis import Finding
 
 MARKS = {"ok": "ok     ", "warning": "warning", "problem": "PROBLEM"}
 
@@ -36,7 +36,7 @@ def _run(arguments: argparse.Namespace) -> int:
     try:
         # Imported here: `samgraft --help` must not wait for torch; and a broken installation is a finding.
         importlib.import_module("torchvision")  # fails with a torch that it was not built for
-        from samgraft.shared.training.diagnosis import diagnose, exit_code
+        from samgraft.shared.diagnosis import diagnose, exit_code
     except (ImportError, OSError, RuntimeError) as err:
         raise UsageError(
             f"the installation is broken: {str(err).splitlines()[0]}", next_command="rm -r .venv && make install"

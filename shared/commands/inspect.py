@@ -30,8 +30,8 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _run(arguments: argparse.Namespace) -> int:
     # Imported here: `samgraft --help` must not wait for torch.
-    from samgraft.shared.models.download import OFFLINE_VARIABLE
-    from samgraft.shared.models.inspection import describe, extract_tensors
+    from samgraft.shared.weights.download import OFFLINE_VARIABLE
+    from samgraft.shared.weights.inspection import describe, extract_tensors
 
     if arguments.offline:
         os.environ[OFFLINE_VARIABLE] = "1"

@@ -12,17 +12,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from samgraft.shared.cli import Command, local_path
-from samgraft.shared.data.store_files import is_address, is_scans
 from samgraft.shared.errors import DataError, StorageError, UsageError
-from samgraft.shared.job_limits import granted_cores
+from samgraft.shared.machine import granted_cores
+from samgraft.shared.store.files import is_address, is_scans
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from rich.console import Console
-    from samgraft.shared.data.discovery import Discovery, SourceOptions
-    from samgraft.shared.data.examine import BuildSettings
-    from samgraft.shared.data.store_build import BuildReport
+    from samgraft.shared.scans.discovery import Discovery, SourceOptions
+    from samgraft.shared.store.build import BuildReport
+    from samgraft.shared.store.examine import BuildSettings
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ def modality_of(data: Path | str | None) -> str:
     """Return the modality of a store; scans do not say theirs, ``mri`` is assumed."""
     if data is None or is_scans(data):
         return DEFAULT_MODALITY
-    from samgraft.shared.data.store import SliceStore
+    from samgraft.shared.store.store import SliceStore
 
     return SliceStore.open(data).modality.value
 
@@ -142,8 +142,8 @@ def _run(arguments: argparse.Namespace) -> int:
 def _build(arguments: argparse.Namespace) -> int:
     # Imported here and below: `samgraft --help` must not wait for zarr.
     from rich.console import Console
-    from samgraft.shared.data.build_report import print_report, summarise
-    from samgraft.shared.data.sources import discover
+    from samgraft.shared.scans.sources import discover
+    from samgraft.shared.store.build_report import print_report, summarise
 
     console = Console(stderr=True)
     found = discover(arguments.source, _source_options(arguments))
@@ -172,7 +172,7 @@ def _build(arguments: argparse.Namespace) -> int:
 
 
 def _examine(arguments: argparse.Namespace, found: Discovery, show: Callable[[int, int], None]) -> BuildReport:
-    from samgraft.shared.data.store_build import examine_cases
+    from samgraft.shared.store.build import examine_cases
 
     return examine_cases(
         found.cases,
@@ -185,8 +185,8 @@ def _examine(arguments: argparse.Namespace, found: Discovery, show: Callable[[in
 
 
 def _write(arguments: argparse.Namespace, found: Discovery, show: Callable[[int, int], None]) -> BuildReport:
-    from samgraft.shared.data.preset import load_preset
-    from samgraft.shared.data.store_build import CasesRefused, build_store
+    from samgraft.shared.scans.preset import load_preset
+    from samgraft.shared.store.build import CasesRefused, build_store
 
     settings = _settings(arguments, arguments.out.parent)
     try:
@@ -208,7 +208,7 @@ def _write(arguments: argparse.Namespace, found: Discovery, show: Callable[[int,
 
 def _check(arguments: argparse.Namespace) -> int:
     from rich.console import Console
-    from samgraft.shared.data.store_check import check_sources, check_store, refuse_problems
+    from samgraft.shared.store.check import check_sources, check_store, refuse_problems
 
     console = Console(stderr=True)
     if not (arguments.path / "zarr.json").is_file():
@@ -216,9 +216,9 @@ def _check(arguments: argparse.Namespace) -> int:
     with _progress(console, "verifying") as show:
         check = check_store(arguments.path, on_progress=show)
     if arguments.source is not None and not check.problems:
-        from samgraft.shared.data.sources import discover
-        from samgraft.shared.data.store import SliceStore
-        from samgraft.shared.data.store_build import examine_cases
+        from samgraft.shared.scans.sources import discover
+        from samgraft.shared.store.build import examine_cases
+        from samgraft.shared.store.store import SliceStore
 
         found = discover(arguments.source, _source_options(arguments))
         settings = _settings(arguments, arguments.path.parent)
@@ -237,8 +237,8 @@ def _check(arguments: argparse.Namespace) -> int:
 
 
 def _check_scans(arguments: argparse.Namespace, console: Console) -> int:
-    from samgraft.shared.data.build_report import print_report, summarise
-    from samgraft.shared.data.sources import discover
+    from samgraft.shared.scans.sources import discover
+    from samgraft.shared.store.build_report import print_report, summarise
 
     found = discover(arguments.path, _source_options(arguments))
     with _progress(console, "reading") as show:
@@ -256,8 +256,8 @@ def _check_scans(arguments: argparse.Namespace, console: Console) -> int:
 
 def _info(arguments: argparse.Namespace) -> int:
     from rich.console import Console
-    from samgraft.shared.data.store import SliceStore
-    from samgraft.shared.data.store_info import describe_store, print_description
+    from samgraft.shared.samples.store_info import describe_store, print_description
+    from samgraft.shared.store.store import SliceStore
 
     values = describe_store(SliceStore.open(arguments.path))
     if arguments.json:
@@ -269,9 +269,9 @@ def _info(arguments: argparse.Namespace) -> int:
 
 def _split(arguments: argparse.Namespace) -> int:
     from rich.console import Console
-    from samgraft.shared.data.few_shot import few_shot
-    from samgraft.shared.data.split import default_split_path, make_split
-    from samgraft.shared.data.store import SliceStore
+    from samgraft.shared.samples.few_shot import few_shot
+    from samgraft.shared.samples.split import default_split_path, make_split
+    from samgraft.shared.store.store import SliceStore
 
     try:
         fractions = [float(part) for part in arguments.fractions.split(",")]
@@ -301,7 +301,7 @@ def _split(arguments: argparse.Namespace) -> int:
 
 
 def _source_options(arguments: argparse.Namespace) -> SourceOptions:
-    from samgraft.shared.data.discovery import SourceOptions, parse_label_map, parse_label_names
+    from samgraft.shared.scans.discovery import SourceOptions, parse_label_map, parse_label_names
 
     single = arguments.pictures == "single" or (
         arguments.pictures == "auto" and arguments.modality.lower() in ("xray", "ultrasound")
@@ -319,10 +319,10 @@ def _source_options(arguments: argparse.Namespace) -> SourceOptions:
 
 
 def _settings(arguments: argparse.Namespace, salt_folder: Path | None) -> BuildSettings:
-    from samgraft.shared.data.examine import BuildSettings
-    from samgraft.shared.data.orientation import Plane
-    from samgraft.shared.data.preset import load_preset
-    from samgraft.shared.data.pseudonym import local_salt
+    from samgraft.shared.scans.orientation import Plane
+    from samgraft.shared.scans.preset import load_preset
+    from samgraft.shared.scans.privacy import local_salt
+    from samgraft.shared.store.examine import BuildSettings
 
     known = {plane.value: plane for plane in Plane}
     names = [part.strip().lower() for part in arguments.planes.split(",") if part.strip()]

@@ -1,1 +1,1 @@
-"""SAM encoders at any size, and weights that load strictly."""
+"""Former import paths that released model cards name."""

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from samgraft.shared.models.card import Card
 from samgraft.shared.release.formats import Artefact
 from samgraft.shared.release.licence import Licence
+from samgraft.shared.weights.card import Card
 
 LIMITS = (
     "Research software: not a medical device, not for diagnosis or treatment decisions.",

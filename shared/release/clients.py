@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from samgraft.shared.encoders.architecture import spec_from_tensors
 from samgraft.shared.errors import WeightsError
-from samgraft.shared.models.architecture import spec_from_tensors
 from samgraft.shared.release.subject import Subject, decoder_outputs
 from segment_anything import SamPredictor, sam_model_registry
 from torch import Tensor

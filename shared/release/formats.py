@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from samgraft.shared.errors import UsageError
-from samgraft.shared.models.tensor_files import save_pth, save_tensors
-from samgraft.shared.models.transformers_format import save_transformers, save_transformers_encoder
 from samgraft.shared.release.subject import Subject
+from samgraft.shared.weights.tensor_files import save_pth, save_tensors
+from samgraft.shared.weights.transformers_format import save_transformers, save_transformers_encoder
 
 SAM_NAMES = ("sam.safetensors", "sam.pth")
 ENCODER_NAMES = ("encoder.safetensors", "encoder.pth")

@@ -7,8 +7,8 @@ import re
 from dataclasses import dataclass
 
 from samgraft.shared.errors import UsageError
-from samgraft.shared.models.card import Card
-from samgraft.shared.models.download import OFFICIAL
+from samgraft.shared.weights.card import Card
+from samgraft.shared.weights.download import OFFICIAL
 
 log = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from samgraft.shared.models.sam import decode_automatic
+from samgraft.shared.encoders.sam import decode_automatic
 from samgraft.shared.release.formats import Artefact, Format
 from samgraft.shared.release.subject import Subject
 from segment_anything.modeling import ImageEncoderViT, Sam

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from samgraft.shared.errors import StorageError
-from samgraft.shared.models.safe_read import file_sha256
 from samgraft.shared.release.formats import Artefact, Format
 from samgraft.shared.release.load_back import Checked, load_back
 from samgraft.shared.release.privacy import refuse_findings, scan_folder
 from samgraft.shared.release.subject import Subject, expected_outputs, make_probe
+from samgraft.shared.weights.safe_read import file_sha256
 from torch import Tensor
 
 log = logging.getLogger(__name__)

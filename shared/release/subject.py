@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from samgraft.shared.models.architecture import ArchSpec
-from samgraft.shared.models.image_encoder import ImageEncoder, build_image_encoder
-from samgraft.shared.models.sam import build_sam, decode_automatic, decode_boxes, to_pixels
-from samgraft.shared.models.tiny_vit import TinyViTEncoder
+from samgraft.shared.encoders.architecture import ArchSpec
+from samgraft.shared.encoders.sam import build_sam, decode_automatic, decode_boxes, to_pixels
+from samgraft.shared.encoders.tiny_vit import TinyViTEncoder
+from samgraft.shared.encoders.vit import ImageEncoder, build_image_encoder
 from segment_anything.modeling import Sam
 from torch import Tensor
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from samgraft.shared.errors import UsageError
-from samgraft.shared.training.environment import local_rank, processes_expected, processes_per_node
+from samgraft.shared.runs.environment import local_rank, processes_expected, processes_per_node
 
 log = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from multiprocessing.synchronize import Semaphore
 from typing import Any
 
 import torch
-from samgraft.shared.data.worker_process import end_with_parent
+from samgraft.shared.machine import end_with_parent
 from samgraft.shared.training.signals import ignore_stop_signals
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -22,7 +22,7 @@ WORKER_START_TIMEOUT_S = 900
 POLL_S = 1.0
 """How often workers that start are asked whether they live."""
 
-PRELOADED = ("torch", "samgraft.shared.data.dataset", "samgraft.shared.training.loader")
+PRELOADED = ("torch", "samgraft.shared.samples.dataset", "samgraft.shared.training.loader")
 """What the fork server imports once, so that workers start in no time."""
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from samgraft.shared.training.processes import gather
-from samgraft.shared.training.step_log import StepLog
+from samgraft.shared.training.progress import StepLog
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer

@@ -11,11 +11,10 @@ import numpy as np
 import numpy.typing as npt
 import pytorch_lightning as pl
 import torch
-from samgraft.shared.training.bookkeeping import Bookkeeping
 from samgraft.shared.training.processes import any_process, from_first
-from samgraft.shared.training.resume import rng_untouched
+from samgraft.shared.training.progress import StepLog
+from samgraft.shared.training.resume import Bookkeeping, rng_untouched
 from samgraft.shared.training.signals import StopRequest
-from samgraft.shared.training.step_log import StepLog
 from torch import nn
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Protocol
 
-from samgraft.shared.models.image_encoder import MaskableEncoder
+from samgraft.shared.encoders.vit import MaskableEncoder
 from samgraft.ssl.objectives.dino import DINO
 from samgraft.ssl.objectives.feature import Feature
 from samgraft.ssl.objectives.lejepa import LeJEPA

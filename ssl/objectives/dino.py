@@ -27,18 +27,18 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from lightly.loss import KoLeoLoss
-from samgraft.shared.data.orientation import Plane
+from samgraft.shared.encoders.vit import MaskableEncoder
 from samgraft.shared.errors import UsageError
-from samgraft.shared.models.image_encoder import MaskableEncoder
-from samgraft.shared.training.schedule import cosine
-from samgraft.ssl.crops import NUM_GLOBAL, CropConfig, local_size, multi_crop
-from samgraft.ssl.masking import MaskKind, mask_unit, scattered_masks
+from samgraft.shared.scans.orientation import Plane
+from samgraft.shared.training.optim import cosine
 from samgraft.ssl.objectives.centering import StepDINOLoss, StepIBOTLoss
 from samgraft.ssl.objectives.feature_panel import feature_panel
 from samgraft.ssl.objectives.objective import ObjectiveLoss, Panel
 from samgraft.ssl.objectives.teacher import Heads, Teacher, follow
-from samgraft.ssl.objectives.view_features import draw_places, view_features
 from samgraft.ssl.scope import learns_mask_token
+from samgraft.ssl.views.crops import NUM_GLOBAL, CropConfig, local_size, multi_crop
+from samgraft.ssl.views.masking import MaskKind, mask_unit, scattered_masks
+from samgraft.ssl.views.view_features import draw_places, view_features
 from torch import nn
 
 KOLEO_EPS = 1e-4

@@ -27,16 +27,16 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from samgraft.shared.data.dataset import centre_channel
-from samgraft.shared.data.orientation import Plane
+from samgraft.shared.encoders.sam import to_pixels
+from samgraft.shared.encoders.vit import ImageEncoder, MaskableEncoder
 from samgraft.shared.errors import UsageError
-from samgraft.shared.models.image_encoder import ImageEncoder, MaskableEncoder
-from samgraft.shared.models.sam import to_pixels
-from samgraft.ssl.masking import MaskKind, mask_unit, token_masks, upsample_mask
+from samgraft.shared.samples.dataset import centre_channel
+from samgraft.shared.scans.orientation import Plane
 from samgraft.ssl.objectives.decoders import Decoder, DecoderKind, DecoderShape, chosen_ids
 from samgraft.ssl.objectives.feature_panel import principal_directions, project
 from samgraft.ssl.objectives.objective import HIDDEN_IS_GREY, ObjectiveLoss, Panel, WithoutTeacher
 from samgraft.ssl.scope import learns_mask_token
+from samgraft.ssl.views.masking import MaskKind, mask_unit, token_masks, upsample_mask
 from torch import nn
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from samgraft.shared.data.dataset import centre_channel
+from samgraft.shared.samples.dataset import centre_channel
 from samgraft.ssl.objectives.objective import Panel
 
 NUM_DIRECTIONS = 3

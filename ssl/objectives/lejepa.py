@@ -20,12 +20,12 @@ from dataclasses import dataclass, field
 import torch
 from lightly.loss.lejepa_loss import SIGReg, lejepa_invariance_loss
 from lightly.models.modules.heads import LeJEPAProjectionHead
-from samgraft.shared.data.orientation import Plane
-from samgraft.shared.models.image_encoder import MaskableEncoder
-from samgraft.ssl.crops import NUM_GLOBAL, CropConfig, local_size, multi_crop
+from samgraft.shared.encoders.vit import MaskableEncoder
+from samgraft.shared.scans.orientation import Plane
 from samgraft.ssl.objectives.feature_panel import feature_panel
 from samgraft.ssl.objectives.objective import ObjectiveLoss, Panel, WithoutTeacher
-from samgraft.ssl.objectives.view_features import draw_places, view_features
+from samgraft.ssl.views.crops import NUM_GLOBAL, CropConfig, local_size, multi_crop
+from samgraft.ssl.views.view_features import draw_places, view_features
 from torch import nn
 
 DIRECTION_STREAM = 0x64697265

@@ -24,12 +24,11 @@ from enum import Enum
 import numpy as np
 import torch
 import torch.nn.functional as F
-from samgraft.shared.data.dataset import centre_channel
-from samgraft.shared.data.orientation import Plane
+from samgraft.shared.encoders.sam import to_pixels
+from samgraft.shared.encoders.vit import ImageEncoder, MaskableEncoder
 from samgraft.shared.errors import UsageError
-from samgraft.shared.models.image_encoder import ImageEncoder, MaskableEncoder
-from samgraft.shared.models.sam import to_pixels
-from samgraft.ssl.masking import MaskKind, hidden_count, token_masks, upsample_mask
+from samgraft.shared.samples.dataset import centre_channel
+from samgraft.shared.scans.orientation import Plane
 from samgraft.ssl.objectives.decoders import Decoder, DecoderKind, DecoderShape, chosen_ids
 from samgraft.ssl.objectives.objective import (
     GIVEN_BRIGHTNESS,
@@ -39,6 +38,7 @@ from samgraft.ssl.objectives.objective import (
     WithoutTeacher,
 )
 from samgraft.ssl.objectives.plain_layout import plain_forward, relative_positions
+from samgraft.ssl.views.masking import MaskKind, hidden_count, token_masks, upsample_mask
 from torch import nn
 
 ANSWER_STREAM = 0x616E7377

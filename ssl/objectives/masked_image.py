@@ -22,11 +22,10 @@ from enum import Enum
 
 import torch
 import torch.nn.functional as F
-from samgraft.shared.data.dataset import centre_channel
-from samgraft.shared.data.orientation import Plane
-from samgraft.shared.models.image_encoder import MaskableEncoder
-from samgraft.shared.models.sam import to_pixels
-from samgraft.ssl.masking import MaskKind, mask_unit, token_masks, upsample_mask
+from samgraft.shared.encoders.sam import to_pixels
+from samgraft.shared.encoders.vit import MaskableEncoder
+from samgraft.shared.samples.dataset import centre_channel
+from samgraft.shared.scans.orientation import Plane
 from samgraft.ssl.objectives.objective import (
     GIVEN_BRIGHTNESS,
     HIDDEN_IS_GREY,
@@ -35,6 +34,7 @@ from samgraft.ssl.objectives.objective import (
     WithoutTeacher,
 )
 from samgraft.ssl.scope import learns_mask_token
+from samgraft.ssl.views.masking import MaskKind, mask_unit, token_masks, upsample_mask
 from torch import nn
 
 MASK_SHARE = 1 / 16

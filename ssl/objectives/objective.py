@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from samgraft.shared.data.orientation import Plane
-from samgraft.shared.models.image_encoder import MaskableEncoder
+from samgraft.shared.encoders.vit import MaskableEncoder
+from samgraft.shared.scans.orientation import Plane
 from torch import nn
 
 HIDDEN_IS_GREY = "Hidden pixels are grey in the second column; the encoder never saw them."

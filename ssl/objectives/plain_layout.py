@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from samgraft.shared.models.image_encoder import ImageEncoder, PlannedBlock, cut_patches
+from samgraft.shared.encoders.vit import ImageEncoder, PlannedBlock, cut_patches
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 

@@ -9,7 +9,7 @@ import copy
 from typing import Any
 
 import torch
-from samgraft.shared.models.image_encoder import MaskableEncoder
+from samgraft.shared.encoders.vit import MaskableEncoder
 from samgraft.ssl.objectives.centering import build_head
 from torch import nn
 

@@ -4,14 +4,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from samgraft.finetune.config import FinetuneConfig
 from samgraft.finetune.study.cells import expand
 from samgraft.finetune.study.config import StudyConfig
-from samgraft.finetune.training.config import FinetuneConfig
 from samgraft.shared.config import load_config
-from samgraft.shared.data.preset import load_preset
-from samgraft.shared.data.volume import Modality
-from samgraft.shared.models.architecture import arch_spec
-from samgraft.shared.models.image_encoder import build_image_encoder
+from samgraft.shared.encoders.architecture import arch_spec
+from samgraft.shared.encoders.vit import build_image_encoder
+from samgraft.shared.scans.preset import load_preset
+from samgraft.shared.scans.volume import Modality
 from samgraft.ssl.config import PretrainConfig
 from samgraft.ssl.objectives import OBJECTIVES, Method
 from samgraft.ssl.optimizer import build_pretrain_optimizer, build_schedule

@@ -9,8 +9,8 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
+from samgraft.finetune.config import FinetuneConfig
 from samgraft.finetune.study.config import StudyConfig
-from samgraft.finetune.training.config import FinetuneConfig
 from samgraft.ssl.config import PretrainConfig
 
 ROOT = Path(__file__).parents[2]

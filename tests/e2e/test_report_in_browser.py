@@ -6,10 +6,10 @@ from browser import CHROMIUM, open_page
 from samgraft.finetune.classes import ClassTable
 from samgraft.finetune.evaluation.evaluate import Evaluation
 from samgraft.finetune.evaluation.evaluation_report import NO_PICTURES, NO_VIEWER, Pictured, write_evaluation_report
+from samgraft.finetune.evaluation.packed import PackedLabels
 from samgraft.finetune.evaluation.scores import case_rows
 from samgraft.finetune.evaluation.viewer import find_bundle
-from samgraft.finetune.packed import PackedLabels
-from samgraft.shared.data.store import SliceStore
+from samgraft.shared.store.store import SliceStore
 from store_factory import make_store
 
 EVIL = '"><script>alert(1)</script>'

@@ -9,9 +9,9 @@ import torch
 from dicom_factory import write_segmentation, write_series
 from model_factory import make_sam, tiny_vit_t_spec
 from samgraft.shared.cli import main
-from samgraft.shared.data.store import SliceStore
-from samgraft.shared.models.card import Card
-from samgraft.shared.models.weights import save_encoder, save_tensors
+from samgraft.shared.store.store import SliceStore
+from samgraft.shared.weights.card import Card
+from samgraft.shared.weights.load import save_encoder, save_tensors
 from store_factory import make_scan, write_nifti
 from tiny_encoders import tiny_encoder
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from model_factory import make_sam, tiny_vit_t_spec
 from samgraft.shared.cli import main
-from samgraft.shared.models.weights import load_sam, read_weights, save_tensors
+from samgraft.shared.weights.load import load_sam, read_weights, save_tensors
 from store_factory import make_scan, write_nifti
 
 PRETRAIN = [

@@ -10,10 +10,10 @@ import pydicom
 import pytest
 from dicom_factory import new_dataset, save, set_pixels, write_series
 from pydicom.uid import JPEG2000Lossless, RLELossless
-from samgraft.shared.data.readers import decode_process
-from samgraft.shared.data.readers.decode_process import DecodeProcess, DecoderError
-from samgraft.shared.data.readers.dicom import read_dicom_series
 from samgraft.shared.errors import DataError
+from samgraft.shared.scans.readers import decode_process
+from samgraft.shared.scans.readers.decode_process import DecodeProcess, DecoderError
+from samgraft.shared.scans.readers.dicom import read_dicom_series
 from store_factory import make_scan
 
 IMAGE = make_scan(shape_zyx=(3, 24, 20))[0]
@@ -139,7 +139,7 @@ def test_memory_is_limited(tmp_path, monkeypatch):
     program = tmp_path / "limited.py"
     program.write_text(
         "import numpy as np\n"
-        "from samgraft.shared.data.readers import decode_process as d\n"
+        "from samgraft.shared.scans.readers import decode_process as d\n"
         "import pydicom\n"
         "def hungry(file):\n"
         "    np.ones(9 * 2**30, dtype='u1')\n"

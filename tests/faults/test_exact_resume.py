@@ -15,14 +15,13 @@ import pytorch_lightning as pl
 import torch
 from safetensors.torch import load_file
 from samgraft.shared.errors import DataError, UsageError
-from samgraft.shared.training.bookkeeping import Bookkeeping
+from samgraft.shared.runs.environment import software_versions, thread_count
 from samgraft.shared.training.device import DeviceChoice
-from samgraft.shared.training.environment import software_versions, thread_count
-from samgraft.shared.training.resume_check import check_resumable
+from samgraft.shared.training.resume import Bookkeeping, check_resumable
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_training import At, Killed, TinyModule, curve, die, final_bytes, tiny_config, tiny_fit
 
-TESTS = Path(__file__).parents[1]
+TESTS = Path(__file__).parents[1] / "factories"
 
 
 def same(root: Path, step: int) -> bool:
@@ -87,7 +86,7 @@ def test_other_seed_or_skipped_rng__would_differ(tmp_path: Path, monkeypatch: py
     tiny_fit(tmp_path, "whole", tiny_config())
     with pytest.raises(Killed):
         tiny_fit(tmp_path, "killed", tiny_config(), callbacks=[At(6, die)])
-    monkeypatch.setattr("samgraft.shared.training.step_boundary.restore_rng", lambda _: None)
+    monkeypatch.setattr("samgraft.shared.training.boundary.restore_rng", lambda _: None)
     tiny_fit(tmp_path, "killed", tiny_config())
     assert not same(tmp_path, 15)
 

@@ -9,23 +9,23 @@ import pytest
 import torch
 from model_factory import make_sam, tiny_plain_spec, tiny_vit_t_spec
 from samgraft.finetune.classes import ClassTable
+from samgraft.finetune.config import ModelConfig
 from samgraft.finetune.evaluation.evaluate import evaluate
 from samgraft.finetune.evaluation.metrics import class_scores
 from samgraft.finetune.evaluation.validation import CaseResult
 from samgraft.finetune.model_folder import read_model, write_model
 from samgraft.finetune.release.release import release_model
-from samgraft.finetune.starting_point import find_starting_point
+from samgraft.finetune.start import find_starting_point
 from samgraft.finetune.task import Task
-from samgraft.finetune.training.config import ModelConfig
 from samgraft.finetune.training.preparation import check_leak
 from samgraft.finetune.training.rounds import ValidationRounds
 from samgraft.shared.cli import main
-from samgraft.shared.data.split import Split, make_split, pretrain_manifest
-from samgraft.shared.data.store import SliceStore
 from samgraft.shared.errors import DataError, WeightsError
-from samgraft.shared.models.card import Card
-from samgraft.shared.models.weights import save_encoder, save_tensors
 from samgraft.shared.release.request import ReleaseRequest
+from samgraft.shared.samples.split import Split, make_split, pretrain_manifest
+from samgraft.shared.store.store import SliceStore
+from samgraft.shared.weights.card import Card
+from samgraft.shared.weights.load import save_encoder, save_tensors
 from store_factory import make_store
 
 SPEC = tiny_vit_t_spec()

@@ -9,21 +9,21 @@ import signal
 import pytest
 import torch
 from model_factory import make_sam, tiny_vit_t_spec
+from samgraft.finetune.config import FinetuneConfig
 from samgraft.finetune.model_folder import read_model
 from samgraft.finetune.segmenter import Segmenter
 from samgraft.finetune.training import step_cost, train
-from samgraft.finetune.training.config import FinetuneConfig
 from samgraft.finetune.training.module import FinetuneModule
 from samgraft.finetune.training.step_cost import measure_step
 from samgraft.shared.cli import main
 from samgraft.shared.config import load_config
-from samgraft.shared.data.split import default_split_path, make_split
-from samgraft.shared.data.store import SliceStore
 from samgraft.shared.errors import SamgraftError, StoppedAndSaved
-from samgraft.shared.models.weights import save_tensors
+from samgraft.shared.runs.run_folder import RunFolder
+from samgraft.shared.samples.split import default_split_path, make_split
+from samgraft.shared.store.store import SliceStore
 from samgraft.shared.training.device import choose_device
-from samgraft.shared.training.run_folder import RunFolder
 from samgraft.shared.training.trainer import fit
+from samgraft.shared.weights.load import save_tensors
 from store_factory import make_store
 
 MODES = {

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 from samgraft.shared.cli import main
-from samgraft.shared.data.grid_picture import GAP_PX, resample_to
-from samgraft.shared.data.readers.scan import read_scan
-from samgraft.shared.data.volume import RawScan
+from samgraft.shared.scans.grid_picture import GAP_PX, resample_to
+from samgraft.shared.scans.readers.scan import read_scan
+from samgraft.shared.scans.volume import RawScan
 from store_factory import make_scan, nifti_files, write_nifti
 
 IMAGE, LABEL = make_scan(shape_zyx=(6, 24, 20))

@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from samgraft.shared.errors import NumericalError, StoppedAndSaved, UsageError
+from samgraft.shared.runs.training_state import read_state
 from samgraft.shared.training import numerics
 from samgraft.shared.training.numerics import suspect_batch
-from samgraft.shared.training.training_state import read_state
 from tiny_training import At, TinyModule, curve, final_bytes, tiny_config, tiny_fit
 
 

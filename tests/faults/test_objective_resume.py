@@ -16,8 +16,8 @@ from killed_child import start_child
 from process_pair import run_pair
 from samgraft.shared.cli import main
 from samgraft.shared.errors import ExitCode, NumericalError, StoppedAndSaved, WeightsError
-from samgraft.shared.models.weights import load_image_encoder, read_weights
-from samgraft.shared.training.training_state import find_damage
+from samgraft.shared.runs.training_state import find_damage
+from samgraft.shared.weights.load import load_image_encoder, read_weights
 from samgraft.ssl import module, start
 from samgraft.ssl.objectives import OBJECTIVES
 from tiny_encoders import TINY_VIT
@@ -234,5 +234,5 @@ def test_comparison__can_fail(lab: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         act_after(3, die, patch)
         with pytest.raises(Killed):
             run(lab, "guard", "masked_image")
-    monkeypatch.setattr("samgraft.shared.training.step_boundary.load_optimizer_state", lambda *_: None)
+    monkeypatch.setattr("samgraft.shared.training.boundary.load_optimizer_state", lambda *_: None)
     assert left_behind(run(lab, "guard", "masked_image")) != whole

@@ -10,17 +10,17 @@ from pathlib import Path
 import google_crc32c
 import numpy as np
 import pytest
-import samgraft.shared.data.patient_read as patient_read
+import samgraft.shared.files as patient_read
 import zarr
 from samgraft.shared.cli import main
-from samgraft.shared.data.examine import BuildSettings
-from samgraft.shared.data.file_index import index_files
-from samgraft.shared.data.intensity import IntensityPreset
-from samgraft.shared.data.sources import discover
-from samgraft.shared.data.store import SliceStore
-from samgraft.shared.data.store_build import build_store
-from samgraft.shared.data.volume import Modality
 from samgraft.shared.errors import DataError, StorageError, UsageError
+from samgraft.shared.scans.file_index import index_files
+from samgraft.shared.scans.intensity import IntensityPreset
+from samgraft.shared.scans.sources import discover
+from samgraft.shared.scans.volume import Modality
+from samgraft.shared.store.build import build_store
+from samgraft.shared.store.examine import BuildSettings
+from samgraft.shared.store.store import SliceStore
 from store_factory import make_cases, make_scan, make_store, write_nifti
 
 SETTINGS = BuildSettings(modality=Modality.MRI, salt="test")
@@ -164,7 +164,7 @@ CRAFTED = """
 import sys, faulthandler, numpy as np
 from pathlib import Path
 import google_crc32c
-from samgraft.shared.data.store import SliceStore
+from samgraft.shared.store.store import SliceStore
 from samgraft.shared.errors import DataError
 faulthandler.enable()
 path = Path(sys.argv[1])
@@ -235,7 +235,7 @@ def test_row_91_a_chunk_larger_than_its_slice_is_not_decoded(tmp_path):
 HOLD = """
 import sys
 from pathlib import Path
-from samgraft.shared.data.store_build import _only_builder
+from samgraft.shared.store.build import _only_builder
 with _only_builder(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()

@@ -19,8 +19,8 @@ from samgraft.finetune.prediction.prediction_files import NativeMasks, write_lab
 from samgraft.finetune.prediction.prediction_inputs import find_inputs
 from samgraft.finetune.prediction.predictor import Predictor
 from samgraft.shared.cli import main
-from samgraft.shared.data.readers.nifti import read_nifti
 from samgraft.shared.errors import UsageError
+from samgraft.shared.scans.readers.nifti import read_nifti
 from store_factory import make_scan
 from store_factory import write_nifti as write_scan
 
@@ -311,7 +311,7 @@ def test_prompts__must_fit_the_model(lab):
 def test_prompts__equal_segment_anythings_predictor(lab):
     """One box on one slice gives SamPredictor's mask."""
     from samgraft.finetune.prompting.prompt_file import SlicePrompt
-    from samgraft.shared.data.intensity import normalise
+    from samgraft.shared.scans.intensity import normalise
 
     predictor = Predictor(lab.run, device="cpu", precision="fp32")
     record = lab.store.series[0]
@@ -320,7 +320,7 @@ def test_prompts__equal_segment_anythings_predictor(lab):
     labels = predictor(volume, prompts=[SlicePrompt(where="", slice_index=2, channel=0, box=box)])
     sam = predictor.model.segmenter.sam
     image = normalise(volume[2], record.stats, predictor.model.task.inference().intensity)
-    from samgraft.shared.models.sam import decode_boxes, to_pixels
+    from samgraft.shared.encoders.sam import decode_boxes, to_pixels
 
     with torch.inference_mode():
         embedding = sam.image_encoder(to_pixels(torch.from_numpy(image)[None, None], sam.image_encoder.spec))
@@ -365,8 +365,8 @@ def test_dicom__segmentation_reads_back_with_the_right_geometry(lab, tmp_path, c
     found[tuple(native)] = 1
     assert np.array_equal(found, labels)
     # And our own reader takes it as a label of the series.
-    from samgraft.shared.data.readers.dicom import read_dicom_series
-    from samgraft.shared.data.readers.dicom_seg import read_dicom_seg
+    from samgraft.shared.scans.readers.dicom import read_dicom_series
+    from samgraft.shared.scans.readers.dicom_seg import read_dicom_seg
 
     series = read_dicom_series(sorted((tmp_path / "scan" / "series").iterdir()), where="s")
     assert np.array_equal(read_dicom_seg(path, like=series, where="seg").array_ijk, labels)

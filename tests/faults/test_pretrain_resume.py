@@ -22,14 +22,14 @@ import pytest
 from model_factory import make_sam
 from PIL import Image
 from samgraft.shared.config import load_config
-from samgraft.shared.data.split import Split
-from samgraft.shared.data.store import SliceStore
 from samgraft.shared.errors import StoppedAndSaved
-from samgraft.shared.models.card import Card
-from samgraft.shared.models.weights import card_of, read_weights, save_encoder, save_sam
-from samgraft.shared.training import disk_need
+from samgraft.shared.samples.split import Split
+from samgraft.shared.store.store import SliceStore
+from samgraft.shared.training import preflight as disk_need
 from samgraft.shared.training.device import choose_device
 from samgraft.shared.training.trainer import FitResult, fit
+from samgraft.shared.weights.card import Card
+from samgraft.shared.weights.load import card_of, read_weights, save_encoder, save_sam
 from samgraft.ssl import preflight
 from samgraft.ssl.config import PretrainConfig
 from samgraft.ssl.pretrain import pretrain

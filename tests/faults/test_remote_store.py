@@ -8,7 +8,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
-import samgraft.shared.data.store_files as store_files
+import samgraft.shared.store.files as store_files
 from finished_factory import SPEC, make_lab
 from model_factory import make_sam
 from samgraft.finetune.commands.finetune import add_arguments, build_config
@@ -17,13 +17,13 @@ from samgraft.finetune.evaluation.scores import read_cases
 from samgraft.finetune.model_folder import read_model
 from samgraft.finetune.training.preparation import prepare
 from samgraft.shared.cli import main
-from samgraft.shared.data.dataset import SliceDataset, select_slices
-from samgraft.shared.data.split import load_split, split_beside
-from samgraft.shared.data.store import SliceStore
-from samgraft.shared.data.store_info import describe_store
 from samgraft.shared.errors import DataError, StorageError, UsageError
-from samgraft.shared.models.card import Card
-from samgraft.shared.models.weights import save_encoder, save_tensors
+from samgraft.shared.samples.dataset import SliceDataset, select_slices
+from samgraft.shared.samples.split import load_split, split_beside
+from samgraft.shared.samples.store_info import describe_store
+from samgraft.shared.store.store import SliceStore
+from samgraft.shared.weights.card import Card
+from samgraft.shared.weights.load import save_encoder, save_tensors
 from samgraft.ssl.config import DataConfig
 from samgraft.ssl.preflight import pretraining_split
 from store_factory import make_store

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from samgraft.shared.config import config_sha256, keys_that_may_change, load_config
 from samgraft.shared.errors import StorageError, UsageError
-from samgraft.shared.training.metrics_log import MetricsLog
-from samgraft.shared.training.run_folder import RunFolder, check_run_folder
+from samgraft.shared.runs.metrics import MetricsLog
+from samgraft.shared.runs.run_folder import RunFolder, check_run_folder
 from tiny_training import TinyConfig, tiny_config
 
 

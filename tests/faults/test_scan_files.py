@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from dicom_factory import new_dataset, save, set_pixels, write_enhanced, write_series, write_slice
 from PIL import Image
-from samgraft.shared.data.case import SourceCase
-from samgraft.shared.data.examine import BuildSettings, examine_case
-from samgraft.shared.data.readers.scan import ScanFiles, ScanFormat, read_scan
-from samgraft.shared.data.sources import discover
-from samgraft.shared.data.volume import Modality, volume_from_scan
 from samgraft.shared.errors import DataError
+from samgraft.shared.scans.case import SourceCase
+from samgraft.shared.scans.readers.scan import ScanFiles, ScanFormat, read_scan
+from samgraft.shared.scans.sources import discover
+from samgraft.shared.scans.volume import Modality, volume_from_scan
+from samgraft.shared.store.examine import BuildSettings, examine_case
 from store_factory import make_scan, nifti_files, write_nifti
 
 IMAGE, LABEL = make_scan(shape_zyx=(6, 24, 20))

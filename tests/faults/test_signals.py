@@ -21,7 +21,8 @@ import torch
 from killed_child import start_child
 from samgraft.shared.cli import main
 from samgraft.shared.errors import SamgraftError, StoppedAndSaved
-from samgraft.shared.training import periodic, step_boundary
+from samgraft.shared.training import boundary as step_boundary
+from samgraft.shared.training import periodic
 from samgraft.shared.training.failures import explain_failure
 from samgraft.shared.training.loader import StepLoader, build_step_loader
 from samgraft.shared.training.periodic import Boundary, Periodic

@@ -13,15 +13,15 @@ import pytest
 from dicom_factory import write_segmentation, write_series
 from PIL import Image
 from samgraft.shared.cli import main
-from samgraft.shared.data.discovery import SourceOptions
-from samgraft.shared.data.examine import BuildSettings, examine_case
-from samgraft.shared.data.file_index import index_files
-from samgraft.shared.data.intensity import IntensityPreset
-from samgraft.shared.data.sources import discover
-from samgraft.shared.data.store import SliceStore
-from samgraft.shared.data.store_build import CasesRefused, build_store, examine_cases
-from samgraft.shared.data.volume import Modality
 from samgraft.shared.errors import DataError, StorageError, UsageError
+from samgraft.shared.scans.discovery import SourceOptions
+from samgraft.shared.scans.file_index import index_files
+from samgraft.shared.scans.intensity import IntensityPreset
+from samgraft.shared.scans.sources import discover
+from samgraft.shared.scans.volume import Modality
+from samgraft.shared.store.build import CasesRefused, build_store, examine_cases
+from samgraft.shared.store.examine import BuildSettings, examine_case
+from samgraft.shared.store.store import SliceStore
 from store_factory import make_scan, write_nifti
 
 IMAGE, LABEL = make_scan(shape_zyx=(6, 24, 20))
@@ -104,7 +104,7 @@ def test_row_43_link_that_leaves_the_folder_is_followed_and_said(tmp_path):
 
 
 def test_row_44_same_file_twice_is_reported_by_content(tmp_path):
-    from samgraft.shared.data.build_report import summarise
+    from samgraft.shared.store.build_report import summarise
 
     path = write_nifti(tmp_path / "in" / "a.nii", IMAGE)
     os.link(path, tmp_path / "in" / "b.nii")
@@ -224,7 +224,7 @@ def test_row_130_label_255_and_nan(tmp_path):
 
 
 def test_row_131_empty_labels_are_counted_not_dropped(tmp_path):
-    from samgraft.shared.data.build_report import summarise
+    from samgraft.shared.store.build_report import summarise
 
     pair(tmp_path, LABEL, name="a")
     pair(tmp_path, LABEL * 0, name="b")

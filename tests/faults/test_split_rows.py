@@ -5,21 +5,21 @@ import logging
 import numpy as np
 import pytest
 from model_factory import make_sam, tiny_vit_t_spec
-from samgraft.finetune.training.config import FinetuneConfig
+from samgraft.finetune.config import FinetuneConfig
 from samgraft.finetune.training.preparation import prepare
 from samgraft.shared.cli import main
 from samgraft.shared.config import load_config
-from samgraft.shared.data.build_report import summarise
-from samgraft.shared.data.examine import BuildSettings
-from samgraft.shared.data.intensity import IntensityPreset
-from samgraft.shared.data.lookalikes import look_alike
-from samgraft.shared.data.sources import discover
-from samgraft.shared.data.split import Split, check_split, make_split
-from samgraft.shared.data.store import SliceStore
-from samgraft.shared.data.store_build import build_store
-from samgraft.shared.data.volume import Modality
 from samgraft.shared.errors import DataError
-from samgraft.shared.models.weights import save_tensors
+from samgraft.shared.samples.split import Split, check_split, make_split
+from samgraft.shared.scans.intensity import IntensityPreset
+from samgraft.shared.scans.sources import discover
+from samgraft.shared.scans.volume import Modality
+from samgraft.shared.store.build import build_store
+from samgraft.shared.store.build_report import summarise
+from samgraft.shared.store.examine import BuildSettings
+from samgraft.shared.store.near_duplicates import look_alike
+from samgraft.shared.store.store import SliceStore
+from samgraft.shared.weights.load import save_tensors
 from store_factory import make_store, write_nifti
 
 SETTINGS = BuildSettings(modality=Modality.MRI, salt="test")

@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 import zarr
 from samgraft.shared.cli import main
-from samgraft.shared.data.examine import BuildSettings, examine_case
-from samgraft.shared.data.intensity import IntensityPreset
-from samgraft.shared.data.store import SliceStore
-from samgraft.shared.data.store_build import build_store
-from samgraft.shared.data.store_check import check_store
-from samgraft.shared.data.volume import Modality
 from samgraft.shared.errors import DataError, StorageError
+from samgraft.shared.scans.intensity import IntensityPreset
+from samgraft.shared.scans.volume import Modality
+from samgraft.shared.store.build import build_store
+from samgraft.shared.store.check import check_store
+from samgraft.shared.store.examine import BuildSettings, examine_case
+from samgraft.shared.store.store import SliceStore
 from store_factory import make_cases, make_scan, make_store, write_nifti
 
 SETTINGS = BuildSettings(modality=Modality.MRI, salt="test")

@@ -14,20 +14,23 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
+from samgraft.shared import files as tensor_file
 from samgraft.shared.errors import StorageError, WeightsError
-from samgraft.shared.training import disk_need, tensor_file, training_state
-from samgraft.shared.training.disk_need import LOGS_BYTES, check_disk
-from samgraft.shared.training.periodic import Boundary, Periodic
-from samgraft.shared.training.state_tree import flatten_state, unflatten_state
-from samgraft.shared.training.training_state import (
+from samgraft.shared.runs import training_state
+from samgraft.shared.runs.training_state import (
     find_damage,
     finished_states,
+    flatten_state,
     newest_state,
     prune_states,
     read_state,
     rewrite_record,
+    unflatten_state,
     write_state,
 )
+from samgraft.shared.training import preflight as disk_need
+from samgraft.shared.training.periodic import Boundary, Periodic
+from samgraft.shared.training.preflight import LOGS_BYTES, check_disk
 from tiny_training import At, Killed, TinyModule, die, final_bytes, tiny_config, tiny_fit
 from torch import nn
 
@@ -318,7 +321,7 @@ def test_full_disk_at_a_nan_step__names_the_state_that_is_kept(tmp_path: Path, m
 
 def test_disk_need__refused_before_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=10**6)
-    monkeypatch.setattr("samgraft.shared.training.disk_need.shutil.disk_usage", lambda _: usage)
+    monkeypatch.setattr("samgraft.shared.training.preflight.shutil.disk_usage", lambda _: usage)
     with pytest.raises(StorageError, match=r"needs 0\.07 GB for its training states"):
         tiny_fit(tmp_path, "a", tiny_config())
     assert not (tmp_path / "a" / "checkpoints").exists()

@@ -18,12 +18,12 @@ import torch
 from model_factory import make_sam, tiny_plain_spec
 from safetensors.torch import save_file
 from samgraft.shared.cli import main
+from samgraft.shared.encoders.architecture import Arch
+from samgraft.shared.encoders.sam import build_sam
 from samgraft.shared.errors import WeightsError
-from samgraft.shared.models.architecture import Arch
-from samgraft.shared.models.card import Card
-from samgraft.shared.models.safe_read import read_file
-from samgraft.shared.models.sam import build_sam
-from samgraft.shared.models.weights import load_image_encoder, load_sam, read_weights, save_sam
+from samgraft.shared.weights.card import Card
+from samgraft.shared.weights.load import load_image_encoder, load_sam, read_weights, save_sam
+from samgraft.shared.weights.safe_read import read_file
 
 
 @pytest.fixture(scope="module")

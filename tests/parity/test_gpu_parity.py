@@ -10,8 +10,8 @@ import torch
 from model_factory import randomise
 from original_encoders import tiny_twin
 from same_training import assert_same_training, real_pair
-from samgraft.shared.models.architecture import Arch, Stem, arch_spec
-from samgraft.shared.models.tiny_vit import TinyViTEncoder
+from samgraft.shared.encoders.architecture import Arch, Stem, arch_spec
+from samgraft.shared.encoders.tiny_vit import TinyViTEncoder
 
 pytestmark = pytest.mark.gpu
 GPU = "cuda"

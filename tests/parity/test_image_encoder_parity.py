@@ -5,11 +5,11 @@ import torch
 from model_factory import make_sam, randomise, tiny_plain_spec, tiny_vit_t_spec
 from original_encoders import plain_twin, tiny_twin, to_timm_names
 from same_training import assert_same_training, real_pair
-from samgraft.shared.models import blocked_attention, relpos_attention
-from samgraft.shared.models.architecture import Arch, Stem, arch_spec
-from samgraft.shared.models.image_encoder import ImageEncoder
-from samgraft.shared.models.sam import build_sam
-from samgraft.shared.models.tiny_vit import TinyViTEncoder
+from samgraft.shared.encoders import blocked_attention, relpos_attention
+from samgraft.shared.encoders.architecture import Arch, Stem, arch_spec
+from samgraft.shared.encoders.sam import build_sam
+from samgraft.shared.encoders.tiny_vit import TinyViTEncoder
+from samgraft.shared.encoders.vit import ImageEncoder
 from segment_anything.modeling import ImageEncoderViT
 
 # Grids 3 (smaller than the window of 4), 4 (one window), 10 and 11 (full, edge and corner windows).

@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from model_factory import randomise, tiny_plain_spec
-from samgraft.shared.models import blocked_attention, relpos_attention
-from samgraft.shared.models.image_encoder import ImageEncoder
+from samgraft.shared.encoders import blocked_attention, relpos_attention
+from samgraft.shared.encoders.vit import ImageEncoder
 from segment_anything.modeling.image_encoder import add_decomposed_rel_pos, window_partition, window_unpartition
 
 

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from samgraft.shared.models import tiny_attention
-from samgraft.shared.models.tiny_attention import GridBlock
+from samgraft.shared.encoders import tiny_vit as tiny_attention
+from samgraft.shared.encoders.tiny_vit import GridBlock
 from timm.models.tiny_vit import TinyVitBlock
 
 

@@ -7,16 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 from model_factory import make_sam, randomise, tiny_plain_spec, tiny_vit_t_spec
+from samgraft.shared.encoders.architecture import Arch
+from samgraft.shared.encoders.sam import build_sam, decode_automatic
 from samgraft.shared.errors import WeightsError
-from samgraft.shared.models.architecture import Arch
-from samgraft.shared.models.sam import build_sam, decode_automatic
-from samgraft.shared.models.transformers_format import (
+from samgraft.shared.weights.load import load_sam, read_weights, save_sam
+from samgraft.shared.weights.transformers_format import (
     SHARED_POSITIONS,
     from_transformers,
     save_transformers,
     to_transformers,
 )
-from samgraft.shared.models.weights import load_sam, read_weights, save_sam
 
 
 @pytest.fixture(scope="module")

@@ -10,11 +10,12 @@ import torch
 from model_factory import make_sam, randomise, tiny_plain_spec, tiny_vit_t_spec
 from samgraft.finetune.training import preparation, train
 from samgraft.shared.cli import main
-from samgraft.shared.models import image_encoder, tiny_vit
-from samgraft.shared.models.card import Card
-from samgraft.shared.models.image_encoder import ImageEncoder
-from samgraft.shared.models.tiny_vit import TinyViTEncoder
-from samgraft.shared.models.weights import save_encoder, save_sam
+from samgraft.shared.encoders import tiny_vit
+from samgraft.shared.encoders import vit as image_encoder
+from samgraft.shared.encoders.tiny_vit import TinyViTEncoder
+from samgraft.shared.encoders.vit import ImageEncoder
+from samgraft.shared.weights.card import Card
+from samgraft.shared.weights.load import save_encoder, save_sam
 from samgraft.ssl.objectives.plain_layout import plain_forward
 from store_factory import make_store
 from tiny_encoders import plain_encoder

@@ -21,7 +21,7 @@ from samgraft.finetune.adapters.config import WHOLE_MODEL
 from samgraft.finetune.adapters.eva import initialise_eva
 from samgraft.finetune.segmenter import Segmenter
 from samgraft.shared.errors import UsageError, WeightsError
-from samgraft.shared.models.weights import read_weights
+from samgraft.shared.weights.load import read_weights
 from tiny_sams import SPECS, images_for, logits_of, take_steps, tiny_sam
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")

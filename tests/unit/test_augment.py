@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import torch
 from samgraft.finetune.commands.finetune import add_arguments, build_config
-from samgraft.finetune.training.config import FinetuneConfig
+from samgraft.finetune.config import FinetuneConfig
 from samgraft.shared.config import load_config, packaged_config
-from samgraft.shared.data.augment import AugmentConfig, SliceAugmentation
-from samgraft.shared.data.orientation import Plane
-from samgraft.shared.data.preset import load_preset, modality_layer
-from samgraft.shared.data.sampler import sample_generator
-from samgraft.shared.data.volume import Modality
+from samgraft.shared.samples.augment import AugmentConfig, SliceAugmentation
+from samgraft.shared.samples.sampler import sample_generator
+from samgraft.shared.scans.orientation import Plane
+from samgraft.shared.scans.preset import load_preset, modality_layer
+from samgraft.shared.scans.volume import Modality
 from samgraft.ssl.config import PretrainConfig
 from samgraft.ssl.prepare import Request, prepare
 from store_factory import make_store

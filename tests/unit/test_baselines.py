@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from samgraft.finetune.baselines import (
+from samgraft.finetune.baselines.networks import (
     Baseline,
     BaselineConfig,
     SliceBaseline,
@@ -14,12 +14,12 @@ from samgraft.finetune.baselines import (
     plan_network,
     plan_patch,
 )
+from samgraft.finetune.baselines.volume_patches import VolumePatches, augment_patch, cut
 from samgraft.finetune.classes import ClassTable
-from samgraft.finetune.volume_patches import VolumePatches, augment_patch, cut
-from samgraft.shared.data.augment import AugmentConfig
-from samgraft.shared.data.orientation import Plane
-from samgraft.shared.data.store import SliceStore
 from samgraft.shared.errors import UsageError
+from samgraft.shared.samples.augment import AugmentConfig
+from samgraft.shared.scans.orientation import Plane
+from samgraft.shared.store.store import SliceStore
 from store_factory import make_store
 
 ONE = ClassTable(ids=(1,), names=("lesion",))

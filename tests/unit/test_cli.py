@@ -122,8 +122,8 @@ def test_main__a_container_that_grants_fewer_cores_gets_fewer_threads(
     seen: list[str | None] = []
     monkeypatch.setenv("OMP_NUM_THREADS", "to be put back")
     monkeypatch.delenv("OMP_NUM_THREADS")
-    monkeypatch.setattr("samgraft.shared.job_limits.granted_cores", lambda _groups=None: 1)
-    monkeypatch.setattr("samgraft.shared.job_limits._pinned_cores", lambda: 64)
+    monkeypatch.setattr("samgraft.shared.machine.granted_cores", lambda _groups=None: 1)
+    monkeypatch.setattr("samgraft.shared.machine._pinned_cores", lambda: 64)
     command(lambda _args: seen.append(os.environ.get("OMP_NUM_THREADS")) or 0)
     monkeypatch.setattr(cli, "_configure_logging", lambda debug: None)
     with caplog.at_level(logging.INFO):

@@ -6,24 +6,24 @@ import numpy as np
 import pytest
 import torch
 from samgraft.shared.config import config_to_dict, load_config, packaged_config
-from samgraft.shared.data.dataset import SliceDataset, collate_slices, select_slices
-from samgraft.shared.data.examine import BuildSettings
-from samgraft.shared.data.intensity import IntensityPreset
-from samgraft.shared.data.orientation import Plane
-from samgraft.shared.data.preset import load_preset, modality_layer
-from samgraft.shared.data.store import SliceStore
-from samgraft.shared.data.store_build import build_store
-from samgraft.shared.data.volume import Modality
+from samgraft.shared.encoders.architecture import arch_spec
 from samgraft.shared.errors import UsageError
-from samgraft.shared.models.architecture import arch_spec
+from samgraft.shared.samples.dataset import SliceDataset, collate_slices, select_slices
+from samgraft.shared.scans.intensity import IntensityPreset
+from samgraft.shared.scans.orientation import Plane
+from samgraft.shared.scans.preset import load_preset, modality_layer
+from samgraft.shared.scans.volume import Modality
+from samgraft.shared.store.build import build_store
+from samgraft.shared.store.examine import BuildSettings
+from samgraft.shared.store.store import SliceStore
 from samgraft.ssl.config import PretrainConfig
-from samgraft.ssl.crops import CropConfig, content_boxes, local_size, multi_crop
-from samgraft.ssl.held_out import held_out_loss, load_held_out
-from samgraft.ssl.membership import _errors
+from samgraft.ssl.export.membership import _errors
 from samgraft.ssl.module import PretrainModule
+from samgraft.ssl.monitor.held_out import held_out_loss, load_held_out
 from samgraft.ssl.objectives.dino import DINO, DINOConfig
 from samgraft.ssl.objectives.lejepa import LeJEPA, LeJEPAConfig
 from samgraft.ssl.objectives.objective import ObjectiveLoss
+from samgraft.ssl.views.crops import CropConfig, content_boxes, local_size, multi_crop
 from store_factory import make_cases, make_scan, write_nifti
 from tiny_encoders import PLAIN_VIT, TINY_VIT, plain_encoder, slices
 

@@ -5,15 +5,15 @@ import logging
 import numpy as np
 import pytest
 import torch
-from samgraft.shared.data.dataset import SliceDataset, SliceRef, batch_to_input, collate_slices, select_slices
-from samgraft.shared.data.examine import BuildSettings
-from samgraft.shared.data.intensity import IntensityKind, IntensityPreset, normalise
-from samgraft.shared.data.orientation import Plane
-from samgraft.shared.data.sampler import StepBatchSampler
-from samgraft.shared.data.store import SliceStore
-from samgraft.shared.data.store_build import build_store
-from samgraft.shared.data.volume import Modality
 from samgraft.shared.errors import DataError
+from samgraft.shared.samples.dataset import SliceDataset, SliceRef, batch_to_input, collate_slices, select_slices
+from samgraft.shared.samples.sampler import StepBatchSampler
+from samgraft.shared.scans.intensity import IntensityKind, IntensityPreset, normalise
+from samgraft.shared.scans.orientation import Plane
+from samgraft.shared.scans.volume import Modality
+from samgraft.shared.store.build import build_store
+from samgraft.shared.store.examine import BuildSettings
+from samgraft.shared.store.store import SliceStore
 from store_factory import make_cases, make_scan, make_store, write_nifti
 from torch.utils.data import DataLoader
 

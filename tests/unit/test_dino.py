@@ -6,14 +6,14 @@ import math
 import pytest
 import torch
 from lightly.loss import DINOLoss, IBOTPatchLoss
+from samgraft.shared.encoders.tiny_vit import freeze_batch_norm
 from samgraft.shared.errors import UsageError
-from samgraft.shared.models.tiny_vit import freeze_batch_norm
-from samgraft.ssl.crops import CropConfig, multi_crop
-from samgraft.ssl.masking import MaskKind, mask_unit, scattered_masks
 from samgraft.ssl.objectives.dino import DINO, DINOConfig, teacher_temperature
 from samgraft.ssl.objectives.teacher import follow
-from samgraft.ssl.objectives.view_features import view_features
 from samgraft.ssl.scope import freeze_depths
+from samgraft.ssl.views.crops import CropConfig, multi_crop
+from samgraft.ssl.views.masking import MaskKind, mask_unit, scattered_masks
+from samgraft.ssl.views.view_features import view_features
 from tiny_encoders import lively_encoder, plain_encoder, slices
 
 COUNTERS = (7, 8, 9)

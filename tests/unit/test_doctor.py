@@ -13,14 +13,14 @@ import nibabel as nib
 import pydicom
 import pytest
 from dicom_factory import write_series
+from samgraft.shared import diagnosis
 from samgraft.shared.cli import main
-from samgraft.shared.data.examine import BuildSettings, examine_case
-from samgraft.shared.data.header_check import check_headers
-from samgraft.shared.data.privacy import BURNED_IN
-from samgraft.shared.data.sources import discover
-from samgraft.shared.data.volume import Modality
-from samgraft.shared.training import diagnosis
-from samgraft.shared.training.diagnosis import Status, diagnose
+from samgraft.shared.diagnosis import Status, diagnose
+from samgraft.shared.scans.header_check import check_headers
+from samgraft.shared.scans.privacy import BURNED_IN
+from samgraft.shared.scans.sources import discover
+from samgraft.shared.scans.volume import Modality
+from samgraft.shared.store.examine import BuildSettings, examine_case
 from store_factory import make_scan, make_store, write_nifti
 
 

@@ -6,17 +6,17 @@ import pickle
 
 import pytest
 import torch
+from samgraft.finetune.config import FinetuneConfig
 from samgraft.finetune.embedding_cache import CacheType, EmbeddingCache, EmbeddingMemory, RecordShape
 from samgraft.finetune.training.cached_slices import CachedSlices, collate_cached, fill_cache, plan_cache, use_cache
-from samgraft.finetune.training.config import FinetuneConfig
 from samgraft.finetune.training.preparation import prepare
 from samgraft.shared.cli import main
 from samgraft.shared.config import load_config
-from samgraft.shared.data.dataset import batch_to_input, collate_slices
-from samgraft.shared.data.store import SliceStore
 from samgraft.shared.errors import DataError, StorageError, UsageError
-from samgraft.shared.models.weights import save_tensors
+from samgraft.shared.samples.dataset import batch_to_input, collate_slices
+from samgraft.shared.store.store import SliceStore
 from samgraft.shared.training.device import choose_device
+from samgraft.shared.weights.load import save_tensors
 from store_factory import make_store
 from tiny_sams import tiny_sam
 

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from samgraft.shared.models.sam import to_pixels
-from samgraft.ssl.masking import MaskKind, upsample_mask
+from samgraft.shared.encoders.sam import to_pixels
 from samgraft.ssl.objectives.feature import Feature, FeatureConfig, FeatureTarget
+from samgraft.ssl.views.masking import MaskKind, upsample_mask
 from tiny_encoders import lively_encoder, plain_encoder, slices
 
 COUNTERS = (7, 8)

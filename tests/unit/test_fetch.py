@@ -9,7 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import requests
-import samgraft.shared.data.fetch as fetch
+import samgraft.shared.fetch as fetch
 from samgraft.shared.errors import DataError, StorageError, UsageError
 
 CONTENT = bytes(range(256)) * 4000
@@ -170,7 +170,7 @@ def test_npm__missing_is_none_and_wrong_hash_is_refused(monkeypatch, tmp_path):
 
 
 def test_demo_data__other_modality_names_the_way(tmp_path):
-    from samgraft.shared.data.demo import demo_data
+    from samgraft.shared.demo import demo_data
 
     with pytest.raises(UsageError, match="demo data exists for MODALITY=mri"):
         demo_data(tmp_path / "demo", "ct")

@@ -1,12 +1,12 @@
 """Few-shot runs: draws that reach the split, and an end that waits for warm-up."""
 
 import pytest
-from samgraft.finetune.training.few_shot import FewShotConfig, Unit, draw_few_shot, may_end
-from samgraft.shared.data.dataset import select_slices
-from samgraft.shared.data.few_shot import keep_train_slices
-from samgraft.shared.data.split import make_split
-from samgraft.shared.data.store import SliceStore
+from samgraft.finetune.few_shot import FewShotConfig, Unit, draw_few_shot, may_end
 from samgraft.shared.errors import DataError
+from samgraft.shared.samples.dataset import select_slices
+from samgraft.shared.samples.few_shot import keep_train_slices
+from samgraft.shared.samples.split import make_split
+from samgraft.shared.store.store import SliceStore
 from store_factory import make_store
 
 

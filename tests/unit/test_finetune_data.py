@@ -12,9 +12,9 @@ from samgraft.finetune.evaluation.scores import case_rows
 from samgraft.finetune.evaluation.validation import CaseResult, telling_cases
 from samgraft.finetune.loss import LossConfig, MaskLoss, Overlap, PixelTerm, SegmentationLoss
 from samgraft.finetune.training.sampling import balance_foreground, has_foreground
-from samgraft.shared.data.dataset import SliceRef
-from samgraft.shared.data.store import SliceStore
 from samgraft.shared.errors import DataError, UsageError
+from samgraft.shared.samples.dataset import SliceRef
+from samgraft.shared.store.store import SliceStore
 from store_factory import make_store
 
 

@@ -9,6 +9,7 @@ from samgraft.finetune.classes import ClassTable
 from samgraft.finetune.evaluation.comparison import compare, read_run, render_pair, write_comparison
 from samgraft.finetune.evaluation.evaluate import Evaluation, write_evaluation
 from samgraft.finetune.evaluation.metrics import class_scores
+from samgraft.finetune.evaluation.packed import PackedLabels
 from samgraft.finetune.evaluation.postprocess import (
     PostProcessing,
     apply_postprocessing,
@@ -27,9 +28,8 @@ from samgraft.finetune.evaluation.scores import (
 )
 from samgraft.finetune.evaluation.statistics import compare_paired, holm, rank_biserial
 from samgraft.finetune.evaluation.subgroups import read_subgroups, subgroups_by
-from samgraft.finetune.packed import PackedLabels
-from samgraft.shared.data.store import SliceStore
 from samgraft.shared.errors import DataError, UsageError, WeightsError
+from samgraft.shared.store.store import SliceStore
 from scipy import stats
 from store_factory import make_store
 

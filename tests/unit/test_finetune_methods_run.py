@@ -5,7 +5,7 @@ import torch
 from samgraft.finetune.model_folder import read_model
 from samgraft.shared.cli import main
 from samgraft.shared.errors import WeightsError
-from samgraft.shared.models.weights import load_sam, save_tensors
+from samgraft.shared.weights.load import load_sam, save_tensors
 from store_factory import make_store
 from tiny_sams import images_for, tiny_sam
 

@@ -5,12 +5,12 @@ import dataclasses
 import pytest
 import torch
 from samgraft.finetune.adapters import BottleneckInit, Heads, Method, Scope, Targets
+from samgraft.finetune.config import FinetuneConfig, Schedule
 from samgraft.finetune.training import presets
-from samgraft.finetune.training.config import FinetuneConfig, Schedule
 from samgraft.finetune.training.presets import preset_for_memory, preset_layers
 from samgraft.shared.config import load_config, packaged_config
 from samgraft.shared.training.device import DeviceChoice
-from samgraft.shared.training.schedule import LearningRate
+from samgraft.shared.training.optim import LearningRate
 
 REQUIRED = {"modality": "mri", "data": {"store": "a.zarr"}, "model": {"ckpt": "runs/a"}}
 

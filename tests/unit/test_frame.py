@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from samgraft.shared.data.frame import fit_frame, image_to_frame, label_to_frame, logits_to_native
+from samgraft.shared.samples.frame import fit_frame, image_to_frame, label_to_frame, logits_to_native
 
 
 @pytest.mark.parametrize(

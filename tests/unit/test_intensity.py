@@ -2,7 +2,8 @@
 
 import numpy as np
 import pytest
-from samgraft.shared.data.intensity import (
+from samgraft.shared.errors import DataError
+from samgraft.shared.scans.intensity import (
     IntensityKind,
     IntensityPreset,
     IntensityStats,
@@ -10,8 +11,7 @@ from samgraft.shared.data.intensity import (
     measure_intensity,
     normalise,
 )
-from samgraft.shared.data.volume import Modality
-from samgraft.shared.errors import DataError
+from samgraft.shared.scans.volume import Modality
 
 SOFT_TISSUE = IntensityPreset(name="ct", kind=IntensityKind.WINDOW, window_center=40.0, window_width=400.0)
 
@@ -85,7 +85,7 @@ def test_measure_intensity__large_volumes_are_sampled_across_columns():
     # 2048 * 1024 * 256 voxels would be sampled every 268th; 256 columns with all tissue in one of them.
     volume = np.zeros((8, 1024, 256), dtype=np.uint8)
     volume[:, :, 128] = 200
-    import samgraft.shared.data.intensity as module
+    import samgraft.shared.scans.intensity as module
 
     limit = module.MAX_SAMPLES
     try:

@@ -3,8 +3,8 @@
 import os
 
 import pytest
-from samgraft.shared import job_limits
-from samgraft.shared.job_limits import ControlGroups, granted_cores, granted_memory, use_granted_cores
+from samgraft.shared import machine as job_limits
+from samgraft.shared.machine import ControlGroups, granted_cores, granted_memory, use_granted_cores
 
 GIB = 2**30
 

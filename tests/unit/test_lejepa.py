@@ -3,10 +3,10 @@
 import pytest
 import torch
 from lightly.loss import LeJEPALoss
-from samgraft.ssl.crops import CropConfig, multi_crop
 from samgraft.ssl.objectives.lejepa import DIRECTION_STREAM, LeJEPA, LeJEPAConfig
-from samgraft.ssl.objectives.view_features import view_features
 from samgraft.ssl.scope import freeze_depths
+from samgraft.ssl.views.crops import CropConfig, multi_crop
+from samgraft.ssl.views.view_features import view_features
 from tiny_encoders import lively_encoder, plain_encoder, slices
 
 COUNTERS = (7, 8, 9, 10)

@@ -5,11 +5,10 @@ import dataclasses
 import pytest
 import torch
 from samgraft.shared.config import load_config
+from samgraft.shared.encoders.sam import to_pixels
+from samgraft.shared.encoders.vit import build_image_encoder
 from samgraft.shared.errors import UsageError
-from samgraft.shared.models.image_encoder import build_image_encoder
-from samgraft.shared.models.sam import to_pixels
 from samgraft.ssl.config import PretrainConfig
-from samgraft.ssl.masking import MaskKind, token_masks, upsample_mask
 from samgraft.ssl.objectives.decoders import (
     DecoderKind,
     chosen_ids,
@@ -19,6 +18,7 @@ from samgraft.ssl.objectives.decoders import (
     window_side,
 )
 from samgraft.ssl.objectives.mae import MAE, Layout, MAEConfig
+from samgraft.ssl.views.masking import MaskKind, token_masks, upsample_mask
 from tiny_encoders import PLAIN_VIT, plain_encoder, slices, tiny_encoder
 
 COUNTERS = (7, 8)

@@ -3,10 +3,9 @@
 import pytest
 import torch
 from samgraft.shared.config import load_config, packaged_config
-from samgraft.shared.models.architecture import Arch, Stem, arch_spec
-from samgraft.shared.models.image_encoder import build_image_encoder
+from samgraft.shared.encoders.architecture import Arch, Stem, arch_spec
+from samgraft.shared.encoders.vit import build_image_encoder
 from samgraft.ssl.config import PretrainConfig
-from samgraft.ssl.masking import MaskKind, token_masks, upsample_mask
 from samgraft.ssl.objectives.masked_image import (
     MaskedImage,
     MaskedImageConfig,
@@ -14,6 +13,7 @@ from samgraft.ssl.objectives.masked_image import (
     fill_by_smoothing,
 )
 from samgraft.ssl.scope import freeze_depths
+from samgraft.ssl.views.masking import MaskKind, token_masks, upsample_mask
 from tiny_encoders import slices, tiny_encoder
 
 COUNTERS = (7, 8)

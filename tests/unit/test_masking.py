@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from samgraft.ssl.masking import MaskKind, hidden_count, token_masks, upsample_mask
+from samgraft.ssl.views.masking import MaskKind, hidden_count, token_masks, upsample_mask
 
 
 @pytest.mark.parametrize("kind", [MaskKind.RANDOM, MaskKind.BLOCK])

@@ -7,21 +7,21 @@ import pytest
 import torch
 from model_factory import make_sam, randomise, tiny_vit_t_spec
 from samgraft.finetune.classes import ClassTable
+from samgraft.finetune.config import FinetuneConfig
 from samgraft.finetune.inference import InferenceConfig, segment_volume
 from samgraft.finetune.segmenter import Segmenter
-from samgraft.finetune.training.config import FinetuneConfig
 from samgraft.finetune.training.preparation import neighbours_of, prepare
 from samgraft.shared.config import load_config
-from samgraft.shared.data.dataset import centre_channel, neighbour_slices
-from samgraft.shared.data.preset import load_preset
-from samgraft.shared.data.store import SliceStore
 from samgraft.shared.errors import UsageError
-from samgraft.shared.models.card import Card
-from samgraft.shared.models.weights import save_encoder, save_tensors
+from samgraft.shared.samples.dataset import centre_channel, neighbour_slices
+from samgraft.shared.scans.preset import load_preset
+from samgraft.shared.store.store import SliceStore
 from samgraft.shared.training.device import choose_device
+from samgraft.shared.weights.card import Card
+from samgraft.shared.weights.load import save_encoder, save_tensors
 from samgraft.ssl.config import PretrainConfig
-from samgraft.ssl.labelled import load_probe, open_probe_store
 from samgraft.ssl.module import PretrainModule
+from samgraft.ssl.monitor.labelled import load_probe, open_probe_store
 from samgraft.ssl.objectives import Method
 from samgraft.ssl.objectives.dino import DINO, DINOConfig
 from samgraft.ssl.objectives.feature import Feature, FeatureConfig

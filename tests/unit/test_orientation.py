@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from samgraft.shared.data.orientation import (
+from samgraft.shared.errors import DataError
+from samgraft.shared.scans.orientation import (
     Plane,
     check_affine,
     grids_agree,
@@ -16,7 +17,6 @@ from samgraft.shared.data.orientation import (
     to_native,
     to_plane,
 )
-from samgraft.shared.errors import DataError
 
 LPS = np.diag([-1.0, -1.0, 3.0, 1.0])
 CODES = ["".join(p) for axes in itertools.permutations(("RL", "AP", "SI")) for p in itertools.product(*axes)]

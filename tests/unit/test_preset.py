@@ -1,10 +1,10 @@
 """Modality presets: every file loads, says what suits its physics, and unknown names are helped."""
 
 import pytest
-from samgraft.shared.data.intensity import IntensityKind
-from samgraft.shared.data.preset import load_preset
-from samgraft.shared.data.volume import Modality
 from samgraft.shared.errors import UsageError
+from samgraft.shared.scans.intensity import IntensityKind
+from samgraft.shared.scans.preset import load_preset
+from samgraft.shared.scans.volume import Modality
 
 
 @pytest.mark.parametrize("modality", list(Modality))

@@ -3,7 +3,7 @@
 import pydicom
 import pytest
 from pydicom.dataset import Dataset
-from samgraft.shared.data.privacy import dicom_findings
+from samgraft.shared.scans.privacy import dicom_findings
 
 
 def header(**values):

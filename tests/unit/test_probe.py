@@ -9,19 +9,25 @@ import pytest
 import torch
 from model_factory import make_sam, tiny_vit_t_spec
 from samgraft.shared.config import load_config
-from samgraft.shared.data.frame import fit_frame
-from samgraft.shared.data.preset import load_preset
-from samgraft.shared.data.split import Split, default_split_path
-from samgraft.shared.data.store import SliceStore
 from samgraft.shared.errors import DataError, UsageError, WeightsError
-from samgraft.shared.models.card import Card
-from samgraft.shared.models.weights import save_encoder, save_sam
-from samgraft.ssl import drift
+from samgraft.shared.samples.frame import fit_frame
+from samgraft.shared.samples.split import Split, default_split_path
+from samgraft.shared.scans.preset import load_preset
+from samgraft.shared.store.store import SliceStore
+from samgraft.shared.weights.card import Card
+from samgraft.shared.weights.load import save_encoder, save_sam
 from samgraft.ssl.config import ModelConfig, PretrainConfig, ProbeConfig
-from samgraft.ssl.labelled import LabelledSlices, ProbeData, labelled_refs, load_probe, open_probe_store
-from samgraft.ssl.memory import SavedBytes, describe_memory, free_bytes, training_bytes
-from samgraft.ssl.preflight import leak_check
-from samgraft.ssl.probe import DiceCount, best_threshold, class_shares, fit_head, probe_dice, to_label_ids
+from samgraft.ssl.monitor import box_prompt_check as drift
+from samgraft.ssl.monitor.labelled import LabelledSlices, ProbeData, labelled_refs, load_probe, open_probe_store
+from samgraft.ssl.monitor.linear_probe import (
+    DiceCount,
+    best_threshold,
+    class_shares,
+    fit_head,
+    probe_dice,
+    to_label_ids,
+)
+from samgraft.ssl.preflight import SavedBytes, describe_memory, free_bytes, leak_check, training_bytes
 from store_factory import make_store
 from tiny_encoders import tiny_encoder
 
@@ -342,7 +348,7 @@ def test_free_bytes__a_job_has_no_more_than_it_was_granted(monkeypatch) -> None:
     whole = free_bytes(torch.device("cpu"))
     assert whole is not None
     assert whole > 2**20
-    monkeypatch.setattr("samgraft.ssl.memory.granted_memory", lambda: (2**30, 2**20))
+    monkeypatch.setattr("samgraft.ssl.preflight.granted_memory", lambda: (2**30, 2**20))
     assert free_bytes(torch.device("cpu")) == 2**20
 
 

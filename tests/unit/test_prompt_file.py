@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from samgraft.finetune.classes import ClassTable
 from samgraft.finetune.prompting.prompt_file import Frame, read_prompts, slice_prompts
-from samgraft.shared.data.orientation import Plane, to_plane
 from samgraft.shared.errors import UsageError
+from samgraft.shared.scans.orientation import Plane, to_plane
 
 CLASSES = ClassTable(ids=(1, 4), names=("core", "rim"))
 GOOD = """

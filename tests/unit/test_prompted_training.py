@@ -15,7 +15,7 @@ from samgraft.finetune.prompting.prompted_inference import prompt_to_frame, segm
 from samgraft.finetune.prompting.prompted_loss import PromptedLoss, _iou
 from samgraft.finetune.prompting.prompts import Prompt, decode_prompts
 from samgraft.finetune.segmenter import Segmenter
-from samgraft.shared.data.frame import fit_frame
+from samgraft.shared.samples.frame import fit_frame
 from torch import nn
 
 SIZE = 32

@@ -31,8 +31,8 @@ from samgraft.finetune.prompting.prompts import (
     points_to_frame,
     predict_prompts,
 )
-from samgraft.shared.data.frame import fit_frame
 from samgraft.shared.errors import UsageError
+from samgraft.shared.samples.frame import fit_frame
 
 SIZE = 32
 BOX = Prompt(image=0, box=torch.tensor([4.0, 5.0, 20.0, 18.0]))

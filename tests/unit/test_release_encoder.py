@@ -8,12 +8,12 @@ from model_factory import tiny_plain_spec, tiny_vit_t_spec
 from release_factory import InThisProcess, finished_encoder
 from samgraft.shared.commands.release import _releaser
 from samgraft.shared.errors import DataError, UsageError, WeightsError
-from samgraft.shared.models.weights import load_image_encoder
 from samgraft.shared.release import load_back
 from samgraft.shared.release.request import ReleaseRequest
-from samgraft.ssl import membership
-from samgraft.ssl.membership import attack_auc, audit_membership
-from samgraft.ssl.release import release_encoder
+from samgraft.shared.weights.load import load_image_encoder
+from samgraft.ssl.export import membership
+from samgraft.ssl.export.membership import attack_auc, audit_membership
+from samgraft.ssl.export.release import release_encoder
 from store_factory import make_store
 
 

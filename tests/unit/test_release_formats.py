@@ -6,7 +6,6 @@ import pytest
 import torch
 from model_factory import make_sam, tiny_plain_spec, tiny_vit_t_spec
 from samgraft.shared.errors import UsageError, WeightsError
-from samgraft.shared.models.transformers_format import save_transformers_encoder
 from samgraft.shared.release import load_back as load_back_module
 from samgraft.shared.release import onnx_format
 from samgraft.shared.release.clients import CLIENTS
@@ -14,6 +13,7 @@ from samgraft.shared.release.formats import SAM_FORMAT, TRANSFORMERS_FORMAT, cho
 from samgraft.shared.release.load_back import load_back
 from samgraft.shared.release.onnx_format import ONNX_FORMAT
 from samgraft.shared.release.subject import Subject, expected_outputs, make_probe
+from samgraft.shared.weights.transformers_format import save_transformers_encoder
 
 CASES = {"plain": (tiny_plain_spec(depth=2, image_size=96), 96), "vit_t": (tiny_vit_t_spec(), 64)}
 

@@ -11,9 +11,9 @@ from samgraft.finetune.prediction import Predictor
 from samgraft.finetune.release import release_clients
 from samgraft.finetune.release.release import release_model
 from samgraft.shared.errors import UsageError, WeightsError
-from samgraft.shared.models.weights import load_sam
 from samgraft.shared.release import load_back
 from samgraft.shared.release.request import ReleaseRequest
+from samgraft.shared.weights.load import load_sam
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from PIL import Image
-from samgraft.finetune.training.finetune_report import _next
-from samgraft.shared.training.report import (
+from samgraft.finetune.training.report import _next
+from samgraft.shared.report.page import (
     KeyValues,
     Picture,
     Section,

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from samgraft.shared.data.sampler import StepBatchSampler, epoch_order, sample_generator
+from samgraft.shared.samples.sampler import StepBatchSampler, epoch_order, sample_generator
 
 
 def batches(**options):

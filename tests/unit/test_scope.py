@@ -4,8 +4,8 @@ import dataclasses
 
 import pytest
 import torch
+from samgraft.shared.encoders.sam import to_pixels
 from samgraft.shared.errors import UsageError
-from samgraft.shared.models.sam import to_pixels
 from samgraft.ssl.objectives import OBJECTIVES, Method, ObjectiveConfig
 from samgraft.ssl.objectives.dino import DINOConfig
 from samgraft.ssl.objectives.feature import FeatureConfig

@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from samgraft.shared.data.examine import BuildSettings
-from samgraft.shared.data.intensity import IntensityPreset
-from samgraft.shared.data.split import (
+from samgraft.shared.errors import DataError
+from samgraft.shared.samples.split import (
     check_split,
     default_split_path,
     load_split,
@@ -17,10 +16,11 @@ from samgraft.shared.data.split import (
     pretrain_manifest,
     refuse_leak,
 )
-from samgraft.shared.data.store import SliceStore
-from samgraft.shared.data.store_build import build_store
-from samgraft.shared.data.volume import Modality
-from samgraft.shared.errors import DataError
+from samgraft.shared.scans.intensity import IntensityPreset
+from samgraft.shared.scans.volume import Modality
+from samgraft.shared.store.build import build_store
+from samgraft.shared.store.examine import BuildSettings
+from samgraft.shared.store.store import SliceStore
 from store_factory import make_cases, make_store
 
 

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from samgraft.ssl.health import feature_health, worries
-from samgraft.ssl.held_out import panel_picture, split_picture, spread
+from samgraft.ssl.monitor.health import feature_health, worries
+from samgraft.ssl.monitor.held_out import panel_picture, split_picture, spread
 from samgraft.ssl.objectives import Panel
 
 HEALTHY = {

@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from samgraft.shared.errors import WeightsError
-from samgraft.shared.training.training_state import newest_state, read_state
+from samgraft.shared.runs.training_state import newest_state, read_state
 from samgraft.ssl.moments import MOMENTS_FILE, read_moments, take_up_moments
 from samgraft.ssl.optimizer import build_pretrain_optimizer
 from samgraft.ssl.start import start_objective

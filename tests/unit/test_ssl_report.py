@@ -7,16 +7,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from samgraft.shared.data.preset import load_preset
-from samgraft.shared.data.store import SliceStore
-from samgraft.shared.training.report import Picture, Table, Text
-from samgraft.ssl import watch as watch_module
-from samgraft.ssl.held_out import load_held_out
-from samgraft.ssl.labelled import LabelledSlices, ProbeData
+from samgraft.shared.report.page import Picture, Table, Text
+from samgraft.shared.scans.preset import load_preset
+from samgraft.shared.store.store import SliceStore
+from samgraft.ssl.monitor import monitor as watch_module
+from samgraft.ssl.monitor.held_out import load_held_out
+from samgraft.ssl.monitor.labelled import LabelledSlices, ProbeData
+from samgraft.ssl.monitor.monitor import Watch, Watched, panel_path
+from samgraft.ssl.monitor.report import verdict
+from samgraft.ssl.monitor.report_curves import engine_parts, feature_parts, probe_parts
 from samgraft.ssl.objectives.objective import Panel
-from samgraft.ssl.report import verdict
-from samgraft.ssl.report_curves import engine_parts, feature_parts, probe_parts
-from samgraft.ssl.watch import Watch, Watched, panel_path
 from tiny_pretrain import config_of, make_lab, run
 
 LOSS = [{"step": 0, "held_out/loss": 1.0}, {"step": 100, "held_out/loss": 0.5}]

@@ -5,11 +5,11 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from samgraft.shared.encoders.vit import build_image_encoder
 from samgraft.shared.errors import UsageError, WeightsError
-from samgraft.shared.models.card import Card
-from samgraft.shared.models.image_encoder import build_image_encoder
-from samgraft.shared.models.weights import load_into, read_weights
-from samgraft.ssl.encoder_weights import write_encoder_weights
+from samgraft.shared.weights.card import Card
+from samgraft.shared.weights.load import load_into, read_weights
+from samgraft.ssl.export.encoder_weights import write_encoder_weights
 from samgraft.ssl.objectives import OBJECTIVES, Method, ObjectiveConfig
 from samgraft.ssl.objectives.dino import DINOConfig
 from samgraft.ssl.objectives.mae import MAEConfig

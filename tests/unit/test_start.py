@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from model_factory import make_sam, tiny_plain_spec, tiny_vit_t_spec
+from samgraft.shared.encoders.architecture import Arch, Stem
+from samgraft.shared.encoders.tiny_vit import freeze_batch_norm
 from samgraft.shared.errors import UsageError, WeightsError
-from samgraft.shared.models.architecture import Arch, Stem
-from samgraft.shared.models.card import Card
-from samgraft.shared.models.tiny_vit import freeze_batch_norm
-from samgraft.shared.models.weights import save_encoder
-from samgraft.ssl import batch_norm, start
+from samgraft.shared.weights.card import Card
+from samgraft.shared.weights.load import save_encoder
+from samgraft.ssl import module as batch_norm
+from samgraft.ssl import start
 from samgraft.ssl.config import ModelConfig
 from samgraft.ssl.scope import Scope, ScopeConfig
 from samgraft.ssl.start import load_start

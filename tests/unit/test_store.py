@@ -11,14 +11,14 @@ import time
 
 import numpy as np
 import pytest
-from samgraft.shared.data.case import SourceCase
-from samgraft.shared.data.examine import BuildSettings
-from samgraft.shared.data.intensity import IntensityPreset
-from samgraft.shared.data.orientation import Plane
-from samgraft.shared.data.store import COMPLETE, SliceStore
-from samgraft.shared.data.store_build import build_store
-from samgraft.shared.data.volume import Modality
 from samgraft.shared.errors import DataError, StorageError, UsageError
+from samgraft.shared.scans.case import SourceCase
+from samgraft.shared.scans.intensity import IntensityPreset
+from samgraft.shared.scans.orientation import Plane
+from samgraft.shared.scans.volume import Modality
+from samgraft.shared.store.build import build_store
+from samgraft.shared.store.examine import BuildSettings
+from samgraft.shared.store.store import COMPLETE, SliceStore
 from store_factory import make_cases, make_scan, make_store, nifti_files, write_nifti
 
 SETTINGS = BuildSettings(modality=Modality.MRI, salt="test")
@@ -219,7 +219,7 @@ def test_build__changed_source_is_read_again(tmp_path):
 
 
 def _build_slowly(cases, out):
-    import samgraft.shared.data.store_build as module
+    import samgraft.shared.store.build as module
 
     original = module.write_series
 
@@ -275,7 +275,7 @@ def test_build__refused_cases_are_collected_and_nothing_is_finished(tmp_path):
 
 
 def test_build__full_disk_keeps_what_is_finished(tmp_path, monkeypatch):
-    import samgraft.shared.data.store_build as module
+    import samgraft.shared.store.build as module
 
     cases = make_cases(tmp_path / "scans")
     original, calls = module.write_series, []

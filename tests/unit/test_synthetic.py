@@ -2,9 +2,9 @@
 
 import numpy as np
 from samgraft.finetune.evaluation.statistics import MIN_PATIENTS
-from samgraft.shared.data.split import load_split
-from samgraft.shared.data.store import SliceStore
-from samgraft.shared.data.synthetic import synthetic_scan, synthetic_store
+from samgraft.shared.samples.split import load_split
+from samgraft.shared.store.store import SliceStore
+from samgraft.shared.synthetic import synthetic_scan, synthetic_store
 
 
 def test_synthetic_scan__depends_on_its_number_only():

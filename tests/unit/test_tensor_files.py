@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import SafetensorError
-from samgraft.shared.models import tensor_files
-from samgraft.shared.models.tensor_files import save_pth, save_tensors
+from samgraft.shared.weights import tensor_files
+from samgraft.shared.weights.tensor_files import save_pth, save_tensors
 
 Tensors = dict[str, torch.Tensor]
 

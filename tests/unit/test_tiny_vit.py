@@ -10,11 +10,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from model_factory import make_sam, tiny_plain_spec, tiny_vit_t_spec
+from samgraft.shared.encoders.architecture import Arch, Stem, arch_spec
+from samgraft.shared.encoders.sam import build_sam, decode_boxes, to_pixels
+from samgraft.shared.encoders.tiny_vit import TinyViTEncoder, freeze_batch_norm
 from samgraft.shared.errors import UsageError
-from samgraft.shared.models.architecture import Arch, Stem, arch_spec
-from samgraft.shared.models.sam import build_sam, decode_boxes, to_pixels
-from samgraft.shared.models.tiny_vit import TinyViTEncoder, freeze_batch_norm
-from samgraft.shared.models.weights import load_sam
+from samgraft.shared.weights.load import load_sam
 
 
 def encoder_of(stem: Stem = Stem.conv1x1, image_size: int = 64) -> TinyViTEncoder:

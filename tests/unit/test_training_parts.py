@@ -12,18 +12,23 @@ import pytest
 import torch
 from lightning_fabric.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
 from samgraft.shared.errors import UsageError
+from samgraft.shared.report.page import running_mean
+from samgraft.shared.runs.environment import local_rank, process_rank
 from samgraft.shared.training import device as device_module
 from samgraft.shared.training import progress as progress_module
 from samgraft.shared.training.device import choose_device, cpu_has_fast_bf16, tune_cpu
-from samgraft.shared.training.environment import local_rank, process_rank
-from samgraft.shared.training.lightning_setup import cluster_environment
-from samgraft.shared.training.optimizer import OptimizerConfig, build_optimizer, parameter_groups
+from samgraft.shared.training.optim import (
+    LearningRate,
+    OptimizerConfig,
+    build_optimizer,
+    cosine,
+    parameter_groups,
+    warmup_cosine,
+)
 from samgraft.shared.training.periodic import Periodic, evaluating
 from samgraft.shared.training.progress import Progress, format_duration
-from samgraft.shared.training.report import running_mean
 from samgraft.shared.training.resume import capture_rng, restore_rng, rng_untouched, seed_process
-from samgraft.shared.training.schedule import LearningRate, cosine, warmup_cosine
-from samgraft.shared.training.trainer import TrainerConfig, state_bytes
+from samgraft.shared.training.trainer import TrainerConfig, cluster_environment, state_bytes
 from torch import nn
 
 

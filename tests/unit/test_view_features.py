@@ -1,8 +1,8 @@
 """Small views in the windowed ViTs: SAM's own positions, whole windows, nothing outside the view."""
 
 import torch
-from samgraft.shared.models.sam import to_pixels
-from samgraft.ssl.objectives.view_features import draw_places, view_features
+from samgraft.shared.encoders.sam import to_pixels
+from samgraft.ssl.views.view_features import draw_places, view_features
 from tiny_encoders import plain_encoder, slices, tiny_encoder
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 from samgraft.shared.errors import StorageError, UsageError, WeightsError
-from samgraft.shared.models import download
-from samgraft.shared.models.download import OFFICIAL, OfficialWeights, official_weights
+from samgraft.shared.weights import download
+from samgraft.shared.weights.download import OFFICIAL, OfficialWeights, official_weights
 
 CONTENT = bytes(range(256)) * 4096
 

@@ -10,13 +10,12 @@ import pytest
 import torch
 from model_factory import make_sam, tiny_plain_spec, tiny_vit_t_spec
 from safetensors.torch import save_file
+from samgraft.shared.encoders.architecture import Arch, Stem, arch_spec, spec_from_tensors
+from samgraft.shared.encoders.sam import build_sam
+from samgraft.shared.encoders.vit import ImageEncoder
 from samgraft.shared.errors import WeightsError
-from samgraft.shared.models.architecture import Arch, Stem, arch_spec, spec_from_tensors
-from samgraft.shared.models.card import Card
-from samgraft.shared.models.image_encoder import ImageEncoder
-from samgraft.shared.models.positions import resize_positions
-from samgraft.shared.models.sam import build_sam
-from samgraft.shared.models.weights import (
+from samgraft.shared.weights.card import Card
+from samgraft.shared.weights.load import (
     absent_by_nature,
     card_of,
     load_image_encoder,
@@ -26,6 +25,7 @@ from samgraft.shared.models.weights import (
     save_encoder,
     save_sam,
 )
+from samgraft.shared.weights.positions import resize_positions
 from segment_anything.modeling.image_encoder import get_rel_pos
 
 Tensors = dict[str, torch.Tensor]

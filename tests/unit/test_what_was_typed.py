@@ -19,7 +19,7 @@ def store(tmp_path, monkeypatch):
         raise AssertionError("the demo data were asked for")
 
     monkeypatch.setattr(preparing, "demo_data", refuse)
-    monkeypatch.setattr("samgraft.shared.data.demo.demo_data", refuse)
+    monkeypatch.setattr("samgraft.shared.demo.demo_data", refuse)
     monkeypatch.chdir(tmp_path)
     return make_store(tmp_path, num_patients=3)
 

@@ -1,0 +1,305 @@
+"""Networks without SAM in the same harness: MONAI's U-Net and nnU-Net's network (DynUNet), in slices and in volumes.
+
+They start from random weights and see the same split, store, augmentation, loss and evaluation, so that a user sees
+whether SAM is worth it. They are for comparison: nothing of them is released.
+
+Shape letters: N = slices or patches, C = foreground classes, Z = slices, H, W = rows and columns.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from samgraft.finetune.classes import ClassTable
+from samgraft.finetune.segmenter import Segmenter
+from samgraft.shared.errors import UsageError
+from samgraft.shared.scans.intensity import IntensityPreset, IntensityStats, normalise
+from samgraft.shared.weights.card import Card
+from segment_anything.modeling import Sam
+from torch import Tensor, nn
+
+Volume = npt.NDArray[Any]
+MIN_SIDE = 4
+"""Smallest feature map along an axis, as in nnU-Net."""
+MAX_LEVELS = 5
+"""Steps down at most, as in nnU-Net's 3D networks."""
+
+
+class Baseline(Enum):
+    """MODEL= on the command line."""
+
+    UNET_2D = "unet2d"
+    """MONAI's U-Net with residual units, on slices."""
+    UNET_3D = "unet3d"
+    """The same on patches of volumes."""
+    DYNUNET_2D = "dynunet2d"
+    """nnU-Net's network, without deep supervision, on slices."""
+    DYNUNET_3D = "dynunet3d"
+    """The same on patches of volumes."""
+
+    @property
+    def is_volume(self) -> bool:
+        """True for 3D."""
+        return self.value.endswith("3d")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaselineConfig:
+    """Size of U-Nets; read by MODEL=unet2d, unet3d, dynunet2d, dynunet3d only."""
+
+    base_channels: int = 32
+    """Channels of the first level, doubled at every step down (nnU-Net: 32)."""
+    max_channels: int = 320
+    """Channels of a level at most (nnU-Net: 320 in 3D)."""
+    patch_size: list[int] = field(default_factory=list)
+    """3D: slices, rows, columns of a patch; empty takes the median scan, cut down to max_patch_voxels."""
+    max_patch_voxels: int = 2**18
+    """3D: voxels of a planned patch at most; 64^3 suits a CPU or a small GPU, 128^3 a large one."""
+    overlap: float = 0.5
+    """3D: overlap of neighbouring patches when a scan is segmented (nnU-Net: 0.5)."""
+
+    def __post_init__(self) -> None:
+        if self.base_channels < 4 or self.max_channels < self.base_channels:
+            raise ValueError(
+                "baseline.base_channels must be at least 4 and max_channels not below it, got "
+                f"{self.base_channels} and {self.max_channels}."
+            )
+        if self.patch_size and (len(self.patch_size) != 3 or min(self.patch_size) < MIN_SIDE):
+            raise ValueError(f"baseline.patch_size must be three sides of {MIN_SIDE} or more, got {self.patch_size}.")
+        if not 0 <= self.overlap < 1 or self.max_patch_voxels < MIN_SIDE**3:
+            raise ValueError("baseline.overlap must lie in [0, 1) and max_patch_voxels be at least 64.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """Stands for a weights file where there is none."""
+
+    name: str = "random weights"
+    sha256: str = "none"
+    card: Card | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaselineStart:
+    """Where a baseline starts: nowhere. Has what ``StartingPoint`` tells about files."""
+
+    plan: dict[str, Any]
+    base: Origin = field(default_factory=Origin)
+    encoder: Origin = field(default_factory=Origin)
+    is_continued: bool = False
+
+    @property
+    def card(self) -> Card:
+        """Card of the network before training."""
+        return Card(arch=self.plan["name"], image_size=int(self.plan["sizes"][-1]), pixel_mean=[], pixel_std=[])
+
+
+def as_baseline(arch: str | None) -> Baseline | None:
+    """Return the baseline that MODEL names, or None for SAM's architectures."""
+    return Baseline(arch) if arch in {baseline.value for baseline in Baseline} else None
+
+
+class SliceBaseline(Segmenter):
+    """A 2D network in the place of SAM: it has no ``sam``, everything that works on logits takes it."""
+
+    def __init__(self, net: nn.Module, *, num_classes: int, image_size: int) -> None:
+        nn.Module.__init__(self)
+        self.net = net
+        self.num_classes = num_classes
+        self._image_size = image_size
+
+    @property
+    def network(self) -> nn.Module:
+        """The network."""
+        return self.net
+
+    @property
+    def sam(self) -> Sam:
+        """There is none: what needs one is refused."""
+        raise UsageError(
+            "this model must be a SAM, it is a U-Net baseline. Baselines are trained and evaluated for comparison, "
+            "they take no prompts and are not released."
+        )
+
+    @property
+    def image_size(self) -> int:
+        """Side of the input in pixels."""
+        return self._image_size
+
+    def forward(self, images_NCSS: Tensor) -> Tensor:
+        """Return logits (N, C, S, S); background's logit is 0 and not included."""
+        logits: Tensor = self.net(images_NCSS)
+        return logits
+
+
+class VolumeBaseline(SliceBaseline):
+    """A 3D network: trained on patches, segments whole scans by overlapping ones."""
+
+    def __init__(self, net: nn.Module, *, num_classes: int, patch_size: Sequence[int], overlap: float) -> None:
+        super().__init__(net, num_classes=num_classes, image_size=max(patch_size))
+        self.patch_size = tuple(patch_size)
+        self.overlap = overlap
+
+    def segment(
+        self, volume_ZHW: Volume, stats: IntensityStats, classes: ClassTable, intensity: IntensityPreset
+    ) -> npt.NDArray[np.int32]:
+        """Segment a scan on its own grid; in eval mode, without gradients. Returns label ids, shape of the scan."""
+        from monai.inferers.utils import sliding_window_inference
+
+        device = next(self.parameters()).device
+        image = torch.from_numpy(np.stack([normalise(slice_HW, stats, intensity) for slice_HW in volume_ZHW]))
+        logits = sliding_window_inference(
+            image[None, None].to(device), self.patch_size, 1, self.net, overlap=self.overlap, mode="gaussian"
+        )
+        assert isinstance(logits, Tensor)
+        labels: npt.NDArray[np.int32] = classes.from_logits(logits.float())[0].cpu().numpy().astype(np.int32)
+        return labels
+
+
+def plan_network(
+    baseline: Baseline,
+    config: BaselineConfig,
+    *,
+    num_classes: int,
+    in_channels: int,
+    image_size: int,
+    median_shape_zyx: Sequence[int] = (),
+    spacing_zyx: Sequence[float] = (),
+) -> dict[str, Any]:
+    """Decide a network's shape and return it as plain values, from which ``build_network`` makes it again.
+
+    Args:
+        baseline: Which.
+        config: Sizes.
+        num_classes: Foreground classes.
+        in_channels: Of the input.
+        image_size: Side of slices, 2D.
+        median_shape_zyx: Of the training scans, 3D.
+        spacing_zyx: Median distances of voxels in mm, 3D: axes more than twice as coarse are pooled later.
+
+    Raises:
+        UsageError: If the input is too small to be halved.
+    """
+    if baseline.is_volume:
+        sizes = list(config.patch_size) or plan_patch(median_shape_zyx, config.max_patch_voxels)
+        kernels, strides = plan_levels(sizes, spacing_zyx)
+    else:
+        sizes = [image_size, image_size]
+        kernels, strides = plan_levels(sizes, [1.0, 1.0])
+    channels = [min(config.max_channels, config.base_channels * 2**level) for level in range(len(strides) + 1)]
+    return {
+        "name": baseline.value,
+        "num_classes": num_classes,
+        "in_channels": in_channels,
+        "sizes": sizes,
+        "kernels": kernels,
+        "strides": strides,
+        "channels": channels,
+        "overlap": config.overlap,
+    }
+
+
+def build_network(plan: dict[str, Any]) -> SliceBaseline:
+    """Build a planned network with fresh weights."""
+    baseline = Baseline(plan["name"])
+    options = {
+        "spatial_dims": 3 if baseline.is_volume else 2,
+        "in_channels": plan["in_channels"],
+        "out_channels": plan["num_classes"],
+        "strides": [tuple(step) for step in plan["strides"]],
+    }
+    net: nn.Module
+    if baseline in {Baseline.UNET_2D, Baseline.UNET_3D}:
+        net = _unet(options, plan["channels"])
+    else:
+        from monai.networks.nets.dynunet import DynUNet
+
+        # Its first "stride" belongs to the input block and keeps the resolution.
+        first = (1,) * options["spatial_dims"]
+        kernels = [tuple(kernel) for kernel in [*plan["kernels"], plan["kernels"][-1]]]
+        net = DynUNet(
+            **{**options, "strides": [first, *options["strides"]]},
+            kernel_size=kernels,
+            upsample_kernel_size=options["strides"],
+            filters=plan["channels"],
+            norm_name=("INSTANCE", {"affine": True}),
+        )
+    if baseline.is_volume:
+        return VolumeBaseline(net, num_classes=plan["num_classes"], patch_size=plan["sizes"], overlap=plan["overlap"])
+    return SliceBaseline(net, num_classes=plan["num_classes"], image_size=plan["sizes"][0])
+
+
+def _unet(options: dict[str, Any], channels: list[int]) -> nn.Module:
+    """Return MONAI's residual U-Net with a head of its own.
+
+    MONAI's ends in layers of as many channels as there are classes, normalised per slice: two classes let next to
+    nothing through, and no slice can be empty. Measured on 170 subjects of the hippocampus set: after 600 steps it had
+    settled for background everywhere.
+    """
+    from monai.networks.nets.unet import UNet
+
+    width = channels[0]
+    features = UNet(
+        **{**options, "out_channels": width}, channels=channels, num_res_units=2, norm=("INSTANCE", {"affine": True})
+    )
+    head = (nn.Conv3d if options["spatial_dims"] == 3 else nn.Conv2d)(width, options["out_channels"], 1)
+    return nn.Sequential(features, nn.PReLU(), head)
+
+
+def plan_patch(median_shape_zyx: Sequence[int], max_voxels: int) -> list[int]:
+    """Return a patch like the median scan, its largest axes cut until it has ``max_voxels`` at most.
+
+    Sides become multiples of the step down that they allow: 8 from 24 voxels on, 4 below.
+    """
+    sizes = [_rounded_up(size) for size in median_shape_zyx]
+    while math.prod(sizes) > max_voxels:
+        axis = sizes.index(max(sizes))
+        sizes[axis] -= 8 if sizes[axis] > 24 else 4
+        if sizes[axis] < MIN_SIDE:
+            raise UsageError("baseline.max_patch_voxels is too small for a patch of these scans.", where="baseline")
+    return sizes
+
+
+def plan_levels(sizes: Sequence[int], spacing: Sequence[float]) -> tuple[list[list[int]], list[list[int]]]:
+    """Return kernel sizes and strides of every level, nnU-Net's way.
+
+    An axis is halved while both halves keep ``MIN_SIDE`` voxels and its spacing is at most twice the finest; coarse
+    axes get kernels of 1 until the others have caught up.
+
+    Source:
+        Isensee et al., Nature Methods 18:203 (2021), supplementary note 4.
+    """
+    left, distance = [float(s) for s in sizes], list(spacing)
+    kernels: list[list[int]] = []
+    strides: list[list[int]] = []
+    while len(strides) < MAX_LEVELS:
+        finest = min(distance)
+        near = [d <= 2 * finest for d in distance]
+        step = [
+            2 if is_near and side >= 2 * MIN_SIDE and side % 2 == 0 else 1
+            for is_near, side in zip(near, left, strict=True)
+        ]
+        if max(step) == 1:
+            break
+        kernels.append([3 if is_near else 1 for is_near in near])
+        strides.append(step)
+        left = [side / s for side, s in zip(left, step, strict=True)]
+        distance = [d * s for d, s in zip(distance, step, strict=True)]
+    if not strides:
+        raise UsageError(
+            f"a U-Net must be able to halve its input, got sides {list(sizes)}. Use a larger size.",
+            where="model.image_size or baseline.patch_size",
+        )
+    return kernels, strides
+
+
+def _rounded_up(size: int) -> int:
+    unit = 8 if size > 16 else 4
+    return max(MIN_SIDE, math.ceil(size / unit) * unit)

@@ -1,0 +1,196 @@
+"""report.html of a fine-tuning: what it started from, how it learnt, what it segments, what to do next."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from samgraft.finetune.adapters import TensorGroup
+from samgraft.finetune.config import FinetuneConfig
+from samgraft.finetune.evaluation.overlays import choose_slices, overlay, slice_pictures
+from samgraft.finetune.evaluation.validation import CaseResult, telling_cases
+from samgraft.finetune.inference import segment_volume
+from samgraft.finetune.segmenter import Segmenter
+from samgraft.finetune.start import StartingPoint
+from samgraft.finetune.training.preparation import Prepared, describe_data
+from samgraft.finetune.training.rounds import Record
+from samgraft.shared.report.page import (
+    KeyValues,
+    Picture,
+    Section,
+    Table,
+    Text,
+    curve_figure,
+    image_grid,
+    render_report,
+    shown_path,
+)
+from samgraft.shared.runs.run_folder import RunFolder
+
+MAX_PICTURED_SCANS = 12
+
+
+def write_report(
+    run: RunFolder,
+    config: FinetuneConfig,
+    prepared: Prepared,
+    record: Record,
+    results: Sequence[CaseResult],
+    *,
+    trainable: Sequence[tuple[str, int, int]],
+    groups: Sequence[TensorGroup],
+    slices_per_s: float,
+) -> None:
+    """Write the report; ``prepared.segmenter`` is the finished model."""
+    sections = [
+        Section(title="Result", parts=[_result(record), _comparison(prepared, record)]),
+        Section(title="Cases", parts=[_cases(results)]),
+        Section(title="Segmentations", parts=_pictures(config, prepared, results)),
+        Section(title="Training", parts=_curves(run, record)),
+        Section(title="What was trained", parts=_trained(trainable, groups, _facts(config, prepared))),
+        Section(title="Data", parts=[Text(text="\n\n".join(describe_data(prepared)))]),
+        Section(title="Next", parts=[_next(run)]),
+    ]
+    subtitle = f"stage 2, {prepared.store.modality.value}, {slices_per_s:.2g} slices/s in training"
+    temporary = run.report.with_name(run.report.name + ".tmp")
+    temporary.write_text(render_report(f"Fine-tuning {run.path.name}", sections, subtitle=subtitle), encoding="utf-8")
+    temporary.replace(run.report)
+
+
+def _result(record: Record) -> Text:
+    best = record.best_step
+    assert best is not None
+    dice, start = record.rounds[best], max(record.start or 0.0, record.zero_shot or 0.0)
+    if dice > start:
+        return Text(
+            kind="good",
+            text=f"Foreground Dice on validation rose from {start:.3f} to {dice:.3f} (best at step {best}).",
+        )
+    return Text(
+        kind="warning",
+        text=f"Foreground Dice on validation did not rise: {dice:.3f} at best, {start:.3f} before training. "
+        "Train longer, check the labels in the pictures below, or lower optim.lr.",
+    )
+
+
+def _comparison(prepared: Prepared, record: Record) -> Table:
+    encoder, base = prepared.start.encoder.name, prepared.start.base.name
+    best = record.best_step
+    assert best is not None
+    rows: list[list[Any]] = [
+        ["zero-shot", f"{base}, no prompt, untrained", record.zero_shot],
+        ["start", f"encoder {encoder}, decoder {base}, before the first step", record.start],
+        ["best", f"this model, step {best}", record.rounds[best]],
+    ]
+    return Table(
+        columns=["model", "what it is", "foreground Dice"],
+        rows=rows,
+        caption="Validation scans, whole volumes on their own grid; mean over classes per scan, over scans per "
+        "patient, over patients. The model was chosen on these scans: only the test part estimates new patients.",
+    )
+
+
+def _cases(results: Sequence[CaseResult]) -> Table:
+    rows = [
+        [result.patient_id, result.series_id, s.class_name, s.dice, s.true_voxels, s.predicted_voxels]
+        for result in sorted(results, key=lambda r: r.dice if r.dice is not None else 2.0)
+        for s in result.scores
+    ]
+    columns = ["patient", "scan", "class", "Dice", "true voxels", "predicted voxels"]
+    return Table(columns=columns, rows=rows, caption="Validation, worst first. n/a: the class is in neither.")
+
+
+def _pictures(config: FinetuneConfig, prepared: Prepared, results: Sequence[CaseResult]) -> list[Text | Picture]:
+    if not config.watch.log_images:
+        return [Text(text="Pictures of patients are written only with watch.log_images=true.")]
+    models: dict[str, Segmenter] = {}
+    # Prompted models are shown alone: without prompts the others find nothing.
+    if isinstance(prepared.start, StartingPoint) and not config.prompt.is_prompted:
+        models["zero-shot"] = Segmenter(prepared.start.build_base(), num_classes=prepared.segmenter.num_classes)
+        if prepared.start.is_continued:
+            models["start"] = Segmenter(prepared.start.build()[0], num_classes=prepared.segmenter.num_classes)
+    parts: list[Text | Picture] = []
+    told = telling_cases(results)
+    for result in [result for result in results if result.series_id in told][:MAX_PICTURED_SCANS]:
+        rows, indexes = _rows(prepared, result, models, number=config.watch.num_overlays)
+        parts.append(
+            Picture(
+                png=image_grid(rows, column_titles=["slice", *models, "best"], cell_in=2.0),
+                caption=f"Scan {result.series_id} ({', '.join(told[result.series_id])}), slices "
+                f"{', '.join(map(str, indexes))}: truth outlined in green, "
+                "prediction filled in red.",
+            )
+        )
+    return parts
+
+
+def _rows(
+    prepared: Prepared, result: CaseResult, models: dict[str, Segmenter], *, number: int
+) -> tuple[list[list[Any]], list[int]]:
+    store, series_id = prepared.store, result.series_id
+    indexes = choose_slices(store.read_label_volume(series_id), number=number)
+    pictures = slice_pictures(store, series_id, indexes, intensity=prepared.inference.intensity)
+    volume_ZHW, stats = store.read_volume(series_id), store.record(series_id).stats
+    predictions = [
+        segment_volume(model, volume_ZHW, stats, prepared.classes, prepared.inference, only=indexes)
+        for model in models.values()
+    ]
+    predictions.append(result.predicted[indexes])
+    rows = [
+        [overlay(image), *(overlay(image, true_HW=label, predicted_HW=p[row]) for p in predictions)]
+        for row, (image, label) in enumerate(pictures)
+    ]
+    return rows, indexes
+
+
+def _curves(run: RunFolder, record: Record) -> list[Picture]:
+    lines = [line for line in run.metrics.read() if "train/loss" in line]
+    steps = [float(line["step"]) for line in lines]
+    loss = curve_figure({"loss": (steps, [line["train/loss"] for line in lines])}, ylabel="Dice + CE loss", smooth=9)
+    rounds = sorted(record.rounds)
+    dice = curve_figure(
+        {"validation": ([float(s) for s in rounds], [record.rounds[s] for s in rounds])},
+        ylabel="foreground Dice",
+        baseline=("before training", record.start or 0.0),
+    )
+    return [
+        Picture(png=loss, caption="Training loss per step."),
+        Picture(png=dice, caption="Foreground Dice on validation per round."),
+    ]
+
+
+def _trained(
+    trainable: Sequence[tuple[str, int, int]], groups: Sequence[TensorGroup], facts: Mapping[str, Any]
+) -> list[Table | KeyValues]:
+    rows = [[part, t / 1e6, total / 1e6, f"{100 * t / total:.1f} %"] for part, t, total in trainable]
+    kinds = [[group.name, group.tensors, group.parameters, f"{100 * group.share:.1f} %"] for group in groups]
+    return [
+        Table(columns=["part", "trainable (M)", "all (M)", "share"], rows=rows),
+        KeyValues(items=facts),
+        Table(
+            columns=["trained tensors", "number", "parameters", "share"],
+            rows=kinds,
+            caption="Every trained tensor; * stands for the numbers in which names of one kind differ.",
+        ),
+    ]
+
+
+def _facts(config: FinetuneConfig, prepared: Prepared) -> dict[str, Any]:
+    return {
+        "method": f"{config.adapter.method.value}, {config.adapter.scope.value}, rank {config.adapter.r}",
+        "steps": f"{config.trainer.max_steps} of {config.trainer.accumulate * config.data.batch_size} slices",
+        "image size": f"{prepared.segmenter.image_size} px",
+        "intensity": prepared.inference.intensity.name,
+        "encoder sha256": prepared.start.encoder.sha256,
+        "base sha256": prepared.start.base.sha256,
+        "tensors": "; ".join(f"{r.part} {r.num_loaded}/{r.num_asked} from {r.source}" for r in prepared.reports),
+        "pretraining leak": "allowed by the user (transductive)" if prepared.transductive else "none found",
+    }
+
+
+def _next(run: RunFolder) -> Text:
+    path, out = shlex.quote(shown_path(run.path)), shlex.quote(f"releases/{run.path.name}")
+    evaluate = f"make evaluate RUN={path} SPLIT=test"
+    release = f"make release RUN={path} OUT={out} LICENSE=..."
+    return Text(kind="command", text=f"{evaluate}\n\n{release}")

@@ -1,1 +1,0 @@
-"""Readers: one module per file format, each returning a :class:`~samgraft.shared.data.volume.Volume`."""

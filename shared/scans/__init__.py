@@ -1,0 +1,1 @@
+"""Scan files on disk: discovery, readers, orientation, intensity and privacy checks."""

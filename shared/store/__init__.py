@@ -1,0 +1,1 @@
+"""The slice store: checked volumes written as zarr, and slices read from it."""

@@ -1,0 +1,122 @@
+"""Verify every byte of a store: sizes, hashes, checksums, and that decoded voxels are those of the table."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from samgraft.shared.errors import DataError
+from samgraft.shared.scans.volume import content_sha256
+from samgraft.shared.store.series import SeriesRecord
+from samgraft.shared.store.store import COMPLETE, MANIFEST, SERIES, SliceStore, read_table
+from samgraft.shared.store.write import RECORD
+
+
+@dataclass(kw_only=True)
+class StoreCheck:
+    """Outcome of a check."""
+
+    path: Path
+    num_series: int = 0
+    num_files: int = 0
+    num_bytes: int = 0
+    problems: list[str] = field(default_factory=list)
+
+
+def check_store(path: Path, *, on_progress: Callable[[int, int], None] | None = None) -> StoreCheck:
+    """Read every byte of a store and list all that is wrong with it, instead of stopping at the first.
+
+    Raises:
+        DataError: If the folder is no store, or its table cannot be trusted.
+    """
+    manifest = json.loads(read_table(path))
+    store = SliceStore.from_manifest(path, manifest)
+    check = StoreCheck(path=path, num_series=len(store))
+    for number, record in enumerate(store.series, start=1):
+        _check_series(store, record, check)
+        if on_progress is not None:
+            on_progress(number, len(store))
+    known = {record.series_id for record in store.series}
+    for folder in sorted((path / SERIES).iterdir()):
+        if folder.is_dir() and folder.name not in known:
+            check.problems.append(f"{folder.name}: not in the table of series")
+    known_names = {COMPLETE, MANIFEST, SERIES, "zarr.json"}
+    for entry in sorted(path.iterdir()):
+        if entry.name not in known_names:
+            check.problems.append(f"{entry.name}: does not belong into a store")
+    return check
+
+
+def refuse_problems(check: StoreCheck) -> None:
+    """Raise one error with the first problems, if there are any.
+
+    Raises:
+        DataError: If the check found something.
+    """
+    if check.problems:
+        lines = "\n    ".join(check.problems[:10])
+        more = f"\n    ... and {len(check.problems) - 10} more" if len(check.problems) > 10 else ""
+        raise DataError(
+            f"{len(check.problems)} problems in {check.num_series} series:\n    {lines}{more}",
+            where=check.path.name,
+            kept="the source scans",
+            next_command="build the store again: series that are whole are kept",
+        )
+
+
+def check_sources(store: SliceStore, digests: Mapping[str, str]) -> list[str]:
+    """Compare sha256 of sources read again (by series id) with those of the table."""
+    problems = []
+    for record in store.series:
+        now = digests.get(record.series_id)
+        if now is None:
+            problems.append(f"{record.series_id}: its source is not among the scans any more")
+        elif now != record.source_sha256:
+            problems.append(f"{record.series_id}: the source differs from what was stored (sha256); build it again")
+    return problems
+
+
+def _check_series(store: SliceStore, record: SeriesRecord, check: StoreCheck) -> None:
+    folder = store.path / SERIES / record.series_id
+    sound = True
+    for name, (size, digest) in record.files.items():
+        file = folder / name
+        check.num_files += 1
+        if not file.is_file():
+            check.problems.append(f"{record.series_id}/{name}: missing")
+            sound = False
+            continue
+        with file.open("rb") as stream:
+            found = hashlib.file_digest(stream, "sha256").hexdigest()
+        found_size = file.stat().st_size
+        check.num_bytes += found_size
+        if found_size != size:
+            check.problems.append(f"{record.series_id}/{name}: must have {size} bytes, got {found_size}")
+            sound = False
+        elif found != digest:
+            check.problems.append(f"{record.series_id}/{name}: sha256 differs, a byte was changed")
+            sound = False
+    extra = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()} if folder.is_dir() else set()
+    check.problems += [
+        f"{record.series_id}/{name}: not in the table" for name in sorted(extra - set(record.files) - {RECORD})
+    ]
+    if sound:
+        _check_voxels(store, record, check)
+
+
+def _check_voxels(store: SliceStore, record: SeriesRecord, check: StoreCheck) -> None:
+    try:
+        volume = store.read_volume(record.series_id)
+        if content_sha256(volume) != record.content_sha256:
+            check.problems.append(f"{record.series_id}/image: voxels differ from those of the table")
+        if record.has_label:
+            label = store.read_label_volume(record.series_id)
+            counts = {int(v): int((label == v).sum()) for v in np.unique(label) if v != 0}
+            if label.shape != volume.shape or counts != record.label_voxels:
+                check.problems.append(f"{record.series_id}/label: voxels differ from those of the table")
+    except DataError as err:
+        check.problems.append(f"{record.series_id}: {err.what}")

@@ -1,0 +1,206 @@
+"""One case read, checked and cut into slices; nothing is written here, so a dry run and a build judge alike.
+
+Shape letters: Z = slices, H, W = rows and columns of a slice.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from samgraft.shared.errors import DataError
+from samgraft.shared.scans.case import SourceCase, label_on_plane, read_label
+from samgraft.shared.scans.intensity import IntensityStats, foreground_fractions, measure_intensity
+from samgraft.shared.scans.orientation import Plane, is_near_isotropic
+from samgraft.shared.scans.privacy import BURNED_IN, path_findings, pseudonym
+from samgraft.shared.scans.readers.scan import read_scan
+from samgraft.shared.scans.volume import Array, Modality, RawScan, Volume, content_sha256, volume_from_scan
+from samgraft.shared.store.series import PlaneTable, SeriesRecord
+
+MIN_SIDE_PX = 8
+"""Slices with a shorter side are refused: half a ViT token is not a picture, and 3 x 3 means swapped axes."""
+MAX_SIDE_PX = 16384
+MODALITY_TAGS = {
+    Modality.MRI: {"MR"},
+    Modality.CT: {"CT"},
+    Modality.XRAY: {"CR", "DX", "MG", "XA", "RF", "PX", "IO", "RG"},
+    Modality.ULTRASOUND: {"US", "IVUS"},
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildSettings:
+    """What decides the bytes of a store besides its sources."""
+
+    modality: Modality
+    salt: str
+    planes: tuple[Plane, ...] = ()
+    """Planes to store; the first is the main one. Empty: the acquired plane only."""
+    label_ids: tuple[int, ...] | None = None
+    """Label ids with a name; others are refused. None takes all."""
+    zero_non_finite: bool = False
+    """Replace NaN and Inf by 0 instead of refusing them."""
+    accept_burned_in: bool = False
+    """Take scans whose header says that text is burned into the pixels."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Examined:
+    """A case that passed: its record without file hashes, and its arrays."""
+
+    record: SeriesRecord
+    images: dict[Plane, Array]
+    labels: dict[Plane, Array]
+    privacy: tuple[str, ...]
+
+
+@dataclass(kw_only=True)
+class Finding:
+    """What is said about one case in the report."""
+
+    name: str
+    refused: str | None = None
+    """Reason, or None for a case that passed."""
+    privacy: tuple[str, ...] = ()
+    record: SeriesRecord | None = None
+    kept: bool = False
+    """Found finished from an earlier build."""
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+def examine_case(case: SourceCase, settings: BuildSettings) -> Examined:
+    """Read and check one case.
+
+    Raises:
+        DataError: For everything that would corrupt a training run.
+    """
+    scan = read_scan(case.scan)
+    privacy = _privacy(case, scan, settings)
+    _check_modality(scan, settings, where=case.name)
+    scan, notes = _finite(scan, settings, where=case.name)
+    main = settings.planes[0] if settings.planes else None
+    volume = volume_from_scan(scan, modality=settings.modality, plane=main, where=case.name)
+    if main is not None and volume.plane is main and not is_near_isotropic(volume.affine):
+        volume = volume_from_scan(scan, modality=settings.modality, where=case.name)
+    _check_slice_size(volume, where=case.name)
+    stats = measure_intensity(volume.array_zyx, modality=settings.modality)
+    if stats.maximum <= stats.minimum:
+        raise DataError(f"a scan must have contrast, every voxel is {stats.minimum:g}.", where=case.name)
+    label_ijk, label_digest = read_label(case, scan) if case.labels else (None, None)
+    if label_ijk is not None:
+        _check_named(label_ijk, settings, where=case.name)
+    images, labels, tables = _cut(scan, volume, label_ijk, stats, settings, where=case.name)
+    record = SeriesRecord(
+        series_id=series_id_of(case, settings),
+        patient_id=pseudonym("p", case.patient_key, salt=settings.salt),
+        study_id=pseudonym("t", f"{case.patient_key}/{case.study_key}", salt=settings.salt),
+        site_id=pseudonym("c", case.site_key, salt=settings.salt) if case.site_key else None,
+        modality=settings.modality,
+        plane=volume.plane,
+        planes=tables,
+        has_label=label_ijk is not None,
+        source_sha256=volume.source_sha256,
+        label_sha256=label_digest,
+        content_sha256=content_sha256(volume.array_zyx),
+        stats=stats,
+        grid=volume.grid,
+        dtype=volume.array_zyx.dtype.name,
+        notes=(*volume.notes, *notes),
+    )
+    return Examined(record=record, images=images, labels=labels, privacy=privacy)
+
+
+def series_id_of(case: SourceCase, settings: BuildSettings) -> str:
+    """Return the pseudonymous id of a case's series."""
+    return pseudonym("s", f"{case.patient_key}/{case.study_key}/{case.name}", salt=settings.salt)
+
+
+def _cut(
+    scan: RawScan,
+    volume: Volume,
+    label_ijk: Array | None,
+    stats: IntensityStats,
+    settings: BuildSettings,
+    *,
+    where: str,
+) -> tuple[dict[Plane, Array], dict[Plane, Array], dict[Plane, PlaneTable]]:
+    images: dict[Plane, Array] = {}
+    labels: dict[Plane, Array] = {}
+    tables: dict[Plane, PlaneTable] = {}
+    others = [plane for plane in settings.planes if plane is not volume.plane]
+    for plane in (volume.plane, *(others if is_near_isotropic(volume.affine) else ())):
+        same = plane is volume.plane
+        cut = volume if same else volume_from_scan(scan, modality=settings.modality, plane=plane, where=where)
+        images[plane] = cut.array_zyx
+        if label_ijk is not None:
+            labels[plane] = label_on_plane(label_ijk, cut)
+        tables[plane] = _table(cut, labels.get(plane), air=stats.air_threshold)
+    return images, labels, tables
+
+
+def _table(volume: Volume, label_ZHW: Array | None, *, air: float) -> PlaneTable:
+    z, y, x = volume.array_zyx.shape
+    label_pixels: dict[int, tuple[int, ...]] = {}
+    if label_ZHW is not None:
+        for label in (int(v) for v in np.unique(label_ZHW) if v != 0):
+            label_pixels[label] = tuple(int(n) for n in np.count_nonzero(label_ZHW == label, axis=(1, 2)))
+    return PlaneTable(
+        shape_zyx=(z, y, x),
+        affine=tuple(tuple(float(v) for v in row) for row in volume.affine),
+        foreground_fraction=tuple(float(v) for v in foreground_fractions(volume.array_zyx, air=air)),
+        label_pixels=label_pixels,
+    )
+
+
+def _privacy(case: SourceCase, scan: RawScan, settings: BuildSettings) -> tuple[str, ...]:
+    if BURNED_IN in scan.privacy and not settings.accept_burned_in:
+        raise DataError(
+            "the header says that text is burned into the pixels: remove it, or pass --accept-burned-in after looking.",
+            where=case.name,
+        )
+    return (*scan.privacy, *path_findings(case.name))
+
+
+def _check_modality(scan: RawScan, settings: BuildSettings, *, where: str) -> None:
+    tag = (scan.modality_tag or "").upper()
+    if tag and tag != "OT" and tag not in MODALITY_TAGS[settings.modality]:
+        raise DataError(f"the modality must be {settings.modality.value}, the DICOM header says {tag}.", where=where)
+
+
+def _finite(scan: RawScan, settings: BuildSettings, *, where: str) -> tuple[RawScan, tuple[str, ...]]:
+    array = scan.array_ijk
+    if array.dtype.kind != "f":
+        return scan, ()
+    bad = ~np.isfinite(array)
+    num_bad = int(bad.sum())
+    if num_bad == 0:
+        return scan, ()
+    share = f"{num_bad} of {array.size} voxels ({100 * num_bad / array.size:.2g} %)"
+    if not settings.zero_non_finite:
+        raise DataError(f"voxels must be finite, {share} are NaN or Inf. Repair, or --nan-policy zero.", where=where)
+    if num_bad == array.size:
+        raise DataError("every voxel is NaN or Inf.", where=where)
+    cleaned = np.where(bad, array.dtype.type(0), array)
+    values = {name: getattr(scan, name) for name in scan.__dataclass_fields__ if name != "array_ijk"}
+    return RawScan(array_ijk=cleaned, **values), (f"{share} were NaN or Inf and are 0",)
+
+
+def _check_slice_size(volume: Volume, *, where: str) -> None:
+    height, width = volume.array_zyx.shape[1:]
+    if min(height, width) < MIN_SIDE_PX or max(height, width) > MAX_SIDE_PX:
+        raise DataError(
+            f"slices must have sides of {MIN_SIDE_PX} to {MAX_SIDE_PX} px, got {height} x {width}.", where=where
+        )
+
+
+def _check_named(label_ijk: Array, settings: BuildSettings, *, where: str) -> None:
+    if settings.label_ids is None:
+        return
+    found = [int(value) for value in np.unique(label_ijk) if value != 0]
+    if unknown := [value for value in found if value not in settings.label_ids]:
+        suggestion = ",".join(f"{value}={value if value in settings.label_ids else 0}" for value in found)
+        raise DataError(
+            f"label ids must be among {list(settings.label_ids)}, got {unknown} too. Try --label-map {suggestion}",
+            where=where,
+        )

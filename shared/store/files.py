@@ -1,0 +1,159 @@
+"""Where the files of a store lie: a local folder, or an object store (s3://, gs://, az://, http://; obstore).
+
+Reading only. Every method takes a name below the store, with forward slashes.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+from samgraft.shared.errors import StorageError, UsageError
+from samgraft.shared.files import read_patiently
+
+NUM_ATTEMPTS = 4
+FIRST_WAIT_S = 0.2
+"""Doubled after every failure: 0.2, 0.4, 0.8 s; servers answer 503 when they want to be asked more slowly."""
+
+
+class StoreFiles(Protocol):
+    """What reading a store needs."""
+
+    def read(self, name: str) -> bytes:
+        """Return a whole file; FileNotFoundError if there is none."""
+        ...
+
+    def read_range(self, name: str, start: int, length: int) -> bytes:
+        """Return bytes of a file; fewer if it ends before."""
+        ...
+
+    def size(self, name: str) -> int | None:
+        """Return the size of a file; None if there is none, or asking would cost a round trip."""
+        ...
+
+    def read_beside(self, name: str) -> bytes:
+        """Return a whole file that lies beside the store; FileNotFoundError if there is none."""
+        ...
+
+
+class LocalFiles:
+    """A folder."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = str(root)
+
+    def read(self, name: str) -> bytes:
+        """Return a whole file."""
+        return read_patiently(lambda: self._pread(name, 0, None), where=name)
+
+    def read_range(self, name: str, start: int, length: int) -> bytes:
+        """Return bytes of a file."""
+        return read_patiently(lambda: self._pread(name, start, length), where=name)
+
+    def _pread(self, name: str, start: int, length: int | None) -> bytes:
+        descriptor = os.open(f"{self._root}/{name}", os.O_RDONLY)
+        try:
+            return os.pread(descriptor, os.fstat(descriptor).st_size if length is None else length, start)
+        finally:
+            os.close(descriptor)
+
+    def size(self, name: str) -> int | None:
+        """Return the size of a file, None if there is none."""
+        try:
+            info = os.stat(f"{self._root}/{name}")
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        return info.st_size
+
+    def read_beside(self, name: str) -> bytes:
+        """Return a whole file that lies beside the folder."""
+        return LocalFiles(Path(self._root).absolute().parent).read(name)
+
+
+class RemoteFiles:
+    """An object store. The connection is made at the first use in each process, and never pickled.
+
+    Credentials and endpoint come from the environment, as everywhere: ``AWS_ACCESS_KEY_ID``, ``AWS_SECRET_ACCESS_KEY``,
+    ``AWS_ENDPOINT_URL`` (MinIO, Ceph), ``AWS_REGION``, ``AWS_SKIP_SIGNATURE=true`` (public buckets).
+    """
+
+    def __init__(self, url: str) -> None:
+        self._url = url.rstrip("/")
+        self._connection: Any = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_url": self._url, "_connection": None}
+
+    def read(self, name: str) -> bytes:
+        """Return a whole file."""
+        return self._ask(lambda obstore, store: obstore.get(store, name).bytes(), name)
+
+    def read_range(self, name: str, start: int, length: int) -> bytes:
+        """Return bytes of a file."""
+        return self._ask(lambda obstore, store: obstore.get_range(store, name, start=start, length=length), name)
+
+    def size(self, name: str) -> int | None:
+        """Return None: not asked."""
+        return None
+
+    def read_beside(self, name: str) -> bytes:
+        """Return a whole file that lies beside the store."""
+        return RemoteFiles(self._url.rpartition("/")[0]).read(name)
+
+    def _ask(self, question: Callable[[Any, Any], Any], name: str) -> bytes:
+        store = self._connect()
+        import obstore
+        from obstore.exceptions import NotFoundError
+
+        wait = FIRST_WAIT_S
+        for attempt in range(1, NUM_ATTEMPTS + 1):
+            try:
+                return bytes(question(obstore, store))
+            except (FileNotFoundError, NotFoundError) as err:
+                raise FileNotFoundError(name) from err
+            except Exception as err:  # 503, time-outs and expired keys come under many types
+                if attempt == NUM_ATTEMPTS:
+                    raise StorageError(
+                        f"the object store does not answer ({type(err).__name__}) after {NUM_ATTEMPTS} attempts: "
+                        "check network, AWS_ENDPOINT_URL and credentials.",
+                        where=name,
+                        kept="every saved training state",
+                        next_command="run the same command again",
+                    ) from err
+                time.sleep(wait)
+                wait *= 2
+        raise AssertionError("unreachable")
+
+    def _connect(self) -> Any:
+        if self._connection is None:
+            try:
+                from obstore.store import from_url
+            except ImportError as err:
+                raise UsageError(
+                    f"an address ({self._url.partition('://')[0]}://) needs another package.",
+                    next_command="pip install 'samgraft[s3]'",
+                ) from err
+            try:
+                # Attempts are ours: one rule for every kind of store, and a message at the end.
+                self._connection = from_url(
+                    self._url, client_options={"allow_http": True, "timeout": "60s"}, retry_config={"max_retries": 0}
+                )
+            except Exception as err:  # unknown schemes and impossible addresses come under several types
+                raise UsageError(
+                    f"the address cannot be used: {str(err).splitlines()[0]}. Known are s3://, gs://, az:// and http://."
+                ) from err
+        return self._connection
+
+
+def is_address(path: Path | str) -> bool:
+    """Return whether a store is named by an address instead of a folder."""
+    return isinstance(path, str) and "://" in path
+
+
+def is_scans(data: Path | str) -> bool:
+    """Return whether DATA is there and no store, hence scans that must be built first."""
+    path = Path(data)
+    return not is_address(data) and path.exists() and path.suffix != ".zarr" and not (path / "zarr.json").is_file()

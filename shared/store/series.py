@@ -1,0 +1,166 @@
+"""What a store knows about each series: one line of its table, written when the series is complete."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from samgraft.shared.scans.intensity import IntensityStats
+from samgraft.shared.scans.orientation import NativeGrid, Plane, voxel_sizes
+from samgraft.shared.scans.volume import Modality
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlaneTable:
+    """One stack of slices of a series: its grid and what is known per slice without reading it."""
+
+    shape_zyx: tuple[int, int, int]
+    affine: tuple[tuple[float, ...], ...]
+    """Voxel (x, y, z) of this stack to RAS+ mm, 4x4."""
+    foreground_fraction: tuple[float, ...]
+    """Share of non-air pixels, per slice."""
+    label_pixels: dict[int, tuple[int, ...]]
+    """Pixels of each label id except 0, per slice; empty without label."""
+
+    @property
+    def spacing_mm(self) -> tuple[float, float, float]:
+        """Distance between slices, rows and columns (z, row, col)."""
+        x, y, z = voxel_sizes(self.affine_matrix)
+        return float(z), float(y), float(x)
+
+    @property
+    def affine_matrix(self) -> npt.NDArray[np.float64]:
+        """The affine as an array."""
+        return np.asarray(self.affine, dtype=np.float64)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SeriesRecord:
+    """One series of a store. Ids are salted hashes; nothing here names a patient, a file or a site."""
+
+    series_id: str
+    patient_id: str
+    study_id: str
+    modality: Modality
+    plane: Plane
+    """Plane of the main stack."""
+    planes: dict[Plane, PlaneTable]
+    has_label: bool
+    source_sha256: str
+    """sha256 over the bytes of the source file or files."""
+    label_sha256: str | None = None
+    """The same for the label files."""
+    content_sha256: str
+    """sha256 over shape and voxel values of the main stack, equal for equal pixels in any format."""
+    stats: IntensityStats
+    grid: NativeGrid
+    """Grid of the source file."""
+    dtype: str
+    site_id: str | None = None
+    """Salted hash of site or scanner, for splits by site."""
+    notes: tuple[str, ...] = ()
+    files: dict[str, tuple[int, str]] = field(default_factory=dict)
+    """Size and sha256 of every file of the series, by path relative to its folder."""
+
+    @property
+    def shape_zyx(self) -> tuple[int, int, int]:
+        """Slices, rows, columns of the main stack."""
+        return self.planes[self.plane].shape_zyx
+
+    @property
+    def spacing_mm(self) -> tuple[float, float, float]:
+        """Spacing of the main stack (z, row, col)."""
+        return self.planes[self.plane].spacing_mm
+
+    @property
+    def affine(self) -> npt.NDArray[np.float64]:
+        """Voxel (x, y, z) of the main stack to RAS+ mm."""
+        return self.planes[self.plane].affine_matrix
+
+    @property
+    def label_voxels(self) -> dict[int, int]:
+        """Voxels per label id except 0."""
+        return {label: sum(pixels) for label, pixels in self.planes[self.plane].label_pixels.items()}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for JSON."""
+        return {
+            "series_id": self.series_id,
+            "patient_id": self.patient_id,
+            "study_id": self.study_id,
+            "site_id": self.site_id,
+            "modality": self.modality.value,
+            "plane": self.plane.value,
+            "planes": {plane.value: _table_to_dict(table) for plane, table in self.planes.items()},
+            "has_label": self.has_label,
+            "source_sha256": self.source_sha256,
+            "label_sha256": self.label_sha256,
+            "content_sha256": self.content_sha256,
+            "stats": self.stats.to_dict(),
+            "grid": {
+                "shape_ijk": list(self.grid.shape_ijk),
+                "affine": [list(row) for row in self.grid.affine],
+                "orientation": self.grid.orientation,
+            },
+            "dtype": self.dtype,
+            "notes": list(self.notes),
+            "files": {name: list(entry) for name, entry in sorted(self.files.items())},
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> SeriesRecord:
+        """Read what :meth:`to_dict` wrote."""
+        grid = values["grid"]
+        i, j, k = (int(n) for n in grid["shape_ijk"])
+        plain = {
+            key: values[key]
+            for key in ("series_id", "patient_id", "study_id", "site_id", "has_label", "source_sha256", "label_sha256")
+        }
+        return cls(
+            **plain,
+            content_sha256=values["content_sha256"],
+            dtype=values["dtype"],
+            modality=Modality(values["modality"]),
+            plane=Plane(values["plane"]),
+            planes={Plane(name): _table_from_dict(table) for name, table in values["planes"].items()},
+            stats=IntensityStats.from_dict(values["stats"]),
+            grid=NativeGrid(shape_ijk=(i, j, k), affine=_rows(grid["affine"]), orientation=grid["orientation"]),
+            notes=tuple(values["notes"]),
+            files={name: (int(size), str(digest)) for name, (size, digest) in values["files"].items()},
+        )
+
+
+def image_name(plane: Plane, main: Plane) -> str:
+    """Return the name of the image array of a plane inside a series group."""
+    return "image" if plane is main else f"image_{plane.value}"
+
+
+def label_name(plane: Plane, main: Plane) -> str:
+    """Return the name of the label array of a plane inside a series group."""
+    return "label" if plane is main else f"label_{plane.value}"
+
+
+def _table_to_dict(table: PlaneTable) -> dict[str, Any]:
+    return {
+        "shape_zyx": list(table.shape_zyx),
+        "affine": [list(row) for row in table.affine],
+        "foreground_fraction": [round(value, 4) for value in table.foreground_fraction],
+        "label_pixels": {str(label): list(pixels) for label, pixels in sorted(table.label_pixels.items())},
+    }
+
+
+def _table_from_dict(values: Mapping[str, Any]) -> PlaneTable:
+    z, y, x = (int(n) for n in values["shape_zyx"])
+    return PlaneTable(
+        shape_zyx=(z, y, x),
+        affine=_rows(values["affine"]),
+        foreground_fraction=tuple(float(v) for v in values["foreground_fraction"]),
+        label_pixels={int(label): tuple(int(n) for n in pixels) for label, pixels in values["label_pixels"].items()},
+    )
+
+
+def _rows(matrix: list[list[float]]) -> tuple[tuple[float, ...], ...]:
+    return tuple(tuple(float(v) for v in row) for row in matrix)

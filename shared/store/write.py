@@ -1,0 +1,174 @@
+"""Writing one series of a store, atomically: a hidden folder first, one rename at the end.
+
+Shape letters: Z = slices, H, W = rows and columns of a slice.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import zarr
+from samgraft.shared.scans.orientation import Plane
+from samgraft.shared.scans.volume import Modality
+from samgraft.shared.store.series import SeriesRecord, image_name, label_name
+from samgraft.shared.store.store import COMPLETE, MANIFEST, SCHEMA, SERIES
+from zarr.codecs import ZstdCodec
+
+Array = npt.NDArray[Any]
+
+SHARD_SLICES = 64
+"""Slices per file: 20,000 slices in 313 files, and a reader fetches one slice of it by byte range."""
+ZSTD_LEVEL = 1
+"""Writes twice as fast as 3; real scans take 1 to 3 % more space, noisy thick slices up to 8 % (measured)."""
+RECORD = "record.json"
+PARTIAL = ".partial"
+
+
+def write_series(
+    store_path: Path,
+    record: SeriesRecord,
+    images: dict[Plane, Array],
+    labels: dict[Plane, Array],
+    *,
+    build_key: str,
+    privacy: tuple[str, ...] = (),
+) -> SeriesRecord:
+    """Write one series; it appears under its final name in one rename or not at all.
+
+    Args:
+        store_path: The store; its ``series`` group must exist.
+        record: The record without ``files``.
+        images: (Z, H, W) per plane.
+        labels: Label ids (Z, H, W) per plane; empty without label.
+        build_key: Identity of source files and settings. It stands in ``record.json`` only: times of source files
+            must not change the fingerprint of the store.
+        privacy: Kinds of identifying content of the source, for the report of a resumed build.
+
+    Returns:
+        The record with size and sha256 of every file, as written to ``record.json``.
+    """
+    partial = store_path / PARTIAL / f"{record.series_id}-{os.getpid()}"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.parent.mkdir(exist_ok=True)
+    try:
+        zarr.create_group(partial, attributes={"samgraft": _series_attributes(record)})
+        for plane, image_ZHW in images.items():
+            _write_array(partial / image_name(plane, record.plane), image_ZHW, record, plane)
+        for plane, label_ZHW in labels.items():
+            _write_array(partial / label_name(plane, record.plane), label_ZHW, record, plane)
+        record = dataclasses.replace(record, files=_file_table(partial))
+        write_json(partial / RECORD, {**record.to_dict(), "build_key": build_key, "privacy": list(privacy)})
+        final = store_path / SERIES / record.series_id
+        shutil.rmtree(final, ignore_errors=True)
+        final.parent.mkdir(exist_ok=True)
+        partial.replace(final)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return record
+
+
+def start_store(path: Path, *, modality: Modality) -> None:
+    """Create the groups of a store without the completion mark."""
+    path.mkdir(parents=True, exist_ok=True)
+    zarr.create_group(path, overwrite=False, attributes={"samgraft": {"schema": SCHEMA, "modality": modality.value}})
+    zarr.create_group(path / SERIES)
+
+
+def finish_store(path: Path, manifest: dict[str, Any]) -> str:
+    """Write the table and then, last, the completion mark; return the fingerprint."""
+    shutil.rmtree(path / PARTIAL, ignore_errors=True)
+    text = write_json(path / MANIFEST, manifest)
+    fingerprint = hashlib.sha256(text).hexdigest()
+    write_json(path / COMPLETE, {"schema": SCHEMA, "manifest_sha256": fingerprint})
+    return fingerprint
+
+
+def write_json(path: Path, values: object) -> bytes:
+    """Write JSON through a temporary name and a rename, flushed to disk; return the bytes."""
+    text = (json.dumps(values, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("wb") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    return text
+
+
+def read_record(folder: Path, *, build_key: str) -> tuple[SeriesRecord, tuple[str, ...]] | None:
+    """Return record and privacy findings of a finished series with this key whose files are all there, else None."""
+    path = folder / RECORD
+    if not path.is_file():
+        return None
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if values.pop("build_key") != build_key:
+            return None
+        privacy = tuple(values.pop("privacy"))
+        record = SeriesRecord.from_dict(values)
+    except (ValueError, KeyError, TypeError):
+        return None
+    for name, (size, _) in record.files.items():
+        file = folder / name
+        if not file.is_file() or file.stat().st_size != size:
+            return None
+    return record, privacy
+
+
+def _write_array(path: Path, array_ZHW: Array, record: SeriesRecord, plane: Plane) -> None:
+    num_slices, height, width = array_ZHW.shape
+    array = zarr.create_array(
+        path,
+        shape=array_ZHW.shape,
+        dtype=array_ZHW.dtype,
+        chunks=(1, height, width),
+        shards=(min(num_slices, SHARD_SLICES), height, width),
+        # Of zarr's codecs the one whose checksum every reader verifies, sharded or not.
+        compressors=ZstdCodec(level=ZSTD_LEVEL, checksum=True),
+        fill_value=0,
+        dimension_names=("z", "y", "x"),
+        attributes={"samgraft": _grid_attributes(record, plane)},
+        # A slice that is all zero must exist on disk: zarr reads a missing chunk as zeros, without an error.
+        config={"write_empty_chunks": True},
+    )
+    array[...] = array_ZHW
+
+
+def _series_attributes(record: SeriesRecord) -> dict[str, Any]:
+    keys = ("series_id", "patient_id", "study_id", "modality", "plane", "has_label", "source_sha256", "stats")
+    return {key: value for key, value in record.to_dict().items() if key in keys}
+
+
+def _grid_attributes(record: SeriesRecord, plane: Plane) -> dict[str, Any]:
+    table = record.planes[plane]
+    return {
+        "spacing_mm": list(table.spacing_mm),
+        "affine": [list(row) for row in table.affine],
+        "plane": plane.value,
+        "native_orientation": record.grid.orientation,
+        "modality": record.modality.value,
+    }
+
+
+def _file_table(folder: Path) -> dict[str, tuple[int, str]]:
+    table = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+                os.fsync(file.fileno())
+            table[path.relative_to(folder).as_posix()] = (path.stat().st_size, digest)
+    return table
+
+
+def label_dtype(highest: int) -> np.dtype[Any]:
+    """Return the smallest unsigned type for label ids up to ``highest``."""
+    return np.dtype(np.min_scalar_type(highest))

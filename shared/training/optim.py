@@ -1,0 +1,195 @@
+"""Parameter groups and AdamW: no decay where it harms, smaller steps for earlier layers.
+
+Schedules as pure functions of the step: nothing to save, nothing that a resume could shift.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from samgraft.shared.errors import UsageError
+from samgraft.shared.training.config import check_warmup
+from torch import Tensor, nn
+
+log = logging.getLogger(__name__)
+
+NO_DECAY_NAMES = ("pos_embed", "rel_pos_h", "rel_pos_w", "attention_biases", "mask_token", "cls_token")
+"""Ends of names of position tables and learned tokens, which weight decay pulls to zero for no gain."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW and its schedule."""
+
+    lr: float = 1e-4
+    """Peak learning rate of the last layer."""
+    weight_decay: float = 0.05
+    """AdamW's decay of weight matrices; never of norms, biases, positions and tokens (MAE's value)."""
+    beta1: float = 0.9
+    """Decay of the mean of gradients."""
+    beta2: float = 0.95
+    """Decay of the mean of squared gradients (0.95: MAE, arXiv 2111.06377, table 8)."""
+    layer_decay: float = 1.0
+    """Factor on the learning rate per layer towards the input; 1 is off, 0.75 is usual for fine-tuning."""
+    warmup_steps: int = 20
+    """Steps of linear warm-up."""
+    final_lr_factor: float = 0.0
+    """Share of ``lr`` that is left at the last step."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        if not 0 < self.lr <= 1:
+            raise ValueError(f"optim.lr must be in (0, 1], got {self.lr}.")
+        if self.weight_decay < 0:
+            raise ValueError(f"optim.weight_decay must be at least 0, got {self.weight_decay}.")
+        if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
+            raise ValueError(f"optim.beta1 and beta2 must be in [0, 1), got {self.beta1} and {self.beta2}.")
+        if not 0 < self.layer_decay <= 1:
+            raise ValueError(f"optim.layer_decay must be in (0, 1], got {self.layer_decay}.")
+        if self.warmup_steps < 0:
+            raise ValueError(f"optim.warmup_steps must be at least 0, got {self.warmup_steps}.")
+        if not 0 <= self.final_lr_factor <= 1:
+            raise ValueError(f"optim.final_lr_factor must be in [0, 1], got {self.final_lr_factor}.")
+
+
+def build_optimizer(
+    module: nn.Module,
+    config: OptimizerConfig,
+    *,
+    layer_groups: Iterable[tuple[int, Iterable[nn.Parameter]]] = (),
+) -> torch.optim.AdamW:
+    """Build AdamW over the trainable parameters of ``module``.
+
+    Args:
+        module: Everything that trains.
+        config: Rates and decay.
+        layer_groups: ``encoder.layer_groups()``: parameters with their depth, 0 next to the input. Only used with
+            ``layer_decay`` below 1. Parameters not in it (decoder, heads) take the full rate.
+
+    Raises:
+        UsageError: If nothing is trainable.
+    """
+    groups = parameter_groups(module, config, layer_groups=layer_groups)
+    if not groups:
+        raise UsageError("at least one parameter must be trainable, got none.", where="model")
+    optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2))
+    count = sum(p.numel() for g in groups for p in g["params"])
+    total = sum(p.numel() for p in module.parameters())
+    log.info("training %.2f of %.2f million parameters (%.1f %%)", count / 1e6, total / 1e6, 100 * count / total)
+    return optimizer
+
+
+def parameter_groups(
+    module: nn.Module, config: OptimizerConfig, *, layer_groups: Iterable[tuple[int, Iterable[nn.Parameter]]] = ()
+) -> list[dict[str, Any]]:
+    """Sort the trainable parameters by decay and depth; ``peak_lr`` is what the schedule multiplies."""
+    depth_of = _depths(layer_groups) if config.layer_decay < 1 else {}
+    deepest = max(depth_of.values(), default=0)
+    in_norm = {id(p) for m in module.modules() if _is_norm(m) for p in m.parameters(recurse=False)}
+    groups: dict[tuple[int, bool], dict[str, Any]] = {}
+    for name, parameter in module.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        depth = depth_of.get(id(parameter), deepest)
+        decays = parameter.ndim > 1 and id(parameter) not in in_norm and not name.endswith(NO_DECAY_NAMES)
+        rate = config.lr * config.layer_decay ** (deepest - depth)
+        group = groups.setdefault(
+            (depth, decays),
+            {"params": [], "lr": rate, "peak_lr": rate, "weight_decay": config.weight_decay if decays else 0.0},
+        )
+        group["params"].append(parameter)
+    return [groups[key] for key in sorted(groups)]
+
+
+def _depths(layer_groups: Iterable[tuple[int, Iterable[nn.Parameter]]]) -> Mapping[int, int]:
+    depth_of: dict[int, int] = {}
+    for depth, parameters in layer_groups:
+        for parameter in parameters:
+            if depth_of.setdefault(id(parameter), depth) != depth:
+                raise ValueError(f"a parameter must be in one layer group, got {depth} and {depth_of[id(parameter)]}.")
+    return depth_of
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return "Norm" in type(module).__name__
+
+
+def warmup_cosine(step: int, *, warmup_steps: int, max_steps: int, final_factor: float = 0.0) -> float:
+    """Return the factor on the peak learning rate for the update that follows ``step`` finished ones.
+
+    Rises linearly to 1 over ``warmup_steps`` (the first update already has 1/warmup_steps), then falls along half a
+    cosine to ``final_factor`` at ``max_steps``.
+
+    Source:
+        Loshchilov and Hutter, SGDR, arXiv 1608.03983, eq. 5, without restarts.
+    """
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    return cosine(step, start=1.0, end=final_factor, first_step=warmup_steps, last_step=max_steps)
+
+
+def warmup_poly(step: int, *, warmup_steps: int, max_steps: int, power: float) -> float:
+    """Return the factor of a linear warm-up and then ``(1 - (step - warmup_steps) / max_steps) ** power``.
+
+    It does not reach 0: ``max_steps`` counts the warm-up too.
+
+    Source:
+        finetune-SAM at e41f732, SingleGPU_train_finetune_noprompt.py.
+    """
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    return float((1.0 - (step - warmup_steps) / max_steps) ** power)
+
+
+def cosine(step: int, *, start: float, end: float, first_step: int = 0, last_step: int) -> float:
+    """Return the point at ``step`` of half a cosine from ``start`` to ``end``; constant outside of it."""
+    share = min(max((step - first_step) / max(1, last_step - first_step), 0.0), 1.0)
+    return end + (start - end) * 0.5 * (1.0 + math.cos(math.pi * share))
+
+
+class LearningRate(pl.Callback):
+    """Sets the learning rate of every group before each step: ``peak_lr * factor(step)``.
+
+    Args:
+        warmup_steps: Length of the warm-up.
+        max_steps: Length of the run.
+        final_factor: Share of the peak at the end.
+        poly_power: A polynomial decay with this power instead of the cosine.
+    """
+
+    def __init__(
+        self, *, warmup_steps: int, max_steps: int, final_factor: float = 0.0, poly_power: float | None = None
+    ) -> None:
+        check_warmup(warmup_steps, max_steps)
+        self.warmup_steps = warmup_steps
+        self.max_steps = max_steps
+        self.final_factor = final_factor
+        self.poly_power = poly_power
+
+    def factor(self, step: int) -> float:
+        """Return the factor for the update that follows ``step`` finished ones."""
+        if self.poly_power is not None:
+            return warmup_poly(step, warmup_steps=self.warmup_steps, max_steps=self.max_steps, power=self.poly_power)
+        return warmup_cosine(
+            step, warmup_steps=self.warmup_steps, max_steps=self.max_steps, final_factor=self.final_factor
+        )
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Set the rates; every micro-step of one step sets the same."""
+        factor = self.factor(trainer.global_step)
+        for optimizer in trainer.optimizers:
+            for group in optimizer.param_groups:
+                peak = group.setdefault("peak_lr", group["lr"])
+                group["lr"] = _plain(peak) * factor
+
+
+def _plain(value: float | Tensor) -> float:
+    return float(value)

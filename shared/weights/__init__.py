@@ -1,0 +1,1 @@
+"""Weights files: safe reading, formats, strict loading, cards and downloads."""

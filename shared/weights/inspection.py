@@ -1,0 +1,70 @@
+"""What a weights file is, for people and scripts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from samgraft.shared.encoders.sam import build_sam
+from samgraft.shared.weights.formats import PARTS
+from samgraft.shared.weights.load import WeightsFile, card_of, read_weights
+from samgraft.shared.weights.safe_read import read_tensors_only
+from samgraft.shared.weights.tensor_files import save_tensors
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """Return format, architecture, size, provenance and the keys of each part counted against a whole SAM.
+
+    Raises:
+        WeightsError: If the file is no weights, is damaged or unsafe.
+    """
+    weights = read_weights(path)
+    card = card_of(weights)
+    return {
+        "file": weights.name,
+        "format": weights.format,
+        "architecture": weights.spec.title,
+        "arch": weights.spec.arch.value,
+        "stem": weights.spec.stem.value if weights.spec.stem else None,
+        "image_size": weights.image_size,
+        "stage": card.stage if weights.card else None,
+        "objective": card.objective,
+        "steps": card.steps,
+        "slices_seen": card.slices_seen,
+        "intensity": card.intensity,
+        "base": card.base_name if weights.card else None,
+        "license": card.license,
+        "parts": _count_parts(weights),
+        "sha256": weights.sha256,
+        "notes": weights.notes,
+    }
+
+
+def extract_tensors(path: Path, out: Path) -> int:
+    """Write the tensors of a file, nested names joined by dots, as safetensors; foreign objects are left behind."""
+    tensors = read_tensors_only(path)
+    save_tensors(tensors, out)
+    return len(tensors)
+
+
+def _count_parts(weights: WeightsFile) -> dict[str, dict[str, Any]]:
+    tokens = weights.tensors.get("mask_decoder.mask_tokens.weight")
+    with torch.device("meta"):
+        sam = build_sam(
+            weights.spec,
+            image_size=weights.image_size,
+            num_multimask_outputs=3 if tokens is None else int(tokens.shape[0]) - 1,
+        )
+    expected = {k: v.shape for k, v in sam.state_dict().items()}
+    counts: dict[str, dict[str, Any]] = {}
+    for part in PARTS:
+        wanted = {k for k in expected if k.startswith(f"{part}.")}
+        found = {k for k in weights.tensors if k.startswith(f"{part}.")}
+        counts[part] = {
+            "matched": sum(weights.tensors[k].shape == expected[k] for k in wanted & found),
+            "expected": len(wanted),
+            "missing": sorted(wanted - found),
+            "unexpected": sorted(found - wanted),
+        }
+    return counts

@@ -1,0 +1,184 @@
+"""One bijective key map between segment_anything's SAM and transformers' ``SamModel``, used in both directions."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from samgraft.shared.encoders.architecture import ArchSpec
+from samgraft.shared.errors import WeightsError
+from samgraft.shared.weights.tensor_files import save_tensors
+
+_GAUSSIAN = "prompt_encoder.pe_layer.positional_encoding_gaussian_matrix"
+# transformers keeps the same positional matrix twice.
+SHARED_POSITIONS = "shared_image_embedding.positional_embedding"
+
+
+def _templates() -> Iterator[tuple[str, str]]:
+    """Yield (segment_anything, transformers) names; {n} is a number, {rest} anything behind."""
+    encoder, theirs = "image_encoder.", "vision_encoder."
+    yield f"{encoder}pos_embed", f"{theirs}pos_embed"
+    yield f"{encoder}patch_embed.proj.{{rest}}", f"{theirs}patch_embed.projection.{{rest}}"
+    for name in ("attn", "mlp"):
+        yield f"{encoder}blocks.{{n}}.{name}.{{rest}}", f"{theirs}layers.{{n}}.{name}.{{rest}}"
+    for number in (1, 2):
+        yield f"{encoder}blocks.{{n}}.norm{number}.{{rest}}", f"{theirs}layers.{{n}}.layer_norm{number}.{{rest}}"
+    for index, name in enumerate(("conv1", "layer_norm1", "conv2", "layer_norm2")):
+        yield f"{encoder}neck.{index}.{{rest}}", f"{theirs}neck.{name}.{{rest}}"
+    yield _GAUSSIAN, "prompt_encoder.shared_embedding.positional_embedding"
+    yield "prompt_encoder.point_embeddings.{n}.weight", "prompt_encoder.point_embed.{n}.weight"
+    for name in ("no_mask_embed", "not_a_point_embed"):
+        yield f"prompt_encoder.{name}.weight", f"prompt_encoder.{name}.weight"
+    downscaling = {0: "conv1", 1: "layer_norm1", 3: "conv2", 4: "layer_norm2", 6: "conv3"}
+    for index, name in downscaling.items():
+        yield f"prompt_encoder.mask_downscaling.{index}.{{rest}}", f"prompt_encoder.mask_embed.{name}.{{rest}}"
+    yield from _decoder_templates()
+
+
+def _decoder_templates() -> Iterator[tuple[str, str]]:
+    layer = "mask_decoder.transformer.layers.{n}."
+    for name in ("self_attn", "cross_attn_token_to_image", "cross_attn_image_to_token", "mlp"):
+        yield f"{layer}{name}.{{rest}}", f"{layer}{name}.{{rest}}"
+    for number in (1, 2, 3, 4):
+        yield f"{layer}norm{number}.{{rest}}", f"{layer}layer_norm{number}.{{rest}}"
+    transformer = "mask_decoder.transformer."
+    yield f"{transformer}final_attn_token_to_image.{{rest}}", f"{transformer}final_attn_token_to_image.{{rest}}"
+    yield f"{transformer}norm_final_attn.{{rest}}", f"{transformer}layer_norm_final_attn.{{rest}}"
+    for index, name in {0: "upscale_conv1", 1: "upscale_layer_norm", 3: "upscale_conv2"}.items():
+        yield f"mask_decoder.output_upscaling.{index}.{{rest}}", f"mask_decoder.{name}.{{rest}}"
+    for mlp in ("output_hypernetworks_mlps.{n}", "iou_prediction_head"):
+        for index, name in enumerate(("proj_in", "layers.0", "proj_out")):
+            yield f"mask_decoder.{mlp}.layers.{index}.{{rest}}", f"mask_decoder.{mlp}.{name}.{{rest}}"
+    for name in ("iou_token", "mask_tokens"):
+        yield f"mask_decoder.{name}.weight", f"mask_decoder.{name}.weight"
+
+
+def _compile(source: str, target: str) -> tuple[re.Pattern[str], str]:
+    pattern = re.escape(source).replace(r"\{n\}", r"(?P<n>\d+)").replace(r"\{rest\}", r"(?P<rest>.+)")
+    replacement = target.replace("{n}", r"\g<n>").replace("{rest}", r"\g<rest>")
+    return re.compile(pattern), replacement
+
+
+_TO = [_compile(ours, theirs) for ours, theirs in _templates()]
+_FROM = [_compile(theirs, ours) for ours, theirs in _templates()]
+
+
+def _translate(name: str, rules: list[tuple[re.Pattern[str], str]]) -> str | None:
+    for pattern, replacement in rules:
+        match = pattern.fullmatch(name)
+        if match:
+            return match.expand(replacement)
+    return None
+
+
+def to_transformers(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Rename SAM tensors for ``SamModel``.
+
+    Raises:
+        WeightsError: If a name has no counterpart, as in vit_t, which ``SamModel`` cannot express.
+    """
+    renamed = {name: _translate(name, _TO) for name in tensors}
+    unknown = [name for name, new in renamed.items() if new is None]
+    if unknown:
+        raise WeightsError(
+            f"weights must be of a plain ViT SAM for transformers, {len(unknown)} tensors have no counterpart "
+            f"({', '.join(unknown[:3])})."
+        )
+    out = {str(new): tensors[name] for name, new in renamed.items()}
+    out[SHARED_POSITIONS] = tensors[_GAUSSIAN].clone()
+    return out
+
+
+def from_transformers(tensors: Mapping[str, torch.Tensor], notes: list[str]) -> dict[str, torch.Tensor]:
+    """Rename ``SamModel`` tensors for SAM; names without a counterpart stay as they are and are reported."""
+    out = {(_translate(name, _FROM) or name): tensor for name, tensor in tensors.items()}
+    shared = out.pop(SHARED_POSITIONS, None)
+    if shared is not None and _GAUSSIAN not in out:
+        out[_GAUSSIAN] = shared
+    elif shared is not None and not torch.equal(shared, out[_GAUSSIAN]):
+        raise WeightsError("the two positional matrices of a SamModel file must be equal, and differ.")
+    notes.append("renamed from transformers' SamModel")
+    return out
+
+
+def transformers_config(spec: ArchSpec, *, image_size: int, num_multimask_outputs: int) -> dict[str, Any]:
+    """Return the ``config.json`` of a ``SamModel`` of this shape."""
+    plain = spec.plain
+    if plain is None:
+        raise WeightsError(f"transformers' SamModel must be a plain ViT, got {spec.title}. Release the .pth instead.")
+    return {
+        "architectures": ["SamModel"],
+        "model_type": "sam",
+        "vision_config": {
+            "hidden_size": plain.embed_dim,
+            "output_channels": spec.neck_dim,
+            "num_hidden_layers": plain.depth,
+            "num_attention_heads": plain.num_heads,
+            "image_size": image_size,
+            "patch_size": plain.patch_size,
+            "layer_norm_eps": 1e-6,
+            "window_size": plain.attn_window_size,
+            "global_attn_indexes": list(plain.global_blocks),
+            "mlp_dim": 4 * plain.embed_dim,
+            "num_pos_feats": spec.neck_dim // 2,
+        },
+        "prompt_encoder_config": {
+            "hidden_size": spec.neck_dim,
+            "image_size": image_size,
+            "patch_size": plain.patch_size,
+            "image_embedding_size": image_size // plain.patch_size,
+        },
+        "mask_decoder_config": {
+            "hidden_size": spec.neck_dim,
+            "mlp_dim": 8 * spec.neck_dim,
+            "num_multimask_outputs": num_multimask_outputs,
+            "iou_head_hidden_dim": spec.neck_dim,
+        },
+    }
+
+
+def save_transformers(tensors: Mapping[str, torch.Tensor], folder: Path, spec: ArchSpec, *, image_size: int) -> Path:
+    """Write a folder that ``transformers.SamModel.from_pretrained`` opens; return it."""
+    outputs = int(tensors["mask_decoder.mask_tokens.weight"].shape[0]) - 1
+    config = transformers_config(spec, image_size=image_size, num_multimask_outputs=outputs)
+    return _write_folder(to_transformers(tensors), folder, config, _processor(spec, image_size))
+
+
+def save_transformers_encoder(
+    tensors: Mapping[str, torch.Tensor], folder: Path, spec: ArchSpec, *, image_size: int
+) -> Path:
+    """Write a folder that ``transformers.SamVisionModel.from_pretrained`` opens: the image encoder alone."""
+    whole = transformers_config(spec, image_size=image_size, num_multimask_outputs=3)
+    config = {"architectures": ["SamVisionModel"], "model_type": "sam_vision_model", **whole["vision_config"]}
+    renamed = {name: _translate(name, _TO) for name in tensors}
+    if unknown := [name for name, new in renamed.items() if new is None or not new.startswith("vision_encoder.")]:
+        raise WeightsError(f"weights must be of an image encoder alone, got {', '.join(unknown[:3])} too.")
+    return _write_folder(
+        {str(renamed[name]): tensor for name, tensor in tensors.items()}, folder, config, _processor(spec, image_size)
+    )
+
+
+def _processor(spec: ArchSpec, image_size: int) -> dict[str, Any]:
+    return {
+        "image_processor_type": "SamImageProcessor",
+        "image_mean": [value / 255 for value in spec.pixel_mean],
+        "image_std": [value / 255 for value in spec.pixel_std],
+        "size": {"longest_edge": image_size},
+        "pad_size": {"height": image_size, "width": image_size},
+        "mask_size": {"longest_edge": image_size // 4},
+        "mask_pad_size": {"height": image_size // 4, "width": image_size // 4},
+    }
+
+
+def _write_folder(
+    tensors: Mapping[str, torch.Tensor], folder: Path, config: dict[str, Any], processor: dict[str, Any]
+) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    save_tensors(tensors, folder / "model.safetensors")
+    for name, values in (("config.json", config), ("preprocessor_config.json", processor)):
+        (folder / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    return folder

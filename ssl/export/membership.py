@@ -1,0 +1,163 @@
+"""Does the self-supervised state give away who was trained on? The published attack, run before such a state leaves.
+
+Masked-image models reconstruct what they were trained on better than what they were not; an attacker who has encoder
+and decoder thresholds that error (arXiv 2408.06825). The audit gives the attacker's AUC on members against held-out
+patients, and, as a control, on two halves of the members: a difference between arbitrary groups of patients looks like
+an attack that works (arXiv 2212.01082).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from samgraft.shared.config import load_config
+from samgraft.shared.encoders.vit import build_image_encoder
+from samgraft.shared.errors import DataError, UsageError, WeightsError
+from samgraft.shared.samples.dataset import SliceDataset, SliceRef, batch_to_input, collate_slices, select_slices
+from samgraft.shared.scans.preset import load_preset
+from samgraft.shared.store.store import SliceStore
+from samgraft.shared.training.device import choose_device
+from samgraft.shared.weights.load import load_into, read_weights
+from samgraft.ssl.config import PretrainConfig
+from samgraft.ssl.export.encoder_weights import ENCODER_FOLDER
+from samgraft.ssl.monitor.held_out import spread
+from samgraft.ssl.objectives import OBJECTIVES
+from samgraft.ssl.objectives.objective import Objective
+from samgraft.ssl.preflight import pretraining_split
+from samgraft.ssl.ssl_state import StateUse, find_state, take_up_state
+from scipy.stats import rankdata
+from torch import nn
+
+log = logging.getLogger(__name__)
+
+NUM_SLICES = 32
+"""Per group, evenly spread over its patients."""
+NUM_MASKS = 4
+"""Masks per slice, averaged: the attacker would do so too."""
+AUDIT_COUNTER = 1 << 41
+"""Sample counters begin here: neither training's nor the held-out slices' masks."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MembershipAudit:
+    """How well reconstruction errors tell members from others; 0.5 is chance, 1 gives every member away."""
+
+    auc_held_out: float
+    """Members against patients that were held out."""
+    auc_control: float
+    """One half of the members against the other: what chance and differing patients alone give."""
+    num_member_patients: int
+    num_held_out_patients: int
+    num_slices: tuple[int, int]
+    """Slices of members and of held-out patients."""
+
+    def render(self) -> str:
+        """Return the card's sentences."""
+        members, others = self.num_slices
+        return (
+            "Attack by reconstruction error, AUC (0.5 is chance): members against held-out patients "
+            f"**{self.auc_held_out:.3f}**; control, one half of the members against the other "
+            f"**{self.auc_control:.3f}**. {members} slices of {self.num_member_patients} member patients, {others} "
+            f"slices of {self.num_held_out_patients} held-out patients, {NUM_MASKS} masks each. With few patients both "
+            "numbers say more about those patients than about the attack. No differential privacy was used."
+        )
+
+
+def audit_membership(run: Path) -> MembershipAudit:
+    """Attack a finished stage-1 run with the state that would be released.
+
+    Args:
+        run: Needs its configuration, encoder, ssl_state, and the store it was trained on.
+
+    Raises:
+        UsageError: If no patient was held out: there is nothing to compare with.
+        DataError: If the store is not the one of the run.
+        WeightsError: If the state does not fit the encoder.
+    """
+    config = load_config(PretrainConfig, layers=[run / "config.yaml"])
+    store = SliceStore.open(config.data.store)
+    objective, fingerprint = load_objective(run, config)
+    if fingerprint not in (None, store.fingerprint):
+        raise DataError("the store must be the one the run was trained on, its fingerprint differs.", where=run.name)
+    split = pretraining_split(config.data, store, seed=config.seed, run_path=run)
+    if not split.val:
+        raise UsageError(
+            "an audit compares with held-out patients, and the run held none out. Release the encoder alone.",
+            next_command="the same command without --continuable",
+        )
+    device = choose_device().torch_device
+    assert isinstance(objective, nn.Module)
+    objective.to(device)
+    halves = [split.train[0::2], split.train[1::2]]
+    errors = [_errors(objective, config, store, patients, device=device) for patients in (*halves, split.val)]
+    if any(len(e) == 0 for e in errors):
+        # One member patient: its slices stand on both sides of the control.
+        members = _errors(objective, config, store, split.train, device=device)
+        errors = [members[0::2], members[1::2], errors[2]]
+    members = np.concatenate(errors[:2])
+    return MembershipAudit(
+        auc_held_out=attack_auc(members, errors[2]),
+        auc_control=attack_auc(errors[0], errors[1]),
+        num_member_patients=len(split.train),
+        num_held_out_patients=len(split.val),
+        num_slices=(len(members), len(errors[2])),
+    )
+
+
+def attack_auc(members: npt.NDArray[np.float64], others: npt.NDArray[np.float64]) -> float:
+    """Return the share of (member, other) pairs in which the member has the smaller error; ties count half."""
+    if len(members) == 0 or len(others) == 0:
+        raise UsageError("an attack needs slices on both sides, one side has none.")
+    ranks = rankdata(np.concatenate([members, others]))
+    above = ranks[len(members) :].sum() - len(others) * (len(others) + 1) / 2
+    return float(above / (len(members) * len(others)))
+
+
+def load_objective(run: Path, config: PretrainConfig) -> tuple[Objective, str | None]:
+    """Rebuild the objective of a finished run from its encoder and ssl_state; also the store's fingerprint."""
+    weights = read_weights(run / ENCODER_FOLDER / "encoder.safetensors")
+    encoder = build_image_encoder(weights.spec, image_size=weights.image_size)
+    load_into(encoder, weights, part="image_encoder")
+    build, name = OBJECTIVES[config.objective.name], config.objective.name.value
+    objective = build(encoder, config.objective, seed=config.seed, max_steps=config.trainer.max_steps)
+    assert isinstance(objective, nn.Module)
+    if find_state(str(run)) is None:
+        raise WeightsError("the run has no ssl_state: nothing to continue from.", where=run.name)
+    take_up_state(objective, base=str(run), objective_name=name, use=StateUse.REQUIRE)
+    fingerprint = weights.card.data_manifest.get("fingerprint") if weights.card else None
+    return objective.eval(), fingerprint
+
+
+@torch.no_grad()
+def _errors(
+    objective: Objective, config: PretrainConfig, store: SliceStore, patients: Sequence[str], *, device: torch.device
+) -> npt.NDArray[np.float64]:
+    """Return the mean loss per slice over ``NUM_MASKS`` masks."""
+    preset = load_preset(config.modality)
+    refs: list[SliceRef] = []
+    for patient in patients:
+        usable = select_slices(
+            store,
+            [patient],
+            planes=config.data.planes,
+            min_foreground_fraction=config.data.least_foreground(preset),
+        )
+        refs += [usable[i] for i in spread(len(usable), max(1, NUM_SLICES // len(patients)))]
+    dataset = SliceDataset(store, refs, intensity=preset.intensity, num_neighbours=config.data.num_neighbours)
+    errors = []
+    for index in range(len(refs)):
+        counters = [AUDIT_COUNTER + mask for mask in range(NUM_MASKS)]
+        batch = collate_slices([dataset[index, counter] for counter in counters])
+        images, _, _ = batch_to_input(
+            batch, image_size=config.model.image_size, keep_aspect=config.data.keep_aspect, device=device
+        )
+        last = config.trainer.max_steps
+        loss = objective.loss(images, sample_counters=counters, step=last, planes=batch["planes"]).total
+        errors.append(float(loss))
+    return np.asarray(errors, dtype=np.float64)

@@ -1,0 +1,126 @@
+"""Held-out slices: fixed slices of patients that are never trained on, with fixed masks, looked at again and again.
+
+The slices are spread evenly over each held-out patient by rule, not chosen by eye. The numbers and pictures that a
+run reports come from them.
+
+Shape letters: N = slices, 1 = channels (3 with neighbours, data.num_neighbours), S = side of the encoder's input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from samgraft.shared.samples.dataset import SliceDataset, SliceRef, batch_to_input, collate_slices, select_slices
+from samgraft.shared.scans.orientation import Plane
+from samgraft.shared.scans.preset import ModalityPreset
+from samgraft.shared.store.store import SliceStore
+from samgraft.ssl.config import DataConfig, ModelConfig
+from samgraft.ssl.monitor.health import feature_health
+from samgraft.ssl.objectives.objective import Objective, Panel
+
+HELD_OUT_COUNTER = 1 << 40
+"""Sample counters of held-out slices begin here: training never gets that far, so masks differ from training's."""
+
+
+GAP_PX = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldOut:
+    """Slices on the CPU, ready for the encoder."""
+
+    images_N1SS: torch.Tensor
+    sample_counters: tuple[int, ...]
+    planes: tuple[Plane, ...]
+    refs: tuple[SliceRef, ...]
+    num_patients: int
+    """Whose slices these are; patients beyond ``num_held_out_slices`` give none."""
+
+    def panel_rows(self, num_rows: int) -> list[int]:
+        """Return positions of ``num_rows`` slices, evenly spread."""
+        return spread(len(self.refs), num_rows)
+
+
+def load_held_out(
+    store: SliceStore, patient_ids: Sequence[str], *, config: DataConfig, model: ModelConfig, preset: ModalityPreset
+) -> HeldOut | None:
+    """Read the held-out slices; None if there is no held-out patient.
+
+    Every patient contributes the same number, evenly spaced over its usable slices.
+    """
+    num_slices = config.num_held_out_slices
+    if not patient_ids or num_slices < 1:
+        return None
+    per_patient = max(1, num_slices // len(patient_ids))
+    refs: list[SliceRef] = []
+    for patient_id in sorted(patient_ids)[:num_slices]:
+        usable = select_slices(
+            store, [patient_id], planes=config.planes, min_foreground_fraction=config.least_foreground(preset)
+        )
+        refs += [usable[i] for i in spread(len(usable), per_patient)]
+    dataset = SliceDataset(store, refs, intensity=preset.intensity, num_neighbours=config.num_neighbours)
+    counters = tuple(HELD_OUT_COUNTER + i for i in range(len(refs)))
+    batch = collate_slices([dataset[i, counter] for i, counter in enumerate(counters)])
+    images_N1SS, _, _ = batch_to_input(batch, image_size=model.image_size, keep_aspect=config.keep_aspect, device="cpu")
+    return HeldOut(
+        images_N1SS=images_N1SS,
+        sample_counters=counters,
+        planes=tuple(batch["planes"]),
+        refs=tuple(refs),
+        num_patients=len({store.record(ref.series_id).patient_id for ref in refs}),
+    )
+
+
+def spread(num_items: int, num_wanted: int) -> list[int]:
+    """Return up to ``num_wanted`` different positions in ``range(num_items)``, evenly spaced, away from both ends."""
+    num_wanted = min(num_items, num_wanted)
+    return [int((i + 0.5) * num_items / num_wanted) for i in range(num_wanted)]
+
+
+@torch.no_grad()
+def held_out_loss(
+    objective: Objective, held_out: HeldOut, *, batch_size: int, step: int, device: torch.device
+) -> dict[str, float]:
+    """Return the mean loss and its parts over the held-out slices, and how varied their features are."""
+    sums: dict[str, float] = {}
+    features: list[torch.Tensor] = []
+    for start in range(0, len(held_out.refs), batch_size):
+        part = slice(start, start + batch_size)
+        counters = held_out.sample_counters[part]
+        result = objective.loss(
+            held_out.images_N1SS[part].to(device), sample_counters=counters, step=step, planes=held_out.planes[part]
+        )
+        for name, value in {"loss": result.total, **result.parts}.items():
+            sums[name] = sums.get(name, 0.0) + float(value) * len(counters)
+        if result.features_BC is not None:
+            features.append(result.features_BC.cpu())
+    means = {name: total / len(held_out.refs) for name, total in sums.items()}
+    return {**means, **(feature_health(torch.cat(features)) if features else {})}
+
+
+@torch.no_grad()
+def held_out_panel(objective: Objective, held_out: HeldOut, *, num_rows: int, device: torch.device) -> Panel:
+    """Return pictures of the first, middle, ... held-out slices."""
+    rows = held_out.panel_rows(num_rows)
+    images_B1SS = held_out.images_N1SS[rows].to(device)
+    return objective.panel(images_B1SS, sample_counters=[held_out.sample_counters[i] for i in rows])
+
+
+def panel_picture(panel: Panel) -> npt.NDArray[np.uint8]:
+    """Return one picture (H, W) in 0..255: a row per slice, a column per kind, with thin white gaps."""
+    pictures_KBHW = (panel.images_KBHW.clamp(0, 1) * 255).round().to(torch.uint8)
+    padded_KBHW = torch.nn.functional.pad(pictures_KBHW, (0, GAP_PX, 0, GAP_PX), value=255)
+    columns, rows, height, width = padded_KBHW.shape
+    return padded_KBHW.permute(1, 2, 0, 3).reshape(rows * height, columns * width).numpy()
+
+
+def split_picture(picture_HW: npt.NDArray[np.uint8], *, num_columns: int, side: int) -> npt.NDArray[np.uint8]:
+    """Undo :func:`panel_picture`: return (K, B, side, side)."""
+    cell = side + GAP_PX
+    num_rows = picture_HW.shape[0] // cell
+    cells = picture_HW.reshape(num_rows, cell, num_columns, cell).transpose(2, 0, 1, 3)
+    return np.ascontiguousarray(cells[..., :side, :side])

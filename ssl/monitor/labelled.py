@@ -1,0 +1,145 @@
+"""Labelled slices for the probe and the drift gauge: a fixed choice by rule, read once, kept at native size.
+
+Shape letters: N = slices, H, W = rows and columns of a slice, S = side of the encoder's input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from samgraft.shared.errors import DataError
+from samgraft.shared.samples.dataset import SliceDataset, SliceRef, batch_to_input, collate_slices, select_slices
+from samgraft.shared.samples.frame import InputFrame
+from samgraft.shared.samples.split import Split, load_split
+from samgraft.shared.scans.preset import ModalityPreset
+from samgraft.shared.store.store import SliceStore
+from samgraft.ssl.config import PretrainConfig, ProbeConfig
+from samgraft.ssl.monitor.held_out import spread
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelledSlices:
+    """Slices on the CPU, ready for the encoder, with their labels."""
+
+    images_N1SS: torch.Tensor
+    labels: tuple[torch.Tensor, ...]
+    """(H, W) int64 label ids per slice, native size."""
+    frames: tuple[InputFrame, ...]
+    patient_ids: tuple[str, ...]
+    """Whose slice it is, one per slice."""
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def num_patients(self) -> int:
+        """Different patients."""
+        return len(set(self.patient_ids))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeData:
+    """What the probe learns from and what it is scored on; no patient is in both."""
+
+    train: LabelledSlices
+    test: LabelledSlices
+    class_ids: tuple[int, ...]
+    class_names: tuple[str, ...]
+    store_name: str
+
+    def describe(self) -> str:
+        """Return what is probed on what, in one line."""
+        return (
+            f"{', '.join(self.class_names)} of {self.store_name}: fitted on {_count(self.train)}, scored on "
+            f"{_count(self.test)}"
+        )
+
+
+def open_probe_store(config: ProbeConfig) -> tuple[SliceStore, Split] | None:
+    """Open the labelled store and its split; None where no store is named."""
+    if config.store is None:
+        return None
+    store = SliceStore.open(config.store)
+    return store, load_split(Path(config.split) if config.split else None, store)
+
+
+def load_probe(
+    opened: tuple[SliceStore, Split] | None, config: PretrainConfig, *, preset: ModalityPreset
+) -> ProbeData | None:
+    """Read the slices of the probe; None where no store is named. They reach the encoder as those of pretraining do.
+
+    Raises:
+        DataError: If the store is of another modality, or a part of the split has no labelled slice.
+    """
+    if opened is None:
+        return None
+    store, split = opened
+    if store.modality is not preset.modality:
+        raise DataError(
+            f"the probe's store must be of modality {preset.modality.value}, got {store.modality.value}.",
+            where=store.path.name,
+        )
+    parts = []
+    for name, number in (("train", config.probe.num_train_slices), ("val", config.probe.num_test_slices)):
+        refs = labelled_refs(store, split.part(name), number)
+        if not refs:
+            raise DataError(
+                f"the probe needs labelled slices in the {name} part of its split, got none. Give probe.split one with "
+                "patients in train and val, or leave probe.store out.",
+                where=store.path.name,
+            )
+        parts.append(_read(store, refs, config, preset))
+    train, test = parts
+    ids = sorted({int(i) for label_HW in (*train.labels, *test.labels) for i in label_HW.unique()} - {0})
+    return ProbeData(
+        train=train,
+        test=test,
+        class_ids=tuple(ids),
+        class_names=tuple(store.label_names.get(i, f"label {i}") for i in ids),
+        store_name=store.path.name,
+    )
+
+
+def labelled_refs(store: SliceStore, patient_ids: Sequence[str], num_slices: int) -> list[SliceRef]:
+    """Choose up to ``num_slices`` slices that show a label: as many per patient, evenly spaced."""
+    wanted = set(patient_ids)
+    labelled = {r.patient_id for r in store.series if r.patient_id in wanted and any(r.label_voxels.values())}
+    if not labelled:
+        return []
+    per_patient: dict[str, list[SliceRef]] = {patient_id: [] for patient_id in sorted(labelled)}
+    for ref in select_slices(store, labelled, labelled_only=True):
+        per_patient[store.record(ref.series_id).patient_id].append(ref)
+    chosen = [list(per_patient.values())[i] for i in spread(len(per_patient), num_slices)]
+    refs: list[SliceRef] = []
+    for position, usable in enumerate(chosen):
+        # The first patients give what does not divide evenly.
+        number = num_slices // len(chosen) + (position < num_slices % len(chosen))
+        refs += [usable[i] for i in spread(len(usable), number)]
+    return refs
+
+
+def _read(
+    store: SliceStore, refs: Sequence[SliceRef], config: PretrainConfig, preset: ModalityPreset
+) -> LabelledSlices:
+    dataset = SliceDataset(
+        store, refs, intensity=preset.intensity, with_label=True, num_neighbours=config.data.num_neighbours
+    )
+    batch = collate_slices([dataset[index, 0] for index in range(len(refs))])
+    labels = batch.pop("labels")
+    images_N1SS, _, frames = batch_to_input(
+        batch, image_size=config.model.image_size, keep_aspect=config.data.keep_aspect, device="cpu"
+    )
+    return LabelledSlices(
+        images_N1SS=images_N1SS,
+        labels=tuple(labels),
+        frames=tuple(frames),
+        patient_ids=tuple(store.record(ref.series_id).patient_id for ref in refs),
+    )
+
+
+def _count(slices: LabelledSlices) -> str:
+    patients = slices.num_patients
+    return f"{len(slices)} slices of {patients} patient{'s' * (patients != 1)}"

@@ -1,0 +1,1 @@
+"""Views of a slice for self-supervision: hidden tokens, crops and features per view."""

@@ -1,0 +1,227 @@
+"""Multi-crop: large and small views of one slice for joint-embedding objectives, cut on the training device.
+
+Every view is a pure function of the slice, the run's seed and the sample's counter, so a resumed run sees the same
+views. All views come from the same slice; small ones are shown at the encoder's own scale.
+
+Shape letters: B = slices, C = channels, S = side of the encoder's input, s = side of a small view.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from samgraft.shared.encoders.architecture import ArchSpec
+from samgraft.shared.errors import UsageError
+from samgraft.shared.scans.orientation import Plane, has_mirror_image
+
+CROP_STREAM = 0x63726F70
+"""Keeps the random numbers of crops apart from those of masks and of augmentation: same seed, same counter."""
+NUM_GLOBAL = 2
+LOCAL_SHARE = 0.44
+"""Side of a small view over the side of a large one: DINOv2's 98 of 224 px."""
+CONTENT_LEVEL = 0.02
+"""Grey value above which a pixel is content and not air or padding."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CropConfig:
+    """What the views of one slice look like. Two are large; they have the size of the encoder's input."""
+
+    num_local_crops: int = 4
+    """Small views per slice (DINO uses 8; each costs about a fifth of a large one)."""
+    local_size_px: int | None = None
+    """Side of a small view in pixels, a multiple of the encoder's stride; null takes about 0.44 of the input, in whole
+    attention windows where one fits."""
+    min_global_area: float = 0.4
+    """Smallest part of the slice's content in a large view; the largest is all of it (DINOv2: 0.32)."""
+    min_local_area: float = 0.08
+    """Smallest part in a small view (DINOv2: 0.05; slices have less in them than photographs)."""
+    max_local_area: float = 0.4
+    """Largest part in a small view."""
+    max_aspect: float = 1.33
+    """Height over width of a view is drawn from [1 / max_aspect, max_aspect]."""
+    flip_probability: float | None = None
+    """Of mirroring a view left to right; sagittal slices never are. null takes
+    ``data.augment.flip_columns_probability``, which the modality decides: CT and X-ray show organs that have a side."""
+    max_gamma: float = 1.4
+    """Grey values are raised to a power drawn from [1 / max_gamma, max_gamma]; 1 switches it off."""
+    max_contrast: float = 1.3
+    """Contrast around the view's mean is multiplied by a factor drawn from [1 / max_contrast, max_contrast]."""
+    max_shift: float = 0.1
+    """Brightness is shifted by up to this much."""
+    blur_probability: float = 0.3
+    """Gaussian blur."""
+    max_blur_sigma_px: float = 1.5
+    """Largest standard deviation of the blur, in pixels of the view; the smallest is 0.3."""
+
+    def __post_init__(self) -> None:
+        if self.num_local_crops < 0:
+            raise ValueError(f"num_local_crops must be at least 0, got {self.num_local_crops}.")
+        if not 0 < self.min_local_area <= self.max_local_area <= 1 or not 0 < self.min_global_area <= 1:
+            raise ValueError(
+                "crop areas must satisfy 0 < min_local_area <= max_local_area <= 1 and 0 < min_global_area <= 1, got "
+                f"{self.min_local_area}, {self.max_local_area} and {self.min_global_area}."
+            )
+        for name in ("max_aspect", "max_gamma", "max_contrast"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        for name in ("flip_probability", "blur_probability"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= 1:
+                raise ValueError(f"{name} must lie in [0, 1], got {value}.")
+        if self.max_blur_sigma_px < 0.3 or self.max_shift < 0:
+            raise ValueError("max_blur_sigma_px must be at least 0.3 and max_shift at least 0.")
+
+    def mirror_probability(self, plane: Plane | None) -> float:
+        """Return how often a view of a slice of this plane is mirrored; never where the plane is not known.
+
+        Raises:
+            ValueError: If the setting was left open: a run's configuration fills it in.
+        """
+        if plane is None or not has_mirror_image(plane):
+            return 0.0
+        if self.flip_probability is None:
+            raise ValueError("crops.flip_probability must be a number, got None. Set it, or use a PretrainConfig's.")
+        return self.flip_probability
+
+
+@dataclass(frozen=True, kw_only=True)
+class Crops:
+    """Views of a batch, grouped by kind: all first views, then all second ones, and so on."""
+
+    global_BCSS: torch.Tensor
+    """Shape (2 B, C, S, S): the first large view of every slice, then the second."""
+    local_BCss: torch.Tensor | None
+    """Shape (num_local_crops B, C, s, s)."""
+
+
+def local_size(spec: ArchSpec, image_size: int, config: CropConfig) -> int:
+    """Return the side of a small view in pixels.
+
+    Raises:
+        UsageError: If the configured side does not fit the encoder's grid or its input.
+    """
+    wanted = config.local_size_px
+    if wanted is None:
+        tokens = max(1, round(LOCAL_SHARE * image_size / spec.stride))
+        window = spec.plain.attn_window_size if spec.plain else min(spec.tiny.attn_window_sizes if spec.tiny else (1,))
+        # Whole windows: part of one would be padded to a whole one, and cost as much.
+        tokens = window * max(1, round(tokens / window)) if tokens >= window else tokens
+        return min(tokens * spec.stride, image_size)
+    if wanted < spec.stride or wanted % spec.stride or wanted > image_size:
+        raise UsageError(
+            f"local_size_px must be a multiple of the encoder's stride {spec.stride} up to image_size {image_size}, "
+            f"got {wanted}.",
+            where="objective.*.crops.local_size_px",
+        )
+    return wanted
+
+
+def multi_crop(
+    images_BCSS: torch.Tensor,
+    *,
+    sample_counters: Sequence[int],
+    seed: int,
+    config: CropConfig,
+    local_size_px: int,
+    planes: Sequence[Plane] | None = None,
+) -> Crops:
+    """Cut two large and some small views of every slice.
+
+    Args:
+        images_BCSS: Slices in [0, 1] at the encoder's size.
+        sample_counters: Position of each sample in the run.
+        seed: The run's seed.
+        config: What views look like.
+        local_size_px: From :func:`local_size`.
+        planes: Of the slices: they decide which mirror images exist; None mirrors nothing.
+    """
+    sizes = [images_BCSS.shape[-1]] * NUM_GLOBAL + [local_size_px] * config.num_local_crops
+    views: list[list[torch.Tensor]] = [[] for _ in sizes]
+    known: Sequence[Plane | None] = planes or [None] * len(images_BCSS)
+    mirrors = [config.mirror_probability(plane) for plane in known]
+    boxes = content_boxes(images_BCSS)
+    for image_CSS, counter, box, mirror in zip(images_BCSS, sample_counters, boxes, mirrors, strict=True):
+        generator = np.random.default_rng([seed, CROP_STREAM, int(counter)])
+        for index, size in enumerate(sizes):
+            areas = (
+                (config.min_global_area, 1.0) if index < NUM_GLOBAL else (config.min_local_area, config.max_local_area)
+            )
+            crop_CHW = _cut(image_CSS, box, areas, generator, max_aspect=config.max_aspect)
+            views[index].append(_look(crop_CHW, size, config, generator, mirror=mirror))
+    together = [torch.stack(view) for view in views]
+    small = together[NUM_GLOBAL:]
+    return Crops(global_BCSS=torch.cat(together[:NUM_GLOBAL]), local_BCss=torch.cat(small) if small else None)
+
+
+def content_boxes(images_BCSS: torch.Tensor) -> list[tuple[int, int, int, int]]:
+    """Return (top, left, rows, columns) of what is not air or padding; the whole slice where all of it is."""
+    side = images_BCSS.shape[-1]
+    content_BSS = (images_BCSS > CONTENT_LEVEL).any(1)
+    place_S = torch.arange(side, device=images_BCSS.device)
+    edges = []
+    for axis in (2, 1):
+        has_BS = content_BSS.any(axis)
+        edges += [torch.where(has_BS, place_S, side).amin(1), torch.where(has_BS, place_S, -1).amax(1)]
+    boxes = []
+    for top, bottom, left, right in torch.stack(edges, 1).tolist():  # one wait for the device per batch
+        if bottom < top:
+            top, bottom, left, right = 0, side - 1, 0, side - 1
+        boxes.append((top, left, bottom - top + 1, right - left + 1))
+    return boxes
+
+
+def _cut(
+    image_CSS: torch.Tensor,
+    box: tuple[int, int, int, int],
+    areas: tuple[float, float],
+    generator: np.random.Generator,
+    *,
+    max_aspect: float,
+) -> torch.Tensor:
+    """Cut a random rectangle out of the content; as in torchvision's RandomResizedCrop, clipped instead of retried."""
+    top, left, height, width = box
+    area = float(generator.uniform(*areas)) * height * width
+    aspect = float(np.exp(generator.uniform(-np.log(max_aspect), np.log(max_aspect))))
+    rows = int(np.clip(round(float(np.sqrt(area * aspect))), 1, height))
+    columns = int(np.clip(round(float(np.sqrt(area / aspect))), 1, width))
+    top += int(generator.integers(0, height - rows + 1))
+    left += int(generator.integers(0, width - columns + 1))
+    return image_CSS[:, top : top + rows, left : left + columns]
+
+
+def _look(
+    crop_CHW: torch.Tensor, size: int, config: CropConfig, generator: np.random.Generator, *, mirror: float
+) -> torch.Tensor:
+    """Resize, mirror and change grey values. Always draws the same number of random numbers."""
+    flip, blur = generator.random(2)
+    gamma, contrast = (
+        float(np.exp(generator.uniform(-np.log(most), np.log(most))))
+        for most in (config.max_gamma, config.max_contrast)
+    )
+    shift = float(generator.uniform(-config.max_shift, config.max_shift))
+    sigma = float(generator.uniform(0.3, config.max_blur_sigma_px))
+    view_CSS = F.interpolate(crop_CHW[None], size=(size, size), mode="bilinear", antialias=True)[0]
+    if flip < mirror:
+        view_CSS = view_CSS.flip(-1)
+    view_CSS = view_CSS.clamp(0, 1) ** gamma
+    mean = view_CSS.mean()
+    view_CSS = (view_CSS - mean) * contrast + mean + shift
+    if blur < config.blur_probability:
+        view_CSS = _blur(view_CSS, sigma)
+    return view_CSS.clamp(0, 1)
+
+
+def _blur(view_CSS: torch.Tensor, sigma_px: float) -> torch.Tensor:
+    """Convolve with a Gaussian, separably; edges are repeated."""
+    # lightly's and torchvision's own go through 8-bit pictures or cost more than the rest of the view.
+    reach = max(1, round(3 * sigma_px))
+    weights = torch.exp(-0.5 * (torch.arange(-reach, reach + 1, device=view_CSS.device) / sigma_px) ** 2)
+    weights = (weights / weights.sum()).to(view_CSS.dtype)
+    padded = F.pad(view_CSS[:, None], (reach,) * 4, mode="replicate")
+    rows = F.conv2d(padded, weights.view(1, 1, -1, 1))
+    return F.conv2d(rows, weights.view(1, 1, 1, -1))[:, 0]

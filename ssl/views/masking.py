@@ -1,0 +1,219 @@
+"""Token masks: which tokens of a slice are hidden from the encoder.
+
+``token_mask_Bhw`` is boolean, **True = hidden**; stated here once. Masks are pure functions of the run's seed and the
+sample's counter, never of global random state, so that a resumed run hides the same tokens. Every sample hides the
+same number of tokens, which keeps batches of kept tokens rectangular.
+
+Shape letters: B = samples, h, w = rows and columns of the token grid (or of a coarser grid of mask units).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import Enum
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from samgraft.shared.encoders.vit import ImageEncoder, MaskableEncoder
+from samgraft.shared.errors import UsageError
+
+MASK_STREAM = 0x6D61736B
+"""Keeps the random numbers of masks apart from those of augmentation, which use the same seed and counter."""
+VIEW_MASK_STREAM = 0x766D736B
+"""The same for masks of views."""
+MAX_BLOCK_TRIES = 200
+
+GridMask = npt.NDArray[np.bool_]
+
+
+class MaskKind(Enum):
+    """How hidden tokens are spread over the grid."""
+
+    RANDOM = "random"
+    """Independently of each other."""
+    BLOCK = "block"
+    """In rectangles, as in BEiT: harder, asks for more than filling small gaps."""
+    PER_WINDOW = "per_window"
+    """The same number in every attention window: no window is empty, no window is full."""
+
+
+def token_masks(
+    sample_counters: Sequence[int],
+    *,
+    seed: int,
+    grid_hw: tuple[int, int],
+    mask_ratio: float,
+    kind: MaskKind = MaskKind.RANDOM,
+    attn_window_size: int | None = None,
+) -> torch.Tensor:
+    """Draw one mask per sample.
+
+    Args:
+        sample_counters: Position of each sample in the run; the mask depends on it and the seed only.
+        seed: The run's seed.
+        grid_hw: Rows and columns of the grid.
+        mask_ratio: Fraction hidden, in (0, 1).
+        kind: Spread of the hidden tokens.
+        attn_window_size: Tokens along a side of an attention window (kind per_window).
+
+    Returns:
+        Shape (B, h, w), boolean, True = hidden. Kinds random and block hide ``round(mask_ratio * h * w)`` tokens.
+
+    Raises:
+        UsageError: If the ratio leaves nothing hidden or nothing visible.
+        ValueError: If a needed window size is missing.
+    """
+    height, width = grid_hw
+    num_hidden = hidden_count(height * width, mask_ratio)
+    if not 0 < num_hidden < height * width:
+        raise UsageError(
+            f"mask_ratio must hide at least one token and keep one on a {height} x {width} grid, got {mask_ratio}.",
+            where="objective.*.mask_ratio",
+        )
+    masks = []
+    for counter in sample_counters:
+        generator = np.random.default_rng([seed, MASK_STREAM, int(counter)])
+        if kind is MaskKind.RANDOM:
+            mask_hw = _random_mask(grid_hw, num_hidden, generator)
+        elif kind is MaskKind.BLOCK:
+            mask_hw = _block_mask(grid_hw, num_hidden, generator)
+        else:
+            if attn_window_size is None:
+                raise ValueError("masks per window must know attn_window_size, got None.")
+            mask_hw = _per_window_mask(grid_hw, mask_ratio, attn_window_size, generator)
+        if not mask_hw.any():
+            raise UsageError(
+                f"mask_ratio must hide at least one token of an attention window, got {mask_ratio}.",
+                where="objective.*.mask_ratio",
+            )
+        masks.append(mask_hw)
+    return torch.from_numpy(np.stack(masks))
+
+
+def mask_unit(encoder: MaskableEncoder, wanted_px: int | None, *, share: float = 0.1) -> int:
+    """Return the side of a hidden square in pixels.
+
+    Args:
+        encoder: Its stride and input decide what fits.
+        wanted_px: The side; None takes one token of the windowed ViTs, for vit_t what is nearest to ``share``.
+        share: Of the input's side.
+
+    Raises:
+        UsageError: If the wanted side is no multiple of the encoder's stride, does not divide its input, or is all of
+            it; or if the input is a single token, of which no part can be hidden.
+    """
+    if wanted_px is None and isinstance(encoder, ImageEncoder):
+        return encoder.stride
+    size = encoder.image_size
+    units = [side for side in range(encoder.stride, size, encoder.stride) if size % side == 0]
+    if not units:
+        raise UsageError(
+            f"image_size must be at least two tokens of {encoder.stride} px, got {size}.", where="model.image_size"
+        )
+    if wanted_px is None:
+        return min(units, key=lambda unit: max(unit / (share * size), share * size / unit))
+    if wanted_px not in units:
+        raise UsageError(
+            f"mask_unit_px must be a multiple of the encoder's stride {encoder.stride} and divide image_size "
+            f"{size}, got {wanted_px}. Use one of {', '.join(map(str, units))}.",
+            where="objective.*.mask_unit_px",
+        )
+    return wanted_px
+
+
+def scattered_masks(
+    sample_counters: Sequence[int],
+    *,
+    seed: int,
+    side: int,
+    num_views: int,
+    ratios: tuple[float, float],
+    kind: MaskKind,
+) -> torch.Tensor:
+    """Draw masks for several views per sample, of which exactly one has hidden tokens (as half of iBOT's do).
+
+    Exactly one, not one on average: a batch in which nothing is hidden has no loss on hidden tokens.
+
+    Args:
+        sample_counters: Position of each sample in the run.
+        seed: The run's seed.
+        side: Rows and columns of the grid.
+        num_views: Views per sample.
+        ratios: Bounds between which the hidden fraction of a view is drawn.
+        kind: Spread of the hidden tokens.
+
+    Returns:
+        Shape (num_views * B, side, side), True = hidden: all first views, then all second ones, ...
+    """
+    num_samples = len(sample_counters)
+    masks_VBhw = np.zeros((num_views, num_samples, side, side), dtype=np.bool_)
+    for position, counter in enumerate(sample_counters):
+        generator = np.random.default_rng([seed, VIEW_MASK_STREAM, int(counter)])
+        view, ratio = int(generator.integers(num_views)), float(generator.uniform(*ratios))
+        num_hidden = min(max(hidden_count(side * side, ratio), 1), side * side - 1)
+        draw = _block_mask if kind is MaskKind.BLOCK else _random_mask
+        masks_VBhw[view, position] = draw((side, side), num_hidden, generator)
+    return torch.from_numpy(masks_VBhw.reshape(-1, side, side))
+
+
+def hidden_count(num_tokens: int, mask_ratio: float) -> int:
+    """Return how many of ``num_tokens`` a ratio hides."""
+    return round(num_tokens * mask_ratio)
+
+
+def upsample_mask(token_mask_Bhw: torch.Tensor, *, image_size: int) -> torch.Tensor:
+    """Return the mask of pixels, shape (B, 1, S, S), that a token mask covers.
+
+    Raises:
+        ValueError: If the grid does not divide ``image_size``.
+    """
+    height, width = token_mask_Bhw.shape[-2:]
+    if image_size % height or image_size % width:
+        raise ValueError(f"the mask's grid must divide image_size {image_size}, got {height} x {width}.")
+    rows_BSw = token_mask_Bhw.repeat_interleave(image_size // height, dim=-2)
+    return rows_BSw.repeat_interleave(image_size // width, dim=-1)[:, None]
+
+
+def _random_mask(grid_hw: tuple[int, int], num_hidden: int, generator: np.random.Generator) -> GridMask:
+    mask_hw = np.zeros(grid_hw[0] * grid_hw[1], dtype=np.bool_)
+    mask_hw[generator.permutation(mask_hw.size)[:num_hidden]] = True
+    return mask_hw.reshape(grid_hw)
+
+
+def _block_mask(grid_hw: tuple[int, int], num_hidden: int, generator: np.random.Generator) -> GridMask:
+    """Add rectangles until at least ``num_hidden`` tokens are hidden, then show random ones again to hit the number."""
+    height, width = grid_hw
+    mask_hw = np.zeros(grid_hw, dtype=np.bool_)
+    for _ in range(MAX_BLOCK_TRIES):
+        missing = num_hidden - int(mask_hw.sum())
+        if missing <= 0:
+            break
+        area = generator.uniform(min(4, missing), max(4, missing))
+        aspect = np.exp(generator.uniform(np.log(0.3), np.log(1 / 0.3)))
+        rows = int(np.clip(round(float(np.sqrt(area * aspect))), 1, height))
+        columns = int(np.clip(round(float(np.sqrt(area / aspect))), 1, width))
+        top = int(generator.integers(0, height - rows + 1))
+        left = int(generator.integers(0, width - columns + 1))
+        mask_hw[top : top + rows, left : left + columns] = True
+    flat = mask_hw.reshape(-1)
+    excess = int(flat.sum()) - num_hidden
+    if excess > 0:
+        flat[generator.permutation(np.flatnonzero(flat))[:excess]] = False
+    elif excess < 0:
+        flat[generator.permutation(np.flatnonzero(~flat))[:-excess]] = True
+    return mask_hw
+
+
+def _per_window_mask(
+    grid_hw: tuple[int, int], mask_ratio: float, attn_window_size: int, generator: np.random.Generator
+) -> GridMask:
+    """Hide the same share of every window; edge windows are smaller and hide fewer."""
+    height, width = grid_hw
+    mask_hw = np.zeros(grid_hw, dtype=np.bool_)
+    for top in range(0, height, attn_window_size):
+        for left in range(0, width, attn_window_size):
+            view = mask_hw[top : top + attn_window_size, left : left + attn_window_size]
+            num_hidden = min(max(hidden_count(view.size, mask_ratio), 0), view.size - 1)
+            view[...] = _random_mask((view.shape[0], view.shape[1]), num_hidden, generator)
+    return mask_hw
