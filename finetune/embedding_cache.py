@@ -33,6 +33,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from samgraft.shared.errors import DataError, StorageError
+from samgraft.shared.files import file_sha256, write_json, write_text
 from torch import Tensor
 
 log = logging.getLogger(__name__)
@@ -147,7 +148,7 @@ class EmbeddingCache:
         if self.is_complete:
             return
         self.path.mkdir(parents=True, exist_ok=True)
-        (self.path / FACTS).write_text(json.dumps(self.facts, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        write_json(self.path / FACTS, self.facts)
         first, label_end = self._trim()
         with (
             (self.path / EMBEDDINGS).open("ab") as embeddings,
@@ -173,10 +174,8 @@ class EmbeddingCache:
             raise DataError(
                 f"the embedding cache must get {self.num_records} records, got {count}.", where=self.path.name
             )
-        digest = hashlib.sha256((self.path / INDEX).read_bytes()).hexdigest()
-        temporary = self.path / f"{COMPLETE}.tmp"
-        temporary.write_text(json.dumps({"index_sha256": digest, "records": count}) + "\n", encoding="utf-8")
-        temporary.replace(self.path / COMPLETE)
+        digest = file_sha256(self.path / INDEX)
+        write_text(self.path / COMPLETE, json.dumps({"index_sha256": digest, "records": count}) + "\n")
 
     def read(self, record: int) -> tuple[Tensor, Tensor]:
         """Return one embedding (C, h, w) in float32 and its label ids (S, S) int64.
@@ -205,7 +204,7 @@ class EmbeddingCache:
             if not mark.is_file():
                 raise DataError("the embedding cache must be complete before it is read.", where=self.path.name)
             facts = json.loads((self.path / FACTS).read_text(encoding="utf-8"))
-            digest = hashlib.sha256((self.path / INDEX).read_bytes()).hexdigest()
+            digest = file_sha256(self.path / INDEX)
             lines = _read_lines(self.path / INDEX)
             whole = (self.path / EMBEDDINGS).stat().st_size == self.num_records * self.shape.embedding_bytes
             if json.loads(mark.read_text(encoding="utf-8"))["index_sha256"] != digest or not whole:

@@ -18,9 +18,9 @@ from samgraft.finetune.baselines.networks import build_network
 from samgraft.finetune.segmenter import Segmenter
 from samgraft.finetune.task import Task
 from samgraft.shared.errors import WeightsError
+from samgraft.shared.files import file_sha256, write_tensors
 from samgraft.shared.weights.card import Card
-from samgraft.shared.weights.load import load_sam, save_tensors
-from samgraft.shared.weights.safe_read import file_sha256
+from samgraft.shared.weights.load import load_sam
 from torch import nn
 
 WEIGHTS_FILE = "sam.safetensors"
@@ -56,7 +56,7 @@ def write_model(sam: nn.Module, folder: Path, *, card: Card, task: Task, is_merg
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / (NETWORK_FILE if task.network else WEIGHTS_FILE if is_merged else BASE_FILE)
-    save_tensors(sam.state_dict() if is_merged else base_tensors(sam), path)
+    write_tensors(path, sam.state_dict() if is_merged else base_tensors(sam))
     Card.from_dict({**card.to_dict(), "weights_sha256": weights_digest(folder)}).write(folder / CARD_FILE)
     task.write(folder)
     return path

@@ -13,6 +13,7 @@ from samgraft.finetune.inference import InferenceConfig
 from samgraft.finetune.prompting.prompt_sampling import PromptConfig
 from samgraft.shared.config import load_config
 from samgraft.shared.errors import WeightsError
+from samgraft.shared.files import write_json
 from samgraft.shared.scans.intensity import IntensityPreset
 
 SCHEMA = 1
@@ -72,9 +73,7 @@ class Task:
     def write(self, folder: Path) -> None:
         """Write ``task.json`` through a temporary neighbour."""
         path = folder / TASK_FILE
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text(json.dumps(dataclasses.asdict(self), indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        temporary.replace(path)
+        write_json(path, dataclasses.asdict(self), indent=2)
 
     @classmethod
     def read(cls, folder: Path) -> Task:

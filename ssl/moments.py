@@ -14,8 +14,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from samgraft.shared.errors import WeightsError
+from samgraft.shared.files import write_tensors
 from samgraft.shared.runs.training_state import load_optimizer_state, read_state, unflatten_state
-from samgraft.shared.weights.load import save_tensors
 from samgraft.ssl.config import PretrainOptimizerConfig
 from samgraft.ssl.objectives.objective import Objective
 from samgraft.ssl.optimizer import pretrain_groups
@@ -50,9 +50,9 @@ def write_moments(training_state: Path, objective: Objective, config: PretrainOp
     state = read_state(training_state)
     saved = unflatten_state(state.record["optimizer"], state.tensors)["state"]
     numbered = _numbered(objective, pretrain_groups(objective, config))
-    save_tensors(
-        {f"{numbered[number][0]}/{part}": values[part] for number, values in saved.items() for part in PARTS},
+    write_tensors(
         folder / MOMENTS_FILE,
+        {f"{numbered[number][0]}/{part}": values[part] for number, values in saved.items() for part in PARTS},
     )
     return True
 

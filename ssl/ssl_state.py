@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from samgraft.shared.errors import UsageError, WeightsError
-from samgraft.shared.weights.load import save_tensors
+from samgraft.shared.files import write_json, write_tensors
 from samgraft.shared.weights.positions import resize_positions
 from samgraft.shared.weights.safe_read import read_file
 from samgraft.shared.weights.tensor_report import shorten
@@ -48,9 +48,9 @@ class StateUse(Enum):
 def write_ssl_state(objective: Objective, folder: Path, *, objective_name: str) -> None:
     """Write everything of the objective but the encoder that is handed on."""
     folder.mkdir(parents=True, exist_ok=True)
-    save_tensors(state_without_encoder(objective), folder / STATE_FILE, metadata=SSL_STATE_METADATA)
+    write_tensors(folder / STATE_FILE, state_without_encoder(objective), metadata=SSL_STATE_METADATA)
     about = {"schema": STATE_SCHEMA, "objective": objective_name}
-    (folder / ABOUT_FILE).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+    write_json(folder / ABOUT_FILE, about, sort_keys=False)
 
 
 def state_without_encoder(objective: Objective) -> dict[str, torch.Tensor]:

@@ -27,7 +27,7 @@ from samgraft.finetune.adapters.placement import (
 from samgraft.finetune.adapters.saving import remember_base, remember_start
 from samgraft.shared.encoders.architecture import ArchSpec
 from samgraft.shared.errors import UsageError, WeightsError
-from samgraft.shared.weights.tensor_files import tensors_sha256
+from samgraft.shared.weights.save import tensors_sha256
 from segment_anything.modeling import Sam
 from torch import Tensor, nn
 

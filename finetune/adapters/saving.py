@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file
 from samgraft.finetune.adapters.config import Method
 from samgraft.shared.errors import WeightsError
+from samgraft.shared.files import write_tensors
 from samgraft.shared.weights.adapter_base import read_adapter_base, write_adapter_base
-from samgraft.shared.weights.tensor_files import follow_umask, tensors_sha256
+from samgraft.shared.weights.save import tensors_sha256
 from samgraft.shared.weights.tensor_report import shorten
 from segment_anything.modeling import Sam
 from torch import Tensor
@@ -52,7 +53,8 @@ def save_adapter(peft_model: PeftModel, folder: Path, *, method: Method) -> None
         # step may have had another one.
         config.rank_pattern = None
     peft_model.save_pretrained(str(folder))
-    follow_umask(folder / TENSORS_FILE)
+    # peft writes through safetensors, which ignores the umask: nobody but the owner could read the file.
+    write_tensors(folder / TENSORS_FILE, load_file(folder / TENSORS_FILE))
 
 
 def load_adapter(sam: Sam, folder: Path) -> PeftModel:
@@ -140,6 +142,5 @@ def _save_as_lora(peft_model: PeftModel, folder: Path) -> None:
     config.r, config.lora_alpha, config.init_lora_weights = 2 * config.r, 2 * config.lora_alpha, True
     config.inference_mode = True
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({name: t.contiguous().cpu() for name, t in tensors.items()}, folder / TENSORS_FILE)
-    follow_umask(folder / TENSORS_FILE)
+    write_tensors(folder / TENSORS_FILE, tensors, metadata={})
     config.save_pretrained(str(folder))

@@ -12,7 +12,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from samgraft.finetune.evaluation.evaluate import plain, write_text
+from samgraft.finetune.evaluation.evaluate import plain
 from samgraft.finetune.evaluation.scores import (
     METRIC_BY_KEY,
     Row,
@@ -24,6 +24,7 @@ from samgraft.finetune.evaluation.scores import (
 )
 from samgraft.finetune.evaluation.statistics import PairedComparison, compare_paired, holm
 from samgraft.shared.errors import DataError, UsageError
+from samgraft.shared.files import write_text
 
 DEFAULT_METRICS = ("dice", "nsd", "hd95_mm")
 ALL_CLASSES = "all"

@@ -9,8 +9,8 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.figure import Figure
 from samgraft.finetune.evaluation.comparison import EvaluatedRun, PairResult
-from samgraft.finetune.evaluation.evaluate import write_text
 from samgraft.finetune.evaluation.scores import METRIC_BY_KEY, interval_of
+from samgraft.shared.files import write_text
 from samgraft.shared.report.page import (
     COLORS,
     STYLE,

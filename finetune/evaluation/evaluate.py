@@ -33,6 +33,7 @@ from samgraft.finetune.evaluation.validation import CaseResult, labelled_series
 from samgraft.finetune.inference import segment_series
 from samgraft.finetune.model_folder import FinishedModel
 from samgraft.shared.errors import DataError
+from samgraft.shared.files import write_text
 from samgraft.shared.samples.split import Split
 from samgraft.shared.store.store import SliceStore
 
@@ -264,13 +265,6 @@ def plain(interval: Interval | None) -> dict[str, Any] | None:
     if interval is None:
         return None
     return {k: round(v, 4) if isinstance(v, float) else v for k, v in asdict(interval).items()}
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole, through a temporary neighbour."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8", newline="")
-    temporary.replace(path)
 
 
 def _of_class(rows: Sequence[Mapping[str, Any]], name: str) -> list[Mapping[str, Any]]:

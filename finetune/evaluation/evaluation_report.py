@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from matplotlib.figure import Figure
 from samgraft.finetune.classes import ClassTable
-from samgraft.finetune.evaluation.evaluate import Evaluation, write_text
+from samgraft.finetune.evaluation.evaluate import Evaluation
 from samgraft.finetune.evaluation.overlays import choose_slices, overlay, slice_pictures
 from samgraft.finetune.evaluation.scores import (
     AVERAGING,
@@ -27,6 +27,7 @@ from samgraft.finetune.evaluation.scores import (
 from samgraft.finetune.evaluation.statistics import Interval
 from samgraft.finetune.evaluation.subgroups import Subgroups
 from samgraft.finetune.evaluation.viewer import ViewedCase, find_bundle, viewer_html, viewer_scripts
+from samgraft.shared.files import write_text
 from samgraft.shared.report.page import (
     COLORS,
     STYLE,

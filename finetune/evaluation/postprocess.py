@@ -17,6 +17,7 @@ import numpy.typing as npt
 from samgraft.finetune.classes import ClassTable
 from samgraft.finetune.evaluation.metrics import mean_or_none
 from samgraft.shared.errors import UsageError, WeightsError
+from samgraft.shared.files import write_json
 from scipy import ndimage
 
 Labels = npt.NDArray[Any]
@@ -56,9 +57,7 @@ class PostProcessing:
     def write(self, folder: Path) -> Path:
         """Write ``postprocessing.json`` through a temporary neighbour."""
         path = folder / POSTPROCESSING_FILE
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text(json.dumps(dataclasses.asdict(self), indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        temporary.replace(path)
+        write_json(path, dataclasses.asdict(self), indent=2)
         return path
 
 

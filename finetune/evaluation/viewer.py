@@ -22,7 +22,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from samgraft.shared.errors import SamgraftError
-from samgraft.shared.fetch import cache_folder, extract_members, fetch_npm, sha256_of
+from samgraft.shared.fetch import cache_folder, extract_members, fetch_npm
+from samgraft.shared.files import file_sha256
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +69,7 @@ def find_bundle() -> str | None:
     path = VENDOR_FOLDER / BUNDLE_FILE
     if not path.is_file():
         return None
-    if sha256_of(path) != BUNDLE_SHA256:
+    if file_sha256(path) != BUNDLE_SHA256:
         log.warning("%s is not the pinned niivue %s: not used.", BUNDLE_FILE, VERSION)
         return None
     return path.read_text(encoding="utf-8")

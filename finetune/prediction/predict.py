@@ -29,9 +29,9 @@ from samgraft.finetune.prediction.prediction_inputs import InputScan
 from samgraft.finetune.prediction.predictor import OnSlices, Predictor
 from samgraft.finetune.prompting.prompt_file import PromptFile, SlicePrompt, slice_prompts
 from samgraft.shared.errors import DataError, SamgraftError, StorageError
+from samgraft.shared.files import file_sha256, move, write_text
 from samgraft.shared.scans.orientation import to_native
 from samgraft.shared.store.examine import BuildSettings, Examined, examine_case
-from samgraft.shared.weights.safe_read import file_sha256
 
 log = logging.getLogger(__name__)
 
@@ -280,9 +280,9 @@ def _whole_or_nothing(stem: Path) -> Iterator[Path]:
         yield folder
         record = _record_path(folder / stem.name)
         # Says whose the files are if the move is cut off half way; without hashes it does not count as finished.
-        _record_path(stem).write_text(json.dumps({"schema": SCHEMA, "unfinished": True}) + "\n", encoding="utf-8")
+        write_text(_record_path(stem), json.dumps({"schema": SCHEMA, "unfinished": True}) + "\n")
         for path in sorted(folder.iterdir(), key=lambda path: path == record):
-            path.replace(stem.with_name(path.name))
+            move(path, stem.with_name(path.name))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -305,9 +305,9 @@ def _refuse_foreign_files(stem: Path, names: Sequence[str]) -> None:
 
 
 def _write_label_list(out: Path, predictor: Predictor) -> None:
-    temporary = out / f".{LABEL_LIST}.{os.getpid()}"
-    write_label_list(temporary, predictor.classes)
-    temporary.replace(out / LABEL_LIST)
+    draft = out / f".{LABEL_LIST}.{os.getpid()}"  # several processes may predict into one folder
+    write_label_list(draft, predictor.classes)
+    move(draft, out / LABEL_LIST)
 
 
 def _concerns_one_scan(error: SamgraftError) -> bool:

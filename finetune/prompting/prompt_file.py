@@ -18,7 +18,6 @@ Letters: i, j, k = voxel axes of the file; x, y, z = columns, rows and slices as
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -31,6 +30,7 @@ import numpy.typing as npt
 from samgraft.finetune.classes import ClassTable
 from samgraft.shared.config import read_yaml
 from samgraft.shared.errors import UsageError
+from samgraft.shared.files import file_sha256
 
 VERSION = 1
 MAX_PROMPTS = 10_000
@@ -134,9 +134,7 @@ def read_prompts(path: Path, classes: ClassTable) -> PromptFile:
     prompts = tuple(
         _prompt(entry, classes, where=f"{path.name}, prompt {number}") for number, entry in enumerate(entries, start=1)
     )
-    return PromptFile(
-        frame=frame, prompts=prompts, sha256=hashlib.sha256(path.read_bytes()).hexdigest(), name=path.name
-    )
+    return PromptFile(frame=frame, prompts=prompts, sha256=file_sha256(path), name=path.name)
 
 
 def slice_prompts(

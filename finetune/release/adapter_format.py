@@ -14,10 +14,10 @@ from samgraft.finetune.model_folder import FinishedModel
 from samgraft.finetune.segmenter import make_room_for_classes
 from samgraft.finetune.start import StartingPoint, find_starting_point
 from samgraft.shared.errors import SamgraftError
+from samgraft.shared.files import write_tensors
 from samgraft.shared.release.formats import Artefact, Format
 from samgraft.shared.release.licence import KNOWN_BASES
 from samgraft.shared.release.subject import Subject
-from samgraft.shared.weights.tensor_files import save_tensors
 
 PAIR = ("adapter_config.json", "adapter_model.safetensors")
 BASE_FILE = "base.safetensors"
@@ -68,7 +68,7 @@ def adapter_format(model: FinishedModel, run: Path) -> Format:
             return [Artefact(path="peft", client="peft", options={"base": begin.where})]
         # An adapter on weights that nobody else has is of no use: they come along.
         make_room_for_classes(sam, num_classes=num_classes)
-        save_tensors(sam.state_dict(), folder / BASE_FILE)
+        write_tensors(folder / BASE_FILE, sam.state_dict())
         return [Artefact(path="peft", client="peft")]
 
     return Format(name="peft", why_not=why_not, write=write)

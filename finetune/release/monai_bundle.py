@@ -26,7 +26,7 @@ from samgraft.shared.release.subject import Subject
 from samgraft.shared.samples.frame import fit_frame, image_to_frame, logits_to_native
 from samgraft.shared.scans.intensity import measure_intensity, normalise
 from samgraft.shared.scans.volume import Modality
-from samgraft.shared.weights.tensor_files import save_pth
+from samgraft.shared.weights.save import write_pth
 from torch import Tensor
 
 
@@ -42,7 +42,7 @@ def monai_format(model: FinishedModel) -> Format:
         folder = folder / "monai"
         for part in ("configs", "models", "docs"):
             (folder / part).mkdir(parents=True)
-        save_pth({f"segmenter.sam.{k}": v for k, v in subject.tensors.items()}, folder / "models" / "model.pt")
+        write_pth(folder / "models" / "model.pt", {f"segmenter.sam.{k}": v for k, v in subject.tensors.items()})
         _write_json(folder / "configs" / "metadata.json", metadata(model))
         _write_json(folder / "configs" / "inference.json", inference_config(model, subject))
         (folder / "docs" / "README.md").write_text(_README, encoding="utf-8")

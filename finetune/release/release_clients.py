@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from samgraft.finetune.release.monai_bundle import synthetic_volume
 from samgraft.finetune.release.pair_format import pair_client
+from samgraft.shared.files import file_sha256
 from samgraft.shared.release.clients import Client, Outputs, read_subject
 from samgraft.shared.release.load_back import main
 from samgraft.shared.release.subject import decoder_outputs
 from samgraft.shared.weights.load import load_sam
-from samgraft.shared.weights.safe_read import file_sha256
 from torch import Tensor
 
 SCHEMA = Path(__file__).with_name("bundle.schema.yaml")

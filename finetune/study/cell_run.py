@@ -18,6 +18,7 @@ from filelock import FileLock, Timeout
 from samgraft.finetune.evaluation.scores import per_patient, read_cases
 from samgraft.finetune.study.cells import Cell
 from samgraft.shared.errors import ExitCode
+from samgraft.shared.files import write_json
 
 log = logging.getLogger(__name__)
 
@@ -154,7 +155,7 @@ def _run_locked(cell: Cell, folder: CellFolder, num_threads: int, processes: Pro
             return Outcome(key=cell.key, status="stopped", exit_code=ExitCode.STOPPED_SAVED)
         if code != 0:
             return Outcome(key=cell.key, status="failed", exit_code=code, last_line=_refusal(log_file))
-    _write_json(folder.result(cell.key), read_scores(cell, folder))
+    write_json(folder.result(cell.key), read_scores(cell, folder), sort_keys=False)
     return Outcome(key=cell.key, status="done")
 
 
@@ -184,7 +185,7 @@ def read_scores(cell: Cell, folder: CellFolder) -> dict[str, Any]:
 def _add_cost(path: Path, *, seconds: float, peak_mib: float) -> None:
     before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"seconds": 0.0, "peak_mib": 0.0}
     total = {"seconds": round(before["seconds"] + seconds, 2), "peak_mib": round(max(before["peak_mib"], peak_mib), 1)}
-    _write_json(path, total)
+    write_json(path, total, sort_keys=False)
 
 
 def _refusal(log_file: Path) -> str:
@@ -194,9 +195,3 @@ def _refusal(log_file: Path) -> str:
     ]
     errors = [line for line in lines if line.startswith("error: ")]
     return (errors or lines or ["nothing was printed"])[-1][:300]
-
-
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(path)

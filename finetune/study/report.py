@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from samgraft.finetune.study.cells import SETTING_AXES, Cell
 from samgraft.finetune.study.config import ALL, StudyConfig
 from samgraft.finetune.study.results import Ranking, Row, indistinct_groups, rank, rows_of, short_names
+from samgraft.shared.files import write_text
 from samgraft.shared.report.page import (
     STYLE,
     KeyValues,
@@ -46,7 +47,7 @@ def write_results(
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(TABLE_COLUMNS)
     writer.writerows([[_plain(v) for v in _values(row)] for row in rows])
-    (folder / "table.csv").write_text(text.getvalue(), encoding="utf-8", newline="")
+    write_text(folder / "table.csv", text.getvalue())
     ranking = rank(cells, results)
     sections = [
         Section(title="Summary", parts=_summary(config, cells, results, failed)),
@@ -59,7 +60,7 @@ def write_results(
         Section(title="Quality and cost", parts=[Picture(png=cost_figure(rows), caption=_COST)] if rows else [])
     )
     page = render_report(f"Study: {config.name}", sections, subtitle=config.question)
-    (folder / "report.html").write_text(page, encoding="utf-8")
+    write_text(folder / "report.html", page)
     return rows
 
 

@@ -17,6 +17,7 @@ from typing import Any
 from samgraft.finetune.study.cell_run import CellFolder, Outcome, Processes, Run, run_cell, run_samgraft
 from samgraft.finetune.study.cells import Cell
 from samgraft.shared.errors import UsageError
+from samgraft.shared.files import write_text
 from samgraft.shared.machine import granted_cores
 
 log = logging.getLogger(__name__)
@@ -125,7 +126,7 @@ def write_cell(cell: Cell, folder: CellFolder) -> str:
     """Store a cell for a job to read; return its file's name."""
     path = folder.root / "cells" / f"{cell.key}.cell.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(dataclasses.asdict(cell)) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(dataclasses.asdict(cell)) + "\n")
     return path.name
 
 

@@ -18,6 +18,7 @@ from samgraft.finetune.study.report import table_lines, write_results
 from samgraft.finetune.study.schedule import run_locally, run_on_slurm
 from samgraft.shared.config import config_to_yaml, load_config
 from samgraft.shared.errors import DataError, ExitCode, SamgraftError, StoppedAndSaved, UsageError
+from samgraft.shared.files import write_text
 from samgraft.shared.synthetic import synthetic_store
 
 log = logging.getLogger(__name__)
@@ -92,7 +93,7 @@ def run_study(
     folder.root.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(folder.root / ".lock", timeout=0):
-            (folder.root / "study.yaml").write_text(config_to_yaml(plan.config), encoding="utf-8")
+            write_text(folder.root / "study.yaml", config_to_yaml(plan.config))
             say_plan(plan)
             outcomes = _run_missing(plan, num_parallel=num_parallel, slurm=slurm, run=run)
             return _finish(plan, outcomes)

@@ -22,7 +22,7 @@ from samgraft.shared.samples.dataset import SliceDataset, batch_to_input, collat
 from samgraft.shared.samples.sampler import sample_generator
 from samgraft.shared.store.files import is_address
 from samgraft.shared.training.device import DeviceChoice
-from samgraft.shared.weights.tensor_files import tensors_sha256
+from samgraft.shared.weights.save import tensors_sha256
 from torch import Tensor
 from torch.utils.data import Dataset
 

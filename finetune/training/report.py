@@ -15,6 +15,7 @@ from samgraft.finetune.segmenter import Segmenter
 from samgraft.finetune.start import StartingPoint
 from samgraft.finetune.training.preparation import Prepared, describe_data
 from samgraft.finetune.training.rounds import Record
+from samgraft.shared.files import write_text
 from samgraft.shared.report.page import (
     KeyValues,
     Picture,
@@ -53,9 +54,7 @@ def write_report(
         Section(title="Next", parts=[_next(run)]),
     ]
     subtitle = f"stage 2, {prepared.store.modality.value}, {slices_per_s:.2g} slices/s in training"
-    temporary = run.report.with_name(run.report.name + ".tmp")
-    temporary.write_text(render_report(f"Fine-tuning {run.path.name}", sections, subtitle=subtitle), encoding="utf-8")
-    temporary.replace(run.report)
+    write_text(run.report, render_report(f"Fine-tuning {run.path.name}", sections, subtitle=subtitle))
 
 
 def _result(record: Record) -> Text:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from samgraft.finetune.evaluation.validation import CaseResult, mean_dice
 from samgraft.shared.errors import DataError, WeightsError
-from samgraft.shared.weights.load import save_tensors
+from samgraft.shared.files import write_json, write_tensors
 from torch import Tensor
 
 log = logging.getLogger(__name__)
@@ -73,7 +73,7 @@ class ValidationRounds:
             tensors = trained()  # on every process: sharded ones are put together by all
             if self.is_writer:
                 self.best_folder.mkdir(exist_ok=True)
-                save_tensors(tensors, self._tensor_file(step))
+                write_tensors(self._tensor_file(step), tensors)
         self._write()
         return dice
 
@@ -107,9 +107,7 @@ class ValidationRounds:
     def _write(self) -> None:
         if not self.is_writer:
             return
-        temporary = self.path.with_name(self.path.name + ".tmp")
-        temporary.write_text(json.dumps(asdict(self.record), indent=1) + "\n", encoding="utf-8")
-        temporary.replace(self.path)
+        write_json(self.path, asdict(self.record), sort_keys=False)
 
 
 def _dice_of(results: list[CaseResult]) -> float:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from samgraft.shared.cli import Command, local_path
 from samgraft.shared.errors import DataError, StorageError, UsageError
+from samgraft.shared.files import write_json
 from samgraft.shared.machine import granted_cores
 from samgraft.shared.store.files import is_address, is_scans
 
@@ -355,7 +356,7 @@ def _write_report(path: Path | None, values: dict[str, Any]) -> None:
     if path is None:
         return
     try:
-        path.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+        write_json(path, values, sort_keys=False)
     except OSError as err:
         raise StorageError(f"the report cannot be written: {err.strerror}.", where=str(path)) from err
 

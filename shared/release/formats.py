@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from samgraft.shared.errors import UsageError
+from samgraft.shared.files import write_tensors
 from samgraft.shared.release.subject import Subject
-from samgraft.shared.weights.tensor_files import save_pth, save_tensors
+from samgraft.shared.weights.save import write_pth
 from samgraft.shared.weights.transformers_format import save_transformers, save_transformers_encoder
 
 SAM_NAMES = ("sam.safetensors", "sam.pth")
@@ -79,9 +80,9 @@ def choose_formats(
 
 def _write_sam(subject: Subject, folder: Path) -> list[Artefact]:
     names = SAM_NAMES if subject.is_whole else ENCODER_NAMES
-    for name, save in zip(names, (save_tensors, save_pth), strict=True):
-        # torch names the archive's inner folder after the file: nothing that identifies.
-        save(subject.tensors, folder / name)
+    write_tensors(folder / names[0], subject.tensors)
+    # torch names the archive's inner folder after the file: nothing that identifies.
+    write_pth(folder / names[1], subject.tensors)
     statistics = {"pixel_mean": list(subject.spec.pixel_mean), "pixel_std": list(subject.spec.pixel_std)}
     return [Artefact(path=name, client="segment_anything", options=statistics) for name in names]
 

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from samgraft.shared.errors import StorageError
+from samgraft.shared.files import file_sha256, move
 from samgraft.shared.release.formats import Artefact, Format
 from samgraft.shared.release.load_back import Checked, load_back
 from samgraft.shared.release.privacy import refuse_findings, scan_folder
 from samgraft.shared.release.subject import Subject, expected_outputs, make_probe
-from samgraft.shared.weights.safe_read import file_sha256
 from torch import Tensor
 
 log = logging.getLogger(__name__)
@@ -59,7 +59,7 @@ def build_release(out: Path, contents: Contents) -> list[Checked]:
         checked = _check(partial, artefacts, contents)
         refuse_findings(scan_folder(partial, known=contents.identifiers))
         write_checksums(partial)
-        partial.replace(out)
+        move(partial, out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return checked

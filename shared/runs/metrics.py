@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
-from samgraft.shared.files import replace_text, sync_folder
+from samgraft.shared.files import move, write_text
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
@@ -55,7 +55,7 @@ class MetricsLog:
             if last is not None and lines[0]["step"] == last["step"]:
                 if _text(lines[:1]) != _text([last]):
                     before = [line for line in self.read() if line["step"] < last["step"]]
-                    replace_text(self.path, _text([*before, lines[0]]))
+                    write_text(self.path, _text([*before, lines[0]]))
                 lines = lines[1:]
             with self.path.open("a+b") as file:
                 _cut_torn_end(file)
@@ -90,7 +90,7 @@ class MetricsLog:
         if not self.path.exists():
             return None
         lines = [line for line in self.read() if line["step"] <= step]
-        replace_text(self.path, _text(lines))
+        write_text(self.path, _text(lines))
         self._last = next((line for line in lines if line["step"] == step), None)
         return self._last
 
@@ -147,8 +147,7 @@ class TensorBoardFile:
                     if event.HasField("summary") and event.step <= after_step:
                         self._records.write(event.SerializeToString())
             self._records.flush()
-            draft.rename(path)
-            sync_folder(self.folder)
+            move(draft, path)
             for old in older:
                 old.unlink()
         except OSError as err:

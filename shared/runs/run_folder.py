@@ -19,7 +19,7 @@ import yaml
 from filelock import FileLock, Timeout
 from samgraft.shared.config import config_sha256, config_to_dict, config_to_yaml, keys_that_may_change, plain_value
 from samgraft.shared.errors import FULL_DISK, SamgraftError, StorageError, UsageError
-from samgraft.shared.files import replace_text
+from samgraft.shared.files import write_text
 from samgraft.shared.runs.environment import (
     code_revision,
     process_rank,
@@ -75,7 +75,7 @@ class RunFolder:
             _check_same_run(path, config=config, stage=stage)
             if not (path / "config.yaml").exists():
                 header = f"# Resolved configuration of this run. stage: {stage}\n"
-                replace_text(path / "config.yaml", header + config_to_yaml(config))
+                write_text(path / "config.yaml", header + config_to_yaml(config))
         except (PermissionError, OSError) as err:
             if isinstance(err, StorageError | UsageError):
                 raise
@@ -140,7 +140,7 @@ class RunFolder:
             "world_size": processes_expected(),
             **facts,
         }
-        replace_text(self.path / "run.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+        write_text(self.path / "run.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
     def mark_complete(self, **facts: Any) -> None:
         """Record that the run has written its results."""
@@ -238,7 +238,7 @@ def _take_lock(path: Path) -> FileLock:
     except NotImplementedError:
         log.warning("The file system of %s has no locks: make sure that no other process uses this run.", path.name)
     # Only while the process runs; the kernel drops the lock itself when the process dies, so none can go stale.
-    replace_text(holder, json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": _now()}))
+    write_text(holder, json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": _now()}))
     atexit.register(_forget_holder, holder, os.getpid())
     return lock
 

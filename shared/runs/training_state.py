@@ -24,7 +24,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from samgraft.shared.errors import StorageError, WeightsError
-from samgraft.shared.files import file_sha256, sync_folder, write_json, write_tensors
+from samgraft.shared.files import file_sha256, move, write_json, write_tensors
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -98,7 +98,6 @@ def write_state(
         files = {file: {"bytes": d.num_bytes, "sha256": d.sha256} for file, d in digests.items()}
         manifest = {"format": FORMAT, "version": FORMAT_VERSION, "step": step, "files": files}
         write_json(draft / "manifest.json", manifest)
-        sync_folder(draft)
         _give_name(draft, final)
     except OSError as err:
         _restore_replaced(parent)
@@ -247,7 +246,7 @@ def prune_states(parent: Path, *, keep_last: int, keep_steps: Collection[int], k
             continue
         # Renamed first: a kill in the middle of deleting must not leave something that looks finished.
         doomed = path.with_name(f"{path.name}.tmp")
-        path.rename(doomed)
+        move(path, doomed)
         shutil.rmtree(doomed, ignore_errors=True)
 
 
@@ -260,9 +259,8 @@ def _give_name(draft: Path, final: Path) -> None:
     if final.exists():  # the same step again; it may be the only state there is, so it goes last
         if replaced.exists():
             shutil.rmtree(replaced)
-        final.rename(replaced)
-    draft.rename(final)
-    sync_folder(final.parent)
+        move(final, replaced)
+    move(draft, final)
     shutil.rmtree(replaced, ignore_errors=True)
 
 
@@ -270,7 +268,7 @@ def _restore_replaced(parent: Path) -> None:
     """Give a state its name back whose replacement was stopped before it had that name."""
     for path in parent.glob("*step-*.old"):
         if LEFTOVER_NAME.match(path.name) and not path.with_suffix("").exists():
-            path.rename(path.with_suffix(""))
+            move(path, path.with_suffix(""))
 
 
 def _set_aside(path: Path) -> None:
@@ -279,7 +277,7 @@ def _set_aside(path: Path) -> None:
     while target.exists():
         number += 1
         target = path.with_name(f"{path.name}.corrupt{number}")
-    path.rename(target)
+    move(path, target)
 
 
 def _storage_error(err: OSError, *, parent: Path, name: str, tensors: Mapping[str, Tensor]) -> StorageError:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 from samgraft.shared.errors import DataError
+from samgraft.shared.files import write_json
 from samgraft.shared.store.near_duplicates import look_alike
 from samgraft.shared.store.store import SliceStore
 
@@ -60,11 +61,9 @@ class Split:
         return values
 
     def save(self, path: Path) -> None:
-        """Write the split with its own hash, through a temporary neighbour: a kill leaves no half of it."""
+        """Write the split with its own hash, atomically."""
         values = {**self._plain(), "sha256": self.sha256}
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-        temporary.replace(path)
+        write_json(path, values, sort_keys=False)
 
 
 def make_split(

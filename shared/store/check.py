@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 from samgraft.shared.errors import DataError
+from samgraft.shared.files import file_sha256
 from samgraft.shared.scans.volume import content_sha256
 from samgraft.shared.store.series import SeriesRecord
 from samgraft.shared.store.store import COMPLETE, MANIFEST, SERIES, SliceStore, read_table
@@ -90,8 +90,7 @@ def _check_series(store: SliceStore, record: SeriesRecord, check: StoreCheck) ->
             check.problems.append(f"{record.series_id}/{name}: missing")
             sound = False
             continue
-        with file.open("rb") as stream:
-            found = hashlib.file_digest(stream, "sha256").hexdigest()
+        found = file_sha256(file)
         found_size = file.stat().st_size
         check.num_bytes += found_size
         if found_size != size:

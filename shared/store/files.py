@@ -6,16 +6,13 @@ Reading only. Every method takes a name below the store, with forward slashes.
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
 from samgraft.shared.errors import StorageError, UsageError
-from samgraft.shared.files import read_patiently
+from samgraft.shared.files import NUM_ATTEMPTS, read_with_retry, retry
 
-NUM_ATTEMPTS = 4
-FIRST_WAIT_S = 0.2
 """Doubled after every failure: 0.2, 0.4, 0.8 s; servers answer 503 when they want to be asked more slowly."""
 
 
@@ -47,11 +44,11 @@ class LocalFiles:
 
     def read(self, name: str) -> bytes:
         """Return a whole file."""
-        return read_patiently(lambda: self._pread(name, 0, None), where=name)
+        return read_with_retry(lambda: self._pread(name, 0, None), where=name)
 
     def read_range(self, name: str, start: int, length: int) -> bytes:
         """Return bytes of a file."""
-        return read_patiently(lambda: self._pread(name, start, length), where=name)
+        return read_with_retry(lambda: self._pread(name, start, length), where=name)
 
     def _pread(self, name: str, start: int, length: int | None) -> bytes:
         descriptor = os.open(f"{self._root}/{name}", os.O_RDONLY)
@@ -108,24 +105,22 @@ class RemoteFiles:
         import obstore
         from obstore.exceptions import NotFoundError
 
-        wait = FIRST_WAIT_S
-        for attempt in range(1, NUM_ATTEMPTS + 1):
-            try:
-                return bytes(question(obstore, store))
-            except (FileNotFoundError, NotFoundError) as err:
-                raise FileNotFoundError(name) from err
-            except Exception as err:  # 503, time-outs and expired keys come under many types
-                if attempt == NUM_ATTEMPTS:
-                    raise StorageError(
-                        f"the object store does not answer ({type(err).__name__}) after {NUM_ATTEMPTS} attempts: "
-                        "check network, AWS_ENDPOINT_URL and credentials.",
-                        where=name,
-                        kept="every saved training state",
-                        next_command="run the same command again",
-                    ) from err
-                time.sleep(wait)
-                wait *= 2
-        raise AssertionError("unreachable")
+        missing = (FileNotFoundError, NotFoundError)
+        try:
+            # 503, time-outs and expired keys come under many types: everything but a missing file is repeated.
+            return retry(
+                lambda: bytes(question(obstore, store)), is_worth_repeating=lambda err: not isinstance(err, missing)
+            )
+        except missing as err:
+            raise FileNotFoundError(name) from err
+        except Exception as err:
+            raise StorageError(
+                f"the object store does not answer ({type(err).__name__}) after {NUM_ATTEMPTS} attempts: "
+                "check network, AWS_ENDPOINT_URL and credentials.",
+                where=name,
+                kept="every saved training state",
+                next_command="run the same command again",
+            ) from err
 
     def _connect(self) -> Any:
         if self._connection is None:

@@ -6,7 +6,6 @@ Shape letters: Z = slices, H, W = rows and columns of a slice.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
 import shutil
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import zarr
+from samgraft.shared.files import file_sha256, move, sync_file, write_json
 from samgraft.shared.scans.orientation import Plane
 from samgraft.shared.scans.volume import Modality
 from samgraft.shared.store.series import SeriesRecord, image_name, label_name
@@ -65,11 +65,12 @@ def write_series(
         for plane, label_ZHW in labels.items():
             _write_array(partial / label_name(plane, record.plane), label_ZHW, record, plane)
         record = dataclasses.replace(record, files=_file_table(partial))
-        write_json(partial / RECORD, {**record.to_dict(), "build_key": build_key, "privacy": list(privacy)})
+        values = {**record.to_dict(), "build_key": build_key, "privacy": list(privacy)}
+        write_json(partial / RECORD, values, allow_nan=False)
         final = store_path / SERIES / record.series_id
         shutil.rmtree(final, ignore_errors=True)
         final.parent.mkdir(exist_ok=True)
-        partial.replace(final)
+        move(partial, final)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return record
@@ -85,22 +86,9 @@ def start_store(path: Path, *, modality: Modality) -> None:
 def finish_store(path: Path, manifest: dict[str, Any]) -> str:
     """Write the table and then, last, the completion mark; return the fingerprint."""
     shutil.rmtree(path / PARTIAL, ignore_errors=True)
-    text = write_json(path / MANIFEST, manifest)
-    fingerprint = hashlib.sha256(text).hexdigest()
+    fingerprint = write_json(path / MANIFEST, manifest, allow_nan=False).sha256
     write_json(path / COMPLETE, {"schema": SCHEMA, "manifest_sha256": fingerprint})
     return fingerprint
-
-
-def write_json(path: Path, values: object) -> bytes:
-    """Write JSON through a temporary name and a rename, flushed to disk; return the bytes."""
-    text = (json.dumps(values, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    return text
 
 
 def read_record(folder: Path, *, build_key: str) -> tuple[SeriesRecord, tuple[str, ...]] | None:
@@ -162,10 +150,8 @@ def _file_table(folder: Path) -> dict[str, tuple[int, str]]:
     table = {}
     for path in sorted(folder.rglob("*")):
         if path.is_file():
-            with path.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-                os.fsync(file.fileno())
-            table[path.relative_to(folder).as_posix()] = (path.stat().st_size, digest)
+            sync_file(path)
+            table[path.relative_to(folder).as_posix()] = (path.stat().st_size, file_sha256(path))
     return table
 
 

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from samgraft.shared.errors import WeightsError
+from samgraft.shared.files import write_text
 
 ADAPTER_BASE_FILE = "adapter_base.json"
 _KEY = "base_tensors_sha256"
@@ -13,7 +14,7 @@ _KEY = "base_tensors_sha256"
 
 def write_adapter_base(folder: Path, sha256: str) -> None:
     """Record the base of the adapter in ``folder``; ``sha256`` as of ``tensors_sha256``."""
-    (folder / ADAPTER_BASE_FILE).write_text(json.dumps({_KEY: sha256}) + "\n", encoding="utf-8")
+    write_text(folder / ADAPTER_BASE_FILE, json.dumps({_KEY: sha256}) + "\n")
 
 
 def read_adapter_base(folder: Path) -> str | None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from samgraft.shared.errors import WeightsError
+from samgraft.shared.files import write_text
 
 CARD_SCHEMA = 1
 MAX_CARD_BYTES = 64_000_000
@@ -107,10 +108,8 @@ class Card:
         return cls.from_dict(values, where=path.name)
 
     def write(self, path: Path) -> None:
-        """Write the card through a temporary neighbour, so that a reader never sees half of it."""
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text(self.to_json(), encoding="utf-8")
-        temporary.replace(path)
+        """Write the card atomically."""
+        write_text(path, self.to_json())
 
 
 _FIELD_TYPES: dict[str, Any] = {

@@ -15,7 +15,7 @@ from pathlib import Path
 import requests
 from samgraft.shared.encoders.architecture import MEDSAM_SHA256
 from samgraft.shared.errors import StorageError, UsageError, WeightsError
-from samgraft.shared.weights.safe_read import file_sha256
+from samgraft.shared.files import file_sha256, move
 
 log = logging.getLogger(__name__)
 
@@ -124,7 +124,7 @@ def official_weights(
             where=wanted.url,
             next_command="run the same command again",
         )
-    part.replace(path)
+    move(part, path)
     return path
 
 

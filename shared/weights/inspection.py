@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from samgraft.shared.encoders.sam import build_sam
+from samgraft.shared.files import write_tensors
 from samgraft.shared.weights.formats import PARTS
 from samgraft.shared.weights.load import WeightsFile, card_of, read_weights
 from samgraft.shared.weights.safe_read import read_tensors_only
-from samgraft.shared.weights.tensor_files import save_tensors
 
 
 def describe(path: Path) -> dict[str, Any]:
@@ -44,7 +44,7 @@ def describe(path: Path) -> dict[str, Any]:
 def extract_tensors(path: Path, out: Path) -> int:
     """Write the tensors of a file, nested names joined by dots, as safetensors; foreign objects are left behind."""
     tensors = read_tensors_only(path)
-    save_tensors(tensors, out)
+    write_tensors(out, tensors)
     return len(tensors)
 
 

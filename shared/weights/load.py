@@ -6,7 +6,7 @@ Loading accounts for every tensor both ways and prints it; less than all that wa
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -22,8 +22,7 @@ from samgraft.shared.weights.card import Card
 from samgraft.shared.weights.download import OFFICIAL, official_weights
 from samgraft.shared.weights.formats import PARTS, recognise
 from samgraft.shared.weights.positions import resize_positions as resize_table
-from samgraft.shared.weights.safe_read import file_sha256, read_file
-from samgraft.shared.weights.tensor_files import save_pth, save_tensors
+from samgraft.shared.weights.safe_read import read_file
 from samgraft.shared.weights.tensor_report import ResizedTensor, TensorReport, shorten
 from samgraft.shared.weights.unfinished import (
     SSL_STATE_METADATA,
@@ -45,10 +44,6 @@ __all__ = [
     "load_into",
     "load_sam",
     "read_weights",
-    "save_encoder",
-    "save_pth",
-    "save_sam",
-    "save_tensors",
 ]
 
 log = logging.getLogger(__name__)
@@ -247,41 +242,6 @@ def card_of(weights: WeightsFile, *, image_size: int | None = None) -> Card:
         base_name=weights.name,
         base_sha256=weights.sha256,
     )
-
-
-def save_encoder(encoder: nn.Module | Mapping[str, torch.Tensor], folder: Path, card: Card) -> Path:
-    """Write ``encoder.safetensors`` (keys ``image_encoder.*``) and ``card.json``.
-
-    Args:
-        encoder: The encoder, or its state under segment_anything's names.
-        folder: Is made if it is missing.
-        card: What travels with the weights.
-
-    Returns:
-        Path of the weights file. Both files appear whole or not at all.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "encoder.safetensors"
-    state = encoder.state_dict() if isinstance(encoder, nn.Module) else encoder
-    tensors = {f"image_encoder.{k}": v for k, v in state.items()}
-    save_tensors(tensors, path)
-    Card.from_dict({**card.to_dict(), "weights_sha256": file_sha256(path)}).write(folder / "card.json")
-    return path
-
-
-def save_sam(sam: Sam, path: Path) -> Path:
-    """Write a whole SAM under segment_anything's names, as ``.pth`` or ``.safetensors`` by the ending.
-
-    Returns:
-        ``path``. ``load_state_dict(strict=True)`` of the matching stock builder takes the file.
-    """
-    if path.suffix == ".safetensors":
-        save_tensors(sam.state_dict(), path)
-    elif path.suffix == ".pth":
-        save_pth(sam.state_dict(), path)
-    else:
-        raise WeightsError(f"weights file must end in .pth or .safetensors, got {path.suffix!r}.", where=path.name)
-    return path
 
 
 def _find_file(path: Path) -> Path:

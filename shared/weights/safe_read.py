@@ -6,7 +6,6 @@ real size first; ``torch.load`` is only ever called with ``weights_only=True``, 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import pickletools
@@ -20,6 +19,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from samgraft.shared.errors import WeightsError
+from samgraft.shared.files import file_sha256
 
 MAX_TENSORS = 8192
 MAX_PICKLE_BYTES = 64 * 2**20
@@ -83,12 +83,6 @@ def read_file(path: Path) -> RawFile:
     content, metadata = _read_safetensors(path, size)
     digest = file_sha256(path)
     return RawFile(name=path.name, container="safetensors", content=content, sha256=digest, metadata=metadata)
-
-
-def file_sha256(path: Path) -> str:
-    """Return the hash of a file, read in pieces."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _size_and_head(path: Path) -> tuple[int, bytes]:

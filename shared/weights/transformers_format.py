@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 from samgraft.shared.encoders.architecture import ArchSpec
 from samgraft.shared.errors import WeightsError
-from samgraft.shared.weights.tensor_files import save_tensors
+from samgraft.shared.files import write_json, write_tensors
 
 _GAUSSIAN = "prompt_encoder.pe_layer.positional_encoding_gaussian_matrix"
 # transformers keeps the same positional matrix twice.
@@ -178,7 +177,7 @@ def _write_folder(
     tensors: Mapping[str, torch.Tensor], folder: Path, config: dict[str, Any], processor: dict[str, Any]
 ) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    save_tensors(tensors, folder / "model.safetensors")
+    write_tensors(folder / "model.safetensors", tensors)
     for name, values in (("config.json", config), ("preprocessor_config.json", processor)):
-        (folder / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        write_json(folder / name, values, indent=2, sort_keys=False)
     return folder

@@ -14,7 +14,7 @@ from samgraft.shared.scans.intensity import IntensityPreset
 from samgraft.shared.store.store import SliceStore
 from samgraft.shared.training.trainer import FitResult
 from samgraft.shared.weights.card import Card
-from samgraft.shared.weights.load import save_encoder
+from samgraft.shared.weights.save import save_encoder
 from samgraft.shared.weights.unfinished import CARD_FILE
 from samgraft.ssl.config import PretrainConfig
 from samgraft.ssl.moments import write_moments

@@ -12,6 +12,7 @@ from typing import Any
 
 from samgraft.shared.encoders.architecture import SAM_PIXEL_MEAN
 from samgraft.shared.errors import WeightsError
+from samgraft.shared.files import file_sha256
 from samgraft.shared.release.card_page import (
     LIMITS,
     contents_section,
@@ -31,7 +32,6 @@ from samgraft.shared.release.subject import Subject
 from samgraft.shared.runs.metrics import MetricsLog
 from samgraft.shared.weights.card import Card
 from samgraft.shared.weights.load import read_weights
-from samgraft.shared.weights.safe_read import file_sha256
 from samgraft.ssl.export.encoder_weights import ENCODER_FOLDER
 from samgraft.ssl.export.membership import MembershipAudit, audit_membership
 from samgraft.ssl.ssl_state import STATE_FOLDER

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
+from samgraft.shared.files import write_text
 from samgraft.shared.report.page import (
     KeyValues,
     Picture,
@@ -78,7 +79,7 @@ def write_report(
         (log.warning if text.kind == "warning" else log.info)("%s", text.text)
     title = f"Stage 1: {run.path.name}"
     subtitle = f"{config.objective.name.value} on {config.model.arch.value}, {config.modality}"
-    run.report.write_text(render_report(title, sections, subtitle=subtitle), encoding="utf-8")
+    write_text(run.report, render_report(title, sections, subtitle=subtitle))
 
 
 def verdict(lines: Lines, watched: Watched) -> list[Text]:

@@ -9,9 +9,10 @@ import torch
 from dicom_factory import write_segmentation, write_series
 from model_factory import make_sam, tiny_vit_t_spec
 from samgraft.shared.cli import main
+from samgraft.shared.files import write_tensors
 from samgraft.shared.store.store import SliceStore
 from samgraft.shared.weights.card import Card
-from samgraft.shared.weights.load import save_encoder, save_tensors
+from samgraft.shared.weights.save import save_encoder
 from store_factory import make_scan, write_nifti
 from tiny_encoders import tiny_encoder
 
@@ -46,7 +47,7 @@ def workplace(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     about = {"arch": "vit_t", "stem": "conv1x1", "image_size": 32, "pixel_mean": [0.0] * 3, "pixel_std": [255.0] * 3}
     save_encoder(tiny_encoder(), tmp_path / "base", Card(**about))
-    save_tensors(dict(make_sam(tiny_vit_t_spec(), image_size=32).state_dict()), tmp_path / "sam.safetensors")
+    write_tensors(tmp_path / "sam.safetensors", dict(make_sam(tiny_vit_t_spec(), image_size=32).state_dict()))
     return tmp_path
 
 

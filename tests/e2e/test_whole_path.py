@@ -6,7 +6,8 @@ import pytest
 import torch
 from model_factory import make_sam, tiny_vit_t_spec
 from samgraft.shared.cli import main
-from samgraft.shared.weights.load import load_sam, read_weights, save_tensors
+from samgraft.shared.files import write_tensors
+from samgraft.shared.weights.load import load_sam, read_weights
 from store_factory import make_scan, write_nifti
 
 PRETRAIN = [
@@ -30,7 +31,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for patient in range(5, 9):
         write_nifti(root / "unlabelled" / f"scan{patient}.nii.gz", make_scan(shape_zyx=(4, 40, 36), seed=patient)[0])
     sam = make_sam(tiny_vit_t_spec(), image_size=64)
-    save_tensors(dict(sam.state_dict()), root / "base.safetensors")
+    write_tensors(root / "base.safetensors", dict(sam.state_dict()))
     return root
 
 

@@ -13,12 +13,11 @@ from samgraft.finetune.evaluation.scores import CASE_COLUMNS
 from samgraft.finetune.model_folder import write_model
 from samgraft.finetune.task import Task
 from samgraft.shared.config import config_to_yaml, load_config, packaged_config
+from samgraft.shared.files import file_sha256, write_tensors
 from samgraft.shared.samples.split import pretrain_manifest
 from samgraft.shared.scans.intensity import IntensityPreset
 from samgraft.shared.store.store import SliceStore
 from samgraft.shared.weights.card import Card
-from samgraft.shared.weights.load import save_tensors
-from samgraft.shared.weights.safe_read import file_sha256
 from samgraft.ssl.config import PretrainConfig
 from samgraft.ssl.export.encoder_weights import write_encoder_weights
 from samgraft.ssl.objectives import OBJECTIVES
@@ -37,7 +36,7 @@ def finished_model(root: Path, spec, *, image_size: int, num_classes: int = 1) -
     """A stage-2 run with a LoRA adapter; returns its folder. The base lies beside it."""
     base = root / "base.safetensors"
     sam = make_sam(spec, image_size=image_size)
-    save_tensors(sam.state_dict(), base)
+    write_tensors(base, sam.state_dict())
     peft_model = adapt(sam, AdapterConfig(r=2), num_classes=num_classes)
     with torch.no_grad():
         for name, parameter in peft_model.named_parameters():

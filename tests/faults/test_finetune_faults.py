@@ -21,11 +21,12 @@ from samgraft.finetune.training.preparation import check_leak
 from samgraft.finetune.training.rounds import ValidationRounds
 from samgraft.shared.cli import main
 from samgraft.shared.errors import DataError, WeightsError
+from samgraft.shared.files import write_tensors
 from samgraft.shared.release.request import ReleaseRequest
 from samgraft.shared.samples.split import Split, make_split, pretrain_manifest
 from samgraft.shared.store.store import SliceStore
 from samgraft.shared.weights.card import Card
-from samgraft.shared.weights.load import save_encoder, save_tensors
+from samgraft.shared.weights.save import save_encoder
 from store_factory import make_store
 
 SPEC = tiny_vit_t_spec()
@@ -44,10 +45,10 @@ def place(tmp_path_factory):
     root = tmp_path_factory.mktemp("lab")
     store = SliceStore.open(make_store(root, num_patients=5, shape_zyx=(4, 32, 32)))
     sam = make_sam(SPEC, image_size=32)
-    save_tensors(dict(sam.state_dict()), root / "base.safetensors")
+    write_tensors(root / "base.safetensors", dict(sam.state_dict()))
     save_encoder(sam.image_encoder, root / "ssl" / "encoder", card(stage="encoder", objective="masked_image"))
     other = make_sam(tiny_plain_spec(), image_size=160)
-    save_tensors(dict(other.state_dict()), root / "other.safetensors")
+    write_tensors(root / "other.safetensors", dict(other.state_dict()))
     (root / "notes.pth").write_bytes(b"not weights at all")
     split = make_split(store)
     task = Task(

@@ -18,12 +18,12 @@ from samgraft.finetune.training.step_cost import measure_step
 from samgraft.shared.cli import main
 from samgraft.shared.config import load_config
 from samgraft.shared.errors import SamgraftError, StoppedAndSaved
+from samgraft.shared.files import write_tensors
 from samgraft.shared.runs.run_folder import RunFolder
 from samgraft.shared.samples.split import default_split_path, make_split
 from samgraft.shared.store.store import SliceStore
 from samgraft.shared.training.device import choose_device
 from samgraft.shared.training.trainer import fit
-from samgraft.shared.weights.load import save_tensors
 from store_factory import make_store
 
 MODES = {
@@ -44,7 +44,7 @@ class Killed(BaseException):
 def lab(tmp_path_factory):
     root = tmp_path_factory.mktemp("lab")
     make_store(root, num_patients=5, shape_zyx=(4, 24, 20))
-    save_tensors(dict(make_sam(tiny_vit_t_spec(), image_size=32).state_dict()), root / "base.safetensors")
+    write_tensors(root / "base.safetensors", dict(make_sam(tiny_vit_t_spec(), image_size=32).state_dict()))
     return root
 
 
@@ -200,7 +200,7 @@ def test_bad_input__is_refused_before_a_run_begins(lab, settings, message):
 @pytest.mark.parametrize("few_shot", ["null", "2"])
 def test_resume__with_the_runs_own_split_whatever_lies_beside_the_store_now(tmp_path, few_shot):
     store = SliceStore.open(make_store(tmp_path, num_patients=6, shape_zyx=(4, 24, 20)))
-    save_tensors(dict(make_sam(tiny_vit_t_spec(), image_size=32).state_dict()), tmp_path / "base.safetensors")
+    write_tensors(tmp_path / "base.safetensors", dict(make_sam(tiny_vit_t_spec(), image_size=32).state_dict()))
     config = config_of(tmp_path, f"data.few_shot.num={few_shot}", "trainer.max_steps=2")
     path = tmp_path / "runs" / "a"
     first = train.prepare_seeded(config, run_path=path)

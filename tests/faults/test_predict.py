@@ -223,14 +223,14 @@ def test_crash_while_files_move__is_redone_not_refused(lab, scans, tmp_path, mon
     from pathlib import Path
 
     out = tmp_path / "out"
-    replace = Path.replace
+    rename = Path.rename
 
     def cut_off(self, target):
         if self.name == "a_seg.samgraft.json":
             raise OSError(5, "pulled the plug")
-        return replace(self, target)
+        return rename(self, target)
 
-    monkeypatch.setattr(Path, "replace", cut_off)
+    monkeypatch.setattr(Path, "rename", cut_off)
     assert run(lab, scans / "a.nii.gz", out) != 0
     monkeypatch.undo()
     assert (out / "a_seg.nii.gz").is_file()

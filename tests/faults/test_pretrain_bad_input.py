@@ -9,7 +9,7 @@ import torch
 from samgraft.shared.cli import main
 from samgraft.shared.runs.run_folder import RunFolder
 from samgraft.shared.weights.card import Card
-from samgraft.shared.weights.load import save_encoder
+from samgraft.shared.weights.save import save_encoder
 from samgraft.ssl import preflight
 from samgraft.ssl.prepare import Request, prepare
 from store_factory import make_store

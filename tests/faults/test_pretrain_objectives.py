@@ -16,7 +16,8 @@ from samgraft.shared.config import load_config
 from samgraft.shared.errors import StoppedAndSaved
 from samgraft.shared.training.device import choose_device
 from samgraft.shared.weights.card import Card
-from samgraft.shared.weights.load import read_weights, save_encoder
+from samgraft.shared.weights.load import read_weights
+from samgraft.shared.weights.save import save_encoder
 from samgraft.ssl.config import PretrainConfig
 from samgraft.ssl.module import PretrainModule
 from samgraft.ssl.pretrain import pretrain

@@ -29,7 +29,8 @@ from samgraft.shared.training import preflight as disk_need
 from samgraft.shared.training.device import choose_device
 from samgraft.shared.training.trainer import FitResult, fit
 from samgraft.shared.weights.card import Card
-from samgraft.shared.weights.load import card_of, read_weights, save_encoder, save_sam
+from samgraft.shared.weights.load import card_of, read_weights
+from samgraft.shared.weights.save import save_encoder, save_sam
 from samgraft.ssl import preflight
 from samgraft.ssl.config import PretrainConfig
 from samgraft.ssl.pretrain import pretrain

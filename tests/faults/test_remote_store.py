@@ -8,7 +8,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
-import samgraft.shared.store.files as store_files
+import samgraft.shared.files as files
 from finished_factory import SPEC, make_lab
 from model_factory import make_sam
 from samgraft.finetune.commands.finetune import add_arguments, build_config
@@ -18,12 +18,13 @@ from samgraft.finetune.model_folder import read_model
 from samgraft.finetune.training.preparation import prepare
 from samgraft.shared.cli import main
 from samgraft.shared.errors import DataError, StorageError, UsageError
+from samgraft.shared.files import write_tensors
 from samgraft.shared.samples.dataset import SliceDataset, select_slices
 from samgraft.shared.samples.split import load_split, split_beside
 from samgraft.shared.samples.store_info import describe_store
 from samgraft.shared.store.store import SliceStore
 from samgraft.shared.weights.card import Card
-from samgraft.shared.weights.load import save_encoder, save_tensors
+from samgraft.shared.weights.save import save_encoder
 from samgraft.ssl.config import DataConfig
 from samgraft.ssl.preflight import pretraining_split
 from store_factory import make_store
@@ -90,7 +91,7 @@ class Server:
 
 @pytest.fixture
 def server(tmp_path, monkeypatch):
-    monkeypatch.setattr(store_files, "FIRST_WAIT_S", 0.001)
+    monkeypatch.setattr(files, "FIRST_WAIT_S", 0.001)
     for name in ("AWS_SESSION_TOKEN", "AWS_PROFILE", "AWS_ENDPOINT", "HTTP_PROXY", "http_proxy"):
         monkeypatch.delenv(name, raising=False)
     make_store(tmp_path, num_patients=1)
@@ -225,7 +226,7 @@ def test_s3__evaluate_scores_the_same(lab, tmp_path, monkeypatch, given):
 
 def test_s3__finetune_prepares_the_same_samples(lab):
     sam = make_sam(SPEC, image_size=32)
-    save_tensors(dict(sam.state_dict()), lab.root / "sam.safetensors")
+    write_tensors(lab.root / "sam.safetensors", dict(sam.state_dict()))
     about = {"arch": "vit_t", "stem": "conv1x1", "pixel_mean": [0.0] * 3, "pixel_std": [255.0] * 3}
     save_encoder(sam.image_encoder, lab.root / "ssl", Card(image_size=32, stage="encoder", **about))
     parser = argparse.ArgumentParser()

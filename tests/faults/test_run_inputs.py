@@ -16,7 +16,7 @@ from samgraft.shared.samples.split import Split, default_split_path, make_split
 from samgraft.shared.store.store import SliceStore
 from samgraft.shared.training.device import choose_device
 from samgraft.shared.weights.card import Card
-from samgraft.shared.weights.load import save_sam
+from samgraft.shared.weights.save import save_sam
 from samgraft.ssl.preflight import pretraining_split
 from samgraft.ssl.pretrain import pretrain
 from store_factory import make_store

@@ -10,6 +10,7 @@ from samgraft.finetune.training.preparation import prepare
 from samgraft.shared.cli import main
 from samgraft.shared.config import load_config
 from samgraft.shared.errors import DataError
+from samgraft.shared.files import write_tensors
 from samgraft.shared.samples.split import Split, check_split, make_split
 from samgraft.shared.scans.intensity import IntensityPreset
 from samgraft.shared.scans.sources import discover
@@ -19,7 +20,6 @@ from samgraft.shared.store.build_report import summarise
 from samgraft.shared.store.examine import BuildSettings
 from samgraft.shared.store.near_duplicates import look_alike
 from samgraft.shared.store.store import SliceStore
-from samgraft.shared.weights.load import save_tensors
 from store_factory import make_store, write_nifti
 
 SETTINGS = BuildSettings(modality=Modality.MRI, salt="test")
@@ -82,7 +82,7 @@ def test_row_136_split_file_with_a_patient_in_two_parts(tmp_path):
 def config(root):
     weights = root / "sam.safetensors"
     if not weights.exists():
-        save_tensors(dict(make_sam(tiny_vit_t_spec(), image_size=32).state_dict()), weights)
+        write_tensors(weights, dict(make_sam(tiny_vit_t_spec(), image_size=32).state_dict()))
     layer = {
         "modality": "mri",
         "data": {"store": str(root / "store.zarr"), "batch_size": 1},

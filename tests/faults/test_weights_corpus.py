@@ -22,8 +22,9 @@ from samgraft.shared.encoders.architecture import Arch
 from samgraft.shared.encoders.sam import build_sam
 from samgraft.shared.errors import WeightsError
 from samgraft.shared.weights.card import Card
-from samgraft.shared.weights.load import load_image_encoder, load_sam, read_weights, save_sam
+from samgraft.shared.weights.load import load_image_encoder, load_sam, read_weights
 from samgraft.shared.weights.safe_read import read_file
+from samgraft.shared.weights.save import save_sam
 
 
 @pytest.fixture(scope="module")

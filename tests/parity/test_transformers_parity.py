@@ -10,7 +10,8 @@ from model_factory import make_sam, randomise, tiny_plain_spec, tiny_vit_t_spec
 from samgraft.shared.encoders.architecture import Arch
 from samgraft.shared.encoders.sam import build_sam, decode_automatic
 from samgraft.shared.errors import WeightsError
-from samgraft.shared.weights.load import load_sam, read_weights, save_sam
+from samgraft.shared.weights.load import load_sam, read_weights
+from samgraft.shared.weights.save import save_sam
 from samgraft.shared.weights.transformers_format import (
     SHARED_POSITIONS,
     from_transformers,

@@ -13,10 +13,10 @@ from samgraft.finetune.training.preparation import prepare
 from samgraft.shared.cli import main
 from samgraft.shared.config import load_config
 from samgraft.shared.errors import DataError, StorageError, UsageError
+from samgraft.shared.files import write_tensors
 from samgraft.shared.samples.dataset import batch_to_input, collate_slices
 from samgraft.shared.store.store import SliceStore
 from samgraft.shared.training.device import choose_device
-from samgraft.shared.weights.load import save_tensors
 from store_factory import make_store
 from tiny_sams import tiny_sam
 
@@ -143,7 +143,7 @@ def test_memory__computes_a_batch_once_and_keeps_to_its_limit():
 def place(tmp_path_factory):
     root = tmp_path_factory.mktemp("cached")
     store = make_store(root, num_patients=5, shape_zyx=(4, 24, 24))
-    save_tensors(dict(tiny_sam("vit_t").state_dict()), root / "base.safetensors")
+    write_tensors(root / "base.safetensors", dict(tiny_sam("vit_t").state_dict()))
     return root, store
 
 

@@ -5,7 +5,8 @@ import torch
 from samgraft.finetune.model_folder import read_model
 from samgraft.shared.cli import main
 from samgraft.shared.errors import WeightsError
-from samgraft.shared.weights.load import load_sam, save_tensors
+from samgraft.shared.files import write_tensors
+from samgraft.shared.weights.load import load_sam
 from store_factory import make_store
 from tiny_sams import images_for, tiny_sam
 
@@ -14,7 +15,7 @@ from tiny_sams import images_for, tiny_sam
 def place(tmp_path_factory):
     root = tmp_path_factory.mktemp("lab")
     make_store(root, num_patients=5, shape_zyx=(3, 24, 24))
-    save_tensors(dict(tiny_sam("vit_t").state_dict()), root / "base.safetensors")
+    write_tensors(root / "base.safetensors", dict(tiny_sam("vit_t").state_dict()))
     return root
 
 

@@ -11,7 +11,8 @@ from model_factory import make_sam, tiny_plain_spec, tiny_vit_t_spec
 from samgraft.shared.cli import main
 from samgraft.shared.weights import load as weights_module
 from samgraft.shared.weights.card import Card
-from samgraft.shared.weights.load import read_weights, save_encoder, save_sam
+from samgraft.shared.weights.load import read_weights
+from samgraft.shared.weights.save import save_encoder, save_sam
 
 
 def test_inspect__counts_each_part(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,12 +13,13 @@ from samgraft.finetune.segmenter import Segmenter
 from samgraft.finetune.training.preparation import neighbours_of, prepare
 from samgraft.shared.config import load_config
 from samgraft.shared.errors import UsageError
+from samgraft.shared.files import write_tensors
 from samgraft.shared.samples.dataset import centre_channel, neighbour_slices
 from samgraft.shared.scans.preset import load_preset
 from samgraft.shared.store.store import SliceStore
 from samgraft.shared.training.device import choose_device
 from samgraft.shared.weights.card import Card
-from samgraft.shared.weights.load import save_encoder, save_tensors
+from samgraft.shared.weights.save import save_encoder
 from samgraft.ssl.config import PretrainConfig
 from samgraft.ssl.module import PretrainModule
 from samgraft.ssl.monitor.labelled import load_probe, open_probe_store
@@ -44,7 +45,7 @@ def lab(tmp_path_factory):
     about = {"arch": "vit_t", "stem": "conv1x1", "pixel_mean": [0.0] * 3, "pixel_std": [255.0] * 3}
     save_encoder(tiny_encoder(), root / "base", Card(image_size=32, **about))
     sam = make_sam(SPEC, image_size=32)
-    save_tensors(dict(sam.state_dict()), root / "sam.safetensors")
+    write_tensors(root / "sam.safetensors", dict(sam.state_dict()))
     save_encoder(sam.image_encoder, root / "ssl", Card(image_size=32, stage="encoder", num_neighbours=1, **about))
     return root
 

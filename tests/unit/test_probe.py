@@ -15,7 +15,7 @@ from samgraft.shared.samples.split import Split, default_split_path
 from samgraft.shared.scans.preset import load_preset
 from samgraft.shared.store.store import SliceStore
 from samgraft.shared.weights.card import Card
-from samgraft.shared.weights.load import save_encoder, save_sam
+from samgraft.shared.weights.save import save_encoder, save_sam
 from samgraft.ssl.config import ModelConfig, PretrainConfig, ProbeConfig
 from samgraft.ssl.monitor import box_prompt_check as drift
 from samgraft.ssl.monitor.labelled import LabelledSlices, ProbeData, labelled_refs, load_probe, open_probe_store

@@ -14,9 +14,9 @@ from samgraft.finetune.release import release_clients
 from samgraft.finetune.release.release import release_model
 from samgraft.shared.commands.release import _names, _releaser
 from samgraft.shared.errors import DataError, StorageError, UsageError, WeightsError
+from samgraft.shared.files import file_sha256
 from samgraft.shared.release import load_back
 from samgraft.shared.release.request import ReleaseRequest
-from samgraft.shared.weights.safe_read import file_sha256
 
 
 @pytest.fixture

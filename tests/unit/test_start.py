@@ -11,7 +11,7 @@ from samgraft.shared.encoders.architecture import Arch, Stem
 from samgraft.shared.encoders.tiny_vit import freeze_batch_norm
 from samgraft.shared.errors import UsageError, WeightsError
 from samgraft.shared.weights.card import Card
-from samgraft.shared.weights.load import save_encoder
+from samgraft.shared.weights.save import save_encoder
 from samgraft.ssl import module as batch_norm
 from samgraft.ssl import start
 from samgraft.ssl.config import ModelConfig

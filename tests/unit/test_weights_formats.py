@@ -22,10 +22,9 @@ from samgraft.shared.weights.load import (
     load_into,
     load_sam,
     read_weights,
-    save_encoder,
-    save_sam,
 )
 from samgraft.shared.weights.positions import resize_positions
+from samgraft.shared.weights.save import save_encoder, save_sam
 from segment_anything.modeling.image_encoder import get_rel_pos
 
 Tensors = dict[str, torch.Tensor]
@@ -331,7 +330,7 @@ def test_save_sam__loads_strictly_in_stock_code(tmp_path: Path, plain: Tensors, 
         sam.load_state_dict(tensors, strict=True)
         assert same(tensors, plain)
     assert same(dict(load_sam(path).state_dict()), plain)
-    with pytest.raises(WeightsError, match=r"must end in .pth or .safetensors, got '.bin'"):
+    with pytest.raises(WeightsError, match=r"unknown ending \('.bin', expected .pth or .safetensors\)"):
         save_sam(sam, tmp_path / "sam.bin")
 
 

@@ -12,7 +12,7 @@ import zlib
 from pathlib import Path
 
 from samgraft.shared.errors import DataError, StorageError
-from samgraft.shared.files import read_patiently
+from samgraft.shared.files import read_with_retry
 
 GZIP_MAGIC = b"\x1f\x8b"
 
@@ -33,7 +33,7 @@ def read_bytes(path: Path, *, where: str) -> tuple[bytes, str]:
     if not stat.S_ISREG(mode):  # opening a pipe would wait for ever
         raise DataError("a scan must be a regular file, got a folder, pipe or device.", where=where)
     try:
-        data = read_patiently(path.read_bytes, where=where)
+        data = read_with_retry(path.read_bytes, where=where)
     except StorageError:
         raise
     except OSError as err:
