@@ -1,8 +1,12 @@
-"""Typed dataclasses from YAML files and dotted overrides; the only user of OmegaConf.
+"""Typed configuration from YAML files and dotted overrides.
 
-A configuration is a tree of frozen dataclasses. ``load_config`` merges, in this order: the defaults of the
-dataclasses, the given YAML layers, the dotted overrides ``key.sub=value``. Unknown keys, wrong types and duplicate
-keys are errors that name the key and the nearest known one.
+A configuration is a tree of frozen dataclasses. ``load_config`` merges the YAML layers and then the overrides
+``key.sub=value``, and checks the result against the dataclasses. Values keep the file and the line that they came
+from, and everything that is wrong is reported in one message.
+
+OmegaConf merges. Every value travels through it as one opaque ``Setting``, so that nothing in it is interpolated: a
+path that contains ``${HOME}`` is that path. pydantic checks types and the ranges that fields declare
+(``lr: Annotated[float, Gt(0)]``); checks of combinations are in the ``__post_init__`` of each dataclass.
 """
 
 from __future__ import annotations
@@ -11,30 +15,48 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from enum import Enum
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, Final, TypeVar, get_args, get_type_hints
+from types import MappingProxyType, NoneType
+from typing import Any, Final, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
-from omegaconf import DictConfig, ListConfig, OmegaConf
-from omegaconf.errors import (
-    ConfigAttributeError,
-    ConfigKeyError,
-    ConfigTypeError,
-    MissingMandatoryValue,
-    OmegaConfBaseException,
-)
+from omegaconf import OmegaConf
+from pydantic import TypeAdapter, ValidationError
 from samgraft.shared.errors import UsageError
 
 Schema = TypeVar("Schema")
 MAX_CONFIG_BYTES = 1_000_000
+MAX_LISTED_PROBLEMS = 20
+
+RENAMED_KEYS: Final[Mapping[str, str]] = MappingProxyType({})
+"""Settings of earlier versions and their names today. A user's old name is refused with the new one; the stored
+configuration of an earlier run is translated."""
 
 MAY_CHANGE: Final = MappingProxyType({"may_change_on_resume": True})
-"""``field(metadata=MAY_CHANGE)``: this setting does not change the numbers, so a resumed run may have another one."""
+"""Metadata of a field whose setting does not change the numbers, so that a resumed run may have another one."""
+
+
+class Setting:
+    """One value as a user wrote it.
+
+    Not a dataclass, because OmegaConf would take a dataclass for a section of its own and look into it.
+
+    Attributes:
+        value: Parsed scalar, or a list of settings.
+        text: Characters of the value as written; fields that hold text take these.
+        where: File and line, or the command-line override.
+    """
+
+    def __init__(self, value: Any, text: str, where: str) -> None:
+        self.value = value
+        self.text = text
+        self.where = where
 
 
 def packaged_config(relative: str) -> Path:
@@ -43,7 +65,7 @@ def packaged_config(relative: str) -> Path:
     Raises:
         UsageError: If there is no such file; the message lists its neighbours.
     """
-    # An editable install adds a placeholder that is no folder to the namespace; importlib.resources trips over it.
+    # An editable install adds a placeholder that is no folder to the namespace; importlib.resources fails on it.
     spec = find_spec("samgraft.configs")
     places = [Path(place) for place in (spec.submodule_search_locations or ())] if spec else []
     root = next(place for place in places if place.is_dir())
@@ -60,69 +82,65 @@ def packaged_config(relative: str) -> Path:
 def load_config(
     schema: type[Schema], *, layers: Sequence[Path | Mapping[str, Any]] = (), overrides: Sequence[str] = ()
 ) -> Schema:
-    """Merge defaults, YAML layers and dotted overrides into an instance of ``schema``.
+    """Merge YAML layers and dotted overrides into an instance of ``schema``.
 
     Args:
         schema: A frozen dataclass, nested as needed. Fields without default are required.
-        layers: YAML files or plain mappings, later ones win.
+        layers: YAML files or plain mappings; later ones win.
         overrides: ``key.sub=value`` strings, applied last. Values are parsed as YAML scalars.
 
     Returns:
         The dataclass instance; its ``__post_init__`` checks have run.
 
     Raises:
-        UsageError: For an unknown key (with the nearest known key), a wrong type, a missing required key, a failed
-            check, or a file that is not plain YAML.
+        UsageError: For unknown keys (with the nearest known key), wrong types, values out of range, missing required
+            keys, failed checks (all of them in one message), or a file that is not plain YAML.
     """
-    config = OmegaConf.structured(schema)
-    _make_writable(config)
+    merged = _omega({})
     for layer in layers:
-        name = layer.name if isinstance(layer, Path) else "command line"
-        values = read_yaml(layer) if isinstance(layer, Path) else dict(layer)
-        config = _merge(config, values, schema, where=name)
+        merged = OmegaConf.merge(merged, _omega(_read_layer(layer)))
+    check = _Check(schema)
     for override in overrides:
         key, separator, text = override.partition("=")
-        if not separator or not key or key.startswith("-"):
-            raise UsageError(
-                f"an override must look like key.sub=value, got {override!r}.", where="command line (ARGS=...)"
-            )
-        try:
-            single = OmegaConf.from_dotlist([override])
-        except (OmegaConfBaseException, yaml.YAMLError) as err:
-            raise UsageError(f"the value of {key} is not plain YAML: {text!r}.", where="command line") from err
-        nested = OmegaConf.to_container(single)
-        assert isinstance(nested, dict)
-        config = _merge(config, {str(k): v for k, v in nested.items()}, schema, where=f"command line: {override}")
-    return _to_object(config, schema)
+        if not separator or not re.fullmatch(r"[A-Za-z_]\w*(\.\w+)*", key):
+            problem = f"an override must look like key.sub=value, got {override!r}."
+            check.reject(override, problem, Setting(None, "", "command line (ARGS=...)"))
+            continue
+        nested: Any = _read_override(
+            text, takes_text=_takes_text(_kind_of(schema, key)), where=f"command line, {override}"
+        )
+        for part in reversed(key.split(".")):
+            nested = {part: nested}
+        merged = OmegaConf.merge(merged, _omega(nested))
+    settings = OmegaConf.to_container(merged, resolve=False)
+    assert isinstance(settings, dict)
+    return _validate(schema, settings, check)
+
+
+def translate_renamed_keys(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the dotted settings of an earlier version under their names of today."""
+    return {RENAMED_KEYS.get(key, key): value for key, value in flat.items()}
 
 
 def read_settings(layers: Sequence[Path | Mapping[str, Any]], overrides: Sequence[str]) -> dict[str, str]:
-    """Return what a user wrote, by dotted key and as text, before defaults are filled in by what it says.
+    """Return what a user wrote by dotted key, as text, before defaults are added.
 
-    Nothing is checked here: ``load_config`` reads the same again. Lists and null are left out.
+    Nothing is checked here, because ``load_config`` reads the same again. Lists and null are left out.
 
     Raises:
         UsageError: For a file that is not plain YAML.
     """
-    said: dict[str, str] = {}
+    given: dict[str, str] = {}
     for layer in layers:
-        said |= dict(_leaves(read_yaml(layer) if isinstance(layer, Path) else layer, ""))
+        given |= {key: setting.text for key, setting in _leaves(_read_layer(layer), "")}
     for override in overrides:
         key, _, text = override.partition("=")
-        said[key] = text.strip().strip("\"'")
-    return {key: text for key, text in said.items() if text.lower() not in {"", "~", "null"}}
-
-
-def _leaves(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, str]]:
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{key}.")
-        elif not isinstance(value, list):
-            yield f"{prefix}{key}", "" if value is None else str(value)
+        given[key] = text.strip().strip("\"'")
+    return {key: text for key, text in given.items() if text.lower() not in {"", "~", "null", "none"}}
 
 
 def without_keys(overrides: Sequence[str], keys: Iterable[str]) -> list[str]:
-    """Return the overrides that set none of ``keys``: what stands behind them was read and filled in already."""
+    """Return the overrides that set none of ``keys``, which the caller has read already."""
     read = set(keys)
     return [override for override in overrides if override.partition("=")[0] not in read]
 
@@ -133,7 +151,7 @@ def config_to_yaml(config: object) -> str:
 
 
 def config_to_dict(config: object) -> dict[str, Any]:
-    """Return nested plain dictionaries, enums by value, paths as text."""
+    """Return nested plain dictionaries with enums by value and paths as text."""
     if not dataclasses.is_dataclass(config) or isinstance(config, type):
         raise UsageError(f"config must be a dataclass instance, got {type(config).__name__}.")
     plain = plain_value(config)
@@ -142,9 +160,9 @@ def config_to_dict(config: object) -> dict[str, Any]:
 
 
 def config_sha256(config: object) -> str:
-    """Return the identity of a configuration: sha256 over its sorted JSON.
+    """Return the sha256 over the sorted JSON of a configuration, which identifies it.
 
-    Settings marked ``MAY_CHANGE`` are left out: with them, what a resumed run wrote would not match its config.yaml.
+    Settings marked ``MAY_CHANGE`` are left out, because a resumed run may have others than its config.yaml.
     """
     values = config_to_dict(config)
     for key in keys_that_may_change(type(config)):
@@ -167,19 +185,15 @@ def keys_that_may_change(schema: type, prefix: str = "") -> Iterator[str]:
             yield from keys_that_may_change(kind, f"{key}.")
 
 
-def dotted_keys(schema: type) -> list[str]:
+def dotted_keys(schema: type, prefix: str = "") -> list[str]:
     """Return every leaf key of a nested dataclass, dotted, in order."""
-    return list(_walk(schema, ""))
-
-
-def _walk(schema: type, prefix: str) -> Iterator[str]:
     hints = get_type_hints(schema)
+    found: list[str] = []
     for field in dataclasses.fields(schema):
         key, kind = f"{prefix}{field.name}", hints[field.name]
-        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
-            yield from _walk(kind, f"{key}.")
-        else:
-            yield key
+        is_section = isinstance(kind, type) and dataclasses.is_dataclass(kind)
+        found += dotted_keys(kind, f"{key}.") if is_section else [key]
+    return found
 
 
 def plain_value(value: object) -> object:
@@ -197,136 +211,322 @@ def plain_value(value: object) -> object:
     return value
 
 
-def _make_writable(node: DictConfig | ListConfig) -> None:
-    # OmegaConf 2.3 marks frozen dataclasses read-only node by node, which also refuses merging into nested ones.
-    OmegaConf.set_readonly(node, False)
-    items = (node._get_node(key) for key in node) if isinstance(node, DictConfig) else iter(node._content or ())
-    for child in items:
-        if isinstance(child, DictConfig) and child._is_missing() and dataclasses.is_dataclass(child._metadata.ref_type):
-            # A required section: expanded now, because merging would expand it read-only. Its leaves stay required.
-            child._set_value(OmegaConf.structured(child._metadata.ref_type))
-        if isinstance(child, DictConfig | ListConfig) and not child._is_none() and not child._is_missing():
-            _make_writable(child)
-
-
 def read_yaml(path: Path) -> dict[str, Any]:
     """Read a plain YAML (or JSON) file of keys and values.
 
     Raises:
-        UsageError: If it is missing, too large, or uses tags, aliases, duplicate keys or YAML 1.1 traps.
+        UsageError: If it is missing, too large, or uses tags, aliases, duplicate keys or YAML 1.1 forms of numbers.
     """
+    values = _values(_read_file(path))
+    assert isinstance(values, dict)
+    return values
+
+
+def _values(settings: Any) -> Any:
+    if isinstance(settings, Mapping):
+        return {key: _values(value) for key, value in settings.items()}
+    if isinstance(settings, Setting):
+        return _values(settings.value)
+    return [_values(value) for value in settings] if isinstance(settings, list) else settings
+
+
+# Reading: YAML text becomes nested mappings whose leaves are settings.
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """SafeLoader that refuses aliases and resolves scalars by YAML 1.2's core schema."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError(f"anchors and aliases are not allowed (line {self.peek_event().start_mark.line + 1})")
+        return super().compose_node(parent, index)
+
+
+def _core_schema_resolvers() -> dict[str, list[tuple[str, Any]]]:
+    """Return YAML 1.2's rules, which have no dates and no octal, hexadecimal or base-60 numbers."""
+    number_start = list("-+0123456789.")
+    digits = r"(?:0|[1-9][0-9]*)"
+    rules = [
+        ("bool", r"^(?:true|True|TRUE|false|False|FALSE)$", list("tTfF")),
+        ("int", rf"^[-+]?{digits}$", number_start),
+        ("float", rf"^[-+]?(?:\.[0-9]+|{digits}(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?$", number_start),
+        ("null", r"^(?:~|null|Null|NULL|)$", ["~", "n", "N", ""]),
+    ]
+    table: dict[str, list[tuple[str, Any]]] = {}
+    for kind, pattern, starts in rules:
+        for start in starts:
+            table.setdefault(start, []).append((f"tag:yaml.org,2002:{kind}", re.compile(pattern)))
+    return table
+
+
+_StrictLoader.yaml_implicit_resolvers = _core_schema_resolvers()
+_PLAIN_TAGS = {f"tag:yaml.org,2002:{kind}" for kind in ("str", "int", "float", "bool", "null", "map", "seq")}
+
+
+def _read_layer(layer: Path | Mapping[str, Any]) -> dict[str, Any]:
+    if isinstance(layer, Path):
+        return _read_file(layer)
+    return {str(key): _from_python(value) for key, value in layer.items()}
+
+
+def _read_file(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UsageError("the configuration file does not exist.", where=path.name)
     if path.stat().st_size > MAX_CONFIG_BYTES:
         raise UsageError(f"a configuration file must be under {MAX_CONFIG_BYTES} bytes.", where=path.name)
     try:
-        text = path.read_text(encoding="utf-8")
-        values = yaml.load(text, Loader=_StrictLoader)
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as err:
+        content = _compose(path.read_text(encoding="utf-8-sig"), where=path.name)
+    except (yaml.YAMLError, ValueError, RecursionError) as err:
         raise UsageError(
-            f"the configuration file is not plain YAML: {str(err).splitlines()[0]}", where=path.name
+            f"the configuration file is not plain YAML: {_yaml_problem(err)}. Write one `key: value` per line and nest "
+            "with spaces.",
+            where=path.name,
         ) from err
-    if values is None:
+    if content is None:
         return {}
-    if not isinstance(values, dict):
+    if not isinstance(content, dict):
         raise UsageError("a configuration file must hold keys and values at its top level.", where=path.name)
-    return values
+    return content
 
 
-class _StrictLoader(yaml.SafeLoader):
-    """SafeLoader that refuses duplicate keys, aliases, and YAML 1.1 traps (octal, sexagesimal, yes/no, dates)."""
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("anchors and aliases are not allowed")
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key_node, _ in node.value:
-            if key_node.value in seen:
-                raise yaml.YAMLError(f"duplicate key {key_node.value!r} in line {key_node.start_mark.line + 1}")
-            seen.add(key_node.value)
-        return super().construct_mapping(node, deep=deep)
-
-
-def _plain_resolvers() -> dict[str, list[tuple[str, Any]]]:
-    """YAML 1.2 core schema: only true/false are booleans, no dates, no octal or base-60 integers, 1e-4 is a float."""
-    number_start = list("-+0123456789.")
-    rules = [
-        ("tag:yaml.org,2002:bool", r"^(?:true|True|TRUE|false|False|FALSE)$", list("tTfF")),
-        ("tag:yaml.org,2002:int", r"^[-+]?(?:0|[1-9][0-9]*)$", list("-+0123456789")),
-        ("tag:yaml.org,2002:float", r"^[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?$", number_start),
-        ("tag:yaml.org,2002:null", r"^(?:~|null|Null|NULL|)$", ["~", "n", "N", ""]),
-    ]
-    table: dict[str, list[tuple[str, Any]]] = {}
-    for tag, pattern, starts in rules:
-        for start in starts:
-            table.setdefault(start, []).append((tag, re.compile(pattern)))
-    return table
-
-
-_StrictLoader.yaml_implicit_resolvers = _plain_resolvers()
-
-
-def _merge(config: Any, layer: Mapping[str, Any], schema: type, *, where: str) -> Any:
+def _read_override(text: str, *, takes_text: bool, where: str) -> Any:
+    text = text.strip()
     try:
-        return OmegaConf.merge(config, OmegaConf.create(_enums_by_value(layer, schema, where=where)))
-    except (ConfigKeyError, ConfigAttributeError) as err:
-        key = str(err.full_key)
-        raise UsageError(f"unknown key {key!r}.{_hint(key, dotted_keys(schema))}", where=where) from err
-    except ConfigTypeError as err:
-        raise UsageError(f"{err.full_key or 'a key'} cannot take this value: {_first_line(err)}", where=where) from err
-    except OmegaConfBaseException as err:
-        raise UsageError(f"{err.full_key} has a wrong value: {_first_line(err)}", where=where) from err
+        content = _compose(text, where="")
+    except (yaml.YAMLError, ValueError, RecursionError):
+        content = Setting(text, text, where)
+    if takes_text and not isinstance(content, Setting):
+        # A path may look like YAML's collections: [x].zarr is a list, C:\\x: y a mapping.
+        content = Setting(text, text, where)
+    return _placed(content or Setting(None, "", where), where)
 
 
-def _enums_by_value(layer: Mapping[str, Any], schema: type, *, where: str, prefix: str = "") -> dict[str, Any]:
-    """Replace the text of enum fields by members: OmegaConf knows only their Python names, users write the values."""
-    hints = get_type_hints(schema)
-    result: dict[str, Any] = {}
-    for key, value in layer.items():
-        kind = hints.get(key)
-        members = [k for k in (kind, *get_args(kind)) if isinstance(k, type) and issubclass(k, Enum)]
-        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
-            if not isinstance(value, Mapping):
-                raise UsageError(f"{prefix}{key} must hold keys and values, got {value!r}.", where=where)
-            value = _enums_by_value(value, kind, where=where, prefix=f"{prefix}{key}.")
-        elif members and isinstance(value, str):
-            value = _member(members[0], value, key=f"{prefix}{key}", where=where)
-        result[key] = value
+def _placed(content: Any, where: str) -> Any:
+    """Return settings of an override with the override as their place."""
+    if isinstance(content, Mapping):
+        return {key: _placed(value, where) for key, value in content.items()}
+    value = [_placed(child, where) for child in content.value] if isinstance(content.value, list) else content.value
+    return Setting(value, content.text, where)
+
+
+def _compose(text: str, *, where: str) -> Any:
+    """Parse YAML into nested mappings of ``Setting``; None for an empty document."""
+    loader = _StrictLoader(text)
+    try:
+        node = loader.get_single_node()
+        return None if node is None else _from_node(loader, node, text, where)
+    finally:
+        loader.dispose()
+
+
+def _from_node(loader: _StrictLoader, node: Any, text: str, where: str) -> Any:
+    line = node.start_mark.line + 1
+    place = f"{where}, line {line}"
+    if node.tag not in _PLAIN_TAGS:
+        raise yaml.YAMLError(f"the tag {node.tag!r} is not allowed (line {line})")
+    if isinstance(node, yaml.MappingNode):
+        mapping: dict[str, Any] = {}
+        for key_node, value_node in node.value:
+            key = str(key_node.value)
+            if key in mapping:
+                raise yaml.YAMLError(f"duplicate key {key!r} in line {key_node.start_mark.line + 1}")
+            mapping[key] = _from_node(loader, value_node, text, where)
+        return mapping
+    if isinstance(node, yaml.SequenceNode):
+        children = [_from_node(loader, child, text, where) for child in node.value]
+        return Setting(children, text[node.start_mark.index : node.end_mark.index], place)
+    return Setting(loader.construct_object(node), str(node.value), place)
+
+
+def _from_python(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _from_python(child) for key, child in value.items()}
+    value = plain_value(value)
+    if isinstance(value, list):
+        return Setting([_from_python(child) for child in value], str(value), "command line")
+    return Setting(value, "" if value is None else str(value), "command line")
+
+
+def _leaves(settings: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Setting]]:
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}.")
+        elif not isinstance(value.value, list):
+            yield f"{prefix}{key}", value
+
+
+def _omega(content: Mapping[str, Any]) -> Any:
+    return OmegaConf.create(dict(content), flags={"allow_objects": True})
+
+
+def _yaml_problem(err: Exception) -> str:
+    mark = getattr(err, "problem_mark", None)
+    if mark is None:
+        return str(err).splitlines()[0]
+    return f"{getattr(err, 'problem', None) or 'it cannot be read'} (line {mark.line + 1})"
+
+
+# Checking: nested settings are compared with the dataclasses.
+
+_EXPECTED = {
+    "int": "be a whole number (such as 10)",
+    "float": "be a number (such as 0.5 or 1e-4, without quotes)",
+    "bool": "be true or false",
+    "string": "be text",
+    "list": "be a list (such as [1, 2])",
+    "dict": "hold keys and values",
+    "dataclass": "hold keys and values",
+}
+"""What a field takes, by the first word of pydantic's error type."""
+_RANGES = {"gt": "greater than", "ge": "at least", "lt": "less than", "le": "at most"}
+
+
+class _Check:
+    """One configuration being checked: the places of its values and the problems found so far."""
+
+    def __init__(self, schema: type) -> None:
+        self.schema = schema
+        self.places: dict[str, Setting] = {}
+        self.problems: dict[str, str] = {}
+        """Problem and place by dotted key."""
+
+    def plain_section(self, schema: type, settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+        """Return the values of one section as JSON holds them; what cannot be a value is recorded and left out."""
+        hints = get_type_hints(schema)
+        plain: dict[str, Any] = {}
+        for name, content in settings.items():
+            key = f"{prefix}{name}"
+            if name not in hints:
+                self.reject(key, self._unknown(key), content)
+            elif dataclasses.is_dataclass(hints[name]) and isinstance(content, Mapping):
+                plain[name] = self.plain_section(hints[name], content, f"{key}.")
+            else:
+                plain[name] = self.plain_content(hints[name], content, key)
+        return plain
+
+    def plain_content(self, kind: Any, content: Any, key: str) -> Any:
+        """Return one field's value as JSON holds it."""
+        arguments = get_args(kind)
+        if isinstance(content, Mapping):
+            inner = arguments[-1] if get_origin(kind) is dict else Any
+            return {name: self.plain_content(inner, value, f"{key}.{name}") for name, value in content.items()}
+        self.places[key] = content
+        value = content.value
+        if isinstance(value, list):
+            inner = arguments[0] if get_origin(kind) is list else Any
+            if dataclasses.is_dataclass(inner):
+                return [self.plain_section(inner, v, f"{key}.{i}.") if isinstance(v, Mapping) else v.value
+                        for i, v in enumerate(value)]  # fmt: skip
+            return [self.plain_content(inner, v, f"{key}.{i}") for i, v in enumerate(value)]
+        for member_kind in (kind, *arguments):
+            if isinstance(member_kind, type) and issubclass(member_kind, Enum) and value is not None:
+                return self._member(member_kind, content, key)
+        if _takes_text(kind) and value is not None:
+            return content.text
+        if isinstance(value, float) and not math.isfinite(value):
+            self.reject(key, f"{key} must be a finite number, got {content.text}.", content)
+        return value
+
+    def reject(self, key: str, problem: str, content: Any) -> None:
+        """Record a problem of one key."""
+        self.problems.setdefault(key, f"{problem}\0{_place(content)}")
+
+    def reject_all(self, error: ValidationError) -> None:
+        """Record what pydantic found, except in keys that are rejected already."""
+        for entry in error.errors(include_url=False):
+            key = ".".join(str(part) for part in entry["loc"])
+            if any(f"{key}.".startswith(f"{known}.") for known in self.problems):
+                continue
+            if entry["type"] == "value_error":
+                self._reject_combination(key, str(entry["ctx"]["error"]).splitlines()[0])
+                continue
+            content = self.places.get(key)
+            got = entry["input"] if content is None else content.text
+            kind = entry["type"].split("_")[0]
+            limits = [
+                f"{word} {entry['ctx'][name]:g}" for name, word in _RANGES.items() if name in entry.get("ctx", {})
+            ]
+            if entry["type"] == "missing":
+                self.reject(key, f"required key not given: {key}.", None)
+            elif limits:
+                self.reject(key, f"{key} must be {limits[0]}, got {got}.", content)
+            else:
+                self.reject(key, f"{key} must {_EXPECTED.get(kind, entry['msg'])}, got {got!r}.", content)
+
+    def raise_problems(self) -> None:
+        """Raise one error that lists every problem with its place.
+
+        Raises:
+            UsageError: If there is any problem.
+        """
+        found = [problem.split("\0") for problem in self.problems.values()]
+        if len(found) == 1:
+            raise UsageError(found[0][0], where=found[0][1])
+        if found:
+            found.sort(key=lambda item: _natural_order(item[1]))
+            lines = [f"  - {text.rstrip('.')} ({place})" for text, place in found[:MAX_LISTED_PROBLEMS]]
+            if len(found) > MAX_LISTED_PROBLEMS:
+                lines.append(f"  and {len(found) - MAX_LISTED_PROBLEMS} more")
+            raise UsageError("\n".join([f"{len(found)} settings are wrong.", *lines]))
+
+    def _unknown(self, key: str) -> str:
+        if key in RENAMED_KEYS:
+            return f"{key} is now called {RENAMED_KEYS[key]}. Use that name."
+        return f"unknown key {key!r}.{_hint(key, dotted_keys(self.schema))}"
+
+    def _member(self, kind: type[Enum], content: Setting, key: str) -> Any:
+        known = [str(member.value) for member in kind]
+        text = content.text.lower()
+        if text not in known:
+            self.reject(
+                key, f"{key} must be one of {', '.join(known)}, got {content.text!r}.{_hint(text, known)}", content
+            )
+        return text
+
+    def _reject_combination(self, section: str, message: str) -> None:
+        """Record a failed ``__post_init__`` at the place of the settings that its message names."""
+        words = set(re.findall(r"\w+", message))
+        named = [k for k in self.places if k.startswith(section) and k.rsplit(".", 1)[-1] in words]
+        self.reject(f"{section} {message}", message, self.places[named[-1]] if named else None)
+
+
+def _validate(schema: type[Schema], settings: Mapping[str, Any], check: _Check) -> Schema:
+    plain = check.plain_section(schema, settings)
+    try:
+        # JSON, because pydantic's strict mode takes enums by value and sections as mappings only from there.
+        result: Schema = _adapter(schema).validate_json(json.dumps(plain), strict=True)
+    except ValidationError as err:
+        check.reject_all(err)
+    check.raise_problems()
     return result
 
 
-def _member(kind: type[Enum], text: str, *, key: str, where: str) -> Enum:
-    known = {str(member.value): member for member in kind}
-    if text.lower() not in known:
-        raise UsageError(
-            f"{key} must be one of {', '.join(known)}, got {text!r}.{_hint(text.lower(), list(known))}", where=where
-        )
-    return known[text.lower()]
+@cache
+def _adapter(schema: type) -> TypeAdapter[Any]:
+    return TypeAdapter(schema)
 
 
-def _to_object(config: Any, schema: type[Schema]) -> Schema:
-    missing = sorted(OmegaConf.missing_keys(config))
-    if missing:
-        raise UsageError(
-            f"required key{'s' * (len(missing) > 1)} not given: {', '.join(missing)}.", where="configuration"
-        )
-    try:
-        result = OmegaConf.to_object(config)
-    except MissingMandatoryValue as err:
-        raise UsageError(f"required key not given: {err.full_key}.", where="configuration") from err
-    except UsageError:
-        raise
-    except (ValueError, OmegaConfBaseException) as err:
-        raise UsageError(_first_line(err), where="configuration") from err
-    assert isinstance(result, schema)
-    return result
+def _kind_of(schema: type, key: str) -> Any:
+    """Return the type of a dotted key, or None for an unknown one."""
+    kind: Any = schema
+    for part in key.split("."):
+        kind = get_type_hints(kind).get(part) if dataclasses.is_dataclass(kind) else None
+    return kind
 
 
-def _first_line(err: Exception) -> str:
-    return str(err).splitlines()[0]
+def _takes_text(kind: Any) -> bool:
+    return kind is str or set(get_args(kind)) == {str, NoneType}
+
+
+def _place(content: Any) -> str:
+    while isinstance(content, Mapping) and content:
+        content = next(iter(content.values()))
+    return content.where if isinstance(content, Setting) else "configuration"
+
+
+def _natural_order(text: str) -> list[str | int]:
+    """Return a sort key by which line 9 comes before line 10."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", text)]
 
 
 def _hint(word: str, known: Sequence[str]) -> str:

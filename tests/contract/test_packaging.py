@@ -73,12 +73,12 @@ def test_code__no_module_is_named_like_a_dumping_ground() -> None:
     assert [p for top in FOLDERS for p in (ROOT / top).rglob("*.py") if p.name in banned] == []
 
 
-def test_code__files_stay_under_400_lines() -> None:
+def test_code__files_have_at_most_600_lines() -> None:
     long = {
         str(path.relative_to(ROOT)): lines
         for top in FOLDERS
         for path in (ROOT / top).rglob("*.py")
-        if (lines := len(path.read_text().splitlines())) > 400
+        if (lines := len(path.read_text().splitlines())) > 600
     }
     assert long == {}
 

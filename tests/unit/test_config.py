@@ -1,11 +1,20 @@
-"""Configuration: typed, strict, and every refusal names the key."""
+"""Typed configuration from YAML layers and overrides, and the message for each kind of wrong value."""
 
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
+from typing import Annotated
 
 import pytest
-from samgraft.shared.config import config_sha256, config_to_dict, config_to_yaml, dotted_keys, load_config
+from annotated_types import Lt
+from samgraft.shared.config import (
+    config_sha256,
+    config_to_dict,
+    config_to_yaml,
+    dotted_keys,
+    load_config,
+    translate_renamed_keys,
+)
 from samgraft.shared.errors import UsageError
 
 
@@ -17,6 +26,7 @@ class Method(Enum):
 @dataclass(frozen=True, kw_only=True)
 class Optim:
     lr: float = 1e-3
+    dropout: Annotated[float, Lt(1)] = 0.0
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
 
     def __post_init__(self) -> None:
@@ -65,12 +75,18 @@ def test_load_config__result_is_frozen() -> None:
         ("sed=3", r"unknown key 'sed'\. Did you mean 'seed'"),
         ("optim.lrr=3", r"unknown key 'optim\.lrr'\. Did you mean 'optim\.lr'"),
         ("lr=3", r"unknown key 'lr'\. Did you mean 'optim\.lr'"),
-        ("seed=1.5", r"seed has a wrong value"),
-        ("optim.lr=abc", r"optim\.lr has a wrong value"),
+        ("seed=1.5", r"seed must be a whole number \(such as 10\), got '1\.5'"),
+        ("seed=true", r"seed must be a whole number \(such as 10\), got 'true'"),
+        ("seed=", r"seed must be a whole number \(such as 10\), got ''"),
+        ("optim.lr=abc", r"optim\.lr must be a number .*, got 'abc'"),
+        ("optim.lr=1e999", r"optim\.lr must be a finite number, got 1e999"),
+        ("optim.lr.x=1", r"optim\.lr must be a number"),
+        ("optim.betas=0.9", r"optim\.betas must be a list .*, got '0\.9'"),
+        ("optim.betas=[0.9, x]", r"optim\.betas\.1 must be a number .*, got 'x'"),
         ("method=simclr", r"method must be one of mae, dino, got 'simclr'"),
         ("optim.lr=-1", r"optim\.lr must be positive, got -1"),
         ("method=dinov", r"Did you mean 'dino'"),
-        ("optim=3", r"optim must hold keys and values, got 3"),
+        ("optim=3", r"optim must hold keys and values, got '3'"),
         ("--seed", r"must look like key\.sub=value"),
         ("seed", r"must look like key\.sub=value"),
     ],
@@ -93,14 +109,85 @@ def test_load_config__missing_required_key_is_named() -> None:
         ("name: &x a\nbase: *x\n", "aliases are not allowed"),
         ("- a\n", "keys and values at its top level"),
         ("name: a\n\tseed: 1\n", "not plain YAML"),
-        ("name: a\nseed: 010\n", "seed has a wrong value"),
-        ("name: a\nseed: 12:30:00\n", "seed has a wrong value"),
-        ("name: a\nseed: no\n", "seed has a wrong value"),
+        ("name: a\nseed: 010\n", "seed must be a whole number .*, got '010'"),
+        ("name: a\nseed: 0x10\n", "seed must be a whole number .*, got '0x10'"),
+        ("name: a\nseed: 1_0\n", "seed must be a whole number .*, got '1_0'"),
+        ("name: a\nseed: 12:30:00\n", "seed must be a whole number .*, got '12:30:00'"),
+        ("name: a\nseed: no\n", "seed must be a whole number .*, got 'no'"),
+        ("name: a\noptim: {lr: .inf}\n", "optim.lr must be a number .*, got '.inf'"),
+        ("name: a\noptim: {lr: '1e-4'}\n", "optim.lr must be a number .* without quotes"),
+        ("name: a\n---\nname: b\n", "found another document"),
     ],
 )
 def test_load_config__refuses_yaml_traps(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         _load(layers=(_file(tmp_path, text),))
+
+
+def test_load_config__several_wrong_values_give_one_line_each_with_file_and_line(tmp_path: Path) -> None:
+    text = "name: a\nseed: 010\nmethod: simclr\noptim:\n  dropout: 7\n  lrr: 2\n  betas: 3\n"
+    with pytest.raises(UsageError) as caught:
+        _load("base=b", "sed=1", layers=(_file(tmp_path, text),))
+    assert caught.value.what.splitlines() == [
+        "6 settings are wrong.",
+        "  - unknown key 'sed'. Did you mean 'seed'? (command line, sed=1)",
+        "  - seed must be a whole number (such as 10), got '010' (x.yaml, line 2)",
+        "  - method must be one of mae, dino, got 'simclr' (x.yaml, line 3)",
+        "  - optim.dropout must be less than 1, got 7 (x.yaml, line 5)",
+        "  - unknown key 'optim.lrr'. Did you mean 'optim.lr'? (x.yaml, line 6)",
+        "  - optim.betas must be a list (such as [1, 2]), got '3' (x.yaml, line 7)",
+    ]
+
+
+def test_load_config__declared_range_is_checked_with_its_place(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"^optim\.dropout must be less than 1, got 1\.5\.$") as caught:
+        _load(layers=(_file(tmp_path, "name: a\noptim:\n  dropout: 1.5\n"),))
+    assert caught.value.where == "x.yaml, line 3"
+
+
+def test_load_config__later_layer_replaces_a_wrong_value(tmp_path: Path) -> None:
+    assert _load("seed=4", layers=(_file(tmp_path, "name: a\nseed: x\n"),)).seed == 4
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "/a/${oc.env:HOME}/x",
+        "${name}",
+        "010",
+        "1:30",
+        "2024-01-01",
+        "/a/[x].zarr",
+        "C:\\x: y",
+        "/a b/ü=1.zarr",
+        "1e3",
+        "true",
+    ],
+)
+def test_load_config__text_field_takes_the_value_as_written(text: str) -> None:
+    assert _load("name=a", f"base={text}").base == text
+
+
+def test_load_config__text_field_in_a_file_takes_a_number_as_written(tmp_path: Path) -> None:
+    config = _load(layers=(_file(tmp_path, "name: 010\nbase: ${oc.env:HOME}\n"),))
+    assert (config.name, config.base) == ("010", "${oc.env:HOME}")
+
+
+def test_load_config__null_clears_a_text_field(tmp_path: Path) -> None:
+    assert _load("base=null", layers=(_file(tmp_path, "name: a\nbase: x\n"),)).base is None
+
+
+@pytest.mark.parametrize("content", [b"\xef\xbb\xbfname: a\n", b"name: a\r\nseed: 0\r\n"])
+def test_load_config__byte_order_mark_and_windows_line_ends_are_read(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "x.yaml").write_bytes(content)
+    assert _load(layers=(tmp_path / "x.yaml",)).name == "a"
+
+
+def test_load_config__renamed_key_is_refused_with_its_new_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("samgraft.shared.config.RENAMED_KEYS", {"optim.rate": "optim.lr"})
+    with pytest.raises(UsageError, match=r"optim\.rate is now called optim\.lr\. Use that name\."):
+        _load("name=a", "optim.rate=1")
+    assert translate_renamed_keys({"optim.rate": 1, "seed": 2}) == {"optim.lr": 1, "seed": 2}
 
 
 def test_config_identity__changes_with_a_value_only() -> None:
@@ -116,4 +203,4 @@ def test_config_to_yaml__round_trips(tmp_path: Path) -> None:
 
 
 def test_dotted_keys__lists_leaves() -> None:
-    assert dotted_keys(Root) == ["name", "seed", "method", "base", "optim.lr", "optim.betas"]
+    assert dotted_keys(Root) == ["name", "seed", "method", "base", "optim.lr", "optim.dropout", "optim.betas"]
