@@ -112,8 +112,7 @@ def load_config(
         for part in reversed(key.split(".")):
             nested = {part: nested}
         merged = OmegaConf.merge(merged, _omega(nested))
-    settings = OmegaConf.to_container(merged, resolve=False)
-    assert isinstance(settings, dict)
+    settings: Any = OmegaConf.to_container(merged, resolve=False)
     return _validate(schema, settings, check)
 
 
@@ -494,7 +493,7 @@ def _validate(schema: type[Schema], settings: Mapping[str, Any], check: _Check) 
     plain = check.plain_section(schema, settings)
     try:
         # JSON, because pydantic's strict mode takes enums by value and sections as mappings only from there.
-        result: Schema = _adapter(schema).validate_json(json.dumps(plain), strict=True)
+        result: Schema = _adapter(schema).validate_json(json.dumps(plain), strict=True)  # type: ignore[arg-type]
     except ValidationError as err:
         check.reject_all(err)
     check.raise_problems()
