@@ -29,8 +29,9 @@ from samgraft.shared.config import load_config, packaged_config
 from samgraft.shared.encoders.architecture import arch_spec
 from samgraft.shared.encoders.vit import build_image_encoder
 from samgraft.shared.samples.augment import SliceAugmentation
-from samgraft.shared.samples.dataset import SliceDataset, batch_to_input, collate_slices, select_slices
+from samgraft.shared.samples.dataset import SliceDataset, batch_to_input, collate_slices
 from samgraft.shared.samples.sampler import StepBatchSampler
+from samgraft.shared.samples.slices import select_slices
 from samgraft.shared.scans.case import SourceCase
 from samgraft.shared.scans.file_index import index_files
 from samgraft.shared.scans.intensity import IntensityPreset

@@ -21,7 +21,7 @@ from samgraft.shared.scans.preset import load_preset
 from samgraft.shared.scans.sources import discover
 from samgraft.shared.store.build import build_store, examine_cases
 from samgraft.shared.store.build_report import summarise
-from samgraft.shared.store.check import check_sources, check_store
+from samgraft.shared.store.check import check_store, compare_with_scans
 from samgraft.shared.store.examine import BuildSettings
 from samgraft.shared.store.store import SliceStore
 
@@ -43,7 +43,7 @@ def build(source, modality, out):
     store = SliceStore.open(out)
     again = examine_cases(found.cases, settings=settings, label_names=found.label_names)
     problems = check_store(out).problems
-    problems += check_sources(store, {r.series_id: r.source_sha256 for r in again.records})
+    problems += compare_with_scans(out, again)
     return summarise(found, report), store, seconds, problems
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 
-from samgraft.shared.samples.few_shot import few_shot
+from samgraft.shared.samples.slices import select_few_shot
 from samgraft.shared.samples.split import Split
 from samgraft.shared.store.store import SliceStore
 
@@ -46,7 +46,7 @@ def draw_few_shot(split: Split, store: SliceStore, config: FewShotConfig) -> Spl
     """
     if config.num is None:
         return split
-    return few_shot(split, store, num=config.num, unit=config.unit.value, repeat=config.repeat)
+    return select_few_shot(split, store, num=config.num, unit=config.unit.value, repeat=config.repeat)
 
 
 def may_end(rounds: Mapping[int, float], *, patience_rounds: int | None, min_steps: int, warmup_steps: int) -> bool:

@@ -45,30 +45,32 @@ def _run(arguments: argparse.Namespace) -> int:
 
 def _pretrain(arguments: argparse.Namespace) -> int:
     # Imported here: `samgraft --help` must not wait for torch.
-    from samgraft.shared.commands.store import left_by_dry_run
     from samgraft.shared.runs.run_folder import check_run_folder
+    from samgraft.shared.stage_config import TypedSettings
+    from samgraft.shared.store.from_data import describe_dry_run
     from samgraft.shared.training.device import choose_device
-    from samgraft.ssl.prepare import Request, prepare
+    from samgraft.ssl.prepare import prepare
     from samgraft.ssl.pretrain import pretrain
 
-    request = Request(
-        modality=arguments.modality,
-        data=arguments.data,
-        model=arguments.model,
-        method=arguments.method,
-        base=arguments.base,
-        name=arguments.name,
-        preset=arguments.preset,
-        config_files=tuple(arguments.config),
+    typed = TypedSettings(
+        options={
+            "modality": arguments.modality,
+            "data.store": arguments.data,
+            "model.arch": arguments.model,
+            "model.base": arguments.base,
+            "objective.name": arguments.method,
+        },
+        files=tuple(arguments.config),
         overrides=tuple(arguments.overrides),
     )
-    config, name = prepare(request, has_gpu=choose_device().accelerator != "cpu")
+    has_gpu = choose_device().accelerator != "cpu"
+    config, name = prepare(typed, preset=arguments.preset, name=arguments.name, has_gpu=has_gpu)
     check_run_folder(arguments.runs, name, config=config, stage="pretrain")
     trainer = config.trainer
     device = choose_device(trainer.device, precision=trainer.precision, devices=trainer.devices)
     pretrain(config, name=name, runs=arguments.runs, device=device, dry_run=arguments.dry_run)
     if arguments.dry_run:
-        log.info("dry run: %s.", left_by_dry_run(arguments.data, config.data.store))
+        log.info("dry run: %s.", describe_dry_run(typed.by_key().get("data.store"), config.data.store))
     return 0
 
 

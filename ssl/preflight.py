@@ -18,14 +18,15 @@ from samgraft.shared.errors import DataError, UsageError
 from samgraft.shared.machine import granted_memory
 from samgraft.shared.runs.inputs import kept_split
 from samgraft.shared.runs.training_state import finished_states
-from samgraft.shared.samples.dataset import SliceDataset, SliceRef, batch_to_input, collate_slices
+from samgraft.shared.samples.dataset import SliceDataset, batch_to_input, collate_slices
+from samgraft.shared.samples.slices import SliceRef
 from samgraft.shared.samples.split import (
     Split,
     load_split,
+    load_split_beside,
     make_split,
     pretrain_manifest,
     refuse_leak,
-    split_beside,
 )
 from samgraft.shared.store.store import SliceStore
 from samgraft.shared.training.device import DeviceChoice
@@ -65,7 +66,7 @@ def pretraining_split(config: DataConfig, store: SliceStore, *, seed: int, run_p
         return load_split(Path(config.split), store)
     if run_path is not None and (kept := kept_split(run_path, store)) is not None:
         return kept
-    return split_beside(store) or make_split(store, fractions=HELD_OUT_FRACTIONS, seed=seed)
+    return load_split_beside(store) or make_split(store, fractions=HELD_OUT_FRACTIONS, seed=seed)
 
 
 def leak_check(

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from samgraft.shared.commands.store import modality_of, store_of
-from samgraft.shared.config import load_config, packaged_config, read_settings, without_keys
-from samgraft.shared.demo import DemoPaths, demo_data, demo_paths, fetch_base_weights
+from samgraft.shared.config import packaged_config
+from samgraft.shared.demo import DemoPaths, demo_paths, fetch_base_weights
 from samgraft.shared.encoders.architecture import Arch, arch_spec
 from samgraft.shared.errors import DataError, UsageError
 from samgraft.shared.fetch import cache_folder
-from samgraft.shared.scans.preset import load_preset, modality_layer
-from samgraft.shared.store.files import is_address
+from samgraft.shared.stage_config import DemoSettings, TypedSettings, build_stage_config
 from samgraft.shared.store.store import SliceStore
 from samgraft.shared.weights.load import read_weights
 from samgraft.ssl.config import PretrainConfig
@@ -33,24 +29,16 @@ DEFAULT_METHOD = {
 """What suits an architecture when METHOD is not given."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Request:
-    """What was typed; None = not given."""
+def prepare(
+    typed: TypedSettings, *, preset: str | None = None, name: str | None = None, has_gpu: bool
+) -> tuple[PretrainConfig, str]:
+    """Fill in what was not typed, and fetch and build the demo data if no data was given.
 
-    modality: str | None = None
-    data: str | None = None
-    """A store's folder or address, or scans: a folder or a CSV list."""
-    model: str | None = None
-    method: str | None = None
-    base: str | None = None
-    name: str | None = None
-    preset: str | None = None
-    config_files: tuple[Path, ...] = ()
-    overrides: tuple[str, ...] = ()
-
-
-def prepare(request: Request, *, has_gpu: bool) -> tuple[PretrainConfig, str]:
-    """Fill in what was not given; fetch and build the demo data if no data was.
+    Args:
+        typed: Settings from files, options and overrides.
+        preset: ``cpu`` or ``gpu``; None chooses it by ``has_gpu``.
+        name: Name of the run; None makes it from data, architecture and objective.
+        has_gpu: Whether training will use a GPU.
 
     Returns:
         The resolved configuration and the name of the run.
@@ -60,48 +48,17 @@ def prepare(request: Request, *, has_gpu: bool) -> tuple[PretrainConfig, str]:
         DataError: If the data is not a complete store of this modality.
         WeightsError: If the base is not weights.
     """
-    said = read_settings([*request.config_files, _typed(request)], request.overrides)
-    store = said.get("data.store")
-    modality = load_preset(said.get("modality") or modality_of(store)).modality.value
-    arch = _arch(said.get("model.arch"), said.get("model.base"))
-    preset = _preset_file(said.get("objective.name"), request.preset, arch, has_gpu=has_gpu)
-    demo = _demo(store, modality)
-    base = said.get("model.base") or _default_base(arch)
-    filled = {
-        "modality": modality,
-        "model": {"arch": arch.value, "base": base},
-        "data": {"store": str(demo.unlabelled if demo else store_of(store or "", modality=modality))},
-    }
-    config = load_config(
+    given = typed.by_key()
+    arch = _arch(given.get("model.arch"), given.get("model.base"))
+    config = build_stage_config(
         PretrainConfig,
-        layers=[
-            modality_layer(modality),
-            preset,
-            _demo_part(demo) if demo else {},
-            *request.config_files,
-            _typed(request),
-            filled,
-        ],
-        overrides=without_keys(request.overrides, ("modality", "model.arch", "model.base", "data.store")),
+        typed,
+        presets=[_preset_file(given.get("objective.name"), preset, arch, has_gpu=has_gpu)],
+        demo=DemoSettings(store=lambda paths: paths.unlabelled, layer=_demo_layer),
+        defaults={"model.arch": arch.value, "model.base": given.get("model.base") or _default_base(arch)},
     )
     _check_modality(config)
-    return config, request.name or _run_name(config)
-
-
-def _typed(request: Request) -> dict[str, Any]:
-    """Return the options as settings; what was not given is left to the configuration files."""
-    given: dict[str, Any] = {
-        "modality": request.modality,
-        "data": {"store": request.data},
-        "model": {"arch": request.model, "base": request.base},
-        "objective": {"name": request.method},
-    }
-    sections = {key: _given(value) if isinstance(value, dict) else value for key, value in given.items()}
-    return _given(sections)
-
-
-def _given(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in values.items() if value not in (None, {})}
+    return config, name or _run_name(config)
 
 
 def _arch(model: str | None, base: str | None) -> Arch:
@@ -121,17 +78,9 @@ def _preset_file(wanted: str | None, preset: str | None, arch: Arch, *, has_gpu:
     return packaged_config(f"pretrain/{method}-{preset or ('gpu' if has_gpu else 'cpu')}.yaml")
 
 
-def _demo(store: str | None, modality: str) -> DemoPaths | None:
-    """Return the demo data where they are what is trained on: nothing else was said, or just they."""
-    if store is None:
-        return demo_data(modality=modality)
-    demo = demo_paths()
-    return None if is_address(store) or Path(store).resolve() != demo.unlabelled.resolve() else demo
-
-
-def _demo_part(demo: DemoPaths) -> dict[str, Any]:
-    # The demo scans are public: their pictures may be shown. The patients that the probe is scored on are those that
-    # the demo keeps out of its unlabelled store.
+def _demo_layer(demo: DemoPaths) -> dict[str, Any]:
+    # The demo scans are public, so their pictures may be shown. The linear probe is scored on the patients that the
+    # unlabelled demo store leaves out.
     return {
         "data": {"test_stores": [str(demo.labelled)]},
         "watch": {"log_images": True},

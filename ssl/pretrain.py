@@ -14,8 +14,9 @@ from typing import Any
 from samgraft.shared.runs.inputs import hold_to_inputs, keep_split, refuse_other_inputs
 from samgraft.shared.runs.run_folder import RunFolder
 from samgraft.shared.samples.augment import SliceAugmentation
-from samgraft.shared.samples.dataset import SliceDataset, collate_slices, select_slices
+from samgraft.shared.samples.dataset import SliceDataset, collate_slices
 from samgraft.shared.samples.sampler import StepBatchSampler
+from samgraft.shared.samples.slices import select_slices
 from samgraft.shared.samples.split import Split
 from samgraft.shared.scans.preset import ModalityPreset, load_preset
 from samgraft.shared.store.store import SliceStore

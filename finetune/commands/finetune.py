@@ -8,7 +8,7 @@ import shlex
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from samgraft.shared.cli import Command
 from samgraft.shared.errors import ExitCode, UsageError
@@ -16,6 +16,7 @@ from samgraft.shared.errors import ExitCode, UsageError
 if TYPE_CHECKING:
     from samgraft.finetune.config import FinetuneConfig
     from samgraft.finetune.training.preparation import Prepared
+    from samgraft.shared.stage_config import TypedSettings
 
 log = logging.getLogger(__name__)
 
@@ -59,23 +60,24 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _finetune(arguments: argparse.Namespace) -> int:
-    said = read_typed(arguments)
-    ckpt, model = said.get("model.ckpt"), said.get("model.arch")
+    typed = typed_settings(arguments)
+    given = typed.by_key()
+    ckpt, model = given.get("model.ckpt"), given.get("model.arch")
     if not ckpt and model not in BASELINES:
         raise UsageError(
             f"CKPT must say what to start from{_candidates()}.",
             next_command="make finetune CKPT=runs/NAME   (make pretrain MODALITY=mri makes one)",
         )
     from samgraft.finetune.training.train import finetune, prepare_seeded
-    from samgraft.shared.commands.store import left_by_dry_run
     from samgraft.shared.runs.run_folder import RunFolder, check_run_folder
+    from samgraft.shared.store.from_data import describe_dry_run
     from samgraft.shared.training.config import check_warmup
     from samgraft.shared.training.device import choose_device
     from samgraft.shared.training.preflight import check_disk
 
     started = time.monotonic()
-    config = build_config(arguments)
-    name = arguments.name or default_name(ckpt or model or "", said.get("data.store"))
+    config = build_config(typed, preset=arguments.preset)
+    name = arguments.name or default_name(ckpt or model or "", given.get("data.store"))
     check_run_folder(arguments.runs, name, config=config, stage="finetune")
     check_warmup(config.optim.warmup_steps, config.trainer.max_steps)
     device = choose_device(config.trainer.device, precision=config.trainer.precision, devices=config.trainer.devices)
@@ -93,7 +95,7 @@ def _finetune(arguments: argparse.Namespace) -> int:
 
         log.info("%s", measure_step(prepared, config, device).describe(config.trainer.max_steps))
     if arguments.dry_run:
-        left = left_by_dry_run(said.get("data.store"), config.data.store)
+        left = describe_dry_run(given.get("data.store"), config.data.store)
         log.info("disk: %s", check_disk(prepared.segmenter, config.trainer, arguments.runs / name))
         log.info("dry run: %s would take %d steps; %s.", arguments.runs / name, config.trainer.max_steps, left)
         return int(ExitCode.OK)
@@ -117,52 +119,42 @@ def _list_trained(prepared: Prepared) -> None:
         log.info("  %s", line)
 
 
-def build_config(arguments: argparse.Namespace) -> FinetuneConfig:
-    """Merge preset, file, flags and overrides; without DATA the demo store is made if it is not there."""
+def build_config(typed: TypedSettings, *, preset: str = "auto") -> FinetuneConfig:
+    """Merge preset, file, options and overrides. Without DATA the demo data are fetched."""
     from samgraft.finetune.config import FinetuneConfig
     from samgraft.finetune.training.presets import preset_layers
-    from samgraft.shared.commands.store import modality_of, store_of
-    from samgraft.shared.config import load_config, packaged_config, without_keys
-    from samgraft.shared.scans.preset import load_preset, modality_layer
+    from samgraft.shared.config import packaged_config
+    from samgraft.shared.stage_config import DemoSettings, build_stage_config
 
-    said = read_typed(arguments)
-    store = said.get("data.store")
-    modality = load_preset(said.get("modality") or modality_of(store)).modality.value
-    demo: dict[str, Any] = {}
-    if store is None:
-        from samgraft.shared.demo import demo_data
-
-        paths = demo_data(modality=modality)
-        store, demo = str(paths.labelled), {"data": {"split": str(paths.split)}, "watch": {"log_images": True}}
-    filled = {"modality": modality, "data": {"store": str(store_of(store, modality=modality))}}
-    preset = [packaged_config(f"finetune/{part}.yaml") for part in preset_layers(arguments.preset)]
-    files = [arguments.config] if arguments.config else []
-    return load_config(
+    return build_stage_config(
         FinetuneConfig,
-        # The demo scans are public, their pictures may be shown; a file of the user's says otherwise.
-        layers=[modality_layer(modality), *preset, demo, *files, _typed(arguments), filled],
-        overrides=without_keys(arguments.overrides, ("modality", "data.store")),
+        typed,
+        presets=[packaged_config(f"finetune/{part}.yaml") for part in preset_layers(preset)],
+        # The demo scans are public, so their pictures may be shown.
+        demo=DemoSettings(
+            store=lambda paths: paths.labelled,
+            layer=lambda paths: {"data": {"split": str(paths.split)}, "watch": {"log_images": True}},
+        ),
+        defaults={},
     )
 
 
-def read_typed(arguments: argparse.Namespace) -> dict[str, str]:
-    """Return what the user said in the file, the options and the overrides, by dotted key."""
-    from samgraft.shared.config import read_settings
+def typed_settings(arguments: argparse.Namespace) -> TypedSettings:
+    """Return what the user typed in the file, the options and the overrides."""
+    from samgraft.shared.stage_config import TypedSettings
 
-    files = [arguments.config] if arguments.config else []
-    return read_settings([*files, _typed(arguments)], arguments.overrides)
-
-
-def _typed(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return the options as settings; what was not given is left to the configuration file."""
-    model = {"ckpt": arguments.ckpt, "base": arguments.base, "arch": arguments.model}
-    typed = {"model": {key: value for key, value in model.items() if value}}
-    return {
-        **({"modality": arguments.modality} if arguments.modality else {}),
-        **({"data": {"store": arguments.data}} if arguments.data else {}),
-        **({"adapter": {"method": arguments.method}} if arguments.method else {}),
-        **typed,
-    }
+    return TypedSettings(
+        options={
+            "modality": arguments.modality,
+            "data.store": arguments.data,
+            "model.ckpt": arguments.ckpt,
+            "model.base": arguments.base,
+            "model.arch": arguments.model,
+            "adapter.method": arguments.method,
+        },
+        files=(arguments.config,) if arguments.config else (),
+        overrides=tuple(arguments.overrides),
+    )
 
 
 def default_name(ckpt: str, data: str | None) -> str:

@@ -23,8 +23,8 @@ from samgraft.finetune.training.sampling import balance_foreground, has_foregrou
 from samgraft.shared.errors import DataError, UsageError
 from samgraft.shared.runs.inputs import kept_split
 from samgraft.shared.samples.augment import SliceAugmentation
-from samgraft.shared.samples.dataset import SliceDataset, select_slices
-from samgraft.shared.samples.few_shot import keep_train_slices
+from samgraft.shared.samples.dataset import SliceDataset
+from samgraft.shared.samples.slices import keep_train_slices, select_slices
 from samgraft.shared.samples.split import Split, load_split, refuse_leak
 from samgraft.shared.scans.intensity import IntensityPreset
 from samgraft.shared.store.store import SliceStore

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Sequence
 
 from samgraft.finetune.classes import ClassTable
-from samgraft.shared.samples.dataset import SliceRef
+from samgraft.shared.samples.slices import SliceRef
 from samgraft.shared.store.store import SliceStore
 
 log = logging.getLogger(__name__)

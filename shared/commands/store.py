@@ -1,88 +1,19 @@
-"""``samgraft store``: build a slice store from scans, verify one, describe one, split one."""
+"""The command ``samgraft store`` with its actions build, check, info and split."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import logging
 import shlex
 import sys
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from samgraft.shared.cli import Command, local_path
-from samgraft.shared.errors import DataError, StorageError, UsageError
-from samgraft.shared.files import write_json
-from samgraft.shared.machine import granted_cores
-from samgraft.shared.store.files import is_address, is_scans
+from samgraft.shared.errors import UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
-    from rich.console import Console
-    from samgraft.shared.scans.discovery import Discovery, SourceOptions
-    from samgraft.shared.store.build import BuildReport
-    from samgraft.shared.store.examine import BuildSettings
-
-log = logging.getLogger(__name__)
-
-DEFAULT_MODALITY = "mri"
-BYTES_PER_WORKER = 50_000_000
-"""A process takes seconds to start; smaller sources are read in fewer of them."""
-
-
-def store_of(data: Path | str, *, modality: str, folder: Path = Path("data")) -> Path | str:
-    """Return the store that DATA means: itself, or one built from scans as ``folder/NAME.zarr``.
-
-    Scans that were built before and did not change are not read again.
-
-    Args:
-        data: A store, an address, or scans in any layout (a folder or a CSV list).
-        modality: Kind of scan.
-        folder: Where stores are made.
-
-    Raises:
-        DataError: If scans are refused.
-        UsageError: If a store of this name was built from other scans.
-    """
-    if not is_scans(data):
-        return data
-    source = Path(data)
-    out = folder / f"{source.resolve().name.removesuffix(source.suffix if source.is_file() else '')}.zarr"
-    log.info("%s holds scans: they go into the store %s", source.name, out)
-    parser = argparse.ArgumentParser()
-    _add_arguments(parser)
-    arguments = parser.parse_args(["build", "--out", str(out), "--modality", modality, "--", str(source)])
-    try:
-        _build(arguments)
-    except UsageError as err:
-        raise UsageError(
-            f"{err.what.split('. ')[0]}: scans were added or changed, or another folder has this name.",
-            where=str(out),
-            kept="the store that is there",
-            next_command=f"samgraft store build FOLDER --out {folder}/OTHER.zarr --modality {modality}, then DATA=it; "
-            "or add --overwrite",
-        ) from err
-    return out
-
-
-def modality_of(data: Path | str | None) -> str:
-    """Return the modality of a store; scans do not say theirs, ``mri`` is assumed."""
-    if data is None or is_scans(data):
-        return DEFAULT_MODALITY
-    from samgraft.shared.store.store import SliceStore
-
-    return SliceStore.open(data).modality.value
-
-
-def left_by_dry_run(data: Path | str | None, store: str) -> str:
-    """Return what stays on the disk after a dry run of a training: it needs a store, so scans were put into one."""
-    if data is None:
-        return f"no run was written; the demo data stay ({Path(store).parent})"
-    if is_scans(data):
-        return f"no run was written; the store {store}, made from the scans, and the salt of its ids beside it stay"
-    return "no run was written"
+    from samgraft.shared.store.from_data import ScanRequest
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -100,15 +31,15 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_source_options(check)
     info = actions.add_parser("info", help="describe a store", allow_abbrev=False)
     info.add_argument("path", help="folder or address (s3://bucket/NAME.zarr)")
-    info.add_argument("--json", action="store_true", help="the same for programs")
+    info.add_argument("--json", action="store_true", help="machine-readable output")
     split = actions.add_parser("split", help="draw a split by patient and save it", allow_abbrev=False)
     split.add_argument("path", help="folder or address")
     split.add_argument("--fractions", default="0.7,0.15,0.15", help="train,val,test")
     split.add_argument("--seed", type=int, default=0)
     split.add_argument("--by-site", action="store_true", help="keep every site or scanner in one part")
-    split.add_argument("--few-shot", type=int, help="keep so many training patients or slices")
-    split.add_argument("--unit", choices=["patients", "slices"], default="patients", help="what --few-shot counts")
-    split.add_argument("--repeats", type=int, default=1, help="so many few-shot files, each with its own draw")
+    split.add_argument("--few-shot", type=int, help="keep this many training patients or slices")
+    split.add_argument("--unit", choices=["patients", "slices"], default="patients", help="unit of --few-shot")
+    split.add_argument("--repeats", type=int, default=1, help="number of few-shot files, each with its own draw")
     split.add_argument("--out", type=Path, help="file; default: beside the store")
 
 
@@ -125,11 +56,11 @@ def _add_source_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--nan-policy", choices=["refuse", "zero"], default="refuse", help="NaN and Inf: refuse, or set to 0"
     )
-    parser.add_argument("--accept-burned-in", action="store_true", help="take scans with text burned into the pixels")
+    parser.add_argument("--accept-burned-in", action="store_true", help="accept scans with text burned into the pixels")
     parser.add_argument(
-        "--pictures", choices=["auto", "stack", "single"], default="auto", help="a folder of pictures is"
+        "--pictures", choices=["auto", "stack", "single"], default="auto", help="meaning of a folder of pictures"
     )
-    parser.add_argument("--workers", type=int, default=0, help="processes; 0: as many as pay, up to one per core")
+    parser.add_argument("--workers", type=int, default=0, help="processes; 0: as many as pay off, up to one per core")
     parser.add_argument(
         "--overlays", type=Path, help="folder for pictures of labels on another grid (patient images: keep them local)"
     )
@@ -137,125 +68,49 @@ def _add_source_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    return {"build": _build, "check": _check, "info": _info, "split": _split}[arguments.action](arguments)
+    actions = {"build": _build, "check": _check, "info": _info, "split": _split}
+    sys.stderr.writelines(f"{line}\n" for line in actions[arguments.action](arguments))
+    return 0
 
 
-def _build(arguments: argparse.Namespace) -> int:
-    # Imported here and below: `samgraft --help` must not wait for zarr.
-    from rich.console import Console
-    from samgraft.shared.scans.sources import discover
-    from samgraft.shared.store.build_report import print_report, summarise
+# Each action returns the lines to print when it is done. Libraries are imported inside, because
+# `samgraft --help` lists this command and must not wait for zarr.
 
-    console = Console(stderr=True)
-    found = discover(arguments.source, _source_options(arguments))
-    with _progress(console, "reading") as show:
-        report = _examine(arguments, found, show) if arguments.dry_run else _write(arguments, found, show)
-    values = summarise(found, report)
-    _write_report(arguments.report, values)
-    print_report(values, console)
-    if report.refused and not (arguments.skip_refused and report.records):
-        raise DataError(
-            f"{len(report.refused)} of {len(report.findings)} cases are refused, see the list above.",
-            where=str(arguments.out),
-            kept="finished series; the store is not complete and training refuses it",
-            next_command="repair them and run the same command again, or add --skip-refused",
-        )
+
+def _build(arguments: argparse.Namespace) -> list[str]:
+    from samgraft.shared.store.from_data import build_from_scans, examine_scans
+
+    request = _scan_request(arguments, arguments.source)
     if arguments.dry_run:
-        console.print("dry run: nothing was written")
-    else:
-        state = "already complete" if report.already_complete else "complete"
-        console.print(
-            f"{arguments.out}: {state}. next: samgraft store split {shlex.quote(str(arguments.out))}",
-            markup=False,
-            soft_wrap=True,
-        )
-    return 0
-
-
-def _examine(arguments: argparse.Namespace, found: Discovery, show: Callable[[int, int], None]) -> BuildReport:
-    from samgraft.shared.store.build import examine_cases
-
-    return examine_cases(
-        found.cases,
-        settings=_settings(arguments, None),
-        label_names=found.label_names,
-        num_workers=_workers(arguments, found),
-        overlays=arguments.overlays,
-        on_progress=show,
+        examine_scans(request, skip_refused=arguments.skip_refused)
+        return ["dry run: nothing was written"]
+    report = build_from_scans(
+        request, arguments.out, skip_refused=arguments.skip_refused, overwrite=arguments.overwrite
     )
+    state = "already complete" if report.already_complete else "complete"
+    return [f"{arguments.out}: {state}. next: samgraft store split {shlex.quote(str(arguments.out))}"]
 
 
-def _write(arguments: argparse.Namespace, found: Discovery, show: Callable[[int, int], None]) -> BuildReport:
-    from samgraft.shared.scans.preset import load_preset
-    from samgraft.shared.store.build import CasesRefused, build_store
+def _check(arguments: argparse.Namespace) -> list[str]:
+    from samgraft.shared.store.check import check_store, compare_with_scans, refuse_problems
+    from samgraft.shared.store.from_data import examine_again, examine_scans, progress_bar
 
-    settings = _settings(arguments, arguments.out.parent)
-    try:
-        return build_store(
-            found.cases,
-            out=arguments.out,
-            settings=settings,
-            label_names=found.label_names,
-            intensity=load_preset(settings.modality).intensity,
-            num_workers=_workers(arguments, found),
-            skip_refused=arguments.skip_refused,
-            overwrite=arguments.overwrite,
-            overlays=arguments.overlays,
-            on_progress=show,
-        )
-    except CasesRefused as refusal:
-        return refusal.report
-
-
-def _check(arguments: argparse.Namespace) -> int:
-    from rich.console import Console
-    from samgraft.shared.store.check import check_sources, check_store, refuse_problems
-
-    console = Console(stderr=True)
     if not (arguments.path / "zarr.json").is_file():
-        return _check_scans(arguments, console)
-    with _progress(console, "verifying") as show:
-        check = check_store(arguments.path, on_progress=show)
+        examine_scans(_scan_request(arguments, arguments.path))
+        return []
+    with progress_bar("verifying") as on_progress:
+        check = check_store(arguments.path, on_progress=on_progress)
     if arguments.source is not None and not check.problems:
-        from samgraft.shared.scans.sources import discover
-        from samgraft.shared.store.build import examine_cases
-        from samgraft.shared.store.store import SliceStore
-
-        found = discover(arguments.source, _source_options(arguments))
-        settings = _settings(arguments, arguments.path.parent)
-        report = examine_cases(found.cases, settings=settings, num_workers=_workers(arguments, found))
-        digests = {r.series_id: r.source_sha256 for r in report.records}
-        check.problems += [f"source {name}: {reason}" for name, reason in sorted(report.refused.items())]
-        check.problems += check_sources(SliceStore.open(arguments.path), digests)
+        report = examine_again(_scan_request(arguments, arguments.source), arguments.path.parent)
+        check.problems += compare_with_scans(arguments.path, report)
     refuse_problems(check)
-    console.print(
-        f"{arguments.path}: every byte is right ({check.num_series} series, {check.num_files} files, "
-        f"{check.num_bytes / 1e6:.1f} MB)",
-        markup=False,
-        soft_wrap=True,
-    )
-    return 0
+    return [
+        f"{arguments.path}: all bytes verified ({check.num_series} series, {check.num_files} files, "
+        f"{check.num_bytes / 1e6:.1f} MB)"
+    ]
 
 
-def _check_scans(arguments: argparse.Namespace, console: Console) -> int:
-    from samgraft.shared.scans.sources import discover
-    from samgraft.shared.store.build_report import print_report, summarise
-
-    found = discover(arguments.path, _source_options(arguments))
-    with _progress(console, "reading") as show:
-        report = _examine(arguments, found, show)
-    values = summarise(found, report)
-    _write_report(arguments.report, values)
-    print_report(values, console)
-    if report.refused:
-        raise DataError(
-            f"{len(report.refused)} of {len(report.findings)} cases would be refused, see the list above.",
-            where=str(arguments.path),
-        )
-    return 0
-
-
-def _info(arguments: argparse.Namespace) -> int:
+def _info(arguments: argparse.Namespace) -> list[str]:
     from rich.console import Console
     from samgraft.shared.samples.store_info import describe_store, print_description
     from samgraft.shared.store.store import SliceStore
@@ -265,111 +120,73 @@ def _info(arguments: argparse.Namespace) -> int:
         sys.stdout.write(json.dumps(values, indent=1) + "\n")
     else:
         print_description(values, Console())
-    return 0
+    return []
 
 
-def _split(arguments: argparse.Namespace) -> int:
-    from rich.console import Console
-    from samgraft.shared.samples.few_shot import few_shot
-    from samgraft.shared.samples.split import default_split_path, make_split
+def _split(arguments: argparse.Namespace) -> list[str]:
+    from samgraft.shared.samples.slices import select_few_shot
+    from samgraft.shared.samples.split import default_split_path, make_split, refuse_empty_parts
+    from samgraft.shared.store.files import is_address
     from samgraft.shared.store.store import SliceStore
 
     try:
         fractions = [float(part) for part in arguments.fractions.split(",")]
     except ValueError as err:
         raise UsageError(f"--fractions must be three numbers like 0.7,0.15,0.15, got {arguments.fractions!r}.") from err
+    if arguments.out is None and is_address(arguments.path):
+        raise UsageError("--out is missing: the store is not on this machine, so the split cannot be saved beside it.")
     store = SliceStore.open(arguments.path)
     split = make_split(store, fractions=fractions, seed=arguments.seed, by_site=arguments.by_site)
-    if arguments.out is None and is_address(arguments.path):
-        raise UsageError("--out must say where the split goes: the store is not on this machine.")
+    refuse_empty_parts(split, fractions, where=store.path.name)
     path = arguments.out or default_split_path(Path(arguments.path))
-    console = Console(stderr=True)
     if arguments.few_shot is None:
         split.save(path)
-        console.print(
-            f"{path}: train {len(split.train)}, val {len(split.val)}, test {len(split.test)} patients",
-            markup=False,
-            soft_wrap=True,
-        )
-        return 0
+        return [f"{path}: train {len(split.train)}, val {len(split.val)}, test {len(split.test)} patients"]
+    lines = []
+    name = path.name.removesuffix(".json").removesuffix(".split")
     for repeat in range(arguments.repeats):
-        small = few_shot(split, store, num=arguments.few_shot, unit=arguments.unit, repeat=repeat)
-        name = path.name.removesuffix(".json").removesuffix(".split")
+        small = select_few_shot(split, store, num=arguments.few_shot, unit=arguments.unit, repeat=repeat)
         target = path.with_name(f"{name}.{arguments.few_shot}{arguments.unit}.{repeat}.split.json")
         small.save(target)
-        console.print(f"{target}: {len(small.train)} training patients, draw {repeat}", markup=False, soft_wrap=True)
-    return 0
+        lines.append(f"{target}: {len(small.train)} training patients, draw {repeat}")
+    return lines
 
 
-def _source_options(arguments: argparse.Namespace) -> SourceOptions:
+def _scan_request(arguments: argparse.Namespace, source: Path) -> ScanRequest:
     from samgraft.shared.scans.discovery import SourceOptions, parse_label_map, parse_label_names
+    from samgraft.shared.scans.orientation import Plane
+    from samgraft.shared.store.from_data import ScanRequest
 
+    known = {plane.value: plane for plane in Plane}
+    planes = [part.strip().lower() for part in arguments.planes.split(",") if part.strip()]
+    if unknown := [name for name in planes if name not in known]:
+        raise UsageError(f"--planes must be among {', '.join(known)}, got {', '.join(unknown)}.")
+    if arguments.workers < 0:
+        raise UsageError(f"--workers must be 0 or more, got {arguments.workers}.")
+    # An X-ray or ultrasound picture is a scan of its own; pictures of other modalities are slices of a stack.
     single = arguments.pictures == "single" or (
         arguments.pictures == "auto" and arguments.modality.lower() in ("xray", "ultrasound")
     )
-    return SourceOptions(
-        patient_pattern=arguments.patient_pattern,
-        site_pattern=arguments.site_pattern,
-        label_map=parse_label_map(arguments.label_map) or None,
-        label_names=parse_label_names(arguments.label_names) or None,
-        frame=arguments.frame,
-        allow_gaps=arguments.allow_gaps,
-        round_labels=arguments.round_labels,
-        pictures_are_scans=single,
-    )
-
-
-def _settings(arguments: argparse.Namespace, salt_folder: Path | None) -> BuildSettings:
-    from samgraft.shared.scans.orientation import Plane
-    from samgraft.shared.scans.preset import load_preset
-    from samgraft.shared.scans.privacy import local_salt
-    from samgraft.shared.store.examine import BuildSettings
-
-    known = {plane.value: plane for plane in Plane}
-    names = [part.strip().lower() for part in arguments.planes.split(",") if part.strip()]
-    if unknown := [name for name in names if name not in known]:
-        raise UsageError(f"--planes must be among {', '.join(known)}, got {', '.join(unknown)}.")
-    return BuildSettings(
-        modality=load_preset(arguments.modality).modality,
-        salt="not stored" if salt_folder is None else local_salt(salt_folder),
-        planes=tuple(known[name] for name in names),
+    return ScanRequest(
+        source=source,
+        modality=arguments.modality,
+        options=SourceOptions(
+            patient_pattern=arguments.patient_pattern,
+            site_pattern=arguments.site_pattern,
+            label_map=parse_label_map(arguments.label_map) or None,
+            label_names=parse_label_names(arguments.label_names) or None,
+            frame=arguments.frame,
+            allow_gaps=arguments.allow_gaps,
+            round_labels=arguments.round_labels,
+            pictures_are_scans=single,
+        ),
+        planes=tuple(known[name] for name in planes),
         zero_non_finite=arguments.nan_policy == "zero",
         accept_burned_in=arguments.accept_burned_in,
+        num_workers=arguments.workers,
+        overlays=arguments.overlays,
+        report_file=arguments.report,
     )
-
-
-def _workers(arguments: argparse.Namespace, found: Discovery) -> int:
-    if arguments.workers < 0:
-        raise UsageError(f"--workers must be 0 or more, got {arguments.workers}.")
-    if arguments.workers:
-        return int(arguments.workers)
-    return min(granted_cores(), 1 + _source_bytes(found) // BYTES_PER_WORKER)
-
-
-def _source_bytes(found: Discovery) -> int:
-    paths = {path for case in found.cases for files in (case.scan, *(label.scan for label in case.labels))
-             for path in files.paths}  # fmt: skip
-    return sum(path.stat().st_size for path in paths if path.is_file())
-
-
-def _write_report(path: Path | None, values: dict[str, Any]) -> None:
-    if path is None:
-        return
-    try:
-        write_json(path, values, sort_keys=False)
-    except OSError as err:
-        raise StorageError(f"the report cannot be written: {err.strerror}.", where=str(path)) from err
-
-
-@contextmanager
-def _progress(console: Console, what: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on a terminal, nothing elsewhere: logs keep only results."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(what, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 COMMAND = Command(help="build, check, describe and split slice stores", add_arguments=_add_arguments, run=_run)

@@ -6,39 +6,25 @@ S = side of the encoder's input.
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 import torch
-from samgraft.shared.errors import DataError
 from samgraft.shared.samples.frame import InputFrame, fit_frame, image_to_frame, label_to_frame
 from samgraft.shared.samples.sampler import sample_generator
+from samgraft.shared.samples.slices import SliceRef
 from samgraft.shared.scans.intensity import IntensityPreset, normalise
 from samgraft.shared.scans.orientation import Plane
-from samgraft.shared.store.series import PlaneTable
 from samgraft.shared.store.store import SliceStore
 from torch import Tensor
 from torch.utils.data import Dataset
-
-log = logging.getLogger(__name__)
 
 Augment = Callable[[Tensor, Tensor | None, np.random.Generator, Plane], tuple[Tensor, Tensor | None]]
 """(image (C, H, W) in [0, 1], label (H, W) or None, generator of this sample, plane) -> image and label, changed."""
 
 MAX_NEIGHBOURS = 1
 """On each side: SAM's encoders take three channels."""
-
-
-@dataclass(frozen=True)
-class SliceRef:
-    """One slice of a store; ``plane`` None means the main plane of its series."""
-
-    series_id: str
-    slice_index: int
-    plane: Plane | None = None
 
 
 class SliceSample(TypedDict):
@@ -65,63 +51,6 @@ class SliceBatch(TypedDict):
     sample_counter: Tensor
     planes: list[Plane]
     """Of the slices: they decide which mirror images exist."""
-
-
-def select_slices(
-    store: SliceStore,
-    patient_ids: Iterable[str],
-    *,
-    planes: Sequence[Plane | str] = (),
-    min_foreground_fraction: float = 0.0,
-    labelled_only: bool = False,
-) -> list[SliceRef]:
-    """List the usable slices of some patients and log how many were left out and why.
-
-    Args:
-        store: The store.
-        patient_ids: Whose slices.
-        planes: Empty takes every series in its main plane, else each of these planes that a series has.
-        min_foreground_fraction: Leave out slices with a smaller share of non-air pixels.
-        labelled_only: Leave out slices without a label pixel, and series without label.
-
-    Raises:
-        DataError: If no slice is left.
-    """
-    wanted = set(patient_ids)
-    chosen = [Plane(plane) if isinstance(plane, str) else plane for plane in planes]
-    counts = {"other plane": 0, "air": 0, "no label": 0}
-    refs: list[SliceRef] = []
-    for record in store.series:
-        if record.patient_id not in wanted:
-            continue
-        present = [plane for plane in chosen if plane in record.planes] if chosen else [None]
-        if not present:
-            counts["other plane"] += record.shape_zyx[0]
-        for plane in present:
-            table = record.planes[plane or record.plane]
-            labelled = _labelled_slices(table)
-            for index, fraction in enumerate(table.foreground_fraction):
-                if fraction < min_foreground_fraction:
-                    counts["air"] += 1
-                elif labelled_only and not labelled[index]:
-                    counts["no label"] += 1
-                else:
-                    refs.append(SliceRef(record.series_id, index, plane))
-    left_out = ", ".join(f"{number} {reason}" for reason, number in counts.items() if number)
-    suffix = f" (left out: {left_out})" if left_out else ""
-    log.info("%s: %d slices of %d patients%s", store.path.name, len(refs), len(wanted), suffix)
-    if not refs:
-        raise DataError(
-            f"0 usable slices: {left_out or 'no patient of the list is in the store'}.", where=store.path.name
-        )
-    return refs
-
-
-def _labelled_slices(table: PlaneTable) -> np.ndarray[Any, np.dtype[np.bool_]]:
-    labelled = np.zeros(table.shape_zyx[0], dtype=bool)
-    for pixels in table.label_pixels.values():
-        labelled |= np.asarray(pixels) > 0
-    return labelled
 
 
 class SliceDataset(Dataset[SliceSample]):

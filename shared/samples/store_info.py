@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
-from samgraft.shared.samples.split import split_beside
+from samgraft.shared.samples.split import load_split_beside
 from samgraft.shared.store.build_report import spacing_ranges
 from samgraft.shared.store.store import SliceStore
 
@@ -15,7 +15,7 @@ from samgraft.shared.store.store import SliceStore
 def describe_store(store: SliceStore) -> dict[str, Any]:
     """Return counts, ranges and identity of a store."""
     records = list(store.series)
-    split = split_beside(store)
+    split = load_split_beside(store)
     return {
         "name": store.path.name,
         "fingerprint": store.fingerprint,

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from samgraft.shared.scans.discovery import Discovery
 from samgraft.shared.store.build import BuildReport
-from samgraft.shared.store.near_duplicates import look_alike
+from samgraft.shared.store.near_duplicates import near_duplicates
 from samgraft.shared.store.series import SeriesRecord
 
 MAX_ROWS = 12
@@ -52,7 +52,9 @@ def summarise(found: Discovery, report: BuildReport) -> dict[str, Any]:
         "dtypes": dict(Counter(record.dtype for record in records).most_common()),
         "spacing_mm": spacing_ranges(records),
         "duplicates": [sorted(same) for same in contents.values() if len(same) > 1],
-        "look_alike": sorted(sorted(name_of[record.series_id] for record in pair) for pair in look_alike(records)),
+        "near_duplicates": sorted(
+            sorted(name_of[record.series_id] for record in pair) for pair in near_duplicates(records)
+        ),
         "refused": dict(sorted(report.refused.items())),
         "notes": dict(Counter(note for record in records for note in record.notes).most_common()),
         "source_notes": found.notes,
@@ -97,8 +99,8 @@ def print_report(values: dict[str, Any], console: Console) -> None:
     _print_list(console, "same voxels under several names", [" = ".join(names) for names in values["duplicates"]])
     _print_list(
         console,
-        "different patients that look alike (one scan exported twice?)",
-        [" ~ ".join(names) for names in values["look_alike"]],
+        "near-duplicates under different patients (one scan exported twice?)",
+        [" ~ ".join(names) for names in values["near_duplicates"]],
     )
     _print_list(console, "labels without image", values["labels_without_image"])
     _print_list(console, "images without label", values["images_without_label"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,6 +11,7 @@ import numpy as np
 from samgraft.shared.errors import DataError
 from samgraft.shared.files import file_sha256
 from samgraft.shared.scans.volume import content_sha256
+from samgraft.shared.store.build import BuildReport
 from samgraft.shared.store.series import SeriesRecord
 from samgraft.shared.store.store import COMPLETE, MANIFEST, SERIES, SliceStore, read_table
 from samgraft.shared.store.write import RECORD
@@ -68,15 +69,16 @@ def refuse_problems(check: StoreCheck) -> None:
         )
 
 
-def check_sources(store: SliceStore, digests: Mapping[str, str]) -> list[str]:
-    """Compare sha256 of sources read again (by series id) with those of the table."""
-    problems = []
-    for record in store.series:
-        now = digests.get(record.series_id)
-        if now is None:
-            problems.append(f"{record.series_id}: its source is not among the scans any more")
-        elif now != record.source_sha256:
-            problems.append(f"{record.series_id}: the source differs from what was stored (sha256); build it again")
+def compare_with_scans(path: Path, report: BuildReport) -> list[str]:
+    """Return the differences between a store and its scans, which were read again."""
+    problems = [f"source {name}: {reason}" for name, reason in sorted(report.refused.items())]
+    digests = {record.series_id: record.source_sha256 for record in report.records}
+    for record in SliceStore.open(path).series:
+        digest = digests.get(record.series_id)
+        if digest is None:
+            problems.append(f"{record.series_id}: its source is no longer among the scans")
+        elif digest != record.source_sha256:
+            problems.append(f"{record.series_id}: the source has changed since the store was built (sha256)")
     return problems
 
 

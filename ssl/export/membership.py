@@ -19,7 +19,8 @@ import torch
 from samgraft.shared.config import load_config
 from samgraft.shared.encoders.vit import build_image_encoder
 from samgraft.shared.errors import DataError, UsageError, WeightsError
-from samgraft.shared.samples.dataset import SliceDataset, SliceRef, batch_to_input, collate_slices, select_slices
+from samgraft.shared.samples.dataset import SliceDataset, batch_to_input, collate_slices
+from samgraft.shared.samples.slices import SliceRef, select_slices
 from samgraft.shared.scans.preset import load_preset
 from samgraft.shared.store.store import SliceStore
 from samgraft.shared.training.device import choose_device

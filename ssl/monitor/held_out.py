@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import torch
-from samgraft.shared.samples.dataset import SliceDataset, SliceRef, batch_to_input, collate_slices, select_slices
+from samgraft.shared.samples.dataset import SliceDataset, batch_to_input, collate_slices
+from samgraft.shared.samples.slices import SliceRef, select_slices
 from samgraft.shared.scans.orientation import Plane
 from samgraft.shared.scans.preset import ModalityPreset
 from samgraft.shared.store.store import SliceStore

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import torch
 from samgraft.shared.errors import DataError
-from samgraft.shared.samples.dataset import SliceDataset, SliceRef, batch_to_input, collate_slices, select_slices
+from samgraft.shared.samples.dataset import SliceDataset, batch_to_input, collate_slices
 from samgraft.shared.samples.frame import InputFrame
+from samgraft.shared.samples.slices import SliceRef, select_slices
 from samgraft.shared.samples.split import Split, load_split
 from samgraft.shared.scans.preset import ModalityPreset
 from samgraft.shared.store.store import SliceStore

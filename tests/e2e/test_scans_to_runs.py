@@ -74,7 +74,7 @@ def test_pretrain__on_a_folder_of_scans(workplace, capsys, write):
     assert len(json.loads((run / "encoder" / "card.json").read_text())["data_manifest"]["patient_ids"]) == 4
     assert {p: p.read_bytes() for p in (workplace / FOLDER).rglob("*") if p.is_file()} == before
     shown = capsys.readouterr().err
-    assert "holds scans: they go into the store data" in shown
+    assert "holds scans. They are written to the store data" in shown
     assert re.search(r"series +5 of 5, 5 patients", shown)
 
     table = (store.path / "manifest.json").stat().st_mtime_ns

@@ -183,7 +183,7 @@ def test_baseline__is_evaluated_like_every_model_and_never_released(lab, monkeyp
         (("model.arch=unet3d", "model.ckpt=null", "data.few_shot.num=2", "data.few_shot.unit=slices"), "3D baselines"),
         (("model.ckpt=null",), "model.ckpt must say"),
         (("model.arch=unet2d", "model.ckpt=null", "data.batch_size=999"), "batch_size must be at most"),
-        (("data.few_shot.num=99",), "asked for 99"),
+        (("data.few_shot.num=99",), "got 99"),
         (("loss.class_weights=[1, 2]",), "one per class"),
         (("prompt.mode=bocks",), "one of none, box, points, mask, clicks, got 'bocks'"),
         (("prompt.mode=box", "loss.class_weights=[1]"), "no effect with prompts"),

@@ -8,10 +8,11 @@ import pytest
 import torch
 from samgraft.shared.cli import main
 from samgraft.shared.runs.run_folder import RunFolder
+from samgraft.shared.stage_config import TypedSettings
 from samgraft.shared.weights.card import Card
 from samgraft.shared.weights.save import save_encoder
 from samgraft.ssl import preflight
-from samgraft.ssl.prepare import Request, prepare
+from samgraft.ssl.prepare import prepare
 from store_factory import make_store
 from tiny_encoders import plain_encoder, tiny_encoder
 
@@ -171,7 +172,7 @@ def with_runs(lab: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
     (tmp_path / "file").write_text("x")
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "scan.txt").write_text("x")
-    prepared, _ = prepare(Request(data="store.zarr", base="tiny"), has_gpu=False)
+    prepared, _ = prepare(TypedSettings(options={"data.store": "store.zarr", "model.base": "tiny"}), has_gpu=False)
     RunFolder.open(tmp_path, "before", config=prepared, stage="pretrain").close()
     return tmp_path
 

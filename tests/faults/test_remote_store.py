@@ -11,7 +11,7 @@ import pytest
 import samgraft.shared.files as files
 from finished_factory import SPEC, make_lab
 from model_factory import make_sam
-from samgraft.finetune.commands.finetune import add_arguments, build_config
+from samgraft.finetune.commands.finetune import add_arguments, build_config, typed_settings
 from samgraft.finetune.evaluation.evaluate import evaluate
 from samgraft.finetune.evaluation.scores import read_cases
 from samgraft.finetune.model_folder import read_model
@@ -19,8 +19,9 @@ from samgraft.finetune.training.preparation import prepare
 from samgraft.shared.cli import main
 from samgraft.shared.errors import DataError, StorageError, UsageError
 from samgraft.shared.files import write_tensors
-from samgraft.shared.samples.dataset import SliceDataset, select_slices
-from samgraft.shared.samples.split import load_split, split_beside
+from samgraft.shared.samples.dataset import SliceDataset
+from samgraft.shared.samples.slices import select_slices
+from samgraft.shared.samples.split import load_split, load_split_beside
 from samgraft.shared.samples.store_info import describe_store
 from samgraft.shared.store.store import SliceStore
 from samgraft.shared.weights.card import Card
@@ -204,7 +205,7 @@ def test_s3__the_split_beside_the_store_is_found(server, lab):
     assert pretraining_split(DataConfig(store=LAB), remote, seed=5) == lab.split
     assert describe_store(remote)["split"] == {name: len(lab.split.part(name)) for name in ("train", "val", "test")}
     other = SliceStore.open("s3://bucket/store.zarr")
-    assert split_beside(other) is None
+    assert load_split_beside(other) is None
     server.failures = 10_000
     with pytest.raises(StorageError, match="does not answer"):
         load_split(None, remote)
@@ -231,10 +232,14 @@ def test_s3__finetune_prepares_the_same_samples(lab):
     save_encoder(sam.image_encoder, lab.root / "ssl", Card(image_size=32, stage="encoder", **about))
     parser = argparse.ArgumentParser()
     add_arguments(parser)
-    given = ["--ckpt", str(lab.root / "ssl"), "--base", str(lab.root / "sam.safetensors"), "--preset", "cpu"]
+    given = ["--ckpt", str(lab.root / "ssl"), "--base", str(lab.root / "sam.safetensors")]
 
     def prepared(store):
-        return prepare(build_config(parser.parse_args([*given, "--data", store, "model.image_size=32"])))
+        return prepare(
+            build_config(
+                typed_settings(parser.parse_args([*given, "--data", store, "model.image_size=32"])), preset="cpu"
+            )
+        )
 
     ours, theirs = prepared(str(lab.store.path)), prepared(LAB)
     assert theirs.split == ours.split == lab.split
@@ -253,7 +258,7 @@ def test_s3__finetune_prepares_the_same_samples(lab):
         ("store build s3://bucket/scans --out x.zarr", "source: must lie on this machine"),
         ("store build scans --out s3://bucket/x.zarr", "--out: must lie on this machine"),
         ("store check s3://bucket/store.zarr", "path: must lie on this machine, got the address s3://"),
-        ("store split s3://bucket/store.zarr", "--out must say where the split goes"),
+        ("store split s3://bucket/store.zarr", "--out is missing: the store is not on this machine"),
     ],
 )
 def test_commands_that_need_files_on_this_machine_refuse_addresses(server, capsys, command, message):

@@ -18,7 +18,7 @@ from samgraft.shared.scans.volume import Modality
 from samgraft.shared.store.build import build_store
 from samgraft.shared.store.build_report import summarise
 from samgraft.shared.store.examine import BuildSettings
-from samgraft.shared.store.near_duplicates import look_alike
+from samgraft.shared.store.near_duplicates import near_duplicates
 from samgraft.shared.store.store import SliceStore
 from store_factory import make_store, write_nifti
 
@@ -47,15 +47,15 @@ def test_row_137_rescaled_copy_under_another_name_is_reported(tmp_path, caplog):
     write_nifti(tmp_path / "in" / "someone else" / "export.nii", (scans[2][1] * 2.5 + 10).astype(np.float32))
     store, values = store_of(tmp_path / "in", tmp_path / "s.zarr")
     assert values["duplicates"] == []
-    assert values["look_alike"] == [["p2/t1.nii", "someone else/export.nii"]]
-    ((one, other),) = look_alike(store.series)
+    assert values["near_duplicates"] == [["p2/t1.nii", "someone else/export.nii"]]
+    ((one, other),) = near_duplicates(store.series)
     rest = tuple(p for p in store.patient_ids if p not in (one.patient_id, other.patient_id))
     with caplog.at_level(logging.WARNING):
         for val, test, said in (((one.patient_id,), (), 1), ((), (), 0)):
             caplog.clear()
             train = tuple(p for p in store.patient_ids if p not in (*val, *test))
             check_split(Split(train=train, val=val, test=test, seed=0, store_fingerprint=store.fingerprint), store)
-            assert caplog.text.count("look alike: one patient under two ids?") == said
+            assert caplog.text.count("are near-duplicates") == said
     assert len(rest) == 3
 
 
@@ -66,7 +66,7 @@ def test_row_137_different_people_and_series_of_one_person_are_not(tmp_path):
     for name in ("x", "y"):  # crops without air say nothing
         write_nifti(tmp_path / "in" / name / "crop.nii", full + (name == "y"))
     _, values = store_of(tmp_path / "in", tmp_path / "s.zarr")
-    assert values["look_alike"] == []
+    assert values["near_duplicates"] == []
 
 
 def test_row_136_split_file_with_a_patient_in_two_parts(tmp_path):

@@ -58,7 +58,7 @@ def test_check__a_whole_store_is_right(store, capsys):
         p.stat().st_size for p in store.path.rglob("record.json")
     )
     assert main(["store", "check", str(store.path)]) == 0
-    assert "every byte is right (2 series" in capsys.readouterr().err
+    assert "all bytes verified (2 series" in capsys.readouterr().err
 
 
 def flipped_byte(store):
@@ -144,7 +144,7 @@ def test_check__source_truncated_and_label_shifted_are_found_in_the_scans(tmp_pa
     text = capsys.readouterr().err
     assert "a.nii.gz: the gzip data is damaged or cut short" in text
     assert "b.nii.gz: image and label must lie on one grid: corners lie up to 2 mm apart" in text
-    assert "2 of 2 cases would be refused" in text
+    assert "2 of 2 cases are refused" in text
     assert set(json.loads((tmp_path / "r.json").read_text())["refused"]) == {"a.nii.gz", "b.nii.gz"}
 
 

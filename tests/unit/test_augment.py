@@ -6,7 +6,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from samgraft.finetune.commands.finetune import add_arguments, build_config
+from samgraft.finetune.commands.finetune import add_arguments, build_config, typed_settings
 from samgraft.finetune.config import FinetuneConfig
 from samgraft.shared.config import load_config, packaged_config
 from samgraft.shared.samples.augment import AugmentConfig, SliceAugmentation
@@ -14,8 +14,9 @@ from samgraft.shared.samples.sampler import sample_generator
 from samgraft.shared.scans.orientation import Plane
 from samgraft.shared.scans.preset import load_preset, modality_layer
 from samgraft.shared.scans.volume import Modality
+from samgraft.shared.stage_config import TypedSettings
 from samgraft.ssl.config import PretrainConfig
-from samgraft.ssl.prepare import Request, prepare
+from samgraft.ssl.prepare import prepare
 from store_factory import make_store
 
 STILL = {"flip_columns_probability": 0.0}
@@ -201,9 +202,10 @@ def test_users_have_the_last_word(schema):
 def test_commands__both_ask_the_modality(tmp_path):
     """What CT says about mirroring arrives through the commands, not only through the function they share."""
     store = str(make_store(tmp_path, num_patients=2, shape_zyx=(2, 16, 16), modality="ct"))
-    config, _ = prepare(Request(data=store, base="random"), has_gpu=False)
+    config, _ = prepare(TypedSettings(options={"data.store": store, "model.base": "random"}), has_gpu=False)
     assert config.data.augment.flip_columns_probability == 0.0
     parser = argparse.ArgumentParser()
     add_arguments(parser)
-    tuned = build_config(parser.parse_args(["--ckpt", "runs/a", "--data", store, "--preset", "cpu"]))
+    typed = typed_settings(parser.parse_args(["--ckpt", "runs/a", "--data", store]))
+    tuned = build_config(typed, preset="cpu")
     assert tuned.data.augment.flip_columns_probability == 0.0

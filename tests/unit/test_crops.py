@@ -8,7 +8,8 @@ import torch
 from samgraft.shared.config import config_to_dict, load_config, packaged_config
 from samgraft.shared.encoders.architecture import arch_spec
 from samgraft.shared.errors import UsageError
-from samgraft.shared.samples.dataset import SliceDataset, collate_slices, select_slices
+from samgraft.shared.samples.dataset import SliceDataset, collate_slices
+from samgraft.shared.samples.slices import select_slices
 from samgraft.shared.scans.intensity import IntensityPreset
 from samgraft.shared.scans.orientation import Plane
 from samgraft.shared.scans.preset import load_preset, modality_layer

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 from samgraft.shared.errors import DataError
-from samgraft.shared.samples.dataset import SliceDataset, SliceRef, batch_to_input, collate_slices, select_slices
+from samgraft.shared.samples.dataset import SliceDataset, batch_to_input, collate_slices
 from samgraft.shared.samples.sampler import StepBatchSampler
+from samgraft.shared.samples.slices import SliceRef, select_slices
 from samgraft.shared.scans.intensity import IntensityKind, IntensityPreset, normalise
 from samgraft.shared.scans.orientation import Plane
 from samgraft.shared.scans.volume import Modality

@@ -3,8 +3,7 @@
 import pytest
 from samgraft.finetune.few_shot import FewShotConfig, Unit, draw_few_shot, may_end
 from samgraft.shared.errors import DataError
-from samgraft.shared.samples.dataset import select_slices
-from samgraft.shared.samples.few_shot import keep_train_slices
+from samgraft.shared.samples.slices import keep_train_slices, select_slices
 from samgraft.shared.samples.split import make_split
 from samgraft.shared.store.store import SliceStore
 from store_factory import make_store
@@ -22,7 +21,7 @@ def test_draw__patients_and_repeats(store):
     assert all(len(d.train) == 2 and set(d.train) <= set(split.train) for d in draws)
     assert all(d.test == split.test and d.val == split.val for d in draws)
     assert len({d.train for d in draws}) > 1
-    with pytest.raises(DataError, match="training patients, asked for 99"):
+    with pytest.raises(DataError, match="training patients, got 99"):
         draw_few_shot(split, store, FewShotConfig(num=99))
 
 

@@ -13,7 +13,7 @@ from samgraft.finetune.evaluation.validation import CaseResult, telling_cases
 from samgraft.finetune.loss import LossConfig, MaskLoss, Overlap, PixelTerm, SegmentationLoss
 from samgraft.finetune.training.sampling import balance_foreground, has_foreground
 from samgraft.shared.errors import DataError, UsageError
-from samgraft.shared.samples.dataset import SliceRef
+from samgraft.shared.samples.slices import SliceRef
 from samgraft.shared.store.store import SliceStore
 from store_factory import make_store
 

@@ -3,11 +3,12 @@
 import argparse
 
 import pytest
-from samgraft.finetune.commands.finetune import add_arguments, build_config, read_typed
+from samgraft.finetune.commands.finetune import add_arguments, build_config, typed_settings
 from samgraft.shared.config import read_settings, without_keys
+from samgraft.shared.demo import demo_paths
 from samgraft.shared.errors import UsageError
-from samgraft.ssl import prepare as preparing
-from samgraft.ssl.prepare import Request, prepare
+from samgraft.shared.stage_config import TypedSettings
+from samgraft.ssl.prepare import prepare
 from store_factory import make_store
 
 
@@ -18,8 +19,7 @@ def store(tmp_path, monkeypatch):
     def refuse(*_args, **_kwargs):
         raise AssertionError("the demo data were asked for")
 
-    monkeypatch.setattr(preparing, "demo_data", refuse)
-    monkeypatch.setattr("samgraft.shared.demo.demo_data", refuse)
+    monkeypatch.setattr("samgraft.shared.stage_config.demo_data", refuse)
     monkeypatch.chdir(tmp_path)
     return make_store(tmp_path, num_patients=3)
 
@@ -35,7 +35,7 @@ def test_pretrain__a_file_that_names_data_and_start_is_followed(store, tmp_path)
         tmp_path,
         f"data: {{store: {store}, batch_size: 2}}\nmodel: {{base: random, arch: vit_b}}\nobjective: {{name: mae}}",
     )
-    config, name = prepare(Request(config_files=(file,)), has_gpu=False)
+    config, name = prepare(TypedSettings(files=(file,)), has_gpu=False)
     assert (config.data.store, config.data.batch_size) == (str(store), 2)
     assert (config.model.base, config.model.arch.value, config.objective.name.value) == ("random", "vit_b", "mae")
     assert not config.watch.log_images
@@ -44,7 +44,7 @@ def test_pretrain__a_file_that_names_data_and_start_is_followed(store, tmp_path)
 
 
 def test_pretrain__an_override_of_the_store_brings_none_of_the_demos_settings(store):
-    config, _ = prepare(Request(overrides=(f"data.store={store}", "model.base=random")), has_gpu=False)
+    config, _ = prepare(TypedSettings(overrides=(f"data.store={store}", "model.base=random")), has_gpu=False)
     assert config.data.store == str(store)
     assert not config.watch.log_images
     assert not config.data.test_stores
@@ -53,11 +53,15 @@ def test_pretrain__an_override_of_the_store_brings_none_of_the_demos_settings(st
 
 def test_pretrain__options_win_over_the_file_and_overrides_over_both(store, tmp_path):
     file = written(tmp_path, "model: {base: random, arch: vit_l}\nobjective: {name: dino}\n")
-    request = Request(data=str(store), model="vit_b", method="mae", config_files=(file,))
+    request = TypedSettings(
+        options={"data.store": str(store), "model.arch": "vit_b", "objective.name": "mae"}, files=(file,)
+    )
     config, _ = prepare(request, has_gpu=False)
     assert (config.model.arch.value, config.objective.name.value) == ("vit_b", "mae")
     config, _ = prepare(
-        Request(data="nowhere", config_files=(file,), overrides=(f"data.store={store}", "model.arch=vit_b")),
+        TypedSettings(
+            options={"data.store": "nowhere"}, files=(file,), overrides=(f"data.store={store}", "model.arch=vit_b")
+        ),
         has_gpu=False,
     )
     assert (config.data.store, config.model.arch.value) == (str(store), "vit_b")
@@ -66,13 +70,15 @@ def test_pretrain__options_win_over_the_file_and_overrides_over_both(store, tmp_
 def test_pretrain__the_demos_own_settings_stand_below_a_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     demo = make_store(tmp_path / "data" / "demo", num_patients=3, name="mri.zarr")
-    paths = preparing.demo_paths()
+    paths = demo_paths()
     assert paths.unlabelled.resolve() == demo.resolve()
-    shown, _ = prepare(Request(data=str(demo), base="random"), has_gpu=False)
+    shown, _ = prepare(TypedSettings(options={"data.store": str(demo), "model.base": "random"}), has_gpu=False)
     assert shown.watch.log_images
     assert shown.probe.store == str(paths.labelled)
     file = written(tmp_path, "watch: {log_images: false}\n")
-    hidden, _ = prepare(Request(data=str(demo), base="random", config_files=(file,)), has_gpu=False)
+    hidden, _ = prepare(
+        TypedSettings(options={"data.store": str(demo), "model.base": "random"}, files=(file,)), has_gpu=False
+    )
     assert not hidden.watch.log_images
 
 
@@ -85,10 +91,11 @@ def typed(*words):
 def test_finetune__a_file_or_an_override_that_names_the_store_is_followed(store, tmp_path):
     file = written(tmp_path, f"data: {{store: {store}}}\nmodel: {{ckpt: runs/mine}}\n")
     for arguments in (typed("--config", str(file)), typed("--ckpt", "runs/mine", f"data.store={store}")):
-        config = build_config(arguments)
+        settings = typed_settings(arguments)
+        config = build_config(settings)
         assert (config.data.store, config.data.split, config.model.ckpt) == (str(store), None, "runs/mine")
         assert not config.watch.log_images
-        assert read_typed(arguments)["model.ckpt"] == "runs/mine"
+        assert settings.by_key()["model.ckpt"] == "runs/mine"
 
 
 def test_read_settings__later_ones_win_and_null_is_not_given(tmp_path):
@@ -102,4 +109,7 @@ def test_read_settings__later_ones_win_and_null_is_not_given(tmp_path):
 
 def test_pretrain__a_mistyped_key_is_still_an_error(store):
     with pytest.raises(UsageError, match=r"unknown key 'data\.stor'"):
-        prepare(Request(data=str(store), base="random", overrides=("data.stor=x",)), has_gpu=False)
+        prepare(
+            TypedSettings(options={"data.store": str(store), "model.base": "random"}, overrides=("data.stor=x",)),
+            has_gpu=False,
+        )

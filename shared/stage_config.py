@@ -1,0 +1,110 @@
+"""Configuration of a training stage, merged from what the user typed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from samgraft.shared.config import load_config, read_settings, without_keys
+from samgraft.shared.demo import DemoPaths, demo_data, demo_paths
+from samgraft.shared.scans.preset import load_preset, modality_layer
+from samgraft.shared.store.files import is_address
+from samgraft.shared.store.from_data import modality_of_data, store_from_data
+
+Schema = TypeVar("Schema")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TypedSettings:
+    """Settings as the user typed them, from three places."""
+
+    options: Mapping[str, str | None] = field(default_factory=dict)
+    """Command line options by the dotted key that they set. None means that the option was not given."""
+    files: tuple[Path, ...] = ()
+    """YAML files on top of the preset. Later files win over earlier ones, and options over files."""
+    overrides: tuple[str, ...] = ()
+    """``key.sub=value`` strings. They win over options and files."""
+
+    def by_key(self) -> dict[str, str]:
+        """Return every typed setting as text by its dotted key.
+
+        Raises:
+            UsageError: If a file is not plain YAML.
+        """
+        return read_settings([*self.files, nest_keys(self.options)], self.overrides)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoSettings:
+    """Use of the demo data by a stage."""
+
+    store: Callable[[DemoPaths], Path]
+    """Function that returns the stage's demo store."""
+    layer: Callable[[DemoPaths], Mapping[str, Any]]
+    """Function that returns the settings that apply to the demo store only."""
+
+
+def build_stage_config(
+    schema: type[Schema],
+    typed: TypedSettings,
+    *,
+    presets: Sequence[Path],
+    demo: DemoSettings,
+    defaults: Mapping[str, str],
+) -> Schema:
+    """Merge modality, presets, demo settings, files, options and overrides into a configuration.
+
+    Without ``data.store`` the demo data are fetched and used. When ``data.store`` holds scans, a store is built first.
+
+    Args:
+        schema: The stage's configuration.
+        typed: What the user typed.
+        presets: YAML files of the stage.
+        demo: Use of the demo data.
+        defaults: Values by dotted key for settings that were not typed and depend on other settings.
+
+    Raises:
+        UsageError: For an unknown modality or key, or a wrong value.
+        DataError: If the data is not a complete store, or scans are refused.
+    """
+    given = typed.by_key()
+    data = given.get("data.store")
+    modality = load_preset(given.get("modality") or modality_of_data(data)).modality.value
+    paths = demo_data(modality=modality) if data is None else demo_paths()
+    is_demo = data is None or _is_same_store(data, demo.store(paths))
+    store = demo.store(paths) if data is None else store_from_data(data, modality=modality)
+    filled = {**{key: value for key, value in defaults.items() if key not in given}}
+    filled |= {"modality": modality, "data.store": str(store)}
+    return load_config(
+        schema,
+        # The demo settings are below the user's files. The filled values are on top, because they come from the typed
+        # ones; an override of the same key was read already and must not bring the unresolved value back.
+        layers=[
+            modality_layer(modality),
+            *presets,
+            demo.layer(paths) if is_demo else {},
+            *typed.files,
+            nest_keys(typed.options),
+            nest_keys(filled),
+        ],
+        overrides=without_keys(typed.overrides, filled),
+    )
+
+
+def nest_keys(values: Mapping[str, str | None]) -> dict[str, Any]:
+    """Turn dotted keys into nested mappings, without the keys whose value is None or empty."""
+    nested: dict[str, Any] = {}
+    for key, value in values.items():
+        if value:
+            *sections, name = key.split(".")
+            section = nested
+            for part in sections:
+                section = section.setdefault(part, {})
+            section[name] = value
+    return nested
+
+
+def _is_same_store(data: str, demo_store: Path) -> bool:
+    return not is_address(data) and Path(data).resolve() == demo_store.resolve()
