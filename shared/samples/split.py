@@ -94,13 +94,13 @@ def make_split(
         ranked += [((rank + float(rng.random())) / len(shuffled), group) for rank, group in enumerate(shuffled)]
     ordered = [group for _, group in sorted(ranked)]
     num_test, num_val = _count_groups([len(group) for group in ordered], fractions)
-    groups = {
-        "test": ordered[:num_test],
-        "val": ordered[num_test : num_test + num_val],
-        "train": ordered[num_test + num_val :],
-    }
-    parts = {name: tuple(sorted(patient for group in part for patient in group)) for name, part in groups.items()}
-    return Split(**parts, seed=seed, store_fingerprint=store.fingerprint)
+    return Split(
+        test=_merge_groups(ordered[:num_test]),
+        val=_merge_groups(ordered[num_test : num_test + num_val]),
+        train=_merge_groups(ordered[num_test + num_val :]),
+        seed=seed,
+        store_fingerprint=store.fingerprint,
+    )
 
 
 def refuse_empty_parts(split: Split, fractions: Sequence[float], *, where: str) -> None:
@@ -301,6 +301,10 @@ def _count_groups(sizes: Sequence[int], fractions: Sequence[float]) -> tuple[int
         counts.append(count)
         start += count
     return counts[0], counts[1]
+
+
+def _merge_groups(groups: Iterable[Sequence[str]]) -> tuple[str, ...]:
+    return tuple(sorted(patient for group in groups for patient in group))
 
 
 def _refuse_equal_content(store: SliceStore, part_of: Mapping[str, str]) -> None:
