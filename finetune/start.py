@@ -10,8 +10,8 @@ from samgraft.shared.encoders.architecture import Arch, arch_spec
 from samgraft.shared.encoders.sam import build_sam
 from samgraft.shared.errors import UsageError, WeightsError
 from samgraft.shared.weights.card import Card
-from samgraft.shared.weights.download import OFFICIAL
 from samgraft.shared.weights.load import WeightsFile, absent_by_nature, card_of, load_into, read_weights
+from samgraft.shared.weights.official import OFFICIAL
 from samgraft.shared.weights.tensor_report import TensorReport
 from segment_anything.modeling import Sam
 

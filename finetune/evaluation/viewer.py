@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from samgraft.shared.errors import SamgraftError
+from samgraft.shared.errors import SamgraftError, StorageError
 from samgraft.shared.fetch import cache_folder, extract_members, fetch_npm
 from samgraft.shared.files import file_sha256
 
@@ -75,16 +75,26 @@ def find_bundle() -> str | None:
     return path.read_text(encoding="utf-8")
 
 
-def vendor(cache: Path) -> bool:
-    """Put niivue beside this file unless it is there; return whether it is."""
-    if find_bundle() is not None:
-        return True
+def download_bundle(cache: Path) -> None:
+    """Put niivue beside this file.
+
+    Raises:
+        StorageError: If npm is missing or fails.
+        DataError: If the download has another sha256.
+    """
     archive = fetch_npm(PACKAGE, VERSION, sha256=PACKAGE_SHA256, cache=cache)
-    if archive is None:
-        return False
     (VENDOR_FOLDER / BUNDLE_FILE).unlink(missing_ok=True)
     extract_members(archive, {BUNDLE_MEMBER: VENDOR_FOLDER / BUNDLE_FILE})
-    return find_bundle() is not None
+
+
+def fetch_bundle() -> str | None:
+    """Return niivue's script, downloading it if needed, or None with a warning that gives the reason."""
+    if find_bundle() is None:
+        try:
+            download_bundle(cache_folder())
+        except (SamgraftError, OSError) as err:  # offline, npm's errors, or an installation that may not be changed
+            log.warning("The report has no 3D viewer: %s The next report tries again.", err)
+    return find_bundle()
 
 
 def viewer_html(cases: Sequence[ViewedCase]) -> str:
@@ -171,14 +181,15 @@ def _nifti(array_ZHW: Array, affine: npt.NDArray[np.float64]) -> str:
 
 
 def main() -> int:
-    """Vendor niivue; a machine without npm or network gets reports without the viewer."""
+    """Download niivue. A machine without npm or network gets a warning and reports without the viewer."""
     try:
-        there = vendor(cache_folder(Path("data")))
+        if find_bundle() is None:
+            download_bundle(cache_folder())
+    except StorageError as error:
+        sys.stderr.write(f"warning: reports have no 3D viewer yet, the next report tries again.\n{error.render()}\n")
     except SamgraftError as error:
         sys.stderr.write(error.render() + "\n")
         return int(error.exit_code)
-    if not there:
-        sys.stderr.write(f"reports will have no 3D viewer: niivue {VERSION} needs npm online, once.\n")
     return 0
 
 

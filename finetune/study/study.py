@@ -161,9 +161,9 @@ def _fetch_demo_weights(grid: Grid) -> None:
     named = {cell.ckpt for cell in grid.cells} | {cell.base for cell in grid.cells}
     if str(BASE_OF_DEMO) in named and not BASE_OF_DEMO.is_file():
         from samgraft.shared.demo import fetch_base_weights
-        from samgraft.shared.fetch import cache_folder, fetch_progress
+        from samgraft.shared.fetch import cache_folder
 
-        fetch_base_weights(BASE_OF_DEMO, cache=cache_folder(Path("data")), on_fetch=fetch_progress)
+        fetch_base_weights(BASE_OF_DEMO, cache=cache_folder())
 
 
 def read_slurm_options(texts: list[str]) -> dict[str, Any]:

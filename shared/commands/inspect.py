@@ -30,7 +30,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _run(arguments: argparse.Namespace) -> int:
     # Imported here: `samgraft --help` must not wait for torch.
-    from samgraft.shared.weights.download import OFFLINE_VARIABLE
+    from samgraft.shared.fetch import OFFLINE_VARIABLE
     from samgraft.shared.weights.inspection import describe, extract_tensors
 
     if arguments.offline:

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 
 from samgraft.shared.errors import UsageError
 from samgraft.shared.weights.card import Card
-from samgraft.shared.weights.download import OFFICIAL
+from samgraft.shared.weights.official import OFFICIAL
 
 log = logging.getLogger(__name__)
 
 LITE_MEDSAM_SHA256 = "79d8c9dca6db4d69d3f905579e5250af05e859fff9c1f543e89a513c3028ce76"
 KNOWN_BASES: dict[str, tuple[str, str]] = {
-    **{weights.sha256: (weights.name, weights.license) for weights in OFFICIAL.values()},
+    **{file.sha256: (file.name, file.licence) for file in OFFICIAL.values()},
     LITE_MEDSAM_SHA256: ("LiteMedSAM", "Apache-2.0"),
 }
 """Name and licence of published base weights, by the sha256 of their file."""

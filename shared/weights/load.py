@@ -19,8 +19,8 @@ from samgraft.shared.encoders.vit import ImageEncoder, build_image_encoder
 from samgraft.shared.errors import WeightsError
 from samgraft.shared.weights.adapter_base import refuse_lone_adapter
 from samgraft.shared.weights.card import Card
-from samgraft.shared.weights.download import OFFICIAL, official_weights
 from samgraft.shared.weights.formats import PARTS, recognise
+from samgraft.shared.weights.official import OFFICIAL, official_weights
 from samgraft.shared.weights.positions import resize_positions as resize_table
 from samgraft.shared.weights.safe_read import read_file
 from samgraft.shared.weights.tensor_report import ResizedTensor, TensorReport, shorten

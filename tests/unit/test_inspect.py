@@ -61,4 +61,4 @@ def test_official_name__fetched_unless_a_file_has_it(
     monkeypatch.setenv("SAMGRAFT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("SAMGRAFT_OFFLINE", "")
     assert main(["inspect", "sam_vit_b", "--offline"]) == 5
-    assert "must be in the cache when offline" in capsys.readouterr().err
+    assert "is not in the cache folder" in capsys.readouterr().err

@@ -6,7 +6,7 @@ import pytest
 from samgraft.shared.errors import UsageError
 from samgraft.shared.release.licence import decide_licence, is_non_commercial
 from samgraft.shared.weights.card import Card
-from samgraft.shared.weights.download import OFFICIAL
+from samgraft.shared.weights.official import OFFICIAL
 
 COMMAND = "samgraft release RUN --out OUT --license cc-by-4.0"
 
