@@ -9,6 +9,7 @@ own. A store has one label id per voxel, so overlapping structures are unions of
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from samgraft.shared.errors import DataError, UsageError
+from samgraft.shared.errors import DataError, NumericalError, UsageError
 from samgraft.shared.store.store import SliceStore
 from torch import Tensor
 
@@ -65,6 +66,12 @@ class ClassTable:
                     f"{name}: {list(labels)}.",
                     where="data.regions",
                 )
+        if clean_class_names(tuple(regions)) != tuple(regions):
+            raise UsageError(
+                "names of regions must be different and without control characters, path separators or a dash in front, "
+                f"got {list(regions)}.",
+                where="data.regions",
+            )
         members = tuple(tuple(sorted(labels)) for labels in regions.values())
         if len(set(members)) != len(members):
             raise UsageError("two regions join the same label ids. Name each union once.", where="data.regions")
@@ -114,7 +121,17 @@ class ClassTable:
         """Return predicted label ids (N, H, W), or bits of overlapping classes; 0 where no logit is above 0.
 
         Volumes work too: (N, C, Z, H, W) gives (N, Z, H, W).
+
+        Raises:
+            NumericalError: If a logit is NaN or Inf.
         """
+        # NaN compares as "not above 0" and would become an empty mask, which looks like a valid result.
+        if not bool(torch.isfinite(logits_NCHW).all()):
+            num_bad = int((~torch.isfinite(logits_NCHW)).sum())
+            raise NumericalError(
+                f"the model's logits must be finite, got NaN or Inf for {num_bad} of {logits_NCHW.numel()}. Its "
+                "weights, or pixel_mean and pixel_std in its card.json, are damaged. Use another model."
+            )
         if self.members:
             # SAM without training may have fewer masks than classes.
             bits = torch.tensor(self.ids[: logits_NCHW.shape[1]], device=logits_NCHW.device)
@@ -187,7 +204,23 @@ def choose_classes(
         )
     if regions:
         return ClassTable.of_regions(regions)
-    return ClassTable(ids=tuple(ids), names=tuple(store.label_names.get(label, f"label {label}") for label in ids))
+    names = [store.label_names.get(label, f"label {label}") for label in ids]
+    return ClassTable(ids=tuple(ids), names=clean_class_names(names))
+
+
+def clean_class_names(names: Sequence[str]) -> tuple[str, ...]:
+    """Return different names that are safe in file names, headers and tables.
+
+    Control characters and path separators become underscores, as does a dash in front, which a command would read as
+    an option. A repeated name gets a number.
+    """
+    cleaned: list[str] = []
+    for name in names:
+        text = "".join("_" if unicodedata.category(c)[0] == "C" or c in "/\\" else c for c in name).strip() or "class"
+        text = f"_{text[1:]}" if text[0] == "-" else text
+        same = sum(text == other or other.startswith(f"{text} (") for other in cleaned)
+        cleaned.append(f"{text} ({same + 1})" if text in cleaned else text)
+    return tuple(cleaned)
 
 
 def _listed(labels: Sequence[int]) -> str:

@@ -16,7 +16,7 @@ import torch
 from samgraft.finetune.baselines.networks import VolumeBaseline
 from samgraft.finetune.classes import ClassTable
 from samgraft.finetune.prompting.prompt_sampling import PromptConfig
-from samgraft.finetune.prompting.prompted_inference import segment_with_label_prompts
+from samgraft.finetune.prompting.prompted_inference import PromptSource, label_prompts, segment_prompted_slices
 from samgraft.finetune.segmenter import Segmenter
 from samgraft.shared.samples.dataset import neighbour_slices
 from samgraft.shared.samples.frame import InputFrame, fit_frame, image_to_frame, logits_to_native
@@ -69,22 +69,29 @@ def segment_volume(
     *,
     only: Sequence[int] | None = None,
     flips: Flips = NO_FLIPS,
+    prompts: PromptSource | None = None,
     on_slices: Callable[[int, int], None] | None = None,
 ) -> npt.NDArray[np.int32]:
-    """Segment a scan; draws no random numbers and leaves the model as it was.
+    """Segment a scan slice by slice, automatically or from prompts.
+
+    No random numbers are drawn and the model is left as it was.
 
     Args:
-        segmenter: The model, on the device to use.
-        volume_ZHW: Native units.
+        segmenter: Model, on the device to use.
+        volume_ZHW: Scan in native units.
         stats: Intensity statistics of this volume.
         classes: Channel order of the model.
-        config: How slices reach the encoder.
-        only: Numbers of the slices to segment; None takes all.
-        flips: Axes to mirror, one pass each; the logits are averaged.
+        config: Preparation of slices for the encoder.
+        only: Numbers of the slices to segment; None segments all.
+        flips: Axes to mirror, one pass each; the logits are averaged. Not used with prompts.
+        prompts: Prompts of the slices; None segments automatically.
         on_slices: Called with slices done and slices to do after every batch; may raise to stop.
 
     Returns:
         Label ids of these slices, (Z, H, W). Logits, not labels, are resized; the class is chosen on native pixels.
+
+    Raises:
+        NumericalError: If the model gives NaN or Inf.
     """
     if isinstance(segmenter, VolumeBaseline):
         with evaluating(segmenter):
@@ -98,9 +105,19 @@ def segment_volume(
     with evaluating(segmenter):
         for start in range(0, len(wanted), config.batch_size):
             numbers = wanted[start : start + config.batch_size]
-            images_NCHW = torch.from_numpy(with_neighbours(volume_ZHW, numbers, stats, config)).to(device)
-            logits_NCHW = _mean_logits(segmenter, images_NCHW, frame, flips)
-            labels[start : start + len(numbers)] = classes.from_logits(logits_NCHW).cpu().numpy()
+            images_NCHW = torch.from_numpy(_with_neighbours(volume_ZHW, numbers, stats, config)).to(device)
+            if prompts is None:
+                found = classes.from_logits(_mean_logits(segmenter, images_NCHW, frame, flips)).cpu().numpy()
+            else:
+                found = segment_prompted_slices(
+                    segmenter,
+                    segmenter.embed(image_to_frame(images_NCHW, frame)),
+                    prompts.prompts_of(numbers, frame),
+                    classes=classes,
+                    frame=frame,
+                    num_corrections=prompts.num_corrections,
+                )
+            labels[start : start + len(numbers)] = found
             if on_slices is not None:
                 on_slices(start + len(numbers), len(wanted))
     return labels
@@ -116,7 +133,7 @@ def _mean_logits(segmenter: Segmenter, images_NCHW: Tensor, frame: InputFrame, f
     return passes[0] if len(passes) == 1 else torch.stack(passes).mean(dim=0)
 
 
-def with_neighbours(
+def _with_neighbours(
     volume_ZHW: Volume, numbers: Sequence[int], stats: IntensityStats, config: InferenceConfig
 ) -> npt.NDArray[np.float32]:
     """Return normalised slices with their neighbours as channels, (N, C, H, W)."""
@@ -130,37 +147,15 @@ def with_neighbours(
 def segment_series(
     segmenter: Segmenter, store: SliceStore, series_id: str, classes: ClassTable, config: InferenceConfig
 ) -> npt.NDArray[np.int32]:
-    """Segment one series of a store on its own grid; with prompts from its labels if the model wants prompts."""
-    if config.prompt.is_prompted:
-        return _segment_prompted(segmenter, store, series_id, classes, config)
-    return segment_volume(segmenter, store.read_volume(series_id), store.record(series_id).stats, classes, config)
-
-
-def _segment_prompted(
-    segmenter: Segmenter, store: SliceStore, series_id: str, classes: ClassTable, config: InferenceConfig
-) -> npt.NDArray[np.int32]:
-    volume_ZHW, label_ZHW = store.read_volume(series_id), store.read_label_volume(series_id)
-    stats = store.record(series_id).stats
-    frame = fit_frame(
-        (volume_ZHW.shape[1], volume_ZHW.shape[2]), image_size=segmenter.image_size, keep_aspect=config.keep_aspect
-    )
-    device = next(segmenter.parameters()).device
-    labels = np.zeros(volume_ZHW.shape, dtype=np.int32)
-    # Slices without a class get no prompt, hence no mask: nothing to compute.
+    """Segment one series of a store on its own grid, from prompts of its labels if the model needs prompts."""
+    volume_ZHW, stats = store.read_volume(series_id), store.record(series_id).stats
+    if not config.prompt.is_prompted:
+        return segment_volume(segmenter, volume_ZHW, stats, classes, config)
+    label_ZHW = store.read_label_volume(series_id)
+    # Slices without a class get no prompt and therefore no mask, so the encoder need not see them.
     members = [label for channel in range(classes.num_classes) for label in classes.store_ids(channel)]
-    shown = np.flatnonzero(np.isin(label_ZHW, members).any(axis=(1, 2)))
-    with evaluating(segmenter):
-        for start in range(0, len(shown), config.batch_size):
-            indexes = shown[start : start + config.batch_size]
-            images_NCHW = torch.from_numpy(with_neighbours(volume_ZHW, indexes.tolist(), stats, config)).to(device)
-            labels[indexes] = segment_with_label_prompts(
-                segmenter,
-                segmenter.embed(image_to_frame(images_NCHW, frame)),
-                label_ZHW[indexes],
-                series_id=series_id,
-                slice_indexes=indexes.tolist(),
-                classes=classes,
-                prompt=config.prompt,
-                frame=frame,
-            )
+    prompted = np.flatnonzero(np.isin(label_ZHW, members).any(axis=(1, 2))).tolist()
+    source = label_prompts(segmenter, label_ZHW, series_id, classes, config.prompt)
+    labels = np.zeros(volume_ZHW.shape, dtype=np.int32)
+    labels[prompted] = segment_volume(segmenter, volume_ZHW, stats, classes, config, only=prompted, prompts=source)
     return labels

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from samgraft.finetune.classes import ClassTable
+from samgraft.finetune.classes import ClassTable, clean_class_names
 from samgraft.finetune.inference import InferenceConfig
 from samgraft.finetune.prompting.prompt_sampling import PromptConfig
 from samgraft.shared.config import load_config
@@ -56,7 +56,7 @@ class Task:
         """Channel order."""
         return ClassTable(
             ids=tuple(self.class_ids),
-            names=tuple(self.class_names),
+            names=clean_class_names(self.class_names),
             members=tuple(tuple(labels) for labels in self.class_members),
         )
 

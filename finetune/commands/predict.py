@@ -65,7 +65,7 @@ def run(arguments: argparse.Namespace) -> int:
         flips=arguments.flips,
         postprocess=not arguments.no_postprocessing,
     )
-    predictor.refuse_unfit(prompted=arguments.prompts is not None)
+    predictor.check_mode(prompted=arguments.prompts is not None)
     prompts = read_prompts(arguments.prompts, predictor.classes) if arguments.prompts else None
     _say_start(inputs, predictor.reason, predictor.postprocessing.describe(predictor.classes))
     stop = StopRequest()

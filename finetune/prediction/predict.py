@@ -106,7 +106,7 @@ def predict_scans(
     """
     progress = progress or _Silent()
     if prompts is not None:
-        prompts.refuse_strangers([scan.name for scan in scans])
+        prompts.check_cases([scan.name for scan in scans])
     if out.exists() and not out.is_dir():
         raise StorageError("--out must be a folder, it is a file.", where=out.name, kept="that file")
     out.mkdir(parents=True, exist_ok=True)

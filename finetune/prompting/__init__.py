@@ -1,1 +1,1 @@
-"""Boxes and points: read, drawn while training, run through the decoder."""
+"""Prompts read from files or drawn from labels, and their decoding."""

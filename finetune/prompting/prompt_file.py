@@ -1,24 +1,35 @@
-"""Prompts from a file: boxes and points in a scan's own voxels or in millimetres, checked before anything is segmented.
+"""Prompts files with boxes and points in voxels or millimetres, checked before anything is segmented.
 
     version: 1
     coordinates: voxel          # voxel: i, j, k of the file, from 0; ras_mm or lps_mm: millimetres in the patient
     prompts:
-      - case: scan01.nii.gz     # as `predict` names it; may be left out when there is one scan
+      - case: scan01.nii.gz     # name that `predict` prints; may be left out when there is one scan
         class: lesion           # name or label id
-        box: [[40, 52, 10], [61, 80, 17]]       # two opposite corners, both inside: one 3D box, or one slice of it
+        box: [[40, 52, 10], [61, 80, 17]]       # two opposite corners of a 3D box, or of a box in one slice
       - case: scan02.nii.gz
         class: lesion
-        points: [[50, 60, 12], [44, 55, 12]]    # each prompts the slice that it lies in
+        points: [[50, 60, 12], [44, 55, 12]]    # each point prompts the slice that contains it
         labels: [1, 0]                          # 1 inside (default), 0 outside
 
-A box and points of one entry prompt together; entries of one class add up. YAML or JSON.
+A box and points of one entry form one prompt per slice; the masks of several entries of a class are joined. The file is
+YAML or JSON.
 
-Letters: i, j, k = voxel axes of the file; x, y, z = columns, rows and slices as the model sees them.
+Rules for coordinates, which are continuous: voxel n reaches from n - 0.5 to n + 0.5, and the scan from -0.5 to its last
+voxel + 0.5. A box contains the voxels whose centres are between its corners, borders included, or the voxel nearest to
+its middle if there is none. A point is in the voxel around it, and in the higher one exactly between two.
+
+Rule for negative points (label 0): they take area away from the other prompts of their class in their slice, whichever
+entry those are in. Where a slice has nothing else for the class, they are left out with a note and segment nothing.
+
+Letters: i, j, k = voxel axes of the file; x, y, z = columns, rows and slices of the model's input.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+import logging
+import reprlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from itertools import product
@@ -28,9 +39,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from samgraft.finetune.classes import ClassTable
+from samgraft.finetune.prompting.prompts import NEGATIVE, POSITIVE
 from samgraft.shared.config import read_yaml
 from samgraft.shared.errors import UsageError
 from samgraft.shared.files import file_sha256
+
+log = logging.getLogger(__name__)
 
 VERSION = 1
 MAX_PROMPTS = 10_000
@@ -38,10 +52,12 @@ FILE_KEYS = {"version", "coordinates", "prompts"}
 PROMPT_KEYS = {"case", "class", "box", "points", "labels"}
 
 Coordinates3 = npt.NDArray[np.float64]
+Box = tuple[float, float, float, float]
+OnNote = Callable[[str], None]
 
 
 class Frame(Enum):
-    """What the numbers of a prompts file count."""
+    """Coordinate system of a prompts file."""
 
     VOXEL = "voxel"
     RAS_MM = "ras_mm"
@@ -50,50 +66,67 @@ class Frame(Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class FilePrompt:
-    """One entry of a prompts file."""
+    """Entry of a prompts file."""
 
     where: str
+    """File and number of the entry, for messages."""
     case: str | None
+    """Name of the scan; None means the only one."""
     channel: int
-    """Class, counted from 0."""
+    """Index of the class, from 0."""
     corners: Coordinates3 | None = None
-    """(2, 3)."""
+    """Opposite corners (2, 3) of the box."""
     points: Coordinates3 | None = None
-    """(K, 3)."""
+    """Points (K, 3)."""
     labels: tuple[int, ...] = ()
+    """Label of every point, 1 inside and 0 outside."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SlicePrompt:
-    """What prompts one object in one slice, in the slice's own pixels."""
+    """Prompt for one class in one slice, in the slice's own pixels."""
 
     where: str
+    """Origin of the prompt, for messages."""
     slice_index: int
+    """Number of the slice, from 0."""
     channel: int
-    box: tuple[float, float, float, float] | None = None
-    """x0, y0, x1, y1; both corners inside."""
+    """Index of the class, from 0."""
+    box: Box | None = None
+    """Box as x0, y0, x1, y1, with the pixels at both corners."""
     points: tuple[tuple[float, float], ...] = ()
+    """Points as x, y."""
     labels: tuple[int, ...] = ()
+    """Label of every point, 1 inside and 0 outside."""
+
+    @property
+    def is_negative(self) -> bool:
+        """True without a box and without a point inside the object."""
+        return self.box is None and POSITIVE not in self.labels
 
 
 @dataclass(frozen=True, kw_only=True)
 class PromptFile:
-    """A prompts file, read and checked as far as it can be without the scans."""
+    """Prompts file, checked as far as possible without the scans."""
 
     frame: Frame
+    """Coordinate system."""
     prompts: tuple[FilePrompt, ...]
+    """Entries in the order of the file."""
     sha256: str
+    """Hash of the file."""
     name: str
+    """Name of the file without its folder."""
 
     def for_case(self, name: str, *, is_only: bool) -> tuple[FilePrompt, ...]:
         """Return the prompts of a scan; entries without a case belong to the only one."""
         return tuple(p for p in self.prompts if p.case == name or (p.case is None and is_only))
 
-    def refuse_strangers(self, names: Sequence[str]) -> None:
-        """Refuse cases that are not among the scans, and entries without case where there are several.
+    def check_cases(self, names: Sequence[str]) -> None:
+        """Refuse cases that are not among the scans, and entries without case for several scans.
 
         Raises:
-            UsageError: With the first of them.
+            UsageError: For the first of them.
         """
         for prompt in self.prompts:
             if prompt.case is None and len(names) != 1:
@@ -113,11 +146,8 @@ def read_prompts(path: Path, classes: ClassTable) -> PromptFile:
             not have the right shape.
     """
     values = read_yaml(path)
-    if strangers := sorted(set(values) - FILE_KEYS):
-        raise UsageError(
-            f"a prompts file must have the keys {_listed(FILE_KEYS)}, got {strangers[0]!r}.", where=path.name
-        )
-    if values.get("version") != VERSION:
+    _check_keys(values, FILE_KEYS, what="a prompts file", where=path.name)
+    if values.get("version") != VERSION or isinstance(values["version"], bool):
         raise UsageError(
             f"a prompts file must have version: {VERSION}, got {values.get('version')!r}.", where=path.name
         )
@@ -144,25 +174,27 @@ def slice_prompts(
     native_affine: npt.NDArray[np.float64],
     affine: npt.NDArray[np.float64],
     shape_zyx: tuple[int, int, int],
+    on_note: OnNote = log.warning,
 ) -> list[SlicePrompt]:
-    """Bring prompts to the slices that the model sees.
+    """Convert prompts of a scan to prompts of its slices.
 
     Args:
-        prompts: Of one scan.
-        frame: What their numbers count.
+        prompts: Entries for one scan.
+        frame: Coordinate system of their numbers.
         native_affine: Voxel (i, j, k) of the file to RAS+ mm.
         affine: Voxel (x, y, z) of the slices to RAS+ mm.
-        shape_zyx: Slices, rows, columns.
+        shape_zyx: Number of slices, rows, columns.
+        on_note: Called with a note about every slice whose points are all negative.
 
     Returns:
-        One per entry and slice, sorted by slice.
+        Prompts sorted by slice, with the module's rule for negative points applied.
 
     Raises:
-        UsageError: If a box or point lies outside the scan.
+        UsageError: If a box or point is outside the scan, or a point is both inside and outside a class.
     """
     found: list[SlicePrompt] = []
+    to_xyz = np.linalg.inv(affine) @ _to_world(frame, native_affine)
     for prompt in prompts:
-        to_xyz = np.linalg.inv(affine) @ _to_world(frame, native_affine)
         boxes = _boxes(prompt, to_xyz, shape_zyx)
         points = _points(prompt, to_xyz, shape_zyx)
         for index in sorted(set(boxes) | set(points)):
@@ -177,14 +209,59 @@ def slice_prompts(
                     labels=labels,
                 )
             )
-    return sorted(found, key=lambda one: one.slice_index)
+    return apply_negative_points(sorted(found, key=lambda one: one.slice_index), on_note=on_note)
+
+
+def apply_negative_points(prompts: Iterable[SlicePrompt], *, on_note: OnNote = log.warning) -> list[SlicePrompt]:
+    """Add entries of negative points to the other prompts of their slice and class.
+
+    Args:
+        prompts: Prompts of one scan.
+        on_note: Called with a note about every slice whose points of a class are all negative; they are left out.
+
+    Returns:
+        Prompts that all have a box or a positive point.
+
+    Raises:
+        UsageError: If a point is both inside and outside a class.
+    """
+    # SAM predicts a mask around any point, also around a negative one alone. Such a point is therefore only used
+    # together with a prompt that marks an object.
+    groups: dict[tuple[int, int], list[SlicePrompt]] = {}
+    for prompt in prompts:
+        groups.setdefault((prompt.slice_index, prompt.channel), []).append(prompt)
+    found: list[SlicePrompt] = []
+    for group in groups.values():
+        _refuse_contradiction(group)
+        negative = [prompt for prompt in group if prompt.is_negative]
+        points = tuple(point for prompt in negative for point in prompt.points)
+        marking = [prompt for prompt in group if not prompt.is_negative]
+        if not marking:
+            where, index = negative[0].where, negative[0].slice_index
+            on_note(f"slice {index} has only negative points, it stays empty ({where}). Add a box or a positive point.")
+        found += [
+            dataclasses.replace(one, points=one.points + points, labels=one.labels + (NEGATIVE,) * len(points))
+            for one in marking
+        ]
+    return found
+
+
+def _refuse_contradiction(group: Sequence[SlicePrompt]) -> None:
+    label_of: dict[tuple[float, float], int] = {}
+    for prompt in group:
+        for point, label in zip(prompt.points, prompt.labels, strict=True):
+            if label_of.setdefault(point, label) != label:
+                raise UsageError(
+                    f"a point must be inside or outside a class, got both labels for column {point[0]:g}, row "
+                    f"{point[1]:g} of slice {prompt.slice_index}. Delete one of them.",
+                    where=prompt.where,
+                )
 
 
 def _prompt(entry: Any, classes: ClassTable, *, where: str) -> FilePrompt:
     if not isinstance(entry, dict):
-        raise UsageError("a prompt must hold keys and values.", where=where)
-    if strangers := sorted(set(map(str, entry)) - PROMPT_KEYS):
-        raise UsageError(f"a prompt must have keys among {_listed(PROMPT_KEYS)}, got {strangers[0]!r}.", where=where)
+        raise UsageError("a prompt must consist of keys and values.", where=where)
+    _check_keys(entry, PROMPT_KEYS, what="a prompt", where=where)
     if "box" not in entry and "points" not in entry:
         raise UsageError("a prompt must have a box or points.", where=where)
     if "labels" in entry and "points" not in entry:
@@ -204,6 +281,11 @@ def _prompt(entry: Any, classes: ClassTable, *, where: str) -> FilePrompt:
     )
 
 
+def _check_keys(values: Mapping[str, Any], known: set[str], *, what: str, where: str) -> None:
+    if unknown := sorted(set(map(str, values)) - known):
+        raise UsageError(f"{what} must have keys among {', '.join(sorted(known))}, got {unknown[0]!r}.", where=where)
+
+
 def _channel(entry: Mapping[str, Any], classes: ClassTable, *, where: str) -> int:
     wanted = entry.get("class")
     if wanted is None and classes.num_classes == 1:
@@ -220,7 +302,7 @@ def _labels(labels: Any, points: Coordinates3 | None, *, where: str) -> tuple[in
     if points is None:
         return ()
     if labels is None:
-        return (1,) * len(points)
+        return (POSITIVE,) * len(points)
     good = isinstance(labels, list) and all(label in (0, 1) and not isinstance(label, bool) for label in labels)
     if not good or len(labels) != len(points):
         raise UsageError(f"labels must be {len(points)} times 1 (inside) or 0 (outside), got {labels!r}.", where=where)
@@ -228,15 +310,21 @@ def _labels(labels: Any, points: Coordinates3 | None, *, where: str) -> tuple[in
 
 
 def _numbers(values: Any, *, rows: int | None, what: str, where: str) -> Coordinates3:
+    """Check the numbers of a box or of points and return them as (rows, 3)."""
+    # NumPy would convert texts and booleans, and 1e400 to infinity: types are checked first.
+    good = isinstance(values, list) and len(values) >= 1 and (rows is None or len(values) == rows)
+    good = good and all(
+        isinstance(row, list) and len(row) == 3 and all(type(v) in (int, float) for v in row) for row in values
+    )
     shape = f"{rows or 'a list of'} triples of numbers"
+    if not good:
+        raise UsageError(f"{what} must be {shape}, got {reprlib.repr(values)}.", where=where)
     try:
         array = np.asarray(values, dtype=np.float64)
-    except (ValueError, TypeError) as err:
-        raise UsageError(f"{what} must be {shape}, got {values!r}.", where=where) from err
-    if array.ndim != 2 or array.shape[1] != 3 or len(array) == 0 or (rows and len(array) != rows):
-        raise UsageError(f"{what} must be {shape}, got shape {array.shape}.", where=where)
+    except OverflowError:
+        array = np.full((1, 3), np.inf)
     if not np.isfinite(array).all():
-        raise UsageError(f"{what} must be finite numbers.", where=where)
+        raise UsageError(f"{what} must be {shape} that are finite, got {reprlib.repr(values)}.", where=where)
     return array
 
 
@@ -246,18 +334,20 @@ def _to_world(frame: Frame, native_affine: npt.NDArray[np.float64]) -> npt.NDArr
     return np.diag([-1.0, -1.0, 1.0, 1.0]) if frame is Frame.LPS_MM else np.eye(4)
 
 
-def _boxes(
-    prompt: FilePrompt, to_xyz: npt.NDArray[np.float64], shape_zyx: tuple[int, int, int]
-) -> dict[int, tuple[float, float, float, float]]:
+def _boxes(prompt: FilePrompt, to_xyz: npt.NDArray[np.float64], shape_zyx: tuple[int, int, int]) -> dict[int, Box]:
     if prompt.corners is None:
         return {}
-    # All eight corners: in millimetres of an oblique scan the box is turned, and its hull is what a slice can have.
+    # In millimetres of an oblique scan the box is rotated. A slice can only have the hull of its eight corners.
     eight = np.array(list(product(*prompt.corners.T)))
     xyz = _transform(eight, to_xyz)
     low, high = xyz.min(axis=0), xyz.max(axis=0)
-    _check_inside(np.stack([low, high]), shape_zyx, what="a box", where=prompt.where)
-    box = (float(low[0]), float(low[1]), float(high[0]), float(high[1]))
-    return dict.fromkeys(range(round(float(low[2])), round(float(high[2])) + 1), box)
+    last = _check_inside(np.stack([low, high]), shape_zyx, what="a box", where=prompt.where)
+    first_voxel, last_voxel = np.ceil(low), np.floor(high)
+    nearest = _voxel_of((low + high) / 2)
+    has_center = first_voxel <= last_voxel
+    x0, y0, z0 = np.clip(np.where(has_center, first_voxel, nearest), 0, last).tolist()
+    x1, y1, z1 = np.clip(np.where(has_center, last_voxel, nearest), 0, last).tolist()
+    return dict.fromkeys(range(int(z0), int(z1) + 1), (x0, y0, x1, y1))
 
 
 def _points(
@@ -267,29 +357,35 @@ def _points(
         return {}
     xyz = _transform(prompt.points, to_xyz)
     _check_inside(xyz, shape_zyx, what="a point", where=prompt.where)
+    slices = np.clip(_voxel_of(xyz[:, 2]), 0, shape_zyx[0] - 1).astype(int).tolist()
     by_slice: dict[int, list[tuple[tuple[float, float], int]]] = {}
-    for (x, y, z), label in zip(xyz.tolist(), prompt.labels, strict=True):
-        by_slice.setdefault(round(z), []).append(((x, y), label))
+    for (x, y, _), index, label in zip(xyz.tolist(), slices, prompt.labels, strict=True):
+        by_slice.setdefault(index, []).append(((x, y), label))
     return {index: (tuple(p for p, _ in pairs), tuple(n for _, n in pairs)) for index, pairs in by_slice.items()}
+
+
+def _voxel_of(coordinates: Coordinates3) -> Coordinates3:
+    """Return the voxel around every coordinate, the higher one exactly between two."""
+    # numpy.round takes the even neighbour, which would put 0.5 and 1.5 into voxels 0 and 2.
+    return np.asarray(np.floor(coordinates + 0.5), dtype=np.float64)
 
 
 def _transform(points: Coordinates3, matrix: npt.NDArray[np.float64]) -> Coordinates3:
     moved = points @ matrix[:3, :3].T + matrix[:3, 3]
-    # A millionth of a voxel is rounding of the affine, not a place outside.
+    # Differences of a millionth of a voxel are rounding errors of the affine; + 0.0 turns -0.0 into 0.0.
     return np.asarray(np.round(moved, 6) + 0.0)
 
 
-def _check_inside(xyz: Coordinates3, shape_zyx: tuple[int, int, int], *, what: str, where: str) -> None:
+def _check_inside(xyz: Coordinates3, shape_zyx: tuple[int, int, int], *, what: str, where: str) -> Coordinates3:
+    """Refuse coordinates outside the scan and return its last voxel in x, y, z."""
     last = np.asarray(shape_zyx[::-1], dtype=np.float64) - 1
-    if (xyz < 0).any() or (xyz > last).any():
+    outside = (xyz < -0.5) | (xyz > last + 0.5)
+    if outside.any():
         size = " x ".join(str(n) for n in shape_zyx[::-1])
-        worst = xyz[((xyz < 0) | (xyz > last)).any(axis=1)][0]
+        worst = xyz[outside.any(axis=1)][0]
         raise UsageError(
-            f"{what} must lie inside the scan of {size} voxels (columns, rows, slices as the model sees them), got "
+            f"{what} must be inside the scan of {size} voxels (columns, rows, slices of the model's input), got "
             f"{', '.join(f'{v:g}' for v in worst)}. Check coordinates: voxel, ras_mm or lps_mm.",
             where=where,
         )
-
-
-def _listed(keys: set[str]) -> str:
-    return ", ".join(sorted(keys))
+    return last

@@ -1,4 +1,6 @@
-"""Prompts drawn from labels: what a user would give, with a user's inaccuracy, from the sample's own generator.
+"""Prompts drawn from labels, as inaccurate as those of a user.
+
+Every draw uses the generator of its sample only, so that prompts do not depend on workers or on the order of samples.
 
 Shape letters: H, W = rows and columns of a slice or of the input frame; C = foreground classes; K = points.
 """
@@ -6,7 +8,7 @@ Shape letters: H, W = rows and columns of a slice or of the input frame; C = for
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -22,29 +24,29 @@ Bools = npt.NDArray[np.bool_]
 Points = npt.NDArray[np.float32]
 
 MASK_LOGIT = 8.0
-"""Absolute logit of a mask given as prompt; SAM's own low-resolution logits are clamped at 32 and mostly below 20."""
+"""Absolute logit of a mask prompt. SAM's own low-resolution logits are clamped at 32 and mostly below 20."""
 
 
 class PromptMode(Enum):
-    """What the model is given besides the image."""
+    """Input of the model besides the image."""
 
     NONE = "none"
-    """Nothing: every class is found by its own mask token (automatic)."""
+    """No prompt. Every class has a mask token of its own (automatic)."""
     BOX = "box"
     """One box around each object."""
     POINTS = "points"
-    """Points in the object and, with num_negative, beside it."""
+    """Points in the object and, with num_negative, next to it."""
     MASK = "mask"
-    """A rough mask, e.g. of the slice before."""
+    """Rough mask, e.g. the one of the slice before."""
     CLICKS = "clicks"
-    """A box or a point first (half and half), then points where the mask is still wrong, with the mask so far."""
+    """Box or point first (half of the cases each), then points where the mask is still wrong, with the mask so far."""
 
 
 class PromptUnit(Enum):
-    """What one prompt points at."""
+    """Unit that one prompt refers to."""
 
     COMPONENT = "component"
-    """Each connected piece of a class in the slice."""
+    """Connected piece of a class in the slice."""
     CLASS = "class"
     """All pixels of a class in the slice."""
 
@@ -62,41 +64,42 @@ _READ_BY: dict[PromptMode, set[str]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class PromptConfig:
-    """Which prompts, and how inaccurate. ``none`` is the automatic mode; the rest is only used with prompts."""
+    """Kind of prompts and their inaccuracy. Mode ``none`` (automatic) uses no other field."""
 
     mode: PromptMode = PromptMode.NONE
-    """none, box, points, mask or clicks."""
+    """Kind of prompts, one of none, box, points, mask and clicks."""
     unit: PromptUnit = PromptUnit.COMPONENT
-    """component or class."""
+    """Unit of one prompt, component or class."""
     max_objects: int = 8
-    """Objects per training slice; more are thinned out at random. Validation takes all."""
+    """Largest number of objects per training slice, drawn at random from more. Validation uses all objects."""
     min_pixels: int = 4
-    """Smaller objects, counted in the input frame, get no prompt in training: they are rounding of the resize."""
+    """Smallest object with a prompt in training, pixels of the input frame. Smaller ones are artefacts of resizing."""
     box_jitter: float = 0.1
-    """Standard deviation of each box edge as a share of the box's side (SAM: 0.1)."""
+    """Standard deviation of each box edge as a share of the box's side (0.1 in SAM)."""
     max_jitter: float = 0.02
-    """Largest shift of a box edge as a share of the input's side (SAM: 20 of 1024 pixels)."""
+    """Largest shift of a box edge as a share of the input's side (20 of 1024 pixels in SAM)."""
     num_positive: int = 1
-    """Points in the object, mode points."""
+    """Number of points in the object, at least 1, mode points."""
     num_negative: int = 0
-    """Points beside the object, mode points: within its doubled box, else anywhere."""
+    """Number of points outside the object, mode points. They are in its doubled box if that has room."""
     mask_jitter: float = 0.15
     """Largest growth, shrinkage and shift of a mask prompt as a share of the object's side."""
     num_clicks: int = 3
-    """Corrections after the first prompt, mode clicks."""
+    """Number of corrections after the first prompt, mode clicks."""
     eval_jitter: float = 0.0
-    """Factor on all jitter in validation and evaluation: 0 gives tight boxes and central points, 1 as in training."""
+    """Factor on all jitter in validation and evaluation, 0 for tight boxes and central points, 1 as in training."""
     iou_weight: float = 1.0
-    """Weight of the squared error of the predicted IoU (SAM: 1)."""
+    """Weight of the squared error of the predicted IoU (1 in SAM)."""
 
     def __post_init__(self) -> None:
-        if idle := self._idle():
-            raise ValueError(f"prompt.{idle[0]} has no effect with prompt.mode={self.mode.value}. Leave it out.")
+        if unused := self._unused_settings():
+            raise ValueError(f"prompt.{unused[0]} has no effect with prompt.mode={self.mode.value}. Leave it out.")
         if self.max_objects < 1 or self.min_pixels < 1 or self.num_clicks < 1:
             raise ValueError("prompt.max_objects, min_pixels and num_clicks must be at least 1.")
-        if self.num_positive < 0 or self.num_negative < 0 or self.num_positive + self.num_negative < 1:
+        # Negative points alone mark no object: a prompts file refuses to segment from them too.
+        if self.num_positive < 1 or self.num_negative < 0:
             raise ValueError(
-                "prompt.num_positive and num_negative must not be negative nor both 0, got "
+                "prompt.num_positive must be at least 1 and num_negative at least 0, got "
                 f"{self.num_positive} and {self.num_negative}."
             )
         for name in ("box_jitter", "max_jitter", "mask_jitter", "eval_jitter", "iou_weight"):
@@ -110,7 +113,7 @@ class PromptConfig:
 
     @property
     def mask_tokens(self) -> tuple[int, ...]:
-        """SAM's mask tokens that answer these prompts: 1, 2, 3 a single point, 0 everything else; none without."""
+        """SAM's mask tokens that these prompts use, 1 to 3 for a single point and 0 for all others."""
         if self.mode is PromptMode.NONE:
             return ()
         if self.mode is PromptMode.CLICKS:
@@ -119,14 +122,14 @@ class PromptConfig:
         return (1, 2, 3) if is_single else (0,)
 
     def for_evaluation(self) -> PromptConfig:
-        """Return the same prompts with the jitter of evaluation, for every object down to one pixel."""
+        """Return these settings with the jitter of evaluation and for objects of any size."""
         if not self.is_prompted:
             return self
         jitters = {name: getattr(self, name) * self.eval_jitter for name in _JITTERS & _READ_BY[self.mode]}
         return dataclasses.replace(self, min_pixels=1, **jitters)
 
-    def _idle(self) -> list[str]:
-        """Return the settings that differ from their defaults and that the mode does not read."""
+    def _unused_settings(self) -> list[str]:
+        """Return settings that differ from their defaults although the mode does not read them."""
         known = _READ_BY[self.mode] | (_READ_BY_ALL if self.is_prompted else set())
         defaults = {f.name: f.default for f in dataclasses.fields(self) if f.name != "mode"}
         return [name for name, default in defaults.items() if name not in known and getattr(self, name) != default]
@@ -134,26 +137,41 @@ class PromptConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PromptedObject:
-    """One object of one slice that a prompt points at."""
+    """Object of a slice that gets a prompt."""
 
     channel: int
-    """Class, from 0."""
+    """Index of the class, from 0."""
     mask_HW: Bools
+    """Pixels of the object."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassPrompt:
+    """Prompt for one class in one slice of a batch."""
+
+    channel: int
+    """Index of the class, from 0."""
+    prompt: Prompt
+    """Box and points in pixels of the slice; ``image`` is the index of the slice in the batch."""
+    true_HW: Bools | None = None
+    """Object that the prompt was drawn from; needed for correction clicks only."""
+    rng: np.random.Generator | None = None
+    """Generator for correction clicks, shared by the prompts of a slice."""
 
 
 def find_objects(masks_CHW: Bools, config: PromptConfig) -> list[PromptedObject]:
-    """List the objects of a slice, class by class, larger than ``min_pixels``.
+    """List the objects of a slice, class by class.
 
     Args:
         masks_CHW: Pixels of every class; classes may overlap.
-        config: Unit and smallest size.
+        config: Unit, and smallest size in pixels.
     """
     found = []
     for channel, mask_HW in enumerate(masks_CHW):
         if config.unit is PromptUnit.CLASS:
             pieces = [mask_HW]
         else:
-            # Diagonal neighbours belong together: thin structures fall apart otherwise.
+            # Diagonal neighbours are connected. Otherwise thin structures would fall into many pieces.
             labelled, number = ndimage.label(mask_HW, structure=np.ones((3, 3)))
             pieces = [labelled == piece for piece in range(1, number + 1)]
         found += [
@@ -163,11 +181,32 @@ def find_objects(masks_CHW: Bools, config: PromptConfig) -> list[PromptedObject]
 
 
 def thin_out(objects: list[PromptedObject], config: PromptConfig, rng: np.random.Generator) -> list[PromptedObject]:
-    """Keep ``max_objects`` of them, drawn evenly, in their order."""
+    """Return at most ``max_objects`` of the objects, drawn evenly, in their order."""
     if len(objects) <= config.max_objects:
         return objects
     kept = sorted(rng.choice(len(objects), size=config.max_objects, replace=False).tolist())
     return [objects[place] for place in kept]
+
+
+def draw_prompts(
+    objects: Sequence[PromptedObject],
+    config: PromptConfig,
+    rng: np.random.Generator,
+    *,
+    image: int,
+    to_mask: Callable[[Bools], Tensor],
+    central: bool,
+) -> list[ClassPrompt]:
+    """Draw the first prompt of every object of a slice; the arguments are those of ``draw_prompt``."""
+    return [
+        ClassPrompt(
+            channel=one.channel,
+            prompt=draw_prompt(one.mask_HW, config, rng, image=image, to_mask=to_mask, central=central),
+            true_HW=one.mask_HW,
+            rng=rng,
+        )
+        for one in objects
+    ]
 
 
 def draw_prompt(
@@ -179,19 +218,19 @@ def draw_prompt(
     to_mask: Callable[[Bools], Tensor],
     central: bool,
 ) -> Prompt:
-    """Draw the (first) prompt for an object.
+    """Draw the first prompt for an object.
 
     Args:
-        mask_HW: The object, not empty; coordinates come out in its pixels.
-        config: Kind and jitter.
-        rng: Of this sample; the only source of randomness.
-        image: Place of the image in the batch.
-        to_mask: Makes low-resolution logits of a mask, as the prompt encoder takes them.
-        central: First points in the middle of the object instead of anywhere in it (evaluation).
+        mask_HW: Object, not empty. The prompt has its pixel coordinates.
+        config: Kind of prompt and jitter.
+        rng: Generator of this sample, the only source of randomness.
+        image: Index of the image in the batch.
+        to_mask: Function from a mask to low-resolution logits for the prompt encoder.
+        central: True puts the first point in the middle of the object (evaluation) instead of anywhere in it.
     """
     mode = config.mode
     if mode is PromptMode.CLICKS:
-        # Evaluation always starts from the click, the harder of the two; its box would make corrections idle.
+        # Evaluation always starts from a click, the harder of the two: after a box few corrections are left to measure.
         mode = PromptMode.BOX if not central and rng.random() < 0.5 else PromptMode.POINTS
     if mode is PromptMode.BOX:
         return Prompt(image=image, box=torch.from_numpy(draw_box(mask_HW, config, rng)))
@@ -204,7 +243,9 @@ def draw_prompt(
 
 
 def draw_box(mask_HW: Bools, config: PromptConfig, rng: np.random.Generator) -> Points:
-    """Return x0, y0, x1, y1 around an object, every edge moved by noise and kept inside the frame.
+    """Return a box x0, y0, x1, y1 around an object with noise on every edge.
+
+    The box stays inside the frame.
 
     Source:
         Segment Anything, arXiv 2304.02643, appendix A: standard deviation 10 % of the side, at most 20 pixels.
@@ -216,14 +257,14 @@ def draw_box(mask_HW: Bools, config: PromptConfig, rng: np.random.Generator) -> 
     noise = np.clip(rng.standard_normal(4) * config.box_jitter * sides, -limit, limit)
     height, width = mask_HW.shape
     moved = np.clip(box + noise, 0, [width - 1, height - 1] * 2).astype(np.float32)
-    # Noise may turn a box of one or two pixels around.
+    # Noise may exchange opposite edges of a box of one or two pixels.
     return np.concatenate([np.minimum(moved[:2], moved[2:]), np.maximum(moved[:2], moved[2:])])
 
 
 def draw_points(
     mask_HW: Bools, config: PromptConfig, rng: np.random.Generator, *, central: bool
 ) -> tuple[Points, Points]:
-    """Return points (K, 2) as x, y and their labels (K,): positive ones first."""
+    """Return points (K, 2) as x, y and their labels (K,), positive ones first."""
     positive = [center_of(mask_HW)] if central and config.num_positive else []
     positive += [_any_pixel(mask_HW, rng) for _ in range(config.num_positive - len(positive))]
     around_HW = _surroundings(mask_HW)
@@ -232,29 +273,28 @@ def draw_points(
     return points, np.array([POSITIVE] * len(positive) + [NEGATIVE] * len(negative), dtype=np.float32)
 
 
-def correct(
-    prompt: Prompt,
-    predicted_HW: Bools,
-    true_HW: Bools,
-    rng: np.random.Generator,
-    *,
-    low_res_logits: Tensor,
-    central: bool,
+def add_correction_click(
+    prompt: Prompt, drawn: ClassPrompt, predicted_HW: Bools, *, low_res_logits: Tensor, central: bool
 ) -> Prompt:
-    """Add the click a user would make next, and the mask so far; a mask without error gets a positive click again.
+    """Add the next click of a user and the mask so far to a prompt.
+
+    A mask without error gets a positive click again.
 
     Args:
-        prompt: So far.
-        predicted_HW: Mask that it gave.
-        true_HW: The object.
-        rng: Of this sample.
-        low_res_logits: (4h, 4w) of the prediction, detached.
-        central: Middle of the largest wrong region (evaluation) instead of any wrong pixel (SAM's training).
+        prompt: Prompt so far.
+        drawn: First prompt with its object and generator.
+        predicted_HW: Mask predicted from ``prompt``.
+        low_res_logits: Logits (4h, 4w) of the prediction, detached.
+        central: True clicks the middle of the largest wrong region (evaluation), False any wrong pixel (SAM's
+            training).
     """
+    true_HW, rng = drawn.true_HW, drawn.rng
+    if true_HW is None or rng is None:
+        raise ValueError("a correction click needs the true object and its generator, this prompt has none.")
     wrong_HW = predicted_HW != true_HW
     if not wrong_HW.any():
         wrong_HW = true_HW
-    x, y = center_of(_largest(wrong_HW)) if central else _any_pixel(wrong_HW, rng)
+    x, y = center_of(_largest_component(wrong_HW)) if central else _any_pixel(wrong_HW, rng)
     label = float(POSITIVE if true_HW[int(y), int(x)] else NEGATIVE)
     point, kind = torch.tensor([[x, y]], dtype=torch.float32), torch.tensor([label])
     return dataclasses.replace(
@@ -266,7 +306,10 @@ def correct(
 
 
 def roughen(mask_HW: Bools, config: PromptConfig, rng: np.random.Generator) -> Bools:
-    """Grow or shrink an object and shift it, as the mask of a neighbouring slice or a quick sketch would be."""
+    """Grow or shrink an object and shift it.
+
+    The result resembles the mask of a neighbouring slice or a quick sketch.
+    """
     side = float(np.sqrt(mask_HW.sum()))
     reach = config.mask_jitter * side
     steps = round(rng.uniform(-reach, reach))
@@ -276,12 +319,12 @@ def roughen(mask_HW: Bools, config: PromptConfig, rng: np.random.Generator) -> B
         change = ndimage.binary_dilation if steps > 0 else ndimage.binary_erosion
         rough = change(mask_HW, iterations=abs(steps))
     rough = ndimage.shift(rough.astype(np.uint8), shift, order=0) > 0
-    # A thin object can vanish; its own mask is then the roughest that is left.
+    # Erosion can remove a thin object completely. Its own mask is the prompt then.
     return rough if rough.any() else mask_HW
 
 
 def mask_prompt(mask_HW: Bools, *, side: int) -> Tensor:
-    """Return a mask as low-resolution logits (side, side), as the prompt encoder takes it."""
+    """Return a mask as low-resolution logits (side, side) for the prompt encoder."""
     share = torch.nn.functional.interpolate(
         torch.from_numpy(mask_HW.astype(np.float32))[None, None], size=(side, side), mode="area"
     )
@@ -289,20 +332,20 @@ def mask_prompt(mask_HW: Bools, *, side: int) -> Tensor:
 
 
 def center_of(mask_HW: Bools) -> tuple[float, float]:
-    """Return the pixel (x, y) of an object that is farthest from its edge; the first of equals."""
+    """Return the pixel (x, y) of an object that is farthest from its edge, the first of equals."""
     distance = ndimage.distance_transform_edt(np.pad(mask_HW, 1))[1:-1, 1:-1]
     row, column = np.unravel_index(int(distance.argmax()), distance.shape)
     return float(column), float(row)
 
 
-def _largest(mask_HW: Bools) -> Bools:
+def _largest_component(mask_HW: Bools) -> Bools:
     labelled, number = ndimage.label(mask_HW, structure=np.ones((3, 3)))
     sizes: Any = ndimage.sum_labels(mask_HW, labelled, index=range(1, number + 1))
     return np.asarray(labelled == 1 + int(np.argmax(sizes)), dtype=np.bool_)
 
 
 def _surroundings(mask_HW: Bools) -> Bools:
-    """Return the pixels beside an object within its doubled box, else all pixels beside it."""
+    """Return the pixels outside an object in its doubled box, or in the slice if that has none."""
     rows, columns = np.flatnonzero(mask_HW.any(axis=1)), np.flatnonzero(mask_HW.any(axis=0))
     height, width = rows[-1] - rows[0] + 1, columns[-1] - columns[0] + 1
     near_HW = np.zeros_like(mask_HW)

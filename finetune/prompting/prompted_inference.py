@@ -1,15 +1,17 @@
-"""A whole scan with prompts drawn from its labels: what the model gives when somebody points at every object.
+"""Segmentation of a batch of slices from prompts, given by a user or drawn from labels.
 
-Scores of it say how well objects are outlined, not whether they are found: slices without a class get no prompt.
+Scores with drawn prompts measure how well objects are outlined, not whether they are found, because slices without a
+class get no prompt.
 
-Shape letters: Z = slices, H, W = rows and columns of a slice, C = foreground classes, P = prompts.
+Shape letters: N = slices of a batch, H, W = rows and columns of a slice, C = foreground classes, P = prompts.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -19,11 +21,11 @@ import torch
 from samgraft.finetune.classes import ClassTable
 from samgraft.finetune.prompting.prompt_sampling import (
     Bools,
+    ClassPrompt,
     PromptConfig,
-    PromptedObject,
     PromptMode,
-    correct,
-    draw_prompt,
+    add_correction_click,
+    draw_prompts,
     find_objects,
     mask_prompt,
 )
@@ -34,50 +36,82 @@ from torch import Tensor
 
 Labels = npt.NDArray[Any]
 EVALUATION_STREAM = 5
-"""Second number of the seed of prompts in validation and evaluation: equal for every model and run."""
+"""Second number of the seed of prompts in validation and evaluation, equal for every model and run."""
+NO_PROMPT_LOGIT = -1e4
+"""Logit of a class that has no prompt in a slice. It is finite, so that a check for NaN and Inf can stay strict."""
 
 
-def segment_with_label_prompts(
-    segmenter: Segmenter,
-    embeddings_NChw: Tensor,
-    label_NHW: Labels,
-    *,
-    series_id: str,
-    slice_indexes: Sequence[int],
-    classes: ClassTable,
-    prompt: PromptConfig,
-    frame: InputFrame,
-) -> Labels:
-    """Prompt for every object of some slices and put the masks together.
+@dataclass(frozen=True, kw_only=True)
+class PromptSource:
+    """Prompts of any slices of one scan."""
+
+    prompts_of: Callable[[Sequence[int], InputFrame], list[ClassPrompt]]
+    """Function from slice numbers of a batch and their frame to prompts."""
+    num_corrections: int = 0
+    """Number of correction clicks after the first mask; needs the true objects."""
+
+
+def label_prompts(segmenter: Segmenter, label_ZHW: Labels, series_id: str, classes: ClassTable, config: PromptConfig
+) -> PromptSource:  # fmt: skip
+    """Return prompts drawn from the labels of a scan, one per object.
 
     Args:
-        segmenter: In eval mode, without gradients.
-        embeddings_NChw: Of the slices.
-        label_NHW: Label ids of the store, on the slices' own pixels.
-        series_id: With the slice's number, decides what jitter draws.
-        slice_indexes: Numbers of the slices in their scan.
-        classes: Of the model.
-        prompt: Kind of prompts; already ``for_evaluation``.
-        frame: Where the slices lie in the input.
+        segmenter: Model; only the size of its mask prompts is read.
+        label_ZHW: Label ids of the store on the scan's own grid.
+        series_id: Scan. With the slice number it seeds the jitter, so all models get the same prompts.
+        classes: Classes of the model.
+        config: Kind of prompts, already ``for_evaluation``.
+    """
+    side = int(segmenter.sam.prompt_encoder.mask_input_size[0])
+
+    def draw(slice_indexes: Sequence[int], frame: InputFrame) -> list[ClassPrompt]:
+        to_mask = partial(mask_to_frame, frame=frame, side=side)
+        found: list[ClassPrompt] = []
+        for image, index in enumerate(slice_indexes):
+            masks_CHW = np.stack([classes.true_mask(label_ZHW[index], c) for c in range(classes.num_classes)])
+            rng = np.random.default_rng([EVALUATION_STREAM, zlib.crc32(series_id.encode()), int(index)])
+            objects = find_objects(masks_CHW, config)
+            found += draw_prompts(objects, config, rng, image=image, to_mask=to_mask, central=True)
+        return found
+
+    return PromptSource(prompts_of=draw, num_corrections=config.num_clicks if config.mode is PromptMode.CLICKS else 0)
+
+
+def segment_prompted_slices(
+    segmenter: Segmenter,
+    embeddings_NChw: Tensor,
+    prompts: Sequence[ClassPrompt],
+    *,
+    classes: ClassTable,
+    frame: InputFrame,
+    num_corrections: int = 0,
+) -> Labels:
+    """Segment slices from their prompts and join the masks.
+
+    Args:
+        segmenter: Model in eval mode, without gradients.
+        embeddings_NChw: Embeddings of the slices.
+        prompts: Any number per slice and class; none leaves the slice empty.
+        classes: Classes of the model.
+        frame: Position of the slices in the encoder's input.
+        num_corrections: Number of correction clicks after the first mask.
 
     Returns:
-        Predicted label ids (or bits of overlapping classes), shape of ``label_NHW``. Where objects of exclusive classes
-        overlap, the higher logit wins.
+        Label ids (N, H, W), or bits of overlapping classes. Of several prompts of a class a pixel gets the highest
+        logit, and where exclusive classes overlap the higher logit decides.
     """
-    objects, prompts, generators = _draw(segmenter, label_NHW, series_id, slice_indexes, classes, prompt, frame)
-    logits_NCHW = torch.full(
-        (len(label_NHW), classes.num_classes, *label_NHW.shape[1:]), -torch.inf, device=embeddings_NChw.device
-    )
+    shape = (len(embeddings_NChw), classes.num_classes, *frame.native_hw)
+    logits_NCHW = torch.full(shape, NO_PROMPT_LOGIT, device=embeddings_NChw.device)
     if prompts:
-        logits_PHW = _predict(segmenter, embeddings_NChw, prompts, objects, generators, prompt, frame)
-        for one, asked, logits_HW in zip(objects, prompts, logits_PHW, strict=True):
-            place = logits_NCHW[asked.image, one.channel]
+        logits_PHW = _prompt_logits(segmenter, embeddings_NChw, prompts, frame, num_corrections)
+        for one, logits_HW in zip(prompts, logits_PHW, strict=True):
+            place = logits_NCHW[one.prompt.image, one.channel]
             torch.maximum(place, logits_HW, out=place)
     return classes.from_logits(logits_NCHW).cpu().numpy()
 
 
 def prompt_to_frame(prompt: Prompt, frame: InputFrame) -> Prompt:
-    """Bring box and points from a slice's own pixels into the input frame; a mask is there already."""
+    """Map box and points of a prompt to the input frame; a mask is in the frame already."""
     return dataclasses.replace(
         prompt,
         box=None if prompt.box is None else box_to_frame(prompt.box, frame),
@@ -86,57 +120,31 @@ def prompt_to_frame(prompt: Prompt, frame: InputFrame) -> Prompt:
 
 
 def mask_to_frame(mask_HW: Bools, *, frame: InputFrame, side: int) -> Tensor:
-    """Return a mask on a slice's own pixels as low-resolution logits for the prompt encoder, (side, side)."""
+    """Return a mask of a slice as low-resolution logits (side, side) for the prompt encoder."""
     resized = image_to_frame(torch.from_numpy(mask_HW.astype(np.float32))[None, None], frame)
     return mask_prompt((resized[0, 0] > 0.5).numpy(), side=side)
 
 
-def _draw(
-    segmenter: Segmenter,
-    label_NHW: Labels,
-    series_id: str,
-    slice_indexes: Sequence[int],
-    classes: ClassTable,
-    config: PromptConfig,
-    frame: InputFrame,
-) -> tuple[list[PromptedObject], list[Prompt], list[np.random.Generator]]:
-    to_mask = partial(mask_to_frame, frame=frame, side=int(segmenter.sam.prompt_encoder.mask_input_size[0]))
-    objects: list[PromptedObject] = []
-    prompts: list[Prompt] = []
-    generators: list[np.random.Generator] = []
-    for image, (label_HW, index) in enumerate(zip(label_NHW, slice_indexes, strict=True)):
-        masks_CHW = np.stack([classes.true_mask(label_HW, channel) for channel in range(classes.num_classes)])
-        rng = np.random.default_rng([EVALUATION_STREAM, zlib.crc32(series_id.encode()), int(index)])
-        for one in find_objects(masks_CHW, config):
-            objects.append(one)
-            prompts.append(draw_prompt(one.mask_HW, config, rng, image=image, to_mask=to_mask, central=True))
-            generators.append(rng)
-    return objects, prompts, generators
-
-
-def _predict(
+def _prompt_logits(
     segmenter: Segmenter,
     embeddings_NChw: Tensor,
-    prompts: Sequence[Prompt],
-    objects: Sequence[PromptedObject],
-    generators: Sequence[np.random.Generator],
-    config: PromptConfig,
+    prompts: Sequence[ClassPrompt],
     frame: InputFrame,
+    num_corrections: int,
 ) -> Tensor:
     """Return one logit map per prompt on the slices' own pixels, (P, H, W), after all corrections."""
-    asked = list(prompts)
-    rounds = 1 + (config.num_clicks if config.mode is PromptMode.CLICKS else 0)
-    for number in range(rounds):
-        in_frame = [prompt_to_frame(prompt, frame) for prompt in asked]
-        low_res_Phw, _ = predict_prompts(segmenter.sam, embeddings_NChw, in_frame)
+    current = [one.prompt for one in prompts]
+    for number in range(1 + num_corrections):
+        low_res_Phw, _ = predict_prompts(
+            segmenter.sam, embeddings_NChw, [prompt_to_frame(prompt, frame) for prompt in current]
+        )
         low_res_Phw = low_res_Phw.float()
         logits_PHW = logits_to_native(low_res_Phw[:, None], frame)[:, 0]
-        if number + 1 < rounds:
-            predicted_PHW = (logits_PHW > 0).cpu().numpy()
-            asked = [
-                correct(prompt, predicted, one.mask_HW, rng, low_res_logits=low_res, central=True)
-                for prompt, predicted, one, rng, low_res in zip(
-                    asked, predicted_PHW, objects, generators, low_res_Phw, strict=True
-                )
-            ]
+        if number == num_corrections:
+            break
+        predicted_PHW = (logits_PHW > 0).cpu().numpy()
+        current = [
+            add_correction_click(prompt, one, predicted_HW, low_res_logits=low_res_hw, central=True)
+            for prompt, one, predicted_HW, low_res_hw in zip(current, prompts, predicted_PHW, low_res_Phw, strict=True)
+        ]
     return logits_PHW

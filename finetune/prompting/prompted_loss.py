@@ -1,4 +1,4 @@
-"""The training step with prompts: objects of a batch, a prompt for each, masks, corrections, and the loss of all.
+"""Loss of a training step with prompts drawn from the labels.
 
 Shape letters: N = slices, C = foreground classes, S = side of the encoder's input, P = objects, M = masks per prompt,
 h, w = embedding grid.
@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from samgraft.finetune.loss import LossConfig, MaskLoss, on_loss_grid
 from samgraft.finetune.prompting.prompt_sampling import (
+    ClassPrompt,
     PromptConfig,
-    PromptedObject,
     PromptMode,
-    correct,
-    draw_prompt,
+    add_correction_click,
+    draw_prompts,
     find_objects,
     mask_prompt,
     thin_out,
@@ -27,14 +27,14 @@ from segment_anything.modeling import Sam
 from torch import Tensor, nn
 
 PROMPT_STREAM = 4
-"""Third number of the seed of a sample's prompts; its augmentation has 1."""
+"""Second number of the seed of a sample's prompts; its augmentation has 1."""
 
 
 class PromptedLoss(nn.Module):
-    """Mask loss and IoU loss over the objects of a batch, as SAM is trained.
+    """Mask loss and IoU loss over the objects of a batch, as in SAM's training.
 
-    A single point is ambiguous: of the three masks only the one with the lowest loss counts. The IoU head learns the
-    IoU of every mask that was decoded. With clicks, every round counts alike.
+    A single point is ambiguous, so only the mask with the lowest loss of the three counts. The IoU head learns the IoU
+    of every mask that was decoded. With clicks every round has the same weight.
 
     Source:
         Segment Anything, arXiv 2304.02643, appendix A, "Training algorithm".
@@ -49,20 +49,23 @@ class PromptedLoss(nn.Module):
     def forward(
         self, sam: Sam, image_embeddings_NChw: Tensor, masks_NCSS: Tensor, sample_counters: Sequence[int]
     ) -> dict[str, Tensor]:
-        """Return ``loss`` and its parts; a batch without any object gives a loss of 0.
+        """Return ``loss`` and its parts, a loss of 0 for a batch without objects.
 
         Args:
-            sam: Prompt encoder and mask decoder are used.
-            image_embeddings_NChw: Of the slices.
+            sam: Model; its prompt encoder and mask decoder are used.
+            image_embeddings_NChw: Embeddings of the slices.
             masks_NCSS: Pixels of every class in the input frame, bool.
-            sample_counters: Of the slices; with the seed they decide objects and prompts.
+            sample_counters: Counters of the slices. With the seed they determine objects and prompts.
         """
-        objects, prompts, generators = self._draw(sam, masks_NCSS, sample_counters)
-        if not prompts:
-            # Connected to everything that trains, so that the step is an ordinary one.
+        drawn = self._draw(sam, masks_NCSS, sample_counters)
+        if not drawn:
+            # The zero depends on every trained parameter, so that backward, gradient synchronisation and the optimizer
+            # step work as in any other step.
             nothing = sum((p.sum() * 0.0 for p in sam.parameters() if p.requires_grad), image_embeddings_NChw.sum() * 0)
             return {"loss": nothing}
-        true_PSS = torch.from_numpy(np.stack([o.mask_HW for o in objects])).to(image_embeddings_NChw.device)
+        prompts = [one.prompt for one in drawn]
+        objects_PSS = np.stack([one.true_HW for one in drawn if one.true_HW is not None])
+        true_PSS = torch.from_numpy(objects_PSS).to(image_embeddings_NChw.device)
         rounds = 1 + (self.prompt.num_clicks if self.prompt.mode is PromptMode.CLICKS else 0)
         mask_loss = iou_loss = image_embeddings_NChw.new_zeros((), dtype=torch.float32)
         for number in range(rounds):
@@ -70,34 +73,26 @@ class PromptedLoss(nn.Module):
             mask_loss = mask_loss + per_mask_P.mean() / rounds
             iou_loss = iou_loss + iou_error_P.mean() / rounds
             if number + 1 < rounds:
-                prompts = self._correct(prompts, objects, generators, best_Phw)
+                prompts = _add_clicks(prompts, drawn, best_Phw)
         return {
             "loss": mask_loss + self.prompt.iou_weight * iou_loss,
             "loss/mask": mask_loss.detach(),
             "loss/iou": iou_loss.detach(),
         }
 
-    def _draw(
-        self, sam: Sam, masks_NCSS: Tensor, sample_counters: Sequence[int]
-    ) -> tuple[list[PromptedObject], list[Prompt], list[np.random.Generator]]:
+    def _draw(self, sam: Sam, masks_NCSS: Tensor, sample_counters: Sequence[int]) -> list[ClassPrompt]:
         to_mask = partial(mask_prompt, side=int(sam.prompt_encoder.mask_input_size[0]))
-        objects: list[PromptedObject] = []
-        prompts: list[Prompt] = []
-        generators: list[np.random.Generator] = []
+        drawn: list[ClassPrompt] = []
         for image, (masks_CSS, counter) in enumerate(zip(masks_NCSS.cpu().numpy(), sample_counters, strict=True)):
             rng = np.random.default_rng([self.seed, PROMPT_STREAM, int(counter)])
-            for chosen in thin_out(find_objects(masks_CSS, self.prompt), self.prompt, rng):
-                objects.append(chosen)
-                prompts.append(
-                    draw_prompt(chosen.mask_HW, self.prompt, rng, image=image, to_mask=to_mask, central=False)
-                )
-                generators.append(rng)
-        return objects, prompts, generators
+            objects = thin_out(find_objects(masks_CSS, self.prompt), self.prompt, rng)
+            drawn += draw_prompts(objects, self.prompt, rng, image=image, to_mask=to_mask, central=False)
+        return drawn
 
     def _decode(
         self, sam: Sam, image_embeddings_NChw: Tensor, prompts: Sequence[Prompt], true_PSS: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return loss, squared error of the IoU, and the mask to go on from, for every prompt."""
+        """Return loss, squared error of the IoU and best mask of every prompt."""
         places: list[int] = []
         losses, errors, best = [], [], []
         for ambiguous in (False, True):
@@ -118,26 +113,21 @@ class PromptedLoss(nn.Module):
         back = torch.argsort(torch.tensor(places, device=true_PSS.device))
         return torch.cat(losses)[back], torch.cat(errors)[back], torch.cat(best)[back]
 
-    def _correct(
-        self,
-        prompts: Sequence[Prompt],
-        objects: Sequence[PromptedObject],
-        generators: Sequence[np.random.Generator],
-        best_Phw: Tensor,
-    ) -> list[Prompt]:
-        side = objects[0].mask_HW.shape[-1]
-        logits_PSS, _ = on_loss_grid(best_Phw[:, None], best_Phw.new_zeros(len(best_Phw), 1, side, side), size=None)
-        predicted_PSS = (logits_PSS[:, 0] > 0).cpu().numpy()
-        return [
-            correct(prompt, predicted, chosen.mask_HW, rng, low_res_logits=logits, central=False)
-            for prompt, predicted, chosen, rng, logits in zip(
-                prompts, predicted_PSS, objects, generators, best_Phw, strict=True
-            )
-        ]
+
+def _add_clicks(prompts: Sequence[Prompt], drawn: Sequence[ClassPrompt], best_Phw: Tensor) -> list[Prompt]:
+    """Return the prompts of the next round, on the grid of the objects."""
+    assert drawn[0].true_HW is not None
+    side = drawn[0].true_HW.shape[-1]
+    logits_PSS, _ = on_loss_grid(best_Phw[:, None], best_Phw.new_zeros(len(best_Phw), 1, side, side), size=None)
+    predicted_PSS = (logits_PSS[:, 0] > 0).cpu().numpy()
+    return [
+        add_correction_click(prompt, one, predicted_SS, low_res_logits=logits_hw, central=False)
+        for prompt, one, predicted_SS, logits_hw in zip(prompts, drawn, predicted_PSS, best_Phw, strict=True)
+    ]
 
 
 def _iou(logits_Phw: Tensor, true_PSS: Tensor) -> Tensor:
-    """Return the IoU of masks above 0 with the truth, on the truth's grid, (P,)."""
+    """Return the IoU (P,) of masks above 0 with the truth, on the grid of the truth."""
     logits, _ = on_loss_grid(logits_Phw[:, None], true_PSS[:, None], size=None)
     predicted = logits[:, 0] > 0
     union = (predicted | true_PSS).flatten(1).sum(dim=1)

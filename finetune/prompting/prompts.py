@@ -1,7 +1,8 @@
-"""Prompts - boxes, points, masks - and their decoding, many per image and many images at once.
+"""Box, point and mask prompts and their decoding by SAM.
 
-Coordinates are (x, y) = (column, row) in pixels of the encoder's input frame, 0 is the centre of the first pixel, as in
-segment_anything; ``box_to_frame`` and ``points_to_frame`` bring them there from a slice's own pixels.
+Many prompts per image and many images are decoded together. Coordinates are (x, y) = (column, row) in pixels of the
+encoder's input frame, 0 is the centre of the first pixel, as in segment_anything; ``box_to_frame`` and
+``points_to_frame`` map a slice's own pixels to that frame.
 
 Shape letters: B = images, P = prompts, K = points of a prompt, M = masks per prompt, C = embedding channels,
 h, w = embedding grid, S = side of the encoder's input.
@@ -13,31 +14,30 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from samgraft.shared.errors import UsageError
 from samgraft.shared.samples.frame import InputFrame
 from segment_anything.modeling import Sam
 from torch import Tensor
 
 MAX_PROMPTS_PER_PASS = 64
-"""Prompts decoded at once: each carries its own copy of the image's tokens."""
+"""Largest number of prompts decoded at once. Each one needs its own copy of the image's tokens."""
 POSITIVE, NEGATIVE = 1, 0
-"""Labels of points, as in segment_anything."""
+"""Labels of points inside and outside an object, as in segment_anything."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
-    """What points at one object of one image; at least one of box, points and mask."""
+    """Prompt for one object of one image, with at least one of box, points and mask."""
 
     image: int
-    """Place of the image in the batch."""
+    """Index of the image in the batch."""
     box: Tensor | None = None
-    """(4,) x0, y0, x1, y1; the pixels named belong to the box."""
+    """Box (4,) as x0, y0, x1, y1. The pixels at its corners belong to it."""
     points: Tensor | None = None
-    """(K, 2) x, y."""
+    """Points (K, 2) as x, y."""
     labels: Tensor | None = None
-    """(K,) 1 inside the object, 0 outside."""
+    """Labels (K,) of the points, 1 inside the object and 0 outside."""
     mask: Tensor | None = None
-    """(4h, 4w) logits of a first guess, e.g. what an earlier pass gave."""
+    """Logits (4h, 4w) of a first guess, e.g. the output of an earlier pass."""
 
     def __post_init__(self) -> None:
         if self.box is None and self.points is None and self.mask is None:
@@ -49,12 +49,12 @@ class Prompt:
 
     @property
     def num_points(self) -> int:
-        """Points of either kind."""
+        """Number of points with either label."""
         return 0 if self.points is None else len(self.points)
 
     @property
     def is_ambiguous(self) -> bool:
-        """True for a single point: part, object or more - SAM answers with several masks."""
+        """True for a single point, which may mean a part, an object or more. SAM then predicts several masks."""
         return self.num_points == 1 and self.box is None and self.mask is None
 
 
@@ -66,21 +66,22 @@ def decode_prompts(
     multimask: bool,
     max_per_pass: int = MAX_PROMPTS_PER_PASS,
 ) -> tuple[Tensor, Tensor]:
-    """Decode prompts of several images; equal to one pass of segment_anything per prompt.
+    """Decode prompts of several images as segment_anything decodes each one.
 
-    Prompts with the same parts share a pass. A batch with differing numbers of points is not padded: each padding
-    token would take part in the attention and change the masks.
+    Prompts with the same parts share a pass.
 
     Args:
-        sam: The model; prompt encoder and mask decoder are used.
-        image_embeddings_BChw: From ``sam.image_encoder``.
+        sam: Model; its prompt encoder and mask decoder are used.
+        image_embeddings_BChw: Embeddings from ``sam.image_encoder``.
         prompts: Any mixture, at least one.
-        multimask: False: the first mask token only (M = 1). True: all others.
-        max_per_pass: Bounds memory; does not change the masks.
+        multimask: False decodes the first mask token only (M = 1), True all the others.
+        max_per_pass: Limit for memory; it does not change the masks.
 
     Returns:
         ``low_res_logits`` (P, M, 4h, 4w) and ``iou_predictions`` (P, M), in the order of ``prompts``.
     """
+    # Prompts with different numbers of points are not padded to share a pass: segment_anything's padding token takes
+    # part in the attention and would change the masks.
     groups: dict[tuple[bool, int, bool], list[int]] = {}
     for place, prompt in enumerate(prompts):
         groups.setdefault((prompt.box is not None, prompt.num_points, prompt.mask is not None), []).append(place)
@@ -89,7 +90,7 @@ def decode_prompts(
     for places in groups.values():
         for start in range(0, len(places), max_per_pass):
             chosen = places[start : start + max_per_pass]
-            logits_PMhw, iou_PM = _decode_alike(
+            logits_PMhw, iou_PM = _decode_group(
                 sam, image_embeddings_BChw, [prompts[place] for place in chosen], multimask=multimask
             )
             logits.append(logits_PMhw)
@@ -102,13 +103,13 @@ def decode_prompts(
 def predict_prompts(
     sam: Sam, image_embeddings_BChw: Tensor, prompts: Sequence[Prompt], *, max_per_pass: int = MAX_PROMPTS_PER_PASS
 ) -> tuple[Tensor, Tensor]:
-    """Give one mask per prompt, as SAM is meant to be used.
+    """Predict one mask per prompt.
 
-    A single point is ambiguous: of the three masks the one with the highest predicted IoU is taken. Every other prompt
-    is answered by the first mask token.
+    A single point is ambiguous, so its mask is the one of three with the highest predicted IoU. Every other prompt
+    uses the first mask token.
 
     Returns:
-        Logits (P, 4h, 4w), mask where above 0, and predicted IoU (P,).
+        Logits (P, 4h, 4w), whose mask is where they are above 0, and predicted IoU (P,).
 
     Source:
         Segment Anything, arXiv 2304.02643, section 3 and appendix A.
@@ -134,14 +135,14 @@ def predict_prompts(
 
 
 def best_masks(logits_PMhw: Tensor, iou_PM: Tensor) -> tuple[Tensor, Tensor]:
-    """Take of each prompt's masks the one with the highest predicted IoU. Returns (P, h, w) and (P,)."""
+    """Return each prompt's mask (P, h, w) with the highest predicted IoU, and that IoU (P,)."""
     best_P = iou_PM.argmax(dim=1)
     rows = torch.arange(len(best_P), device=best_P.device)
     return logits_PMhw[rows, best_P], iou_PM[rows, best_P]
 
 
 def box_to_frame(box_xyxy: Tensor, frame: InputFrame) -> Tensor:
-    """Bring boxes (..., 4) from a slice's own pixels into the input frame; edges stay edges."""
+    """Map boxes (..., 4) from a slice's own pixels to the input frame, keeping the edges of their pixels."""
     x0, y0, x1, y1 = box_xyxy.to(torch.float32).unbind(-1)
     scale_y, scale_x = _scales(frame)
     # A box covers its pixels to their outer edges, half a pixel beyond the centres.
@@ -152,53 +153,22 @@ def box_to_frame(box_xyxy: Tensor, frame: InputFrame) -> Tensor:
 
 
 def points_to_frame(points_xy: Tensor, frame: InputFrame) -> Tensor:
-    """Bring points (..., 2) from a slice's own pixels into the input frame; centres stay centres."""
+    """Map points (..., 2) from a slice's own pixels to the input frame, keeping the centres of pixels."""
     scale_y, scale_x = _scales(frame)
     x, y = points_xy.to(torch.float32).unbind(-1)
     return torch.stack([(x + 0.5) * scale_x - 0.5, (y + 0.5) * scale_y - 0.5], dim=-1)
-
-
-def check_inside(prompt: Prompt, *, height: int, width: int, where: str | None = None) -> None:
-    """Refuse a prompt that leaves its slice or has no area.
-
-    Args:
-        prompt: In the slice's own pixels.
-        height: Rows of the slice.
-        width: Columns of the slice.
-        where: What to name in the message, e.g. the line of a prompts file.
-
-    Raises:
-        UsageError: A coordinate lies outside, or a box is turned around.
-    """
-    size = f"0..{width - 1} in x and 0..{height - 1} in y"
-    if prompt.box is not None:
-        x0, y0, x1, y1 = (float(v) for v in prompt.box)
-        if not (0 <= x0 <= x1 <= width - 1 and 0 <= y0 <= y1 <= height - 1):
-            raise UsageError(
-                f"a box must have x0 <= x1 and y0 <= y1 inside the slice ({size}), got "
-                f"{x0:g}, {y0:g}, {x1:g}, {y1:g}. Coordinates are columns and rows of the slice, from 0.",
-                where=where,
-            )
-    if prompt.points is not None:
-        for x, y in prompt.points.tolist():
-            if not (0 <= x <= width - 1 and 0 <= y <= height - 1):
-                raise UsageError(
-                    f"a point must lie inside the slice ({size}), got {x:g}, {y:g}. "
-                    "Coordinates are columns and rows of the slice, from 0.",
-                    where=where,
-                )
 
 
 def _scales(frame: InputFrame) -> tuple[float, float]:
     return frame.content_hw[0] / frame.native_hw[0], frame.content_hw[1] / frame.native_hw[1]
 
 
-def _decode_alike(
+def _decode_group(
     sam: Sam, image_embeddings_BChw: Tensor, prompts: Sequence[Prompt], *, multimask: bool
 ) -> tuple[Tensor, Tensor]:
     """Decode prompts that have the same parts in one pass."""
     device = image_embeddings_BChw.device
-    # Under bf16 autocast the prompt encoder computes positions in bf16, an error of 0.1.
+    # Under bf16 autocast the prompt encoder would compute positions in bf16, an error of 0.1.
     with torch.autocast(device.type, enabled=False):
         sparse_PNC, dense_PChw = sam.prompt_encoder(
             points=_stacked_points(prompts, device),
@@ -207,8 +177,8 @@ def _decode_alike(
         )
         image_pe_1Chw = sam.prompt_encoder.get_dense_pe()
     images = torch.tensor([prompt.image for prompt in prompts], device=device)
-    # The decoder repeats one image for all prompts and adds their dense embeddings. Given an image of zeros and each
-    # prompt's own image as part of the dense embedding, it serves any assignment of prompts to images, to the bit.
+    # The decoder repeats one image for all prompts and adds their dense embeddings. With zeros as the image and each
+    # prompt's own image added to its dense embedding, it decodes any assignment of prompts to images bit-exactly.
     dense_PChw = image_embeddings_BChw[images] + dense_PChw
     logits, iou = sam.mask_decoder(
         image_embeddings=torch.zeros_like(dense_PChw[:1]),

@@ -5,14 +5,14 @@ import math
 import numpy as np
 import pytest
 import torch
-from samgraft.finetune.classes import ClassTable, choose_classes
+from samgraft.finetune.classes import ClassTable, choose_classes, clean_class_names
 from samgraft.finetune.evaluation.metrics import ClassScore, class_scores
 from samgraft.finetune.evaluation.postprocess import choose_postprocessing
 from samgraft.finetune.evaluation.scores import case_rows
 from samgraft.finetune.evaluation.validation import CaseResult, telling_cases
 from samgraft.finetune.loss import LossConfig, MaskLoss, Overlap, PixelTerm, SegmentationLoss
 from samgraft.finetune.training.sampling import balance_foreground, has_foreground
-from samgraft.shared.errors import DataError, UsageError
+from samgraft.shared.errors import DataError, NumericalError, UsageError
 from samgraft.shared.samples.slices import SliceRef
 from samgraft.shared.store.store import SliceStore
 from store_factory import make_store
@@ -38,6 +38,35 @@ def test_classes__refuses_background_and_repeats(ids):
 
 def test_choose_classes__takes_all_of_the_store(store):
     assert choose_classes(store, [], train_patients=store.patient_ids) == ClassTable(ids=(1,), names=("lesion",))
+
+
+@pytest.mark.parametrize(
+    ("names", "cleaned"),
+    [
+        (["core", "rim"], ("core", "rim")),
+        (["core/rim", "a\\b"], ("core_rim", "a_b")),
+        (["a\nSegment0_Name:=x", "-rf", "  "], ("a_Segment0_Name:=x", "_rf", "class")),
+        (["x", "x", "x"], ("x", "x (2)", "x (3)")),
+    ],
+)
+def test_clean_class_names__are_safe_and_different(names, cleaned):
+    assert clean_class_names(names) == cleaned
+
+
+@pytest.mark.parametrize("name", ["a/b", "a\n", "-a", "\x1b[31m"])
+def test_regions__unsafe_name_is_refused(name):
+    with pytest.raises(UsageError, match="names of regions must be"):
+        ClassTable.of_regions({name: [1]})
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_from_logits__not_finite_is_refused(value):
+    """NaN would count as "not above 0" and give an empty mask."""
+    logits = torch.zeros(1, 2, 2, 2)
+    logits[0, 1, 0, 0] = value
+    for table in (ClassTable(ids=(1, 2), names=("a", "b")), ClassTable.of_regions({"a": [1], "b": [2]})):
+        with pytest.raises(NumericalError, match="NaN or Inf for 1 of 8"):
+            table.from_logits(logits)
 
 
 def test_choose_classes__refuses_ids_the_store_does_not_have(store):

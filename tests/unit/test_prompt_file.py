@@ -1,4 +1,4 @@
-"""Prompts files: strict, and in the right place whatever the orientation of the scan."""
+"""Prompts files: strict reading, and positions that do not depend on the orientation of the scan."""
 
 import json
 
@@ -33,7 +33,7 @@ def write(tmp_path, text, name="prompts.yaml"):
     return path
 
 
-def test_file__reads_yaml_and_json_alike(tmp_path):
+def test_read_prompts__yaml_and_json_are_equal(tmp_path):
     file = read_prompts(write(tmp_path, GOOD), CLASSES)
     assert file.frame is Frame.VOXEL
     box, points = file.for_case("a.nii.gz", is_only=False)
@@ -72,39 +72,54 @@ def test_file__reads_yaml_and_json_alike(tmp_path):
         (("case: a.nii.gz, class: core", "case: 7, class: core"), "case must be a name"),
         (("prompts:\n", "prompts: []\nversion: 1\n#"), "duplicate key|plain YAML"),
         ((GOOD, "- 1\n"), "keys and values"),
+        (("version: 1", "version: true"), "got True"),
+        (("[10, 12, 3]", '["10", "12", "3"]'), "2 triples of numbers"),
+        (("[10, 12, 3]", "[true, 12, 3]"), "2 triples of numbers"),
+        (("[10, 12, 3]", f"[1{'0' * 400}, 12, 3]"), "are finite"),
+        (("points: [[5, 6, 3], [7, 8, 3], [1, 1, 0]], labels: [1, 0, 1]", "points: []"), "a list of triples"),
+        (("points: [[5, 6, 3], [7, 8, 3], [1, 1, 0]]", "points: [[5, 6], [7, 8], [1, 1]]"), "a list of triples"),
+        (("labels: [1, 0, 1]", "labels: [1, 0, -1]"), "labels must be 3 times"),
+        (("labels: [1, 0, 1]", "labels: [1, 0, true]"), "labels must be 3 times"),
         ((GOOD, "version: 1\ncoordinates: voxel\nprompts: []\n"), "list of 1 to"),
         ((GOOD, "version: !!python/object/apply:os.getcwd []\n"), "plain YAML"),
     ],
 )
-def test_file__bad_ones_are_refused(tmp_path, change, text):
+def test_read_prompts__bad_file_is_refused(tmp_path, change, text):
     with pytest.raises(UsageError, match=text):
         read_prompts(write(tmp_path, GOOD.replace(*change)), CLASSES)
 
 
-def test_file__cases_must_exist(tmp_path):
+def test_check_cases__unknown_or_missing_case_is_refused(tmp_path):
     file = read_prompts(write(tmp_path, GOOD), CLASSES)
-    file.refuse_strangers(["a.nii.gz", "b.nii.gz"])
+    file.check_cases(["a.nii.gz", "b.nii.gz"])
     with pytest.raises(UsageError, match=r"got 'a\.nii\.gz'; there are b"):
-        file.refuse_strangers(["b.nii.gz"])
+        file.check_cases(["b.nii.gz"])
     nameless = read_prompts(write(tmp_path, GOOD.replace("case: a.nii.gz, ", "")), CLASSES)
-    nameless.refuse_strangers(["b.nii.gz"])
+    nameless.check_cases(["b.nii.gz"])
     assert len(nameless.for_case("b.nii.gz", is_only=True)) == 2
     with pytest.raises(UsageError, match="must name its case"):
-        nameless.refuse_strangers(["a", "b"])
+        nameless.check_cases(["a", "b"])
     with pytest.raises(UsageError, match="does not exist"):
         read_prompts(tmp_path / "gone.yaml", CLASSES)
 
 
-def placed(tmp_path, affine, shape, text, plane=Plane.AXIAL):
+def placed(tmp_path, affine, shape, text, plane=Plane.AXIAL, **options):
     file = read_prompts(write(tmp_path, text), CLASSES)
     image, sliced_affine = to_plane(np.zeros(shape, dtype=np.uint8), affine, plane)
-    return slice_prompts(file.prompts, file.frame, native_affine=affine, affine=sliced_affine, shape_zyx=image.shape)
+    return slice_prompts(
+        file.prompts, file.frame, native_affine=affine, affine=sliced_affine, shape_zyx=image.shape, **options
+    )
+
+
+HEAD = "version: 1\ncoordinates: voxel\nprompts:\n"
+LPS = np.diag([-1.0, -1.0, 3.0, 1.0])
+"""Orientation in which voxels of the file and pixels of the slices have equal numbers."""
 
 
 @pytest.mark.parametrize("name", AFFINES)
 @pytest.mark.parametrize("frame", ["voxel", "ras_mm", "lps_mm"])
-def test_marker_voxel__is_found_in_every_orientation(tmp_path, name, frame):
-    """A voxel set in the file, pointed at in the file's terms, is the pixel that the prompt names in its slice."""
+def test_slice_prompts__marker_voxel_is_found_in_every_orientation(tmp_path, name, frame):
+    """A voxel in the file's coordinates becomes the same voxel as pixel of its slice."""
     affine, shape, voxel = AFFINES[name], (9, 11, 13), (2, 7, 4)
     marked = np.zeros(shape, dtype=np.uint8)
     marked[voxel] = 1
@@ -120,7 +135,7 @@ def test_marker_voxel__is_found_in_every_orientation(tmp_path, name, frame):
     assert prompt.box == (x, y, x, y)
 
 
-def test_box__covers_its_slices_and_joins_points_of_its_entry(tmp_path):
+def test_slice_prompts__box_covers_its_slices_and_joins_points_of_its_entry(tmp_path):
     text = """
 version: 1
 coordinates: voxel
@@ -133,8 +148,73 @@ prompts:
     assert [len(p.points) for p in prompts] == [0, 1, 0, 0]
 
 
-def test_outside__is_refused_with_where(tmp_path):
+def test_slice_prompts__point_outside_is_refused_with_its_entry(tmp_path):
     text = "version: 1\ncoordinates: voxel\nprompts:\n  - {class: core, points: [[3, 4, 9]]}\n"
-    with pytest.raises(UsageError, match="inside the scan of 10 x 12 x 9 voxels") as refusal:
+    with pytest.raises(UsageError, match="be inside the scan of 10 x 12 x 9 voxels") as refusal:
         placed(tmp_path, np.diag([-1.0, -1.0, 3.0, 1.0]), (10, 12, 9), text)
     assert refusal.value.where == "prompts.yaml, prompt 1"
+
+
+@pytest.mark.parametrize(
+    ("corners", "slices", "box"),
+    [
+        ("[[2, 3, 0.5], [6, 8, 1.5]]", [1], (2, 3, 6, 8)),
+        ("[[1.5, 2.5, 3.5], [6.5, 8.5, 5.5]]", [4, 5], (2, 3, 6, 8)),
+        ("[[2, 3, 4], [6, 8, 6]]", [4, 5, 6], (2, 3, 6, 8)),
+        ("[[2.2, 3, 4.2], [2.4, 8, 4.3]]", [4], (2, 3, 2, 8)),
+        ("[[-0.5, -0.5, -0.5], [9.5, 11.5, 8.5]]", list(range(9)), (0, 0, 9, 11)),
+        ("[[9.2, 0, 8.5], [9.5, 0, 8.5]]", [8], (9, 0, 9, 0)),
+    ],
+)
+def test_slice_prompts__box_contains_voxels_whose_centres_are_inside(tmp_path, corners, slices, box):
+    """Half-voxel borders are the borders of voxels: 0.5 to 1.5 is voxel 1 and nothing else."""
+    prompts = placed(tmp_path, LPS, (10, 12, 9), HEAD + f"  - {{class: core, box: {corners}}}\n")
+    assert [p.slice_index for p in prompts] == slices
+    assert {p.box for p in prompts} == {box}
+
+
+@pytest.mark.parametrize(
+    "corners", ["[[0, 0, 0], [10, 12, 9]]", "[[-0.6, 0, 0], [3, 3, 3]]", "[[0, 0, 8.6], [1, 1, 2]]"]
+)
+def test_slice_prompts__box_beyond_the_border_voxels_is_refused(tmp_path, corners):
+    with pytest.raises(UsageError, match="a box must be inside"):
+        placed(tmp_path, LPS, (10, 12, 9), HEAD + f"  - {{class: core, box: {corners}}}\n")
+
+
+def test_slice_prompts__point_between_slices_is_in_the_higher_one(tmp_path):
+    text = HEAD + "  - {class: core, points: [[3, 4, 0.5], [3, 4, 2.5], [3, 4, 3.4], [3, 4, 8.5], [3, 4, -0.5]]}\n"
+    prompts = placed(tmp_path, LPS, (10, 12, 9), text)
+    assert [p.slice_index for p in prompts] == [0, 1, 3, 8]
+    assert len(prompts[2].points) == 2
+
+
+def test_slice_prompts__negative_points_join_the_other_prompts_of_their_class(tmp_path):
+    """An entry of negative points takes area away from box and points, in its slice and class only."""
+    text = HEAD + (
+        "  - {class: core, box: [[2, 3, 4], [6, 8, 5]]}\n"
+        "  - {class: core, points: [[3, 3, 4]]}\n"
+        "  - {class: rim, points: [[8, 8, 4]]}\n"
+        "  - {class: core, points: [[5, 6, 4]], labels: [0]}\n"
+    )
+    prompts = placed(tmp_path, LPS, (10, 12, 9), text)
+    assert [(p.slice_index, p.channel, p.box is not None, p.points, p.labels) for p in prompts] == [
+        (4, 0, True, ((5.0, 6.0),), (0,)),
+        (4, 0, False, ((3.0, 3.0), (5.0, 6.0)), (1, 0)),
+        (4, 1, False, ((8.0, 8.0),), (1,)),
+        (5, 0, True, (), ()),
+    ]
+
+
+def test_slice_prompts__only_negative_points_give_a_note_and_no_prompt(tmp_path):
+    notes = []
+    text = HEAD + "  - {class: core, points: [[3, 3, 2], [4, 4, 2], [5, 5, 3], [5, 5, 4]], labels: [0, 0, 1, 0]}\n"
+    prompts = placed(tmp_path, LPS, (10, 12, 9), text, on_note=notes.append)
+    assert [(p.slice_index, p.labels) for p in prompts] == [(3, (1,))]
+    assert [note.split(",")[0] for note in notes] == [f"slice {n} has only negative points" for n in (2, 4)]
+
+
+def test_slice_prompts__point_with_both_labels_is_refused(tmp_path):
+    text = HEAD + ("  - {class: core, points: [[3, 3, 2]]}\n  - {class: core, points: [[3, 3, 2]], labels: [0]}\n")
+    with pytest.raises(UsageError, match="both labels for column 3, row 3 of slice 2") as refusal:
+        placed(tmp_path, LPS, (10, 12, 9), text)
+    assert refusal.value.where == "prompts.yaml, prompt 2"

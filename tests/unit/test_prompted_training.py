@@ -1,4 +1,4 @@
-"""Training and validation with prompts: what moves, what is drawn, and where masks end up."""
+"""Training and validation with prompts: trained tensors, drawn prompts and the position of masks."""
 
 import dataclasses
 
@@ -11,7 +11,7 @@ from samgraft.finetune.classes import ClassTable
 from samgraft.finetune.loss import LossConfig, MaskLoss
 from samgraft.finetune.prompting import prompted_inference
 from samgraft.finetune.prompting.prompt_sampling import PromptConfig, PromptMode, PromptUnit
-from samgraft.finetune.prompting.prompted_inference import prompt_to_frame, segment_with_label_prompts
+from samgraft.finetune.prompting.prompted_inference import label_prompts, prompt_to_frame, segment_prompted_slices
 from samgraft.finetune.prompting.prompted_loss import PromptedLoss, _iou
 from samgraft.finetune.prompting.prompts import Prompt, decode_prompts
 from samgraft.finetune.segmenter import Segmenter
@@ -28,7 +28,7 @@ def config_of(mode, **settings):
 
 
 def batch():
-    """Two slices of two classes, their embeddings apart from any encoder."""
+    """Return masks of two slices with two classes."""
     masks = torch.zeros(2, 2, SIZE, SIZE, dtype=torch.bool)
     masks[0, 0, 4:12, 5:20] = True
     masks[0, 1, 16:28, 10:18] = True
@@ -41,14 +41,14 @@ def embeddings():
     return torch.randn(2, 32, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
-def test_sizes_of_the_fixture(embeddings):
+def test_fixture__embeddings_fit_the_decoder(embeddings):
     sam = make_sam(tiny_vit_t_spec(), image_size=SIZE)
     assert embeddings.shape[1:] == (sam.prompt_encoder.embed_dim, *sam.prompt_encoder.image_embedding_size)
 
 
 @pytest.mark.parametrize("method", [Method.FULL, Method.LORA])
 @pytest.mark.parametrize("mode", MODES)
-def test_prompted_loss__the_heads_of_the_mode_and_the_iou_head_move(mode, method, embeddings):
+def test_prompted_loss__mode_moves_its_mask_tokens_and_the_iou_head(mode, method, embeddings):
     config = config_of(mode)
     sam = make_sam(tiny_vit_t_spec(), image_size=SIZE)
     torch.manual_seed(1)
@@ -65,7 +65,7 @@ def test_prompted_loss__the_heads_of_the_mode_and_the_iou_head_move(mode, method
     assert moved <= set(trainable_tensors(sam))
     assert any("iou_prediction_head" in name for name in moved)
     tokens = {int(name.split("output_hypernetworks_mlps.")[1][0]) for name in moved if "hypernetworks" in name}
-    # Of an ambiguous prompt's three masks only the best one learns.
+    # Only the best of the three masks of an ambiguous prompt learns.
     assert tokens <= set(config.mask_tokens)
     assert 0 in tokens or mode is PromptMode.POINTS
     assert tokens & {1, 2, 3} or mode in {PromptMode.BOX, PromptMode.MASK}
@@ -73,7 +73,7 @@ def test_prompted_loss__the_heads_of_the_mode_and_the_iou_head_move(mode, method
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_prompted_loss__prompts_come_from_the_samples_counter(mode, embeddings):
+def test_prompted_loss__equal_counters_give_equal_prompts(mode, embeddings):
     sam = make_sam(tiny_vit_t_spec(), image_size=SIZE)
     loss = PromptedLoss(config_of(mode), LossConfig(), seed=0)
 
@@ -87,7 +87,7 @@ def test_prompted_loss__prompts_come_from_the_samples_counter(mode, embeddings):
     assert len({value([5, 6]), value([7, 8]), value([5, 6], seed=1)}) > 1
 
 
-def test_prompted_loss__no_object_is_a_step_without_gradient(embeddings):
+def test_prompted_loss__no_object_gives_zero_gradients(embeddings):
     sam = make_sam(tiny_vit_t_spec(), image_size=SIZE)
     adapt(sam, AdapterConfig(method=Method.FULL), num_classes=1, prompted_tokens=(0,))
     out = PromptedLoss(config_of(PromptMode.BOX), LossConfig(), seed=0)(
@@ -98,21 +98,21 @@ def test_prompted_loss__no_object_is_a_step_without_gradient(embeddings):
     assert all(p.grad is not None and not p.grad.any() for p in trainable_tensors(sam).values())
 
 
-def test_prompted_loss__a_single_point_counts_by_its_best_mask(embeddings):
+def test_prompted_loss__single_point_uses_its_best_mask(embeddings):
     sam = make_sam(tiny_vit_t_spec(), image_size=SIZE)
     config = config_of(PromptMode.POINTS, iou_weight=0.0)
     loss = PromptedLoss(config, LossConfig(), seed=3)
     masks = batch()[:1, :1]
     with torch.no_grad():
         whole = loss(sam, embeddings[:1], masks, [4])["loss"]
-        _, prompts, _ = loss._draw(sam, masks, [4])
+        prompts = [one.prompt for one in loss._draw(sam, masks, [4])]
         logits, _ = decode_prompts(sam, embeddings[:1], prompts, multimask=True)
         each = MaskLoss()(logits[0], masks[0].expand(3, -1, -1))
     assert whole.item() == pytest.approx(each.min().item(), abs=1e-6)
     assert each.max() - each.min() > 1e-3
 
 
-def test_prompted_loss__iou_weight_and_clicks_reach_the_loss(embeddings):
+def test_prompted_loss__iou_weight_and_clicks_change_the_loss(embeddings):
     sam = make_sam(tiny_vit_t_spec(), image_size=SIZE)
 
     def value(config):
@@ -125,7 +125,7 @@ def test_prompted_loss__iou_weight_and_clicks_reach_the_loss(embeddings):
     assert abs(one - five) > 1e-5
 
 
-def test_iou__hand_computed():
+def test_iou__diagonal_and_half_give_one_fifth():
     true = torch.zeros(1, 4, 4, dtype=torch.bool)
     true[0, :2] = True
     predicted = torch.where(torch.eye(4) > 0, 1.0, -1.0)[None]
@@ -134,23 +134,24 @@ def test_iou__hand_computed():
 
 
 @pytest.mark.parametrize("unit", PromptUnit)
-def test_objects__unit_decides_how_many_prompts(unit, embeddings):
+def test_prompted_loss__unit_determines_the_number_of_prompts(unit, embeddings):
     sam = make_sam(tiny_vit_t_spec(), image_size=SIZE)
     masks = batch()
     masks[1, 1, 20:24, 20:24] = True
-    _, prompts, _ = PromptedLoss(config_of(PromptMode.BOX, unit=unit), LossConfig(), seed=0)._draw(sam, masks, [0, 1])
+    drawn = PromptedLoss(config_of(PromptMode.BOX, unit=unit), LossConfig(), seed=0)._draw(sam, masks, [0, 1])
+    prompts = [one.prompt for one in drawn]
     assert len(prompts) == (4 if unit is PromptUnit.COMPONENT else 3)
     assert [p.image for p in prompts] == [0, 0, 1, 1][: len(prompts)]
 
 
 class FillsBoxes:
-    """Stands for a SAM that answers a box with the box, filled, on the input frame."""
+    """Replacement of SAM that returns the filled box on the input frame."""
 
     def __init__(self):
-        self.asked = []
+        self.received = []
 
     def __call__(self, sam, embeddings, prompts):
-        self.asked.append(prompts)
+        self.received.append(prompts)
         columns = torch.arange(SIZE).float()
         out = []
         for number, prompt in enumerate(prompts):
@@ -169,36 +170,39 @@ def label_slices():
     return label
 
 
+def segment_slices(segmenter, embeddings, label, classes, config):
+    frame = fit_frame(label.shape[1:], image_size=SIZE, keep_aspect=True)
+    source = label_prompts(segmenter, label, "s_1", classes, config.for_evaluation())
+    return segment_prompted_slices(
+        segmenter,
+        embeddings,
+        source.prompts_of(range(len(label)), frame),
+        classes=classes,
+        frame=frame,
+        num_corrections=source.num_corrections,
+    )
+
+
 def segmented(monkeypatch, classes, config, label):
     fake = FillsBoxes()
     monkeypatch.setattr(prompted_inference, "predict_prompts", fake)
     segmenter = Segmenter(make_sam(tiny_vit_t_spec(), image_size=SIZE), num_classes=2)
-    predicted = segment_with_label_prompts(
-        segmenter,
-        torch.zeros(3, 32, 8, 8),
-        label,
-        series_id="s_1",
-        slice_indexes=[4, 5, 6],
-        classes=classes,
-        prompt=config.for_evaluation(),
-        frame=fit_frame((20, 12), image_size=SIZE, keep_aspect=True),
-    )
-    return predicted, fake
+    return segment_slices(segmenter, torch.zeros(3, 32, 8, 8), label, classes, config), fake
 
 
-def test_inference__masks_end_up_where_the_objects_are(monkeypatch):
-    """Rectangles answered by filled boxes: the label itself comes back, on the slices' own pixels."""
+def test_inference__filled_boxes_reproduce_the_label(monkeypatch):
+    """The objects are nearly rectangles, so filled boxes on the slices' own pixels equal them."""
     label = label_slices()
     predicted, fake = segmented(monkeypatch, TWO, config_of(PromptMode.BOX), label)
     assert np.array_equal(predicted[1], np.zeros((20, 12)))
     for channel in range(2):
         true, found = TWO.true_mask(label, channel), TWO.predicted_mask(predicted, channel)
         assert 2 * (true & found).sum() / (true.sum() + found.sum()) > 0.85
-    # A single pixel is an object too when scores are taken.
-    assert len(fake.asked[0]) == 4
+    # Evaluation prompts for objects of a single pixel too.
+    assert len(fake.received[0]) == 4
 
 
-def test_inference__overlapping_classes_keep_both(monkeypatch):
+def test_inference__overlapping_classes_share_pixels(monkeypatch):
     label = label_slices()
     table = ClassTable.of_regions({"whole": [3, 7], "b": [7]})
     predicted, _ = segmented(monkeypatch, table, config_of(PromptMode.BOX), label)
@@ -207,11 +211,11 @@ def test_inference__overlapping_classes_keep_both(monkeypatch):
     assert not table.predicted_mask(predicted, 1)[0, 5, 4]
 
 
-def test_inference__jitter_is_off_unless_asked_and_the_same_for_everyone(monkeypatch):
+def test_inference__jitter_is_off_by_default_and_repeatable(monkeypatch):
     def boxes(**settings):
         config = config_of(PromptMode.BOX, max_jitter=0.2, box_jitter=0.3, **settings)
         _, fake = segmented(monkeypatch, TWO, config, label_slices())
-        return [prompt.box.tolist() for prompt in fake.asked[0]]
+        return [prompt.box.tolist() for prompt in fake.received[0]]
 
     tight = boxes()
     frame = fit_frame((20, 12), image_size=SIZE, keep_aspect=True)
@@ -221,16 +225,11 @@ def test_inference__jitter_is_off_unless_asked_and_the_same_for_everyone(monkeyp
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_inference__every_mode_runs_and_is_repeatable(mode):
+def test_inference__every_mode_is_repeatable(mode):
     segmenter = Segmenter(make_sam(tiny_vit_t_spec(), image_size=SIZE), num_classes=2).eval()
     embeddings = torch.randn(3, 32, 8, 8, generator=torch.Generator().manual_seed(0))
-    options = {
-        "series_id": "s_1", "slice_indexes": [0, 1, 2], "classes": TWO,
-        "prompt": config_of(mode).for_evaluation(), "frame": fit_frame((20, 12), image_size=SIZE, keep_aspect=True),
-    }  # fmt: skip
     with torch.no_grad():
-        first = segment_with_label_prompts(segmenter, embeddings, label_slices(), **options)
-        again = segment_with_label_prompts(segmenter, embeddings, label_slices(), **options)
+        first, again = (segment_slices(segmenter, embeddings, label_slices(), TWO, config_of(mode)) for _ in range(2))
     assert np.array_equal(first, again)
     assert set(np.unique(first)) <= {0, 3, 7}
     assert not first[1].any()
@@ -244,12 +243,12 @@ def test_inference__every_mode_runs_and_is_repeatable(mode):
         ({"mode": PromptMode.MASK, "box_jitter": 0.3}, "box_jitter has no effect"),
     ],
 )
-def test_prompt_config__an_idle_setting_is_refused(values, message):
+def test_prompt_config__unused_setting_is_refused(values, message):
     with pytest.raises(ValueError, match=message):
         PromptConfig(**values)
 
 
-def test_segmenter__takes_three_channels_as_it_takes_one():
+def test_segmenter__three_equal_channels_equal_one():
     segmenter = Segmenter(make_sam(tiny_vit_t_spec(), image_size=SIZE), num_classes=2).eval()
     images = torch.rand(2, 1, SIZE, SIZE)
     with torch.no_grad():
@@ -260,7 +259,7 @@ def test_segmenter__takes_three_channels_as_it_takes_one():
         assert not torch.allclose(segmenter.embed(other), segmenter.embed(images), atol=1e-4)
 
 
-def test_for_evaluation__changes_nothing_without_prompts():
+def test_for_evaluation__automatic_mode_is_unchanged():
     assert PromptConfig().for_evaluation() == PromptConfig()
     assert (
         dataclasses.replace(config_of(PromptMode.BOX), min_pixels=1, box_jitter=0.0, max_jitter=0.0)
@@ -268,7 +267,7 @@ def test_for_evaluation__changes_nothing_without_prompts():
     )
 
 
-def test_trainable__prompt_encoder_stays(embeddings):
+def test_adapt__prompt_encoder_stays_frozen(embeddings):
     sam = make_sam(tiny_vit_t_spec(), image_size=SIZE)
     adapt(sam, AdapterConfig(method=Method.FULL), num_classes=1, prompted_tokens=(0,))
     assert not any(p.requires_grad for p in sam.prompt_encoder.parameters())

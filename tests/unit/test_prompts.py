@@ -1,4 +1,4 @@
-"""Prompts: decoding many at once equals segment_anything one by one; drawing them is deterministic and stays inside."""
+"""Decoding and drawing of prompts: equal to segment_anything, deterministic, and inside the slice."""
 
 import dataclasses
 from functools import partial
@@ -9,11 +9,12 @@ import torch
 from model_factory import make_sam, tiny_vit_t_spec
 from samgraft.finetune.prompting.prompt_sampling import (
     MASK_LOGIT,
+    ClassPrompt,
     PromptConfig,
     PromptMode,
     PromptUnit,
+    add_correction_click,
     center_of,
-    correct,
     draw_box,
     draw_points,
     draw_prompt,
@@ -26,12 +27,10 @@ from samgraft.finetune.prompting.prompts import (
     Prompt,
     best_masks,
     box_to_frame,
-    check_inside,
     decode_prompts,
     points_to_frame,
     predict_prompts,
 )
-from samgraft.shared.errors import UsageError
 from samgraft.shared.samples.frame import fit_frame
 
 SIZE = 32
@@ -58,7 +57,7 @@ def mask_of(sam, image=1):
 
 
 def one_by_one(sam, embeddings, prompt, *, multimask):
-    """segment_anything as its own predictor calls it."""
+    """Decode one prompt as segment_anything's own predictor does."""
     points = None if prompt.points is None else (prompt.points[None], prompt.labels[None])
     boxes = None if prompt.box is None else prompt.box[None]
     masks = None if prompt.mask is None else prompt.mask[None, None]
@@ -74,8 +73,8 @@ def one_by_one(sam, embeddings, prompt, *, multimask):
 
 @pytest.mark.parametrize("multimask", [False, True])
 @pytest.mark.parametrize("max_per_pass", [1, 2, 64])
-def test_decode__equals_segment_anything_prompt_by_prompt(sam, embeddings, multimask, max_per_pass):
-    """Boxes, ragged points, masks and mixtures over three images, in any order."""
+def test_decode_prompts__mixed_prompts_equal_segment_anything_one_by_one(sam, embeddings, multimask, max_per_pass):
+    """Boxes, different numbers of points, masks and mixtures over three images, in any order."""
     second_mask = dataclasses.replace(mask_of(sam, image=0), mask=-mask_of(sam).mask)
     prompts = [BOX, POINT, mask_of(sam), THREE, dataclasses.replace(BOX, image=2), BOX_POINT, second_mask]
     with torch.no_grad():
@@ -85,11 +84,11 @@ def test_decode__equals_segment_anything_prompt_by_prompt(sam, embeddings, multi
             torch.testing.assert_close(logits[place], expected_logits[0], atol=1e-5, rtol=1e-5)
             torch.testing.assert_close(iou[place], expected_iou[0], atol=1e-5, rtol=1e-5)
     assert logits.shape[1] == (3 if multimask else 1)
-    assert (logits[0] - logits[4]).abs().max() > 1e-3, "the image does not matter"
+    assert (logits[0] - logits[4]).abs().max() > 1e-3, "the image must change the logits"
 
 
-def test_decode__positions_are_exact_under_autocast(sam, embeddings):
-    """The prompt encoder must not compute positions in bf16."""
+def test_decode_prompts__autocast_keeps_exact_positions(sam, embeddings):
+    """Positions in bf16 would be wrong by up to 0.1."""
     with torch.no_grad():
         exact, _ = decode_prompts(sam, embeddings, [BOX], multimask=False)
         encoded = []
@@ -104,7 +103,7 @@ def test_decode__positions_are_exact_under_autocast(sam, embeddings):
     assert torch.isfinite(exact).all()
 
 
-def test_predict__takes_the_best_of_three_for_a_single_point_only(sam, embeddings):
+def test_predict_prompts__single_point_uses_the_best_of_three_masks(sam, embeddings):
     with torch.no_grad():
         logits, iou = predict_prompts(sam, embeddings, [BOX, POINT, THREE])
         three, ious = decode_prompts(sam, embeddings, [POINT], multimask=True)
@@ -114,7 +113,7 @@ def test_predict__takes_the_best_of_three_for_a_single_point_only(sam, embedding
     assert torch.allclose(logits[[0, 2]], single[:, 0], atol=1e-6)
 
 
-def test_best_masks__follows_the_predicted_iou():
+def test_best_masks__different_ious_select_the_highest():
     logits = torch.arange(6.0).reshape(2, 3, 1, 1)
     best, iou = best_masks(logits, torch.tensor([[0.1, 0.9, 0.2], [0.7, 0.1, 0.2]]))
     assert best.flatten().tolist() == [1.0, 3.0]
@@ -126,35 +125,24 @@ def test_best_masks__follows_the_predicted_iou():
     [({}, "must have a box"), ({"points": torch.zeros(1, 2)}, "together"),
      ({"points": torch.zeros(2, 2), "labels": torch.zeros(1)}, "K labels")],
 )  # fmt: skip
-def test_prompt__refuses_what_is_no_prompt(parts, message):
+def test_prompt__missing_or_mismatched_parts_are_refused(parts, message):
     with pytest.raises(ValueError, match=message):
         Prompt(image=0, **parts)
 
 
-@pytest.mark.parametrize(
-    ("prompt", "message"),
-    [
-        (Prompt(image=0, box=torch.tensor([0.0, 0, 40, 10])), "0..39 in x and 0..29 in y"),
-        (Prompt(image=0, box=torch.tensor([9.0, 2, 3, 10])), "x0 <= x1"),
-        (Prompt(image=0, points=torch.tensor([[3.0, -1]]), labels=torch.ones(1)), "inside the slice"),
-        (Prompt(image=0, points=torch.tensor([[3.0, 30]]), labels=torch.ones(1)), "got 3, 30"),
-    ],
-)
-def test_check_inside__refuses_prompts_outside_the_slice(prompt, message):
-    with pytest.raises(UsageError, match=message):
-        check_inside(prompt, height=30, width=40)
-
-
-def test_check_inside__takes_the_edges():
-    check_inside(Prompt(image=0, box=torch.tensor([0.0, 0, 39, 29])), height=30, width=40)
-
-
-def test_frame__a_box_around_a_mask_is_the_box_around_the_resized_mask():
+def test_box_to_frame__double_size_keeps_the_edges_of_pixels():
     frame = fit_frame((20, 10), image_size=40, keep_aspect=True)
     box = box_to_frame(torch.tensor([2.0, 4.0, 5.0, 9.0]), frame)
     # Twice as large: columns 2..5 become 4..11, rows 4..9 become 8..19.
     assert box.tolist() == [4.0, 8.0, 11.0, 19.0]
     assert points_to_frame(torch.tensor([[2.0, 4.0]]), frame).tolist() == [[4.5, 8.5]]
+
+
+def test_box_to_frame__squashed_slice_scales_both_axes_by_their_own_factor():
+    """A slice of 20 rows and 10 columns in a 40 px square: rows times 2, columns times 4."""
+    frame = fit_frame((20, 10), image_size=40, keep_aspect=False)
+    assert box_to_frame(torch.tensor([2.0, 4.0, 5.0, 9.0]), frame).tolist() == [8.0, 8.0, 23.0, 19.0]
+    assert points_to_frame(torch.tensor([[2.0, 4.0]]), frame).tolist() == [[9.5, 8.5]]
 
 
 def masks(*rectangles, size=24):
@@ -168,7 +156,7 @@ def masks(*rectangles, size=24):
 TWO_CLASSES = masks([(2, 2, 6, 6), (10, 12, 16, 20)], [(18, 3, 22, 9), (0, 20, 1, 22)])
 
 
-def test_objects__components_or_classes_without_crumbs():
+def test_find_objects__units_give_components_or_classes_above_min_pixels():
     config = PromptConfig(mode=PromptMode.BOX, min_pixels=4)
     found = find_objects(TWO_CLASSES, config)
     assert [o.channel for o in found] == [0, 0, 1]
@@ -180,7 +168,13 @@ def test_objects__components_or_classes_without_crumbs():
     assert all(any(o is k for o in found) for k in kept)
 
 
-def test_box__is_tight_without_jitter_and_bounded_with_it():
+def test_find_objects__diagonal_neighbours_are_one_object():
+    diagonal = np.eye(6, dtype=bool)[None]
+    [found] = find_objects(diagonal, PromptConfig(mode=PromptMode.BOX))
+    assert found.mask_HW.sum() == 6
+
+
+def test_draw_box__jitter_moves_edges_within_its_limit():
     mask_HW = TWO_CLASSES[0] & masks([(10, 12, 16, 20)])[0]
     still = PromptConfig(mode=PromptMode.BOX).for_evaluation()
     assert draw_box(mask_HW, still, np.random.default_rng(0)).tolist() == [12, 10, 19, 15]
@@ -193,7 +187,7 @@ def test_box__is_tight_without_jitter_and_bounded_with_it():
     assert (boxes[:, :2] <= boxes[:, 2:]).all()
 
 
-def test_points__positive_inside_negative_beside():
+def test_draw_points__labels_match_the_object():
     mask_HW = masks([(10, 12, 16, 20)])[0]
     config = PromptConfig(mode=PromptMode.POINTS, num_positive=3, num_negative=4)
     for seed in range(10):
@@ -205,20 +199,20 @@ def test_points__positive_inside_negative_beside():
     assert tuple(points[0]) == center_of(mask_HW)
 
 
-def test_center__is_the_pixel_farthest_from_the_edge():
+def test_center_of__is_the_pixel_farthest_from_the_edge():
     assert center_of(masks([(3, 4, 8, 9)])[0]) == (6.0, 5.0)
-    # An object at the border of the slice: outside counts as edge.
+    # The border of the slice counts as an edge of the object.
     assert center_of(masks([(0, 0, 5, 5)])[0]) == (2.0, 2.0)
 
 
-def test_mask_prompt__has_sams_size_and_sign():
+def test_mask_prompt__half_mask_has_both_signs():
     logits = mask_prompt(masks([(0, 0, 12, 24)])[0], side=8)
     assert logits.shape == (8, 8)
     assert logits[:4].min() == MASK_LOGIT
     assert logits[4:].max() == -MASK_LOGIT
 
 
-def test_roughen__changes_the_mask_and_never_empties_it():
+def test_roughen__jitter_changes_but_never_empties_the_mask():
     config = PromptConfig(mode=PromptMode.MASK, mask_jitter=0.4)
     mask_HW = masks([(8, 8, 16, 16)])[0]
     changed = [roughen(mask_HW, config, np.random.default_rng(seed)) for seed in range(12)]
@@ -229,7 +223,7 @@ def test_roughen__changes_the_mask_and_never_empties_it():
 
 
 @pytest.mark.parametrize("mode", [m for m in PromptMode if m is not PromptMode.NONE])
-def test_draw__depends_on_its_generator_only(mode):
+def test_draw_prompt__equal_seeds_give_equal_prompts(mode):
     config = PromptConfig(mode=mode)
     draw = {"image": 1, "to_mask": partial(mask_prompt, side=16), "central": False}
     first, again, *others = (
@@ -246,39 +240,43 @@ def test_draw__depends_on_its_generator_only(mode):
         assert kinds == {True, False}
 
 
-def test_draw__without_a_mode_is_a_mistake():
+def test_draw_prompt__mode_none_is_refused():
     with pytest.raises(ValueError, match="prompt mode"):
         draw_prompt(
             TWO_CLASSES[0], PromptConfig(), np.random.default_rng(0), image=0, to_mask=mask_prompt, central=False
         )
 
 
-def test_correct__clicks_where_the_mask_is_wrong():
+def test_add_correction_click__points_are_where_the_mask_is_wrong():
     true_HW = masks([(4, 4, 12, 12)])[0]
     missed = masks([(4, 4, 12, 8)])[0]
     too_much = masks([(4, 4, 12, 12), (2, 15, 3, 16)]).any(axis=0) | masks([(4, 14, 12, 20)])[0]
     logits = torch.zeros(8, 8)
     first = Prompt(image=0, box=torch.tensor([4.0, 4, 11, 11]))
-    rng = np.random.default_rng(0)
-    positive = correct(first, missed, true_HW, rng, low_res_logits=logits, central=False)
+    drawn = ClassPrompt(channel=0, prompt=first, true_HW=true_HW, rng=np.random.default_rng(0))
+    positive = add_correction_click(first, drawn, missed, low_res_logits=logits, central=False)
     (x, y), label = positive.points[0].tolist(), positive.labels[0]
     assert label == 1
     assert true_HW[int(y), int(x)]
     assert not missed[int(y), int(x)]
-    negative = correct(positive, too_much, true_HW, rng, low_res_logits=logits, central=True)
-    # The larger of two wrong regions, its middle.
+    negative = add_correction_click(positive, drawn, too_much, low_res_logits=logits, central=True)
+    # The middle of the larger one of two wrong regions.
     assert negative.labels.tolist() == [1, 0]
     assert negative.points[1].tolist() == list(center_of(masks([(4, 14, 12, 20)])[0]))
     assert negative.mask is logits
     assert negative.box is first.box
-    right = correct(first, true_HW, true_HW, rng, low_res_logits=logits, central=False)
+    right = add_correction_click(first, drawn, true_HW, low_res_logits=logits, central=False)
     assert right.labels.tolist() == [1]
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
-    [({"num_clicks": 0}, "num_clicks"), ({"num_positive": 0}, "num_positive"), ({"box_jitter": -1.0}, "box_jitter")],
+    [
+        ({"num_clicks": 0}, "num_clicks"),
+        ({"num_positive": 0, "num_negative": 2}, "num_positive must be at least 1"),
+        ({"box_jitter": -1.0}, "box_jitter"),
+    ],
 )
-def test_prompt_config__refuses(values, message):
+def test_prompt_config__values_out_of_range_are_refused(values, message):
     with pytest.raises(ValueError, match=message):
         PromptConfig(mode=PromptMode.POINTS, **values)
