@@ -68,7 +68,7 @@ class ClassTable:
                 )
         if clean_class_names(tuple(regions)) != tuple(regions):
             raise UsageError(
-                "names of regions must be different and without control characters, path separators or a dash in front, "
+                "names of regions must be different, without control characters, path separators or a leading dash, "
                 f"got {list(regions)}.",
                 where="data.regions",
             )
