@@ -270,6 +270,16 @@ def _scans(path: Path | str) -> list[Finding]:
                 else "stays out of stores, pixels do not; de-identify before the scans go anywhere else",
             )
         )
+    for reason, count in report.refused.most_common():
+        findings.append(
+            Finding(
+                area="data",
+                name="scans",
+                status=Status.PROBLEM,
+                text=f"{count} of {report.num_scans} scans: {reason}",
+                advice="store build refuses them; samgraft store check FOLDER names them",
+            )
+        )
     return findings
 
 

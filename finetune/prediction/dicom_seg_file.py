@@ -19,7 +19,7 @@ import numpy.typing as npt
 import pydicom
 from samgraft.finetune.prediction.prediction_files import NativeMasks
 from samgraft.shared.errors import DataError, UsageError
-from samgraft.shared.scans.readers.dicom import find
+from samgraft.shared.scans.readers.dicom import find_tag
 
 MAX_LABEL_LETTERS = 64
 """Of a segment's label, value representation LO."""
@@ -141,7 +141,7 @@ def _frame_places(image: pydicom.Dataset) -> list[float | None]:
     frames = [[image]] if groups is None else [[group, *shared, image] for group in groups]
     found: list[float | None] = []
     for places in frames:
-        position, orientation = find("ImagePositionPatient", places), find("ImageOrientationPatient", places)
+        position, orientation = find_tag("ImagePositionPatient", places), find_tag("ImageOrientationPatient", places)
         if position is None or orientation is None:
             found.append(None)
             continue

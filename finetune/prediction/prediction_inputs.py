@@ -10,9 +10,9 @@ from pathlib import Path
 
 from samgraft.shared.errors import DataError
 from samgraft.shared.scans.case import SourceCase
-from samgraft.shared.scans.discovery import SourceOptions, known_format
-from samgraft.shared.scans.file_index import scan_suffix
-from samgraft.shared.scans.readers.scan import ScanFiles, ScanFormat, sniff_format
+from samgraft.shared.scans.discovery import SourceOptions
+from samgraft.shared.scans.readers.registry import format_by_content, format_by_suffix, scan_suffix
+from samgraft.shared.scans.readers.scan import ScanFiles, ScanFormat
 from samgraft.shared.scans.sources import discover
 
 SUFFIX = "_seg"
@@ -32,7 +32,7 @@ class InputScan:
     @property
     def is_dicom(self) -> bool:
         """Whether a DICOM segmentation can refer to it."""
-        return self.case.scan.format is ScanFormat.DICOM
+        return self.case.scan.format == ScanFormat.DICOM
 
 
 @dataclass(kw_only=True)
@@ -70,7 +70,7 @@ def find_inputs(source: Path, *, frame: int | None = None, allow_gaps: bool = Fa
 
 
 def _single_file(path: Path, *, frame: int | None, allow_gaps: bool) -> Inputs:
-    kind = known_format(path) or sniff_format(path)
+    kind = format_by_suffix(path) or format_by_content(path)
     if kind is None:
         raise DataError(
             f"the file must be a scan (NIfTI, NRRD, DICOM, NumPy, a picture), got {scan_suffix(path) or 'no suffix'}.",

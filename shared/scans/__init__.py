@@ -1,1 +1,1 @@
-"""Scan files on disk: discovery, readers, orientation, intensity and privacy checks."""
+"""Scan files, from folders on disk to volumes with known geometry."""

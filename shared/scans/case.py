@@ -1,4 +1,7 @@
-"""A case: one scan, its labels and the names that tie it to a patient, before anything is pseudonymous."""
+"""Cases of a source, each with one scan, its labels, and the names that connect it to a patient.
+
+Shape letters: I, J, K = voxel axes of the file.
+"""
 
 from __future__ import annotations
 
@@ -8,16 +11,22 @@ from dataclasses import dataclass
 import numpy as np
 from samgraft.shared.errors import DataError
 from samgraft.shared.scans.orientation import grids_agree, to_plane
-from samgraft.shared.scans.readers.scan import ScanFiles, read_scan
+from samgraft.shared.scans.readers.registry import read_scan
+from samgraft.shared.scans.readers.scan import ScanFiles
 from samgraft.shared.scans.volume import Array, RawScan, Volume
 
 LABEL_GRID_TOLERANCE_MM = 0.01
 """Largest distance between corners of image and label. Headers in float32 differ by micrometres."""
 MAX_LABEL_ID = 65535
+MAX_LABEL_MAP_VALUES = 1024
+"""Largest number of different values of a label map. Atlases have a few hundred regions."""
+MIN_EQUAL_NEIGHBOURS = 0.7
+"""Share of equal values among neighbouring foreground voxels above which an array is a label map. Label maps measure
+above 0.8, noise-free 8-bit ultrasound below 0.5."""
 
 
 class LabelGridError(DataError):
-    """A label lies on another grid than its scan; both are kept for a picture."""
+    """Refusal of a label on another grid than its scan. Both are kept for a picture."""
 
     def __init__(self, what: str, *, where: str, scan: RawScan, label: RawScan) -> None:
         super().__init__(what, where=where)
@@ -31,15 +40,17 @@ class LabelFiles:
 
     scan: ScanFiles
     ids: Mapping[int, int] | None = None
-    """Label id in the file -> label id in the store. An id that is not listed is an error, except 0; None keeps all.
-    Map an id to 0 to drop it."""
+    """Map from label id in the file to label id in the store. An id that is not listed is an error, except 0. 0 as
+    target drops an id; None keeps all."""
+    class_id: int | None = None
+    """Id in the store of everything in this file, for one file per class."""
     round_values: bool = False
-    """Round values that are nearly whole numbers (0.999); otherwise they are refused."""
+    """Permission to round values that are nearly whole numbers (0.999). Otherwise they are refused."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SourceCase:
-    """One scan to be put into a store. The keys may identify people: they are hashed and never stored."""
+    """One scan for a store. The keys may identify people. They are hashed and never stored."""
 
     name: str
     """Name for messages and reports on this machine."""
@@ -48,6 +59,46 @@ class SourceCase:
     labels: tuple[LabelFiles, ...] = ()
     study_key: str = ""
     site_key: str | None = None
+    is_named_image: bool = True
+    """False if only the absence of label words makes this file a scan. Its voxels are then checked."""
+    refusal: str | None = None
+    """Reason to refuse the case before it is read, e.g. two labels of which one must be chosen."""
+
+
+def read_case(case: SourceCase) -> RawScan:
+    """Read the scan of a case.
+
+    Raises:
+        DataError: If the case was refused when it was found, cannot be read, or is a label map and not a scan.
+    """
+    if case.refusal is not None:
+        raise DataError(case.refusal, where=case.name)
+    scan = read_scan(case.scan)
+    if not case.is_named_image and is_label_map(scan.array_ijk):
+        values = np.unique(scan.array_ijk)
+        text = ", ".join(f"{v:g}" for v in values[:5]) + (", ..." if len(values) > 5 else "")
+        raise DataError(
+            f"the scan looks like a label map ({len(values)} values: {text}). Add a word like _seg to its name, or "
+            "list it as image in a CSV list if it is a scan.",
+            where=case.name,
+        )
+    return scan
+
+
+def is_label_map(array_ijk: Array) -> bool:
+    """Return whether an array looks like label ids and not like a scan.
+
+    Label maps hold few different whole numbers, 0 among them, in areas of one value. Two values alone are a mask.
+    """
+    # A scan shows its many values in a few slices already. Only what looks like a label map there is searched whole,
+    # because small lesions lie between the sampled slices.
+    middle = array_ijk[:, :, array_ijk.shape[-1] // 2 :][:, :, :1]
+    if array_ijk.dtype.kind not in "biuf" or len(np.unique(middle)) > MAX_LABEL_MAP_VALUES:
+        return False
+    values = np.unique(array_ijk)
+    if not 2 <= len(values) <= MAX_LABEL_MAP_VALUES or values[0] < 0 or not np.array_equal(values, np.rint(values)):
+        return False
+    return len(values) == 2 or _share_of_equal_neighbours(array_ijk, background=values[0]) > MIN_EQUAL_NEIGHBOURS
 
 
 def read_label(case: SourceCase, scan: RawScan) -> tuple[Array, str]:
@@ -65,14 +116,13 @@ def read_label(case: SourceCase, scan: RawScan) -> tuple[Array, str]:
     for label in case.labels:
         part = read_scan(label.scan, as_label=True, like=scan)
         _check_grid(part, scan, where=f"{case.name}: {label.scan.name}")
-        ids_ijk = whole_numbers(part.array_ijk, round_values=label.round_values, where=label.scan.name)
-        ids_ijk = map_ids(ids_ijk, label.ids, where=label.scan.name)
+        ids_ijk = _ids_of_file(part.array_ijk, label)
         clash = (merged != 0) & (ids_ijk != 0) & (merged != ids_ijk)
         if clash.any():
             pairs = sorted({(int(a), int(b)) for a, b in zip(merged[clash], ids_ijk[clash], strict=True)})
             text = ", ".join(f"{a} and {b}" for a, b in pairs[:5])
             raise DataError(
-                f"{int(clash.sum())} voxels are claimed by two labels ({text}). Decide which one wins in the source.",
+                f"{int(clash.sum())} voxels are claimed by two labels ({text}). Remove them from one of the files.",
                 where=case.name,
             )
         merged = np.where(ids_ijk != 0, ids_ijk, merged)
@@ -87,52 +137,95 @@ def label_on_plane(label_ijk: Array, volume: Volume) -> Array:
     return label_zyx
 
 
-def whole_numbers(array: Array, *, round_values: bool, where: str) -> Array:
-    """Return label values as integers; a conversion that cuts 0.999 to 0 would erase the label.
+def to_whole_numbers(array: Array, *, round_values: bool, where: str) -> Array:
+    """Return label values as integers.
+
+    A plain conversion would cut 0.999 to 0 and erase the label.
 
     Raises:
-        DataError: If values are negative, above 65535, or not whole.
+        DataError: If values are not finite or not whole.
     """
-    if array.dtype.kind == "f":
-        if not np.isfinite(array).all():
-            raise DataError("label values must be finite, got NaN or Inf.", where=where)
-        whole = np.rint(array)
-        distance = float(np.abs(array - whole).max(initial=0.0))
-        if distance > 0 and not (round_values and distance < 0.05):
-            raise DataError(
-                f"label values must be whole numbers, got values up to {distance:.3g} away from one. Pass "
-                "--round-labels for rounding errors below 0.05; redo interpolated labels with nearest neighbour.",
-                where=where,
-            )
-        array = whole
     if array.dtype.kind == "b":
-        array = array.astype(np.uint8)
-    low, high = (int(array.min()), int(array.max())) if array.size else (0, 0)
-    if low < 0 or high > MAX_LABEL_ID:
-        raise DataError(f"label ids must lie in 0..{MAX_LABEL_ID}, got {low}..{high}. Map them.", where=where)
-    return array.astype(np.uint16)
+        return array.astype(np.uint8)
+    if array.dtype.kind != "f":
+        return array
+    if not np.isfinite(array).all():
+        raise DataError("label values must be finite, got NaN or Inf.", where=where)
+    whole = np.rint(array)
+    distance = float(np.abs(array - whole).max(initial=0.0))
+    if distance > 0 and not (round_values and distance < 0.05):
+        raise DataError(
+            f"label values must be whole numbers, got values up to {distance:.3g} away from one. Pass "
+            "--round-labels for rounding errors below 0.05; redo interpolated labels with nearest neighbour.",
+            where=where,
+        )
+    return whole.astype(np.int64)
 
 
 def map_ids(ids: Array, mapping: Mapping[int, int] | None, *, where: str) -> Array:
-    """Replace label ids by a map.
+    """Replace label ids by a map and return them as uint16.
+
+    The map comes before the check of the range, so that it can also drop -1 or ids that are too large.
 
     Raises:
-        DataError: If an id is not in the map; the message suggests one.
+        DataError: If an id is not in the map or outside 0..65535; the message suggests a map.
     """
-    if mapping is None:
-        return ids
     found = [int(value) for value in np.unique(ids) if value != 0]
-    if unknown := [value for value in found if value not in mapping]:
-        suggestion = ",".join(f"{value}={mapping.get(value, 0)}" for value in found)
+    if mapping is not None:
+        if unknown := [value for value in found if value not in mapping]:
+            suggestion = ",".join(f"{value}={mapping.get(value, 0)}" for value in found[:20])
+            option = f"--label-map={suggestion}" if suggestion.startswith("-") else f"--label-map {suggestion}"
+            raise DataError(
+                f"label ids must be among {sorted(mapping)}, got {unknown[:20]} too. Try {option}", where=where
+            )
+        values, places = np.unique(ids, return_inverse=True)
+        targets = np.array([mapping.get(int(value), 0) for value in values], dtype=np.int64)
+        ids = targets[places].reshape(ids.shape)
+    low, high = (int(ids.min()), int(ids.max())) if ids.size else (0, 0)
+    if low < 0 or high > MAX_LABEL_ID:
         raise DataError(
-            f"label ids must be among {sorted(mapping)}, got {unknown} too. Try --label-map {suggestion}", where=where
+            f"label ids must lie in 0..{MAX_LABEL_ID}, got {low}..{high}. Try {_label_map_option(found)}", where=where
         )
-    table = np.zeros(int(ids.max(initial=0)) + 1, dtype=np.uint16)
-    for source, target in mapping.items():
-        if 0 <= source < len(table):
-            table[source] = target
-    table[0] = mapping.get(0, 0)
-    return np.asarray(table[ids])
+    return ids.astype(np.uint16)
+
+
+def _ids_of_file(values_ijk: Array, label: LabelFiles) -> Array:
+    where = label.scan.name
+    ids = to_whole_numbers(values_ijk, round_values=label.round_values, where=where)
+    found = np.unique(ids)
+    if len(found) > MAX_LABEL_MAP_VALUES // 4 and not is_label_map(ids):
+        raise DataError(
+            f"the label looks like a scan ({len(found)} different values). Rename it, or give image and label in a CSV "
+            "list.",
+            where=where,
+        )
+    if label.class_id is None:
+        return map_ids(ids, label.ids, where=where)
+    if len(found[found != 0]) > 1:
+        text = ", ".join(str(int(v)) for v in found[found != 0][:5])
+        raise DataError(
+            f"the name makes this file one class, but it holds ids {text}. Rename it to CASE_seg, or give image and "
+            "label in a CSV list.",
+            where=where,
+        )
+    return np.where(ids != 0, label.class_id, 0).astype(np.uint16)
+
+
+def _share_of_equal_neighbours(array_ijk: Array, *, background: float) -> float:
+    equal = total = 0
+    for a, b in ((array_ijk[:-1], array_ijk[1:]), (array_ijk[:, :-1], array_ijk[:, 1:])):
+        foreground = (a != background) | (b != background)
+        equal += int(np.count_nonzero((a == b) & foreground))
+        total += int(np.count_nonzero(foreground))
+    return equal / max(1, total)
+
+
+def _label_map_option(found: list[int]) -> str:
+    """Return a ``--label-map`` that keeps valid ids, drops negative ones and renumbers those that are too large."""
+    free = iter(n for n in range(1, MAX_LABEL_ID) if n not in found)
+    targets = {v: v if 0 < v <= MAX_LABEL_ID else 0 if v < 0 else next(free) for v in found[:20]}
+    text = ",".join(f"{value}={target}" for value, target in targets.items())
+    return f"--label-map={text}" if text.startswith("-") else f"--label-map {text}"  # a leading dash needs the "="
 
 
 def _check_grid(label: RawScan, scan: RawScan, *, where: str) -> None:

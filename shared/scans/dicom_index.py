@@ -1,93 +1,203 @@
-"""DICOM files grouped into series by their headers; pixels are not read here."""
+"""DICOM files grouped into series by their headers, without reading pixels."""
 
 from __future__ import annotations
 
+import warnings
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pydicom
 from pydicom.errors import InvalidDicomError
 from samgraft.shared.scans.discovery import Discovery
+from samgraft.shared.scans.names import is_placeholder_id
+from samgraft.shared.scans.readers.dicom import find_tag
+from samgraft.shared.scans.readers.dicom_geometry import is_parallel
 
+_MACHINE_TAGS = ("InstitutionName", "Manufacturer", "ManufacturerModelName", "DeviceSerialNumber")
 _TAGS = [
-    "SOPClassUID",
-    "PatientID",
-    "PatientName",
-    "StudyInstanceUID",
-    "SeriesInstanceUID",
-    "ImageOrientationPatient",
-    "ImageType",
-    "Rows",
-    "Columns",
-    "Modality",
-    "Manufacturer",
-    "ManufacturerModelName",
-    "DeviceSerialNumber",
-    "InstitutionName",
-    "ReferencedSeriesSequence",
+    *("SOPClassUID", "PatientID", "PatientName", "StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID"),
+    *("ImageOrientationPatient", "ImageType", "Rows", "Columns", "NumberOfFrames", "Modality", *_MACHINE_TAGS),
+    *("ReferencedSeriesSequence", "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"),
 ]
 SEGMENTATION_CLASSES = {"1.2.840.10008.5.1.4.1.1.66.4", "1.2.840.10008.5.1.4.1.1.66.7"}
 DICOMDIR_CLASS = "1.2.840.10008.1.3.10"
+_PREAMBLE_BYTES = 132
 
 
 @dataclass(kw_only=True)
 class DicomSeries:
-    """Files of one SeriesInstanceUID and one orientation."""
+    """Files of one series with one orientation in one frame of reference."""
 
     patient: str
+    """Patient id, or an empty text if the header holds none or a placeholder such as ANON."""
     study: str
     series_uid: str
-    modality: str
+    frame_of_reference: str
+    orientation: npt.NDArray[np.float64] | None
+    """The six direction cosines of the first file. None if it has none."""
     site: str | None
     paths: list[Path] = field(default_factory=list)
 
 
-def group_dicom(paths: Sequence[Path], found: Discovery) -> tuple[list[DicomSeries], dict[str, list[Path]]]:
-    """Group files into series; count what is no image.
+@dataclass(frozen=True, kw_only=True)
+class SegmentationFile:
+    """One DICOM segmentation, and the identifiers that lead to its scan."""
 
-    Returns:
-        The series, and the segmentation files by the SeriesInstanceUID that they refer to.
+    path: Path
+    patient: str
+    study: str
+    frame_of_reference: str
+    referenced_series: frozenset[str]
+
+
+def group_dicom(paths: Sequence[Path], found: Discovery) -> tuple[list[DicomSeries], list[SegmentationFile]]:
+    """Group files into series, and count those that are no image.
+
+    A series is what has one patient, study, SeriesInstanceUID, frame of reference, picture size and orientation.
+    Anonymisers write one SeriesInstanceUID for several patients, and scanners put planes of several orientations
+    under one.
     """
-    series: dict[tuple[Any, ...], DicomSeries] = {}
-    segmentations: dict[str, list[Path]] = {}
+    series: dict[tuple[Any, ...], list[DicomSeries]] = defaultdict(list)
+    segmentations: list[SegmentationFile] = []
+    lost: Counter[str] = Counter()
     for path in paths:
         try:
-            header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=_TAGS)
-        except (InvalidDicomError, EOFError, ValueError, KeyError, OSError):
-            found.left_out["file with a DICOM name that is not DICOM"] += 1
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # odd values of tags that are not used here
+                header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=_TAGS)
+                kind = str(header.get("SOPClassUID", "") or header.file_meta.get("MediaStorageSOPClassUID", ""))
+                has_pixels = bool(header.get("Rows"))
+        except (InvalidDicomError, EOFError, ValueError, TypeError, KeyError, AttributeError, OSError):
+            if (reason := _reason_not_dicom(path)) is None:
+                series[("damaged", str(path))].append(_damaged(path))
+            else:
+                found.left_out[reason] += 1
             continue
-        kind = str(header.get("SOPClassUID", "") or header.file_meta.get("MediaStorageSOPClassUID", ""))
         if kind in SEGMENTATION_CLASSES:
-            for item in header.get("ReferencedSeriesSequence", []):
-                segmentations.setdefault(str(item.get("SeriesInstanceUID", "")), []).append(path)
+            segmentations.append(_segmentation(header, path))
         elif kind == DICOMDIR_CLASS:
             found.left_out["DICOMDIR (files are found without it)"] += 1
-        elif not header.get("Rows"):
-            found.left_out["DICOM without pixels (report, plan, dose)"] += 1
+        elif not has_pixels:
+            found.left_out["DICOM without pixels (report, plan, contours)"] += 1
         elif "LOCALIZER" in (header.get("ImageType") or ()):
             found.left_out["DICOM localizer"] += 1
         else:
-            _add(series, header, path)
-    return list(series.values()), segmentations
+            _add(series, header, path, lost)
+    for modality, count in sorted(lost.items()):
+        found.notes.append(f"{count} {modality} files have no orientation: each is a scan of its own")
+    return [one for group in series.values() for one in group], segmentations
 
 
-def _add(series: dict[tuple[Any, ...], DicomSeries], header: pydicom.Dataset, path: Path) -> None:
-    orientation = header.get("ImageOrientationPatient")
-    rounded = tuple(np.round(np.asarray(orientation, dtype=np.float64), 2) + 0.0) if orientation else None
-    uid = str(header.get("SeriesInstanceUID", ""))
-    # Projections and cine loops of one series have no common space: each file is a scan of its own.
-    key = (uid, rounded, int(header.Rows), int(header.Columns), None if rounded else str(path))
-    if key not in series:
-        machine = [str(header.get(k, "")) for k in ("InstitutionName", "Manufacturer", "ManufacturerModelName")]
-        machine.append(str(header.get("DeviceSerialNumber", "")))
-        series[key] = DicomSeries(
-            patient=str(header.get("PatientID", "") or header.get("PatientName", "") or ""),
-            study=str(header.get("StudyInstanceUID", "")),
+def series_of_segmentation(segmentation: SegmentationFile, series: Sequence[DicomSeries]) -> DicomSeries | None:
+    """Return the one series that a segmentation belongs to, or None if none or several fit.
+
+    A reference to a series decides. Without one, study and frame of reference must leave a single series.
+    """
+    fitting = [one for one in series if one.patient == segmentation.patient and one.study == segmentation.study]
+    if segmentation.referenced_series:
+        candidates = [one for one in fitting if one.series_uid in segmentation.referenced_series]
+        # Segmentations made elsewhere may carry another patient id or study: then the reference alone decides.
+        fitting = candidates or [one for one in series if one.series_uid in segmentation.referenced_series]
+    if len(fitting) > 1:
+        fitting = [one for one in fitting if one.frame_of_reference == segmentation.frame_of_reference] or fitting
+    return fitting[0] if len(fitting) == 1 else None
+
+
+def _add(series: dict[tuple[Any, ...], list[DicomSeries]], header: Any, path: Path, lost: Counter[str]) -> None:
+    places = [header]
+    num_frames = _number(header.get("NumberOfFrames", 1))
+    if "PerFrameFunctionalGroupsSequence" in header and num_frames == 1:
+        # Enhanced files with one frame each form a series like classic files; their orientation is in the groups.
+        groups = [list(header.get(f"{name}FunctionalGroupsSequence") or [])[:1] for name in ("PerFrame", "Shared")]
+        places = [*groups[0], *groups[1], header]
+    orientation = _orientation(places)
+    uid, patient = str(header.get("SeriesInstanceUID", "")), _patient(header)
+    study, frame = str(header.get("StudyInstanceUID", "")), str(header.get("FrameOfReferenceUID", ""))
+    # Projections, cine loops and multi-frame files have no common stack: each file is a scan of its own. Without a
+    # SeriesInstanceUID the folder takes its place.
+    alone = orientation is None or num_frames != 1
+    place = str(path) if alone else "" if uid else str(path.parent)
+    key = (patient, study, uid, frame, str(header.get("Rows")), str(header.get("Columns")), place)
+    group = series[key]
+    one = next((s for s in group if alone or _same_orientation(s.orientation, orientation)), None)
+    if one is None:
+        machine = [str(header.get(name, "")) for name in _MACHINE_TAGS]
+        one = DicomSeries(
+            patient=patient,
+            study=study,
             series_uid=uid,
-            modality=str(header.get("Modality", "")),
+            frame_of_reference=frame,
+            orientation=orientation,
             site="/".join(machine) if any(machine) else None,
         )
-    series[key].paths.append(path)
+        group.append(one)
+    modality = str(header.get("Modality", ""))
+    if orientation is None and num_frames == 1 and modality in ("CT", "MR", "PT"):
+        lost[modality] += 1
+    one.paths.append(path)
+
+
+def _same_orientation(a: npt.NDArray[np.float64] | None, b: npt.NDArray[np.float64] | None) -> bool:
+    # A comparison with the first file, not rounding: noise around a rounding limit would split the series.
+    return a is not None and b is not None and a.shape == b.shape and is_parallel(a, b)
+
+
+def _orientation(places: Sequence[Any]) -> npt.NDArray[np.float64] | None:
+    try:
+        value = find_tag("ImageOrientationPatient", places)
+        return None if not value else np.asarray([float(v) for v in value], dtype=np.float64)
+    except (ValueError, TypeError):
+        return np.zeros(0)  # unreadable numbers: the files stay together, and the reader refuses the series by name
+
+
+def _patient(header: Any) -> str:
+    for name in ("PatientID", "PatientName"):
+        if not is_placeholder_id(text := str(header.get(name, "") or "").strip()):
+            return text
+    return ""
+
+
+def _number(value: Any) -> int:
+    try:
+        return int(value or 1)
+    except (TypeError, ValueError):
+        return 1
+
+
+def _segmentation(header: Any, path: Path) -> SegmentationFile:
+    references = header.get("ReferencedSeriesSequence") or []
+    return SegmentationFile(
+        path=path,
+        patient=_patient(header),
+        study=str(header.get("StudyInstanceUID", "")),
+        frame_of_reference=str(header.get("FrameOfReferenceUID", "")),
+        referenced_series=frozenset(str(item.get("SeriesInstanceUID", "")) for item in references) - {""},
+    )
+
+
+def _damaged(path: Path) -> DicomSeries:
+    """Return a series of its own for a damaged file, which its reader refuses by name.
+
+    Left out, it could be the last slice of a stack, and its absence would not be noticed.
+    """
+    return DicomSeries(
+        patient="", study="", series_uid="", frame_of_reference="", orientation=None, site=None, paths=[path]
+    )
+
+
+def _reason_not_dicom(path: Path) -> str | None:
+    """Return the reason to leave out a file that pydicom does not read. None for a damaged DICOM file."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(_PREAMBLE_BYTES)
+    except OSError:
+        return "file with a DICOM name that cannot be opened"
+    # Old exports hold the data set alone: it begins with group 0002 or 0008, little endian.
+    if head[:2] in (b"\x08\x00", b"\x02\x00") and head[128:132] != b"DICM":
+        return "DICOM without the preamble that every DICOM file needs (export it again, or run dcmconv)"
+    return None if head[128:132] == b"DICM" else "file with a DICOM name that is not DICOM"

@@ -1,60 +1,62 @@
-"""What a source of scans turned out to be: its layout, its cases, and every list a person should look at."""
+"""Result of the search for scans in a source, and the options of the user for it."""
 
 from __future__ import annotations
 
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from samgraft.shared.errors import DataError, UsageError
 from samgraft.shared.scans.case import LabelFiles, SourceCase
-from samgraft.shared.scans.file_index import scan_stem, scan_suffix
-from samgraft.shared.scans.readers.scan import ScanFiles, ScanFormat
+from samgraft.shared.scans.names import patient_folder, patient_of_stem
+from samgraft.shared.scans.readers.registry import scan_stem
+from samgraft.shared.scans.readers.scan import ScanFiles
 
 
 @dataclass(frozen=True, kw_only=True)
 class SourceOptions:
-    """What a person may say about a source."""
+    """Options of the user for a source."""
 
     patient_pattern: str | None = None
-    """Regular expression on the path below the root; its first group is the patient."""
+    """Regular expression on the path below the root. Its first group is the patient."""
     site_pattern: str | None = None
-    """The same for site or scanner."""
+    """Regular expression on the path below the root. Its first group is the site or scanner."""
     label_map: Mapping[int, int] | None = None
-    """Label id in the files -> in the store; 0 drops it."""
+    """Map from label id in the files to label id in the store. 0 drops an id."""
     label_names: Mapping[int, str] | None = None
     frame: int | None = None
-    """Which volume of 4D files."""
+    """Index of the volume to read from 4D files."""
     allow_gaps: bool = False
     round_labels: bool = False
     pictures_are_scans: bool = False
-    """Every picture is a scan of its own (X-ray, ultrasound); otherwise a folder of pictures is one stack."""
+    """True if every picture is a scan of its own (X-ray, ultrasound). Otherwise a folder of pictures is one stack."""
 
 
 @dataclass(kw_only=True)
 class Discovery:
-    """Cases of a source and what was left out."""
+    """Cases of a source, and the files that are no part of one."""
 
     layout: str
     cases: list[SourceCase] = field(default_factory=list)
     label_names: dict[int, str] | None = None
-    """None: named after their ids once they are known."""
+    """Names of the label ids. None names them after the ids that the files hold."""
     left_out: Counter[str] = field(default_factory=Counter)
+    """Reason -> number of files."""
     notes: list[str] = field(default_factory=list)
     labels_without_image: list[str] = field(default_factory=list)
     images_without_label: list[str] = field(default_factory=list)
 
     def finish(self) -> None:
-        """Sort the cases, list images without label where others have one."""
+        """Sort the cases, and list images without label where others have one."""
         self.cases.sort(key=lambda case: case.name)
         if any(case.labels for case in self.cases):
             self.images_without_label = [case.name for case in self.cases if not case.labels]
 
 
 class NameRules:
-    """Patient and site of a scan, from the user's patterns."""
+    """Patient and site of a scan, by the patterns of the user or by the names of files and folders."""
 
     def __init__(self, options: SourceOptions) -> None:
         self._patient = _compile(options.patient_pattern, "--patient-pattern")
@@ -62,7 +64,7 @@ class NameRules:
 
     @property
     def has_patient(self) -> bool:
-        """Whether the user said how to tell patients."""
+        """True if the user gave a pattern for patients."""
         return self._patient is not None
 
     def patient(self, relative: str, default: str) -> str:
@@ -74,49 +76,57 @@ class NameRules:
         return _group(self._site, relative, "--site-pattern")
 
 
-def scan_files(path: Path, kind: ScanFormat, name: str, options: SourceOptions) -> ScanFiles:
-    """Describe a scan of one file."""
-    return ScanFiles(format=kind, paths=(path,), name=name, frame=options.frame, allow_gaps=options.allow_gaps)
+def patients_by_path(relatives: Iterable[str], found: Discovery) -> dict[str, str]:
+    """Return the patient of every path of a source without patient ids, with notes on doubtful decisions.
+
+    A patient is the first folder that is no general one (``train``, ``images``, ``T1``). Without such a folder it is
+    the file itself, together with the files whose names differ only in frame, time point, contrast or side.
+    """
+    by_folder: dict[str, str] = {}
+    by_stem: dict[str, list[str]] = defaultdict(list)
+    for relative in relatives:
+        path = PurePosixPath(relative)
+        folder = patient_folder(path)
+        if folder is not None:
+            by_folder[relative] = folder
+            continue
+        stem = patient_of_stem(scan_stem(path.name))
+        # Bare numbers start again in every part of a split: 001 in imagesTr and in imagesTs are two patients.
+        by_stem[f"{path.parent}/{stem}" if stem.isdecimal() else stem].append(relative)
+    _note_folders(by_folder, found)
+    merged = merge_patients({r: stem for stem, group in by_stem.items() for r in group}, found)
+    if any(merged[r] == r for r in merged):
+        found.notes.append("every file directly below the root counts as its own patient; else give --patient-pattern")
+    return by_folder | merged
 
 
-def label_files(path: Path, kind: ScanFormat, options: SourceOptions, *, only_id: int | None = None) -> LabelFiles:
-    """Describe one label file; ``only_id`` makes everything in it one class."""
-    ids = options.label_map if only_id is None else {1: only_id, 255: only_id}
-    scan = ScanFiles(format=kind, paths=(path,), name=path.name)
-    return LabelFiles(scan=scan, ids=ids, round_values=options.round_labels)
+def merge_patients(id_of: Mapping[str, str], found: Discovery) -> dict[str, str]:
+    """Return the patient of every case, which is the case itself unless others share its id.
+
+    Args:
+        id_of: Case -> its id without frame, time point, contrast or side.
+        found: Discovery that gets a note about merged cases.
+    """
+    counts = Counter(id_of.values())
+    merged = {case: patient if counts[patient] > 1 else case for case, patient in id_of.items()}
+    if num := sum(1 for case in merged if counts[id_of[case]] > 1):
+        patients = sum(1 for count in counts.values() if count > 1)
+        found.notes.append(
+            f"{num} scans count as {patients} patients, because their names differ only in frame, time point, contrast "
+            "or side; else give --patient-pattern"
+        )
+    return merged
 
 
-LABEL_WORDS = "labels?|labelmap|seg|segmentation|masks?|dseg|gt|groundtruth|annotation"
-_LABEL_STEM = re.compile(rf"^(?P<case>.+?)[-_.](?:{LABEL_WORDS})(?:[-_.](?P<name>[A-Za-z][\w-]*))?$", re.IGNORECASE)
-_IMAGE_STEM = re.compile(r"^(?P<case>.+?)[-_.](?:image|img|scan|vol|volume)$", re.IGNORECASE)
-_LABEL_FOLDER = re.compile(rf"^(?:{LABEL_WORDS})(?:tr|ts)?$", re.IGNORECASE)
-_IMAGE_FOLDER = re.compile(r"^(?:images?|imgs?|scans?|volumes?|data)(?:tr|ts)?$", re.IGNORECASE)
-
-
-def label_key(path: Path, root: Path) -> tuple[str, str | None] | None:
-    """Return (key of the case, class name) if a path is a label by its name or folder, else None."""
-    folders = list(path.relative_to(root).parent.parts)
-    in_label_folder = any(_LABEL_FOLDER.match(part) for part in folders)
-    found = _LABEL_STEM.match(scan_stem(path))
-    if found is None and not in_label_folder:
-        return None
-    stem = found["case"] if found else scan_stem(path)
-    return _key(folders, stem), (found["name"] if found else None)
-
-
-def image_key(path: Path, root: Path) -> str:
-    """Return the key under which the labels of an image are looked up."""
-    return _key(list(path.relative_to(root).parent.parts), scan_stem(path))
-
-
-def _key(folders: Iterable[str], stem: str) -> str:
-    kept = [part for part in folders if not _LABEL_FOLDER.match(part) and not _IMAGE_FOLDER.match(part)]
-    found = _IMAGE_STEM.match(stem)
-    return "/".join([*kept, found["case"] if found else stem]).casefold()
+def label_files(path: Path, reader: str, options: SourceOptions, *, class_id: int | None = None) -> LabelFiles:
+    """Describe one label file. ``class_id`` makes everything in it one class."""
+    scan = ScanFiles(format=reader, paths=(path,), name=path.name, frame=options.frame)
+    ids = options.label_map if class_id is None else None
+    return LabelFiles(scan=scan, ids=ids, class_id=class_id, round_values=options.round_labels)
 
 
 def parse_label_map(text: str) -> dict[int, int]:
-    """Parse ``1=2,4=3``.
+    """Parse ``1=2,4=3``. Ids in the files may be negative.
 
     Raises:
         UsageError: If it is not of this form.
@@ -139,7 +149,9 @@ def _pairs(text: str, option: str) -> dict[int, str]:
         left, _, right = part.partition("=")
         if not right.strip():
             raise UsageError(f"{option} must look like 1=...,2=..., got {part!r}.")
-        result[_whole(left, option)] = right.strip()
+        is_negative = option == "--label-map" and left.strip().startswith("-")
+        number = _whole(left.strip().removeprefix("-") if is_negative else left, option)
+        result[-number if is_negative else number] = right.strip()
     return result
 
 
@@ -149,11 +161,24 @@ def _whole(text: str, option: str) -> int:
     return int(text)
 
 
-def known_format(path: Path) -> ScanFormat | None:
-    """Return the format by suffix."""
-    from samgraft.shared.scans.file_index import SCAN_SUFFIXES
-
-    return SCAN_SUFFIXES.get(scan_suffix(path))
+def _note_folders(by_folder: Mapping[str, str], found: Discovery) -> None:
+    """Note folders that may hold several patients. Whether they do cannot be decided from names."""
+    subfolders: dict[str, set[str]] = defaultdict(set)
+    for relative, folder in by_folder.items():
+        parts = PurePosixPath(relative).parts
+        place = parts.index(folder)
+        if len(parts) > place + 2:
+            subfolders[folder].add(parts[place + 1])
+    if len(by_folder) > 1 and len(set(by_folder.values())) == 1:
+        found.notes.append(
+            f"{len(by_folder)} scans are below one folder and count as one patient: give the folder below it, or "
+            "--patient-pattern"
+        )
+    elif many := sorted(folder for folder, below in subfolders.items() if len(below) > 3):
+        found.notes.append(
+            f"{len(many)} folders count as one patient each but hold more than three folders, e.g. {many[0]}: if those "
+            "are the patients, give --patient-pattern"
+        )
 
 
 def _compile(pattern: str | None, option: str) -> re.Pattern[str] | None:
@@ -162,7 +187,7 @@ def _compile(pattern: str | None, option: str) -> re.Pattern[str] | None:
     try:
         compiled = re.compile(pattern)
     except re.error as err:
-        raise UsageError(f"{option} must be a regular expression, got {pattern!r}: {err}.") from err
+        raise UsageError(f"{option} must be a regular expression, got {pattern!r} ({err}).") from err
     if compiled.groups < 1:
         raise UsageError(f"{option} must have one group in parentheses, got {pattern!r}, e.g. '^(sub-[^_/]+)'.")
     return compiled

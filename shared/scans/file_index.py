@@ -1,6 +1,6 @@
-"""What lies in a folder: regular files by format, and everything that was not taken, counted by reason.
+"""Files below a folder, with scans sorted by format and everything else counted by reason.
 
-Nothing is opened that could wait for ever (pipes, sockets, devices), no symbolic link is followed in a circle.
+Nothing is opened that could block (pipes, sockets, devices), and no symbolic link is followed in a circle.
 """
 
 from __future__ import annotations
@@ -13,53 +13,31 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from samgraft.shared.errors import DataError, StorageError
-from samgraft.shared.scans.readers.scan import ScanFormat, sniff_format
+from samgraft.shared.scans.readers.registry import READERS, format_by_content, format_by_suffix, scan_suffix
 
-SCAN_SUFFIXES = {
-    ".nii": ScanFormat.NIFTI,
-    ".nii.gz": ScanFormat.NIFTI,
-    ".nrrd": ScanFormat.NRRD,
-    ".dcm": ScanFormat.DICOM,
-    ".dicom": ScanFormat.DICOM,
-    ".ima": ScanFormat.DICOM,
-    ".png": ScanFormat.IMAGES,
-    ".tif": ScanFormat.IMAGES,
-    ".tiff": ScanFormat.IMAGES,
-    ".jpg": ScanFormat.IMAGES,
-    ".jpeg": ScanFormat.IMAGES,
-    ".npy": ScanFormat.NUMPY,
+_UNREAD_KINDS = {
+    "NRRD with detached data": ".nhdr",
+    "NIfTI or Analyze pair": ".hdr .img",
+    "MetaImage": ".mha .mhd",
+    "NumPy archive": ".npz",
+    "archive": ".zip .tar .tgz .tar.gz .7z .rar .bz2 .xz .tar.bz2 .tar.xz",
+    "FreeSurfer or MINC volume": ".mgz .mgh .mnc",
+    "matrix or HDF5 file": ".mat .h5 .hdf5",
+    "picture of another kind": ".bmp .gif .webp .jp2 .svs .ndpi",
 }
-NAMED_BUT_NOT_READ = {
-    ".nhdr": "NRRD with detached data",
-    ".hdr": "NIfTI or Analyze pair",
-    ".img": "NIfTI or Analyze pair",
-    ".mha": "MetaImage",
-    ".mhd": "MetaImage",
-    ".npz": "NumPy archive",
-    ".zip": "archive",
-    ".tar": "archive",
-    ".tgz": "archive",
-    ".7z": "archive",
-}
-DESCRIPTIONS = {
-    ".json",
-    ".csv",
-    ".tsv",
-    ".txt",
-    ".md",
-    ".bval",
-    ".bvec",
-    ".html",
-    ".pdf",
-    ".xml",
-    ".yaml",
-    ".yml",
-    ".py",
-}
-
-
-ZARR = "zarr (not read: it does not say for certain which axis is which; export NIfTI, or NumPy with a spacing file)"
+NAMED_BUT_NOT_READ = {suffix: kind for kind, suffixes in _UNREAD_KINDS.items() for suffix in suffixes.split()}
+DESCRIPTIONS = frozenset(
+    f".{suffix}"
+    for suffix in ("json", "csv", "tsv", "txt", "md", "bval", "bvec", "html", "pdf", "xml", "yaml", "yml", "py", "log")
+) | {".xlsx", ".docx", ".rtf"}
+ZARR = "zarr (not read, because its axes are not named; export NIfTI, or NumPy with a spacing file)"
 ZARR_MARKS = {"zarr.json", ".zgroup", ".zarray"}
+HIDDEN = "hidden file or folder"
+BROKEN_LINK = "broken link"
+_SYSTEM_NAMES = {"__macosx", "thumbs.db", "desktop.ini", "lost+found"}
+# First bytes of the text files that git-lfs and git-annex leave in place of contents that were not downloaded.
+_POINTER_MARKS = (b"version https://git-lfs", b"/annex/objects/")
+_MAX_POINTER_BYTES = 1024
 
 
 @dataclass(kw_only=True)
@@ -67,14 +45,19 @@ class FileIndex:
     """Files below one folder, sorted by path."""
 
     root: Path
-    files: dict[Path, ScanFormat] = field(default_factory=dict)
+    files: dict[Path, str] = field(default_factory=dict)
+    """Path -> name of its reader."""
     left_out: Counter[str] = field(default_factory=Counter)
     """Reason -> number of files."""
     notes: list[str] = field(default_factory=list)
 
-    def of(self, *formats: ScanFormat) -> list[Path]:
+    def of(self, *formats: str) -> list[Path]:
         """Return the files of some formats."""
-        return [path for path, kind in self.files.items() if kind in formats]
+        return [path for path, name in self.files.items() if name in formats]
+
+    def single_files(self) -> list[Path]:
+        """Return the files that are a scan or a label each."""
+        return [path for path, name in self.files.items() if READERS[name].one_file_per_scan]
 
 
 def index_files(root: Path) -> FileIndex:
@@ -87,28 +70,25 @@ def index_files(root: Path) -> FileIndex:
     if not root.exists():
         raise DataError("the folder of scans does not exist.", where=str(root))
     index = FileIndex(root=root)
-    for path in _walk(root, index):
-        _take(path, index)
+    for path, size in _walk(root, index):
+        _sort_in(path, size, index)
     index.files = dict(sorted(index.files.items(), key=lambda item: str(item[0])))
     _refuse_ambiguous_pairs(index)
     _note_case_twins(index)
     return index
 
 
-def scan_suffix(path: Path | str) -> str:
-    """Return the suffix that tells the format, ``.nii.gz`` as a whole, in lower case."""
-    name = Path(path).name.lower()
-    return ".nii.gz" if name.endswith(".nii.gz") else Path(name).suffix
+def reason_to_leave_out(path: Path, size: int) -> str | None:
+    """Return why a file cannot be a scan whatever its name is, or None."""
+    if path.name.startswith(".") or path.name.lower() in _SYSTEM_NAMES:
+        return HIDDEN
+    if 0 < size <= _MAX_POINTER_BYTES and path.read_bytes().lstrip().startswith(_POINTER_MARKS):
+        return "git-lfs or git-annex pointer without content (download it)"
+    return None
 
 
-def scan_stem(path: Path | str) -> str:
-    """Return the file name without that suffix."""
-    name = Path(path).name
-    return name[: len(name) - len(scan_suffix(path))] if scan_suffix(path) else name
-
-
-def _walk(root: Path, index: FileIndex) -> Iterator[Path]:
-    """Yield regular files; follow links to folders once, by identity of the folder."""
+def _walk(root: Path, index: FileIndex) -> Iterator[tuple[Path, int]]:
+    """Yield regular files with their size. Follow links to folders once, by identity of the folder."""
     inside = root.resolve()
     seen: set[tuple[int, int]] = set()
     stack = [root]
@@ -122,42 +102,44 @@ def _walk(root: Path, index: FileIndex) -> Iterator[Path]:
         try:
             entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
         except OSError as err:
-            raise StorageError(f"the folder cannot be listed: {err.strerror}.", where=str(folder)) from err
+            raise StorageError(f"the folder cannot be listed ({err.strerror}).", where=str(folder)) from err
         if not ZARR_MARKS.isdisjoint(entry.name for entry in entries):
             index.left_out[ZARR] += 1
             continue
         for entry in entries:
-            if entry.name.startswith("."):
-                index.left_out["hidden file or folder"] += 1
+            if entry.name.startswith(".") or entry.name.lower() in _SYSTEM_NAMES:
+                index.left_out[HIDDEN] += 1
                 continue
             try:
-                mode = entry.stat().st_mode
+                info = entry.stat()
             except OSError:
-                index.left_out["broken link"] += 1
+                index.left_out[BROKEN_LINK] += 1
                 continue
             if entry.is_symlink() and not Path(entry.path).resolve().is_relative_to(inside):
                 index.left_out["note: link that leaves the folder, followed for reading"] += 1
-            if stat.S_ISDIR(mode):
+            if stat.S_ISDIR(info.st_mode):
                 stack.append(Path(entry.path))
-            elif stat.S_ISREG(mode):
-                yield Path(entry.path)
+            elif stat.S_ISREG(info.st_mode):
+                yield Path(entry.path), info.st_size
             else:
                 index.left_out["pipe, socket or device (not opened)"] += 1
 
 
-def _take(path: Path, index: FileIndex) -> None:
-    suffix = scan_suffix(path)
-    kind = SCAN_SUFFIXES.get(suffix)
-    if kind is not None:
-        index.files[path] = kind
-    elif suffix in NAMED_BUT_NOT_READ:
-        index.left_out[f"{NAMED_BUT_NOT_READ[suffix]} ({suffix}) is not read: convert it"] += 1
-    elif suffix in DESCRIPTIONS:
+def _sort_in(path: Path, size: int, index: FileIndex) -> None:
+    name = path.name.lower()
+    unread = next((s for s in sorted(NAMED_BUT_NOT_READ, key=len, reverse=True) if name.endswith(s)), None)
+    if (reason := reason_to_leave_out(path, size)) is not None:
+        index.left_out[reason] += 1
+    elif (known := format_by_suffix(path)) is not None:
+        index.files[path] = known
+    elif unread is not None:
+        index.left_out[f"{NAMED_BUT_NOT_READ[unread]} ({unread}) is not read: convert it"] += 1
+    elif path.suffix.lower() in DESCRIPTIONS:
         index.left_out["text or description"] += 1
-    elif path.name.upper() == "DICOMDIR":
+    elif name == "dicomdir":
         index.left_out["DICOMDIR (files are found without it)"] += 1
-    elif (sniffed := sniff_format(path)) is not None:  # DICOM exports often have no suffix
-        index.files[path] = sniffed
+    elif (found := format_by_content(path)) is not None:  # DICOM exports often have no suffix
+        index.files[path] = found
     else:
         index.left_out["not a scan"] += 1
 
@@ -167,7 +149,7 @@ def _refuse_ambiguous_pairs(index: FileIndex) -> None:
     pairs = sorted(path for path in files if scan_suffix(path) == ".nii" and path.with_name(f"{path.name}.gz") in files)
     if pairs:
         raise DataError(
-            f"{len(pairs)} scans lie there both plain and compressed, e.g. {pairs[0].name} and {pairs[0].name}.gz: "
+            f"{len(pairs)} scans are there both plain and compressed, e.g. {pairs[0].name} and {pairs[0].name}.gz: "
             "ambiguous. Remove one of each.",
             where=str(index.root),
         )

@@ -1,7 +1,8 @@
-"""A picture of a label that does not lie on its scan's grid: what the headers say, and what the voxels look like.
+"""Picture of a label that does not lie on its scan's grid.
 
-Both are drawn on the slice with the most label: left the label where its own header puts it, right the label voxel by
-voxel, header ignored. Where the right one fits and the left one does not, the header is wrong and not the label.
+Both panels show the slice with the most label: on the left the label where its own header puts it, on the right the
+label voxel by voxel without its header. If the right one fits and the left one does not, the header is wrong and not
+the label.
 """
 
 from __future__ import annotations
@@ -24,7 +25,10 @@ OPACITY = 0.4
 
 
 def write_grid_picture(path: Path, scan: RawScan, label: RawScan) -> Path:
-    """Write the picture as PNG; it shows patient pixels: keep it on this machine."""
+    """Write the picture as PNG.
+
+    It shows patient pixels and must stay on this machine.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     by_header = resample_to(label, scan)
     panels = [by_header]
@@ -44,7 +48,8 @@ def write_grid_picture(path: Path, scan: RawScan, label: RawScan) -> Path:
 
 
 def resample_to(label: RawScan, scan: RawScan) -> npt.NDArray[np.bool_]:
-    """Return where the label is foreground on the scan's voxels (I, J, K), by both headers, nearest neighbour."""
+    """Return the label's foreground on the scan's voxels (I, J, K), by both headers and nearest neighbour."""
+    # Scan voxel -> world -> label voxel; one slice at a time keeps the memory small.
     to_label = np.linalg.inv(label.affine) @ scan.affine
     shape_I, shape_J, shape_K = scan.array_ijk.shape
     places_4N = np.ones((4, shape_I * shape_J))

@@ -1,28 +1,24 @@
-"""Who could be recognised in a folder of scans: headers and names only, no pixels; kinds and counts, never a value.
+"""Header check of a folder, for identifying content and for scans that a build would refuse.
 
-The rules are those of a build (:mod:`privacy`), so ``samgraft doctor`` says beforehand what ``store build`` will say.
+Headers and names only are read, no pixels; the result holds kinds and counts and never a value. The rules are those of
+a build, so ``samgraft doctor`` reports in advance what ``store build`` finds.
 """
 
 from __future__ import annotations
 
-import warnings
-import zlib
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from samgraft.shared.scans.privacy import dicom_findings, nifti_findings, path_findings
-from samgraft.shared.scans.readers.scan import ScanFiles, ScanFormat
+from samgraft.shared.errors import DataError
+from samgraft.shared.scans.privacy import path_findings
+from samgraft.shared.scans.readers.registry import inspect_scan
 from samgraft.shared.scans.sources import discover
-
-UNREADABLE = "header that cannot be read"
 
 
 @dataclass(frozen=True, kw_only=True)
 class HeaderReport:
-    """What the headers and names of a source say about people."""
+    """Findings in the headers and names of a source."""
 
     layout: str
     num_scans: int
@@ -30,62 +26,44 @@ class HeaderReport:
     kinds: Counter[str]
     """Kind of identifying content -> number of scans that have it."""
     left_out: Counter[str]
-    """Files that are no scans, by reason."""
+    """Reason -> number of files that are no scans."""
+    refused: Counter[str] = field(default_factory=Counter)
+    """Reason -> number of scans that a build refuses for their headers, without names of files."""
+    notes: tuple[str, ...] = ()
+    """Decisions about patients and labels, which may name files."""
 
 
 def check_headers(source: Path) -> HeaderReport:
-    """Look at the header of every file and at every name of a source.
+    """Check the header of every file and every name of a source.
 
     Args:
-        source: A folder in any known layout, or a CSV list.
+        source: Folder in any known layout, or a CSV list.
 
     Raises:
         DataError: If it holds no scan or contradicts itself.
     """
     found = discover(source)
     kinds: Counter[str] = Counter()
+    refused: Counter[str] = Counter()
     for case in found.cases:
-        kinds.update({*_header_findings(case.scan), *path_findings(case.name)})
+        names = set(path_findings(case.name))
+        try:
+            if case.refusal is not None:
+                raise DataError(case.refusal.split(" (")[0])
+            names.update(inspect_scan(case.scan))
+            for label in case.labels:
+                inspect_scan(label.scan)
+        except (DataError, OSError) as err:
+            # The first sentence names the fault; what follows may quote values of this one file.
+            reason = err.what if isinstance(err, DataError) else "the file cannot be read"
+            refused[reason.split(". ")[0].rstrip(".")] += 1
+        kinds.update(names)
     return HeaderReport(
         layout=found.layout,
         num_scans=len(found.cases),
         num_files=sum(len(case.scan.paths) for case in found.cases),
         kinds=kinds,
         left_out=found.left_out,
+        refused=refused,
+        notes=tuple(found.notes),
     )
-
-
-def _header_findings(scan: ScanFiles) -> Iterable[str]:
-    if scan.format is ScanFormat.DICOM:
-        return _dicom(scan.paths)
-    if scan.format is ScanFormat.NIFTI:
-        return _nifti(scan.paths[0])
-    return ()
-
-
-def _dicom(paths: Sequence[Path]) -> set[str]:
-    # Imported here and below: folders without DICOM need no pydicom.
-    import pydicom
-    from pydicom.errors import InvalidDicomError
-
-    kinds: set[str] = set()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # odd values of tags that are not looked at
-        for path in paths:
-            try:
-                kinds.update(dicom_findings(pydicom.dcmread(path, stop_before_pixels=True)))
-            except (InvalidDicomError, EOFError, ValueError, KeyError, OSError):
-                kinds.add(UNREADABLE)
-    return kinds
-
-
-def _nifti(path: Path) -> tuple[str, ...]:
-    import nibabel as nib
-    from nibabel.filebasedimages import ImageFileError
-    from nibabel.spatialimages import HeaderDataError
-
-    try:
-        header: Any = nib.load(path).header
-    except (ImageFileError, HeaderDataError, EOFError, OSError, ValueError, zlib.error):
-        return (UNREADABLE,)
-    return nifti_findings(header, num_extensions=len(header.extensions))

@@ -1,4 +1,4 @@
-"""Intensity: native scanner units to the [0, 1] range that encoders see, on the fly, by statistics of the volume.
+"""Conversion of native scanner units to the [0, 1] range of the encoders, by statistics of each volume.
 
 Shape letters: Z = slices, H, W = rows and columns.
 """
@@ -21,39 +21,40 @@ Slice = npt.NDArray[np.float32]
 
 STORED_PERCENTILES = (0.0, 0.1, 0.5, 1.0, 2.0, 5.0, 10.0, 25.0, 50.0, 75.0, 90.0, 95.0, 98.0, 99.0, 99.5, 99.9, 100.0)
 AIR_FRACTION = 0.08
-"""Air of MR, X-ray and ultrasound lies below this share of the way from the darkest to the 99th percentile voxel.
-Background noise of the demo scans ends at 0.05; the darkest tissue (cortical bone) is lost, percentiles absorb it."""
+"""Upper end of air in MR, X-ray and ultrasound, as a share of the range from the darkest to the 99th percentile voxel.
+Background noise of the demo scans ends at 0.05. The darkest tissue (cortical bone) counts as air too, which shifts the
+percentiles little."""
 AIR_HU = -500.0
-"""Upper end of air on the Hounsfield scale: air is -1000, lung about -700 but always beside soft tissue."""
+"""Upper end of air on the Hounsfield scale. Air is -1000. Lung is about -700 but always next to soft tissue."""
 MAX_SAMPLES = 2_000_000
-"""Percentiles of larger volumes use every n-th voxel; the error is under 0.1 percentile."""
+"""Number of voxels above which percentiles use every n-th voxel. The error is under 0.1 percentile."""
 
 
 class IntensityKind(Enum):
-    """How native values become [0, 1]."""
+    """Rule by which native values become [0, 1]."""
 
     PERCENTILE = "percentile"
-    """Two percentiles of the non-air voxels of the volume become 0 and 1."""
+    """Range between two percentiles of the non-air voxels of the volume."""
     ZSCORE = "zscore"
-    """Mean and standard deviation of the non-air voxels; mean - clip_std * std becomes 0, mean + clip_std * std 1."""
+    """Range of ``clip_std`` standard deviations around the mean of the non-air voxels."""
     WINDOW = "window"
-    """A fixed window in native units, for CT in Hounsfield units."""
+    """Fixed window in native units, for CT in Hounsfield units."""
     MINMAX = "minmax"
-    """Darkest and brightest voxel of the volume become 0 and 1."""
+    """Range from the darkest to the brightest voxel of the volume."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class IntensityPreset:
-    """How slices of a store are normalised; recorded in the store and in every card."""
+    """Normalisation of a store's slices, recorded in the store and in every card."""
 
     name: str = "mr-percentile"
     """Name for cards and reports."""
     kind: IntensityKind = IntensityKind.PERCENTILE
-    """Which of the fields below matter."""
+    """Rule that decides which of the fields below are used."""
     lower_percentile: float = 0.5
-    """Becomes 0 (kind percentile). 0.5 and 99.5 are nnU-Net's clipping points."""
+    """Percentile that becomes 0 (kind percentile). 0.5 and 99.5 are nnU-Net's clipping points."""
     upper_percentile: float = 99.5
-    """Becomes 1 (kind percentile)."""
+    """Percentile that becomes 1 (kind percentile)."""
     clip_std: float = 3.0
     """Half width of the range in standard deviations (kind zscore)."""
     window_center: float = 40.0
@@ -78,7 +79,11 @@ class IntensityPreset:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> IntensityPreset:
-        """Read what :meth:`to_dict` wrote; unknown keys are errors."""
+        """Build a preset from the values of ``to_dict``.
+
+        Raises:
+            DataError: For unknown keys.
+        """
         known = {field.name for field in dataclasses.fields(cls)}
         if unknown := sorted(set(values) - known):
             raise DataError(f"unknown keys in an intensity preset: {', '.join(unknown)}.")
@@ -94,7 +99,7 @@ class IntensityStats:
     mean: float
     std: float
     air_threshold: float
-    """Voxels at or below count as air."""
+    """Value at or below which a voxel counts as air."""
     percentiles: tuple[float, ...]
     """Values at ``STORED_PERCENTILES``."""
 
@@ -108,20 +113,20 @@ class IntensityStats:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> IntensityStats:
-        """Read what :meth:`to_dict` wrote."""
+        """Build statistics from the values of ``to_dict``."""
         return cls(**{**values, "percentiles": tuple(float(v) for v in values["percentiles"])})
 
 
 def measure_intensity(array_zyx: Array, *, modality: Modality) -> IntensityStats:
-    """Measure a volume once, when its store is built.
+    """Measure the intensities of a volume, once when its store is built.
 
     Raises:
         DataError: If a voxel is not finite.
     """
-    # Odd, so that it walks through all columns: a stride of 256 would only see the left edge of 256-wide slices.
+    # An odd stride visits all columns; a stride of 256 would only visit the left edge of slices 256 pixels wide.
     stride = (array_zyx.size // MAX_SAMPLES) | 1
     sample = array_zyx.reshape(-1)[::stride]
-    if sample.dtype.kind == "f":  # integers are sorted several times faster as they are
+    if sample.dtype.kind == "f":  # integers are sorted several times faster without conversion
         sample = sample.astype(np.float64)
     low, high = float(array_zyx.min()), float(array_zyx.max())
     if not (np.isfinite(low) and np.isfinite(high)):
@@ -129,7 +134,7 @@ def measure_intensity(array_zyx: Array, *, modality: Modality) -> IntensityStats
         raise DataError(f"voxels must be finite, got {num_bad} of {array_zyx.size} that are not.")
     air = air_threshold(sample, modality=modality)
     tissue = sample[sample > air]
-    if tissue.size == 0:  # a constant volume: statistics of what there is
+    if tissue.size == 0:  # a constant volume: statistics of all voxels
         tissue = sample
     values = np.percentile(tissue, STORED_PERCENTILES)
     tissue = tissue.astype(np.float64)
@@ -172,12 +177,12 @@ def intensity_range(stats: IntensityStats, preset: IntensityPreset) -> tuple[flo
 
 
 def normalise(slice_HW: Array, stats: IntensityStats, preset: IntensityPreset) -> Slice:
-    """Map one slice of native values linearly onto [0, 1]; values outside the range saturate.
+    """Map one slice of native values linearly onto [0, 1]. Values outside the range saturate.
 
     Args:
         slice_HW: Shape (H, W), native units.
         stats: Statistics of the whole volume, so that slices of one scan stay comparable.
-        preset: Which range becomes [0, 1].
+        preset: Rule for the range that becomes [0, 1].
 
     Returns:
         Shape (H, W), float32. All zeros for a volume without contrast.

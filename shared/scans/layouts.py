@@ -1,10 +1,11 @@
-"""Layouts that name their cases: nnU-Net raw, Medical Segmentation Decathlon, BIDS, CSV lists."""
+"""Layouts that name their cases, namely nnU-Net raw, Decathlon and MONAI lists, BIDS, and CSV lists."""
 
 from __future__ import annotations
 
 import csv
 import json
 import re
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,114 +16,144 @@ from samgraft.shared.scans.discovery import (
     Discovery,
     NameRules,
     SourceOptions,
-    known_format,
     label_files,
-    scan_files,
+    merge_patients,
+    patients_by_path,
 )
-from samgraft.shared.scans.file_index import SCAN_SUFFIXES, scan_stem, scan_suffix
+from samgraft.shared.scans.file_index import BROKEN_LINK, FileIndex, index_files, reason_to_leave_out
+from samgraft.shared.scans.names import patient_of_stem
+from samgraft.shared.scans.readers.registry import READERS, format_by_content, format_by_suffix, scan_stem
 from samgraft.shared.scans.readers.scan import ScanFiles, ScanFormat
+
+CSV_COLUMNS = ("image", "label", "patient", "study", "site")
+_CHANNEL = re.compile(r"(?P<case>.+)_(?P<channel>\d{4})")
+_LABEL_ENDINGS = ("_dseg", "_mask")
+_IGNORED_ENTITIES = ("desc-", "space-", "label-", "atlas-", "res-")
 
 
 def detect_layout(root: Path) -> str:
-    """Tell a layout by its marks: ``csv``, ``nnunet``, ``msd``, ``bids`` or ``plain``."""
+    """Return the layout of a source by its marks (``csv``, ``nnunet``, ``msd``, ``bids`` or ``plain``)."""
     if root.is_file() and root.suffix.lower() in (".csv", ".tsv"):
         return "csv"
     if (root / "dataset.json").is_file():
         values = _read_json(root / "dataset.json")
+        # Version 1 of nnU-Net lists cases as the Decathlon does, but its files have a channel in their names.
+        has_channels = any(_CHANNEL.fullmatch(scan_stem(path)) for path in (root / "imagesTr").glob("[!.]*"))
         if "channel_names" in values or ("training" not in values and (root / "imagesTr").is_dir()):
             return "nnunet"
         if "training" in values:
-            return "msd"
+            return "nnunet" if has_channels and not _any_listed(values, root) else "msd"
     if (root / "dataset_description.json").is_file() or any(root.glob("sub-*/anat")) or any(root.glob("sub-*/ses-*")):
         return "bids"
     return "plain"
 
 
 def nnunet_cases(root: Path, options: SourceOptions) -> Discovery:
-    """Read an nnU-Net raw data set: ``imagesTr/CASE_0000.nii.gz``, ``labelsTr/CASE.nii.gz``, ``dataset.json``.
+    """Read an nnU-Net raw data set (``imagesTr/CASE_0000.nii.gz``, ``labelsTr/CASE.nii.gz``, ``dataset.json``).
 
     Every channel becomes a series of its own with the label of its case.
     """
     values = _read_json(root / "dataset.json")
-    found = Discovery(layout="nnU-Net raw", label_names=_names_from_nnunet(values.get("labels", {}), root))
-    ending = str(values.get("file_ending", ".nii.gz"))
+    index = index_files(root)
+    found = Discovery(layout="nnU-Net raw", label_names=_names_from_json(values, root), notes=list(index.notes))
+    found.left_out = index.left_out
     rules = NameRules(options)
-    labels = {p.name.removesuffix(ending): p for p in sorted((root / "labelsTr").glob(f"*{ending}"))}
-    used: set[str] = set()
-    for folder in ("imagesTr", "imagesTs"):
-        for path in sorted((root / folder).glob(f"*{ending}")):
-            stem = path.name.removesuffix(ending)
-            match = re.fullmatch(r"(.+)_(\d{4})", stem)
+    labels = {("Tr", scan_stem(path)): path for path in _below(index, "labelsTr")}
+    labels |= {("Ts", scan_stem(path)): path for path in _below(index, "labelsTs")}
+    images: list[tuple[Path, str, str]] = []
+    for part in ("Tr", "Ts"):
+        for path in _below(index, f"images{part}"):
+            match = _CHANNEL.fullmatch(scan_stem(path))
             if match is None:
                 found.left_out["image without the channel suffix _0000"] += 1
-                continue
-            case_id = match[1]
-            label = labels.get(case_id) if folder == "imagesTr" else None
-            used.add(case_id)
-            found.cases.append(_named_case(path, label, stem, rules, root, options, patient=case_id))
-    found.labels_without_image = sorted(set(labels) - used)
+            else:
+                images.append((path, match["case"], part))
+    if others := len(index.files) - len(labels) - sum(len(_below(index, f"images{p}")) for p in ("Tr", "Ts")):
+        found.left_out["file outside imagesTr, labelsTr, imagesTs and labelsTs"] = others
+    patients = merge_patients({case: patient_of_stem(case) for _, case, _ in images}, found)
+    for path, case, part in images:
+        label = labels.get((part, case))
+        stem = scan_stem(path)
+        found.cases.append(_named_case(path, label, stem, rules, root, options, patient=patients[case]))
+    used = {(part, case) for _, case, part in images}
+    found.labels_without_image = sorted(case for part, case in labels if (part, case) not in used)
     return found
 
 
 def msd_cases(root: Path, options: SourceOptions) -> Discovery:
-    """Read a Medical Segmentation Decathlon task; 4D files give one series per channel of ``dataset.json``."""
+    """Read a Medical Segmentation Decathlon task or a MONAI list, whose ``dataset.json`` names every file.
+
+    4D files give one series per channel; a list of files per case gives one series per file.
+    """
     values = _read_json(root / "dataset.json")
-    names = {int(k): str(v) for k, v in dict(values.get("labels", {})).items() if int(k) != 0}
-    found = Discovery(layout="Medical Segmentation Decathlon", label_names=names)
+    found = Discovery(layout="Medical Segmentation Decathlon", label_names=_names_from_json(values, root))
     rules = NameRules(options)
-    num_channels = len(values.get("modality", {})) or 1
-    entries = [(e["image"], e.get("label")) if isinstance(e, Mapping) else (e, None) for e in values["training"]]
-    entries += [(e["image"], e.get("label")) for e in values.get("validation", [])]
-    entries += [(e["image"] if isinstance(e, Mapping) else e, None) for e in values.get("test", [])]
-    missing = 0
+    num_channels = len(values.get("modality", {}) or {}) or 1
+    entries = [
+        entry for part in ("training", "validation", "test", "testing") for entry in _entries(values, part, root)
+    ]
+    present: list[tuple[Path, str | None]] = []
     for image, label in entries:
-        path, label_path = _inside(root, image), _inside(root, label) if label else None
-        if not path.is_file():
-            missing += 1
-            continue
+        reason = _reason_missing(_inside(root, image))
+        if reason is None:
+            present.append((_inside(root, image), label))
+        else:
+            found.left_out[reason] += 1
+    patients = merge_patients({scan_stem(path): patient_of_stem(scan_stem(path)) for path, _ in present}, found)
+    for path, label in present:
+        label_path = _inside(root, label) if label else None
         if label_path is not None and not label_path.is_file():
-            found.notes.append(f"the label of {path.name} is listed but not there")
+            found.notes.append(f"the label of {path.name} is listed but missing")
             label_path = None
+        stem = scan_stem(path)
         for channel in range(num_channels):
             frame = options.frame if num_channels == 1 else channel
-            name = scan_stem(path) if num_channels == 1 else f"{scan_stem(path)}_{channel:04d}"
-            case = _named_case(path, label_path, name, rules, root, options, patient=scan_stem(path), frame=frame)
+            name = stem if num_channels == 1 else f"{stem}_{channel:04d}"
+            case = _named_case(path, label_path, name, rules, root, options, patient=patients[stem], frame=frame)
             found.cases.append(case)
-    if missing:
-        found.left_out["listed in dataset.json but not there"] = missing
     return found
 
 
 def bids_cases(root: Path, options: SourceOptions) -> Discovery:
     """Read anatomical images of a BIDS data set and ``*_dseg`` or ``*_mask`` files, also from ``derivatives``."""
-    found = Discovery(layout="BIDS", label_names=_names_from_dseg(root))
+    index = index_files(root)
+    found = Discovery(
+        layout="BIDS", label_names=_names_from_dseg(root), left_out=index.left_out, notes=list(index.notes)
+    )
     rules = NameRules(options)
-    labels: dict[str, list[Path]] = {}
-    for path in sorted([*root.glob("sub-*/**/*.nii*"), *root.glob("derivatives/**/sub-*.nii*")]):
-        stem = scan_stem(path)
-        if stem.endswith(("_dseg", "_mask")):
-            labels.setdefault(_entities(stem), []).append(path)
-    images = [p for p in sorted(root.glob("sub-*/**/anat/*.nii*")) if not scan_stem(p).endswith(("_dseg", "_mask"))]
-    others = sum(1 for p in root.glob("sub-*/**/*.nii*") if p.parent.name != "anat")
-    if others:
-        found.left_out["BIDS image that is not anatomical"] = others
-    by_entities: dict[str, list[Path]] = {}
-    for path in images:
-        by_entities.setdefault(_entities(scan_stem(path)), []).append(path)
-    for entities, paths in by_entities.items():
-        chosen = _label_per_image(paths, labels.pop(entities, []), found)
+    labels: dict[str, list[Path]] = defaultdict(list)
+    images: dict[str, list[Path]] = defaultdict(list)
+    for path in index.single_files():
+        parts, stem = path.relative_to(root).parts, scan_stem(path)
+        if stem.startswith("sub-") and stem.endswith(_LABEL_ENDINGS):
+            labels[_entities(stem)].append(path)
+        elif parts[0].startswith("sub-") and path.parent.name == "anat":
+            images[_entities(stem)].append(path)
+        else:
+            found.left_out["BIDS image that is not anatomical"] += 1
+    if others := len(index.files) - len(index.single_files()):
+        found.left_out["BIDS image that is not anatomical"] += others
+    class_ids = _bids_class_ids(labels)
+    if class_ids and found.label_names is None:
+        found.label_names = {number: name for name, number in class_ids.items()}
+    for entities, paths in images.items():
+        chosen, refusals = _labels_per_image(paths, labels.pop(entities, []), found)
         for path in paths:
             stem = scan_stem(path)
             subject = stem.split("_")[0]
             session = next((part for part in stem.split("_") if part.startswith("ses-")), "")
-            label = chosen.get(path)
-            found.cases.append(_named_case(path, label, stem, rules, root, options, patient=subject, study=session))
+            case = _named_case(path, None, stem, rules, root, options, patient=subject, study=session)
+            parts_of = [
+                label_files(p, index.files[p], options, class_id=class_ids.get(_entity(p, "label")))
+                for p in chosen[path]
+            ]
+            found.cases.append(_with_labels(case, parts_of, refusal=refusals.get(path)))
     found.labels_without_image = sorted(p.name for paths in labels.values() for p in paths)
     return found
 
 
 def csv_cases(path: Path, options: SourceOptions) -> Discovery:
-    """Read a list with columns image, label, patient, study, site; paths are relative to the list.
+    """Read a list with columns image, label, patient, study, site. Paths are relative to the list.
 
     Without a header the columns are taken in this order. Several label files are separated by ``;``.
 
@@ -131,7 +162,10 @@ def csv_cases(path: Path, options: SourceOptions) -> Discovery:
     """
     found = Discovery(layout="CSV list")
     rules = NameRules(options)
-    for number, row in _csv_rows(path):
+    rows = _csv_rows(path)
+    unnamed = [row["image"] for _, row in rows if row.get("image") and not row.get("patient")]
+    patients = {} if rules.has_patient else patients_by_path(unnamed, found)
+    for number, row in rows:
         if not row.get("image"):
             raise DataError(f"line {number} has no image.", where=path.name)
         image = _listed(path.parent, row["image"], number, path.name)
@@ -145,7 +179,7 @@ def csv_cases(path: Path, options: SourceOptions) -> Discovery:
         found.cases.append(
             SourceCase(
                 name=relative,
-                patient_key=row.get("patient") or rules.patient(relative, relative),
+                patient_key=row.get("patient") or rules.patient(relative, patients.get(relative, relative)),
                 study_key=row.get("study") or "",
                 site_key=row.get("site") or rules.site(relative),
                 scan=scan,
@@ -153,9 +187,6 @@ def csv_cases(path: Path, options: SourceOptions) -> Discovery:
             )
         )
     return found
-
-
-COLUMNS = ("image", "label", "patient", "study", "site")
 
 
 def _csv_rows(path: Path) -> list[tuple[int, dict[str, str]]]:
@@ -178,7 +209,7 @@ def _csv_rows(path: Path) -> list[tuple[int, dict[str, str]]]:
                 if "image" in lowered:
                     header = lowered
                     continue
-                header = COLUMNS
+                header = CSV_COLUMNS
             if len(values) > len(header):
                 raise DataError(
                     f"line {reader.line_num} has {len(values)} cells for {len(header)} columns. Quote paths that "
@@ -187,22 +218,24 @@ def _csv_rows(path: Path) -> list[tuple[int, dict[str, str]]]:
                 )
             rows.append((reader.line_num, dict(zip(header, values, strict=False))))
     except csv.Error as err:
-        raise DataError(f"line {reader.line_num} is not CSV: {err}.", where=path.name) from err
+        raise DataError(f"line {reader.line_num} is not CSV ({err}).", where=path.name) from err
     return rows
 
 
 def _scan_of_path(path: Path, options: SourceOptions, *, line: int, where: str) -> ScanFiles:
     if path.is_dir():
-        files = sorted(p for p in path.iterdir() if p.is_file() and not p.name.startswith("."))
-        for kind in (ScanFormat.IMAGES, ScanFormat.DICOM):
-            chosen = tuple(p for p in files if SCAN_SUFFIXES.get(scan_suffix(p)) is kind)
+        files = sorted(p for p in path.iterdir() if p.is_file() and reason_to_leave_out(p, p.stat().st_size) is None)
+        for reader in (ScanFormat.IMAGES, ScanFormat.DICOM):
+            chosen = tuple(p for p in files if (format_by_suffix(p) or format_by_content(p)) == reader)
             if chosen:
-                return ScanFiles(format=kind, paths=chosen, name=path.name, allow_gaps=options.allow_gaps)
-        raise DataError(f"line {line}: the folder holds neither pictures nor .dcm files.", where=where)
-    found = known_format(path)
+                return ScanFiles(format=reader, paths=chosen, name=path.name, allow_gaps=options.allow_gaps)
+        raise DataError(f"line {line}: the folder holds neither pictures nor DICOM files.", where=where)
+    if (reason := reason_to_leave_out(path, path.stat().st_size)) is not None:
+        raise DataError(f"line {line}: {path.name} cannot be read ({reason}).", where=where)
+    found = format_by_suffix(path) or format_by_content(path)
     if found is None:
         raise DataError(f"line {line}: {path.suffix or 'a file without suffix'} is not a known format.", where=where)
-    return scan_files(path, found, path.name, options)
+    return ScanFiles(format=found, paths=(path,), name=path.name, frame=options.frame, allow_gaps=options.allow_gaps)
 
 
 def _listed(folder: Path, text: str, line: int, where: str) -> Path:
@@ -225,65 +258,166 @@ def _named_case(
     frame: int | None = None,
 ) -> SourceCase:
     relative = path.relative_to(root).as_posix()
-    kind = known_format(path) or ScanFormat.NIFTI
-    scan = ScanFiles(format=kind, paths=(path,), name=path.name, frame=options.frame if frame is None else frame)
-    label_kind = (known_format(label) or ScanFormat.NIFTI) if label is not None else None
+    chosen_frame = options.frame if frame is None else frame
+    reader = format_by_suffix(path) or ScanFormat.NIFTI
     return SourceCase(
         name=name,
         patient_key=rules.patient(relative, patient),
         study_key=study,
         site_key=rules.site(relative),
-        scan=scan,
-        labels=(label_files(label, label_kind, options),) if label is not None and label_kind is not None else (),
+        scan=ScanFiles(format=reader, paths=(path,), name=path.name, frame=chosen_frame),
+        labels=(label_files(label, format_by_suffix(label) or ScanFormat.NIFTI, options),) if label is not None else (),
     )
 
 
-def _label_per_image(images: Sequence[Path], labels: Sequence[Path], found: Discovery) -> dict[Path, Path]:
-    chosen: dict[Path, Path] = {}
+def _with_labels(case: SourceCase, labels: Sequence[LabelFiles], *, refusal: str | None) -> SourceCase:
+    return SourceCase(
+        name=case.name,
+        patient_key=case.patient_key,
+        study_key=case.study_key,
+        site_key=case.site_key,
+        scan=case.scan,
+        labels=tuple(labels),
+        refusal=refusal,
+    )
+
+
+def _below(index: FileIndex, folder: str) -> list[Path]:
+    return [p for p in index.files if p.relative_to(index.root).parts[0] == folder and _is_one_scan(index, p)]
+
+
+def _is_one_scan(index: FileIndex, path: Path) -> bool:
+    """Return whether a file is one scan in a layout that names each file, as pictures then are."""
+    reader = READERS[index.files[path]]
+    return reader.one_file_per_scan or reader.name == ScanFormat.IMAGES
+
+
+def _labels_per_image(
+    images: Sequence[Path], labels: Sequence[Path], found: Discovery
+) -> tuple[dict[Path, list[Path]], dict[Path, str]]:
+    """Choose the labels of images that share their entities, or refuse an image if no rule decides.
+
+    Rules, in this order: ``space-`` names the image; ``_dseg`` (all classes) goes before ``_mask`` (one class); masks
+    with different ``label-`` are classes of one label; brain masks are no label beside others.
+    """
+    fitting: dict[Path, list[Path]] = {image: [] for image in images}
     for label in labels:
-        space = next((p.removeprefix("space-") for p in scan_stem(label).split("_") if p.startswith("space-")), None)
-        fitting = [p for p in images if scan_stem(p).endswith(f"_{space}")] if space else list(images)
-        if len(fitting) != 1:
-            found.notes.append(f"{label.name} fits {len(fitting)} images: name one by space-T1w")
-        elif fitting[0] in chosen:
-            found.notes.append(f"{fitting[0].name} has several labels: {label.name} is not used")
+        space = _entity(label, "space")
+        chosen = [p for p in images if scan_stem(p).endswith(f"_{space}")] if space else list(images)
+        if len(chosen) == 1:
+            fitting[chosen[0]].append(label)
         else:
-            chosen[fitting[0]] = label
-    return chosen
+            found.notes.append(f"{label.name} fits {len(chosen)} images: name one by space-T1w")
+    refusals: dict[Path, str] = {}
+    for image, candidates in fitting.items():
+        segmentations = [p for p in candidates if scan_stem(p).endswith("_dseg")]
+        masks = [p for p in candidates if p not in segmentations]
+        specific = [p for p in masks if _entity(p, "desc") != "brain" and _entity(p, "label") != "brain"]
+        chosen = segmentations or specific or masks
+        names = [_entity(p, "label") for p in chosen]
+        if len(chosen) > 1 and ("" in names or len(set(names)) < len(names) or segmentations):
+            refusals[image] = (
+                f"the image has {len(chosen)} labels ({', '.join(sorted(p.name for p in chosen))}). Keep one of them, "
+                "or give image and label in a CSV list."
+            )
+        if left := [p.name for p in candidates if p not in chosen]:
+            found.notes.append(f"{scan_stem(image)} has a better label, not used: {', '.join(sorted(left))}")
+        fitting[image] = sorted(chosen)
+    return fitting, refusals
+
+
+def _bids_class_ids(labels: Mapping[str, Sequence[Path]]) -> dict[str, int]:
+    masks = [p for paths in labels.values() for p in paths if scan_stem(p).endswith("_mask")]
+    names = sorted({_entity(p, "label") for p in masks} - {"", "brain"})
+    return {name: number for number, name in enumerate(names, start=1)}
+
+
+def _entity(path: Path, name: str) -> str:
+    """Return the value of one BIDS entity, e.g. ``lesion`` of ``label-lesion``, or an empty text."""
+    return next((p.partition("-")[2] for p in scan_stem(path).split("_") if p.startswith(f"{name}-")), "")
 
 
 def _entities(stem: str) -> str:
-    parts = stem.split("_")[:-1]
-    return "_".join(part for part in parts if not part.startswith(("desc-", "space-", "label-", "atlas-", "res-")))
+    return "_".join(part for part in stem.split("_")[:-1] if not part.startswith(_IGNORED_ENTITIES))
 
 
 def _names_from_dseg(root: Path) -> dict[int, str] | None:
-    for path in sorted([*root.glob("*_dseg.tsv"), *root.glob("**/*_dseg.tsv")]):
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.DictReader(file, delimiter="\t"))
-        if rows and {"index", "name"} <= set(rows[0]):
-            return {int(row["index"]): row["name"] for row in rows if int(row["index"]) != 0}
+    for path in sorted({*root.glob("*_dseg.tsv"), *root.glob("**/*_dseg.tsv")}):
+        if any(part.startswith(".") for part in path.relative_to(root).parts):
+            continue
+        try:
+            with path.open(newline="", encoding="utf-8-sig") as file:
+                rows = list(csv.DictReader(file, delimiter="\t"))
+            if rows and {"index", "name"} <= set(rows[0]):
+                return {int(row["index"]): row["name"] for row in rows if int(row["index"]) != 0}
+        except (ValueError, OSError) as err:
+            raise DataError(f"the table of labels must have whole numbers as index ({err}).", where=path.name) from err
     return None
 
 
-def _names_from_nnunet(labels: Mapping[str, Any], root: Path) -> dict[int, str]:
+def _names_from_json(values: Mapping[str, Any], root: Path) -> dict[int, str] | None:
+    """Return label id -> name of ``dataset.json``, or None if it names no labels.
+
+    Versions write an id and its name, a name and its id, or a list of names.
+    """
+    labels, where = values.get("labels"), f"{root.name}/dataset.json"
+    if labels is None:
+        return None
+    if isinstance(labels, list):
+        labels = {str(number): name for number, name in enumerate(labels)}
+    if not isinstance(labels, Mapping):
+        raise DataError(f"labels must map ids to names, got {labels!r}.", where=where)
     names: dict[int, str] = {}
     for name, value in labels.items():
-        if isinstance(value, list):
+        if isinstance(value, (list, Mapping)):
             raise DataError(
-                f"region-based labels ({name}: {value}) are not read. Give --label-map.",
-                where=f"{root.name}/dataset.json",
+                f"region-based labels ({name}: {value}) are not read. List single classes in dataset.json.", where=where
             )
-        # nnU-Net v1 has id -> name, v2 name -> id.
-        label_id, text = (int(name), str(value)) if str(name).isdigit() else (int(value), str(name))
+        try:
+            label_id, text = (int(name), str(value)) if str(name).isdecimal() else (int(value), str(name))
+        except (TypeError, ValueError) as err:
+            raise DataError(f"a label must pair an id with a name, got {name!r}: {value!r}.", where=where) from err
         if text == "ignore":
             raise DataError(
                 f"the ignore label {label_id} is not supported: drop it with --label-map {label_id}=0 or complete it.",
-                where=f"{root.name}/dataset.json",
+                where=where,
             )
         if label_id != 0:
             names[label_id] = text
     return names
+
+
+def _entries(values: Mapping[str, Any], part: str, root: Path) -> list[tuple[str, str | None]]:
+    """Return (image, label) pairs of one part of a list. A case with several files gives one pair per file."""
+    where = f"{root.name}/dataset.json"
+    entries = values.get(part) or []
+    if not isinstance(entries, list):
+        raise DataError(f"{part} must be a list, got {type(entries).__name__}.", where=where)
+    pairs: list[tuple[str, str | None]] = []
+    for entry in entries:
+        images, label = (entry.get("image"), entry.get("label")) if isinstance(entry, Mapping) else (entry, None)
+        images = images if isinstance(images, list) else [images]
+        if isinstance(label, list) and len(label) == 1:
+            label = label[0]
+        if not images or not all(isinstance(i, str) and i for i in images) or not isinstance(label, str | None):
+            raise DataError(
+                f"a case of {part} must have the path of its image and of one label, got {entry!r}.", where=where
+            )
+        pairs += [(image, label) for image in images]
+    return pairs
+
+
+def _any_listed(values: Mapping[str, Any], root: Path) -> bool:
+    entries = _entries(values, "training", root)
+    return any((root / image).is_file() for image, _ in entries)
+
+
+def _reason_missing(path: Path) -> str | None:
+    if path.is_symlink() and not path.exists():
+        return BROKEN_LINK
+    if not path.is_file():
+        return "listed in dataset.json but not there"
+    return reason_to_leave_out(path, path.stat().st_size)
 
 
 def _inside(root: Path, listed: str) -> Path:
@@ -296,8 +430,8 @@ def _inside(root: Path, listed: str) -> Path:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8-sig"))
-    except ValueError as err:
-        raise DataError(f"the file is not JSON: {err}.", where=path.name) from err
+    except (ValueError, OSError) as err:
+        raise DataError(f"the file is not JSON ({err}).", where=path.name) from err
     if not isinstance(values, dict):
         raise DataError("the file must hold one JSON object.", where=path.name)
     return values

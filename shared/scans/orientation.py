@@ -1,6 +1,6 @@
-"""Canonical orientation of slices: which voxel axis is the slice axis, and which way up a slice lies.
+"""Canonical orientation of slices, and conversions between it and a file's own axes.
 
-Axis letters: x, y, z = columns, rows, slices of the canonical grid; i, j, k = voxel axes as a file holds them.
+Axis letters: x, y, z = columns, rows, slices of the canonical grid; i, j, k = voxel axes in the order of the file.
 World coordinates are RAS+ in millimetres (x to the right, y to the front, z to the head), as in NIfTI.
 """
 
@@ -19,10 +19,11 @@ Array = npt.NDArray[Any]
 Affine = npt.NDArray[np.float64]
 
 NEAR_ISOTROPIC_RATIO = 2.0
-"""Largest over smallest spacing up to which any plane gives usable slices. nnU-Net speaks of anisotropy from 3 on; at
-2 a reformatted slice still has square-ish pixels after the resize to the encoder's input."""
+"""Largest ratio of spacings at which any plane gives usable slices. nnU-Net calls a scan anisotropic from 3 on. At
+2 a reformatted slice still has nearly square pixels after the resize to the encoder's input."""
 MAX_SHEAR_COSINE = 1e-3
-"""Cosine between two voxel axes above which a grid counts as sheared (0.06 degrees; headers are rounded)."""
+"""Cosine between two voxel axes above which a grid counts as sheared (0.06 degrees. Headers are rounded)."""
+PLAUSIBLE_SPACING_MM = (0.01, 50.0)
 
 
 class Plane(Enum):
@@ -33,7 +34,8 @@ class Plane(Enum):
     SAGITTAL = "sagittal"
 
 
-# Directions of x, y, z per plane, in nibabel's letters: the way radiologists hang images (DICOM display convention).
+# Directions of x, y, z per plane in nibabel's letters, where "L" means that the index grows towards the patient's left.
+# This is the DICOM display convention: the patient's right is on the left of the picture, the front or head on top.
 DISPLAY_AXES = {
     Plane.AXIAL: ("L", "P", "S"),
     Plane.CORONAL: ("L", "I", "P"),
@@ -43,17 +45,20 @@ _PLANE_OF_WORLD_AXIS = (Plane.SAGITTAL, Plane.CORONAL, Plane.AXIAL)
 
 
 def has_mirror_image(plane: Plane) -> bool:
-    """Return whether a left-right mirrored slice may be a patient's: not where columns run from front to back."""
+    """Return whether a left-right mirrored slice of this plane is anatomically plausible.
+
+    It is not in sagittal slices, whose columns run from front to back.
+    """
     return plane is not Plane.SAGITTAL
 
 
 @dataclass(frozen=True, kw_only=True)
 class NativeGrid:
-    """The grid of the source file, enough to put a canonical array back into it without resampling."""
+    """Grid of the source file, sufficient to put a canonical array back into it without resampling."""
 
     shape_ijk: tuple[int, int, int]
     affine: tuple[tuple[float, ...], ...]
-    """Voxel (i, j, k) to RAS+ mm, 4x4, row by row."""
+    """Map from voxel (i, j, k) to RAS+ mm, 4x4, row by row."""
     orientation: str
     """Direction in which i, j, k grow, e.g. ``"RAS"``."""
 
@@ -85,11 +90,12 @@ def check_affine(affine: Affine, *, where: str) -> None:
 
 
 def slice_plane(affine: Affine, shape_ijk: tuple[int, ...]) -> Plane:
-    """Return the plane in which a grid was acquired; axial when it is near-isotropic.
+    """Return the plane in which a grid was acquired, or axial when it is near-isotropic.
 
     A grid with one slice is cut along that axis, one with a spacing ratio above ``NEAR_ISOTROPIC_RATIO`` along its
     thickest axis.
     """
+    # The world axis (0 = left-right, 1 = back-front, 2 = foot-head) that each voxel axis is closest to.
     world_axes = nib.io_orientation(affine)[:, 0].astype(int)
     singles = [axis for axis in range(3) if shape_ijk[axis] == 1]
     if len(singles) == 1:
@@ -107,7 +113,7 @@ def is_near_isotropic(affine: Affine) -> bool:
 
 
 def to_plane(array_ijk: Array, affine: Affine, plane: Plane) -> tuple[Array, Affine]:
-    """Reorient by permuting and flipping axes only; voxel values are untouched.
+    """Reorient an array by permuting and flipping axes, without changing voxel values.
 
     Args:
         array_ijk: Array in the order of the file's voxel axes.
@@ -119,12 +125,13 @@ def to_plane(array_ijk: Array, affine: Affine, plane: Plane) -> tuple[Array, Aff
     """
     transform = _transform(affine, plane)
     array_xyz = nib.apply_orientation(array_ijk, transform)
+    # The affine takes the inverse of what the array takes, so that every voxel keeps its place in the patient.
     affine_xyz = affine @ nib.orientations.inv_ornt_aff(transform, array_ijk.shape)
     return np.ascontiguousarray(array_xyz.transpose(2, 1, 0)), np.asarray(affine_xyz, dtype=np.float64)
 
 
 def to_native(array_zyx: Array, grid: NativeGrid, plane: Plane) -> Array:
-    """Put an array of canonical slices back on the grid of the source file: the inverse of :func:`to_plane`."""
+    """Put an array of canonical slices back on the grid of the source file, as the inverse of ``to_plane``."""
     affine = np.asarray(grid.affine, dtype=np.float64)
     display = nib.orientations.axcodes2ornt(DISPLAY_AXES[plane])
     back = nib.orientations.ornt_transform(display, nib.io_orientation(affine))
@@ -149,11 +156,11 @@ def grids_agree(
 ) -> tuple[bool, str]:
     """Compare two grids by their shape and by where their eight corners lie.
 
-    Corners catch at once a shift, a rotation, another spacing and a flip; a difference per affine entry does not: an
-    angle error that is tiny per voxel is millimetres at the far corner.
+    Corners reveal a shift, a rotation, another spacing and a flip. A comparison of affine entries does not, because an
+    angle error that is tiny per voxel amounts to millimetres at the far corner.
 
     Returns:
-        Whether they agree, and one sentence on the difference.
+        True if they agree, and one sentence on the difference.
     """
     if tuple(shape_a) != tuple(shape_b):
         return False, f"shapes differ: {tuple(shape_a)} and {tuple(shape_b)}"
@@ -175,3 +182,33 @@ def _transform(affine: Affine, plane: Plane) -> npt.NDArray[np.float64]:
 
 def _mm(sizes: npt.NDArray[np.float64]) -> str:
     return " x ".join(f"{s:.4g}" for s in sizes) + " mm"
+
+
+def axial_affine(spacing_mm: tuple[float, float, float], *, where: str) -> Affine:
+    """Return the affine of axial slices at the origin, for files without geometry.
+
+    Args:
+        spacing_mm: Distance between slices, rows and columns, in mm.
+        where: Name for messages.
+
+    Raises:
+        DataError: If a spacing is implausible.
+    """
+    affine = np.diag([-spacing_mm[2], -spacing_mm[1], spacing_mm[0], 1.0])
+    check_spacing(affine, where=where)
+    return affine
+
+
+def check_spacing(affine: Affine, *, where: str) -> None:
+    """Refuse spacings that no scanner has, which come from a wrong unit or a damaged header.
+
+    Raises:
+        DataError: If a voxel axis is shorter or longer than ``PLAUSIBLE_SPACING_MM``.
+    """
+    sizes = voxel_sizes(affine)
+    low, high = PLAUSIBLE_SPACING_MM
+    if not ((sizes >= low) & (sizes <= high)).all():
+        raise DataError(
+            f"voxel sizes must lie in {low}..{high} mm, got {_mm(sizes).removesuffix(' mm')}. Repair the header.",
+            where=where,
+        )

@@ -1,4 +1,4 @@
-"""Presets per modality: ``configs/modality/*.yaml`` as a typed object."""
+"""Presets per modality, from ``configs/modality/*.yaml``."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from samgraft.shared.scans.volume import Modality
 
 @dataclass(frozen=True, kw_only=True)
 class ModalityPreset:
-    """What suits one kind of scan."""
+    """Settings that suit one kind of scan."""
 
     modality: Modality
     """Kind of scan."""
     intensity: IntensityPreset = field(default_factory=IntensityPreset)
-    """How native units become [0, 1]."""
+    """Rule by which native units become [0, 1]."""
     min_foreground_fraction: float = 0.05
-    """Slices with a smaller share of non-air pixels are left out of pretraining."""
+    """Share of non-air pixels below which a slice is left out of pretraining."""
     augment: dict[str, Any] = field(default_factory=dict)
-    """Keys of ``data.augment`` in which this modality differs from the defaults of a stage: what may be changed at
-    random without leaving what scanners and patients do. See ``AugmentConfig``."""
+    """Values of ``data.augment`` that differ from the defaults of a stage, so that random changes stay within what
+    scanners and patients produce. See ``AugmentConfig``."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.min_foreground_fraction < 1:
@@ -40,7 +40,9 @@ def load_preset(modality: str | Modality) -> ModalityPreset:
 
 
 def modality_layer(modality: str | Modality) -> dict[str, Any]:
-    """Return what a modality says about a stage's configuration, as its first layer: presets and users come after it.
+    """Return the settings of a modality as the first layer of a stage's configuration.
+
+    Presets and users override it.
 
     Raises:
         UsageError: For an unknown modality.

@@ -1,11 +1,10 @@
-"""What in the sources could identify a person: reported by kind and count, never by value.
+"""Identifying content of scans, reported by kind and count and never by value, and pseudonymous ids.
 
-The toolkit does not de-identify. Headers, paths and free text never enter a store; pixels do, so burned-in text is
-refused unless the user accepts it.
+The toolkit does not de-identify. Headers, paths and free text never enter a store. Pixels do, so burned-in text is
+refused unless the user accepts it. Pseudonymous ids are salted hashes; the salt stays on this machine, next to the
+stores and never inside one.
 
 Source: DICOM PS3.15 Annex E (Basic Application Level Confidentiality Profile).
-
-Pseudonymous ids: salted hashes. The salt stays on this machine, beside the stores and never inside one.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ import secrets
 from pathlib import Path
 from typing import Any
 
-BURNED_IN = "DICOM says that text is burned into the pixels (0028,0301)"
+BURNED_IN = "DICOM header marks text burned into the pixels (0028,0301)"
 _RISKY_MODALITIES = {"US", "SC", "XC", "ES", "OT"}
 _IDENTIFYING = (
     "PatientName",
@@ -51,12 +50,13 @@ _PATH_SIGNS = {
 
 
 def dicom_findings(dataset: Any) -> tuple[str, ...]:
-    """Return kinds of identifying content in a DICOM header, its sequences included; no values."""
+    """Return kinds of identifying content in a DICOM header and its sequences, without values."""
     found = []
+    # iterall also visits sequences, where names are as frequent as at the top level.
     elements = list(dataset.iterall())
     filled = {e.keyword for e in elements if e.keyword in _IDENTIFYING and str(e.value or "").strip()}
     if str(dataset.get("PatientIdentityRemoved", "")).upper() != "YES":
-        found.append("DICOM does not say that the identity was removed (0012,0062)")
+        found.append("DICOM header does not confirm that the identity was removed (0012,0062)")
     if names := [name for name in _IDENTIFYING if name in filled]:
         found.append(f"DICOM identifying tags: {', '.join(names)}")
     burned = str(dataset.get("BurnedInAnnotation", "")).upper()
@@ -65,14 +65,14 @@ def dicom_findings(dataset: Any) -> tuple[str, ...]:
     if burned == "YES":
         found.append(BURNED_IN)
     elif burned != "NO" and risky:
-        found.append("DICOM of a kind that often has burned-in text does not say that it has none (0028,0301)")
+        found.append("DICOM of a kind that often has burned-in text, without a statement that it has none (0028,0301)")
     if any(element.tag.is_private for element in elements):
         found.append("DICOM private tags")
     return tuple(found)
 
 
 def nifti_findings(header: Any, *, num_extensions: int) -> tuple[str, ...]:
-    """Return kinds of free text in a NIfTI header; no values."""
+    """Return kinds of free text in a NIfTI header, without values."""
     fields = [name for name in ("descrip", "aux_file", "db_name", "intent_name") if _text(header, name)]
     found = [f"NIfTI free text: {', '.join(fields)}"] if fields else []
     if num_extensions:
@@ -104,9 +104,9 @@ def pseudonym(kind: str, key: str, *, salt: str) -> str:
 
 
 def local_salt(folder: Path) -> str:
-    """Return the salt of the stores in a folder, making it once.
+    """Return the salt of the stores in a folder, and create it at the first call.
 
-    Stores in one folder share it, so that a patient has one id in all of them and the leak guard can compare.
+    Stores in one folder share it, so that a patient has one id in all of them and the leak check can compare them.
     """
     path = folder / SALT_FILE
     if not path.is_file():
@@ -116,7 +116,7 @@ def local_salt(folder: Path) -> str:
         with os.fdopen(descriptor, "w") as file:
             file.write(secrets.token_hex(32))
         try:
-            os.link(temporary, path)  # fails if another process was first: then its salt counts
+            os.link(temporary, path)  # fails if another process was first, whose salt is then used
         except FileExistsError:
             pass
         finally:

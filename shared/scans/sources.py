@@ -1,36 +1,46 @@
-"""From a folder or a list to cases: the layout is detected, plain folders are sorted into scans, stacks and series."""
+"""Search for scans in a folder or list, by layout, cases, and pairs of images and labels."""
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from samgraft.shared.errors import DataError, UsageError
 from samgraft.shared.scans.case import LabelFiles, SourceCase
-from samgraft.shared.scans.discovery import (
-    Discovery,
-    NameRules,
-    SourceOptions,
-    image_key,
-    label_files,
-    label_key,
-    scan_files,
-)
+from samgraft.shared.scans.discovery import Discovery, NameRules, SourceOptions, patients_by_path
 from samgraft.shared.scans.file_index import ZARR, ZARR_MARKS, FileIndex, index_files
 from samgraft.shared.scans.layouts import bids_cases, csv_cases, detect_layout, msd_cases, nnunet_cases
-from samgraft.shared.scans.readers.images import natural_order
+from samgraft.shared.scans.names import NamedFile, split_name
+from samgraft.shared.scans.readers.images import count_pages, natural_order
 from samgraft.shared.scans.readers.scan import ScanFiles, ScanFormat
 
-_READERS = {"csv": csv_cases, "nnunet": nnunet_cases, "msd": msd_cases, "bids": bids_cases}
+_LAYOUTS = {"csv": csv_cases, "nnunet": nnunet_cases, "msd": msd_cases, "bids": bids_cases}
+
+
+@dataclass(frozen=True, kw_only=True)
+class FoundScan:
+    """Files that are read together, before it is decided whether they are an image or a label."""
+
+    files: ScanFiles
+    relative: Path
+    """Path below the root. For a stack or series a placeholder in its folder."""
+    name: NamedFile
+    patient: str = ""
+    """Patient id of the header, empty if there is none."""
+    study: str = ""
+    site: str | None = None
+    segments: tuple[LabelFiles, ...] = ()
+    """DICOM segmentations that refer to this series."""
 
 
 def discover(source: Path, options: SourceOptions | None = None) -> Discovery:
     """List the cases of a source.
 
     Args:
-        source: A folder in any of the known layouts, or a CSV list.
-        options: What the user says about names, labels and frames.
+        source: Folder in any of the known layouts, or a CSV list.
+        options: Options of the user for names, labels and frames.
 
     Raises:
         DataError: If the source does not exist, contradicts itself, or holds no scan.
@@ -40,12 +50,14 @@ def discover(source: Path, options: SourceOptions | None = None) -> Discovery:
         raise DataError("the source of scans does not exist.", where=str(source))
     refuse_zarr(source)
     layout = detect_layout(source)
-    found = _READERS[layout](source, options) if layout in _READERS else plain_cases(source, options)
+    found = _LAYOUTS[layout](source, options) if layout in _LAYOUTS else plain_cases(source, options)
     if options.label_names is not None:
         found.label_names = dict(options.label_names)
     found.finish()
     if not found.cases:
         counts = ", ".join(f"{number} x {reason}" for reason, number in found.left_out.most_common(4))
+        if found.labels_without_image:
+            counts = ", ".join(filter(None, (counts, f"{len(found.labels_without_image)} x label without image")))
         raise DataError(
             f"no scan was found (layout: {found.layout}; left out: {counts or 'nothing'}).", where=str(source)
         )
@@ -53,7 +65,7 @@ def discover(source: Path, options: SourceOptions | None = None) -> Discovery:
 
 
 def refuse_zarr(source: Path) -> None:
-    """Refuse a store as a source of scans, and zarr of other programs, whose axes nobody can be certain of."""
+    """Refuse a store as a source of scans, and zarr of other programs, whose order of axes is not certain."""
     if (source / "complete.json").is_file() and (source / "zarr.json").is_file():
         raise UsageError("the source is a slice store already. Give it as DATA=.", where=source.name)
     if any((source / mark).exists() for mark in ZARR_MARKS):
@@ -61,152 +73,257 @@ def refuse_zarr(source: Path) -> None:
 
 
 def plain_cases(root: Path, options: SourceOptions) -> Discovery:
-    """Sort a folder without a known layout: volumes, DICOM series, folders of pictures; labels beside them.
+    """Sort a folder without a known layout into volumes, DICOM series and stacks of pictures, with their labels.
 
-    A patient is the DICOM PatientID, else the first folder below the root, else the file itself: two files of one
-    patient in one flat folder need ``--patient-pattern``.
+    A patient is the DICOM PatientID, else what the path gives, see ``patients_by_path``.
     """
     root = root if root.is_dir() else root.parent
     index = index_files(root)
     found = Discovery(layout="plain folder", left_out=index.left_out, notes=list(index.notes))
+    scans = [*_single_files(index, options), *_pictures(index, options), *_dicom(index, options, found)]
+    images = [scan for scan in scans if not scan.name.is_label]
+    labels = [scan for scan in scans if scan.name.is_label]
+    labels_of = _pair_labels(images, labels, options, found)
     rules = NameRules(options)
-    labels = _labels_by_key(index, options, found)
-    for path in index.of(ScanFormat.NIFTI, ScanFormat.NRRD, ScanFormat.NUMPY):
-        if label_key(path, root) is None:
-            scan = scan_files(path, index.files[path], path.relative_to(root).as_posix(), options)
-            found.cases.append(_plain_case(scan, path, labels.pop(image_key(path, root), ()), rules, root))
-    _add_pictures(index, labels, rules, options, found)
-    _add_dicom(index, labels, rules, options, found)
-    found.labels_without_image = sorted(label.scan.name for group in labels.values() for label in group)
-    if not rules.has_patient:
-        _note_patients(found)
+    paths = [scan.relative.as_posix() for scan in images if not scan.patient]
+    patients = {} if rules.has_patient else patients_by_path(paths, found)
+    for scan in images:
+        relative = _first_path(scan, root)
+        found.cases.append(
+            SourceCase(
+                name=scan.files.name,
+                patient_key=rules.patient(relative, scan.patient or patients.get(scan.relative.as_posix(), "")),
+                study_key=scan.study,
+                site_key=rules.site(relative) or scan.site,
+                scan=scan.files,
+                labels=(*scan.segments, *labels_of.get(scan.files.name, ())),
+                is_named_image=False,
+                refusal=_refusal(labels_of.get(scan.files.name, ()), options, found),
+            )
+        )
+    _note_dicom_patients(images, rules, found)
     return found
 
 
-def _note_patients(found: Discovery) -> None:
-    """Say how patients were told apart where a folder's layout alone decided it; DICOM has its own ids."""
-    by_place = [case for case in found.cases if case.scan.format is not ScanFormat.DICOM]
-    if any(Path(case.name).parent == Path() for case in by_place):
-        found.notes.append("every file directly below the root counts as its own patient; else give --patient-pattern")
-    if len(by_place) > 1 and len({case.patient_key for case in by_place}) == 1:
-        found.notes.append(
-            f"{len(by_place)} scans lie below one folder and count as one patient: give the folder below it, or "
-            "--patient-pattern"
+def _single_files(index: FileIndex, options: SourceOptions) -> list[FoundScan]:
+    scans = []
+    for path in index.single_files():
+        relative = path.relative_to(index.root)
+        files = ScanFiles(
+            format=index.files[path],
+            paths=(path,),
+            name=relative.as_posix(),
+            frame=options.frame,
+            allow_gaps=options.allow_gaps,
         )
+        scans.append(FoundScan(files=files, relative=relative, name=split_name(relative)))
+    return scans
 
 
-def _plain_case(scan: ScanFiles, path: Path, labels: Sequence[LabelFiles], rules: NameRules, root: Path) -> SourceCase:
-    relative = path.relative_to(root)
-    default = relative.parts[0] if len(relative.parts) > 1 and not _is_role_folder(relative.parts[0]) else str(relative)
-    return SourceCase(
-        name=scan.name,
-        patient_key=rules.patient(relative.as_posix(), default),
-        site_key=rules.site(relative.as_posix()),
-        scan=scan,
-        labels=tuple(labels),
-    )
-
-
-def _is_role_folder(name: str) -> bool:
-    """``images/`` and its like say nothing about the patient."""
-    return image_key(Path(name) / "x", Path()) == "x"
-
-
-def _labels_by_key(index: FileIndex, options: SourceOptions, found: Discovery) -> dict[str, list[LabelFiles]]:
-    entries: list[tuple[str, str | None, Path]] = []
-    for path in index.of(ScanFormat.NIFTI, ScanFormat.NRRD, ScanFormat.NUMPY):
-        found_key = label_key(path, index.root)
-        if found_key is not None:
-            entries.append((*found_key, path))
-    class_ids = {name: n for n, name in enumerate(sorted({name for _, name, _ in entries if name}), start=1)}
-    if class_ids:
-        found.label_names = {number: name for name, number in class_ids.items()}
-    labels: dict[str, list[LabelFiles]] = {}
-    for key, name, path in entries:
-        label = label_files(path, index.files[path], options, only_id=class_ids[name] if name else None)
-        labels.setdefault(key, []).append(label)
-    unnamed = Counter(key for key, name, _ in entries if name is None)
-    if several := sorted(key for key, count in unnamed.items() if count > 1):
-        found.notes.append(f"{len(several)} scans have two labels, they are merged: {', '.join(several[:3])}")
-    return labels
-
-
-def _add_pictures(
-    index: FileIndex, labels: dict[str, list[LabelFiles]], rules: NameRules, options: SourceOptions, found: Discovery
-) -> None:
-    groups: dict[Path, list[Path]] = {}
+def _pictures(index: FileIndex, options: SourceOptions) -> list[FoundScan]:
+    """Group pictures into stacks, or take each as a scan. A TIFF with several pages is a volume of its own."""
+    scans: list[FoundScan] = []
+    stacks: dict[tuple[Path, bool, tuple[str, ...]], list[Path]] = defaultdict(list)
     for path in index.of(ScanFormat.IMAGES):
-        groups.setdefault(path if options.pictures_are_scans else path.parent, []).append(path)
-    images: dict[str, tuple[Path, ScanFiles]] = {}
-    for place, paths in groups.items():
+        relative = path.relative_to(index.root)
+        name = split_name(relative)
+        if options.pictures_are_scans or count_pages(path) > 1:
+            files = ScanFiles(format=ScanFormat.IMAGES, paths=(path,), name=relative.as_posix())
+            scans.append(FoundScan(files=files, relative=relative, name=name))
+            continue
+        # Slices and their masks may share a folder; masks of several classes are stacks of their own.
+        after = name.words[name.role_index + 1 :] if name.role_index is not None else ()
+        classes = tuple(word for word in after if not any(char.isdigit() for char in word))
+        stacks[path.parent, name.is_label, classes].append(path)
+    for (folder, is_label, classes), paths in stacks.items():
         ordered = tuple(sorted(paths, key=natural_order))
-        relative = place.relative_to(index.root).as_posix()
-        is_label = label_key(ordered[0], index.root)
-        key = image_key(place if options.pictures_are_scans else place / "stack", index.root)
-        if is_label is not None and options.pictures_are_scans:
-            key = is_label[0]
-        scan = ScanFiles(format=ScanFormat.IMAGES, paths=ordered, name=relative)
-        if is_label:
-            label = LabelFiles(scan=scan, ids=options.label_map, round_values=options.round_labels)
-            labels.setdefault(key, []).append(label)
-        else:
-            images[key] = (place, scan)
-    for key, (place, scan) in images.items():
-        anchor = place if options.pictures_are_scans else place / "stack"
-        found.cases.append(_plain_case(scan, anchor, labels.pop(key, ()), rules, index.root))
+        relative = folder.relative_to(index.root)
+        # A role word that only the files have is given to the stack: its folder alone would make it an image.
+        stem = "_".join(("seg", *classes)) if is_label else "image"
+        folder_name = relative.as_posix()
+        text = folder_name if not is_label else f"{folder_name} {stem}"
+        files = ScanFiles(format=ScanFormat.IMAGES, paths=ordered, name=text)
+        scans.append(FoundScan(files=files, relative=relative / "stack", name=split_name(relative / stem)))
+    return scans
 
 
-def _add_dicom(
-    index: FileIndex, labels: dict[str, list[LabelFiles]], rules: NameRules, options: SourceOptions, found: Discovery
-) -> None:
+def _dicom(index: FileIndex, options: SourceOptions, found: Discovery) -> list[FoundScan]:
     paths = index.of(ScanFormat.DICOM)
     if not paths:
-        return
+        return []
     # Imported here: folders without DICOM need no pydicom.
-    from samgraft.shared.scans.dicom_index import group_dicom
+    from samgraft.shared.scans.dicom_index import group_dicom, series_of_segmentation
 
     series, segmentations = group_dicom(paths, found)
-    ids_of = _segment_ids(segmentations, options, found)
+    ids_of = _segment_ids([one.path for one in segmentations], options, found)
+    segments: dict[int, list[LabelFiles]] = defaultdict(list)
+    for one in segmentations:
+        owner = series_of_segmentation(one, series)
+        if owner is None:
+            found.labels_without_image.append(one.path.name)
+            continue
+        scan = ScanFiles(format=ScanFormat.DICOM_SEG, paths=(one.path,), name=one.path.name)
+        segments[id(owner)].append(LabelFiles(scan=scan, ids=ids_of[one.path]))
     names: Counter[str] = Counter()
-    for one in series:
-        folder = one.paths[0].parent
-        relative = folder.relative_to(index.root).as_posix()
-        names[relative] += 1
-        name = relative if names[relative] == 1 else f"{relative} series {names[relative]}"
-        beside = [
-            LabelFiles(scan=ScanFiles(format=ScanFormat.DICOM_SEG, paths=(path,), name=path.name), ids=ids_of[path])
-            for path in segmentations.pop(one.series_uid, [])
-        ]
-        beside += labels.pop(image_key(folder / "series", index.root).removesuffix("/series"), [])
-        first = one.paths[0].relative_to(index.root).as_posix()
-        default = one.patient or (relative.split("/")[0] if relative != "." else name)
-        found.cases.append(
-            SourceCase(
-                name=name,
-                patient_key=rules.patient(first, default),
-                study_key=one.study,
-                site_key=rules.site(first) or one.site,
-                scan=ScanFiles(
-                    format=ScanFormat.DICOM, paths=tuple(one.paths), name=name, allow_gaps=options.allow_gaps
-                ),
-                labels=tuple(beside),
+    scans = []
+    for group in series:
+        folder = group.paths[0].parent.relative_to(index.root)
+        names[folder.as_posix()] += 1
+        number = names[folder.as_posix()]
+        name = folder.as_posix() if number == 1 else f"{folder.as_posix()} series {number}"
+        files = ScanFiles(format=ScanFormat.DICOM, paths=tuple(group.paths), name=name, allow_gaps=options.allow_gaps)
+        scans.append(
+            FoundScan(
+                files=files,
+                relative=folder / f"series {number}",
+                name=split_name(folder / "dicom"),
+                patient=group.patient,
+                study=group.study,
+                site=group.site,
+                segments=tuple(segments[id(group)]),
             )
         )
-    found.labels_without_image += [path.name for group in segmentations.values() for path in group]
+    return scans
+
+
+def _pair_labels(
+    images: Sequence[FoundScan], labels: Sequence[FoundScan], options: SourceOptions, found: Discovery
+) -> dict[str, list[LabelFiles]]:
+    """Return the label files of every image by its name. List labels without an image."""
+    by_key: dict[tuple[str, ...], list[FoundScan]] = defaultdict(list)
+    by_folder: dict[tuple[str, ...], list[FoundScan]] = defaultdict(list)
+    for image in images:
+        by_key[image.name.key].append(image)
+        by_folder[image.name.folders].append(image)
+    pairs: list[tuple[FoundScan, FoundScan, str | None]] = []
+    shared = 0
+    for label in labels:
+        owners, class_name = _owners(label, by_key, by_folder)
+        if not owners:
+            found.labels_without_image.append(label.files.name)
+        shared += len(owners) > 1
+        pairs += [(image, label, class_name) for image in owners]
+    if shared:
+        found.notes.append(f"{shared} labels belong to several images each (channels of one case)")
+    names = sorted({name for _, _, name in pairs if name})
+    class_ids = {name: number for number, name in enumerate(names, start=1)}
+    if class_ids:
+        found.label_names = {number: name for name, number in class_ids.items()}
+        for target in sorted(set((options.label_map or {}).values()) - {0}):
+            found.label_names.setdefault(target, f"label {target}")
+    found.labels_without_image.sort()
+    return _label_files(pairs, class_ids, options, found)
+
+
+def _label_files(
+    pairs: Sequence[tuple[FoundScan, FoundScan, str | None]],
+    class_ids: Mapping[str, int],
+    options: SourceOptions,
+    found: Discovery,
+) -> dict[str, list[LabelFiles]]:
+    labels_of: dict[str, list[LabelFiles]] = defaultdict(list)
+    unnamed: Counter[str] = Counter()
+    for image, label, class_name in pairs:
+        unnamed[image.files.name] += class_name is None
+        labels_of[image.files.name].append(
+            LabelFiles(
+                scan=replace(
+                    label.files, name=label.relative.name if len(label.files.paths) == 1 else label.files.name
+                ),
+                ids=None if class_name else options.label_map,
+                class_id=class_ids[class_name] if class_name else None,
+                round_values=options.round_labels,
+            )
+        )
+    if several := sorted(name for name, count in unnamed.items() if count > 1):
+        found.notes.append(f"{len(several)} scans have several labels, they are merged: {', '.join(several[:3])}")
+    return labels_of
+
+
+def _refusal(labels: Sequence[LabelFiles], options: SourceOptions, found: Discovery) -> str | None:
+    """Return why labels with ids cannot be put beside labels with one class per file, or None if they can."""
+    named = found.label_names is not None and options.label_map is None and options.label_names is None
+    if named and any(label.class_id is None and label.ids is None for label in labels):
+        # Id 1 of this file would silently get the name of the first class of the other files.
+        return (
+            "the label has ids, while other files of the source name one class each. Add the class to the name "
+            "(CASE_seg_NAME), or pass --label-map for the ids."
+        )
+    return None
+
+
+def _owners(
+    label: FoundScan,
+    by_key: Mapping[tuple[str, ...], Sequence[FoundScan]],
+    by_folder: Mapping[tuple[str, ...], Sequence[FoundScan]],
+) -> tuple[list[FoundScan], str | None]:
+    """Return the images that a label belongs to, and the class that its name gives.
+
+    An image with the same name goes first. Next come channels (``CASE_0000``, ``CASE_t1`` for the label ``CASE``), and
+    the only image of the label's folder. When several images fit, the label is listed as one without image.
+    """
+    for key, class_name in label.name.label_candidates():
+        fitting = by_key.get(key, ())
+        if len(fitting) > 1:
+            # a.nii and a.nrrd, or A.nii and a.nii: the folder or the exact spelling may decide.
+            same_folder = [image for image in fitting if image.relative.parent == label.relative.parent]
+            fitting = same_folder or fitting
+        if len(fitting) == 1:
+            return list(fitting), class_name
+        if fitting:
+            return [], None
+    key = label.name.key
+    channels = [one for other, group in by_key.items() if other[: len(key)] == key for one in group]
+    if channels and len(key) > len(label.name.folders):
+        return channels, None
+    alone = by_folder.get(label.name.folders, ())
+    if len(alone) == 1 and (label.name.folders or len(key) == 0):
+        return list(alone), label.name.class_name
+    return [], None
 
 
 def _segment_ids(
-    segmentations: dict[str, list[Path]], options: SourceOptions, found: Discovery
-) -> dict[Path, Mapping[int, int] | None]:
-    """Give equal segment names one id: segment numbers are local to their file."""
-    paths = sorted({path for group in segmentations.values() for path in group})
+    paths: Sequence[Path], options: SourceOptions, found: Discovery
+) -> Mapping[Path, Mapping[int, int] | None]:
+    """Give equal segment names one id, because segment numbers are local to their file."""
     if not paths:
         return {}
     from samgraft.shared.scans.readers.dicom_seg import segment_names
 
-    names = {path: segment_names(path) for path in paths}
+    names: dict[Path, dict[int, str]] = {}
+    for path in sorted(paths):
+        try:
+            names[path] = segment_names(path)
+        except (DataError, ValueError, TypeError, AttributeError):
+            names[path] = {}  # the reader refuses the file by name
     ids = {name: number for number, name in enumerate(sorted({n for one in names.values() for n in one.values()}), 1)}
     if options.label_map is not None:
         return dict.fromkeys(paths, options.label_map)
     found.label_names = {number: name for name, number in ids.items()}
     return {path: {number: ids[name] for number, name in one.items()} for path, one in names.items()}
+
+
+def _first_path(scan: FoundScan, root: Path) -> str:
+    """Return the path that the patterns of the user are applied to."""
+    if scan.files.format == ScanFormat.DICOM or len(scan.files.paths) == 1:
+        return scan.files.paths[0].relative_to(root).as_posix()
+    return scan.relative.as_posix()
+
+
+def _note_dicom_patients(images: Sequence[FoundScan], rules: NameRules, found: Discovery) -> None:
+    """Note patient ids that an anonymiser may have made equal or removed."""
+    dicom = [scan for scan in images if scan.files.format == ScanFormat.DICOM]
+    if rules.has_patient or not dicom:
+        return
+    if unnamed := sum(not scan.patient for scan in dicom):
+        found.notes.append(
+            f"{unnamed} DICOM series have no patient id or a placeholder: their folders count as patients; else give "
+            "--patient-pattern"
+        )
+    ids = {scan.patient for scan in dicom}
+    folders = {scan.relative.parts[0] for scan in dicom if len(scan.relative.parts) > 1}
+    if len(ids) == 1 and "" not in ids and len(folders) > 1:
+        found.notes.append(
+            f"all {len(dicom)} DICOM series have one patient id although they are in {len(folders)} folders: if an "
+            "anonymiser made them equal, give --patient-pattern"
+        )

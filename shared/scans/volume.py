@@ -1,11 +1,12 @@
-"""A scan in memory: voxels in native units, and where they lie in the patient.
+"""Scans in memory, as their files give them and cut into canonical slices.
 
-Shape letters: Z = slices, H, W = rows and columns of a slice; z, y, x the same as axis names.
+Shape letters: I, J, K = voxel axes of the file; Z = slices; H, W = rows and columns of a slice.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -28,7 +29,7 @@ Array = npt.NDArray[Any]
 
 
 class Modality(Enum):
-    """Kind of scan; each has a preset ``configs/modality/<name>.yaml``."""
+    """Kind of scan. Each has a preset ``configs/modality/<name>.yaml``."""
 
     MRI = "mri"
     CT = "ct"
@@ -38,32 +39,32 @@ class Modality(Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class RawScan:
-    """What a reader returns: the file's own axes, nothing reoriented."""
+    """Scan as a reader returns it, on the file's own axes."""
 
     array_ijk: Array
-    """Shape (I, J, K), native dtype and native units (Hounsfield units for CT)."""
+    """Voxels, shape (I, J, K), in native dtype and native units (Hounsfield units for CT)."""
     affine: Affine
-    """Voxel (i, j, k) to RAS+ mm, 4x4."""
+    """Map from voxel (i, j, k) to RAS+ mm, 4x4."""
     source_sha256: str
-    """sha256 over every byte of the source file or files, in the order of slices."""
+    """SHA-256 over every byte of the source files, in the order of slices."""
     notes: tuple[str, ...] = ()
-    """Decisions of the reader worth printing, free of identifying text."""
+    """Decisions of the reader for the report, without identifying text."""
     modality_tag: str | None = None
-    """DICOM modality (``MR``, ``CT``, ...) where the file says it."""
+    """DICOM modality (``MR``, ``CT``, ...) if the file has one."""
     privacy: tuple[str, ...] = ()
     """Kinds of identifying content in the headers, without values."""
     has_orientation: bool = True
-    """False for formats without geometry: their axes are taken as axial slices, their spacing may be unknown."""
+    """False for formats without geometry, whose axes are read as axial slices with possibly unknown spacing."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Volume:
-    """A scan cut into canonical slices."""
+    """Scan cut into canonical slices of one plane."""
 
     array_zyx: Array
-    """Shape (Z, H, W), native dtype."""
+    """Voxels, shape (Z, H, W), in native dtype."""
     affine: Affine
-    """Voxel (x, y, z) to RAS+ mm, 4x4."""
+    """Map from voxel (x, y, z) to RAS+ mm, 4x4."""
     modality: Modality
     plane: Plane
     grid: NativeGrid
@@ -72,7 +73,7 @@ class Volume:
 
     @property
     def spacing_mm(self) -> tuple[float, float, float]:
-        """Distance between slices, rows and columns (z, row, col)."""
+        """Distance between slices, rows and columns in mm, order (z, row, col)."""
         x, y, z = voxel_sizes(self.affine)
         return float(z), float(y), float(x)
 
@@ -81,7 +82,7 @@ def volume_from_scan(scan: RawScan, *, modality: Modality, plane: Plane | None =
     """Cut a scan into canonical slices of one plane.
 
     Args:
-        scan: What a reader returned.
+        scan: Result of a reader.
         modality: Kind of scan.
         plane: Wanted plane; None takes the acquired one (axial for near-isotropic grids).
         where: Name for messages; must not identify a patient in a log that leaves the machine.
@@ -97,7 +98,7 @@ def volume_from_scan(scan: RawScan, *, modality: Modality, plane: Plane | None =
     plane = plane or slice_plane(scan.affine, scan.array_ijk.shape)
     array_zyx, affine = to_plane(scan.array_ijk, scan.affine, plane)
     return Volume(
-        array_zyx=storable(array_zyx, where=where),
+        array_zyx=to_storable_dtype(array_zyx, where=where),
         affine=affine,
         modality=modality,
         plane=plane,
@@ -107,23 +108,32 @@ def volume_from_scan(scan: RawScan, *, modality: Modality, plane: Plane | None =
     )
 
 
-def storable(array: Array, *, where: str) -> Array:
-    """Return the array in a little-endian dtype that the store holds: 8 to 32 bit integers, 32 bit floats.
-
-    Float64 becomes float32 and 64-bit integers the smallest type that holds them exactly.
+def check_real_numbers(array: Array, *, where: str) -> None:
+    """Refuse voxels that are not real numbers.
 
     Raises:
         DataError: For complex, object, string or structured (RGB) voxels.
     """
-    kind = array.dtype.kind
-    if kind == "b":
-        return array.astype(np.uint8)
-    if kind == "f":
-        return array.astype(np.float32, copy=False)
-    if kind not in "iu":
+    # A cast of complex numbers to float drops the imaginary part with no more than a warning.
+    if array.dtype.kind not in "biuf":
         raise DataError(
             f"voxels must be real numbers, got dtype {array.dtype}. Export one channel or the magnitude.", where=where
         )
+
+
+def to_storable_dtype(array: Array, *, where: str) -> Array:
+    """Return the array as 8 to 32 bit integers or 32 bit floats in native byte order.
+
+    Float64 becomes float32 and 64-bit integers the smallest type that holds them exactly.
+
+    Raises:
+        DataError: If voxels are not real numbers.
+    """
+    check_real_numbers(array, where=where)
+    if array.dtype.kind == "b":
+        return array.astype(np.uint8)
+    if array.dtype.kind == "f":
+        return array.astype(np.float32, copy=False)
     if array.dtype.itemsize <= 4:
         return array.astype(array.dtype.newbyteorder("="), copy=False)
     low, high = int(array.min()), int(array.max())
@@ -134,10 +144,33 @@ def storable(array: Array, *, where: str) -> Array:
     return array.astype(np.float32)
 
 
-def content_sha256(array_zyx: Array) -> str:
-    """Return the identity of voxel content: shape and values, not dtype, format or header.
+def rescale_values(array: Array, *, slope: float, intercept: float) -> Array:
+    """Return ``array * slope + intercept``.
 
-    The same pixels as DICOM, NIfTI or PNG under two patient ids give the same hash; that is what the leak guard needs.
+    The result is int16 or int32 when every value is an exact integer, else float32. CT stores Hounsfield units as
+    uint16 with an intercept of -1024; as int16 they need half the space of floats.
+    """
+    if slope == 1 and intercept == 0:
+        return array
+    whole = array.dtype.kind in "iu" and float(slope).is_integer() and float(intercept).is_integer()
+    if whole and array.size:
+        ends = [int(array.min()) * int(slope) + int(intercept), int(array.max()) * int(slope) + int(intercept)]
+        for name in ("int16", "int32"):
+            info = np.iinfo(name)
+            if info.min <= min(ends) and max(ends) <= info.max:
+                return (array.astype(np.int64) * int(slope) + int(intercept)).astype(name)
+    return (array.astype(np.float64) * slope + intercept).astype(np.float32)
+
+
+def is_usable_slope(slope: float | None, intercept: float | None) -> bool:
+    """Return whether a header's slope and intercept are finite and the slope is not 0."""
+    return slope is not None and math.isfinite(slope) and slope != 0 and math.isfinite(intercept or 0.0)
+
+
+def content_sha256(array_zyx: Array) -> str:
+    """Return a hash of shape and values, independent of dtype, format and header.
+
+    The same pixels as DICOM, NIfTI or PNG under two patient ids give the same hash, which the leak check needs.
     Values are compared as float32, exact for every integer up to 2^24.
     """
     digest = hashlib.sha256(str(tuple(array_zyx.shape)).encode())

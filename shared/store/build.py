@@ -261,7 +261,7 @@ def _build_key(case: SourceCase, settings: BuildSettings) -> str:
         case.study_key,
         case.site_key,
         [case.scan.frame, case.scan.allow_gaps],
-        [[sorted(label.ids.items()) if label.ids else None, label.round_values] for label in case.labels],
+        [[sorted(label.ids.items()) if label.ids else label.class_id, label.round_values] for label in case.labels],
         files,
     ]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

@@ -10,11 +10,10 @@ from typing import Any
 
 import numpy as np
 from samgraft.shared.errors import DataError
-from samgraft.shared.scans.case import SourceCase, label_on_plane, read_label
+from samgraft.shared.scans.case import SourceCase, label_on_plane, read_case, read_label
 from samgraft.shared.scans.intensity import IntensityStats, foreground_fractions, measure_intensity
 from samgraft.shared.scans.orientation import Plane, is_near_isotropic
 from samgraft.shared.scans.privacy import BURNED_IN, path_findings, pseudonym
-from samgraft.shared.scans.readers.scan import read_scan
 from samgraft.shared.scans.volume import Array, Modality, RawScan, Volume, content_sha256, volume_from_scan
 from samgraft.shared.store.series import PlaneTable, SeriesRecord
 
@@ -75,7 +74,7 @@ def examine_case(case: SourceCase, settings: BuildSettings) -> Examined:
     Raises:
         DataError: For everything that would corrupt a training run.
     """
-    scan = read_scan(case.scan)
+    scan = read_case(case)
     privacy = _privacy(case, scan, settings)
     _check_modality(scan, settings, where=case.name)
     scan, notes = _finite(scan, settings, where=case.name)

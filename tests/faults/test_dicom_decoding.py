@@ -72,10 +72,10 @@ def test_one_process_serves_all_files_and_ends_with_its_owner(tmp_path):
         ("os.kill(os.getpid(), signal.SIGFPE)", r"the decoder crashed \(signal 8\)"),
         ("os._exit(3)", r"the decoder crashed \(exit code 3\)"),
         ("os.write(1, b'+' + struct.pack('<Q', 2**40))", "more pixels than the limit"),
-        ("os.write(1, b'+' + struct.pack('<Q', 9) + b'no pixels')", "no picture"),
+        ("os.write(1, b'+' + struct.pack('<Q', 9) + b'no pixels')", "not a picture"),
         ("os.write(1, b'-' + struct.pack('<Q', 7) + b'too bad')", "too bad"),
         ("""x = b'{"dtype": "|O", "shape": [1]}\\n' + b'1' * 8
-os.write(1, b'+' + struct.pack('<Q', len(x)) + x)""", "no picture"),
+os.write(1, b'+' + struct.pack('<Q', len(x)) + x)""", "not a picture"),
     ],
 )  # fmt: skip
 def test_row_91_whatever_the_decoder_does_the_reader_lives(tmp_path, body, message):

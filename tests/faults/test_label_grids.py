@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 from samgraft.shared.cli import main
 from samgraft.shared.scans.grid_picture import GAP_PX, resample_to
-from samgraft.shared.scans.readers.scan import read_scan
+from samgraft.shared.scans.readers.registry import read_scan
 from samgraft.shared.scans.volume import RawScan
 from store_factory import make_scan, nifti_files, write_nifti
 

@@ -11,7 +11,8 @@ from dicom_factory import new_dataset, save, set_pixels, write_enhanced, write_s
 from PIL import Image
 from samgraft.shared.errors import DataError
 from samgraft.shared.scans.case import SourceCase
-from samgraft.shared.scans.readers.scan import ScanFiles, ScanFormat, read_scan
+from samgraft.shared.scans.readers.registry import read_scan
+from samgraft.shared.scans.readers.scan import ScanFiles, ScanFormat
 from samgraft.shared.scans.sources import discover
 from samgraft.shared.scans.volume import Modality, volume_from_scan
 from samgraft.shared.store.examine import BuildSettings, examine_case
@@ -347,7 +348,7 @@ def test_row_126_other_objects_are_counted(tmp_path):
     (tmp_path / "broken.dcm").write_text("hello")
     found = discover(tmp_path)
     assert len(found.cases) == 1
-    assert found.left_out["DICOM without pixels (report, plan, dose)"] == 1
+    assert found.left_out["DICOM without pixels (report, plan, contours)"] == 1
     assert found.left_out["DICOMDIR (files are found without it)"] == 1
     assert found.left_out["not a scan"] == 1
     assert found.left_out["file with a DICOM name that is not DICOM"] == 1
@@ -476,7 +477,7 @@ def test_numpy_round_trip_and_refusals(tmp_path):
 def test_gzip_longer_than_its_header_says(tmp_path, nii):
     path = tmp_path / "long.nii.gz"
     path.write_bytes(gzip.compress(nii.read_bytes() + b"\0" * 1000))
-    with pytest.raises(DataError, match="goes on after"):
+    with pytest.raises(DataError, match="is longer than"):
         read(path)
 
 

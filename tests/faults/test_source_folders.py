@@ -284,7 +284,7 @@ def test_row_134_three_lists(tmp_path):
     assert [case.name for case in found.cases] == ["alone.nii.gz", "both.nii.gz"]
     assert found.images_without_label == ["alone.nii.gz"]
     assert found.labels_without_image == ["orphan_label.nii.gz"]
-    assert any("1 scans have two labels" in note for note in found.notes)
+    assert any("1 scans have several labels" in note for note in found.notes)
 
 
 @pytest.mark.parametrize(

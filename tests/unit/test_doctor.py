@@ -98,7 +98,7 @@ def test_scans__identifying_tags_burned_in_flags_and_private_tags_are_counted(tm
     said = {finding.text.removeprefix("1 of 3 scans: "): finding.status for finding in findings[1:]}
     assert said == {
         BURNED_IN: Status.PROBLEM,
-        "DICOM does not say that the identity was removed (0012,0062)": Status.WARNING,
+        "DICOM header does not confirm that the identity was removed (0012,0062)": Status.WARNING,
         "DICOM identifying tags: PatientName": Status.WARNING,
         "DICOM private tags": Status.WARNING,
         "NIfTI free text: descrip": Status.WARNING,
@@ -128,7 +128,7 @@ def test_scans__damaged_headers_and_folders_without_scans(tmp_path: Path, capsys
     volume = make_scan(shape_zyx=(3, 24, 20))[0]
     path = write_nifti(tmp_path / "in" / "scan.nii.gz", volume)
     path.write_bytes(path.read_bytes()[:20])
-    assert check_headers(tmp_path / "in").kinds == {"header that cannot be read": 1}
+    assert check_headers(tmp_path / "in").refused == {"the file is too short for NIfTI (0 bytes)": 1}
     path.unlink()
     assert main(["doctor", "--data", str(tmp_path / "in")]) == 3
     assert "PROBLEM  scans: cannot be sorted into scans" in capsys.readouterr().out

@@ -1,1 +1,1 @@
-"""Readers: one module per file format, each returning a :class:`~samgraft.shared.scans.volume.Volume`."""
+"""Readers of scan files, one module with one record per format."""

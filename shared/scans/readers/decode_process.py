@@ -1,13 +1,18 @@
-"""Compressed DICOM pixels, decoded in a process of their own: decoders are C code, and crafted files have crashed them.
+"""Compressed DICOM pixels, decoded in a separate process with limits.
 
-The process may use so much memory and no more, writes no file, is killed when it takes too long, and dies with its
-parent. One serves all files of its parent; after a crash the next file gets a new one.
+Decoders are C code, and crafted files have crashed them. The process has a memory limit, writes no file, is killed when
+it takes too long, and ends with its parent. One process serves all files of its parent; after a crash the next file
+gets a new one.
 
-Run as ``python -m samgraft.shared.scans.readers.decode_process`` it is that process: it reads requests from its input
-(8 bytes of length, then a DICOM file) and answers on its output (status, 8 bytes of length, then pixels or a message).
+``python -m samgraft.shared.scans.readers.decode_process`` runs that process. It reads requests from its input (8 bytes
+of length, then a DICOM file) and writes to its output (status, 8 bytes of length, then pixels or a message).
 
-Source: reports on GDCM's RLE and fragment code and on OpenJPEG: opening a file was enough.
+Source: security reports on GDCM's RLE and fragment code and on OpenJPEG, in which opening a file was enough.
 """
+
+# concurrent.futures.ProcessPoolExecutor does not give these guarantees. It cannot end a worker that hangs, one crash
+# breaks the whole pool, and it unpickles what the worker returns, which gives code that took over a decoder a way into
+# this process. The messages below hold a JSON header and raw numbers, which can be checked.
 
 from __future__ import annotations
 
@@ -27,20 +32,20 @@ import numpy.typing as npt
 
 MAX_MEMORY_BYTES = 8 * 2**30
 MAX_PIXEL_BYTES = 2 * 2**30
-"""A whole-body CT of 2,000 slices has half of this."""
+"""Limit of the decoded pixels of one file. A whole-body CT of 2,000 slices needs half of it."""
 TIMEOUT_S = 120.0
-"""A 2 GiB multi-frame file takes a third of this."""
+"""Time limit per file, in seconds. A 2 GiB multi-frame file takes a third of it."""
 COMMAND = (sys.executable, "-m", "samgraft.shared.scans.readers.decode_process")
 _LENGTH = struct.Struct("<Q")
 _OK, _FAILED = b"+", b"-"
 
 
 class DecoderError(Exception):
-    """The pixels could not be decoded; the message says why and goes to the user."""
+    """Failure of a decoder, with a message for the user."""
 
 
 class DecodeProcess:
-    """A decoder that can crash, hang or ask for any amount of memory without harm. Not thread-safe."""
+    """Decoder that may crash, hang or allocate without harm to its owner. It is not thread-safe."""
 
     def __init__(self, command: Sequence[str] = COMMAND, *, timeout_s: float = TIMEOUT_S) -> None:
         self._command = list(command)
@@ -48,7 +53,7 @@ class DecodeProcess:
         self._process: subprocess.Popen[bytes] | None = None
 
     def decode(self, data: bytes) -> npt.NDArray[Any]:
-        """Return the pixels of a DICOM file, as pydicom's ``pixel_array``.
+        """Return the pixels of a DICOM file, in the form of pydicom's ``pixel_array``.
 
         Raises:
             DecoderError: If they cannot be decoded, the decoder crashed or took too long.
@@ -63,16 +68,16 @@ class DecodeProcess:
             status = self._receive(1, deadline)
             (size,) = _LENGTH.unpack(self._receive(_LENGTH.size, deadline))
             if size > MAX_PIXEL_BYTES + 4096:
-                raise DecoderError("the decoder answered with more pixels than the limit")
-            answer = self._receive(size, deadline)
+                raise DecoderError("the decoder returned more pixels than the limit")
+            reply = self._receive(size, deadline)
         except (OSError, DecoderError) as err:
             self.close()
             if isinstance(err, DecoderError):
                 raise
-            raise DecoderError(self._how_it_ended(process)) from err
+            raise DecoderError(self._exit_text(process)) from err
         if status != _OK:
-            raise DecoderError(answer.decode("utf-8", "replace"))
-        return _unpack(answer)
+            raise DecoderError(reply.decode("utf-8", "replace"))
+        return _unpack(reply)
 
     def close(self) -> None:
         """End the process."""
@@ -85,7 +90,7 @@ class DecodeProcess:
             try:
                 if stream is not None:
                     stream.close()
-            except OSError:  # what could not be written any more
+            except OSError:  # the rest of a request that could not be sent
                 pass
 
     def _running(self) -> subprocess.Popen[bytes]:
@@ -107,17 +112,17 @@ class DecodeProcess:
                 raise DecoderError(f"the decoder took longer than {self._timeout_s:g} s and was ended")
             part = os.read(descriptor, min(size, 1 << 20))
             if not part:
-                raise DecoderError(self._how_it_ended(self._process))
+                raise DecoderError(self._exit_text(self._process))
             parts.append(part)
             size -= len(part)
         return b"".join(parts)
 
     @staticmethod
-    def _how_it_ended(process: subprocess.Popen[bytes]) -> str:
+    def _exit_text(process: subprocess.Popen[bytes]) -> str:
         try:
             code = process.wait(timeout=5)
         except subprocess.TimeoutExpired:
-            return "the decoder stopped answering"
+            return "the decoder stopped responding"
         return f"the decoder crashed ({f'signal {-code}' if code < 0 else f'exit code {code}'})"
 
 
@@ -125,7 +130,7 @@ _shared: DecodeProcess | None = None
 
 
 def shared_process() -> DecodeProcess:
-    """Return the decoder of this process, started at its first use."""
+    """Return the decoder of this process, and start it at the first use."""
     global _shared
     if _shared is None:
         _shared = DecodeProcess()
@@ -133,34 +138,34 @@ def shared_process() -> DecodeProcess:
     return _shared
 
 
-def _unpack(answer: bytes) -> npt.NDArray[Any]:
-    """Trust nothing: the process may have run a stranger's code."""
+def _unpack(reply: bytes) -> npt.NDArray[Any]:
+    """Check and convert the decoder's output, because a crafted file may have taken over the process."""
     try:
-        head, _, body = answer.partition(b"\n")
+        head, _, body = reply.partition(b"\n")
         about = json.loads(head)
         dtype, shape = np.dtype(str(about["dtype"])), tuple(int(n) for n in about["shape"])
         if dtype.kind not in "iufb" or min(shape, default=0) < 1:
-            raise ValueError("no numbers")
+            raise ValueError("pixels must be numbers")
         return np.frombuffer(body, dtype=dtype).reshape(shape).copy()
     except (ValueError, KeyError, TypeError) as err:
-        raise DecoderError("the decoder's answer is no picture") from err
+        raise DecoderError("the decoder's output is not a picture") from err
 
 
 def _serve() -> None:
-    requests, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
-    # Decoders print to both: nothing of theirs may get between the answers.
+    requests, output = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
+    # Decoders print to stdout and stderr; their text must not get between the pixels.
     quiet = os.open(os.devnull, os.O_WRONLY)
     os.dup2(quiet, 1)
     os.dup2(quiet, 2)
-    import pydicom.pixels.decoders  # before the limits: it maps libraries  # noqa: F401
+    import pydicom.pixels.decoders  # before the limits, because it maps large libraries  # noqa: F401
 
     _limit()
     while len(head := requests.read(_LENGTH.size)) == _LENGTH.size:
         (size,) = _LENGTH.unpack(head)
-        _answer(requests.read(size), answers)
+        _decode_one(requests.read(size), output)
 
 
-def _answer(data: bytes, answers: IO[bytes]) -> None:
+def _decode_one(data: bytes, output: IO[bytes]) -> None:
     import io
     import warnings
 
@@ -175,12 +180,12 @@ def _answer(data: bytes, answers: IO[bytes]) -> None:
     except MemoryError:
         message = f"it needs more than {MAX_MEMORY_BYTES // 2**30} GiB of memory".encode()
         parts = [_FAILED, _LENGTH.pack(len(message)), message]
-    except Exception as err:  # decoders raise many types; all mean that these pixels cannot be had
+    except Exception as err:  # decoders raise many types; each means that the file cannot be used
         message = (str(err).splitlines() or [type(err).__name__])[0].encode()
         parts = [_FAILED, _LENGTH.pack(len(message)), message]
     for part in parts:
-        answers.write(part)
-    answers.flush()
+        output.write(part)
+    output.flush()
 
 
 def _limit() -> None:
@@ -195,7 +200,7 @@ def _limit() -> None:
         soft = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
         try:
             resource.setrlimit(kind, (soft, hard))
-        except (ValueError, OSError):  # not every system has every limit; the time limit of the parent stays
+        except (ValueError, OSError):  # not every system has every limit; the parent's time limit remains
             continue
 
 

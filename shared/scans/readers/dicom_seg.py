@@ -1,30 +1,34 @@
-"""DICOM segmentations (binary, fractional and label map) as labels on the grid of the scan they belong to."""
+"""DICOM segmentations (binary, fractional and label map) as labels on the grid of their scan."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-import pydicom
 from samgraft.shared.errors import DataError
-from samgraft.shared.scans.readers.dicom import LPS_TO_RAS, decode_pixels, find, parse_dicom
+from samgraft.shared.scans.readers.dicom import decode_pixels, find_tag, parse_dicom
+from samgraft.shared.scans.readers.dicom_geometry import LPS_TO_RAS
+from samgraft.shared.scans.readers.scan import ScanFiles, ScanFormat, ScanReader
 from samgraft.shared.scans.readers.verified import read_bytes
 from samgraft.shared.scans.volume import RawScan
 
+if TYPE_CHECKING:
+    from pydicom import Dataset
+
 ON_GRID_TOLERANCE = 0.05
-"""Largest distance of a frame from the scan's grid, in voxels; positions are rounded to hundredths of a mm."""
+"""Largest distance of a frame from the scan's grid, in voxels. Positions are rounded to hundredths of a mm."""
 
 
 def segment_names(path: Path) -> dict[int, str]:
     """Return segment number -> label of a segmentation, without reading its pixels."""
-    header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=["SegmentSequence"])
+    header = parse_dicom(path, where=path.name)
     return {int(item.SegmentNumber): str(item.get("SegmentLabel", "")) for item in header.get("SegmentSequence", [])}
 
 
 def read_dicom_seg(path: Path, *, like: RawScan, where: str) -> RawScan:
-    """Read a segmentation; label ids are segment numbers.
+    """Read a segmentation, with segment numbers as label ids.
 
     Raises:
         DataError: If a frame does not lie on the scan's grid, or two segments claim one voxel.
@@ -39,9 +43,9 @@ def read_dicom_seg(path: Path, *, like: RawScan, where: str) -> RawScan:
         raise DataError(f"a segmentation must have one header per frame, got {len(pixels)} frames.", where=where)
     kind = str(dataset.get("SegmentationType", "BINARY"))
     label_ijk = np.zeros(like.array_ijk.shape, dtype=np.uint16)
-    for frame, group in zip(pixels, groups, strict=True):
-        ids_HW = _ids(frame, dataset, [group, *shared], kind, where=where)
-        i, j, k = _place(find("ImagePositionPatient", [group, *shared]), [group, *shared], like, where=where)
+    for frame_HW, group in zip(pixels, groups, strict=True):
+        ids_HW = _ids(frame_HW, dataset, [group, *shared], kind, where=where)
+        i, j, k = _first_voxel([group, *shared], like, where=where)
         width, height = ids_HW.shape[1], ids_HW.shape[0]
         part = label_ijk[i : i + width, j : j + height, k]
         if part.shape != (width, height):
@@ -54,27 +58,29 @@ def read_dicom_seg(path: Path, *, like: RawScan, where: str) -> RawScan:
 
 
 def _ids(
-    frame: npt.NDArray[Any], dataset: pydicom.Dataset, places: list[Any], kind: str, *, where: str
+    frame_HW: npt.NDArray[Any], dataset: Dataset, places: list[Any], kind: str, *, where: str
 ) -> npt.NDArray[np.uint16]:
     if kind == "LABELMAP":
-        return frame.astype(np.uint16)
-    # With one segment, writers say so once for all frames.
+        return frame_HW.astype(np.uint16)
+    # With one segment, writers give its number once for all frames, in the shared group.
     known = next((place for place in places if place.get("SegmentIdentificationSequence")), None)
     if known is None:
-        raise DataError("a frame of the segmentation does not say which segment it shows.", where=where)
+        raise DataError("a frame of the segmentation has no segment number.", where=where)
     number = int(known.SegmentIdentificationSequence[0].ReferencedSegmentNumber)
     threshold = float(dataset.get("MaximumFractionalValue", 1)) / 2 if kind == "FRACTIONAL" else 0.5
-    return np.where(frame >= threshold, number, 0).astype(np.uint16)
+    return np.where(frame_HW >= threshold, number, 0).astype(np.uint16)
 
 
-def _place(position: Any, places: list[Any], like: RawScan, *, where: str) -> tuple[int, int, int]:
-    orientation = find("ImageOrientationPatient", places)
+def _first_voxel(places: list[Any], like: RawScan, *, where: str) -> tuple[int, int, int]:
+    """Return the voxel (i, j, k) of the scan at which a frame begins, or refuse a frame on another grid."""
+    position, orientation = find_tag("ImagePositionPatient", places), find_tag("ImageOrientationPatient", places)
     if position is None or orientation is None:
         raise DataError("a frame of the segmentation has no position.", where=where)
     to_voxel = np.linalg.inv(like.affine) @ LPS_TO_RAS
-    spacing = [float(v) for v in find("PixelSpacing", places) or (0, 0)]
+    spacing = [float(v) for v in find_tag("PixelSpacing", places) or (0, 0)]
     row = np.asarray(orientation[:3], dtype=np.float64) * spacing[1]
     column = np.asarray(orientation[3:], dtype=np.float64) * spacing[0]
+    # One pixel along a row must be one voxel along i, one pixel along a column one voxel along j.
     axes = to_voxel[:3, :3] @ np.stack([row, column], axis=1)
     voxel = to_voxel @ np.append(np.asarray(position, dtype=np.float64), 1.0)
     whole = np.rint(voxel[:3])
@@ -84,3 +90,13 @@ def _place(position: Any, places: list[Any], like: RawScan, *, where: str) -> tu
     if min(i, j, k) < 0 or k >= like.array_ijk.shape[2]:
         raise DataError("a frame of the segmentation lies outside the scan.", where=where)
     return i, j, k
+
+
+def _read(files: ScanFiles, *, as_label: bool, like: RawScan | None) -> RawScan:
+    del as_label
+    if like is None:
+        raise DataError("a DICOM segmentation is a label, not a scan.", where=files.name)
+    return read_dicom_seg(files.paths[0], like=like, where=files.name)
+
+
+DICOM_SEG = ScanReader(name=ScanFormat.DICOM_SEG, suffixes=(), read=_read, one_file_per_scan=False)

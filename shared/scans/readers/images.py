@@ -1,6 +1,6 @@
-"""Stacks of PNG, TIFF and JPEG files: one file per slice in natural order, or one multi-page TIFF.
+"""Stacks of PNG, TIFF and JPEG files, one file per slice in natural order, or multi-page TIFF volumes.
 
-A sidecar ``spacing.json`` in the folder gives the geometry that pictures lack: ``{"spacing_mm": [z, row, col]}``.
+A file ``spacing.json`` in the folder gives the geometry that pictures lack: ``{"spacing_mm": [z, row, col]}``.
 """
 
 from __future__ import annotations
@@ -17,26 +17,33 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps, ImageSequence, UnidentifiedImageError
 from samgraft.shared.errors import DataError
-from samgraft.shared.scans.readers.nifti import check_spacing
+from samgraft.shared.scans.orientation import axial_affine
+from samgraft.shared.scans.readers.scan import ScanFiles, ScanFormat, ScanReader
 from samgraft.shared.scans.readers.verified import read_bytes
 from samgraft.shared.scans.volume import RawScan
 
 FORMATS = ("PNG", "TIFF", "JPEG")
-SIDECAR = "spacing.json"
+SPACING_FILE = "spacing.json"
 MAX_PIXELS = 64_000_000
 EXIF_ORIENTATION = 0x0112
+_PICTURE_ERRORS = (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombWarning)
+_COLOR_TYPES_OF_PNG = {2: "color", 4: "gray with transparency", 6: "color with transparency"}
+# TIFF tags, by their numbers in the TIFF 6.0 specification.
+_BITS_PER_SAMPLE, _PHOTOMETRIC, _DESCRIPTION, _SAMPLE_FORMAT = 258, 262, 270, 339
 
 
 def read_image_stack(paths: Sequence[Path], *, where: str, as_label: bool = False) -> RawScan:
     """Read pictures as axial slices, first file = lowest slice.
 
     Args:
-        paths: The files, in any order; sorted by name with numbers in numeric order.
+        paths: Files in any order; they are sorted by name with numbers in numeric order.
         where: Name for messages.
-        as_label: The values are label ids: lossy files and rotation tags are refused, palettes keep their indices.
+        as_label: True if the values are label ids: lossy files and rotation tags are refused, palettes keep their
+            indices.
 
     Raises:
-        DataError: If a file is damaged, colored, of another size, or a lossy label.
+        DataError: If a file is damaged, colored, of another size, a lossy label, or of a pixel type whose values
+            would be changed by decoding.
     """
     slices: list[Any] = []
     digests: list[str] = []
@@ -44,40 +51,69 @@ def read_image_stack(paths: Sequence[Path], *, where: str, as_label: bool = Fals
     for path in sorted(paths, key=natural_order):
         data, digest = read_bytes(path, where=where)
         digests.append(digest)
-        slices += _pages(
-            data, where=f"{where}: {path.name}" if len(paths) > 1 else where, as_label=as_label, notes=notes
-        )
+        name = f"{where}: {path.name}" if len(paths) > 1 else where
+        slices += _pages(data, where=name, as_label=as_label, notes=notes)
     if len(sizes := {s.shape for s in slices}) > 1:
         raise DataError(f"slices of a stack must have one size, got {sorted(sizes)}.", where=where)
     dtype = np.result_type(*{s.dtype for s in slices})
     array_zyx = np.stack([s.astype(dtype, copy=False) for s in slices])
-    spacing, has_spacing = read_sidecar(paths[0].parent / SIDECAR, where=where)
+    spacing, has_spacing = read_spacing_file(paths[0].parent / SPACING_FILE, where=where)
     if not has_spacing:
         notes.add("no spacing.json: spacing taken as 1 mm")
-    affine = np.diag([-spacing[2], -spacing[1], spacing[0], 1.0])
-    check_spacing(affine, where=where)
     return RawScan(
         array_ijk=array_zyx.transpose(2, 1, 0),
-        affine=affine,
+        affine=axial_affine(spacing, where=where),
         source_sha256=digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest(),
         notes=tuple(sorted(notes)),
         has_orientation=False,
     )
 
 
+def inspect_pictures(paths: Sequence[Path], *, where: str) -> tuple[str, ...]:
+    """Check the headers of pictures. Their metadata are not searched for identifying text.
+
+    Raises:
+        DataError: If a header alone shows that ``read_image_stack`` would refuse the picture.
+    """
+    for path in paths:
+        try:
+            with Image.open(path, formats=FORMATS) as image:
+                _check_header(image, path.open("rb").read(32), as_label=False, where=where)
+        except _PICTURE_ERRORS as err:
+            if isinstance(err, DataError):
+                raise
+            raise DataError("the picture is damaged or not PNG, TIFF or JPEG.", where=where) from err
+    return ()
+
+
+def count_pages(path: Path) -> int:
+    """Return the number of pages of a TIFF file, 1 for other pictures and files that cannot be opened."""
+    if path.suffix.lower() not in (".tif", ".tiff"):
+        return 1
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            return int(getattr(image, "n_frames", 1))
+    except _PICTURE_ERRORS:
+        return 1  # the reader refuses the file by name
+
+
 def natural_order(path: Path) -> list[tuple[int, int | str]]:
-    """Sort key under which slice_2 comes before slice_10."""
-    return [(0, int(part)) if part.isdigit() else (1, part) for part in re.split(r"(\d+)", path.name) if part]
+    """Return a sort key under which slice_2 comes before slice_10."""
+    return [(0, int(part)) if part.isdecimal() else (1, part) for part in re.split(r"(\d+)", path.name) if part]
 
 
-def read_sidecar(path: Path, *, where: str) -> tuple[tuple[float, float, float], bool]:
-    """Return (z, row, col) spacing of a sidecar, or 1 mm and False without one."""
+def read_spacing_file(path: Path, *, where: str) -> tuple[tuple[float, float, float], bool]:
+    """Return the (z, row, col) spacing in mm of a spacing file, or 1 mm and False without one.
+
+    Raises:
+        DataError: If the file does not hold three numbers.
+    """
     if not path.is_file():
         return (1.0, 1.0, 1.0), False
     try:
         z, row, column = (float(v) for v in json.loads(path.read_text(encoding="utf-8-sig"))["spacing_mm"])
-    except (ValueError, KeyError, TypeError) as err:
-        raise DataError(f'{path.name} must hold {{"spacing_mm": [z, row, col]}} in mm: {err}.', where=where) from err
+    except (ValueError, KeyError, TypeError, OSError) as err:
+        raise DataError(f'{path.name} must hold {{"spacing_mm": [z, row, col]}} in mm ({err}).', where=where) from err
     return (z, row, column), True
 
 
@@ -86,45 +122,137 @@ def _pages(data: bytes, *, where: str, as_label: bool, notes: set[str]) -> list[
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-                if image.width * image.height > MAX_PIXELS:
-                    raise DataError(f"a picture must have at most {MAX_PIXELS} pixels.", where=where)
-                if as_label and image.format == "JPEG":
-                    raise DataError("a label must not be JPEG: its compression changes ids. Use PNG.", where=where)
-                return [_pixels(p, where=where, as_label=as_label, notes=notes) for p in ImageSequence.Iterator(image)]
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombWarning) as err:
+                _check_header(image, data[:32], as_label=as_label, where=where)
+                pages = ImageSequence.Iterator(image)
+                return [_pixels(page, data[:32], where=where, as_label=as_label, notes=notes) for page in pages]
+    except _PICTURE_ERRORS as err:
         if isinstance(err, DataError):
             raise
         raise DataError(f"the picture is damaged or not PNG, TIFF or JPEG ({err}).", where=where) from err
 
 
-def _pixels(page: Image.Image, *, where: str, as_label: bool, notes: set[str]) -> Any:
+def _check_header(image: Image.Image, head: bytes, *, as_label: bool, where: str) -> None:
+    """Refuse pictures whose values or pages Pillow would change, before a pixel is decoded."""
+    if image.width * image.height > MAX_PIXELS:
+        raise DataError(f"a picture must have at most {MAX_PIXELS} pixels.", where=where)
+    if image.format in ("JPEG", "MPO") and as_label:
+        raise DataError("a label must not be JPEG: its compression changes ids. Use PNG.", where=where)
+    if image.format != "TIFF" and getattr(image, "n_frames", 1) > 1:
+        raise DataError("an animated picture is not a stack of slices. Save its frames one by one.", where=where)
+    if image.format == "PNG":
+        depth, color_type = _png_type(head)
+        if depth == 16 and color_type in _COLOR_TYPES_OF_PNG:  # Pillow keeps only the upper 8 bits of these
+            raise DataError(
+                f"16-bit PNG must be plain gray, got {_COLOR_TYPES_OF_PNG[color_type]}. Save it as 16-bit gray.",
+                where=where,
+            )
+    if image.format == "TIFF":
+        _check_tiff(image, as_label=as_label, where=where)
+
+
+def _png_type(head: bytes) -> tuple[int, int]:
+    """Return bit depth and color type, bytes 24 and 25 of every PNG file."""
+    return (head[24], head[25]) if len(head) > 25 else (8, 0)
+
+
+def _check_tiff(image: Any, *, as_label: bool, where: str) -> None:
+    tags = image.tag_v2
+    bits, samples = _tiff_type(image)
+    if (bits, samples) not in {(1, 1), (8, 1), (8, 2), (16, 1), (16, 2), (32, 1), (32, 2), (32, 3)}:
+        raise DataError(f"TIFF samples must have 1, 8, 16 or 32 bits, got {bits}. Convert the file.", where=where)
+    # WhiteIsZero pictures store bright as low. Pillow inverts those of 8 bits and not those of 16.
+    if tags.get(_PHOTOMETRIC) == 0 and (as_label or bits not in (1, 8)):
+        raise DataError("TIFF must store black as 0, got WhiteIsZero. Save it again as BlackIsZero.", where=where)
+    text = tags.get(_DESCRIPTION, "")
+    text = text.decode("utf-8", "replace") if isinstance(text, bytes) else str(text)
+    if text.startswith("ImageJ="):
+        numbers = {name: int(n) for name, n in re.findall(r"^(images|channels|frames)=(\d+)", text, re.MULTILINE)}
+    else:
+        found = dict(re.findall(r'\b(SizeC|SizeT)="(\d+)"', text)) if "<OME" in text else {}
+        numbers = {"channels": int(found.get("SizeC", 1)), "frames": int(found.get("SizeT", 1))}
+    if numbers.get("channels", 1) > 1 or numbers.get("frames", 1) > 1:
+        raise DataError("pages of a TIFF must be slices, got channels or time points too. Export one.", where=where)
+    # ImageJ writes files above 4 GB with one page entry and the other slices behind it, where Pillow cannot see them.
+    if numbers.get("images", 1) > getattr(image, "n_frames", 1):
+        raise DataError(
+            f"the TIFF announces {numbers['images']} slices, {getattr(image, 'n_frames', 1)} can be read. Save it "
+            "again as a plain multi-page TIFF.",
+            where=where,
+        )
+
+
+def _tiff_type(image: Any) -> tuple[int, int]:
+    """Return bits per sample and sample format (1 unsigned, 2 signed, 3 float)."""
+    bits, samples = image.tag_v2.get(_BITS_PER_SAMPLE, (1,)), image.tag_v2.get(_SAMPLE_FORMAT, (1,))
+    return (max(bits) if isinstance(bits, tuple) else int(bits)), (
+        max(samples) if isinstance(samples, tuple) else int(samples)
+    )
+
+
+def _pixels(page: Image.Image, head: bytes, *, where: str, as_label: bool, notes: set[str]) -> Any:
     if page.getexif().get(EXIF_ORIENTATION, 1) != 1:
         if as_label:
             raise DataError(
-                "a label must not carry an EXIF rotation: is it applied or not? Save it again.", where=where
+                "a label must not carry an EXIF rotation. Apply the rotation and save it again.", where=where
             )
         page = ImageOps.exif_transpose(page)
         notes.add("EXIF rotation applied")
-    if page.mode == "P":
-        if as_label:
-            return np.asarray(page)
-        page = page.convert("RGB")
+    if page.mode in ("P", "PA") and as_label:
+        return np.asarray(page.getchannel(0) if page.mode == "PA" else page)
+    if page.mode in ("P", "PA"):
+        page = page.convert("RGBA" if page.mode == "PA" or "transparency" in page.info else "RGB")
     if page.mode == "1":
         return np.asarray(page).astype(np.uint8)
+    if page.mode not in ("L", "LA", "RGB", "RGBA", "I", "F", "I;16", "I;16B", "I;16L", "I;16N"):
+        raise DataError(f"a slice must be gray, got {page.mode} pixels. Export gray pictures.", where=where)
     array = np.asarray(page)
-    if page.mode in ("LA", "La"):
-        notes.add("transparency dropped")
-        return array[..., 0]
-    if array.ndim == 2:
-        return array
-    return _gray_of_color(array, where=where, notes=notes)
+    if page.format == "PNG" and page.mode == "L" and (depth := _png_type(head)[0]) < 8:
+        # Pillow spreads 2 and 4 bits over 0..255, which turns a label of 3 into 255.
+        return array // np.uint8(255 // (2**depth - 1))
+    if page.format == "TIFF" and array.ndim == 2:
+        array = _with_tiff_sign(page, array)
+    if page.mode in ("LA", "RGBA"):
+        _check_alpha(array[..., -1], where=where)
+        notes.add("transparency dropped, it is the same everywhere")
+        array = array[..., 0] if page.mode == "LA" else array[..., :3]
+    return array if array.ndim == 2 else _gray_of_color(array, where=where, notes=notes)
+
+
+def _with_tiff_sign(page: Any, array: Any) -> Any:
+    """Give the samples their own sign, because Pillow reads int8 as uint8 and uint32 as int32."""
+    bits, samples = _tiff_type(page)
+    if bits == 8 and samples == 2:
+        return array.view(np.int8)
+    if bits == 32 and samples == 1 and array.dtype == np.int32:
+        return array.view(np.uint32)
+    return array
+
+
+def _check_alpha(alpha_HW: Any, *, where: str) -> None:
+    if alpha_HW.min() != alpha_HW.max():
+        raise DataError(
+            "transparency differs from pixel to pixel and would be lost. Save gray values only.", where=where
+        )
 
 
 def _gray_of_color(array: Any, *, where: str, notes: set[str]) -> Any:
-    """Gray pictures saved as RGB lose nothing by taking one channel; real color is refused."""
-    if array.shape[-1] not in (3, 4) or not (
-        np.array_equal(array[..., 0], array[..., 1]) and np.array_equal(array[..., 0], array[..., 2])
-    ):
+    """Return one channel of a gray picture that was saved as RGB, and refuse real color."""
+    if not (np.array_equal(array[..., 0], array[..., 1]) and np.array_equal(array[..., 0], array[..., 2])):
         raise DataError("a slice must be gray, got color. Export gray pictures.", where=where)
     notes.add("three equal color channels: one taken")
     return array[..., 0]
+
+
+def _read(files: ScanFiles, *, as_label: bool, like: RawScan | None) -> RawScan:
+    del like
+    return read_image_stack(files.paths, where=files.name, as_label=as_label)
+
+
+PICTURES = ScanReader(
+    name=ScanFormat.IMAGES,
+    suffixes=(".png", ".tif", ".tiff", ".jpg", ".jpeg"),
+    read=_read,
+    inspect=lambda files: inspect_pictures(files.paths, where=files.name),
+    one_file_per_scan=False,
+    has_native_geometry=False,
+)

@@ -1,4 +1,4 @@
-"""NumPy ``.npy`` arrays (Z, H, W) or (H, W), with an optional sidecar ``NAME.json`` for spacing; never pickles."""
+"""NumPy ``.npy`` arrays (Z, H, W) or (H, W), with an optional ``NAME.json`` for spacing."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ from pathlib import Path
 
 import numpy as np
 from samgraft.shared.errors import DataError
-from samgraft.shared.scans.readers.images import read_sidecar
-from samgraft.shared.scans.readers.nifti import check_spacing
+from samgraft.shared.scans.orientation import axial_affine
+from samgraft.shared.scans.readers.images import read_spacing_file
+from samgraft.shared.scans.readers.scan import ScanFiles, ScanFormat, ScanReader
 from samgraft.shared.scans.readers.verified import read_bytes
 from samgraft.shared.scans.volume import RawScan
 
 
 def read_numpy(path: Path, *, where: str) -> RawScan:
-    """Read one array as axial slices.
+    """Read one array as axial slices. Pickled objects are never loaded.
 
     Raises:
         DataError: If the file is damaged, cut, holds Python objects, or is not 2D or 3D.
@@ -31,13 +32,25 @@ def read_numpy(path: Path, *, where: str) -> RawScan:
         array = array[None]
     if array.ndim != 3:
         raise DataError(f"an array must have shape (Z, H, W) or (H, W), got {array.shape}.", where=where)
-    spacing, has_spacing = read_sidecar(path.with_suffix(".json"), where=where)
-    affine = np.diag([-spacing[2], -spacing[1], spacing[0], 1.0])
-    check_spacing(affine, where=where)
+    spacing, has_spacing = read_spacing_file(path.with_suffix(".json"), where=where)
     return RawScan(
         array_ijk=array.transpose(2, 1, 0),
-        affine=affine,
+        affine=axial_affine(spacing, where=where),
         source_sha256=digest,
         notes=() if has_spacing else (f"no {path.stem}.json: spacing taken as 1 mm",),
         has_orientation=False,
     )
+
+
+def _read(files: ScanFiles, *, as_label: bool, like: RawScan | None) -> RawScan:
+    del as_label, like
+    return read_numpy(files.paths[0], where=files.name)
+
+
+NUMPY = ScanReader(
+    name=ScanFormat.NUMPY,
+    suffixes=(".npy",),
+    matches=lambda head: head[:6] == b"\x93NUMPY",
+    read=_read,
+    has_native_geometry=False,
+)

@@ -1,18 +1,18 @@
-"""One way in: a scan on disk, whatever its format, to a :class:`RawScan`; the format is told by content."""
+"""Files of one scan, and the record of a file format's reader."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
+from typing import Protocol
 
-from samgraft.shared.errors import DataError
-from samgraft.shared.scans.readers.verified import GZIP_MAGIC
 from samgraft.shared.scans.volume import RawScan
 
 
-class ScanFormat(Enum):
-    """File formats with a reader."""
+class ScanFormat(StrEnum):
+    """Names of the built-in readers. A further reader has its own name."""
 
     NIFTI = "nifti"
     NRRD = "nrrd"
@@ -24,67 +24,54 @@ class ScanFormat(Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class ScanFiles:
-    """The file or files that make up one scan."""
+    """File or files that make up one scan."""
 
-    format: ScanFormat
+    format: str
+    """Name of the reader, a key of ``registry.READERS``."""
     paths: tuple[Path, ...]
     name: str
     """Name for messages, e.g. the file name."""
     frame: int | None = None
-    """Which volume of a 4D file."""
+    """Index of the volume to read from a 4D file."""
     allow_gaps: bool = False
-    """Accept missing DICOM slices."""
+    """Acceptance of missing DICOM slices."""
 
 
-def read_scan(files: ScanFiles, *, as_label: bool = False, like: RawScan | None = None) -> RawScan:
-    """Read a scan with the reader of its format.
+class ReadScan(Protocol):
+    """Signature of the function that reads voxels."""
 
-    Args:
-        files: What to read.
-        as_label: The values are label ids; pictures are then read without any conversion.
-        like: The scan that a label belongs to; DICOM-SEG needs its grid.
-    """
-    # Imported here: a store of NIfTI files needs neither pydicom nor Pillow in its workers.
-    if files.format is ScanFormat.NIFTI:
-        from samgraft.shared.scans.readers.nifti import read_nifti
-
-        return read_nifti(files.paths[0], where=files.name, frame=files.frame)
-    if files.format is ScanFormat.NRRD:
-        from samgraft.shared.scans.readers.nrrd_file import read_nrrd
-
-        return read_nrrd(files.paths[0], where=files.name)
-    if files.format is ScanFormat.IMAGES:
-        from samgraft.shared.scans.readers.images import read_image_stack
-
-        return read_image_stack(files.paths, where=files.name, as_label=as_label)
-    if files.format is ScanFormat.NUMPY:
-        from samgraft.shared.scans.readers.numpy_file import read_numpy
-
-        return read_numpy(files.paths[0], where=files.name)
-    if files.format is ScanFormat.DICOM_SEG:
-        from samgraft.shared.scans.readers.dicom_seg import read_dicom_seg
-
-        if like is None:
-            raise DataError("a DICOM segmentation is a label, not a scan.", where=files.name)
-        return read_dicom_seg(files.paths[0], like=like, where=files.name)
-    from samgraft.shared.scans.readers.dicom import read_dicom_series
-
-    return read_dicom_series(files.paths, where=files.name, allow_gaps=files.allow_gaps)
+    def __call__(self, files: ScanFiles, *, as_label: bool, like: RawScan | None) -> RawScan:
+        """Read the files to their last byte. ``like`` is the scan that a label belongs to."""
 
 
-def sniff_format(path: Path) -> ScanFormat | None:
-    """Tell the format of a file by its first bytes; None for what is not a scan."""
-    try:
-        with path.open("rb") as file:
-            head = file.read(552)
-    except OSError as err:
-        raise DataError(f"the file cannot be read: {err.strerror}.", where=path.name) from err
-    if head[:2] == GZIP_MAGIC:
-        return ScanFormat.NIFTI
-    if head[:7] == b"NRRD000":
-        return ScanFormat.NRRD
-    if head[344:348] in (b"n+1\x00", b"ni1\x00") or head[4:8] == b"n+2\x00":
-        return ScanFormat.NIFTI
-    if head[128:132] == b"DICM":
-        return ScanFormat.DICOM
-    return None
+class InspectScan(Protocol):
+    """Signature of the function that reads headers only."""
+
+    def __call__(self, files: ScanFiles) -> tuple[str, ...]:
+        """Return kinds of identifying content. Raise DataError for what the headers alone make unreadable."""
+
+
+def inspect_nothing(files: ScanFiles) -> tuple[str, ...]:
+    """Return no findings, for formats whose headers hold nothing to check."""
+    del files
+    return ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScanReader:
+    """Functions that recognise, read and inspect the files of one format."""
+
+    name: str
+    """Name in ``ScanFiles.format``."""
+    suffixes: tuple[str, ...]
+    """File name endings in lower case, with the dot. Empty for formats that are found by content only."""
+    matches: Callable[[bytes], bool] = lambda head: False
+    """Test of the first ``registry.HEAD_BYTES`` bytes, decompressed, for files without a known suffix."""
+    read: ReadScan
+    """Function that reads voxels and geometry."""
+    inspect: InspectScan = inspect_nothing
+    """Function that checks the headers for ``samgraft doctor``."""
+    one_file_per_scan: bool = True
+    """False for formats whose files are first grouped into series or stacks."""
+    has_native_geometry: bool = True
+    """False for formats without any header for spacing and orientation."""

@@ -1,7 +1,7 @@
-"""Bytes of a source file, read to their end: libraries stop at the last voxel and miss a cut or damaged tail.
+"""Source files read to their last byte, with checksums.
 
-nibabel ignores a wrong gzip checksum and SimpleITK fills a truncated file with zeros (measured), so every reader of
-ours gets its bytes from here.
+Libraries stop at the last voxel and miss a cut or damaged tail: nibabel ignores a wrong gzip checksum, and SimpleITK
+fills a truncated file with zeros (both measured). Every reader of this folder gets its bytes from here.
 """
 
 from __future__ import annotations
@@ -22,33 +22,48 @@ def read_bytes(path: Path, *, where: str) -> tuple[bytes, str]:
 
     Raises:
         DataError: If the file is missing, empty, a pipe, a socket or a folder.
-        StorageError: If the drive fails again and again.
+        StorageError: If the drive fails repeatedly.
     """
     try:
         mode = path.stat().st_mode
     except FileNotFoundError as err:
         raise DataError("the file vanished after it was listed. Run the command again.", where=where) from err
     except OSError as err:
-        raise DataError(f"the file cannot be opened: {err.strerror}.", where=where) from err
-    if not stat.S_ISREG(mode):  # opening a pipe would wait for ever
+        raise DataError(f"the file cannot be opened ({err.strerror}).", where=where) from err
+    if not stat.S_ISREG(mode):  # opening a pipe would block until another process writes to it
         raise DataError("a scan must be a regular file, got a folder, pipe or device.", where=where)
     try:
         data = read_with_retry(path.read_bytes, where=where)
     except StorageError:
         raise
     except OSError as err:
-        raise DataError(f"the file cannot be read: {err.strerror}.", where=where) from err
+        raise DataError(f"the file cannot be read ({err.strerror}).", where=where) from err
     if not data:
         raise DataError("the file is empty (0 bytes). Copy it again from its origin.", where=where)
     return data, hashlib.sha256(data).hexdigest()
 
 
+def read_head(path: Path, num_bytes: int, *, where: str) -> bytes:
+    """Return the first bytes of a file, decompressed if it is a gzip file.
+
+    Raises:
+        DataError: If the file cannot be opened or its gzip data is damaged.
+    """
+    try:
+        with path.open("rb") as file:
+            # Incompressible data grows by a few bytes per block, hence the reserve.
+            data = file.read(2 * num_bytes + 4096)
+    except OSError as err:
+        raise DataError(f"the file cannot be opened ({err.strerror}).", where=where) from err
+    return peek_gzip(data, num_bytes=num_bytes, where=where) if data[:2] == GZIP_MAGIC else data[:num_bytes]
+
+
 def gunzip(data: bytes, *, limit: int, where: str) -> bytes:
-    """Decompress gzip data to its end, checking CRC and length.
+    """Decompress gzip data to its end and check CRC and length.
 
     Args:
-        data: The compressed bytes.
-        limit: Bytes that the header of the scan announces; more is refused before it is allocated.
+        data: Compressed bytes.
+        limit: Number of bytes that the header of the scan announces; more is refused before it is allocated.
         where: Name for messages.
 
     Raises:
@@ -67,7 +82,7 @@ def gunzip(data: bytes, *, limit: int, where: str) -> bytes:
             ) from err
         left -= len(parts[-1])
         if left < 0:
-            raise DataError(f"the compressed data must hold {limit} bytes, it goes on after them.", where=where)
+            raise DataError(f"the compressed data is longer than the {limit} bytes of its header.", where=where)
         if not stream.eof:
             raise DataError(
                 "the gzip data is damaged or cut short (it ends too early). Copy the file again from its origin.",

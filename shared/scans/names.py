@@ -1,0 +1,182 @@
+"""Meaning of file and folder names for roles, pairs of image and label, and patients.
+
+A name is split into words. Role words (``mask``, ``gts``, ``imagesTr``) separate images from labels and are then
+removed; what is left is the key under which an image and its labels meet. Words for a part of a split, a contrast, a
+time point or a side do not identify a patient.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import PurePath
+
+from samgraft.shared.scans.readers.registry import scan_stem
+
+
+def _word_set(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+_LABEL_WORDS = _word_set(
+    "label labels labelmap labelmaps lbl lbls seg segs segm segmentation segmentations mask masks msk dseg gt "
+    "gts groundtruth groundtruths annotation annotations annot annots contour contours roi rois"
+)
+_IMAGE_WORDS = _word_set(
+    "image images imaging img imgs scan scans volume volumes vol vols data raw input inputs picture pictures"
+)
+# Words for a file format, which folders of images and of labels may or may not carry.
+_FORMAT_WORDS = _word_set("dicom dcm nifti nii nrrd png tif tiff")
+_ROLE_WORDS = _LABEL_WORDS | _IMAGE_WORDS | _FORMAT_WORDS
+_PART_WORDS = {
+    **dict.fromkeys(("tr", "train", "training", "trainset"), "train"),
+    **dict.fromkeys(("ts", "te", "test", "testing", "testset"), "test"),
+    **dict.fromkeys(("val", "valid", "validation", "va", "dev"), "val"),
+}
+# Words beside a role word that describe how a label was made and not what it shows.
+_QUALIFIERS = _word_set("manual expert final corrected refined binary multi multiclass true gold standard all")
+_CONTRASTS = _word_set(
+    "t1 t2 t1w t2w t1ce t1c t1gd t1n t2f t2s pd pdw flair dwi adc swi dce bold asl ct cta mr mri mra pet cbct "
+    "us xray cr dx mg axial coronal sagittal ax cor sag"
+)
+# Words that number the scans of one patient, with or without their number in the same word.
+_REPEATS = _word_set(
+    "frame fr time timepoint tp t ses session visit v scan phase day week month year slice slc z echo run acq rep "
+    "series study exam fu followup"
+)
+_REPEAT = re.compile(rf"^(?:{'|'.join(sorted(_REPEATS, key=len, reverse=True))})\d*$")
+_STATES = _word_set("pre post before after baseline followup ed es left right l r lcc rcc lmlo rmlo cc mlo rest stress")
+_PLACEHOLDERS = _word_set(
+    "anon anonymous anonymized anonymised anonym unknown none na nan null removed deidentified deid test patient "
+    "noname noid id subject subj pseudonym redacted hidden empty default"
+)
+_JOINED = re.compile(r"(?i)(ground|label|time|follow)[-_. ]?(truth|maps?|point|up)s?(?![a-z])")
+_CAMEL_PART = re.compile(r"^(?P<role>[A-Za-z]+?)(?P<part>Tr|Ts|Te|Val|Va|Train|Test|TR|TS|tr|ts)$")
+
+
+@dataclass(frozen=True)
+class NamedFile:
+    """One file name, split into the words that decide what it is."""
+
+    folders: tuple[str, ...]
+    """Words of the folders below the root, without role words."""
+    words: tuple[str, ...]
+    """Words of the file name in lower case, role words included."""
+    role_index: int | None
+    """Position of the first label word in ``words``."""
+    in_label_folder: bool
+    """True if the innermost role folder is one for labels."""
+    original: tuple[str, ...]
+    """Words of the file name in their own upper and lower case, for class names."""
+
+    @property
+    def is_label(self) -> bool:
+        """True if the name or a folder has a word for labels."""
+        has_image_word = any(word in _IMAGE_WORDS for word in self.words)
+        return self.role_index is not None or (self.in_label_folder and not has_image_word)
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """Folders and the words that are left without role words."""
+        return (*self.folders, *(word for word in self.words if word not in _ROLE_WORDS))
+
+    def label_candidates(self) -> Iterator[tuple[tuple[str, ...], str | None]]:
+        """Yield (key of an image, class name) pairs to which this label may belong, the most exact first."""
+        yield self.key, None
+        if self.role_index is not None:
+            for kept, rest in (
+                (slice(None, self.role_index), slice(self.role_index + 1, None)),
+                (slice(self.role_index + 1, None), slice(None, self.role_index)),
+            ):
+                words = [w for w in self.words[kept] if w not in _ROLE_WORDS]
+                if words:
+                    yield (*self.folders, *words), _class_name(self.original[rest])
+        pairs = [(w, o) for w, o in zip(self.words, self.original, strict=True) if w not in _ROLE_WORDS]
+        for end in range(len(pairs) - 1, 0, -1):
+            yield (*self.folders, *(w for w, _ in pairs[:end])), _class_name([o for _, o in pairs[end:]])
+
+    @property
+    def class_name(self) -> str | None:
+        """Class that the whole name gives, for a label in the folder of its only image (``liver.nii.gz``)."""
+        return _class_name(self.original)
+
+
+def split_name(relative: PurePath) -> NamedFile:
+    """Split a path below the root of a source into words."""
+    folders: list[str] = []
+    in_label_folder = False
+    for folder in relative.parent.parts:
+        words = _words(folder)
+        # ``masks`` and ``labels_train`` are role folders; ``mask_study_07`` may be a patient's, its files decide.
+        is_numbered = any(char.isdigit() for char in folder)
+        if any(word in _LABEL_WORDS for word in words) and not is_numbered:
+            in_label_folder = True
+            words = [word for word in words if word not in _QUALIFIERS]
+        elif any(word in _IMAGE_WORDS for word in words) and not is_numbered:
+            in_label_folder = False
+        folders += [word for word in words if word not in _ROLE_WORDS]
+    original = _words(scan_stem(relative.name), lower=False)
+    lowered = tuple(word.lower() for word in original)
+    found = next((i for i, word in enumerate(lowered) if word in _LABEL_WORDS), None)
+    return NamedFile(tuple(folders), lowered, found, in_label_folder, tuple(original))
+
+
+def patient_folder(relative: PurePath) -> str | None:
+    """Return the first folder of a path that can be a patient's, or None.
+
+    Role folders, parts of a split and contrasts (``images``, ``train``, ``T1``) are skipped.
+    """
+    return next((part for part in relative.parent.parts if not _is_general(part)), None)
+
+
+def patient_of_stem(stem: str) -> str:
+    """Return a case id without the words that number scans of one patient.
+
+    ``patient001_frame01`` and ``patient001_frame12`` are one patient, as are ``P01_T1_pre`` and ``P01_T2_post``. A
+    merge that is wrong costs variety, while a split of one patient over train and test makes every result wrong.
+    """
+    parts = re.split(r"([-_. ]+)", stem)
+    while len(parts) > 2:
+        word, previous = parts[-1].lower(), parts[-3].lower()
+        if word.isdecimal() and previous in _REPEATS:
+            parts = parts[:-4]
+        elif _REPEAT.match(word) or word in _CONTRASTS | _STATES | _ROLE_WORDS:
+            parts = parts[:-2]
+        elif re.fullmatch(r"\d{4}", word) and len(parts) > 2 and any(c.isdigit() for c in previous):
+            parts = parts[:-2]  # channel of nnU-Net, CASE_0000
+        else:
+            break
+    return "".join(parts) or stem
+
+
+def is_placeholder_id(patient_id: str) -> bool:
+    """Return whether a patient id is empty or a word that anonymisers write for every patient."""
+    text = re.sub(r"[^a-z0-9]", "", patient_id.lower())
+    return not text or set(text) <= {"0"} or set(text) <= {"x"} or text in _PLACEHOLDERS
+
+
+def _class_name(words: Sequence[str]) -> str | None:
+    """Return the class that words name, None for a number (one of several masks) or a description."""
+    kept = [word for word in words if word.lower() not in _LABEL_WORDS | _IMAGE_WORDS | _QUALIFIERS]
+    return "_".join(kept) if any(not word.isdecimal() for word in kept) else None
+
+
+def _is_general(folder: str) -> bool:
+    words = _words(folder)
+    general = _ROLE_WORDS | _QUALIFIERS | _CONTRASTS | set(_PART_WORDS.values())
+    if re.fullmatch(r"(?i)fold[-_ ]?\d+", folder):
+        return True
+    return all(word in general for word in words)
+
+
+def _words(text: str, *, lower: bool = True) -> list[str]:
+    text = _JOINED.sub(lambda m: m[1] + m[2], text)
+    words: list[str] = []
+    for word in filter(None, re.split(r"[-_. ]+", text)):
+        camel = _CAMEL_PART.match(word)
+        if camel and camel["role"].lower() in _LABEL_WORDS | _IMAGE_WORDS:
+            words += [camel["role"], _PART_WORDS[camel["part"].lower()]]
+        else:
+            words.append(_PART_WORDS.get(word.lower(), word))
+    return [word.lower() for word in words] if lower else words
