@@ -13,8 +13,8 @@ from samgraft.shared.scans.orientation import Plane
 from samgraft.shared.scans.preset import ModalityPreset
 from samgraft.shared.training.config import Strategy, TrainerConfig
 from samgraft.shared.training.optim import OptimizerConfig
-from samgraft.ssl.objectives.mae import Layout
-from samgraft.ssl.objectives.settings import ObjectiveConfig, with_mirroring
+from samgraft.ssl.objectives import ObjectiveConfig, set_flip_probability
+from samgraft.ssl.objectives.mae import Layout, MAEConfig
 from samgraft.ssl.scope import ScopeConfig
 from samgraft.ssl.ssl_state import StateUse
 
@@ -182,9 +182,11 @@ class PretrainConfig:
     def __post_init__(self) -> None:
         check_seed(self.seed)
         # Here, so that the configuration of every run holds the number that it used.
-        filled = with_mirroring(self.objective, self.data.augment.flip_columns_probability)
+        filled = set_flip_probability(self.objective, self.data.augment.flip_columns_probability)
         object.__setattr__(self, "objective", filled)
-        if self.objective.mae.layout is Layout.PLAIN_VIT and self.trainer.strategy is Strategy.FSDP:
+        settings = self.objective.settings
+        is_plain = isinstance(settings, MAEConfig) and settings.layout is Layout.PLAIN_VIT
+        if is_plain and self.trainer.strategy is Strategy.FSDP:
             raise ValueError(
                 "objective.mae.layout=plain_vit must not be combined with trainer.strategy=fsdp: it runs the parts of "
                 "a block one by one, which are not whole then. Use ddp."

@@ -34,8 +34,7 @@ class PretrainModule(pl.LightningModule):
 
     def __init__(self, objective: Objective, config: PretrainConfig, *, moments: Moments | None = None) -> None:
         super().__init__()
-        assert isinstance(objective, nn.Module)
-        self.objective: Any = objective
+        self.objective = objective
         self.config = config
         self._moments = moments
 

@@ -9,7 +9,6 @@ from samgraft.shared.errors import UsageError
 from samgraft.shared.training.optim import LearningRate, parameter_groups
 from samgraft.ssl.config import PretrainOptimizerConfig
 from samgraft.ssl.objectives.objective import Objective
-from torch import nn
 
 
 def build_pretrain_optimizer(objective: Objective, config: PretrainOptimizerConfig) -> torch.optim.AdamW:
@@ -26,10 +25,7 @@ def build_pretrain_optimizer(objective: Objective, config: PretrainOptimizerConf
 
 def pretrain_groups(objective: Objective, config: PretrainOptimizerConfig) -> list[dict[str, Any]]:
     """Return the parameter groups: the encoder's, then those of the heads with ``head_lr_factor`` times the rate."""
-    assert isinstance(objective, nn.Module)
-    encoder = objective.encoder
-    assert isinstance(encoder, nn.Module)
-    in_encoder = {id(p) for p in encoder.parameters()}
+    in_encoder = {id(p) for p in objective.encoder.parameters()}
     encoder_groups, head_groups = [], []
     for group in parameter_groups(objective, config, layer_groups=objective.encoder.layer_groups()):
         inside = [p for p in group["params"] if id(p) in in_encoder]

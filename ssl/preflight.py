@@ -126,7 +126,6 @@ def measure_step(
 
     The first step is not counted: it pays for allocations.
     """
-    assert isinstance(objective, nn.Module)
     device = images_B1SS.device
     objective.to(device)
     if channels_last:
@@ -154,7 +153,6 @@ def measure_step(
 
 def check_memory(objective: Objective, step_time: StepTime, *, device: torch.device, batch_size: int) -> str:
     """Return what the run will hold in memory against what is free; warn where it does not fit."""
-    assert isinstance(objective, nn.Module)
     needed = training_bytes(objective, step_time.saved_bytes)
     line, fits = describe_memory(needed, free_bytes(device), batch_size=batch_size)
     if not fits:
@@ -188,7 +186,6 @@ def preflight(
             f"{device.devices * device.num_nodes} processes.",
             where="data.batch_size",
         )
-    assert isinstance(objective, nn.Module)
     images_B1SS = _first_batch(config, dataset, device)
     try:
         step_time = measure_step(
@@ -203,7 +200,7 @@ def preflight(
         "data": describe_data(dataset.store, split, dataset.slices),
         "leak check": "; ".join(leaks) or "no labelled store named (data.test_stores): nothing to compare with",
         "model": f"{objective.encoder.spec.title} at {config.model.image_size} px, trained {trained_share(objective)}",
-        "objective": config.objective.name.value,
+        "objective": config.objective.name,
         "time": f"{step_time.seconds:.2f} s per step of {batch_size} slices ({step_time.num_measured} measured); "
         f"{config.trainer.max_steps} steps take about {format_duration(seconds)}",
         "memory": check_memory(objective, step_time, device=images_B1SS.device, batch_size=batch_size),

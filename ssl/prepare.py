@@ -15,16 +15,16 @@ from samgraft.shared.stage_config import DemoSettings, TypedSettings, build_stag
 from samgraft.shared.store.store import SliceStore
 from samgraft.shared.weights.load import read_weights
 from samgraft.ssl.config import PretrainConfig
-from samgraft.ssl.objectives.settings import Method
+from samgraft.ssl.objectives import OBJECTIVES
 from samgraft.ssl.start import RANDOM
 
 log = logging.getLogger(__name__)
 
 DEFAULT_METHOD = {
-    Arch.vit_t: Method.MASKED_IMAGE,
-    Arch.vit_b: Method.MAE,
-    Arch.vit_l: Method.MAE,
-    Arch.vit_h: Method.MAE,
+    Arch.vit_t: "masked_image",
+    Arch.vit_b: "mae",
+    Arch.vit_l: "mae",
+    Arch.vit_h: "mae",
 }
 """What suits an architecture when METHOD is not given."""
 
@@ -71,8 +71,8 @@ def _arch(model: str | None, base: str | None) -> Arch:
 
 def _preset_file(wanted: str | None, preset: str | None, arch: Arch, *, has_gpu: bool) -> Path:
     """Return ``configs/pretrain/METHOD-PRESET.yaml``; an unknown name is answered with the known ones."""
-    method = wanted or DEFAULT_METHOD[arch].value
-    known = sorted(m.value for m in Method)
+    method = wanted or DEFAULT_METHOD[arch]
+    known = sorted(OBJECTIVES)
     if method not in known:
         raise UsageError(f"METHOD must be one of {', '.join(known)}, got {method!r}.", next_command="make help")
     return packaged_config(f"pretrain/{method}-{preset or ('gpu' if has_gpu else 'cpu')}.yaml")
@@ -111,4 +111,4 @@ def _check_modality(config: PretrainConfig) -> None:
 def _run_name(config: PretrainConfig) -> str:
     """Return the same name for the same task, so that the same command goes on with the same run."""
     store = Path(config.data.store).name.removesuffix(".zarr")
-    return f"{store}-{config.model.arch.value}-{config.objective.name.value}"
+    return f"{store}-{config.model.arch.value}-{config.objective.name}"

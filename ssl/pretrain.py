@@ -37,7 +37,6 @@ from samgraft.ssl.objectives import Objective
 from samgraft.ssl.optimizer import build_schedule
 from samgraft.ssl.preflight import leak_check, preflight, pretraining_split
 from samgraft.ssl.start import start_objective
-from torch import nn
 from torch.utils.data import DataLoader
 
 log = logging.getLogger(__name__)
@@ -131,8 +130,6 @@ def _loader(dataset: SliceDataset, config: PretrainConfig, position: LoaderPosit
 
 def put_together(objective: Objective, whole: Objective) -> Objective:
     """Return the trained objective with every parameter whole; ``whole`` is a copy from before it was sharded."""
-    assert isinstance(objective, nn.Module)
-    assert isinstance(whole, nn.Module)
     if not is_sharded(objective):
         return objective
     load_full_state(whole, full_state(objective.state_dict()))

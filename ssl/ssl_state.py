@@ -23,7 +23,6 @@ from samgraft.shared.weights.tensor_report import shorten
 from samgraft.shared.weights.unfinished import SSL_STATE_METADATA
 from samgraft.ssl.objectives.objective import Objective
 from samgraft.ssl.scope import merged_state, plain_names
-from torch import nn
 
 log = logging.getLogger(__name__)
 
@@ -56,12 +55,12 @@ def write_ssl_state(objective: Objective, folder: Path, *, objective_name: str) 
 def state_without_encoder(objective: Objective) -> dict[str, torch.Tensor]:
     """Return the tensors that are thrown away when only the encoder that is handed on is wanted, LoRA merged."""
     prefix = exported_prefix(objective)
-    return {name: tensor for name, tensor in merged_state(_module(objective)).items() if not name.startswith(prefix)}
+    return {name: tensor for name, tensor in merged_state(objective).items() if not name.startswith(prefix)}
 
 
 def exported_prefix(objective: Objective) -> str:
     """Return what the names of the handed-on encoder's tensors begin with."""
-    parts = _module(objective).named_modules()
+    parts = objective.named_modules()
     return next(f"{name}." for name, part in parts if part is objective.exported_encoder)
 
 
@@ -136,7 +135,7 @@ def _read_about(folder: Path) -> str:
 def _load_strictly(objective: Objective, tensors: Mapping[str, torch.Tensor], *, name: str) -> int:
     """Copy the tensors into the objective; return how many position tables were resized. All or nothing."""
     prefix = exported_prefix(objective)
-    wanted = {key: t for key, t in plain_names(_module(objective)).items() if not key.startswith(prefix)}
+    wanted = {key: t for key, t in plain_names(objective).items() if not key.startswith(prefix)}
     missing, unexpected = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
     wrong, ready, num_resized = [], {}, 0
     for key in wanted.keys() & tensors.keys():
@@ -163,8 +162,3 @@ def _load_strictly(objective: Objective, tensors: Mapping[str, torch.Tensor], *,
         for key, tensor in ready.items():
             wanted[key].copy_(tensor)
     return num_resized
-
-
-def _module(objective: Objective) -> nn.Module:
-    assert isinstance(objective, nn.Module)
-    return objective

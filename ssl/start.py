@@ -12,7 +12,7 @@ from samgraft.shared.errors import UsageError, WeightsError
 from samgraft.shared.weights.card import Card
 from samgraft.shared.weights.load import absent_by_nature, card_of, load_into, read_weights
 from samgraft.ssl.config import ModelConfig, PretrainConfig
-from samgraft.ssl.objectives import OBJECTIVES
+from samgraft.ssl.objectives import build_objective
 from samgraft.ssl.objectives.objective import Objective
 from samgraft.ssl.scope import apply_scope
 from samgraft.ssl.ssl_state import take_up_state
@@ -31,12 +31,11 @@ def start_objective(config: PretrainConfig) -> tuple[Objective, Card, list[str]]
     """
     encoder, card = load_start(config.model)
     encoder.activation_checkpointing = config.trainer.activation_checkpointing
-    build = OBJECTIVES[config.objective.name]
-    objective = build(encoder, config.objective, seed=config.seed, max_steps=config.trainer.max_steps)
+    objective = build_objective(encoder, config.objective, seed=config.seed, max_steps=config.trainer.max_steps)
     notes = take_up_state(
         objective,
         base=config.model.base,
-        objective_name=config.objective.name.value,
+        objective_name=config.objective.name,
         use=config.model.ssl_state,
     )
     return objective, card, notes

@@ -21,7 +21,6 @@ from samgraft.ssl.moments import write_moments
 from samgraft.ssl.objectives.objective import Objective
 from samgraft.ssl.scope import merged_state
 from samgraft.ssl.ssl_state import STATE_FOLDER, write_ssl_state
-from torch import nn
 
 ENCODER_FOLDER = "encoder"
 
@@ -29,7 +28,6 @@ ENCODER_FOLDER = "encoder"
 def write_encoder_weights(objective: Objective, run_path: Path, card: Card) -> Path:
     """Write ``encoder/{encoder.safetensors,card.json}`` and ``ssl_state/``; return the encoder's file."""
     encoder = objective.exported_encoder
-    assert isinstance(encoder, nn.Module)
     path = save_encoder(merged_state(encoder), run_path / ENCODER_FOLDER, card)
     write_ssl_state(objective, run_path / STATE_FOLDER, objective_name=card.objective or "")
     return path
@@ -48,7 +46,7 @@ def encoder_card(
     return dataclasses.replace(
         start,
         stage="encoder",
-        objective=config.objective.name.value,
+        objective=config.objective.name,
         steps=0,
         slices_seen=0,
         intensity=intensity.to_dict(),

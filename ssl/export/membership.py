@@ -28,12 +28,11 @@ from samgraft.shared.weights.load import load_into, read_weights
 from samgraft.ssl.config import PretrainConfig
 from samgraft.ssl.export.encoder_weights import ENCODER_FOLDER
 from samgraft.ssl.monitor.held_out import spread
-from samgraft.ssl.objectives import OBJECTIVES
+from samgraft.ssl.objectives import build_objective
 from samgraft.ssl.objectives.objective import Objective
 from samgraft.ssl.preflight import pretraining_split
 from samgraft.ssl.ssl_state import StateUse, find_state, take_up_state
 from scipy.stats import rankdata
-from torch import nn
 
 log = logging.getLogger(__name__)
 
@@ -93,7 +92,6 @@ def audit_membership(run: Path) -> MembershipAudit:
             next_command="the same command without --continuable",
         )
     device = choose_device().torch_device
-    assert isinstance(objective, nn.Module)
     objective.to(device)
     halves = [split.train[0::2], split.train[1::2]]
     errors = [_errors(objective, config, store, patients, device=device) for patients in (*halves, split.val)]
@@ -125,12 +123,10 @@ def load_objective(run: Path, config: PretrainConfig) -> tuple[Objective, str | 
     weights = read_weights(run / ENCODER_FOLDER / "encoder.safetensors")
     encoder = build_image_encoder(weights.spec, image_size=weights.image_size)
     load_into(encoder, weights, part="image_encoder")
-    build, name = OBJECTIVES[config.objective.name], config.objective.name.value
-    objective = build(encoder, config.objective, seed=config.seed, max_steps=config.trainer.max_steps)
-    assert isinstance(objective, nn.Module)
+    objective = build_objective(encoder, config.objective, seed=config.seed, max_steps=config.trainer.max_steps)
     if find_state(str(run)) is None:
         raise WeightsError("the run has no ssl_state: nothing to continue from.", where=run.name)
-    take_up_state(objective, base=str(run), objective_name=name, use=StateUse.REQUIRE)
+    take_up_state(objective, base=str(run), objective_name=config.objective.name, use=StateUse.REQUIRE)
     fingerprint = weights.card.data_manifest.get("fingerprint") if weights.card else None
     return objective.eval(), fingerprint
 

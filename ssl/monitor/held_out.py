@@ -21,7 +21,7 @@ from samgraft.shared.scans.preset import ModalityPreset
 from samgraft.shared.store.store import SliceStore
 from samgraft.ssl.config import DataConfig, ModelConfig
 from samgraft.ssl.monitor.health import feature_health
-from samgraft.ssl.objectives.objective import Objective, Panel
+from samgraft.ssl.objectives import Objective, Panel
 
 HELD_OUT_COUNTER = 1 << 40
 """Sample counters of held-out slices begin here: training never gets that far, so masks differ from training's."""

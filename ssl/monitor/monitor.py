@@ -20,7 +20,7 @@ from samgraft.ssl.monitor.health import Worry, worries
 from samgraft.ssl.monitor.held_out import HeldOut, held_out_loss, held_out_panel, load_held_out, panel_picture
 from samgraft.ssl.monitor.labelled import ProbeData, load_probe
 from samgraft.ssl.monitor.linear_probe import probe_dice
-from samgraft.ssl.objectives.objective import Objective, Panel
+from samgraft.ssl.objectives import Objective, Panel
 
 log = logging.getLogger(__name__)
 

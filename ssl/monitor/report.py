@@ -41,7 +41,7 @@ from samgraft.ssl.monitor.report_curves import (
     probe_parts,
     probe_verdict,
 )
-from samgraft.ssl.objectives.objective import Objective, Panel
+from samgraft.ssl.objectives import Objective, Panel
 from samgraft.ssl.start import RANDOM
 
 log = logging.getLogger(__name__)
@@ -78,7 +78,7 @@ def write_report(
     for text in verdict(lines, watched):
         (log.warning if text.kind == "warning" else log.info)("%s", text.text)
     title = f"Stage 1: {run.path.name}"
-    subtitle = f"{config.objective.name.value} on {config.model.arch.value}, {config.modality}"
+    subtitle = f"{config.objective.name} on {config.model.arch.value}, {config.modality}"
     write_text(run.report, render_report(title, sections, subtitle=subtitle))
 
 

@@ -1,54 +1,94 @@
-"""What the encoder learns from: one module per objective, chosen by name from ``OBJECTIVES``."""
+"""Self-supervised objectives by name, and the configuration section that selects one."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol
+from dataclasses import dataclass, field, fields, make_dataclass, replace
+from typing import TYPE_CHECKING, Any
 
-from samgraft.shared.encoders.vit import MaskableEncoder
 from samgraft.ssl.objectives.dino import DINO
 from samgraft.ssl.objectives.feature import Feature
 from samgraft.ssl.objectives.lejepa import LeJEPA
 from samgraft.ssl.objectives.mae import MAE
 from samgraft.ssl.objectives.masked_image import MaskedImage
-from samgraft.ssl.objectives.objective import Objective, ObjectiveLoss, Panel
-from samgraft.ssl.objectives.settings import Method, ObjectiveConfig
+from samgraft.ssl.objectives.objective import Objective, ObjectiveLoss
+from samgraft.ssl.objectives.panels import Panel
+from samgraft.ssl.views.crops import CropConfig
 
-__all__ = ["OBJECTIVES", "Method", "Objective", "ObjectiveConfig", "ObjectiveLoss", "Panel"]
+__all__ = ["OBJECTIVES", "Objective", "ObjectiveConfig", "ObjectiveLoss", "Panel", "build_objective"]
 
-
-class BuildObjective(Protocol):
-    """Makes an objective around an encoder; ``max_steps`` is the length of the run, which schedules need."""
-
-    def __call__(self, encoder: MaskableEncoder, config: ObjectiveConfig, *, seed: int, max_steps: int) -> Objective:
-        """Build it."""
-        ...
-
-
-def _masked_image(encoder: MaskableEncoder, config: ObjectiveConfig, *, seed: int, max_steps: int) -> Objective:
-    return MaskedImage(encoder, config.masked_image, seed=seed)
-
-
-def _mae(encoder: MaskableEncoder, config: ObjectiveConfig, *, seed: int, max_steps: int) -> Objective:
-    return MAE(encoder, config.mae, seed=seed)
-
-
-def _dino(encoder: MaskableEncoder, config: ObjectiveConfig, *, seed: int, max_steps: int) -> Objective:
-    return DINO(encoder, config.dino, seed=seed, max_steps=max_steps)
-
-
-def _lejepa(encoder: MaskableEncoder, config: ObjectiveConfig, *, seed: int, max_steps: int) -> Objective:
-    return LeJEPA(encoder, config.lejepa, seed=seed)
-
-
-def _feature(encoder: MaskableEncoder, config: ObjectiveConfig, *, seed: int, max_steps: int) -> Objective:
-    return Feature(encoder, config.feature, seed=seed)
-
-
-OBJECTIVES: Mapping[Method, BuildObjective] = {
-    Method.MASKED_IMAGE: _masked_image,
-    Method.MAE: _mae,
-    Method.DINO: _dino,
-    Method.LEJEPA: _lejepa,
-    Method.FEATURE: _feature,
+OBJECTIVES: dict[str, type[Objective]] = {
+    "masked_image": MaskedImage,
+    "mae": MAE,
+    "dino": DINO,
+    "lejepa": LeJEPA,
+    "feature": Feature,
 }
+"""Class of each objective by the name that users type as METHOD."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelectedObjective:
+    """Name of the objective of a run; a subclass adds one section of settings per objective."""
+
+    name: str
+    """Name of the objective. The presets in configs/pretrain set it."""
+
+    def __post_init__(self) -> None:
+        sections = [section.name for section in fields(self) if section.name != "name"]
+        if self.name not in sections:
+            raise ValueError(f"objective.name must be one of {', '.join(sections)}, got {self.name!r}.")
+        for section in sections:
+            settings = getattr(self, section)
+            if section != self.name and settings != type(settings)():
+                raise ValueError(
+                    f"objective.{section} is set but objective.name is {self.name}, so it would be ignored. "
+                    f"Remove it, or use METHOD={section}."
+                )
+
+    @property
+    def settings(self) -> Any:
+        """Settings of the selected objective."""
+        return getattr(self, self.name)
+
+
+def objective_config(objectives: Mapping[str, type[Objective]]) -> type[SelectedObjective]:
+    """Return the dataclass of the section ``objective``: a name, and the settings of every objective by name."""
+    sections = [
+        (name, objective.settings_type, field(default_factory=objective.settings_type))
+        for name, objective in objectives.items()
+    ]
+    return make_dataclass(
+        "ObjectiveConfig",
+        sections,
+        bases=(SelectedObjective,),
+        frozen=True,
+        kw_only=True,
+        namespace={"__module__": __name__},
+    )
+
+
+if TYPE_CHECKING:
+
+    class ObjectiveConfig(SelectedObjective):
+        """The section ``objective``, made from ``OBJECTIVES``, as a type checker sees it."""
+
+        def __init__(self, *, name: str, **settings: object) -> None: ...
+
+else:
+    ObjectiveConfig = objective_config(OBJECTIVES)
+
+
+def build_objective(encoder: Any, config: SelectedObjective, *, seed: int, max_steps: int) -> Objective:
+    """Build the selected objective around an encoder."""
+    return OBJECTIVES[config.name](encoder, config.settings, seed=seed, max_steps=max_steps)
+
+
+def set_flip_probability(config: ObjectiveConfig, probability: float) -> ObjectiveConfig:
+    """Return the configuration with the probability of flipped views filled in where it was left open."""
+    crops = getattr(config.settings, "crops", None)
+    if not isinstance(crops, CropConfig) or crops.flip_probability is not None:
+        return config
+    settings = replace(config.settings, crops=replace(crops, flip_probability=probability))
+    sections: dict[str, Any] = {config.name: settings}
+    return replace(config, **sections)

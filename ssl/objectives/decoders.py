@@ -1,11 +1,11 @@
-"""Light decoders of masked modelling: visible tokens in, an answer for hidden ones out; thrown away afterwards.
+"""Light decoders of masked modelling, which predict hidden tokens from visible ones and are not exported.
 
-What a decoder costs decides whether a sparse encoder pays. Against its own training step at 1024 px (ViT-B, 75 %
-hidden), measured on a CPU: 512 x 8 blocks over all tokens (MAE's own) 3.6, 512 x 2 in windows 0.23, cross-attention
-384 x 2 0.17.
+A decoder must cost less than the tokens that the encoder leaves out. Its cost as a multiple of the encoder's training
+step at 1024 px (ViT-B, 75 % hidden), measured on a CPU, is 3.6 for 512 channels x 8 blocks over all tokens (MAE's own),
+0.23 for 512 x 2 in windows, and 0.17 for cross-attention with 384 x 2.
 
-Shape letters: B = slices, N = visible tokens, M = hidden tokens asked for, L = all tokens, g = grid side, C, D =
-channels of encoder and decoder, P = numbers per answer, W = side of a decoder window.
+Shape letters: B = slices, N = visible tokens, M = predicted hidden tokens, L = all tokens, g = grid side, C, D =
+channels of encoder and decoder, P = numbers per predicted token, W = side of a decoder window.
 
 Source: He et al., Masked Autoencoders (CVPR 2022): the decoder over all tokens, fixed sine-cosine positions. Fu et al.,
 Rethinking Patch Dependence for Masked Autoencoders (2024): cross-attention, any part of the hidden tokens.
@@ -21,18 +21,18 @@ import torch.nn.functional as F
 from torch import nn
 
 MAX_WINDOW = 16
-"""Tokens along a side of a decoder window: 256 tokens attend to each other."""
+"""Largest number of tokens along a side of a decoder window, in which all tokens attend to each other."""
 
 
 class DecoderKind(Enum):
-    """Who may look at whom in the decoder."""
+    """Attention pattern of the decoder."""
 
     CROSS = "cross"
-    """Hidden tokens look at the visible ones, nothing else: cost follows the tokens asked for."""
+    """Hidden tokens attend to the visible ones only, so that the cost follows the predicted tokens."""
     WINDOWED = "windowed"
-    """All tokens, hidden ones as mask tokens, look at each other within windows."""
+    """All tokens, hidden ones as mask tokens, attend to each other within windows."""
     FULL = "full"
-    """All tokens look at all: MAE's own. With decoder_dim 512, 8 blocks and 16 heads it is the official one."""
+    """All tokens attend to all. With decoder_dim 512, 8 blocks and 16 heads this is MAE's official decoder."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +54,7 @@ class DecoderShape:
 
 
 class CrossBlock(nn.Module):
-    """Hidden tokens attend to the visible ones, then an MLP; both with residuals."""
+    """Transformer block in which hidden tokens attend to the visible ones."""
 
     def __init__(self, dim: int, *, num_heads: int) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ class CrossBlock(nn.Module):
         self.mlp = _mlp(dim)
 
     def forward(self, hidden_BMD: torch.Tensor, visible_BND: torch.Tensor) -> torch.Tensor:
-        """Return the hidden tokens with what they learned from the visible ones."""
+        """Return the hidden tokens after attention to the visible ones and an MLP, both with residuals."""
         query = _heads(self.to_query(self.norm1(hidden_BMD)), self.num_heads)
         key, value = (_heads(part, self.num_heads) for part in self.to_key_value(visible_BND).chunk(2, dim=-1))
         mixed_BMD = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
@@ -77,7 +77,7 @@ class CrossBlock(nn.Module):
 
 
 class SelfBlock(nn.Module):
-    """A plain transformer block."""
+    """Transformer block in which all given tokens attend to each other."""
 
     def __init__(self, dim: int, *, num_heads: int) -> None:
         super().__init__()
@@ -89,7 +89,7 @@ class SelfBlock(nn.Module):
         self.mlp = _mlp(dim)
 
     def forward(self, tokens_BLD: torch.Tensor) -> torch.Tensor:
-        """Attention among all given tokens, then an MLP; both with residuals."""
+        """Return the tokens after attention among them and an MLP, both with residuals."""
         query, key, value = (_heads(part, self.num_heads) for part in self.qkv(self.norm1(tokens_BLD)).chunk(3, dim=-1))
         mixed_BLD = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
         tokens_BLD = tokens_BLD + self.proj(mixed_BLD)
@@ -98,7 +98,7 @@ class SelfBlock(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Visible tokens (B, N, C) and the numbers of the hidden ones -> answers (B, M, P) for the hidden ones."""
+    """Decoder from visible tokens (B, N, C) to predictions (B, M, P) of hidden ones."""
 
     positions_LD: torch.Tensor
 
@@ -116,12 +116,13 @@ class Decoder(nn.Module):
         block = CrossBlock if self.is_cross else SelfBlock
         self.blocks = nn.ModuleList(block(dim, num_heads=shape.num_heads) for _ in range(shape.num_blocks))
         self.norm = nn.LayerNorm(dim)
+        # The name of this layer is part of the ssl_state of earlier runs.
         self.to_answer = nn.Linear(dim, out_dim)
 
     def forward(
         self, visible_BNC: torch.Tensor, ids_keep_BN: torch.Tensor, ids_hidden_BM: torch.Tensor
     ) -> torch.Tensor:
-        """Return the answers for the hidden tokens asked for, in their order."""
+        """Return the predictions of the given hidden tokens, in their order."""
         visible_BND = self.embed(visible_BNC) + self.positions_LD[ids_keep_BN]
         if self.is_cross:
             visible_BND = self.context_norm(visible_BND)
@@ -136,6 +137,7 @@ class Decoder(nn.Module):
     def _among_all(
         self, visible_BND: torch.Tensor, ids_keep_BN: torch.Tensor, ids_hidden_BM: torch.Tensor
     ) -> torch.Tensor:
+        # Mask tokens everywhere first; the visible tokens then overwrite their own positions.
         tokens_BLD = (self.mask_token + self.positions_LD).to(visible_BND.dtype).repeat(len(visible_BND), 1, 1)
         tokens_BLD = tokens_BLD.scatter(1, ids_keep_BN[..., None].expand_as(visible_BND), visible_BND)
         windows = to_windows(tokens_BLD, self.grid, self.window)
@@ -146,13 +148,13 @@ class Decoder(nn.Module):
 
 
 def window_side(grid: int) -> int:
-    """Return the largest side up to 16 that divides the grid; the grid itself where only 1 does."""
+    """Return the largest side up to 16 that divides the grid, or the grid itself if only 1 does."""
     side = max(side for side in range(1, min(grid, MAX_WINDOW) + 1) if grid % side == 0)
     return side if side > 1 else grid
 
 
 def to_windows(tokens_BLD: torch.Tensor, grid: int, window: int) -> torch.Tensor:
-    """Cut a grid of tokens into windows: (B, g g, D) -> (B g g / W W, W W, D)."""
+    """Cut a grid of tokens (B, g g, D) into windows (B g g / W W, W W, D)."""
     across = grid // window
     cut = tokens_BLD.unflatten(1, (across, window, across, window)).transpose(2, 3)
     windows: torch.Tensor = cut.flatten(0, 2).flatten(1, 2)
@@ -168,7 +170,7 @@ def from_windows(windows: torch.Tensor, grid: int, window: int) -> torch.Tensor:
 
 
 def sincos_positions(grid: int, dim: int) -> torch.Tensor:
-    """Return fixed positions (grid * grid, dim): half the channels for the row, half for the column."""
+    """Return fixed sine-cosine positions (grid * grid, dim), half the channels per axis."""
     quarter = dim // 4
     rates = 1.0 / 10000 ** (torch.arange(quarter, dtype=torch.float64) / quarter)
     angles = torch.arange(grid, dtype=torch.float64)[:, None] * rates
@@ -179,7 +181,7 @@ def sincos_positions(grid: int, dim: int) -> torch.Tensor:
 
 
 def chosen_ids(chosen_BL: torch.Tensor) -> torch.Tensor:
-    """Return the numbers of the chosen tokens, ascending; every row must choose as many."""
+    """Return the indices of the chosen tokens, ascending; every row must choose the same number."""
     return chosen_BL.nonzero()[:, 1].view(len(chosen_BL), -1)
 
 

@@ -1,15 +1,13 @@
-"""DINO with iBOT and KoLeo (DINOv2's and MRI-CORE's recipe): a student learns to answer as a slow average of itself.
+"""DINO with iBOT and KoLeo, the recipe of DINOv2 and MRI-CORE.
 
-Both start from SAM. The teacher sees two large views of a slice; the student sees them too, one of the two with tokens
-hidden, and small views. It must give the teacher's answer for the other views (DINO), the teacher's answer for every
-hidden token (iBOT), and keep different slices apart (KoLeo). SAM has no class token: a view's answer comes from the
-mean over its normalised tokens.
+A student learns to predict the outputs of a teacher, a slow average of the student itself. Both start from SAM. The
+teacher sees two large views of a slice. The student sees them too, one of the two with hidden tokens, and small views.
+It must predict the teacher's output for the other views (DINO) and for every hidden token (iBOT), and keep different
+slices apart (KoLeo). SAM has no class token, so the output of a view comes from the mean over its normalised tokens.
 
-**Handed on: the teacher's encoder**, smoother than the student and what MRI-CORE hands on too; it never gets a
-gradient and moves once per optimizer step.
-
-The neck: with ``train_neck: false`` the heads read the features before the neck, which keeps SAM's weights to the
-bit; with ``true`` they read the image embeddings behind it, and the neck learns (and is averaged) too.
+The run exports the teacher's encoder, which is smoother than the student; MRI-CORE exports it too. It never receives a
+gradient and moves once per optimizer step. For ``train_neck`` see :func:`freeze_unused_neck`; the teacher averages a
+trained neck too.
 
 Shape letters: V = large views (2 B), B = slices, C = channels, h, w = feature rows and columns, L = h w.
 
@@ -20,29 +18,28 @@ al., DINOv2 (TMLR 2024): their combination. Losses and heads are lightly's.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from lightly.loss import KoLeoLoss
-from samgraft.shared.encoders.vit import MaskableEncoder
 from samgraft.shared.errors import UsageError
 from samgraft.shared.scans.orientation import Plane
 from samgraft.shared.training.optim import cosine
-from samgraft.ssl.objectives.centering import StepDINOLoss, StepIBOTLoss
-from samgraft.ssl.objectives.feature_panel import feature_panel
-from samgraft.ssl.objectives.objective import ObjectiveLoss, Panel
-from samgraft.ssl.objectives.teacher import Heads, Teacher, follow
+from samgraft.ssl.objectives.objective import Objective, ObjectiveLoss, freeze_unused_neck
+from samgraft.ssl.objectives.panels import Panel, feature_panel
+from samgraft.ssl.objectives.teacher import Heads, StepDINOLoss, StepIBOTLoss, Teacher, update_ema
 from samgraft.ssl.scope import learns_mask_token
 from samgraft.ssl.views.crops import NUM_GLOBAL, CropConfig, local_size, multi_crop
 from samgraft.ssl.views.masking import MaskKind, mask_unit, scattered_masks
-from samgraft.ssl.views.view_features import draw_places, view_features
+from samgraft.ssl.views.view_features import small_view_features, view_features
 from torch import nn
 
 KOLEO_EPS = 1e-4
-"""Two equal slices would give a gradient of 1 / eps, in one direction; lightly's 1e-8 lets it rule the step."""
+"""Smallest distance in the KoLeo loss. Two equal slices have a gradient of 1 / eps, and lightly's 1e-8 would let one
+pair dominate the step."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,42 +49,42 @@ class DINOConfig:
     crops: CropConfig = field(default_factory=CropConfig)
     """Views of a slice."""
     output_dim: int = 8192
-    """Prototypes of each head (DINO: 65536 for a million photographs; fewer where there are fewer slices)."""
+    """Prototypes of each head (DINO uses 65536 for a million photographs; fewer slices need fewer)."""
     head_hidden_dim: int = 2048
     """Width of the heads (DINO)."""
     head_bottleneck_dim: int = 256
     """Channels before the prototypes (DINO)."""
     student_temp: float = 0.1
-    """Temperature of the student's answers (DINO)."""
+    """Temperature of the student's outputs (DINO)."""
     teacher_temp: float = 0.07
-    """Temperature of the teacher's answers after the warm-up (DINOv2)."""
+    """Temperature of the teacher's outputs after the warm-up (DINOv2)."""
     warmup_teacher_temp: float = 0.04
-    """Temperature at the first step: sharp, or everything stays the same (DINO)."""
+    """Temperature of the teacher's outputs at the first step, sharper than later, against a collapse (DINO)."""
     teacher_temp_warmup: float = 0.3
-    """Share of the run over which the temperature rises, linearly (DINO: 30 of 100 epochs)."""
+    """Share of the run over which the temperature rises linearly (DINO uses 30 of 100 epochs)."""
     momentum: float = 0.994
-    """How much of the teacher stays at the first step; rises to ``final_momentum`` along a cosine (DINOv2: 0.992)."""
+    """EMA momentum of the teacher at the first step. It rises to ``final_momentum`` along a cosine (DINOv2: 0.992)."""
     final_momentum: float = 1.0
-    """At the last step (DINO)."""
+    """EMA momentum of the teacher at the last step (DINO)."""
     center_momentum: float = 0.9
-    """How much of the center stays per step (DINO)."""
+    """EMA momentum of the centers per step (DINO)."""
     freeze_last_layer: float = 0.01
-    """Share of the run in which the prototypes do not move (DINO: 1 of 100 epochs)."""
+    """Share of the run in which the prototypes are frozen (DINO uses 1 of 100 epochs)."""
     ibot_weight: float = 1.0
     """Weight of the loss on hidden tokens (DINOv2); 0 hides nothing."""
     koleo_weight: float = 0.1
-    """Weight of keeping slices apart (DINOv2); 0 switches it off."""
+    """Weight of the loss that keeps slices apart (DINOv2); 0 switches it off."""
     mask_kind: MaskKind = MaskKind.BLOCK
-    """random or block."""
+    """Spread of the hidden tokens, random or block."""
     min_mask_ratio: float = 0.1
     """Smallest hidden fraction of the large view that has hidden tokens (iBOT)."""
     max_mask_ratio: float = 0.5
     """Largest hidden fraction (iBOT)."""
     mask_unit_px: int | None = None
-    """Side of a hidden square in pixels, a multiple of the encoder's stride; null takes one token of the windowed ViTs,
-    about a tenth of the input for vit_t."""
+    """Side of a hidden square in pixels, a multiple of the encoder's stride. null takes one token of the windowed ViTs
+    and about a tenth of the input for vit_t."""
     train_neck: bool = False
-    """Whether the heads read behind SAM's neck and train it. False keeps it bit for bit; stage 2 trains it anyway."""
+    """True trains SAM's neck and reads the features behind it. False keeps the neck's weights exactly."""
 
     def __post_init__(self) -> None:
         if min(self.output_dim, self.head_hidden_dim, self.head_bottleneck_dim) < 1:
@@ -99,13 +96,17 @@ class DINOConfig:
                 f"{self.student_temp}."
             )
         if not 0 <= self.momentum <= self.final_momentum <= 1:
-            raise ValueError(f"0 <= momentum <= final_momentum <= 1, got {self.momentum}, {self.final_momentum}.")
+            raise ValueError(
+                f"momentum must be at least 0 and at most final_momentum, and final_momentum at most 1, got "
+                f"{self.momentum} and {self.final_momentum}."
+            )
         for name in ("teacher_temp_warmup", "freeze_last_layer", "center_momentum"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}.")
         if not 0 < self.min_mask_ratio <= self.max_mask_ratio < 1:
             raise ValueError(
-                f"0 < min_mask_ratio <= max_mask_ratio < 1, got {self.min_mask_ratio} and {self.max_mask_ratio}."
+                "min_mask_ratio must be above 0 and at most max_mask_ratio, and max_mask_ratio below 1, got "
+                f"{self.min_mask_ratio} and {self.max_mask_ratio}."
             )
         if self.mask_kind is MaskKind.PER_WINDOW:
             raise ValueError("dino's mask_kind must be random or block, got per_window.")
@@ -113,22 +114,18 @@ class DINOConfig:
             raise ValueError("ibot_weight and koleo_weight must be at least 0.")
 
 
-class DINO(nn.Module):
-    """The objective ``dino``. Exports the teacher's encoder; heads and student stay in the run's ``ssl_state``."""
+class DINO(Objective):
+    """The objective ``dino``, which exports the teacher's encoder."""
 
-    def __init__(self, encoder: MaskableEncoder, config: DINOConfig, *, seed: int, max_steps: int) -> None:
-        super().__init__()
-        self.encoder: Any = encoder
-        self.config = config
-        self.seed = seed
-        self.max_steps = max_steps
+    settings_type = DINOConfig
+    config: DINOConfig
+
+    def __init__(self, encoder: Any, config: DINOConfig, *, seed: int, max_steps: int) -> None:
+        super().__init__(encoder, config, seed=seed, max_steps=max_steps)
         self.local_size_px = local_size(encoder.spec, encoder.image_size, config.crops)
         self.mask_unit_px = mask_unit(encoder, config.mask_unit_px)
-        if not config.train_neck:
-            encoder.neck.requires_grad_(False)
-        in_dim = encoder.spec.neck_dim if config.train_neck else encoder.feature_dim
         self.heads = Heads(
-            in_dim,
+            freeze_unused_neck(encoder, train_neck=config.train_neck),
             hidden_dim=config.head_hidden_dim,
             bottleneck_dim=config.head_bottleneck_dim,
             output_dim=config.output_dim,
@@ -147,10 +144,9 @@ class DINO(nn.Module):
         self.koleo_loss = KoLeoLoss(eps=KOLEO_EPS)
 
     @property
-    def exported_encoder(self) -> MaskableEncoder:
+    def exported_encoder(self) -> Any:
         """The teacher's encoder."""
-        encoder: MaskableEncoder = self.teacher.encoder
-        return encoder
+        return self.teacher.encoder
 
     def loss(
         self,
@@ -160,7 +156,7 @@ class DINO(nn.Module):
         step: int,
         planes: Sequence[Plane] | None = None,
     ) -> ObjectiveLoss:
-        """Return DINO + iBOT + KoLeo on fresh views of the slices."""
+        """Return the sum of DINO, iBOT and KoLeo on new views of the slices."""
         crops = multi_crop(
             images_B1SS,
             sample_counters=sample_counters,
@@ -179,49 +175,41 @@ class DINO(nn.Module):
             token_mask_Bhw=mask_Vhw,
             mask_token=self.mask_token,
         )
-        small_BChw = self._small(crops.local_BCss, sample_counters)
-        # In bf16 the answers' sharp softmax would lose digits.
+        small_BChw = None
+        if crops.local_BCss is not None:
+            small_BChw = small_view_features(
+                self.encoder,
+                crops.local_BCss,
+                sample_counters=sample_counters,
+                seed=self.seed,
+                with_neck=self.config.train_neck,
+            )
+        # The sharp softmax of the outputs would lose digits in bf16.
         with torch.autocast(images_B1SS.device.type, enabled=False):
             total, parts = self._losses(taught_VChw, learned_VChw, small_BChw, mask_Vhw, step=step)
         features_BC = taught_VChw[: len(images_B1SS)].float().mean((2, 3))
         return ObjectiveLoss(total=total, parts=parts, features_BC=features_BC)
 
     def before_step(self, step: int) -> None:
-        """Hold the prototypes still at the beginning."""
+        """Freeze the prototypes at the beginning of the run."""
         for head in (self.heads.view, self.heads.token):
             head.cancel_last_layer_gradients(0 if step < self.config.freeze_last_layer * self.max_steps else 1)
 
     def after_step(self, step: int) -> None:
-        """Move the teacher towards the student, and the centers towards the teacher's answers."""
+        """Move the teacher towards the student and the centers towards the teacher's outputs."""
         momentum = cosine(
             step, start=self.config.momentum, end=self.config.final_momentum, last_step=max(1, self.max_steps - 1)
         )
-        follow(self.teacher.encoder, self.encoder, momentum=momentum)
-        follow(self.teacher.heads, self.heads, momentum=momentum)
+        update_ema(self.teacher.encoder, self.encoder, momentum=momentum)
+        update_ema(self.teacher.heads, self.heads, momentum=momentum)
         self.dino_loss.step_center.step()
         self.ibot_loss.center.step()
 
     @torch.no_grad()
     def panel(self, images_B1SS: torch.Tensor, *, sample_counters: Sequence[int]) -> Panel:
-        """Return the slices and the strongest directions of the teacher's features."""
+        """Return the slices and the principal directions of the teacher's features."""
         features_BChw = view_features(self.teacher.encoder, images_B1SS, with_neck=self.config.train_neck)
         return feature_panel(images_B1SS, features_BChw)
-
-    def references(self, images_B1SS: torch.Tensor, *, sample_counters: Sequence[int]) -> Mapping[str, float]:
-        """Return nothing: the loss has no trivial answer to compare with."""
-        return {}
-
-    def _small(self, views_BCss: torch.Tensor | None, sample_counters: Sequence[int]) -> torch.Tensor | None:
-        if views_BCss is None:
-            return None
-        places_B2 = draw_places(
-            self.encoder,
-            sample_counters,
-            side_px=self.local_size_px,
-            num_views=self.config.crops.num_local_crops,
-            seed=self.seed,
-        )
-        return view_features(self.encoder, views_BCss, with_neck=self.config.train_neck, places_B2=places_B2)
 
     def _losses(
         self,
@@ -240,10 +228,10 @@ class DINO(nn.Module):
             entropy = _entropy(torch.cat(taught) - self.dino_loss.center[None], temperature)
         learned_VLC = self.heads.tokens(learned_VChw.float())
         pooled_VC = learned_VLC.mean(1)
-        answers = self.heads.view(pooled_VC).split(num_slices)
+        outputs = self.heads.view(pooled_VC).split(num_slices)
         if small_BChw is not None:
-            answers += self.heads.view(self.heads.tokens(small_BChw.float()).mean(1)).split(num_slices)
-        dino = self.dino_loss(list(taught), list(answers), teacher_temp=temperature)
+            outputs += self.heads.view(self.heads.tokens(small_BChw.float()).mean(1)).split(num_slices)
+        dino = self.dino_loss(list(taught), list(outputs), teacher_temp=temperature)
         total, parts = dino, {"dino": dino.detach(), "teacher_entropy": entropy}
         if mask_Vhw is not None:
             ibot = self._ibot(taught_VLC, learned_VLC, mask_Vhw, temperature=temperature, grid=learned_VChw.shape[-1])
@@ -264,7 +252,8 @@ class DINO(nn.Module):
         temperature: float,
         grid: int,
     ) -> torch.Tensor:
-        """Return the loss on hidden tokens; the views without any are left out, lightly would count them as 0."""
+        """Return the loss on hidden tokens of the views that have some."""
+        # lightly would count a view without hidden tokens as a loss of 0.
         with_holes = mask_Vhw.flatten(1).any(1)
         hidden_Bhw = F.interpolate(mask_Vhw[with_holes][:, None].float(), size=(grid, grid), mode="nearest")[:, 0] > 0
         hidden_BL = hidden_Bhw.flatten(1)
@@ -279,11 +268,11 @@ class DINO(nn.Module):
             return torch.stack([self.koleo_loss(pooled_BC) for pooled_BC in pooled]).sum()
         if torch.is_grad_enabled():
             raise UsageError(
-                "data.batch_size must be at least 2 for dino's KoLeo loss, which keeps slices of a batch apart, got 1. "
-                "Use a larger one, or objective.dino.koleo_weight=0.",
+                "data.batch_size must be at least 2 for dino's KoLeo loss, which keeps slices of a batch apart, got "
+                "1. Use a larger one, or objective.dino.koleo_weight=0.",
                 where="data.batch_size",
             )
-        return pooled[0].new_zeros(())  # the last held-out slice, alone in its batch
+        return pooled[0].new_zeros(())  # The last held-out slice may be alone in its batch.
 
     def _masks(self, sample_counters: Sequence[int]) -> torch.Tensor:
         side = self.encoder.image_size // self.mask_unit_px
@@ -298,13 +287,14 @@ class DINO(nn.Module):
 
 
 def teacher_temperature(step: int, config: DINOConfig, *, max_steps: int) -> float:
-    """Return the temperature of the teacher's answers at a step: a linear rise, then constant."""
+    """Return the temperature of the teacher's outputs at a step, which rises linearly and then stays."""
     length = config.teacher_temp_warmup * max_steps
     share = min(step / length, 1.0) if length else 1.0
     return config.warmup_teacher_temp + share * (config.teacher_temp - config.warmup_teacher_temp)
 
 
-def _entropy(answers_BD: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Return the mean entropy of the teacher's answers as a share of its maximum: 0 = always sure, 1 = no idea."""
-    log_BD = F.log_softmax(answers_BD / temperature, dim=-1)
-    return -(log_BD.exp() * log_BD).sum(-1).mean() / math.log(max(2, answers_BD.shape[-1]))
+def _entropy(outputs_BD: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Return the mean entropy of the teacher's outputs as a share of its maximum."""
+    # 0 means that one prototype has all the probability, 1 that all prototypes have the same.
+    log_BD = F.log_softmax(outputs_BD / temperature, dim=-1)
+    return -(log_BD.exp() * log_BD).sum(-1).mean() / math.log(max(2, outputs_BD.shape[-1]))

@@ -1,17 +1,17 @@
-"""Features from holes: guess what SAM itself would see in the whole slice, from a part of it.
+"""Masked feature prediction, which predicts SAM's own features of the whole slice from a part of it.
 
-A frozen copy of the encoder as it was at the start sees the whole slice; the trained one sees it with tokens hidden
-and must produce the same features everywhere. The untouched mask decoder can still read them, because they stay where
-SAM put them: the safest way to adapt an encoder that will be used with SAM's own decoder.
+A frozen copy of the initial encoder encodes the whole slice. The trained encoder receives the slice with hidden tokens
+and must produce the same features everywhere. SAM's mask decoder can still read these features, because they stay
+where SAM put them, so this is the safest way to adapt an encoder that will be used with SAM's own decoder.
 
-The windowed ViTs run on visible tokens only, and a light decoder, thrown away afterwards, fills the grid with features
-for the hidden ones. vit_t, whose stem cannot drop tokens, gets mask tokens in place and no decoder.
+The windowed ViTs run on visible tokens only, and a light decoder, which is not exported, fills the grid with features
+of the hidden ones. vit_t, whose stem cannot drop tokens, has mask tokens in place and no decoder.
 
-The neck: with ``train_neck: false`` the student's features go through SAM's own neck, kept to the bit; with ``true``
-the neck may move too. The target before the neck (``target: features``) does not use it, so it then stays too.
+With ``train_neck: false`` the student's features pass SAM's own neck, whose weights stay exactly the same. With
+``true`` the neck may change too. The target before the neck (``target: features``) does not use the neck.
 
 Shape letters: B = slices, S = image size, C = channels, h, w = feature rows and columns, N, M = visible and hidden
-tokens, L = h w.
+tokens, L = h w, K = directions.
 
 Source: Wei et al., MaskFeat (CVPR 2022): features as targets. Xiong et al., EfficientSAM (CVPR 2024): SAM's own as
 targets, a cross-attention decoder for hidden tokens. Baevski et al., data2vec (2022): normalised targets.
@@ -20,33 +20,34 @@ targets, a cross-attention decoder for hidden tokens. Baevski et al., data2vec (
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from samgraft.shared.encoders.sam import to_pixels
-from samgraft.shared.encoders.vit import ImageEncoder, MaskableEncoder
+from samgraft.shared.encoders.vit import ImageEncoder
 from samgraft.shared.errors import UsageError
 from samgraft.shared.samples.dataset import centre_channel
 from samgraft.shared.scans.orientation import Plane
 from samgraft.ssl.objectives.decoders import Decoder, DecoderKind, DecoderShape, chosen_ids
-from samgraft.ssl.objectives.feature_panel import principal_directions, project
-from samgraft.ssl.objectives.objective import HIDDEN_IS_GREY, ObjectiveLoss, Panel, WithoutTeacher
+from samgraft.ssl.objectives.objective import Objective, ObjectiveLoss, freeze_unused_neck
+from samgraft.ssl.objectives.panels import HIDDEN_IS_GREY, Panel, principal_directions, project_features
 from samgraft.ssl.scope import learns_mask_token
 from samgraft.ssl.views.masking import MaskKind, mask_unit, token_masks, upsample_mask
 from torch import nn
 
 
 class FeatureTarget(Enum):
-    """Which of SAM's features are guessed."""
+    """Features of SAM that are predicted."""
 
     EMBEDDINGS = "embeddings"
-    """Behind the neck: what the mask decoder reads."""
+    """Image embeddings behind the neck, which the mask decoder reads."""
     FEATURES = "features"
-    """Before the neck, every token normalised to mean 0 and deviation 1: without, a few channels would be all."""
+    """Features before the neck, every token normalised to mean 0 and deviation 1, because a few channels would dominate
+    the loss otherwise."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,19 +55,19 @@ class FeatureConfig:
     """Settings of the objective ``feature``."""
 
     target: FeatureTarget = FeatureTarget.EMBEDDINGS
-    """embeddings or features."""
+    """Predicted features, embeddings or features, see ``FeatureTarget``."""
     mask_ratio: float = 0.5
-    """Fraction hidden; less than MAE's, because features hold more than pixels."""
+    """Fraction hidden; less than MAE's, because features contain more than pixels."""
     mask_kind: MaskKind = MaskKind.RANDOM
-    """random, block, or per_window (windowed ViTs only)."""
+    """Spread of the hidden tokens, random, block, or per_window (windowed ViTs only)."""
     mask_unit_px: int | None = None
-    """Side of a hidden square in pixels; null takes one token of the windowed ViTs, about a tenth of the input for
+    """Side of a hidden square in pixels. null takes one token of the windowed ViTs and about a tenth of the input for
     vit_t."""
     visible_weight: float = 1.0
-    """Weight of the visible tokens' error beside the hidden ones': it ties the encoder to SAM's features where it
-    sees everything it needs. 0 asks for hidden ones only."""
+    """Weight of the visible tokens' error relative to the hidden ones'. It keeps the encoder at SAM's features where
+    the input is complete. 0 predicts hidden tokens only."""
     train_neck: bool = False
-    """Whether SAM's neck is trained too (target embeddings only)."""
+    """True trains SAM's neck too (target embeddings only)."""
     decoder_dim: int = 256
     """Channels of the decoder (windowed ViTs)."""
     num_decoder_blocks: int = 2
@@ -80,7 +81,9 @@ class FeatureConfig:
         if self.visible_weight < 0:
             raise ValueError(f"visible_weight must be at least 0, got {self.visible_weight}.")
         if self.train_neck and self.target is FeatureTarget.FEATURES:
-            raise ValueError("train_neck needs target embeddings: features are taken before the neck.")
+            raise ValueError(
+                "train_neck must be false with target features, which are taken before the neck, got true."
+            )
         self.decoder_shape()
 
     def decoder_shape(self) -> DecoderShape:
@@ -93,27 +96,27 @@ class FeatureConfig:
         )
 
 
-class Feature(WithoutTeacher, nn.Module):
-    """The objective ``feature``. Exports ``encoder``; the frozen copy and the decoder stay in the ``ssl_state``."""
+class Feature(Objective):
+    """The objective ``feature``, which exports the trained encoder."""
 
-    def __init__(self, encoder: MaskableEncoder, config: FeatureConfig, *, seed: int) -> None:
-        super().__init__()
-        self.encoder: Any = encoder
-        self.config = config
-        self.seed = seed
+    settings_type = FeatureConfig
+    config: FeatureConfig
+
+    def __init__(self, encoder: Any, config: FeatureConfig, *, seed: int, max_steps: int = 1) -> None:
+        super().__init__(encoder, config, seed=seed, max_steps=max_steps)
         self.grid = encoder.image_size // encoder.stride
         self.mask_unit_px = mask_unit(encoder, config.mask_unit_px)
         self.reads_neck = config.target is FeatureTarget.EMBEDDINGS
-        # Under a name that weights are never read from: not "teacher", which in other files is the better encoder.
-        self.frozen_copy: Any = cast(nn.Module, copy.deepcopy(encoder)).requires_grad_(False).eval()
-        if not config.train_neck:
-            encoder.neck.requires_grad_(False)
+        # Not named "teacher", because readers of weights files take a teacher for the better encoder.
+        self.frozen_copy: Any = copy.deepcopy(encoder).requires_grad_(False).eval()
+        freeze_unused_neck(encoder, train_neck=config.train_neck)
         self.mask_token: nn.Parameter | None = None
         self.decoder: Decoder | None = None
         if isinstance(encoder, ImageEncoder):
             if self.mask_unit_px != encoder.stride and config.mask_kind is MaskKind.PER_WINDOW:
                 raise UsageError(
-                    "mask_kind per_window hides single tokens: leave mask_unit_px out.",
+                    f"mask_unit_px must not be set with mask_kind per_window, which hides single tokens, got "
+                    f"{config.mask_unit_px}. Remove it.",
                     where="objective.feature.mask_unit_px",
                 )
             self.decoder = Decoder(
@@ -122,7 +125,7 @@ class Feature(WithoutTeacher, nn.Module):
         else:
             if config.mask_kind is MaskKind.PER_WINDOW:
                 raise UsageError(
-                    "vit_t hides whole squares: mask_kind must be random or block, got per_window.",
+                    "mask_kind must be random or block for vit_t, which hides whole squares, got per_window.",
                     where="objective.feature.mask_kind",
                 )
             self.mask_token = nn.Parameter(
@@ -130,7 +133,7 @@ class Feature(WithoutTeacher, nn.Module):
             )
 
     def train(self, mode: bool = True) -> Feature:
-        """Set the mode; the frozen copy answers the same in either (no dropout of LoRA, no batch statistics)."""
+        """Set the mode of everything but the frozen copy, which has no dropout and no batch statistics."""
         super().train(mode)
         self.frozen_copy.eval()
         return self
@@ -143,15 +146,15 @@ class Feature(WithoutTeacher, nn.Module):
         step: int,
         planes: Sequence[Plane] | None = None,
     ) -> ObjectiveLoss:
-        """Return the unexplained share of the features' variance; the mean would score 1.
+        """Return the unexplained share of the features' variance.
 
-        ``step`` and ``planes`` are not used.
+        Predicting the mean has a loss of 1. ``step`` and ``planes`` are not used.
         """
         mask_Bhw = self._masks(sample_counters).to(images_B1SS.device)
         target_BChw = self._target(images_B1SS)
-        guess_BChw, features_BChw = self._guess(images_B1SS, mask_Bhw)
+        predicted_BChw, features_BChw = self._predict(images_B1SS, mask_Bhw)
         with torch.autocast(images_B1SS.device.type, enabled=False):
-            error_Bhw = self._error(guess_BChw.float(), target_BChw)
+            error_Bhw = self._error(predicted_BChw.float(), target_BChw)
             hidden_Bhw = upsample_mask(mask_Bhw, image_size=self.grid)[:, 0]
             hidden = error_Bhw[hidden_Bhw].mean()
             visible = error_Bhw[~hidden_Bhw].mean()
@@ -163,27 +166,24 @@ class Feature(WithoutTeacher, nn.Module):
 
     @torch.no_grad()
     def panel(self, images_B1SS: torch.Tensor, *, sample_counters: Sequence[int]) -> Panel:
-        """Return the slice, what the encoder saw, and SAM's strongest feature direction: as it is, and as guessed."""
+        """Return the input, its visible part, and the principal direction as predicted and as it is."""
         mask_Bhw = self._masks(sample_counters).to(images_B1SS.device)
         target_BChw = self._target(images_B1SS)
-        guess_BChw, _ = self._guess(images_B1SS, mask_Bhw)
+        predicted_BChw, _ = self._predict(images_B1SS, mask_Bhw)
         images_B1SS = centre_channel(images_B1SS)
         directions_CK, mean_C = principal_directions(target_BChw, num=1)
         side = images_B1SS.shape[-1]
-        both = project(torch.cat([guess_BChw.float(), target_BChw]), directions_CK, mean_C, side=side)[0]
-        guess_BSS, target_BSS = both.chunk(2)
+        both = project_features(torch.cat([predicted_BChw.float(), target_BChw]), directions_CK, mean_C, side=side)[0]
+        predicted_BSS, target_BSS = both.chunk(2)
         seen_B1SS = images_B1SS.masked_fill(upsample_mask(mask_Bhw, image_size=side), 0.5)
-        pictures = torch.stack([images_B1SS.squeeze(1), seen_B1SS.squeeze(1), guess_BSS, target_BSS])
+        pictures = torch.stack([images_B1SS.squeeze(1), seen_B1SS.squeeze(1), predicted_BSS, target_BSS])
         return Panel(
             columns=("input", "visible", "output", "features of the whole slice"),
             images_KBHW=pictures.float().cpu(),
-            caption=f"{HIDDEN_IS_GREY} The last columns show features along the direction in which SAM's own differ "
-            "most over these slices: guessed from what is visible, and as SAM sees them in the whole slice.",
+            caption=f"{HIDDEN_IS_GREY} The last two columns show features along the direction in which SAM's own "
+            "features differ most over these slices. They are predicted from the visible part, and computed by SAM "
+            "from the whole slice.",
         )
-
-    def references(self, images_B1SS: torch.Tensor, *, sample_counters: Sequence[int]) -> Mapping[str, float]:
-        """Return nothing: the loss is a share, its trivial answer scores 1."""
-        return {}
 
     def _masks(self, sample_counters: Sequence[int]) -> torch.Tensor:
         side = self.encoder.image_size // self.mask_unit_px
@@ -198,41 +198,42 @@ class Feature(WithoutTeacher, nn.Module):
 
     @torch.no_grad()
     def _target(self, images_B1SS: torch.Tensor) -> torch.Tensor:
-        """Return what the frozen copy sees in the whole slice, float32."""
+        """Return the frozen copy's features of the whole slice, float32."""
         features_BChw = self.frozen_copy.forward_features(to_pixels(images_B1SS, self.encoder.spec))
-        seen_BChw: torch.Tensor = self.frozen_copy.neck(features_BChw) if self.reads_neck else features_BChw
-        return seen_BChw.float()
+        target_BChw: torch.Tensor = self.frozen_copy.neck(features_BChw) if self.reads_neck else features_BChw
+        return target_BChw.float()
 
-    def _guess(self, images_B1SS: torch.Tensor, mask_Bhw: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the guessed target and the features before the neck."""
+    def _predict(self, images_B1SS: torch.Tensor, mask_Bhw: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the predicted target and the features before the neck."""
         pixels_B3SS = to_pixels(images_B1SS, self.encoder.spec)
         if self.decoder is None:
             features_BChw = self.encoder.forward_features(
                 pixels_B3SS, token_mask_Bhw=mask_Bhw, mask_token=self.mask_token
             )
         else:
-            features_BChw = self._fill(pixels_B3SS, upsample_mask(mask_Bhw, image_size=self.grid).flatten(1))
-        guess_BChw = self.encoder.neck(features_BChw) if self.reads_neck else features_BChw
-        return guess_BChw, features_BChw
+            features_BChw = self._fill_grid(pixels_B3SS, upsample_mask(mask_Bhw, image_size=self.grid).flatten(1))
+        predicted_BChw = self.encoder.neck(features_BChw) if self.reads_neck else features_BChw
+        return predicted_BChw, features_BChw
 
-    def _fill(self, pixels_B3SS: torch.Tensor, hidden_BL: torch.Tensor) -> torch.Tensor:
-        """Encode the visible tokens, let the decoder answer for the rest, and put both on the grid."""
+    def _fill_grid(self, pixels_B3SS: torch.Tensor, hidden_BL: torch.Tensor) -> torch.Tensor:
+        """Encode the visible tokens, decode the hidden ones, and put both on the grid."""
         assert self.decoder is not None
         ids_keep_BN, ids_hidden_BM = chosen_ids(~hidden_BL), chosen_ids(hidden_BL)
         visible_BNC = self.encoder.forward_visible(pixels_B3SS, ids_keep_BN)
         hidden_BMC = self.decoder(visible_BNC, ids_keep_BN, ids_hidden_BM).to(visible_BNC.dtype)
+        # The concatenated tokens have the order of ids; its inverse permutation is raster order.
         order_BL = torch.cat([ids_keep_BN, ids_hidden_BM], 1).argsort(1)
         tokens_BLC = torch.cat([visible_BNC, hidden_BMC], 1)
         tokens_BLC = tokens_BLC.gather(1, order_BL[..., None].expand_as(tokens_BLC))
         grid_BChw: torch.Tensor = tokens_BLC.mT.unflatten(2, (self.grid, self.grid))
         return grid_BChw
 
-    def _error(self, guess_BChw: torch.Tensor, target_BChw: torch.Tensor) -> torch.Tensor:
+    def _error(self, predicted_BChw: torch.Tensor, target_BChw: torch.Tensor) -> torch.Tensor:
         """Return the squared error per token over the target's variance, shape (B, h, w)."""
         if not self.reads_neck:
-            guess_BChw, target_BChw = (_normalised(x) for x in (guess_BChw, target_BChw))
+            predicted_BChw, target_BChw = (_normalised(x) for x in (predicted_BChw, target_BChw))
         variance = (target_BChw - target_BChw.mean((0, 2, 3), keepdim=True)).square().mean()
-        return (guess_BChw - target_BChw).square().mean(1) / variance.clamp_min(1e-6)
+        return (predicted_BChw - target_BChw).square().mean(1) / variance.clamp_min(1e-6)
 
 
 def _normalised(features_BChw: torch.Tensor) -> torch.Tensor:

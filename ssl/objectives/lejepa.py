@@ -1,11 +1,8 @@
-"""LeJEPA: views of a slice agree, and all views together look like a Gaussian cloud. No teacher, no schedule.
+"""LeJEPA, in which the views of a slice agree and all views together are distributed like a Gaussian.
 
-Every view, large or small, is one point: the mean over the encoder's tokens, through a projection head. Points of one
-slice are pulled to the mean of its large views; the distribution of all points is held against an isotropic Gaussian
-along random directions (SIGReg), which is what keeps it from collapsing.
-
-The neck: with ``train_neck: false`` the head reads the features before the neck, which keeps SAM's weights to the
-bit; with ``true`` it reads the image embeddings behind it, and the neck learns too.
+Every view, large or small, is one point, the mean over the encoder's tokens behind a projection head. The points of a
+slice are pulled towards the mean of its large views. The distribution of all points is compared with an isotropic
+Gaussian along random directions (SIGReg), which prevents a collapse without a teacher or a schedule.
 
 Shape letters: V = views per slice, B = slices, C = channels, D = outputs of the head, h, w = feature rows and columns.
 
@@ -14,21 +11,22 @@ Source: Balestriero and LeCun, LeJEPA (2025), arXiv 2511.08544. Loss terms and h
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from lightly.loss.lejepa_loss import SIGReg, lejepa_invariance_loss
 from lightly.models.modules.heads import LeJEPAProjectionHead
-from samgraft.shared.encoders.vit import MaskableEncoder
 from samgraft.shared.scans.orientation import Plane
-from samgraft.ssl.objectives.feature_panel import feature_panel
-from samgraft.ssl.objectives.objective import ObjectiveLoss, Panel, WithoutTeacher
+from samgraft.ssl.objectives.objective import Objective, ObjectiveLoss, freeze_unused_neck
+from samgraft.ssl.objectives.panels import Panel, feature_panel
 from samgraft.ssl.views.crops import NUM_GLOBAL, CropConfig, local_size, multi_crop
-from samgraft.ssl.views.view_features import draw_places, view_features
+from samgraft.ssl.views.view_features import small_view_features, view_features
 from torch import nn
 
 DIRECTION_STREAM = 0x64697265
+"""Random stream of the directions, separate from those of crops and masks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,37 +36,35 @@ class LeJEPAConfig:
     crops: CropConfig = field(default_factory=CropConfig)
     """Views of a slice."""
     sigreg_weight: float = 0.05
-    """Weight of the Gaussian term; agreement has the rest (the paper's lambda)."""
+    """Weight of the Gaussian term, the paper's lambda; agreement has the rest."""
     num_directions: int = 1024
-    """Random directions per step along which the distribution is compared (the paper's slices)."""
+    """Random directions per step, the paper's slices."""
     head_hidden_dim: int = 2048
-    """Width of the projection head (the paper's)."""
+    """Width of the projection head (paper)."""
     output_dim: int = 64
-    """Channels in which views are compared (the paper's)."""
+    """Channels in which views are compared (paper)."""
     train_neck: bool = False
-    """Whether the head reads behind SAM's neck and trains it. False keeps it bit for bit; stage 2 trains it anyway."""
+    """True trains SAM's neck and reads the features behind it. False keeps the neck's weights exactly."""
 
     def __post_init__(self) -> None:
         if not 0 < self.sigreg_weight < 1:
             raise ValueError(
-                f"sigreg_weight must lie between 0 and 1, got {self.sigreg_weight}: alone, agreement collapses."
+                f"sigreg_weight must lie between 0 and 1, got {self.sigreg_weight}. Agreement alone collapses."
             )
         if min(self.num_directions, self.head_hidden_dim, self.output_dim) < 1:
             raise ValueError("lejepa's num_directions, head_hidden_dim and output_dim must be positive.")
 
 
-class LeJEPA(WithoutTeacher, nn.Module):
-    """The objective ``lejepa``. Exports ``encoder``; throws the head away."""
+class LeJEPA(Objective):
+    """The objective ``lejepa``, which exports the trained encoder."""
 
-    def __init__(self, encoder: MaskableEncoder, config: LeJEPAConfig, *, seed: int) -> None:
-        super().__init__()
-        self.encoder = encoder
-        self.config = config
-        self.seed = seed
+    settings_type = LeJEPAConfig
+    config: LeJEPAConfig
+
+    def __init__(self, encoder: Any, config: LeJEPAConfig, *, seed: int, max_steps: int = 1) -> None:
+        super().__init__(encoder, config, seed=seed, max_steps=max_steps)
         self.local_size_px = local_size(encoder.spec, encoder.image_size, config.crops)
-        if not config.train_neck:
-            encoder.neck.requires_grad_(False)
-        in_dim = encoder.spec.neck_dim if config.train_neck else encoder.feature_dim
+        in_dim = freeze_unused_neck(encoder, train_neck=config.train_neck)
         self.head = build_projector(in_dim, hidden_dim=config.head_hidden_dim, output_dim=config.output_dim)
         distributed = torch.distributed.is_available()
         self.sigreg = SIGReg(num_vectors=config.num_directions, gather_distributed=distributed)
@@ -81,7 +77,7 @@ class LeJEPA(WithoutTeacher, nn.Module):
         step: int,
         planes: Sequence[Plane] | None = None,
     ) -> ObjectiveLoss:
-        """Return agreement and the Gaussian term on fresh views of the slices."""
+        """Return agreement and the Gaussian term on new views of the slices."""
         crops = multi_crop(
             images_B1SS,
             sample_counters=sample_counters,
@@ -93,14 +89,9 @@ class LeJEPA(WithoutTeacher, nn.Module):
         neck = self.config.train_neck
         pooled = [view_features(self.encoder, crops.global_BCSS, with_neck=neck).float().mean((2, 3))]
         if crops.local_BCss is not None:
-            places_B2 = draw_places(
-                self.encoder,
-                sample_counters,
-                side_px=self.local_size_px,
-                num_views=self.config.crops.num_local_crops,
-                seed=self.seed,
+            small_BChw = small_view_features(
+                self.encoder, crops.local_BCss, sample_counters=sample_counters, seed=self.seed, with_neck=neck
             )
-            small_BChw = view_features(self.encoder, crops.local_BCss, with_neck=neck, places_B2=places_B2)
             pooled.append(small_BChw.float().mean((2, 3)))
         with torch.autocast(images_B1SS.device.type, enabled=False):
             points_VBD = self.head(torch.cat(pooled)).unflatten(0, (-1, len(images_B1SS)))
@@ -115,16 +106,13 @@ class LeJEPA(WithoutTeacher, nn.Module):
 
     @torch.no_grad()
     def panel(self, images_B1SS: torch.Tensor, *, sample_counters: Sequence[int]) -> Panel:
-        """Return the slices and the strongest directions of their features."""
+        """Return the slices and the principal directions of their features."""
         features_BChw = view_features(self.encoder, images_B1SS, with_neck=self.config.train_neck)
         return feature_panel(images_B1SS, features_BChw)
 
-    def references(self, images_B1SS: torch.Tensor, *, sample_counters: Sequence[int]) -> Mapping[str, float]:
-        """Return nothing: the loss has no trivial answer to compare with."""
-        return {}
-
     def _gaussian(self, points_VBD: torch.Tensor, step: int) -> torch.Tensor:
-        """Return SIGReg along directions that depend on seed and step only, the same on every process."""
+        """Return SIGReg along directions that depend on the seed and the step only."""
+        # Every process must draw the same directions, and the global random state must stay as it was.
         device = points_VBD.device
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed((self.seed * 1_000_003 + step) ^ DIRECTION_STREAM)
@@ -133,9 +121,9 @@ class LeJEPA(WithoutTeacher, nn.Module):
 
 
 def build_projector(in_dim: int, *, hidden_dim: int, output_dim: int) -> LeJEPAProjectionHead:
-    """Build lightly's LeJEPA head; its BatchNorm always uses the batch's own statistics and keeps none.
+    """Build lightly's LeJEPA head without running statistics in its BatchNorm.
 
-    Running ones would change at every look at held-out slices, and be used there instead of the batch's.
+    Running statistics would change in every monitoring round, and would replace the batch's statistics there.
     """
     head = LeJEPAProjectionHead(in_dim, hidden_dim=hidden_dim, output_dim=output_dim)
     for name, module in list(head.layers.named_children()):

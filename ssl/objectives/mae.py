@@ -1,58 +1,53 @@
-"""Masked autoencoder for vit_b, vit_l, vit_h: the encoder runs on visible tokens only, hidden ones cost nothing.
+"""Masked autoencoder for encoders that can leave tokens out (vit_b, vit_l, vit_h).
 
-A light decoder asks for hidden tokens: by default their positions attend to the encoded visible tokens, nothing else
-(CrossMAE), and answer with the grey values of that token, normalised by their own mean and deviation. MAE's own
-decoder over all tokens (``decoder: full``, 512 channels, 8 blocks, 16 heads) takes three times as long as the sparse
-encoder at 1024 px; it is there for comparison.
+The encoder runs on visible tokens only, so hidden ones cost nothing. A light decoder predicts the grey values of hidden
+tokens, normalised by their own mean and deviation. By default the positions of hidden tokens attend to the encoded
+visible tokens only (CrossMAE). MAE's own decoder over all tokens (``decoder: full``, 512 channels, 8 blocks, 16 heads)
+takes three times as long as the sparse encoder at 1024 px and exists for comparison.
 
-The neck is never run: it keeps SAM's weights to the bit. Stage 2 trains it. With ``layout: plain_vit`` the relative
-positions are not run either, and keep SAM's values.
+The neck is never run and keeps SAM's weights exactly; stage 2 trains it. With ``layout: plain_vit`` the relative
+positions are not used either and keep SAM's values.
 
-Shape letters: B = slices, S = image size in pixels, N = visible tokens, M = hidden tokens, P = pixels per token,
-C = channels of the encoder.
+Shape letters: B = slices, S = image size in pixels, N = visible tokens, M = hidden tokens, L = all tokens, P = pixels
+per token, C = channels of the encoder.
 
 Source: He et al., Masked Autoencoders (CVPR 2022): ratio, normalised targets. Fu et al., Rethinking Patch Dependence
-for Masked Autoencoders (2024): the decoder, answers for a part of the hidden tokens.
+for Masked Autoencoders (2024): the decoder, predictions for a part of the hidden tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from samgraft.shared.encoders.sam import to_pixels
-from samgraft.shared.encoders.vit import ImageEncoder, MaskableEncoder
+from samgraft.shared.encoders.vit import ImageEncoder, PlannedBlock, cut_patches
 from samgraft.shared.errors import UsageError
 from samgraft.shared.samples.dataset import centre_channel
 from samgraft.shared.scans.orientation import Plane
 from samgraft.ssl.objectives.decoders import Decoder, DecoderKind, DecoderShape, chosen_ids
-from samgraft.ssl.objectives.objective import (
-    GIVEN_BRIGHTNESS,
-    HIDDEN_IS_GREY,
-    ObjectiveLoss,
-    Panel,
-    WithoutTeacher,
-)
-from samgraft.ssl.objectives.plain_layout import plain_forward, relative_positions
+from samgraft.ssl.objectives.objective import Objective, ObjectiveLoss
+from samgraft.ssl.objectives.panels import GIVEN_BRIGHTNESS, HIDDEN_IS_GREY, Panel
 from samgraft.ssl.views.masking import MaskKind, hidden_count, token_masks, upsample_mask
-from torch import nn
+from torch.utils.checkpoint import checkpoint
 
-ANSWER_STREAM = 0x616E7377
-"""Keeps the random numbers of the answered tokens apart from those of the masks."""
+PREDICTION_STREAM = 0x616E7377
+"""Random stream of the predicted tokens, separate from that of the masks."""
 
 
 class Layout(Enum):
-    """How the encoder attends while it learns."""
+    """Attention layout of the encoder during training."""
 
     SAM = "sam"
     """Windows, global blocks and relative positions, as the encoder is used afterwards."""
     PLAIN_VIT = "plain_vit"
-    """Global attention without relative positions, as the official MAE code has it: for comparison. Relative positions
-    are not trained; the encoder is handed on in SAM's layout, which it did not learn in."""
+    """Global attention without relative positions, as in the official MAE code, for comparison. Relative positions are
+    not trained, and the encoder is exported in SAM's layout, in which it was not trained."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,15 +55,16 @@ class MAEConfig:
     """Settings of the objective ``mae``."""
 
     mask_ratio: float = 0.75
-    """Fraction of tokens hidden (MAE's value)."""
+    """Fraction of tokens hidden (MAE)."""
     mask_kind: MaskKind = MaskKind.RANDOM
-    """random, block, or per_window: the same number hidden in every attention window, fastest."""
+    """Spread of the hidden tokens: random, block, or per_window, which hides the same number in every attention window
+    and is fastest."""
     layout: Layout = Layout.SAM
-    """sam or plain_vit, see ``Layout``."""
+    """Attention layout, sam or plain_vit, see ``Layout``."""
     norm_pix_loss: bool = True
-    """Normalise every hidden token's grey values by their own mean and deviation (MAE's better variant)."""
+    """True normalises every hidden token's grey values by their own mean and deviation (MAE's better variant)."""
     decoder: DecoderKind = DecoderKind.CROSS
-    """cross, windowed or full, see ``DecoderKind``."""
+    """Attention pattern of the decoder, cross, windowed or full, see ``DecoderKind``."""
     decoder_dim: int = 384
     """Channels of the decoder."""
     num_decoder_blocks: int = 2
@@ -76,8 +72,8 @@ class MAEConfig:
     num_decoder_heads: int = 6
     """Attention heads of the decoder."""
     answered_share: float = 1.0
-    """Share of the hidden tokens that the decoder answers for, drawn anew for every sample; with decoder cross the
-    others cost nothing (CrossMAE: a third is nearly as good)."""
+    """Share of the hidden tokens that the decoder predicts, drawn anew for every sample. With decoder cross the others
+    cost nothing (CrossMAE: a third is nearly as good)."""
 
     def __post_init__(self) -> None:
         if not 0 < self.mask_ratio < 1:
@@ -96,25 +92,26 @@ class MAEConfig:
         )
 
 
-class MAE(WithoutTeacher, nn.Module):
-    """The objective ``mae``. Exports ``encoder``; throws the decoder away."""
+class MAE(Objective):
+    """The objective ``mae``, which exports the trained encoder."""
 
-    def __init__(self, encoder: MaskableEncoder, config: MAEConfig, *, seed: int) -> None:
-        super().__init__()
+    settings_type = MAEConfig
+    config: MAEConfig
+
+    def __init__(self, encoder: Any, config: MAEConfig, *, seed: int, max_steps: int = 1) -> None:
+        super().__init__(encoder, config, seed=seed, max_steps=max_steps)
         if not isinstance(encoder, ImageEncoder):
             raise UsageError(
                 f"METHOD=mae must have an encoder that can leave tokens out (vit_b, vit_l, vit_h), got "
-                f"{encoder.arch.value}, whose convolutional stem cannot. Use METHOD=masked_image: the same task with "
-                "mask tokens."
+                f"{encoder.arch.value}, whose convolutional stem cannot. Use METHOD=masked_image, which is the same "
+                "task with mask tokens."
             )
-        self.encoder = encoder
-        self.config = config
-        self.seed = seed
         self.grid = encoder.image_size // encoder.stride
         encoder.neck.requires_grad_(False)
         if config.layout is Layout.PLAIN_VIT:
-            for table in relative_positions(encoder):
-                table.requires_grad_(False)
+            for name, parameter in encoder.named_parameters():
+                if name.endswith(("rel_pos_h", "rel_pos_w")):
+                    parameter.requires_grad_(False)
         self.decoder = Decoder(encoder.feature_dim, config.decoder_shape(), grid=self.grid, out_dim=encoder.stride**2)
 
     def loss(
@@ -127,10 +124,10 @@ class MAE(WithoutTeacher, nn.Module):
     ) -> ObjectiveLoss:
         """Return the mean squared error over hidden tokens. ``step`` and ``planes`` are not used."""
         mask_Bhw = self._masks(sample_counters).to(images_B1SS.device)
-        ids_hidden_BM = self._asked(mask_Bhw, sample_counters)
-        guess_BMP, visible_BNC = self._guess(images_B1SS, mask_Bhw, ids_hidden_BM)
+        ids_hidden_BM = self._predicted_ids(mask_Bhw, sample_counters)
+        predicted_BMP, visible_BNC = self._predict(images_B1SS, mask_Bhw, ids_hidden_BM)
         target_BMP, _, std_BM1 = self._target(centre_channel(images_B1SS), ids_hidden_BM)
-        error_BMP = guess_BMP - target_BMP
+        error_BMP = predicted_BMP - target_BMP
         grey_error = (error_BMP.detach() * std_BM1).abs().mean()
         return ObjectiveLoss(
             total=error_BMP.square().mean(),
@@ -140,18 +137,18 @@ class MAE(WithoutTeacher, nn.Module):
 
     @torch.no_grad()
     def panel(self, images_B1SS: torch.Tensor, *, sample_counters: Sequence[int]) -> Panel:
-        """Return input, what the encoder saw, and its guess in the holes.
+        """Return the input, its visible part, and the prediction in the holes.
 
-        With ``norm_pix_loss`` the guess is put back into grey values with the hidden token's own mean and deviation, as
-        MAE's pictures are: brightness is given, structure is guessed.
+        With ``norm_pix_loss`` the prediction is converted to grey values with the hidden token's own mean and
+        deviation, as in MAE's pictures. Brightness is then given, and only the structure is predicted.
         """
         mask_Bhw = self._masks(sample_counters).to(images_B1SS.device)
         ids_hidden_BM = chosen_ids(mask_Bhw.flatten(1))
-        guess_BMP, _ = self._guess(images_B1SS, mask_Bhw, ids_hidden_BM)
+        predicted_BMP, _ = self._predict(images_B1SS, mask_Bhw, ids_hidden_BM)
         images_B1SS = centre_channel(images_B1SS)
         _, mean_BM1, std_BM1 = self._target(images_B1SS, ids_hidden_BM)
-        grey_BMP = (guess_BMP * std_BM1 + mean_BM1).clamp(0, 1)
-        patches_BLP = _patches(images_B1SS, self.encoder.stride)
+        grey_BMP = (predicted_BMP * std_BM1 + mean_BM1).clamp(0, 1)
+        patches_BLP = _pixels_of_tokens(images_B1SS, self.encoder.stride)
         places = ids_hidden_BM[..., None].expand(-1, -1, patches_BLP.shape[-1])
         filled_BLP = patches_BLP.scatter(1, places, grey_BMP.to(patches_BLP.dtype))
         filled_B1SS = F.fold(filled_BLP.mT, images_B1SS.shape[-2:], self.encoder.stride, stride=self.encoder.stride)
@@ -163,10 +160,6 @@ class MAE(WithoutTeacher, nn.Module):
             caption=HIDDEN_IS_GREY + (GIVEN_BRIGHTNESS if self.config.norm_pix_loss else ""),
         )
 
-    def references(self, images_B1SS: torch.Tensor, *, sample_counters: Sequence[int]) -> Mapping[str, float]:
-        """Return nothing: no trivial answer is comparable in normalised units."""
-        return {}
-
     def _masks(self, sample_counters: Sequence[int]) -> torch.Tensor:
         return token_masks(
             sample_counters,
@@ -177,22 +170,23 @@ class MAE(WithoutTeacher, nn.Module):
             attn_window_size=self.encoder.attn_window_size,
         )
 
-    def _asked(self, mask_Bhw: torch.Tensor, sample_counters: Sequence[int]) -> torch.Tensor:
-        """Return the numbers of the hidden tokens that the decoder answers for."""
+    def _predicted_ids(self, mask_Bhw: torch.Tensor, sample_counters: Sequence[int]) -> torch.Tensor:
+        """Return the indices of the hidden tokens that the decoder predicts."""
         ids_BM = chosen_ids(mask_Bhw.flatten(1))
         if self.config.answered_share == 1:
             return ids_BM
-        num_asked = max(1, hidden_count(ids_BM.shape[1], self.config.answered_share))
+        num_hidden = ids_BM.shape[1]
+        num_predicted = max(1, hidden_count(num_hidden, self.config.answered_share))
         places = [
-            np.random.default_rng([self.seed, ANSWER_STREAM, int(counter)]).permutation(ids_BM.shape[1])[:num_asked]
+            np.random.default_rng([self.seed, PREDICTION_STREAM, int(counter)]).permutation(num_hidden)[:num_predicted]
             for counter in sample_counters
         ]
         return ids_BM.gather(1, torch.from_numpy(np.sort(np.stack(places))).to(ids_BM.device))
 
-    def _guess(
+    def _predict(
         self, images_B1SS: torch.Tensor, mask_Bhw: torch.Tensor, ids_hidden_BM: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the guess for the asked tokens and the encoded visible ones."""
+        """Return the predictions of the given hidden tokens and the encoded visible tokens."""
         ids_keep_BN = chosen_ids(~mask_Bhw.flatten(1))
         pixels_B3SS = to_pixels(images_B1SS, self.encoder.spec)
         if self.config.layout is Layout.PLAIN_VIT:
@@ -204,17 +198,50 @@ class MAE(WithoutTeacher, nn.Module):
     def _target(
         self, images_B1SS: torch.Tensor, ids_hidden_BM: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return what should be guessed, and the mean and deviation that were taken out."""
-        patches_BLP = _patches(images_B1SS, self.encoder.stride)
+        """Return the target and the mean and deviation that normalised it."""
+        patches_BLP = _pixels_of_tokens(images_B1SS, self.encoder.stride)
         grey_BMP = patches_BLP.gather(1, ids_hidden_BM[..., None].expand(-1, -1, patches_BLP.shape[-1])).float()
         if not self.config.norm_pix_loss:
             return grey_BMP, torch.zeros_like(grey_BMP[..., :1]), torch.ones_like(grey_BMP[..., :1])
         mean_BM1 = grey_BMP.mean(-1, keepdim=True)
-        # MAE's floor of the variance.
+        # MAE adds 1e-6 to the variance, so that uniform tokens (air) do not divide by zero.
         std_BM1 = (grey_BMP.var(-1, keepdim=True) + 1e-6).sqrt()
         return (grey_BMP - mean_BM1) / std_BM1, mean_BM1, std_BM1
 
 
-def _patches(images_B1SS: torch.Tensor, size: int) -> torch.Tensor:
+def plain_forward(encoder: ImageEncoder, pixels_B3SS: torch.Tensor, ids_keep_BN: torch.Tensor) -> torch.Tensor:
+    """Encode visible tokens as a plain ViT, with global attention and absolute positions only.
+
+    The official MAE code would train SAM's weights in this layout, and published SSL continuations of SAM were most
+    likely trained in it. SAM itself and stage 2 run the windowed layout with relative positions.
+
+    Returns:
+        Features (B, N, C) before the neck.
+    """
+    patches_BLP = cut_patches(pixels_B3SS, encoder.stride)
+    places = ids_keep_BN[..., None].expand(-1, -1, patches_BLP.shape[-1])
+    tokens_BNC = encoder.embed_patches(patches_BLP.gather(1, places), ids_keep_BN)
+    for block in encoder.blocks:
+        assert isinstance(block, PlannedBlock)
+        if encoder.activation_checkpointing and torch.is_grad_enabled():
+            tokens_BNC = checkpoint(_plain_block, block, tokens_BNC, use_reentrant=False)
+        else:
+            tokens_BNC = _plain_block(block, tokens_BNC)
+    return tokens_BNC
+
+
+def _plain_block(block: PlannedBlock, tokens_BNC: torch.Tensor) -> torch.Tensor:
+    attention = block.attn
+    query, key, value = (
+        part.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)
+        for part in attention.qkv(block.norm1(tokens_BNC)).chunk(3, dim=-1)
+    )
+    mixed_BNC = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+    tokens_BNC = tokens_BNC + attention.proj(mixed_BNC)
+    out_BNC: torch.Tensor = tokens_BNC + block.mlp(block.norm2(tokens_BNC))
+    return out_BNC
+
+
+def _pixels_of_tokens(images_B1SS: torch.Tensor, size: int) -> torch.Tensor:
     """Return the grey values of every token, shape (B, tokens in raster order, size * size)."""
     return F.unfold(images_B1SS, size, stride=size).mT

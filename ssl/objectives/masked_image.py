@@ -1,14 +1,12 @@
-"""Masked-image modelling: guess the grey values of hidden squares from the rest of the slice (as SimMIM does).
+"""Masked-image modelling, the prediction of hidden squares from the rest of the slice (as in SimMIM).
 
-For encoders with a convolutional stem (``vit_t``), which cannot drop tokens: hidden pixels are set to zero before the
-stem and mask tokens take their place after it, so no output depends on what was hidden. A light convolutional
-decoder, thrown away afterwards, turns each feature into the grey values below it; the loss is the mean absolute error
-over hidden pixels only.
+This objective is for encoders with a convolutional stem (``vit_t``), which cannot drop tokens. Hidden pixels are set
+to zero before the stem and mask tokens replace them after it, so no output depends on hidden values. A light
+convolutional decoder, which is not exported, predicts the grey values below each feature. The loss is the mean absolute
+error over hidden pixels only.
 
-The neck: with ``train_neck: false`` the decoder reads the features before the neck, which then keeps SAM's weights to
-the bit; with ``true`` it reads the image embeddings behind the neck, and the neck learns too.
-
-Shape letters: B = slices, S = image size in pixels, h, w = feature rows and columns, C = channels.
+Shape letters: B = slices, S = image size in pixels, h, w = feature rows and columns, C = channels, P = pixels per
+token, u = rows and columns of hidden squares.
 
 Source: Xie et al., SimMIM (CVPR 2022): mask tokens in place, L1 on hidden pixels, a light head. Liu et al., A ConvNet
 for the 2020s (CVPR 2022): the decoder's block. Tian et al., SparK (ICLR 2023): a decoder with skip connections.
@@ -19,36 +17,31 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from samgraft.shared.encoders.sam import to_pixels
-from samgraft.shared.encoders.vit import MaskableEncoder
 from samgraft.shared.samples.dataset import centre_channel
 from samgraft.shared.scans.orientation import Plane
-from samgraft.ssl.objectives.objective import (
-    GIVEN_BRIGHTNESS,
-    HIDDEN_IS_GREY,
-    ObjectiveLoss,
-    Panel,
-    WithoutTeacher,
-)
+from samgraft.ssl.objectives.objective import Objective, ObjectiveLoss, freeze_unused_neck
+from samgraft.ssl.objectives.panels import GIVEN_BRIGHTNESS, HIDDEN_IS_GREY, Panel
 from samgraft.ssl.scope import learns_mask_token
 from samgraft.ssl.views.masking import MaskKind, mask_unit, token_masks, upsample_mask
 from torch import nn
 
 MASK_SHARE = 1 / 16
-"""Of the input's side, for ``mask_unit_px: null``: about MAE's 16 of 224 px."""
+"""Side of a hidden square over the input's side for ``mask_unit_px: null``, about MAE's 16 of 224 px."""
 
 
 class PixelTarget(Enum):
-    """In which units the decoder answers."""
+    """Units of the decoder's prediction."""
 
     SLICE = "slice"
-    """Standard deviations from the mean of the slice's *visible* pixels: can be turned back into grey values without
-    looking at what is hidden, so the pictures are honest."""
+    """Standard deviations from the mean of the slice's visible pixels. Predictions convert back to grey values without
+    any hidden value, so the pictures show nothing that was given."""
     UNIT = "unit"
-    """Every hidden square normalised by its own mean and deviation (MAE's norm_pix_loss): sharper features, but the
+    """Every hidden square normalised by its own mean and deviation (MAE's norm_pix_loss). Features are sharper, but the
     pictures need the hidden square's own mean and deviation."""
 
 
@@ -59,38 +52,40 @@ class MaskedImageConfig:
     mask_ratio: float = 0.5
     """Fraction of squares hidden."""
     mask_unit_px: int | None = 16
-    """Side of a hidden square in pixels of the encoder's input; a multiple of the encoder's stride. null takes one
-    token of the windowed ViTs, about a sixteenth of the input for vit_t."""
+    """Side of a hidden square in pixels of the encoder's input, a multiple of the encoder's stride. null takes one
+    token of the windowed ViTs and about a sixteenth of the input for vit_t."""
     mask_kind: MaskKind = MaskKind.RANDOM
-    """random or block."""
+    """Spread of the hidden squares, random or block."""
     target: PixelTarget = PixelTarget.SLICE
-    """slice or unit, see ``PixelTarget``."""
+    """Units of the prediction, slice or unit, see ``PixelTarget``."""
     train_neck: bool = False
-    """Whether SAM's neck is trained too. False keeps it bit for bit; stage 2 trains it in either case."""
+    """True trains SAM's neck and reads the features behind it. False keeps the neck's weights exactly."""
     decoder_dim: int = 192
     """Channels of the decoder."""
     decoder_sees_pixels: bool = False
-    """Give the decoder the visible pixels too, holes smoothed over, beside the encoder's features (a skip connection as
-    in SparK). Pictures get sharp in a short run, because grey values need not pass through the encoder, which is then
-    asked only for what smoothing cannot know. False sends everything through the encoder, as SimMIM does."""
+    """True gives the decoder the visible pixels, smoothed over the holes, as well as the features (a skip connection as
+    in SparK). Pictures then get sharp in a short run, because grey values need not pass through the encoder, which has
+    to supply only what smoothing cannot. False sends everything through the encoder, as in SimMIM."""
     num_decoder_blocks: int = 2
-    """Depth of the decoder. Light on purpose: what the decoder can do by itself, the encoder need not learn."""
+    """Depth of the decoder, small because the encoder need not learn what the decoder can do alone."""
 
     def __post_init__(self) -> None:
         if not 0 < self.mask_ratio < 1:
             raise ValueError(f"mask_ratio must lie between 0 and 1, got {self.mask_ratio}.")
         if self.mask_kind is MaskKind.PER_WINDOW:
-            raise ValueError("masked_image hides whole squares: mask_kind must be random or block, got per_window.")
+            raise ValueError(
+                "mask_kind of masked_image must be random or block, because it hides whole squares, got per_window."
+            )
         if (
             (self.mask_unit_px is not None and self.mask_unit_px < 1)
             or self.decoder_dim < 1
             or self.num_decoder_blocks < 0
         ):
-            raise ValueError("mask_unit_px and decoder_dim must be positive, num_decoder_blocks at least 0.")
+            raise ValueError("mask_unit_px and decoder_dim must be positive and num_decoder_blocks at least 0.")
 
 
 class DecoderBlock(nn.Module):
-    """Depthwise 7x7 convolution, LayerNorm, two pointwise layers, residual (ConvNeXt)."""
+    """ConvNeXt block with a depthwise 7x7 convolution, LayerNorm, two pointwise layers and a residual."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -108,7 +103,7 @@ class DecoderBlock(nn.Module):
 
 
 class PixelDecoder(nn.Module):
-    """Features (B, C, h, w) -> one grey value per pixel (B, 1, h * stride, w * stride). Starts by answering zero."""
+    """Convolutional decoder from features (B, C, h, w) to grey values (B, 1, h * stride, w * stride)."""
 
     def __init__(self, in_dim: int, *, dim: int, num_blocks: int, stride: int, sees_pixels: bool) -> None:
         super().__init__()
@@ -119,16 +114,16 @@ class PixelDecoder(nn.Module):
         self.blocks = nn.Sequential(*(DecoderBlock(dim) for _ in range(num_blocks)))
         self.last_norm = nn.GroupNorm(1, dim)
         self.to_pixels = nn.Conv2d(dim, stride * stride, kernel_size=1)
-        # Zero = the mean of the visible pixels: the first steps need not unlearn a random picture.
+        # Zero is the mean of the visible pixels. The first steps then need not undo a random picture.
         nn.init.zeros_(self.to_pixels.weight)
         nn.init.zeros_(self.to_pixels.bias)  # type: ignore[arg-type]
 
     def forward(self, features_BChw: torch.Tensor, seen_B1SS: torch.Tensor, hidden_B1SS: torch.Tensor) -> torch.Tensor:
-        """Return the guessed picture in units of the target.
+        """Return the predicted picture in units of the target.
 
         Args:
-            features_BChw: From the encoder.
-            seen_B1SS: The picture with its holes smoothed over, in units of the target.
+            features_BChw: Output of the encoder.
+            seen_B1SS: Visible pixels, smoothed over the holes, in units of the target.
             hidden_B1SS: True = hidden pixel.
         """
         hidden_BChw = self.embed(self.norm(features_BChw))
@@ -141,32 +136,30 @@ class PixelDecoder(nn.Module):
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Guess:
-    """One pass through encoder and decoder."""
+class _Prediction:
+    """Result of one pass through encoder and decoder."""
 
     picture_B1SS: torch.Tensor
-    """In units of the target."""
+    """Predicted picture in units of the target."""
     features_BChw: torch.Tensor
     hidden_B1SS: torch.Tensor
     mean: torch.Tensor
-    """What was subtracted from the grey values, broadcastable to them."""
+    """Value subtracted from the grey values, broadcastable to them."""
     std: torch.Tensor
-    """What divided the grey values, broadcastable to them."""
+    """Divisor of the grey values, broadcastable to them."""
 
 
-class MaskedImage(WithoutTeacher, nn.Module):
-    """The objective ``masked_image``. Exports ``encoder``; throws mask token and decoder away."""
+class MaskedImage(Objective):
+    """The objective ``masked_image``, which exports the trained encoder."""
 
-    def __init__(self, encoder: MaskableEncoder, config: MaskedImageConfig, *, seed: int) -> None:
-        super().__init__()
-        self.encoder = encoder
-        self.config = config
+    settings_type = MaskedImageConfig
+    config: MaskedImageConfig
+
+    def __init__(self, encoder: Any, config: MaskedImageConfig, *, seed: int, max_steps: int = 1) -> None:
+        super().__init__(encoder, config, seed=seed, max_steps=max_steps)
         self.mask_unit_px = mask_unit(encoder, config.mask_unit_px, share=MASK_SHARE)
-        self.seed = seed
-        if not config.train_neck:
-            encoder.neck.requires_grad_(False)
+        in_dim = freeze_unused_neck(encoder, train_neck=config.train_neck)
         self.mask_token = nn.Parameter(torch.zeros(encoder.mask_token_dim), requires_grad=learns_mask_token(encoder))
-        in_dim = encoder.spec.neck_dim if config.train_neck else encoder.feature_dim
         self.decoder = PixelDecoder(
             in_dim,
             dim=config.decoder_dim,
@@ -184,23 +177,23 @@ class MaskedImage(WithoutTeacher, nn.Module):
         planes: Sequence[Plane] | None = None,
     ) -> ObjectiveLoss:
         """Return the mean absolute error over hidden pixels. ``step`` and ``planes`` are not used."""
-        guess = self._guess(images_B1SS, sample_counters)
+        predicted = self._predict(images_B1SS, sample_counters)
         images_B1SS = centre_channel(images_B1SS)
-        error_B1SS = (guess.picture_B1SS - (images_B1SS - guess.mean) / guess.std).abs()
-        num_hidden = guess.hidden_B1SS.sum()
-        total = (error_B1SS * guess.hidden_B1SS).sum() / num_hidden
-        grey_error = (error_B1SS.detach() * guess.std * guess.hidden_B1SS).sum() / num_hidden
-        features_BC = guess.features_BChw.detach().float().mean((2, 3))
+        error_B1SS = (predicted.picture_B1SS - (images_B1SS - predicted.mean) / predicted.std).abs()
+        num_hidden = predicted.hidden_B1SS.sum()
+        total = (error_B1SS * predicted.hidden_B1SS).sum() / num_hidden
+        grey_error = (error_B1SS.detach() * predicted.std * predicted.hidden_B1SS).sum() / num_hidden
+        features_BC = predicted.features_BChw.detach().float().mean((2, 3))
         return ObjectiveLoss(total=total, parts={"grey_error": grey_error}, features_BC=features_BC)
 
     @torch.no_grad()
     def panel(self, images_B1SS: torch.Tensor, *, sample_counters: Sequence[int]) -> Panel:
-        """Return input, what the encoder saw, its guess, and the guess in the holes of the input."""
-        guess = self._guess(images_B1SS, sample_counters)
+        """Return the input, its visible part, the prediction, and the prediction in the holes of the input."""
+        predicted = self._predict(images_B1SS, sample_counters)
         images_B1SS = centre_channel(images_B1SS)
-        grey_B1SS = (guess.picture_B1SS * guess.std + guess.mean).clamp(0, 1)
-        seen_B1SS = images_B1SS.masked_fill(guess.hidden_B1SS, 0.5)
-        filled_B1SS = torch.where(guess.hidden_B1SS, grey_B1SS, images_B1SS)
+        grey_B1SS = (predicted.picture_B1SS * predicted.std + predicted.mean).clamp(0, 1)
+        seen_B1SS = images_B1SS.masked_fill(predicted.hidden_B1SS, 0.5)
+        filled_B1SS = torch.where(predicted.hidden_B1SS, grey_B1SS, images_B1SS)
         columns = torch.stack([images_B1SS, seen_B1SS, grey_B1SS, filled_B1SS]).squeeze(2)
         return Panel(
             columns=("input", "visible", "output", "output in the holes"),
@@ -210,7 +203,7 @@ class MaskedImage(WithoutTeacher, nn.Module):
 
     @torch.no_grad()
     def references(self, images_B1SS: torch.Tensor, *, sample_counters: Sequence[int]) -> Mapping[str, float]:
-        """Return the grey error of two fillings that need no network: the visible mean, and smoothing from the rim."""
+        """Return the grey errors of the visible mean and of smoothing from the rim, which need no network."""
         images_B1SS = centre_channel(images_B1SS)
         mask_Bhw = self._masks(sample_counters).to(images_B1SS.device)
         hidden_B1SS = upsample_mask(mask_Bhw, image_size=images_B1SS.shape[-1])
@@ -231,29 +224,29 @@ class MaskedImage(WithoutTeacher, nn.Module):
             kind=self.config.mask_kind,
         )
 
-    def _guess(self, images_B1SS: torch.Tensor, sample_counters: Sequence[int]) -> _Guess:
+    def _predict(self, images_B1SS: torch.Tensor, sample_counters: Sequence[int]) -> _Prediction:
         mask_Bhw = self._masks(sample_counters).to(images_B1SS.device)
         features_BChw = self.encoder.forward_features(
             to_pixels(images_B1SS, self.encoder.spec), token_mask_Bhw=mask_Bhw, mask_token=self.mask_token
         )
         read_BChw = self.encoder.neck(features_BChw) if self.config.train_neck else features_BChw
-        # Neighbours are hidden where the slice is, and help the encoder; what is guessed is the slice itself.
+        # Neighbour slices are hidden at the same places and help the encoder; the target is the slice itself.
         images_B1SS = centre_channel(images_B1SS)
         hidden_B1SS = upsample_mask(mask_Bhw, image_size=images_B1SS.shape[-1])
         mean, std = self._units(images_B1SS, hidden_B1SS)
         seen_B1SS = torch.zeros_like(images_B1SS)
         if self.config.decoder_sees_pixels:
-            # In units of the visible pixels whatever the target: those of hidden squares would give them away.
+            # Units of the visible pixels whatever the target, because units of hidden squares would reveal them.
             visible_mean, visible_std = _visible_statistics(images_B1SS, hidden_B1SS)
             smooth_B1SS = fill_by_smoothing(images_B1SS, hidden_B1SS, sigma_px=self.mask_unit_px / 2)
             seen_B1SS = (torch.where(hidden_B1SS, smooth_B1SS, images_B1SS) - visible_mean) / visible_std
         picture_B1SS = self.decoder(read_BChw, seen_B1SS, hidden_B1SS).float()
-        return _Guess(
+        return _Prediction(
             picture_B1SS=picture_B1SS, features_BChw=features_BChw, hidden_B1SS=hidden_B1SS, mean=mean, std=std
         )
 
     def _units(self, images_B1SS: torch.Tensor, hidden_B1SS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return what is subtracted from and divides the grey values, see ``PixelTarget``."""
+        """Return the mean and the deviation that normalise the grey values, see ``PixelTarget``."""
         if self.config.target is PixelTarget.UNIT:
             return _unit_statistics(images_B1SS, self.mask_unit_px)
         return _visible_statistics(images_B1SS, hidden_B1SS)
@@ -264,12 +257,12 @@ def _visible_statistics(images_B1SS: torch.Tensor, hidden_B1SS: torch.Tensor) ->
     count_B111 = visible_B1SS.sum((2, 3), keepdim=True)
     mean_B111 = (images_B1SS * visible_B1SS).sum((2, 3), keepdim=True) / count_B111
     variance_B111 = ((images_B1SS - mean_B111).square() * visible_B1SS).sum((2, 3), keepdim=True) / count_B111
-    # 0.05: a nearly black slice must not blow its noise up twentyfold.
+    # At least 0.05, or the noise of a nearly black slice would be amplified more than twentyfold.
     return mean_B111, variance_B111.sqrt().clamp_min(0.05)
 
 
 def fill_by_smoothing(images_B1SS: torch.Tensor, hidden_B1SS: torch.Tensor, *, sigma_px: float) -> torch.Tensor:
-    """Fill every pixel with the Gaussian-weighted mean of the visible pixels around it (normalised convolution)."""
+    """Fill every pixel with the Gaussian-weighted mean of the visible pixels around it."""
     reach = max(1, int(3 * sigma_px))
     weights = torch.exp(-0.5 * (torch.arange(-reach, reach + 1, device=images_B1SS.device) / sigma_px) ** 2)
 
@@ -277,12 +270,13 @@ def fill_by_smoothing(images_B1SS: torch.Tensor, hidden_B1SS: torch.Tensor, *, s
         rows = F.conv2d(plane_B1SS, weights.view(1, 1, -1, 1), padding=(reach, 0))
         return F.conv2d(rows, weights.view(1, 1, 1, -1), padding=(0, reach))
 
+    # Normalised convolution, in which dividing by the blurred mask leaves hidden pixels out of the mean.
     visible_B1SS = (~hidden_B1SS).float()
     return blur(images_B1SS * visible_B1SS) / blur(visible_B1SS).clamp_min(1e-6)
 
 
-def _hidden_error(images_B1SS: torch.Tensor, guess_B1SS: torch.Tensor, hidden_B1SS: torch.Tensor) -> float:
-    return float(((images_B1SS - guess_B1SS).abs() * hidden_B1SS).sum() / hidden_B1SS.sum())
+def _hidden_error(images_B1SS: torch.Tensor, filled_B1SS: torch.Tensor, hidden_B1SS: torch.Tensor) -> float:
+    return float(((images_B1SS - filled_B1SS).abs() * hidden_B1SS).sum() / hidden_B1SS.sum())
 
 
 def _unit_statistics(images_B1SS: torch.Tensor, unit_px: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,18 +1,16 @@
-"""The one protocol that every objective fulfils, and what it returns per step."""
+"""Base class of the objectives and the loss that they return."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar
 
 import torch
-from samgraft.shared.encoders.vit import MaskableEncoder
 from samgraft.shared.scans.orientation import Plane
+from samgraft.ssl.objectives.panels import Panel
 from torch import nn
-
-HIDDEN_IS_GREY = "Hidden pixels are grey in the second column; the encoder never saw them."
-GIVEN_BRIGHTNESS = " Brightness and contrast of every hidden square are given in the output, its structure is guessed."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,56 +18,46 @@ class ObjectiveLoss:
     """The loss of one batch."""
 
     total: torch.Tensor
-    """Scalar, float32; the one that is minimised."""
+    """Loss to minimise, a float32 scalar."""
     parts: Mapping[str, torch.Tensor] = field(default_factory=dict)
     """Further scalars to log, detached."""
     features_BC: torch.Tensor | None = None
     """One detached feature vector per sample, for the health measures."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Panel:
-    """What a person looks at: the same slices through every column, all in [0, 1]."""
+class Objective(nn.Module, ABC):
+    """A self-supervised loss with the encoder that it trains and its own decoder or heads.
 
-    columns: Sequence[str]
-    images_KBHW: torch.Tensor
-    """Shape (K columns, B slices, H, W), float32."""
-    caption: str = ""
-    """What the columns are, in words for the report."""
+    A new objective is a subclass with its settings in one file of this folder, a line in ``OBJECTIVES``, and the
+    presets ``configs/pretrain/NAME-cpu.yaml`` and ``NAME-gpu.yaml``.
+    """
 
-
-class WithoutTeacher:
-    """What objectives without a teacher share: the trained encoder is handed on, and nothing happens between steps."""
-
+    settings_type: ClassVar[type[Any]]
+    """Frozen dataclass of the section ``objective.NAME`` of a configuration; every setting has a default."""
     encoder: Any
+    """The image encoder that is trained, a ``MaskableEncoder``."""
+
+    def __init__(self, encoder: Any, config: Any, *, seed: int, max_steps: int = 1) -> None:
+        """Keep the encoder and the settings.
+
+        Args:
+            encoder: The encoder to train.
+            config: An instance of ``settings_type``.
+            seed: Seed of the run; masks, crops and random directions follow from it.
+            max_steps: Number of optimizer steps of the run, for schedules.
+        """
+        super().__init__()
+        self.encoder = encoder
+        self.config = config
+        self.seed = seed
+        self.max_steps = max_steps
 
     @property
-    def exported_encoder(self) -> MaskableEncoder:
-        """The trained encoder."""
-        encoder: MaskableEncoder = self.encoder
-        return encoder
+    def exported_encoder(self) -> Any:
+        """The encoder that the run exports, which is the trained one unless an EMA teacher follows it."""
+        return self.encoder
 
-    def before_step(self, step: int) -> None:
-        """Nothing to do."""
-
-    def after_step(self, step: int) -> None:
-        """Nothing to do."""
-
-
-@runtime_checkable
-class Objective(Protocol):
-    """A module that owns the encoder being trained and everything that is thrown away with the objective."""
-
-    @property
-    def encoder(self) -> MaskableEncoder:
-        """The encoder that is trained."""
-        ...
-
-    @property
-    def exported_encoder(self) -> MaskableEncoder:
-        """The encoder that is handed on: the trained one, or an EMA teacher that follows it."""
-        ...
-
+    @abstractmethod
     def loss(
         self,
         images_B1SS: torch.Tensor,
@@ -78,31 +66,41 @@ class Objective(Protocol):
         step: int,
         planes: Sequence[Plane] | None = None,
     ) -> ObjectiveLoss:
-        """Return the loss of a batch; a pure function of the weights, the images, the counters, the step and planes.
+        """Return the loss of a batch.
 
-        The planes of the slices decide which mirror images exist; without them no view is mirrored.
+        The loss is a pure function of the weights and the arguments, so that a resumed run repeats it. Without
+        gradients (held-out slices) nothing changes; with gradients, statistics may be collected in buffers, which take
+        effect in :meth:`after_step`.
 
-        Without gradients (held-out slices) it changes nothing; with them it may collect statistics in buffers, which
-        take effect in :meth:`after_step`.
+        Args:
+            images_B1SS: Slices in [0, 1] at the size of the encoder's input.
+            sample_counters: Position of each sample in the run.
+            step: Optimizer steps taken so far.
+            planes: Plane of each slice. It decides which flips are anatomically valid; None flips nothing.
         """
-        ...
 
-    def before_step(self, step: int) -> None:
-        """Act on the gradients before optimizer step ``step`` (counted from 0): hold a layer still, or nothing."""
-        ...
-
-    def after_step(self, step: int) -> None:
-        """Act after optimizer step ``step`` (counted from 0): move an EMA teacher and its centers, or nothing."""
-        ...
-
+    @abstractmethod
     def panel(self, images_B1SS: torch.Tensor, *, sample_counters: Sequence[int]) -> Panel:
-        """Return pictures that show whether the encoder learns."""
-        ...
+        """Return pictures that show what the encoder has learned."""
 
     def references(self, images_B1SS: torch.Tensor, *, sample_counters: Sequence[int]) -> Mapping[str, float]:
-        """Return what trivial answers score on these slices, by name of a loss part and answer; may be empty."""
-        ...
+        """Return the grey error of predictions that need no network, by name; empty where there is none."""
+        return {}
 
-    def named_parameters(self, prefix: str = "", recurse: bool = True) -> Iterator[tuple[str, nn.Parameter]]:
-        """As ``nn.Module``."""
-        ...
+    def before_step(self, step: int) -> None:
+        """Change the gradients before optimizer step ``step``, counted from 0."""
+
+    def after_step(self, step: int) -> None:
+        """Update an EMA teacher and its centers after optimizer step ``step``, counted from 0."""
+
+
+def freeze_unused_neck(encoder: Any, *, train_neck: bool) -> int:
+    """Freeze the neck unless it trains, and return the number of channels that decoder or heads read.
+
+    With ``train_neck`` they read the image embeddings behind SAM's neck. Otherwise they read the features before it,
+    and the neck keeps SAM's weights exactly.
+    """
+    if not train_neck:
+        encoder.neck.requires_grad_(False)
+    channels: int = encoder.spec.neck_dim if train_neck else encoder.feature_dim
+    return channels

@@ -1,8 +1,8 @@
-"""Features of a view of any size: whole inputs as usual, smaller ones without changing a weight.
+"""Features of views of any size.
 
-vit_t takes any size. The windowed ViTs have one position per place of their grid: a small view is shown to them in a
-part of the grid that begins at the edge of an attention window, and nothing else exists. Positions, absolute and
-relative, are then SAM's own, none is interpolated, and the rest of the grid costs nothing.
+``vit_t`` accepts any size. The windowed ViTs have one position per token of their grid, so a small view is placed in a
+part of the grid that begins at the edge of an attention window, and the rest of the grid is left out. The positions,
+absolute and relative, are then SAM's own, none is interpolated, and the rest of the grid costs nothing.
 
 Shape letters: B = views, C = channels, s = side of the view in pixels, h, w = feature rows and columns.
 """
@@ -17,7 +17,7 @@ from samgraft.shared.encoders.sam import to_pixels
 from samgraft.shared.encoders.vit import ImageEncoder, MaskableEncoder, cut_patches
 
 PLACE_STREAM = 0x706C6163
-"""Keeps the random numbers of places apart from those of crops and masks."""
+"""Random stream of the places, separate from those of crops and masks."""
 
 
 def view_features(
@@ -33,11 +33,11 @@ def view_features(
 
     Args:
         encoder: Student or teacher.
-        views_B1ss: In [0, 1]; the encoder's own size or smaller.
-        with_neck: Return image embeddings; else the features before the neck.
+        views_B1ss: Views in [0, 1], of the encoder's own size or smaller.
+        with_neck: Return image embeddings; otherwise the features before the neck.
         places_B2: First row and column of each smaller view in the grid (windowed ViTs), from :func:`draw_places`.
         token_mask_Bhw: True = hidden; for views of the encoder's own size.
-        mask_token: Stands for hidden tokens.
+        mask_token: Replacement of hidden tokens.
 
     Returns:
         Shape (B, C, h, w).
@@ -47,17 +47,26 @@ def view_features(
     if isinstance(encoder, ImageEncoder) and side != encoder.image_size:
         assert places_B2 is not None
         assert token_mask_Bhw is None
-        features_BChw = _in_part_of_grid(encoder, pixels_B3ss, places_B2)
+        features_BChw = _encode_part_of_grid(encoder, pixels_B3ss, places_B2)
     else:
         features_BChw = encoder.forward_features(pixels_B3ss, token_mask_Bhw=token_mask_Bhw, mask_token=mask_token)
     out: torch.Tensor = encoder.neck(features_BChw) if with_neck else features_BChw
     return out
 
 
+def small_view_features(
+    encoder: MaskableEncoder, views_BCss: torch.Tensor, *, sample_counters: Sequence[int], seed: int, with_neck: bool
+) -> torch.Tensor:
+    """Encode the small views of a batch (``Crops.local_BCss``), each at a random place of the grid."""
+    num_views = len(views_BCss) // len(sample_counters)
+    places_B2 = draw_places(encoder, sample_counters, side_px=views_BCss.shape[-1], num_views=num_views, seed=seed)
+    return view_features(encoder, views_BCss, with_neck=with_neck, places_B2=places_B2)
+
+
 def draw_places(
     encoder: MaskableEncoder, sample_counters: Sequence[int], *, side_px: int, num_views: int, seed: int
 ) -> torch.Tensor | None:
-    """Draw where each small view stands in the grid; None for vit_t, which has no absolute positions.
+    """Draw the place of each small view in the grid; None for vit_t, which has no absolute positions.
 
     Returns:
         Shape (num_views * B, 2), in the order of ``Crops.local_BCss``.
@@ -73,7 +82,7 @@ def draw_places(
     return torch.from_numpy(np.stack(draws, axis=1).reshape(-1, 2) * window)
 
 
-def _in_part_of_grid(encoder: ImageEncoder, pixels_B3ss: torch.Tensor, places_B2: torch.Tensor) -> torch.Tensor:
+def _encode_part_of_grid(encoder: ImageEncoder, pixels_B3ss: torch.Tensor, places_B2: torch.Tensor) -> torch.Tensor:
     side = pixels_B3ss.shape[-1] // encoder.stride
     steps = torch.arange(side, device=pixels_B3ss.device)
     rows_Bs, columns_Bs = (places_B2.to(pixels_B3ss.device)[:, axis, None] + steps for axis in (0, 1))

@@ -13,7 +13,7 @@ from samgraft.shared.encoders.vit import build_image_encoder
 from samgraft.shared.scans.preset import load_preset
 from samgraft.shared.scans.volume import Modality
 from samgraft.ssl.config import PretrainConfig
-from samgraft.ssl.objectives import OBJECTIVES, Method
+from samgraft.ssl.objectives import OBJECTIVES, build_objective
 from samgraft.ssl.optimizer import build_pretrain_optimizer, build_schedule
 from samgraft.ssl.scope import apply_scope
 
@@ -58,19 +58,18 @@ PRETRAIN = [path for path in FILES if path.parent.name == "pretrain"]
 
 
 def test_pretrain_presets__one_per_objective_and_kind_of_machine() -> None:
-    assert {path.stem for path in PRETRAIN} == {f"{m.value}-{kind}" for m in Method for kind in ("cpu", "gpu")}
+    assert {path.stem for path in PRETRAIN} == {f"{name}-{kind}" for name in OBJECTIVES for kind in ("cpu", "gpu")}
 
 
 @pytest.mark.parametrize("path", PRETRAIN, ids=lambda path: path.stem)
 def test_pretrain_presets__build_their_objective(path: Path) -> None:
     config = load_config(PretrainConfig, layers=[path, SCHEMAS["pretrain"][1]])
-    assert path.stem.startswith(config.objective.name.value)
+    assert path.stem.startswith(config.objective.name)
     with torch.device("meta"):
         encoder = build_image_encoder(arch_spec(config.model.arch), image_size=config.model.image_size)
         apply_scope(encoder, config.model.scope, num_frozen_depths=config.model.num_frozen_depths)
     # Outside of the block: lightly's SIGReg computes while it is built.
-    build = OBJECTIVES[config.objective.name]
-    objective = build(encoder, config.objective, seed=0, max_steps=config.trainer.max_steps)
+    objective = build_objective(encoder, config.objective, seed=0, max_steps=config.trainer.max_steps)
     assert len(build_pretrain_optimizer(objective, config.optim).param_groups) > 1
     build_schedule(config.optim, max_steps=config.trainer.max_steps)
 

@@ -20,7 +20,7 @@ from samgraft.shared.store.store import SliceStore
 from samgraft.shared.weights.card import Card
 from samgraft.ssl.config import PretrainConfig
 from samgraft.ssl.export.encoder_weights import write_encoder_weights
-from samgraft.ssl.objectives import OBJECTIVES
+from samgraft.ssl.objectives import build_objective
 from samgraft.ssl.preflight import pretraining_split
 
 PATIENTS = {"train": ["p_aaaaaaaaaaaa"], "val": ["p_bbbbbbbbbbbb"], "test": ["p_cccccccccccc"]}
@@ -88,8 +88,7 @@ def finished_encoder(root: Path, store_path: Path, spec, *, image_size: int, met
     run.mkdir(parents=True)
     (run / "config.yaml").write_text("# stage: pretrain\n" + config_to_yaml(config))
     encoder = make_sam(spec, image_size=image_size).image_encoder
-    build = OBJECTIVES[config.objective.name]
-    objective = build(encoder, config.objective, seed=config.seed, max_steps=config.trainer.max_steps)
+    objective = build_objective(encoder, config.objective, seed=config.seed, max_steps=config.trainer.max_steps)
     randomise(objective, scale=0.05)
     store = SliceStore.open(store_path)
     split = pretraining_split(config.data, store, seed=config.seed)

@@ -24,7 +24,7 @@ from tiny_encoders import TINY_VIT
 from tiny_pretrain import NUM_STEPS, PLAIN_ONLY, SETTINGS, act_after, left_behind, make_lab, run
 from tiny_training import Killed, die
 
-OBJECTIVE_NAMES = [method.value for method in OBJECTIVES]
+OBJECTIVE_NAMES = list(OBJECTIVES)
 MATRIX = [
     pytest.param((f"trainer.num_workers={workers}", f"trainer.precision={precision}", f"trainer.accumulate={n}"),
                  id=f"{workers} workers, {precision}, accumulate {n}")

@@ -16,7 +16,7 @@ from samgraft.shared.encoders.tiny_vit import TinyViTEncoder
 from samgraft.shared.encoders.vit import ImageEncoder
 from samgraft.shared.weights.card import Card
 from samgraft.shared.weights.save import save_encoder, save_sam
-from samgraft.ssl.objectives.plain_layout import plain_forward
+from samgraft.ssl.objectives.mae import plain_forward
 from store_factory import make_store
 from tiny_encoders import plain_encoder
 from torch import nn

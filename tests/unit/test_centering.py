@@ -3,7 +3,7 @@
 import pytest
 import torch
 from lightly.loss import DINOLoss, IBOTPatchLoss
-from samgraft.ssl.objectives.centering import StepCenter, StepDINOLoss, StepIBOTLoss, build_head
+from samgraft.ssl.objectives.teacher import StepCenter, StepDINOLoss, StepIBOTLoss, build_head
 
 
 def answers(views, batch=3, dim=6, seed=0):

@@ -21,9 +21,9 @@ from samgraft.ssl.config import PretrainConfig
 from samgraft.ssl.export.membership import _errors
 from samgraft.ssl.module import PretrainModule
 from samgraft.ssl.monitor.held_out import held_out_loss, load_held_out
+from samgraft.ssl.objectives import ObjectiveLoss
 from samgraft.ssl.objectives.dino import DINO, DINOConfig
 from samgraft.ssl.objectives.lejepa import LeJEPA, LeJEPAConfig
-from samgraft.ssl.objectives.objective import ObjectiveLoss
 from samgraft.ssl.views.crops import CropConfig, content_boxes, local_size, multi_crop
 from store_factory import make_cases, make_scan, write_nifti
 from tiny_encoders import PLAIN_VIT, TINY_VIT, plain_encoder, slices

@@ -9,11 +9,11 @@ from lightly.loss import DINOLoss, IBOTPatchLoss
 from samgraft.shared.encoders.tiny_vit import freeze_batch_norm
 from samgraft.shared.errors import UsageError
 from samgraft.ssl.objectives.dino import DINO, DINOConfig, teacher_temperature
-from samgraft.ssl.objectives.teacher import follow
+from samgraft.ssl.objectives.teacher import update_ema
 from samgraft.ssl.scope import freeze_depths
 from samgraft.ssl.views.crops import CropConfig, multi_crop
 from samgraft.ssl.views.masking import MaskKind, mask_unit, scattered_masks
-from samgraft.ssl.views.view_features import view_features
+from samgraft.ssl.views.view_features import small_view_features, view_features
 from tiny_encoders import lively_encoder, plain_encoder, slices
 
 COUNTERS = (7, 8, 9)
@@ -73,7 +73,11 @@ def test_loss__is_lightlys_on_the_same_views(kind):
             mask_token=objective.mask_token,
         )
     )
-    small = objective.heads.tokens(objective._small(crops.local_BCss, COUNTERS))
+    small = objective.heads.tokens(
+        small_view_features(
+            objective.encoder, crops.local_BCss, sample_counters=COUNTERS, seed=objective.seed, with_neck=False
+        )
+    )
     teacher_out = list(objective.teacher.heads.view(taught.mean(1)).split(3))
     student_out = [*objective.heads.view(learned.mean(1)).split(3), *objective.heads.view(small.mean(1)).split(3)]
     dino = DINOLoss(12)(teacher_out, student_out, teacher_temp=0.07)
@@ -147,7 +151,7 @@ def test_follow__leaves_equal_weights_to_the_bit_and_copies_buffers():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.running_mean.fill_(0.3)
     before = {name: p.clone() for name, p in slow.named_parameters()}
-    follow(slow, fast, momentum=0.9)
+    update_ema(slow, fast, momentum=0.9)
     assert all(torch.equal(p, before[name]) for name, p in slow.named_parameters())
     assert all(torch.equal(b, dict(fast.named_buffers())[name]) for name, b in slow.named_buffers())
 

@@ -42,7 +42,7 @@ def test_loss__by_hand_on_hidden_tokens_only():
     objective = make_objective()
     images, masks = images_of(), masks_of()
     ids_hidden = chosen_ids(masks.flatten(1))
-    guess, _ = objective._guess(images, masks, ids_hidden)
+    guess, _ = objective._predict(images, masks, ids_hidden)
     errors = []
     for image, answers, numbers in zip(images[:, 0], guess, ids_hidden, strict=True):
         for answer, number in zip(answers, numbers.tolist(), strict=True):
@@ -80,10 +80,10 @@ def test_guess__does_not_depend_on_hidden_pixels(settings):
     objective = make_objective(**settings)
     images, masks = images_of(), objective._masks(COUNTERS)
     hidden, ids_hidden = upsample_mask(masks, image_size=96), chosen_ids(masks.flatten(1))
-    first, _ = objective._guess(images, masks, ids_hidden)
-    second, _ = objective._guess(torch.where(hidden, torch.rand_like(images), images), masks, ids_hidden)
+    first, _ = objective._predict(images, masks, ids_hidden)
+    second, _ = objective._predict(torch.where(hidden, torch.rand_like(images), images), masks, ids_hidden)
     assert torch.equal(first, second)
-    third, _ = objective._guess(torch.where(hidden, images, 1 - images), masks, ids_hidden)
+    third, _ = objective._predict(torch.where(hidden, images, 1 - images), masks, ids_hidden)
     assert not torch.equal(first, third)
 
 
@@ -135,10 +135,10 @@ def test_layout__plain_vit_is_sams_encoder_without_windows_and_relative_position
         for name, tensor in everywhere.state_dict().items():
             tensor.copy_(torch.zeros_like(tensor) if "rel_pos" in name else state[name])
     images, masks = images_of(), masks_of()
-    _, visible = objective._guess(images, masks, chosen_ids(masks.flatten(1)))
+    _, visible = objective._predict(images, masks, chosen_ids(masks.flatten(1)))
     expected = everywhere.forward_visible(to_pixels(images, spec), chosen_ids(~masks.flatten(1)))
     torch.testing.assert_close(visible, expected, atol=1e-5, rtol=1e-5)
-    _, windowed = make_objective()._guess(images, masks, chosen_ids(masks.flatten(1)))
+    _, windowed = make_objective()._predict(images, masks, chosen_ids(masks.flatten(1)))
     assert not torch.allclose(visible, windowed, atol=1e-3)
 
 

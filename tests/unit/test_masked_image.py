@@ -64,7 +64,7 @@ def test_loss__by_hand_in_units_of_each_hidden_square():
 def test_loss__visible_pixels_do_not_enter():
     objective = warm(make_objective())
     images, hidden = slices(), hidden_pixels()
-    guess = objective._guess(images, COUNTERS)
+    guess = objective._predict(images, COUNTERS)
     assert torch.equal(guess.hidden_B1SS, hidden)
     by_hand = (guess.picture_B1SS - (images - guess.mean) / guess.std).abs()[hidden].mean()
     result = objective.loss(images, sample_counters=COUNTERS, step=0)
@@ -117,7 +117,7 @@ def test_output__with_unit_target_does_not_see_the_squares_own_statistics():
     objective = warm(make_objective(decoder_sees_pixels=True, target=PixelTarget.UNIT))
     images, hidden = slices(), hidden_pixels()
     changed = torch.where(hidden, torch.rand_like(images), images)
-    first, second = (objective._guess(x, COUNTERS).picture_B1SS for x in (images, changed))
+    first, second = (objective._predict(x, COUNTERS).picture_B1SS for x in (images, changed))
     assert torch.equal(first, second)
 
 

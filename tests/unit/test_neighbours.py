@@ -23,7 +23,7 @@ from samgraft.shared.weights.save import save_encoder
 from samgraft.ssl.config import PretrainConfig
 from samgraft.ssl.module import PretrainModule
 from samgraft.ssl.monitor.labelled import load_probe, open_probe_store
-from samgraft.ssl.objectives import Method
+from samgraft.ssl.objectives import OBJECTIVES
 from samgraft.ssl.objectives.dino import DINO, DINOConfig
 from samgraft.ssl.objectives.feature import Feature, FeatureConfig
 from samgraft.ssl.objectives.lejepa import LeJEPA, LeJEPAConfig
@@ -129,7 +129,7 @@ def test_objectives__show_the_slice_and_look_at_its_neighbours(objective):
     torch.testing.assert_close(panel.images_KBHW[0], slice_2[:, 0], atol=0, rtol=0)
 
 
-@pytest.mark.parametrize("objective", [method.value for method in Method])
+@pytest.mark.parametrize("objective", list(OBJECTIVES))
 def test_pretrain__every_objective_learns_from_neighbours(small_lab, monkeypatch, objective):
     """Two steps, a look at held-out slices before and after them, and a hand-over."""
     shapes = []

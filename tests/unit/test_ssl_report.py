@@ -16,7 +16,7 @@ from samgraft.ssl.monitor.labelled import LabelledSlices, ProbeData
 from samgraft.ssl.monitor.monitor import Watch, Watched, panel_path
 from samgraft.ssl.monitor.report import verdict
 from samgraft.ssl.monitor.report_curves import engine_parts, feature_parts, probe_parts
-from samgraft.ssl.objectives.objective import Panel
+from samgraft.ssl.objectives import Panel
 from tiny_pretrain import config_of, make_lab, run
 
 LOSS = [{"step": 0, "held_out/loss": 1.0}, {"step": 100, "held_out/loss": 0.5}]

@@ -10,7 +10,7 @@ from samgraft.shared.errors import UsageError, WeightsError
 from samgraft.shared.weights.card import Card
 from samgraft.shared.weights.load import load_into, read_weights
 from samgraft.ssl.export.encoder_weights import write_encoder_weights
-from samgraft.ssl.objectives import OBJECTIVES, Method, ObjectiveConfig
+from samgraft.ssl.objectives import OBJECTIVES
 from samgraft.ssl.objectives.dino import DINOConfig
 from samgraft.ssl.objectives.mae import MAEConfig
 from samgraft.ssl.scope import Scope, ScopeConfig, apply_scope, lora_layers, merged_state
@@ -23,8 +23,7 @@ MAE = MAEConfig(decoder_dim=16, num_decoder_heads=2, num_decoder_blocks=1)
 
 
 def build(method, encoder, settings):
-    config = ObjectiveConfig(name=method, **{method.value: settings})
-    return OBJECTIVES[method](encoder, config, seed=0, max_steps=10)
+    return OBJECTIVES[method](encoder, settings, seed=0, max_steps=10)
 
 
 def trained_dino(encoder=None, scope=None):
@@ -32,7 +31,7 @@ def trained_dino(encoder=None, scope=None):
     torch.manual_seed(3)
     encoder = encoder or plain_encoder()
     apply_scope(encoder, scope or ScopeConfig(), num_frozen_depths=0)
-    objective = build(Method.DINO, encoder, DINO)
+    objective = build("dino", encoder, DINO)
     with torch.no_grad():
         for tensor in objective.state_dict().values():
             if tensor.is_floating_point():
@@ -54,7 +53,7 @@ def go_on(run, image_size=96, scope=None, settings=DINO):
     encoder = build_image_encoder(PLAIN_VIT, image_size=image_size)
     load_into(encoder, read_weights(run), resize_positions=True)
     apply_scope(encoder, scope or ScopeConfig(), num_frozen_depths=0)
-    return build(Method.DINO, encoder, settings)
+    return build("dino", encoder, settings)
 
 
 def test_take_up__everything_comes_back_to_the_bit(run):
@@ -116,7 +115,7 @@ def test_take_up__another_image_size_resizes_the_students_positions(run):
 
 
 def test_take_up__another_objective_starts_afresh_and_says_so(run, caplog):
-    objective = build(Method.MAE, plain_encoder(), MAE)
+    objective = build("mae", plain_encoder(), MAE)
     with caplog.at_level("INFO"):
         assert take_up(objective, run, name="mae") == []
     assert "ssl_state of first is one of dino: decoder and heads start afresh" in caplog.text
