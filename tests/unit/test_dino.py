@@ -1,4 +1,4 @@
-"""The objective dino: what it optimises, who follows whom, what moves, and what a look leaves alone."""
+"""The objective ``dino``, its loss, its teacher, its schedules and its settings."""
 
 import copy
 import math
@@ -49,7 +49,7 @@ def moved_since(objective, before):
 
 
 @pytest.mark.parametrize("kind", ["vit_t", "plain"])
-def test_loss__is_lightlys_on_the_same_views(kind):
+def test_loss__equals_lightlys_terms(kind):
     objective = make_objective(kind, teacher_temp_warmup=0.0)
     images = images_for(objective)
     result = objective.loss(images, sample_counters=COUNTERS, step=0)
@@ -100,12 +100,12 @@ def test_loss__is_lightlys_on_the_same_views(kind):
 
 @pytest.mark.parametrize("kind", ["vit_t", "plain"])
 @pytest.mark.parametrize("train_neck", [False, True])
-def test_gradient_flow__student_heads_and_token_learn_teacher_follows(kind, train_neck):
+def test_gradient_flow__student_trains_and_teacher_follows(kind, train_neck):
     objective = make_objective(kind, train_neck=train_neck)
     before = copy_of(objective)
     trainable = {name for name, p in objective.named_parameters() if p.requires_grad}
     train_step(objective)
-    assert all(p.grad is not None for p in objective.parameters() if p.requires_grad)  # DDP would wait for it
+    assert all(p.grad is not None for p in objective.parameters() if p.requires_grad)  # or DDP would wait
     assert all(p.grad is None for p in objective.teacher.parameters())
     moved = moved_since(objective, before)
     untouched = "encoder.neck" if not train_neck else "nothing"
@@ -117,7 +117,7 @@ def test_gradient_flow__student_heads_and_token_learn_teacher_follows(kind, trai
     assert "ibot_loss.center.center_D" in moved
 
 
-def test_gradient_flow__frozen_depths_stay_in_student_and_teacher():
+def test_gradient_flow__frozen_depths_do_not_change_in_student_and_teacher():
     encoder = lively_encoder()
     frozen = freeze_depths(encoder, 2)
     objective = make_objective(encoder=encoder)
@@ -129,23 +129,23 @@ def test_gradient_flow__frozen_depths_stay_in_student_and_teacher():
     assert any(name.startswith("teacher.encoder.layers.3") for name in moved)
 
 
-def test_after_step__teacher_is_the_average_by_hand():
+def test_after_step__teacher_equals_an_average_by_hand():
     objective = make_objective(momentum=0.75, final_momentum=1.0, max_steps=11)
     teacher, student = objective.teacher.encoder, objective.encoder
     with torch.no_grad():
         for parameter in student.parameters():
             parameter.add_(torch.randn_like(parameter))
     before = {name: p.clone() for name, p in teacher.named_parameters()}
-    objective.after_step(5)  # half way along the cosine: 0.875
+    objective.after_step(5)  # half of the cosine, momentum 0.875
     for name, parameter in student.named_parameters():
         expected = 0.875 * before[name] + 0.125 * parameter
         torch.testing.assert_close(teacher.get_parameter(name), expected)
     unchanged = {name: p.clone() for name, p in teacher.named_parameters()}
-    objective.after_step(10)  # the last step: nothing moves any more
+    objective.after_step(10)  # last step, momentum 1
     assert all(torch.equal(p, unchanged[name]) for name, p in teacher.named_parameters())
 
 
-def test_follow__leaves_equal_weights_to_the_bit_and_copies_buffers():
+def test_update_ema__equal_weights_stay_exact_and_buffers_are_copied():
     slow, fast = lively_encoder(), lively_encoder()
     for module in fast.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
@@ -156,7 +156,7 @@ def test_follow__leaves_equal_weights_to_the_bit_and_copies_buffers():
     assert all(torch.equal(b, dict(fast.named_buffers())[name]) for name, b in slow.named_buffers())
 
 
-def test_teacher__its_outputs_follow_its_weights_in_evaluation_mode():
+def test_teacher__outputs_follow_its_weights_in_evaluation_mode():
     objective = make_objective(momentum=0.0, final_momentum=0.0).eval()
     images = images_for(objective)
     first = view_features(objective.teacher.encoder, images, with_neck=False)
@@ -166,11 +166,11 @@ def test_teacher__its_outputs_follow_its_weights_in_evaluation_mode():
                 parameter.add_(3 * torch.randn_like(parameter))
     objective.after_step(0)
     second = view_features(objective.teacher.encoder, images, with_neck=False)
-    assert (second - first).norm() > 0.01 * first.norm()  # timm's own cache of the biases would keep it exactly equal
+    assert (second - first).norm() > 0.01 * first.norm()  # timm's cache of the biases would make them equal
 
 
-def test_teacher__answers_without_dropout_and_keeps_its_statistics_while_the_student_trains():
-    """LoRA's dropout and batch norm lie in the copied encoder; in training mode answers would differ."""
+def test_teacher__has_no_dropout_and_fixed_statistics_while_the_student_trains():
+    """The copied encoder contains LoRA's dropout and batch norm, which change the outputs in training mode."""
     encoder = lively_encoder()
     freeze_batch_norm(encoder, frozen=False)
     block = encoder.layers[3].blocks[0]
@@ -186,7 +186,7 @@ def test_teacher__answers_without_dropout_and_keeps_its_statistics_while_the_stu
     assert all(torch.equal(b, before[name]) for name, b in objective.teacher.named_buffers())
 
 
-def test_loss__a_look_changes_nothing_and_is_repeatable():
+def test_loss__without_gradients_changes_nothing_and_is_repeatable():
     objective = make_objective()
     images = images_for(objective)
     before = copy_of(objective) | {name: b.clone() for name, b in objective.named_buffers()}
@@ -199,7 +199,7 @@ def test_loss__a_look_changes_nothing_and_is_repeatable():
     assert not torch.equal(first, other)
 
 
-def test_before_step__prototypes_are_held_still_at_the_beginning():
+def test_before_step__prototypes_are_frozen_at_the_beginning():
     objective = make_objective(freeze_last_layer=0.05, max_steps=100)
     for step, held in ((0, True), (4, True), (5, False)):
         objective.zero_grad()
@@ -209,7 +209,7 @@ def test_before_step__prototypes_are_held_still_at_the_beginning():
             assert (head.last_layer.weight_v.grad is None) == held
 
 
-def test_deepcopy__works_although_lightlys_heads_refuse_it():
+def test_deepcopy__works_with_lightlys_heads():
     objective = make_objective()
     copied = copy.deepcopy(objective)
     assert copied.exported_encoder is copied.teacher.encoder
@@ -226,7 +226,7 @@ def test_teacher_temperature__rises_linearly_then_stays():
     assert teacher_temperature(0, DINOConfig(teacher_temp_warmup=0.0), max_steps=100) == 0.07
 
 
-def test_teacher_entropy__tells_sure_from_clueless():
+def test_teacher_entropy__is_zero_for_one_prototype_and_one_for_equal_ones():
     objective = make_objective(teacher_temp_warmup=0.0)
     with torch.no_grad():
         objective.teacher.heads.view.last_layer.weight_g.zero_()
@@ -247,7 +247,7 @@ def test_loss__parts_can_be_switched_off_without_unused_parameters(setting):
     assert all(p.grad is not None for p in objective.parameters() if p.requires_grad)
 
 
-def test_koleo__needs_two_slices_to_train_but_not_to_look():
+def test_koleo__one_slice_is_refused_only_in_training():
     objective = make_objective()
     images = images_for(objective)[:1]
     with pytest.raises(UsageError, match=r"batch_size must be at least 2 for dino's KoLeo loss.*got 1"):
@@ -270,7 +270,7 @@ def test_loss__falls_when_trained():
     assert losses[-1] < 0.8 * losses[0]
 
 
-def test_panel__shows_directions_of_the_teacher():
+def test_panel__has_directions_of_the_teacher():
     objective = make_objective()
     images = images_for(objective)
     panel = objective.panel(images, sample_counters=COUNTERS)
@@ -284,7 +284,7 @@ def test_panel__shows_directions_of_the_teacher():
     assert torch.equal(objective.panel(images, sample_counters=COUNTERS).images_KBHW, panel.images_KBHW)
 
 
-def test_scattered_masks__hide_in_exactly_one_view_of_each_sample():
+def test_scattered_masks__one_view_of_each_sample_has_hidden_tokens():
     counters = list(range(30))
     masks = scattered_masks(counters, seed=0, side=8, num_views=2, ratios=(0.1, 0.5), kind=MaskKind.BLOCK)
     hidden = masks.view(2, 30, 64).sum(2)
@@ -298,7 +298,7 @@ def test_scattered_masks__hide_in_exactly_one_view_of_each_sample():
     assert torch.equal(alone, masks.view(2, 30, 8, 8)[:, 7])
 
 
-def test_mask_unit__fits_or_refuses():
+def test_mask_unit__fits_or_is_refused():
     assert mask_unit(plain_encoder(), None) == 16
     assert mask_unit(lively_encoder(), None) == 4
     assert mask_unit(lively_encoder(), 8) == 8
@@ -313,13 +313,13 @@ def test_mask_unit__fits_or_refuses():
     [
         ({"output_dim": 0}, "output_dim, head_hidden_dim and head_bottleneck_dim must be positive"),
         ({"teacher_temp": 0.2}, "a teacher softer than its student collapses"),
-        ({"momentum": 1.1}, "0 <= momentum <= final_momentum <= 1"),
+        ({"momentum": 1.1}, "momentum must be at least 0 and at most final_momentum"),
         ({"freeze_last_layer": 2.0}, "freeze_last_layer must lie in"),
-        ({"min_mask_ratio": 0.6}, "0 < min_mask_ratio <= max_mask_ratio < 1"),
+        ({"min_mask_ratio": 0.6}, "min_mask_ratio must be above 0 and at most max_mask_ratio"),
         ({"mask_kind": MaskKind.PER_WINDOW}, "mask_kind must be random or block"),
         ({"koleo_weight": -1.0}, "must be at least 0"),
     ],
 )
-def test_config__refuses(settings, message):
+def test_config__bad_setting_is_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         DINOConfig(**settings)

@@ -1,4 +1,4 @@
-"""The objective feature: SAM's own features from a part of the slice; the frozen copy never moves."""
+"""The objective ``feature``, its loss, its frozen copy and its settings."""
 
 import pytest
 import torch
@@ -28,11 +28,11 @@ def images_for(objective):
 
 @pytest.mark.parametrize("kind", list(ENCODERS))
 @pytest.mark.parametrize("target", TARGETS)
-def test_loss__by_hand(kind, target):
+def test_loss__equals_a_calculation_by_hand(kind, target):
     objective = make_objective(kind, target=target, visible_weight=0.5)
     images, masks = images_for(objective), objective._masks(COUNTERS)
     wanted = objective.frozen_copy.forward_features(to_pixels(images, objective.encoder.spec))
-    guess, _ = objective._guess(images, masks)
+    guess, _ = objective._predict(images, masks)
     if target is FeatureTarget.EMBEDDINGS:
         wanted = objective.frozen_copy.neck(wanted)
     else:
@@ -50,7 +50,7 @@ def test_loss__by_hand(kind, target):
 
 
 @pytest.mark.parametrize("kind", list(ENCODERS))
-def test_loss__the_mean_scores_one_and_sams_own_features_zero(kind):
+def test_error__is_one_for_the_mean_and_zero_for_sams_features(kind):
     objective = make_objective(kind)
     target = objective._target(images_for(objective))
     mean = target.mean((0, 2, 3), keepdim=True).expand_as(target)
@@ -59,14 +59,14 @@ def test_loss__the_mean_scores_one_and_sams_own_features_zero(kind):
 
 
 @pytest.mark.parametrize("kind", list(ENCODERS))
-def test_guess__does_not_depend_on_hidden_pixels(kind):
+def test_prediction__does_not_depend_on_hidden_pixels(kind):
     objective = make_objective(kind)
     images, masks = images_for(objective), objective._masks(COUNTERS)
     hidden = upsample_mask(masks, image_size=images.shape[-1])
-    first, _ = objective._guess(images, masks)
-    second, _ = objective._guess(torch.where(hidden, torch.rand_like(images), images), masks)
+    first, _ = objective._predict(images, masks)
+    second, _ = objective._predict(torch.where(hidden, torch.rand_like(images), images), masks)
     assert torch.equal(first, second)
-    third, _ = objective._guess(torch.where(hidden, images, 1 - images), masks)
+    third, _ = objective._predict(torch.where(hidden, images, 1 - images), masks)
     assert not torch.equal(first, third)
 
 
@@ -74,7 +74,7 @@ def test_guess__does_not_depend_on_hidden_pixels(kind):
 @pytest.mark.parametrize(
     "settings", [{}, {"train_neck": True}, {"target": FeatureTarget.FEATURES}], ids=["frozen", "trained", "before"]
 )
-def test_gradient_flow__the_frozen_copy_never_moves(kind, settings):
+def test_gradient_flow__frozen_copy_does_not_change(kind, settings):
     objective = make_objective(kind, **settings)
     before = {name: tensor.clone() for name, tensor in objective.state_dict().items()}
     optimizer = torch.optim.SGD([p for p in objective.parameters() if p.requires_grad], lr=0.1)
@@ -93,7 +93,7 @@ def test_frozen_copy__stays_in_evaluation_mode():
     assert not any(module.training for module in objective.frozen_copy.modules())
 
 
-def test_fill__puts_every_token_where_it_was():
+def test_fill_grid__puts_every_token_at_its_position():
     objective = make_objective("plain", mask_ratio=0.5)
     images = images_for(objective)
     hidden = upsample_mask(objective._masks(COUNTERS), image_size=6).flatten(1)
@@ -101,7 +101,7 @@ def test_fill__puts_every_token_where_it_was():
         objective.decoder.to_answer.weight.zero_()
         objective.decoder.to_answer.bias.fill_(9.0)
     pixels = to_pixels(images, objective.encoder.spec)
-    filled = objective._fill(pixels, hidden).flatten(2).mT
+    filled = objective._fill_grid(pixels, hidden).flatten(2).mT
     assert (filled[hidden] == 9).all()
     ids = torch.stack([(~row).nonzero()[:, 0] for row in hidden])
     visible = objective.encoder.forward_visible(pixels, ids)
@@ -123,7 +123,7 @@ def test_loss__falls_when_trained(kind):
 
 
 @pytest.mark.parametrize("kind", list(ENCODERS))
-def test_panel__shows_input_holes_guess_and_truth(kind):
+def test_panel__has_input_visible_prediction_and_target(kind):
     objective = make_objective(kind)
     images = images_for(objective)
     given, seen, _, truth = objective.panel(images, sample_counters=COUNTERS).images_KBHW
@@ -133,10 +133,10 @@ def test_panel__shows_input_holes_guess_and_truth(kind):
     assert truth.std() > 0.05
 
 
-def test_feature__refuses_masks_that_do_not_fit():
-    with pytest.raises(ValueError, match="vit_t hides whole squares"):
+def test_feature__unsuitable_mask_is_refused():
+    with pytest.raises(ValueError, match="must be random or block for vit_t, which hides whole squares"):
         make_objective("vit_t", mask_kind=MaskKind.PER_WINDOW)
-    with pytest.raises(ValueError, match="per_window hides single tokens"):
+    with pytest.raises(ValueError, match="must not be set with mask_kind per_window"):
         make_objective("plain", mask_kind=MaskKind.PER_WINDOW, mask_unit_px=32)
 
 
@@ -145,10 +145,10 @@ def test_feature__refuses_masks_that_do_not_fit():
     [
         ({"mask_ratio": 1.0}, "mask_ratio must lie between 0 and 1"),
         ({"visible_weight": -1.0}, "visible_weight must be at least 0"),
-        ({"train_neck": True, "target": FeatureTarget.FEATURES}, "train_neck needs target embeddings"),
+        ({"train_neck": True, "target": FeatureTarget.FEATURES}, "train_neck must be false with target features"),
         ({"decoder_dim": 100}, "decoder_dim must be a multiple of 4 times num_decoder_heads"),
     ],
 )
-def test_config__refuses(settings, message):
+def test_config__bad_setting_is_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         FeatureConfig(**settings)

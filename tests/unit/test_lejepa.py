@@ -1,4 +1,4 @@
-"""The objective lejepa: lightly's terms on views of the slices, no teacher, nothing kept between steps."""
+"""The objective ``lejepa``, which has lightly's loss terms and keeps nothing between steps."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ def images_for(objective):
     return slices(count=4, size=objective.encoder.image_size)
 
 
-def test_loss__is_lightlys_on_the_same_points():
+def test_loss__equals_lightlys_terms():
     objective = make_objective()
     images = images_for(objective)
     crops = multi_crop(images, sample_counters=COUNTERS, seed=3, config=objective.config.crops, local_size_px=16)
@@ -43,7 +43,7 @@ def test_loss__is_lightlys_on_the_same_points():
 
 @pytest.mark.parametrize("make_encoder", [lively_encoder, plain_encoder])
 @pytest.mark.parametrize("train_neck", [False, True])
-def test_gradient_flow__everything_moves_but_the_neck(make_encoder, train_neck):
+def test_gradient_flow__everything_changes_but_the_neck(make_encoder, train_neck):
     objective = make_objective(make_encoder(), train_neck=train_neck)
     before = {name: tensor.clone() for name, tensor in objective.state_dict().items()}
     optimizer = torch.optim.SGD([p for p in objective.parameters() if p.requires_grad], lr=1.0)
@@ -53,12 +53,12 @@ def test_gradient_flow__everything_moves_but_the_neck(make_encoder, train_neck):
     moved = {name for name, tensor in objective.state_dict().items() if not torch.equal(tensor, before[name])}
     parameters = {name for name, _ in objective.named_parameters()}
     expected = parameters if train_neck else {n for n in parameters if not n.startswith("encoder.neck")}
-    # A bias before BatchNorm changes nothing: its gradient is 0 but for rounding.
+    # A bias before BatchNorm has no effect, so its gradient is 0 apart from rounding.
     quiet = {"head.layers.0.bias", "head.layers.3.bias"}
     assert moved - quiet == expected - quiet
 
 
-def test_gradient_flow__frozen_depths_stay():
+def test_gradient_flow__frozen_depths_do_not_change():
     encoder = lively_encoder()
     frozen = freeze_depths(encoder, 2)
     objective = make_objective(encoder)
@@ -67,20 +67,20 @@ def test_gradient_flow__frozen_depths_stay():
     assert all(p.grad is not None for p in objective.parameters() if p.requires_grad)
 
 
-def test_loss__a_look_changes_nothing_nor_the_random_state():
+def test_loss__without_gradients_leaves_buffers_and_random_state_unchanged():
     objective = make_objective()
     buffers = {name: b.clone() for name, b in objective.named_buffers()}
     state = torch.get_rng_state()
     with torch.no_grad():
         first = objective.loss(images_for(objective), sample_counters=COUNTERS, step=2).total
-        objective.eval()  # the engine's looks are in evaluation mode
+        objective.eval()  # as in a monitoring round
         second = objective.loss(images_for(objective), sample_counters=COUNTERS, step=2).total
     assert torch.equal(first, second)
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(b, buffers[name]) for name, b in objective.named_buffers())
 
 
-def test_gaussian__sees_a_collapse():
+def test_gaussian__is_larger_for_collapsed_points():
     objective = make_objective()
     cloud = torch.randn(2, 64, 4, generator=torch.Generator().manual_seed(0))
     assert objective._gaussian(cloud, step=0) < 0.2 * objective._gaussian(torch.zeros_like(cloud), step=0)
@@ -103,10 +103,10 @@ def test_loss__falls_when_trained():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"sigreg_weight": 0.0}, r"sigreg_weight must lie between 0 and 1, got 0.0: alone, agreement collapses"),
+        ({"sigreg_weight": 0.0}, r"sigreg_weight must lie between 0 and 1, got 0.0. Agreement alone collapses"),
         ({"num_directions": 0}, "num_directions, head_hidden_dim and output_dim must be positive"),
     ],
 )
-def test_config__refuses(settings, message):
+def test_config__bad_setting_is_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         LeJEPAConfig(**settings)

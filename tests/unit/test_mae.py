@@ -1,4 +1,4 @@
-"""The objective mae: hidden tokens neither cost nor influence anything, and only they enter the loss."""
+"""The objective ``mae``, whose loss covers hidden tokens only and whose encoder never receives them."""
 
 import dataclasses
 
@@ -38,7 +38,7 @@ def masks_of(mask_ratio=0.75, **settings):
     return token_masks(COUNTERS, seed=3, grid_hw=(6, 6), mask_ratio=mask_ratio, **settings)
 
 
-def test_loss__by_hand_on_hidden_tokens_only():
+def test_loss__normalised_targets_equal_a_calculation_by_hand():
     objective = make_objective()
     images, masks = images_of(), masks_of()
     ids_hidden = chosen_ids(masks.flatten(1))
@@ -56,7 +56,7 @@ def test_loss__by_hand_on_hidden_tokens_only():
     assert all(masks[b].flatten()[ids_hidden[b]].all() for b in range(2))
 
 
-def test_loss__by_hand_without_normalised_targets():
+def test_loss__plain_targets_equal_a_calculation_by_hand():
     objective = make_objective(norm_pix_loss=False)
     with torch.no_grad():
         objective.decoder.to_answer.weight.zero_()
@@ -76,7 +76,7 @@ def test_loss__by_hand_without_normalised_targets():
     ],
     ids=str,
 )
-def test_guess__does_not_depend_on_hidden_pixels(settings):
+def test_prediction__does_not_depend_on_hidden_pixels(settings):
     objective = make_objective(**settings)
     images, masks = images_of(), objective._masks(COUNTERS)
     hidden, ids_hidden = upsample_mask(masks, image_size=96), chosen_ids(masks.flatten(1))
@@ -101,7 +101,7 @@ def test_guess__does_not_depend_on_hidden_pixels(settings):
     ],
     ids=str,
 )
-def test_gradient_flow__everything_moves_but_the_neck(settings, kept):
+def test_gradient_flow__everything_changes_but_the_neck(settings, kept):
     objective = make_objective(**settings)
     before = {name: tensor.clone() for name, tensor in objective.state_dict().items()}
     optimizer = torch.optim.SGD([p for p in objective.parameters() if p.requires_grad], lr=1.0)
@@ -112,20 +112,20 @@ def test_gradient_flow__everything_moves_but_the_neck(settings, kept):
     assert moved == {name for name in before if not name.startswith(kept)}
 
 
-def test_answered_share__asks_for_a_part_that_differs_between_samples():
+def test_answered_share__predicts_a_part_that_differs_between_samples():
     objective = make_objective(answered_share=1 / 3)
     masks = objective._masks(COUNTERS)
-    asked = objective._asked(masks, COUNTERS)
+    asked = objective._predicted_ids(masks, COUNTERS)
     assert asked.shape == (2, 9)  # of 27 hidden ones
     assert masks.flatten(1).gather(1, asked).all()
-    assert torch.equal(asked, objective._asked(masks, COUNTERS))
+    assert torch.equal(asked, objective._predicted_ids(masks, COUNTERS))
     places = [[chosen_ids(masks.flatten(1))[b].tolist().index(i) for i in asked[b].tolist()] for b in range(2)]
     assert places[0] != places[1]
     whole = make_objective().loss(images_of(), sample_counters=COUNTERS, step=0).total
     assert objective.loss(images_of(), sample_counters=COUNTERS, step=0).total != whole
 
 
-def test_layout__plain_vit_is_sams_encoder_without_windows_and_relative_positions():
+def test_layout__plain_vit_has_no_windows_and_no_relative_positions():
     spec = dataclasses.replace(PLAIN_VIT, plain=dataclasses.replace(PLAIN_VIT.plain, global_blocks=(0, 1)))
     objective = make_objective(layout=Layout.PLAIN_VIT)
     torch.manual_seed(0)
@@ -142,7 +142,7 @@ def test_layout__plain_vit_is_sams_encoder_without_windows_and_relative_position
     assert not torch.allclose(visible, windowed, atol=1e-3)
 
 
-def test_decoder__windows_keep_tokens_apart_and_come_back():
+def test_decoder__windows_round_trip_and_do_not_mix():
     tokens = torch.arange(2 * 36 * 3.0).view(2, 36, 3)
     windows = to_windows(tokens, 6, 3)
     assert windows.shape == (8, 9, 3)
@@ -151,7 +151,7 @@ def test_decoder__windows_keep_tokens_apart_and_come_back():
     assert [window_side(grid) for grid in (6, 16, 64, 28, 17)] == [6, 16, 16, 14, 17]
 
 
-def test_panel__fills_only_the_holes():
+def test_panel__changes_hidden_pixels_only():
     objective = make_objective(norm_pix_loss=False)
     with torch.no_grad():
         objective.decoder.to_answer.weight.zero_()
@@ -179,19 +179,19 @@ def test_loss__falls_when_trained():
     assert losses[-1] < 0.3 * losses[0]
 
 
-def test_sincos_positions__tell_rows_and_columns_apart():
+def test_sincos_positions__differ_between_rows_and_columns():
     positions = sincos_positions(4, 16).view(4, 4, 16)
     assert torch.equal(positions[1, 0, :8], positions[1, 3, :8])
     assert torch.equal(positions[0, 2, 8:], positions[3, 2, 8:])
     assert len({tuple(p.tolist()) for p in positions.flatten(0, 1)}) == 16
 
 
-def test_mae__refuses_an_encoder_that_cannot_leave_tokens_out():
+def test_mae__encoder_that_cannot_drop_tokens_is_refused():
     with pytest.raises(UsageError, match=r"vit_b, vit_l, vit_h.*got vit_t, whose.*Use METHOD=masked_image"):
         MAE(tiny_encoder(), MAEConfig(), seed=0)
 
 
-def test_layout__plain_vit_is_refused_with_sharded_weights():
+def test_layout__plain_vit_with_sharded_weights_is_refused():
     layer = {
         "modality": "mri",
         "data": {"store": "a.zarr"},
@@ -212,6 +212,6 @@ def test_layout__plain_vit_is_refused_with_sharded_weights():
         ({"answered_share": 0.0}, "answered_share must lie in"),
     ],
 )
-def test_config__refuses(settings, message):
+def test_config__bad_setting_is_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         MAEConfig(**settings)

@@ -1,4 +1,4 @@
-"""The objective masked_image: what enters the loss, what trains, what a hidden pixel may influence: nothing."""
+"""The objective ``masked_image``, its loss, its trained parts and its settings."""
 
 import pytest
 import torch
@@ -31,14 +31,14 @@ def hidden_pixels(mask_ratio=0.5, size=32):
 
 
 def warm(objective):
-    """Give the answering layer weights: it starts at zero, which would hide every influence."""
+    """Give the last layer random weights. It starts at zero, which would hide every influence."""
     with torch.no_grad():
         objective.decoder.to_pixels.weight.normal_(std=0.5)
         objective.mask_token.normal_()
     return objective
 
 
-def test_loss__by_hand_for_a_decoder_that_answers_zero():
+def test_loss__zero_prediction_equals_a_calculation_by_hand():
     images = slices()
     hidden = hidden_pixels()
     expected = []
@@ -50,7 +50,7 @@ def test_loss__by_hand_for_a_decoder_that_answers_zero():
     torch.testing.assert_close(result.total, torch.cat(expected).mean())
 
 
-def test_loss__by_hand_in_units_of_each_hidden_square():
+def test_loss__unit_target_equals_a_calculation_by_hand():
     images = slices()
     squares = images.unfold(2, 8, 8).unfold(3, 8, 8)  # (B, 1, 4, 4, 8, 8)
     mean = squares.mean((-1, -2), keepdim=True)
@@ -61,7 +61,7 @@ def test_loss__by_hand_in_units_of_each_hidden_square():
     torch.testing.assert_close(result.total, expected, rtol=1e-4, atol=0)
 
 
-def test_loss__visible_pixels_do_not_enter():
+def test_loss__does_not_depend_on_the_prediction_of_visible_pixels():
     objective = warm(make_objective())
     images, hidden = slices(), hidden_pixels()
     guess = objective._predict(images, COUNTERS)
@@ -96,24 +96,24 @@ def parameter_names(objective, *, without=()):
     return {name for name, _ in objective.named_parameters() if not name.startswith(tuple(without))}
 
 
-def test_gradient_flow__everything_moves_but_the_neck_and_the_statistics():
+def test_gradient_flow__neck_and_statistics_do_not_change():
     objective = warm(make_objective())
     assert moved_by_one_step(objective) == parameter_names(objective, without=["encoder.neck"])
 
 
-def test_gradient_flow__the_neck_moves_when_asked():
+def test_gradient_flow__train_neck_changes_the_neck():
     objective = warm(make_objective(train_neck=True))
     assert moved_by_one_step(objective) == parameter_names(objective)
 
 
-def test_gradient_flow__the_skip_connection_moves_too():
+def test_gradient_flow__skip_connection_changes_too():
     objective = warm(make_objective(decoder_sees_pixels=True))
     moved = moved_by_one_step(objective)
     assert moved == parameter_names(objective, without=["encoder.neck"])
     assert "decoder.embed_pixels.weight" in moved
 
 
-def test_output__with_unit_target_does_not_see_the_squares_own_statistics():
+def test_output__unit_target_does_not_depend_on_hidden_statistics():
     objective = warm(make_objective(decoder_sees_pixels=True, target=PixelTarget.UNIT))
     images, hidden = slices(), hidden_pixels()
     changed = torch.where(hidden, torch.rand_like(images), images)
@@ -121,7 +121,7 @@ def test_output__with_unit_target_does_not_see_the_squares_own_statistics():
     assert torch.equal(first, second)
 
 
-def test_gradient_flow__frozen_depths_and_the_mask_token_below_them_stay():
+def test_gradient_flow__frozen_depths_and_their_mask_token_do_not_change():
     objective = warm(make_objective())
     frozen = freeze_depths(objective.encoder, 2)
     assert frozen[0].startswith("patch_embed")
@@ -131,7 +131,7 @@ def test_gradient_flow__frozen_depths_and_the_mask_token_below_them_stay():
     assert moved_by_one_step(objective) == parameter_names(objective, without=kept)
 
 
-def test_panel__shows_input_holes_guess_and_filling():
+def test_panel__has_input_visible_prediction_and_filling():
     objective = warm(make_objective())
     images, hidden = slices(), hidden_pixels()[:, 0]
     given, seen, guess, filled = objective.panel(images, sample_counters=COUNTERS).images_KBHW
@@ -142,7 +142,7 @@ def test_panel__shows_input_holes_guess_and_filling():
     assert torch.equal(filled[~hidden], given[~hidden])
 
 
-def test_references__the_mean_answer_scores_as_the_untrained_decoder():
+def test_references__visible_mean_equals_the_untrained_decoder():
     objective = make_objective()
     images = slices()
     untrained = objective.loss(images, sample_counters=COUNTERS, step=0).parts["grey_error"]
@@ -153,14 +153,14 @@ def test_references__the_mean_answer_scores_as_the_untrained_decoder():
     assert references["smoothing of the visible pixels"] < 0.5 * references["mean of the visible pixels"]
 
 
-def test_fill_by_smoothing__is_the_weighted_mean_of_visible_neighbours():
+def test_fill_by_smoothing__equals_the_weighted_mean_of_visible_neighbours():
     images = torch.tensor([[[[1.0, 5.0, 3.0]]]])
     hidden = torch.tensor([[[[False, True, False]]]])
     filled = fill_by_smoothing(images, hidden, sigma_px=1.0)
     assert filled[0, 0, 0, 1].item() == pytest.approx(2.0)
 
 
-def test_loss__learns_to_fill_a_constant_slice():
+def test_loss__falls_on_a_constant_slice():
     objective = make_objective()
     optimizer = torch.optim.Adam(objective.parameters(), lr=3e-3)
     losses = []
@@ -177,8 +177,8 @@ def test_loss__learns_to_fill_a_constant_slice():
     ("arch", "stem", "unit_px"),
     [(Arch.vit_t, Stem.conv1x1, 8), (Arch.vit_t, Stem.conv3x3, 16), (Arch.vit_b, None, 16)],
 )
-def test_cpu_preset__hides_squares_that_fit_every_encoder(arch, stem, unit_px):
-    """8 px, LiteMedSAM's, are half a token of MobileSAM and vit_b: what the first command crashed with."""
+def test_cpu_preset__hidden_squares_fit_every_encoder(arch, stem, unit_px):
+    """LiteMedSAM's 8 px would be half a token of MobileSAM and vit_b, and stopped the first command once."""
     layer = {"modality": "mri", "data": {"store": "a.zarr"}, "model": {"base": "random"}}
     preset = load_config(PretrainConfig, layers=[packaged_config("pretrain/masked_image-cpu.yaml"), layer])
     with torch.device("meta"):
@@ -189,7 +189,7 @@ def test_cpu_preset__hides_squares_that_fit_every_encoder(arch, stem, unit_px):
 
 
 @pytest.mark.parametrize("unit", [6, 24])
-def test_masked_image__refuses_squares_that_do_not_fit(unit):
+def test_masked_image__unsuitable_square_is_refused(unit):
     with pytest.raises(ValueError, match=f"mask_unit_px must be a multiple of the encoder's stride 4.*got {unit}"):
         MaskedImage(tiny_encoder(), MaskedImageConfig(mask_unit_px=unit), seed=0)
 
@@ -197,11 +197,11 @@ def test_masked_image__refuses_squares_that_do_not_fit(unit):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"mask_kind": MaskKind.PER_WINDOW}, "mask_kind must be random or block"),
+        ({"mask_kind": MaskKind.PER_WINDOW}, "mask_kind of masked_image must be random or block"),
         ({"mask_ratio": 1.0}, "mask_ratio must lie between 0 and 1, got 1.0"),
         ({"mask_unit_px": 0}, "must be positive"),
     ],
 )
-def test_config__refuses(settings, message):
+def test_config__bad_setting_is_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         MaskedImageConfig(**settings)
