@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from safetensors.torch import load_file
+from samgraft.shared import config
 from samgraft.shared.config import load_config
 from samgraft.shared.encoders.sam import to_pixels
 from samgraft.shared.errors import UsageError
@@ -50,6 +51,9 @@ def toy(monkeypatch):
     """Add the line ``"toy": Toy`` to the table; the configuration class follows from the table."""
     monkeypatch.setitem(OBJECTIVES, "toy", Toy)
     monkeypatch.setattr(ssl_config, "ObjectiveConfig", objective_config(OBJECTIVES))
+    config._adapter.cache_clear()
+    yield
+    config._adapter.cache_clear()  # or later tests would accept the toy
 
 
 def config_of(lab, *overrides):
@@ -66,8 +70,8 @@ def config_of(lab, *overrides):
 
 def test_new_objective__trains_and_exports_its_encoder(tmp_path, toy):
     lab = make_lab(tmp_path)
-    config = config_of(lab, "objective.toy.target=2.0")
-    path = pretrain(config, name="toy", runs=lab / "runs", device=choose_device("cpu", precision="fp32", devices=1))
+    run_config = config_of(lab, "objective.toy.target=2.0")
+    path = pretrain(run_config, name="toy", runs=lab / "runs", device=choose_device("cpu", precision="fp32", devices=1))
     before, after = load_file(lab / "base" / "encoder.safetensors"), load_file(path)
     assert before.keys() == after.keys()
     assert any(not torch.equal(before[name], after[name]) for name in before if not name.startswith("neck."))
