@@ -92,9 +92,7 @@ def data_wait(store, augment, *, device, num_workers, image_size=128, batch_size
     objective = MaskedImage(encoder, MaskedImageConfig(mask_unit_px=8), seed=0).to(device)
     dataset = SliceDataset(store, select_slices(store, store.patient_ids), augment=augment)
     sampler = StepBatchSampler(len(dataset), batch_size=batch_size, seed=0, num_micro_steps=num_steps + 2)
-    loader = build_step_loader(
-        dataset, batch_sampler=sampler, collate_fn=collate_slices, num_workers=num_workers, pin_memory=device != "cpu"
-    )
+    loader = build_step_loader(dataset, batch_sampler=sampler, collate_fn=collate_slices, num_workers=num_workers)
     waits, steps = [], []
     batches = iter(loader)
     for step in range(num_steps + 2):

@@ -5,7 +5,7 @@
 Every case is forward + backward on random data of the real shape, after a warm-up; in float32 outputs are compared
 first. The original and all of ours take turns (A B C A B C); the claim is the ratio of medians, with the smallest and
 largest ratio of a turn. Saved bytes are distinct storages that autograd keeps for the backward pass, weights left out.
-The allocator is tuned as in training (``tune_cpu``), for both sides.
+The allocator is tuned as in training (``retain_freed_memory``), for both sides.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import torch
 from original_encoders import plain_twin
 from samgraft.shared.encoders.architecture import Arch, arch_spec
 from samgraft.shared.encoders.vit import ImageEncoder
-from samgraft.shared.training.device import tune_cpu
+from samgraft.shared.training.device import retain_freed_memory
 from segment_anything.modeling import ImageEncoderViT
 from torch import nn
 
@@ -285,7 +285,7 @@ def build_pair(arguments: argparse.Namespace, image_size: int, dtype: str) -> tu
 def main() -> None:
     arguments = parse()
     torch.set_num_threads(arguments.threads)
-    tune_cpu()
+    retain_freed_memory()
     rows: list[Row] = []
     loads = [os.getloadavg()[0]]
     for image_size in arguments.sizes:

@@ -33,7 +33,7 @@ from samgraft.shared.encoders.architecture import arch_spec
 from samgraft.shared.encoders.sam import build_sam, decode_automatic, to_pixels
 from samgraft.shared.scans.intensity import IntensityPreset, measure_intensity, normalise
 from samgraft.shared.scans.volume import Modality
-from samgraft.shared.training.device import choose_device, tune_cpu
+from samgraft.shared.training.device import choose_device, retain_freed_memory
 from samgraft.shared.weights.load import load_sam
 from segment_anything import SamPredictor
 from torch import nn
@@ -103,7 +103,7 @@ def main():
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    tune_cpu()
+    retain_freed_memory()
     choice = choose_device(arguments.device)
     device = choice.torch_device
     arguments.batch_size = arguments.batch_size or default_batch_size(device)

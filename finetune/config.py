@@ -14,8 +14,8 @@ from samgraft.finetune.prompting.prompt_sampling import PromptConfig
 from samgraft.shared.samples.augment import AugmentConfig
 from samgraft.shared.samples.dataset import check_neighbours
 from samgraft.shared.samples.sampler import check_seed
+from samgraft.shared.training.config import TrainerConfig
 from samgraft.shared.training.optim import OptimizerConfig
-from samgraft.shared.training.trainer import TrainerConfig
 
 
 @dataclass(frozen=True, kw_only=True)

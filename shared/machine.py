@@ -119,7 +119,7 @@ def _read(path: Path) -> str:
         return ""
 
 
-def end_with_parent() -> None:
+def exit_with_parent() -> None:
     """End this process when the one that asked for it has ended, killed or not.
 
     Workers of a fork server wait for it, and it for them: a trainer killed by SIGKILL would leave all of them, and

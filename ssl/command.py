@@ -37,9 +37,9 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from samgraft.shared.training.signals import stopping_at_once
+    from samgraft.shared.training.signals import exit_on_stop_signals
 
-    with stopping_at_once(shlex.join(["samgraft", *sys.argv[1:]])):
+    with exit_on_stop_signals(shlex.join(["samgraft", *sys.argv[1:]])):
         return _pretrain(arguments)
 
 

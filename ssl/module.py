@@ -19,7 +19,7 @@ import torch.distributed as dist
 from samgraft.shared.encoders.tiny_vit import TinyViTEncoder
 from samgraft.shared.encoders.vit import ImageEncoder
 from samgraft.shared.samples.dataset import SliceBatch, batch_to_input
-from samgraft.shared.training.processes import in_group, is_sharded, name_root, shard
+from samgraft.shared.training.processes import is_distributed, is_sharded, mark_fsdp_root, shard_module
 from samgraft.ssl.config import PretrainConfig
 from samgraft.ssl.moments import Moments, take_up_moments
 from samgraft.ssl.objectives.objective import Objective
@@ -47,14 +47,14 @@ class PretrainModule(pl.LightningModule):
         encoders = [m for m in self.objective.modules() if isinstance(m, ImageEncoder | TinyViTEncoder)]
         for encoder in encoders:
             for block in [*getattr(encoder, "blocks", ()), *getattr(encoder, "layers", ()), encoder.neck]:
-                shard(block, part)
-            shard(encoder, part, methods=("forward_features", "forward_visible", "forward_patches"))
-        shard(self.objective, part, methods=("loss", "panel"))
+                shard_module(block, part)
+            shard_module(encoder, part, methods=("forward_features", "forward_visible", "forward_patches"))
+        shard_module(self.objective, part, methods=("loss", "panel"))
 
     def on_fit_start(self) -> None:
         """Name the objective as the whole of what is sharded, before a look asks a part of it first."""
         if is_sharded(self):
-            name_root(self.objective)
+            mark_fsdp_root(self.objective)
 
     def training_step(self, batch: SliceBatch, batch_idx: int) -> dict[str, torch.Tensor]:
         """Return the loss of one micro-step and its parts; the progress callback logs them."""
@@ -93,7 +93,7 @@ def average_statistics(module: nn.Module) -> None:
     """Average the running statistics of the batch norms in training mode over all processes, in place."""
     norms = [m for m in module.modules() if isinstance(m, nn.BatchNorm2d) and m.training]
     own = [b for norm in norms for b in (norm.running_mean, norm.running_var) if b is not None]
-    if not own or not in_group():
+    if not own or not is_distributed():
         return
     every = torch.cat(own)
     dist.all_reduce(every)

@@ -3,29 +3,24 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import logging
 import shlex
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
-from typing import Any
 
-from samgraft.shared.runs.inputs import hold_to_inputs, keep_split, refuse_other_inputs
+from samgraft.shared.runs.inputs import check_run_inputs, record_run_inputs, save_run_split
 from samgraft.shared.runs.run_folder import RunFolder
 from samgraft.shared.samples.augment import SliceAugmentation
 from samgraft.shared.samples.dataset import SliceDataset, collate_slices
-from samgraft.shared.samples.sampler import StepBatchSampler
 from samgraft.shared.samples.slices import select_slices
 from samgraft.shared.samples.split import Split
 from samgraft.shared.scans.preset import ModalityPreset, load_preset
 from samgraft.shared.store.store import SliceStore
 from samgraft.shared.training.config import Strategy, check_warmup
 from samgraft.shared.training.device import DeviceChoice
-from samgraft.shared.training.loader import build_step_loader
 from samgraft.shared.training.processes import full_state, is_sharded, load_full_state
-from samgraft.shared.training.resume import LoaderPosition, seed_process
-from samgraft.shared.training.trainer import fit
+from samgraft.shared.training.resume import seed_process
+from samgraft.shared.training.trainer import FitContext, fit
 from samgraft.ssl.config import PretrainConfig
 from samgraft.ssl.export.encoder_weights import encoder_card, hand_over, write_card_of_states
 from samgraft.ssl.module import PretrainModule
@@ -37,7 +32,6 @@ from samgraft.ssl.objectives import Objective
 from samgraft.ssl.optimizer import build_schedule
 from samgraft.ssl.preflight import leak_check, preflight, pretraining_split
 from samgraft.ssl.start import start_objective
-from torch.utils.data import DataLoader
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +63,7 @@ def pretrain(
     moments = read_moments(config.model.base) if taken_up else None
     module = PretrainModule(objective, config, moments=moments)
     inputs = _inputs(store, split, probe_store, watched, base_sha256=start_card.base_sha256)
-    refuse_other_inputs(runs / name, inputs)
+    check_run_inputs(runs / name, inputs)
     preflight(config, objective, dataset, split, watched, leaks=leaks, device=device, run_path=runs / name)
     if dry_run:
         return None
@@ -77,21 +71,24 @@ def pretrain(
     notes = [*leaks, *taken_up]
     card = encoder_card(config, start_card, store=store, split=split, intensity=preset.intensity, notes=notes)
     with RunFolder.open(runs, name, config=config, stage="pretrain") as run:
-        hold_to_inputs(run, inputs)
-        keep_split(run, split)
+        record_run_inputs(run, inputs)
+        save_run_split(run, split)
         write_card_of_states(run, card)
         whole = copy.deepcopy(objective) if config.trainer.strategy is Strategy.FSDP else objective
         result = fit(
             module,
-            config=config.trainer,
-            run=run,
-            device=device,
-            loader_factory=partial(_loader, dataset, config),
-            batch_size=config.data.batch_size,
-            seed=config.seed,
-            callbacks=[build_schedule(config.optim, max_steps=config.trainer.max_steps)],
-            periodic=Watch(watched=watched, config=config, run_path=run.path).tasks(),
-            data_fingerprint=store.fingerprint,
+            FitContext(
+                config=config.trainer,
+                run=run,
+                device=device,
+                dataset=dataset,
+                collate_fn=collate_slices,
+                batch_size=config.data.batch_size,
+                seed=config.seed,
+                callbacks=[build_schedule(config.optim, max_steps=config.trainer.max_steps)],
+                periodic=Watch(watched=watched, config=config, run_path=run.path).tasks(),
+                data_fingerprint=store.fingerprint,
+            ),
         )
         objective = put_together(objective, whole)
         weights = hand_over(objective, run, config, card, result)
@@ -117,15 +114,6 @@ def _inputs(
         "probe_split_sha256": probe[1].sha256 if probe else None,
         "drift_decoder_sha256": watched.gauge.decoder_sha256 if watched.gauge else None,
     }
-
-
-def _loader(dataset: SliceDataset, config: PretrainConfig, position: LoaderPosition) -> DataLoader[Any]:
-    sampler = StepBatchSampler(
-        len(dataset), batch_size=config.data.batch_size, seed=config.seed, **dataclasses.asdict(position)
-    )
-    return build_step_loader(
-        dataset, batch_sampler=sampler, collate_fn=collate_slices, num_workers=config.trainer.num_workers
-    )
 
 
 def put_together(objective: Objective, whole: Objective) -> Objective:

@@ -54,10 +54,10 @@ def run(arguments: argparse.Namespace) -> int:
     from samgraft.finetune.model_folder import read_model
     from samgraft.shared.samples.split import load_split
     from samgraft.shared.store.store import SliceStore
-    from samgraft.shared.training.device import choose_device, tune_cpu
+    from samgraft.shared.training.device import choose_device, retain_freed_memory
 
     _check(arguments)
-    tune_cpu()
+    retain_freed_memory()
     path = Path(arguments.model)
     model = read_model(path)
     store = SliceStore.open(arguments.data or _store_of_run(path))

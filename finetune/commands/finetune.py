@@ -53,9 +53,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Carry the command out."""
-    from samgraft.shared.training.signals import stopping_at_once
+    from samgraft.shared.training.signals import exit_on_stop_signals
 
-    with stopping_at_once(shlex.join(["samgraft", *sys.argv[1:]])):
+    with exit_on_stop_signals(shlex.join(["samgraft", *sys.argv[1:]])):
         return _finetune(arguments)
 
 
@@ -68,12 +68,12 @@ def _finetune(arguments: argparse.Namespace) -> int:
             f"CKPT must say what to start from{_candidates()}.",
             next_command="make finetune CKPT=runs/NAME   (make pretrain MODALITY=mri makes one)",
         )
-    from samgraft.finetune.training.train import finetune, prepare_seeded
+    from samgraft.finetune.training.train import finetune, measure_cost, prepare_seeded
     from samgraft.shared.runs.run_folder import RunFolder, check_run_folder
     from samgraft.shared.store.from_data import describe_dry_run
     from samgraft.shared.training.config import check_warmup
     from samgraft.shared.training.device import choose_device
-    from samgraft.shared.training.preflight import check_disk
+    from samgraft.shared.training.preflight import describe_cost, log_preflight
 
     started = time.monotonic()
     config = build_config(typed, preset=arguments.preset)
@@ -91,22 +91,26 @@ def _finetune(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         _list_trained(prepared)
     if arguments.dry_run or not (arguments.runs / name / "checkpoints").is_dir():
-        from samgraft.finetune.training.step_cost import measure_step
-
-        log.info("%s", measure_step(prepared, config, device).describe(config.trainer.max_steps))
+        cost = measure_cost(prepared, config, device)
+        log_preflight(
+            describe_cost(
+                prepared.segmenter,
+                cost,
+                config=config.trainer,
+                device=device,
+                batch_size=config.data.batch_size,
+                run_path=arguments.runs / name,
+            )
+        )
     if arguments.dry_run:
         left = describe_dry_run(given.get("data.store"), config.data.store)
-        log.info("disk: %s", check_disk(prepared.segmenter, config.trainer, arguments.runs / name))
         log.info("dry run: %s would take %d steps; %s.", arguments.runs / name, config.trainer.max_steps, left)
         return int(ExitCode.OK)
     with RunFolder.open(arguments.runs, name, config=config, stage="finetune") as folder:
         if folder.is_complete:
             log.info("%s is complete already; choose another NAME= to train again.", folder.path)
         else:
-            log.info("disk: %s", check_disk(prepared.segmenter, config.trainer, folder.path))
             log.info("every trained tensor: %s, later in report.html too", folder.path / "run.json")
-            log.info("TensorBoard: tensorboard --logdir %s", folder.tb)
-            log.info("Ctrl-C saves and ends; the same command goes on.")
             finetune(config, folder, device, prepared)
         _say_end(folder.path, seconds=time.monotonic() - started)
     return int(ExitCode.OK)

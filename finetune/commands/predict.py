@@ -49,14 +49,14 @@ def run(arguments: argparse.Namespace) -> int:
     from samgraft.finetune.prediction.prediction_inputs import find_inputs
     from samgraft.finetune.prediction.predictor import Predictor
     from samgraft.finetune.prompting.prompt_file import read_prompts
-    from samgraft.shared.training.device import tune_cpu
-    from samgraft.shared.training.signals import StopRequest, listening
+    from samgraft.shared.training.device import retain_freed_memory
+    from samgraft.shared.training.signals import StopRequest, handle_stop_signals
 
     if arguments.batch_size is not None and arguments.batch_size < 1:
         raise UsageError(f"--batch-size must be at least 1, got {arguments.batch_size}.")
     inputs = find_inputs(arguments.input, frame=arguments.frame, allow_gaps=arguments.allow_gaps)
     formats = _formats(arguments.formats, inputs)
-    tune_cpu()
+    retain_freed_memory()
     predictor = Predictor(
         arguments.model,
         device=arguments.device,
@@ -71,7 +71,7 @@ def run(arguments: argparse.Namespace) -> int:
     stop = StopRequest()
     stop.kept = "every finished scan"
     settings = PredictSettings(formats=formats, zero_non_finite=arguments.nan_policy == "zero")
-    with listening(stop):
+    with handle_stop_signals(stop):
         report = predict_scans(
             predictor, inputs.scans, arguments.out, settings=settings, prompts=prompts, progress=_Lines(stop)
         )

@@ -12,8 +12,8 @@ from samgraft.finetune.evaluation.comparison import EvaluatedRun, PairResult
 from samgraft.finetune.evaluation.scores import METRIC_BY_KEY, interval_of
 from samgraft.shared.files import write_text
 from samgraft.shared.report.page import (
-    COLORS,
-    STYLE,
+    FIGURE_COLORS,
+    FIGURE_STYLE,
     KeyValues,
     Picture,
     Section,
@@ -71,15 +71,15 @@ def _pairs_table(results: Sequence[PairResult], metric: str) -> Table:
 
 def _forest(results: Sequence[PairResult], metric: str) -> Picture:
     chosen = [one for one in results if one.metric == metric and one.paired is not None]
-    with mpl.rc_context(STYLE):
+    with mpl.rc_context(FIGURE_STYLE):
         figure = Figure(figsize=(7.2, 0.9 + 0.32 * max(1, len(chosen))), layout="constrained")
         axes = figure.add_subplot()
         for place, result in enumerate(chosen):
             assert result.paired is not None
             difference = result.paired.difference
             if difference.low is not None and difference.high is not None:
-                axes.plot([difference.low, difference.high], [place, place], color=COLORS[0])
-            axes.plot([difference.mean], [place], "o", color=COLORS[0], markersize=5)
+                axes.plot([difference.low, difference.high], [place, place], color=FIGURE_COLORS[0])
+            axes.plot([difference.mean], [place], "o", color=FIGURE_COLORS[0], markersize=5)
         axes.axvline(0, color="#55606b", linestyle="--", linewidth=1.1)
         axes.set_yticks(range(len(chosen)), [f"{r.class_name}: {r.second} - {r.first}" for r in chosen])
         axes.set_ylim(max(1, len(chosen)) - 0.5, -0.5)

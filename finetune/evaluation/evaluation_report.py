@@ -29,13 +29,13 @@ from samgraft.finetune.evaluation.subgroups import Subgroups
 from samgraft.finetune.evaluation.viewer import ViewedCase, fetch_bundle, viewer_html, viewer_scripts
 from samgraft.shared.files import write_text
 from samgraft.shared.report.page import (
-    COLORS,
-    STYLE,
-    Fragment,
+    FIGURE_COLORS,
+    FIGURE_STYLE,
     KeyValues,
-    Part,
     Picture,
+    RawHtml,
     Section,
+    SectionPart,
     Table,
     Text,
     figure_png,
@@ -128,13 +128,13 @@ def choose_cases(rows: Sequence[Row]) -> dict[str, str]:
     return chosen
 
 
-def _headline(evaluation: Evaluation) -> list[Part]:
+def _headline(evaluation: Evaluation) -> list[SectionPart]:
     rows, overall = evaluation.rows, evaluation.overall
     text = f"Dice {overall.render()}." if overall else "No case could be measured."
     distance = interval_of(rows, "hd95_mm")
     if distance:
         text += f" HD95 {distance.render()} mm."
-    parts: list[Part] = [Text(text=text, kind="good")]
+    parts: list[SectionPart] = [Text(text=text, kind="good")]
     if evaluation.part == "train":
         parts.append(Text(kind="warning", text="These are training cases: they say nothing about new patients."))
     if evaluation.part == "val":
@@ -192,15 +192,15 @@ def _case_table(rows: Sequence[Row]) -> Table:
 def _strip_plot(rows: Sequence[Row]) -> Picture:
     """One dot per patient and class, the mean as a line."""
     names = class_names(rows)
-    with mpl.rc_context(STYLE):
+    with mpl.rc_context(FIGURE_STYLE):
         figure = Figure(figsize=(7.2, 0.9 + 0.45 * len(names)), layout="constrained")
         axes = figure.add_subplot()
         for place, name in enumerate(names):
             values = np.array(list(per_patient(rows, "dice", class_name=name).values()))
             offsets = np.random.default_rng([place, 5]).uniform(-0.16, 0.16, size=len(values))
-            axes.plot(values, place + offsets, "o", color=COLORS[0], alpha=0.55, markersize=4, markeredgewidth=0)
+            axes.plot(values, place + offsets, "o", color=FIGURE_COLORS[0], alpha=0.55, markersize=4, markeredgewidth=0)
             if len(values):
-                axes.plot([values.mean()] * 2, [place - 0.3, place + 0.3], color=COLORS[1], linewidth=2)
+                axes.plot([values.mean()] * 2, [place - 0.3, place + 0.3], color=FIGURE_COLORS[1], linewidth=2)
         axes.set_yticks(range(len(names)), names)
         axes.set_ylim(len(names) - 0.5, -0.5)
         axes.set_xlim(-0.02, 1.02)
@@ -208,8 +208,8 @@ def _strip_plot(rows: Sequence[Row]) -> Picture:
         return Picture(png=figure_png(figure), caption="Dice of every patient (dots) and the mean (line).")
 
 
-def _pictures(evaluation: Evaluation, chosen: Mapping[str, str], pictured: Pictured) -> list[Part]:
-    parts: list[Part] = []
+def _pictures(evaluation: Evaluation, chosen: Mapping[str, str], pictured: Pictured) -> list[SectionPart]:
+    parts: list[SectionPart] = []
     for name, series_id in chosen.items():
         store = pictured.store
         predicted, true = evaluation.predictions[series_id].unpack(), pictured.true_labels(series_id)
@@ -231,7 +231,9 @@ def _pictures(evaluation: Evaluation, chosen: Mapping[str, str], pictured: Pictu
     return parts
 
 
-def _viewer(evaluation: Evaluation, chosen: Mapping[str, str], pictured: Pictured) -> tuple[list[Part], list[str]]:
+def _viewer(
+    evaluation: Evaluation, chosen: Mapping[str, str], pictured: Pictured
+) -> tuple[list[SectionPart], list[str]]:
     bundle = fetch_bundle()
     if bundle is None:
         return [Text(text=NO_VIEWER)], []
@@ -248,7 +250,7 @@ def _viewer(evaluation: Evaluation, chosen: Mapping[str, str], pictured: Picture
                 affine=record.affine,
             )
         )
-    return [Fragment(html=viewer_html(cases))], viewer_scripts(bundle)
+    return [RawHtml(html=viewer_html(cases))], viewer_scripts(bundle)
 
 
 def _facts(evaluation: Evaluation, provenance: Mapping[str, Any]) -> dict[str, Any]:

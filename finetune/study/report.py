@@ -15,7 +15,7 @@ from samgraft.finetune.study.config import ALL, StudyConfig
 from samgraft.finetune.study.results import Ranking, Row, indistinct_groups, rank, rows_of, short_names
 from samgraft.shared.files import write_text
 from samgraft.shared.report.page import (
-    STYLE,
+    FIGURE_STYLE,
     KeyValues,
     Picture,
     Section,
@@ -24,7 +24,7 @@ from samgraft.shared.report.page import (
     curve_figure,
     figure_png,
     render_report,
-    without_folders,
+    strip_folders,
 )
 
 TABLE_COLUMNS = (
@@ -91,7 +91,7 @@ def rank_figure(ranking: Ranking) -> bytes:
     names = short_names(list(ranking.mean_ranks))
     ordered = sorted(ranking.mean_ranks.items(), key=lambda item: item[1])
     groups = indistinct_groups(ranking)
-    with mpl.rc_context(STYLE):
+    with mpl.rc_context(FIGURE_STYLE):
         figure = Figure(figsize=(7.2, 0.9 + 0.32 * len(ordered) + 0.18 * len(groups)), layout="constrained")
         axes = figure.add_subplot()
         for place, (_, value) in enumerate(ordered):
@@ -114,7 +114,7 @@ def cost_figure(rows: Sequence[Row]) -> bytes:
     names = short_names([row.setting for row in rows])
     settings = list(names)
     colors = mpl.colormaps["tab10"]
-    with mpl.rc_context(STYLE):
+    with mpl.rc_context(FIGURE_STYLE):
         figure = Figure(figsize=(7.2, 3.2), layout="constrained")
         axes_pair = figure.subplots(1, 2, sharey=True)
         for row in rows:
@@ -143,7 +143,7 @@ def _summary(
         parts.append(Text(text=text, kind="warning"))
     titles = {cell.key: cell.title for cell in cells}
     parts += [
-        Text(text=f"Failed: {titles.get(key, key)}: {without_folders(line)}", kind="warning")
+        Text(text=f"Failed: {titles.get(key, key)}: {strip_folders(line)}", kind="warning")
         for key, line in failed.items()
     ]
     if any(data_set.synthetic_patients for data_set in config.data_sets):

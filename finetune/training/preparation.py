@@ -21,7 +21,7 @@ from samgraft.finetune.segmenter import Segmenter, make_room_for_classes
 from samgraft.finetune.start import StartingPoint, find_starting_point
 from samgraft.finetune.training.sampling import balance_foreground, has_foreground
 from samgraft.shared.errors import DataError, UsageError
-from samgraft.shared.runs.inputs import kept_split
+from samgraft.shared.runs.inputs import load_run_split
 from samgraft.shared.samples.augment import SliceAugmentation
 from samgraft.shared.samples.dataset import SliceDataset
 from samgraft.shared.samples.slices import keep_train_slices, select_slices
@@ -69,7 +69,7 @@ def prepare(config: FinetuneConfig, *, run_path: Path | None = None) -> Prepared
         DataError, WeightsError, UsageError: If the run could not give a trustworthy result.
     """
     store = _open_store(config)
-    split = kept_split(run_path, store) if run_path is not None and not config.data.split else None
+    split = load_run_split(run_path, store) if run_path is not None and not config.data.split else None
     if split is None:
         split = load_split(Path(config.data.split) if config.data.split else None, store)
         split = draw_few_shot(split, store, config.data.few_shot)

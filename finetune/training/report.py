@@ -24,8 +24,8 @@ from samgraft.shared.report.page import (
     Text,
     curve_figure,
     image_grid,
+    path_for_report,
     render_report,
-    shown_path,
 )
 from samgraft.shared.runs.run_folder import RunFolder
 
@@ -189,7 +189,7 @@ def _facts(config: FinetuneConfig, prepared: Prepared) -> dict[str, Any]:
 
 
 def _next(run: RunFolder) -> Text:
-    path, out = shlex.quote(shown_path(run.path)), shlex.quote(f"releases/{run.path.name}")
+    path, out = shlex.quote(path_for_report(run.path)), shlex.quote(f"releases/{run.path.name}")
     evaluate = f"make evaluate RUN={path} SPLIT=test"
     release = f"make release RUN={path} OUT={out} LICENSE=..."
     return Text(kind="command", text=f"{evaluate}\n\n{release}")

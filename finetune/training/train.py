@@ -41,20 +41,19 @@ from samgraft.finetune.training.rounds import ValidationRounds
 from samgraft.shared.config import config_sha256, config_to_dict
 from samgraft.shared.errors import UsageError, WeightsError
 from samgraft.shared.runs.environment import code_revision
-from samgraft.shared.runs.inputs import hold_to_inputs, keep_split, refuse_other_inputs
+from samgraft.shared.runs.inputs import check_run_inputs, record_run_inputs, save_run_split
 from samgraft.shared.runs.run_folder import RunFolder
 from samgraft.shared.samples.dataset import SliceDataset, batch_to_input, collate_slices
-from samgraft.shared.samples.sampler import StepBatchSampler
 from samgraft.shared.samples.split import pretrain_manifest
 from samgraft.shared.training.device import DeviceChoice
-from samgraft.shared.training.loader import build_step_loader
 from samgraft.shared.training.optim import LearningRate
-from samgraft.shared.training.periodic import Boundary, Periodic
-from samgraft.shared.training.resume import LoaderPosition, rng_untouched, seed_process
-from samgraft.shared.training.trainer import FitResult, fit
+from samgraft.shared.training.periodic import PeriodicTask, TaskContext
+from samgraft.shared.training.preflight import StepCost, measure_step
+from samgraft.shared.training.resume import preserve_rng, seed_process
+from samgraft.shared.training.trainer import FitContext, FitResult, fit
 from samgraft.shared.weights.card import Card
 from torch import nn
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import default_collate
 
 log = logging.getLogger(__name__)
 
@@ -75,9 +74,9 @@ def finetune(config: FinetuneConfig, run: RunFolder, device: DeviceChoice, prepa
         device: What to train on.
         prepared: From ``prepare``, with the same configuration.
     """
-    hold_to_inputs(run, _inputs(prepared))
+    record_run_inputs(run, _inputs(prepared))
     if not config.data.split:
-        keep_split(run, prepared.split)
+        save_run_split(run, prepared.split)
     run.write_run_json(**_provenance(prepared), world_size=device.world_size)
     rounds = ValidationRounds(run.path, is_writer=run.is_writer)
     if run.is_writer and rounds.record.zero_shot is None and isinstance(prepared.start, StartingPoint):
@@ -94,15 +93,18 @@ def finetune(config: FinetuneConfig, run: RunFolder, device: DeviceChoice, prepa
     )
     result = fit(
         module,
-        config=config.trainer,
-        run=run,
-        device=device,
-        loader_factory=lambda position: _loader(prepared, config, position),
-        batch_size=config.data.batch_size,
-        seed=config.seed,
-        callbacks=[_learning_rate(config)],
-        periodic=[_validation(prepared, config, rounds)],
-        data_fingerprint=prepared.store.fingerprint,
+        FitContext(
+            config=config.trainer,
+            run=run,
+            device=device,
+            dataset=prepared.dataset,
+            collate_fn=_collate(prepared.dataset),
+            batch_size=config.data.batch_size,
+            seed=config.seed,
+            callbacks=[_learning_rate(config)],
+            periodic=[_validation(prepared, config, rounds)],
+            data_fingerprint=prepared.store.fingerprint,
+        ),
     )
     if not run.is_writer:
         return run.path / "model"
@@ -124,12 +126,31 @@ def finetune(config: FinetuneConfig, run: RunFolder, device: DeviceChoice, prepa
 
 def prepare_seeded(config: FinetuneConfig, *, run_path: Path | None = None) -> Prepared:
     """Prepare with fresh adapter weights drawn from the run's seed; the caller's generators stay as they were."""
-    with rng_untouched():
+    with preserve_rng():
         seed_process(config.seed)
         prepared = prepare(config, run_path=run_path)
     if run_path is not None:
-        refuse_other_inputs(run_path, _inputs(prepared))
+        check_run_inputs(run_path, _inputs(prepared))
     return prepared
+
+
+def measure_cost(prepared: Prepared, config: FinetuneConfig, device: DeviceChoice) -> StepCost:
+    """Measure one training step on the first batch."""
+    module = FinetuneModule(prepared.segmenter, config, prepared.classes).to(device.torch_device)
+    batch_size, dataset = config.data.batch_size, prepared.dataset
+    batch = _collate(dataset)([dataset[index, index] for index in range(batch_size)])
+    if isinstance(dataset, VolumePatches):
+        batch = {key: value.to(device.torch_device) for key, value in batch.items()}
+    was_training = module.training
+    cost = measure_step(
+        module.train(),
+        lambda: module.training_step(batch, 0)["loss"],
+        config=config.trainer,
+        device=device,
+        batch_size=batch_size,
+    )
+    module.train(was_training)
+    return cost
 
 
 def start_from_slices(prepared: Prepared, config: FinetuneConfig, device: DeviceChoice) -> None:
@@ -150,7 +171,7 @@ def start_from_slices(prepared: Prepared, config: FinetuneConfig, device: Device
         )[0]
         for index in chosen
     ]
-    with rng_untouched():
+    with preserve_rng():
         seed_process(config.seed)
         initialise_eva(prepared.peft_model, segmenter, images)
 
@@ -285,8 +306,8 @@ def finished_task(
     )
 
 
-def _validation(prepared: Prepared, config: FinetuneConfig, rounds: ValidationRounds) -> Periodic:
-    def run_round(boundary: Boundary) -> Mapping[str, float]:
+def _validation(prepared: Prepared, config: FinetuneConfig, rounds: ValidationRounds) -> PeriodicTask:
+    def run_round(boundary: TaskContext) -> Mapping[str, float]:
         results = []
         for series_id in prepared.val_series:
             boundary.check_stop()
@@ -312,7 +333,7 @@ def _validation(prepared: Prepared, config: FinetuneConfig, rounds: ValidationRo
                 boundary.add_image(f"images/val_{number}", _panel(prepared, result, number=config.watch.num_overlays))
         return {"val/dice": dice, **{f"val/dice/{name}": mean for name, mean in dice_per_class(results).items()}}
 
-    return Periodic(
+    return PeriodicTask(
         name="validation", every_steps=config.watch.validate_every_n_steps, run=run_round, at_start=True, at_end=True
     )
 
@@ -326,24 +347,6 @@ def _panel(prepared: Prepared, result: CaseResult, *, number: int) -> np.ndarray
         for index, (image, label) in zip(indexes, pictures, strict=True)
     ]
     return (np.concatenate(tiles, axis=1) * 255).round().astype(np.uint8)
-
-
-def _loader(prepared: Prepared, config: FinetuneConfig, position: LoaderPosition) -> DataLoader[Any]:
-    sampler = StepBatchSampler(
-        len(prepared.dataset),
-        batch_size=config.data.batch_size,
-        seed=config.seed,
-        start_micro_step=position.start_micro_step,
-        num_micro_steps=position.num_micro_steps,
-        rank=position.rank,
-        world_size=position.world_size,
-    )
-    return build_step_loader(
-        prepared.dataset,
-        batch_sampler=sampler,
-        collate_fn=_collate(prepared.dataset),
-        num_workers=config.trainer.num_workers,
-    )
 
 
 def _collate(dataset: object) -> Callable[[Any], Any]:

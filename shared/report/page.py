@@ -21,7 +21,7 @@ import numpy.typing as npt
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.figure import Figure
 
-STYLE: dict[Any, Any] = {
+FIGURE_STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
     "font.size": 9.5,
     "axes.spines.top": False,
@@ -36,7 +36,7 @@ STYLE: dict[Any, Any] = {
     "legend.frameon": False,
     "lines.linewidth": 1.6,
 }
-COLORS = ("#1f5fa8", "#c4572b", "#2f8f5b", "#7b4fa3", "#a67c00", "#5f6b78")
+FIGURE_COLORS = ("#1f5fa8", "#c4572b", "#2f8f5b", "#7b4fa3", "#a67c00", "#5f6b78")
 """Told apart by readers with any colour vision, and in a grey print."""
 
 
@@ -78,13 +78,13 @@ class Picture:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Fragment:
+class RawHtml:
     """HTML written by this program; the only part that is not escaped, so that nothing from outside may be in it."""
 
     html: str
 
 
-Part = Text | KeyValues | Table | Picture | Fragment
+SectionPart = Text | KeyValues | Table | Picture | RawHtml
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +92,7 @@ class Section:
     """A titled part of a report."""
 
     title: str
-    parts: Sequence[Part] = field(default_factory=tuple)
+    parts: Sequence[SectionPart] = field(default_factory=tuple)
 
 
 def render_report(title: str, sections: Sequence[Section], *, subtitle: str = "", scripts: Sequence[str] = ()) -> str:
@@ -158,13 +158,13 @@ def curve_figure(
     Returns:
         A PNG.
     """
-    with mpl.rc_context(STYLE):
+    with mpl.rc_context(FIGURE_STYLE):
         figure = Figure(figsize=size_in, layout="constrained")
         axes = figure.add_subplot()
         if ticks is not None:
             axes.set_xticks(list(ticks), list(ticks.values()))
         for number, (name, (x, y)) in enumerate(curves.items()):
-            color = COLORS[number % len(COLORS)]
+            color = FIGURE_COLORS[number % len(FIGURE_COLORS)]
             raw = np.asarray(y, dtype=float)
             marker = "o" if len(raw) <= 30 else None
             if smooth > 1 and len(raw) > 2 * smooth:
@@ -204,7 +204,7 @@ def image_grid(
         A PNG.
     """
     num_columns = max(len(row) for row in rows)
-    with mpl.rc_context(STYLE):
+    with mpl.rc_context(FIGURE_STYLE):
         size = (num_columns * cell_in, len(rows) * cell_in + (0.25 if column_titles else 0))
         figure = Figure(figsize=size)
         figure.set_layout_engine("constrained", w_pad=0.015, h_pad=0.015, wspace=0.01, hspace=0.01)
@@ -220,7 +220,7 @@ def image_grid(
         return figure_png(figure)
 
 
-def shown_path(path: Path | str) -> str:
+def path_for_report(path: Path | str) -> str:
     """Return a path as it may stand in a report: as it was typed, or its last name where it is absolute.
 
     Reports travel with the results; the folders above say who works where, and mean nothing elsewhere.
@@ -228,7 +228,7 @@ def shown_path(path: Path | str) -> str:
     return Path(path).name if Path(path).is_absolute() else str(path)
 
 
-def without_folders(text: str) -> str:
+def strip_folders(text: str) -> str:
     """Return a text, such as a line of a log, whose absolute paths are cut down to their last names."""
     return re.sub(r"(?<![\w.:/~-])/(?:[^\s/'\"]+/)+(?=[^\s/'\"])", "", text)
 

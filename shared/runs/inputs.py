@@ -14,7 +14,7 @@ from samgraft.shared.store.store import SliceStore
 SPLIT_FILE = "split.json"
 
 
-def refuse_other_inputs(run_path: Path, inputs: Mapping[str, str | None]) -> None:
+def check_run_inputs(run_path: Path, inputs: Mapping[str, str | None]) -> None:
     """Refuse to go on with something else than a run began with; writes nothing, so a pre-flight may ask.
 
     Args:
@@ -39,19 +39,19 @@ def refuse_other_inputs(run_path: Path, inputs: Mapping[str, str | None]) -> Non
             )
 
 
-def hold_to_inputs(run: RunFolder, inputs: Mapping[str, str | None]) -> None:
-    """Record what a run begins with, or refuse to go on with something else (``refuse_other_inputs``)."""
-    refuse_other_inputs(run.path, inputs)
+def record_run_inputs(run: RunFolder, inputs: Mapping[str, str | None]) -> None:
+    """Record what a run begins with, or refuse to go on with something else (``check_run_inputs``)."""
+    check_run_inputs(run.path, inputs)
     run.write_run_json(**inputs)
 
 
-def keep_split(run: RunFolder, split: Split) -> None:
+def save_run_split(run: RunFolder, split: Split) -> None:
     """Write the run's split beside its configuration, once."""
     if run.is_writer and not (run.path / SPLIT_FILE).exists():
         split.save(run.path / SPLIT_FILE)
 
 
-def kept_split(run_path: Path, store: SliceStore) -> Split | None:
+def load_run_split(run_path: Path, store: SliceStore) -> Split | None:
     """Return the split that an earlier session of the run kept; None for a new run.
 
     A drawn split, or the one beside the store, may have changed since: the patients that were trained on did not.

@@ -28,7 +28,7 @@ from samgraft.shared.runs.environment import (
     thread_count,
 )
 from samgraft.shared.runs.metrics import MetricsLog
-from samgraft.shared.runs.training_state import newest_name, newest_state, tidy_states
+from samgraft.shared.runs.training_state import delete_leftovers, find_newest_state, newest_state_name
 
 log = logging.getLogger(__name__)
 
@@ -106,9 +106,9 @@ class RunFolder:
 
     def latest_training_state(self) -> Path | None:
         """Return the newest training state that verifies; the writing process sets damaged ones aside and tidies up."""
-        newest = newest_state(self.checkpoints, set_aside=self.is_writer)
+        newest = find_newest_state(self.checkpoints, set_aside=self.is_writer)
         if newest is not None and self.is_writer:
-            tidy_states(self.path)  # of a nan-step-N
+            delete_leftovers(self.path)  # of a nan-step-N
         return newest
 
     def append_metrics(self, step: int, values: Mapping[str, float]) -> None:
@@ -162,7 +162,7 @@ class RunFolder:
             raise self._disk_full(error) from error
 
     def _disk_full(self, error: OSError) -> StorageError:
-        newest = newest_name(self.checkpoints)
+        newest = newest_state_name(self.checkpoints)
         place = f"{self.path.name}/{Path(str(error.filename)).name}" if error.filename else self.path.name
         return StorageError(
             f"the disk is full: {error.strerror}.",

@@ -14,7 +14,7 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -106,7 +106,7 @@ def write_state(
     return final
 
 
-def newest_state(parent: Path, *, set_aside: bool = True) -> Path | None:
+def find_newest_state(parent: Path, *, set_aside: bool = True) -> Path | None:
     """Return the newest folder that verifies, or None if none was ever finished.
 
     Args:
@@ -126,7 +126,7 @@ def newest_state(parent: Path, *, set_aside: bool = True) -> Path | None:
         problem = find_damage(path)
         if problem is None:
             if set_aside:
-                tidy_states(parent)
+                delete_leftovers(parent)
             return path
         damaged += 1
         log.warning("%s: %s. Set aside as %s.corrupt, using an older state.", path.name, problem, path.name)
@@ -139,12 +139,12 @@ def newest_state(parent: Path, *, set_aside: bool = True) -> Path | None:
             kept="the damaged states, as step-*.corrupt",
             next_command="another NAME=... to start a new run, or move the folder away",
         )
-    for draft in leftovers(parent):
+    for draft in find_leftovers(parent):
         log.warning("%s is incomplete (stopped while being written): ignored.", draft.name)
     return None
 
 
-def leftovers(parent: Path) -> list[Path]:
+def find_leftovers(parent: Path) -> list[Path]:
     """Return what stopped saves left behind: drafts, and states whose replacement is there."""
     if not parent.is_dir():
         return []
@@ -152,10 +152,10 @@ def leftovers(parent: Path) -> list[Path]:
     return sorted(p for p in found if p.suffix == ".tmp" or p.with_suffix("").exists())
 
 
-def tidy_states(parent: Path) -> None:
-    """Delete ``leftovers``, each as large as a state, and say so; only the process that writes may."""
+def delete_leftovers(parent: Path) -> None:
+    """Delete the leftovers, each as large as a state, and say so; only the process that writes may."""
     _restore_replaced(parent)
-    found = leftovers(parent)
+    found = find_leftovers(parent)
     for path in found:
         shutil.rmtree(path, ignore_errors=True)
     gone = [path.name for path in found if not path.exists()]
@@ -231,18 +231,18 @@ def rewrite_record(state: TrainingState, changes: Mapping[str, Any]) -> None:
     )
 
 
-def newest_name(parent: Path) -> str | None:
+def newest_state_name(parent: Path) -> str | None:
     """Return the name of the newest finished state, for messages."""
     paths = finished_states(parent) if parent.is_dir() else []
     return paths[-1].name if paths else None
 
 
-def prune_states(parent: Path, *, keep_last: int, keep_steps: Collection[int], keep_every: int | None) -> None:
-    """Delete older states; always keeps the newest two or more, the named steps (the best), and milestones."""
+def prune_states(parent: Path, *, keep_last: int, keep_every: int | None) -> None:
+    """Delete older states; always keeps the newest two or more, and milestones."""
     paths = finished_states(parent)
     for path in paths[: -max(2, keep_last)]:
         step = int(path.name.removeprefix("step-"))
-        if step in keep_steps or (keep_every and step % keep_every == 0):
+        if keep_every and step % keep_every == 0:
             continue
         # Renamed first: a kill in the middle of deleting must not leave something that looks finished.
         doomed = path.with_name(f"{path.name}.tmp")
@@ -284,7 +284,7 @@ def _storage_error(err: OSError, *, parent: Path, name: str, tensors: Mapping[st
     need = sum(t.numel() * t.element_size() for t in tensors.values())
     free = shutil.disk_usage(parent).free if parent.exists() else 0
     run = parent.parent if parent.name == "checkpoints" else parent  # a nan-step-N lies beside the others' folder
-    older = newest_name(parent) or newest_name(run / "checkpoints")
+    older = newest_state_name(parent) or newest_state_name(run / "checkpoints")
     return StorageError(
         f"the training state {name} could not be written: {err.strerror or type(err).__name__}. "
         f"It needs {need / 1e9:.2f} GB, {free / 1e9:.2f} GB are free.",

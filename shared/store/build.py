@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from samgraft.shared.errors import DataError, SamgraftError, StorageError, UsageError
-from samgraft.shared.machine import end_with_parent
+from samgraft.shared.machine import exit_with_parent
 from samgraft.shared.scans.case import LabelGridError, SourceCase
 from samgraft.shared.scans.intensity import IntensityPreset
 from samgraft.shared.store.examine import BuildSettings, Finding, examine_case, series_id_of
@@ -195,7 +195,7 @@ def _results(
         return
     # Spawned, not forked: codecs run threads, and a forked thread pool deadlocks.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(num_workers, len(todo)), mp_context=context, initializer=end_with_parent) as pool:
+    with ProcessPoolExecutor(min(num_workers, len(todo)), mp_context=context, initializer=exit_with_parent) as pool:
         futures = [pool.submit(work, case) for case in todo]
         try:
             for future in as_completed(futures):

@@ -1,11 +1,14 @@
-"""What happens between two steps: periodic tasks, saving, stopping - and how a run starts again exactly there."""
+"""Work between two optimizer steps.
+
+At a step boundary the periodic tasks run, training states are saved and stop requests take effect. A run that is
+resumed from a boundary computes the same bytes as one that was not interrupted.
+"""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 import pytorch_lightning as pl
@@ -17,142 +20,148 @@ from samgraft.shared.runs.training_state import (
     TrainingState,
     flatten_state,
     load_optimizer_state,
-    newest_name,
+    newest_state_name,
     prune_states,
     state_folder_name,
     unflatten_state,
     write_state,
 )
-from samgraft.shared.training.numerics import suspect_batch
+from samgraft.shared.training.config import TrainerConfig
+from samgraft.shared.training.numerics import find_suspect_batch
 from samgraft.shared.training.periodic import PeriodicTasks
-from samgraft.shared.training.processes import any_process, from_first, full_state, gather, load_full_state
-from samgraft.shared.training.progress import Progress, StepLog, format_duration
-from samgraft.shared.training.resume import Bookkeeping, capture_rng, restore_rng, seed_process
-from samgraft.shared.training.signals import StopRequest, listen
+from samgraft.shared.training.processes import (
+    any_across_processes,
+    broadcast_first,
+    full_state,
+    gather_from_processes,
+    load_full_state,
+)
+from samgraft.shared.training.progress import ProgressMeter, StepLog, format_duration
+from samgraft.shared.training.resume import RunCounters, capture_rng, restore_rng, seed_process
+from samgraft.shared.training.signals import StopRequest, install_stop_handlers
 from torch import Tensor
 
 log = logging.getLogger(__name__)
 
 SLOW_SAVE_S = 30.0
-"""SLURM's default time between SIGTERM and SIGKILL."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SavePlan:
-    """When to save, what to keep."""
-
-    every_steps: int
-    every_s: float
-    keep_last: int
-    keep_every_steps: int | None
+"""Default time in seconds between SLURM's SIGTERM and SIGKILL."""
 
 
 class StepBoundary(Checkpoint):
-    """The last callback at every micro-step: acts when a step is whole.
+    """Callback that acts after the last micro-step of each step.
 
-    A subclass of Lightning's ``Checkpoint`` because those are called last, after everything that belongs to the step.
-    Module state must be complete when ``optimizer_step`` returns: update an EMA teacher there, not in
-    ``on_train_batch_end``, which Lightning calls after this.
+    Module state must be complete when ``optimizer_step`` returns. An EMA teacher is therefore updated there and not in
+    ``on_train_batch_end``, which Lightning calls after this callback.
     """
+
+    # Lightning calls subclasses of Checkpoint after all other callbacks, so that their work belongs to the saved step.
 
     def __init__(
         self,
         *,
         run: RunFolder,
-        plan: SavePlan,
-        books: Bookkeeping,
+        config: TrainerConfig,
+        counters: RunCounters,
         tasks: PeriodicTasks,
-        progress: Progress,
+        meter: ProgressMeter,
         step_log: StepLog,
         stop: StopRequest,
         state: TrainingState | None,
-        exact: bool = True,
+        is_exact: bool = True,
     ) -> None:
         self.run = run
-        self.plan = plan
-        self.books = books
+        self.config = config
+        self.counters = counters
         self.tasks = tasks
-        self.progress = progress
+        self.meter = meter
         self.step_log = step_log
         self.stop = stop
-        self.exact = exact
-        """False after a change of the number of processes: each then gets fresh generators."""
+        self.is_exact = is_exact
+        """False after a change of the number of processes. Each process then gets new generators."""
         self._state = state
         self._rng_to_restore: dict[str, Tensor] | None = None
         self._rng_of_step: dict[str, Tensor] = {}
         self._buffers_of_step: dict[str, Tensor] = {}
         self._batches: list[Any] = []
-        """The micro-batches of the step so far."""
+        """Micro-batches of the current step so far."""
         self._micro_steps = 0
-        self._at_whole_step = False
+        self._is_at_boundary = False
         self._last_save = time.monotonic()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Restore the state, or seed a fresh run; then run what is due before the first step."""
-        listen(self.stop)  # again: Lightning has just put its own SIGTERM handler on top
+        """Restore the training state or seed a new run, then run the tasks due at this step."""
+        # Lightning has just installed its own SIGTERM handler over ours.
+        install_stop_handlers(self.stop)
         state, self._state = self._state, None
         step = state.step if state else 0
-        if from_first(step) != step:
-            raise RuntimeError(f"process {trainer.global_rank} would resume at step {step}, the first one elsewhere.")
+        # A shared disk may show the newest state to one process and not yet to another.
+        if broadcast_first(step) != step:
+            raise RuntimeError(f"process {trainer.global_rank} would resume at another step ({step}) than the first.")
         self.step_log.start(after_step=step)
         if state is not None:
             self._restore(trainer, pl_module, state)
         else:
-            seed_process(self.books.seed, rank=trainer.global_rank)
+            seed_process(self.counters.seed, rank=trainer.global_rank)
         run = self.tasks.run_pending if state else self.tasks.run_due
-        improved = run(pl_module, step, rank=trainer.global_rank, world_size=trainer.world_size)
-        (stop,) = any_process(self.stop.requested)
-        if improved or (stop and (state or self.books.pending)):
-            self._save(trainer, pl_module, step)
+        run(pl_module, step, rank=trainer.global_rank, world_size=trainer.world_size)
+        (stop,) = any_across_processes(self.stop.requested)
         if stop:
-            raise stopped(step, run=self.run, signal_name=self.stop.signal_name)
+            # A new run that has done nothing yet needs no state, unless a task was interrupted.
+            if state or self.counters.pending:
+                self._save(trainer, pl_module, step)
+            raise stopped_error(step, run=self.run, signal_name=self.stop.signal_name)
         self._last_save = time.monotonic()
-        self.progress.resume_clock()
+        self.meter.resume_clock()
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Put the generators where they were; remember them in case this step has to be replayed."""
+        """Keep the generators and buffers of the step's beginning, in case it has to be replayed."""
+        # The generators are restored here and not in on_train_start, because building the loader and starting its
+        # workers in between draws random numbers.
         if self._rng_to_restore is not None:
             restore_rng(self._rng_to_restore)
             self._rng_to_restore = None
-        if self._micro_steps % self.books.accumulate == 0:
+        if self._micro_steps % self.counters.accumulate == 0:
             self._rng_of_step = capture_rng()
-            # Batch norm's statistics change in the forward pass, before anyone can see that a loss is not finite.
+            # The forward pass changes batch norm's statistics before a non-finite loss can be detected.
             self._buffers_of_step = {name: buffer.clone() for name, buffer in pl_module.named_buffers()}
             self._batches.clear()
         self._batches.append(batch)
-        self._at_whole_step = False
+        self._is_at_boundary = False
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """At a whole step: run tasks, save, stop, as due."""
+        """Run tasks, save and stop as due after the last micro-step of a step."""
         self._micro_steps += 1
-        if self._micro_steps % self.books.accumulate:
+        if self._micro_steps % self.counters.accumulate:
             return
         self._batches.clear()
         step = trainer.global_step
-        self.books.samples_seen += self.books.accumulate * self.books.batch_size * trainer.world_size
-        improved = self.tasks.run_due(pl_module, step, rank=trainer.global_rank, world_size=trainer.world_size)
-        long_ago = time.monotonic() - self._last_save >= self.plan.every_s
-        stop, long_ago = any_process(self.stop.requested, long_ago)
-        last = step == trainer.max_steps or self.books.ended is not None
-        if stop or improved or long_ago or last or step % self.plan.every_steps == 0:
+        self.counters.samples_seen += self.counters.accumulate * self.counters.batch_size * trainer.world_size
+        self.tasks.run_due(pl_module, step, rank=trainer.global_rank, world_size=trainer.world_size)
+        # Clocks and signals differ between processes. All must decide alike, because saving is collective.
+        is_old = time.monotonic() - self._last_save >= 60 * self.config.save_every_min
+        stop, is_old = any_across_processes(self.stop.requested, is_old)
+        is_last = step == trainer.max_steps or self.counters.ended is not None
+        if stop or is_old or is_last or step % self.config.save_every_steps == 0:
             self._save(trainer, pl_module, step)
         elif step % self.step_log.every_steps == 0:
             self.step_log.flush()
-        if stop and (not last or self.books.pending):
-            raise stopped(step, run=self.run, signal_name=self.stop.signal_name)
-        if self.books.ended is not None and step < trainer.max_steps:
-            log.info("training ends at step %d of %d: %s", step, trainer.max_steps, self.books.ended)
+        if stop and (not is_last or self.counters.pending):
+            raise stopped_error(step, run=self.run, signal_name=self.stop.signal_name)
+        if self.counters.ended is not None and step < trainer.max_steps:
+            log.info("training ends at step %d of %d: %s", step, trainer.max_steps, self.counters.ended)
             trainer.should_stop = True
-        self.progress.resume_clock()
-        self._at_whole_step = True
+        self.meter.resume_clock()
+        self._is_at_boundary = True
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Save the last whole step if the loader failed after it; write the values that were collected."""
-        if self._at_whole_step and trainer.world_size == 1 and isinstance(exception, Exception):
+        """Save the last finished step if the loader failed after it, and write the collected values."""
+        # Between two steps the state is complete. With several processes the others may be inside the next step, and a
+        # collective save would wait for them without end.
+        if self._is_at_boundary and trainer.world_size == 1 and isinstance(exception, Exception):
             try:
                 self._save(trainer, pl_module, trainer.global_step)
             except OSError as err:
@@ -160,11 +169,11 @@ class StepBoundary(Checkpoint):
         self.step_log.close()
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Write the values that were collected."""
+        """Write the collected values."""
         self.step_log.close()
 
     def refuse_update(self, trainer: pl.Trainer, losses: Tensor, grad_norm: float) -> None:
-        """Keep the state before a step whose loss or gradient is not finite, and stop.
+        """Save the state before a step with a non-finite loss or gradient, and stop.
 
         Raises:
             NumericalError: Always.
@@ -172,17 +181,18 @@ class StepBoundary(Checkpoint):
         step = trainer.global_step + 1
         name = f"nan-step-{step}"
         self.step_log.flush()
-        batch, which = suspect_batch(self._batches, losses, rank=trainer.global_rank)
+        batch, description = find_suspect_batch(self._batches, losses, rank=trainer.global_rank)
         for buffer_name, buffer in trainer.lightning_module.named_buffers():
             buffer.copy_(self._buffers_of_step[buffer_name])
         self._write(trainer, trainer.lightning_module, step - 1, name=name, rng=self._rng_of_step, batch=batch)
-        last = newest_name(self.run.checkpoints)
+        last = newest_state_name(self.run.checkpoints)
         loss = float(losses.sum())
         rate = max(float(group["lr"]) for group in trainer.optimizers[0].param_groups)
         raise NumericalError(
-            f"loss is {loss:g} and gradient norm {grad_norm:g} at step {step} (lr {rate:.1e}); stopped before the "
-            "update. Lower the learning rate, lengthen the warm-up, or look at the batch.",
-            where=f"{self.run.path.name}/{name} holds weights, optimizer and generators before this step, and {which}",
+            f"loss is {loss:g} and gradient norm {grad_norm:g} at step {step} (lr {rate:.1e}). Training stopped before "
+            "the update. Lower the learning rate, lengthen the warm-up, or examine the batch.",
+            where=f"{self.run.path.name}/{name} has weights, optimizer and generators before this step, and "
+            f"{description}",
             kept=f"last good state: {last}" if last else f"the state before step {step}, in {name}",
             next_command=f"replay: {self.run.continue_command} trainer.resume_from={name}",
         )
@@ -194,35 +204,30 @@ class StepBoundary(Checkpoint):
         extra = unflatten_state(record["extra"], state.tensors)
         if extra:
             module.on_load_checkpoint(extra)
-        # Lightning counts steps here; its own resume sets the same numbers.
+        # global_step is derived from these counters. Lightning's own resume sets the same ones.
         loop = trainer.fit_loop.epoch_loop
         loop.automatic_optimization.optim_progress.optimizer.step.total.completed = state.step
         loop.automatic_optimization.optim_progress.optimizer.step.total.ready = state.step
         loop._batches_that_stepped = state.step
-        if self.exact:
+        if self.is_exact:
             self._rng_to_restore = state.rng(trainer.global_rank)
         else:
-            seed_process(self.books.seed + state.step, rank=trainer.global_rank)
+            seed_process(self.counters.seed + state.step, rank=trainer.global_rank)
 
     def _save(self, trainer: pl.Trainer, module: pl.LightningModule, step: int) -> None:
         self.step_log.flush()
         started = time.monotonic()
         name = state_folder_name(step)
+        # Before the first step after a resume the generators in use are not yet those of the run.
         self._write(trainer, module, step, name=name, rng=self._rng_to_restore or capture_rng())
         self._last_save = time.monotonic()
         self.stop.kept = f"the verified state {name}"
         if trainer.is_global_zero:
-            best = {int(self.books.best["step"])} if self.books.best else set()
-            prune_states(
-                self.run.checkpoints,
-                keep_last=self.plan.keep_last,
-                keep_steps=best,
-                keep_every=self.plan.keep_every_steps,
-            )
+            prune_states(self.run.checkpoints, keep_last=self.config.keep_last, keep_every=self.config.keep_every_steps)
         seconds = self._last_save - started
         if seconds > SLOW_SAVE_S:
             log.warning(
-                "Saving took %s; schedulers often give 30 s after SIGTERM: ask for a longer notice.",
+                "Saving took %s, but schedulers often allow 30 s after SIGTERM. Request an earlier signal.",
                 format_duration(seconds),
             )
 
@@ -236,62 +241,48 @@ class StepBoundary(Checkpoint):
         rng: dict[str, Tensor],
         batch: Mapping[str, Tensor] | None = None,
     ) -> None:
-        rng_per_rank = gather(rng)
-        # Sharded tensors are put together by all processes.
+        # Collective calls, so they come before only the first process continues.
+        rng_per_rank = gather_from_processes(rng)
         model, optimizer = full_state(dict(module.state_dict())), full_state(trainer.optimizers[0].state_dict())
         error: Exception | None = None
         if trainer.is_global_zero:
             try:
-                self._write_first(
-                    trainer, module, step, name=name, rng_per_rank=rng_per_rank, batch=batch, states=(model, optimizer)
+                tensors: dict[str, Tensor] = {}
+                extra: dict[str, Any] = {}
+                module.on_save_checkpoint(extra)
+                record = {
+                    "model": flatten_state(model, prefix="model", tensors=tensors),
+                    "optimizer": flatten_state(optimizer, prefix="optimizer", tensors=tensors),
+                    "extra": flatten_state(extra, prefix="extra", tensors=tensors),
+                    **vars(self.counters),
+                    "world_size": trainer.world_size,
+                    "num_threads": thread_count(),
+                    "precision": str(trainer.precision),
+                    "versions": software_versions(),
+                }
+                write_state(
+                    self.run.checkpoints if batch is None else self.run.path,
+                    name,
+                    step=step,
+                    record=record,
+                    tensors=tensors,
+                    rng_per_rank=rng_per_rank,
+                    attachments={} if batch is None else {"batch": batch},
                 )
-            except Exception as err:  # told to the other processes, which would wait forever, then raised on all
+            except Exception as err:
+                # Raised in all processes below. Otherwise the others would wait for the first one without end.
                 error = err
-        error = from_first(error)
+        error = broadcast_first(error)
         if error is not None:
             raise error
 
-    def _write_first(
-        self,
-        trainer: pl.Trainer,
-        module: pl.LightningModule,
-        step: int,
-        *,
-        name: str,
-        rng_per_rank: Sequence[Mapping[str, Tensor]],
-        batch: Mapping[str, Tensor] | None,
-        states: tuple[Any, Any],
-    ) -> None:
-        tensors: dict[str, Tensor] = {}
-        extra: dict[str, Any] = {}
-        module.on_save_checkpoint(extra)
-        record = {
-            "model": flatten_state(states[0], prefix="model", tensors=tensors),
-            "optimizer": flatten_state(states[1], prefix="optimizer", tensors=tensors),
-            "extra": flatten_state(extra, prefix="extra", tensors=tensors),
-            **vars(self.books),
-            "world_size": trainer.world_size,
-            "num_threads": thread_count(),
-            "precision": str(trainer.precision),
-            "versions": software_versions(),
-        }
-        write_state(
-            self.run.checkpoints if batch is None else self.run.path,
-            name,
-            step=step,
-            record=record,
-            tensors=tensors,
-            rng_per_rank=rng_per_rank,
-            attachments={} if batch is None else {"batch": batch},
-        )
 
-
-def stopped(step: int, *, run: RunFolder, signal_name: str | None) -> StoppedAndSaved:
-    """Return the message of a requested stop."""
-    name = newest_name(run.checkpoints)
+def stopped_error(step: int, *, run: RunFolder, signal_name: str | None) -> StoppedAndSaved:
+    """Return the error that ends a command after a requested stop."""
+    name = newest_state_name(run.checkpoints)
     return StoppedAndSaved(
-        f"{signal_name or 'another process'} asked to stop; everything is saved at step {step}.",
+        f"{signal_name or 'another process'} requested a stop; everything is saved at step {step}.",
         where=f"{run.path.name}/checkpoints/{name}" if name else None,
-        kept="all of it: going on gives the same result as not stopping",
+        kept="everything: resuming gives the same result as an uninterrupted run",
         next_command=run.continue_command,
     )

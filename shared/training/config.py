@@ -54,7 +54,7 @@ class TrainerConfig:
     save_every_min: float = field(default=10.0, metadata=MAY_CHANGE)
     """A state is also saved after this many minutes without one."""
     keep_last: int = field(default=2, metadata=MAY_CHANGE)
-    """Newest states to keep, at least 2; the best one is kept as well."""
+    """Number of newest states to keep, at least 2."""
     keep_every_steps: int | None = field(default=None, metadata=MAY_CHANGE)
     """States at multiples of this are never deleted; null deletes them."""
     allow_resize: bool = field(default=False, metadata=MAY_CHANGE)

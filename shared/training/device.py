@@ -111,7 +111,7 @@ def cpu_has_fast_bf16() -> bool:
     return "amx_bf16" in flags or "avx512_bf16" in flags
 
 
-def tune_cpu() -> bool:
+def retain_freed_memory() -> bool:
     """Let the allocator keep freed memory instead of returning it to the kernel after every step.
 
     Activations are larger than glibc's limits, so by default each step maps, zeroes and unmaps them again: about 30 %

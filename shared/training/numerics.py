@@ -8,14 +8,14 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from samgraft.shared.training.processes import gather
+from samgraft.shared.training.processes import gather_from_processes
 from samgraft.shared.training.progress import StepLog
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 
-class FiniteOnly(pl.Callback):
+class FiniteCheck(pl.Callback):
     """Checks every loss and the whole gradient before each update; logs the gradient norm.
 
     Args:
@@ -61,7 +61,7 @@ class FiniteOnly(pl.Callback):
             torch.nn.utils.clip_grads_with_norm_(parameters, self.clip_norm, norm)
 
 
-def suspect_batch(batches: Sequence[Any], losses: Tensor, *, rank: int) -> tuple[dict[str, Tensor], str]:
+def find_suspect_batch(batches: Sequence[Any], losses: Tensor, *, rank: int) -> tuple[dict[str, Tensor], str]:
     """Return what a step that was not finite should be looked at with: tensors, and in words which ones they are.
 
     All processes must call it; only what the first one gets is that of the whole group.
@@ -76,7 +76,7 @@ def suspect_batch(batches: Sequence[Any], losses: Tensor, *, rank: int) -> tuple
         only the gradient is not, all micro-batches of this process.
     """
     own = next((index for index, loss in enumerate(losses.tolist()) if not math.isfinite(loss)), None)
-    found = gather(own)
+    found = gather_from_processes(own)
     culprit = next((process for process, index in enumerate(found) if index is not None), None)
     if culprit is None:
         whose = " of the first process" if len(found) > 1 else ""
@@ -84,7 +84,9 @@ def suspect_batch(batches: Sequence[Any], losses: Tensor, *, rank: int) -> tuple
             return batch_tensors(batches[0]), f"the batch{whose}"
         return batch_tensors(list(batches)), f"all {len(batches)} micro-batches{whose}"
     # Only the batch that is needed travels.
-    tensors = gather({k: t.cpu() for k, t in batch_tensors(batches[own or 0]).items()} if rank == culprit else {})
+    tensors = gather_from_processes(
+        {k: t.cpu() for k, t in batch_tensors(batches[own or 0]).items()} if rank == culprit else {}
+    )
     places = [f"micro-step {(found[culprit] or 0) + 1} of {len(batches)}"] if len(batches) > 1 else []
     places += [f"process {culprit + 1} of {len(found)}"] if len(found) > 1 else []
     return tensors[culprit], "the batch whose loss is not finite" + (f" ({', '.join(places)})" if places else "")

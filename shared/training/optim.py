@@ -131,7 +131,7 @@ def warmup_cosine(step: int, *, warmup_steps: int, max_steps: int, final_factor:
     """
     if step < warmup_steps:
         return (step + 1) / warmup_steps
-    return cosine(step, start=1.0, end=final_factor, first_step=warmup_steps, last_step=max_steps)
+    return cosine_value(step, start=1.0, end=final_factor, first_step=warmup_steps, last_step=max_steps)
 
 
 def warmup_poly(step: int, *, warmup_steps: int, max_steps: int, power: float) -> float:
@@ -147,7 +147,7 @@ def warmup_poly(step: int, *, warmup_steps: int, max_steps: int, power: float) -
     return float((1.0 - (step - warmup_steps) / max_steps) ** power)
 
 
-def cosine(step: int, *, start: float, end: float, first_step: int = 0, last_step: int) -> float:
+def cosine_value(step: int, *, start: float, end: float, first_step: int = 0, last_step: int) -> float:
     """Return the point at ``step`` of half a cosine from ``start`` to ``end``; constant outside of it."""
     share = min(max((step - first_step) / max(1, last_step - first_step), 0.0), 1.0)
     return end + (start - end) * 0.5 * (1.0 + math.cos(math.pi * share))

@@ -1,23 +1,233 @@
-"""Disk that a run will need, predicted before it starts: the one account of it, for both stages."""
+"""Pre-flight of both stages with the time, memory and disk that a run will need."""
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import shutil
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 
+import torch
 from samgraft.shared.errors import StorageError
-from samgraft.shared.runs.training_state import finished_states, leftovers
+from samgraft.shared.machine import granted_memory
+from samgraft.shared.runs.training_state import find_leftovers, finished_states
 from samgraft.shared.training.config import TrainerConfig
+from samgraft.shared.training.device import DeviceChoice
+from samgraft.shared.training.failures import explain_out_of_memory
+from samgraft.shared.training.progress import format_duration
+from samgraft.shared.training.resume import preserve_rng
 from torch import Tensor, nn
 
+log = logging.getLogger(__name__)
+
+MEASURE_S = 8.0
+"""Seconds after which no further micro-step is measured."""
+MAX_MEASURED_STEPS = 5
 LOGS_BYTES = 2**26
-"""Allowance for metrics, events, pictures and the report."""
+"""Allowance for metrics, events, images and the report."""
+GIB = 2**30
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepCost:
+    """Measured cost of one optimizer step, without data loading and the update itself."""
+
+    seconds: float
+    """Median micro-step times the number of micro-steps."""
+    num_measured: int
+    """Number of measured micro-steps, after one as warm-up."""
+    saved_bytes: int
+    """Memory of the activations that the forward pass keeps for the backward pass."""
+
+
+def measure_step(
+    module: nn.Module,
+    compute_loss: Callable[[], Tensor],
+    *,
+    config: TrainerConfig,
+    device: DeviceChoice,
+    batch_size: int,
+) -> StepCost:
+    """Time forward and backward passes on real slices.
+
+    Weights, buffers, gradients and random generators are the same afterwards.
+
+    Args:
+        module: Everything that trains. It is moved to the device.
+        compute_loss: Function that computes the loss of one micro-step.
+        config: Settings of the training loop.
+        device: Device and precision.
+        batch_size: Slices per micro-step, for the error message.
+
+    Raises:
+        UsageError: If a step does not fit in memory.
+    """
+    target = device.torch_device
+    module.to(target)
+    if config.channels_last:
+        module.to(memory_format=torch.channels_last)
+    buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
+    saved = SavedBytes(module)
+    times: list[float] = []
+    started = time.perf_counter()
+    with preserve_rng():
+        try:
+            # The first micro-step also allocates memory and is not counted.
+            while len(times) < 1 + MAX_MEASURED_STEPS and (len(times) < 2 or time.perf_counter() - started < MEASURE_S):
+                counting = contextlib.nullcontext() if times else saved.count()
+                times.append(_time_micro_step(module, compute_loss, counting, device))
+        except torch.OutOfMemoryError as error:
+            raise explain_out_of_memory(batch_size=batch_size, accumulate=config.accumulate) from error
+    # The trial steps have moved batch norm's statistics and, in some objectives, centers and counters.
+    for buffer, before in buffers:
+        buffer.copy_(before)
+    return StepCost(seconds=config.accumulate * median(times[1:]), num_measured=len(times) - 1, saved_bytes=saved.total)
+
+
+def _time_micro_step(
+    module: nn.Module,
+    compute_loss: Callable[[], Tensor],
+    counting: contextlib.AbstractContextManager[None],
+    device: DeviceChoice,
+) -> float:
+    kind = device.torch_device.type
+    begin = time.perf_counter()
+    with counting, torch.autocast(kind, dtype=torch.bfloat16, enabled=device.precision == "bf16-mixed"):
+        loss = compute_loss()
+    loss.backward()  # type: ignore[no-untyped-call]
+    if kind == "cuda":
+        torch.cuda.synchronize(device.torch_device)
+    seconds = time.perf_counter() - begin
+    module.zero_grad(set_to_none=True)
+    return seconds
+
+
+def describe_cost(
+    module: nn.Module,
+    cost: StepCost,
+    *,
+    config: TrainerConfig,
+    device: DeviceChoice,
+    batch_size: int,
+    run_path: Path,
+    evaluation_s: float | None = None,
+) -> dict[str, str]:
+    """Return the pre-flight lines on time, memory, disk and the run.
+
+    Args:
+        module: Everything that trains.
+        cost: From ``measure_step``.
+        config: Settings of the training loop.
+        device: Device and precision.
+        batch_size: Slices per process and micro-step.
+        run_path: Folder of the run.
+        evaluation_s: Expected seconds of all evaluation rounds, or None if unknown.
+
+    Raises:
+        StorageError: If the training states do not fit on the disk.
+    """
+    seconds = config.max_steps * cost.seconds + (evaluation_s or 0.0)
+    included = "without validation" if evaluation_s is None else "with evaluation rounds"
+    return {
+        "time": f"{cost.seconds:.2f} s per step of {batch_size * config.accumulate} slices "
+        f"(median of {cost.num_measured}); {config.max_steps} steps take about {format_duration(seconds)} {included}",
+        "memory": check_memory(module, cost, device=device.torch_device, batch_size=batch_size),
+        "disk": check_disk(module, config, run_path),
+        "run": describe_run(run_path, max_steps=config.max_steps),
+        "monitor": f"tensorboard --logdir {run_path}/tb --host localhost",
+        "stop": "Ctrl-C saves and ends; the same command resumes",
+    }
+
+
+def log_preflight(lines: Mapping[str, str]) -> None:
+    """Log the pre-flight as a table of names and texts."""
+    for name, text in lines.items():
+        log.info("  %-10s %s", name, text)
+
+
+def describe_run(run_path: Path, *, max_steps: int) -> str:
+    """Return a description of a new run, or of the step at which an interrupted run resumes."""
+    checkpoints = run_path / "checkpoints"
+    states = finished_states(checkpoints) if checkpoints.is_dir() else []
+    if not states:
+        return f"new run {run_path}"
+    return f"{run_path}, resuming step {int(states[-1].name.removeprefix('step-'))} of {max_steps}"
+
+
+class SavedBytes:
+    """Counter of the memory that the forward pass keeps for the backward pass, without the weights."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.total = 0
+        self._seen = {tensor.untyped_storage().data_ptr() for tensor in (*module.parameters(), *module.buffers())}
+
+    @contextmanager
+    def count(self) -> Iterator[None]:
+        """Count inside the block. A storage that several tensors share is counted once."""
+        with torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor):
+            yield
+
+    def _pack(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self._seen:
+            self._seen.add(storage.data_ptr())
+            self.total += storage.nbytes()
+        return tensor
+
+
+def training_bytes(module: nn.Module, saved_bytes: int) -> int:
+    """Return the memory of weights, buffers, gradients, AdamW's two moments and activations."""
+    held = sum(t.numel() * t.element_size() for t in (*module.parameters(), *module.buffers()))
+    trained = sum(p.numel() * p.element_size() for p in module.parameters() if p.requires_grad)
+    return held + 3 * trained + saved_bytes
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Return the free memory of the device, or None if the system does not report it."""
+    if device.type == "cuda":
+        # Memory that torch's allocator holds in reserve is available to the run.
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + kept
+    try:
+        text = Path("/proc/meminfo").read_text(encoding="utf-8")
+    except OSError:
+        return None
+    found = [line.split() for line in text.splitlines() if line.startswith("MemAvailable:")]
+    granted = granted_memory()
+    left = [int(words[1]) * 1024 for words in found] + ([granted[1]] if granted else [])
+    return min(left, default=None)
+
+
+def check_memory(module: nn.Module, cost: StepCost, *, device: torch.device, batch_size: int) -> str:
+    """Return the needed and the free memory, and warn if the run does not fit."""
+    line, fits = describe_memory(training_bytes(module, cost.saved_bytes), free_bytes(device), batch_size=batch_size)
+    if not fits:
+        log.warning(
+            "memory is short: %s. Use a smaller data.batch_size with trainer.accumulate for the same global batch.",
+            line,
+        )
+    return line
+
+
+def describe_memory(needed: int, free: int | None, *, batch_size: int) -> tuple[str, bool]:
+    """Return the pre-flight line, and False if the memory will not suffice.
+
+    A tenth is added to ``needed`` for the temporary buffers of single operations.
+    """
+    line = f"about {needed / GIB:.1f} GiB for weights, gradients, AdamW and the activations of {batch_size} slices"
+    if free is None:
+        return line, True
+    return f"{line}; {free / GIB:.1f} GiB free", 1.1 * needed < free
 
 
 def state_bytes(module: nn.Module) -> int:
-    """Return the size of one training state: weights, buffers, and AdamW's two moments of what trains."""
+    """Return the size of one training state with weights, buffers and AdamW's two moments."""
 
     def size(tensors: Iterable[Tensor]) -> int:
         return sum(t.numel() * t.element_size() for t in tensors)
@@ -27,24 +237,24 @@ def state_bytes(module: nn.Module) -> int:
 
 
 def check_disk(module: nn.Module, config: TrainerConfig, run_path: Path) -> str:
-    """Say how much more disk the run will need, and refuse to start if it is not there.
+    """Compare the disk space that the run still needs with what is free.
 
     Args:
-        module: What is trained, or whatever holds all its parameters.
-        config: How long, and which states are kept.
-        run_path: The run's folder; what an earlier session left there need not be written again.
+        module: The trained module, or any module with all its parameters.
+        config: Length of the run and rules for keeping states.
+        run_path: Folder of the run. What earlier sessions wrote there is not counted again.
 
     Returns:
-        The need and what is free, for the pre-flight.
+        The needed and the free space, for the pre-flight.
 
     Raises:
-        StorageError: If less is free.
+        StorageError: If the disk is too small.
     """
     checkpoints = run_path / "checkpoints"
     states = finished_states(checkpoints) if checkpoints.is_dir() else []
     if states and not config.resume_from and _is_done(states[-1], config.max_steps):
         return f"nothing more to train after {states[-1].name}"
-    need = _bytes_to_come(state_bytes(module), config, run_path, states)
+    need = _remaining_bytes(state_bytes(module), config, run_path, states)
     place = next(p for p in (run_path, *run_path.absolute().parents) if p.exists())
     free = shutil.disk_usage(place).free
     more = "more " if states else ""
@@ -59,17 +269,18 @@ def check_disk(module: nn.Module, config: TrainerConfig, run_path: Path) -> str:
     return f"up to {need / 1e9:.2f} GB {more}for training states, {free / 1e9:.1f} GB free"
 
 
-def _bytes_to_come(one: int, config: TrainerConfig, run_path: Path, states: Sequence[Path]) -> int:
+def _remaining_bytes(one: int, config: TrainerConfig, run_path: Path, states: Sequence[Path]) -> int:
     milestones = config.max_steps // config.keep_every_steps if config.keep_every_steps else 0
-    kept = one * (config.keep_last + 1 + milestones)  # the newest ones, the best, the milestones
-    passing = 2 * one  # the one being written, and the weights that are handed on
-    logs = _bytes_of([run_path / "metrics.jsonl", run_path / "tb"])
-    # What killed saves left behind is deleted when the run goes on from a state.
-    freed = _bytes_of(leftovers(run_path / "checkpoints")) if states else 0
-    return max(0, max(0, kept - _bytes_of(states)) + passing + max(0, LOGS_BYTES - logs) - freed)
+    kept = one * (config.keep_last + milestones)
+    # One state is being written while the older ones still exist, and the encoder weights are exported at the end.
+    temporary = 2 * one
+    logs = _size_of([run_path / "metrics.jsonl", run_path / "tb"])
+    # Drafts of interrupted saves are deleted when the run is resumed from a state.
+    freed = _size_of(find_leftovers(run_path / "checkpoints")) if states else 0
+    return max(0, max(0, kept - _size_of(states)) + temporary + max(0, LOGS_BYTES - logs) - freed)
 
 
-def _bytes_of(places: Iterable[Path]) -> int:
+def _size_of(places: Iterable[Path]) -> int:
     files = (file for place in places for file in (place.rglob("*") if place.is_dir() else [place]))
     return sum(file.stat().st_size for file in files if file.is_file())
 
@@ -80,4 +291,4 @@ def _is_done(newest: Path, max_steps: int) -> bool:
     try:
         return json.loads((newest / "state.json").read_bytes()).get("ended") is not None
     except (OSError, ValueError, AttributeError):
-        return False  # damaged: it is set aside later, and training goes on
+        return False  # A damaged state is set aside when the run starts, and training resumes from an older one.

@@ -23,47 +23,47 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 Value = TypeVar("Value")
 
 
-def in_group() -> bool:
+def is_distributed() -> bool:
     """Tell whether several processes train together."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
-def any_process(*flags: bool, device: torch.device | None = None) -> tuple[bool, ...]:
+def any_across_processes(*flags: bool, device: torch.device | None = None) -> tuple[bool, ...]:
     """Return each flag as true if it is true in any process: all must act at the same step."""
-    if not in_group():
+    if not is_distributed():
         return flags
-    values = torch.tensor(flags, dtype=torch.int32, device=device or group_device())
+    values = torch.tensor(flags, dtype=torch.int32, device=device or communication_device())
     dist.all_reduce(values, op=dist.ReduceOp.MAX)
     return tuple(bool(v) for v in values.tolist())
 
 
-def from_first(value: Value) -> Value:
+def broadcast_first(value: Value) -> Value:
     """Return the first process's value in all of them."""
-    if not in_group():
+    if not is_distributed():
         return value
     box: list[Any] = [value]
-    dist.broadcast_object_list(box, src=0, device=group_device())
+    dist.broadcast_object_list(box, src=0, device=communication_device())
     result: Value = box[0]
     return result
 
 
-def gather(value: Value) -> list[Value]:
+def gather_from_processes(value: Value) -> list[Value]:
     """Return every process's value, in the order of their ranks."""
-    if not in_group():
+    if not is_distributed():
         return [value]
     every: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(every, value)
     return every
 
 
-def group_device() -> torch.device:
+def communication_device() -> torch.device:
     """Return where the group's backend wants its tensors."""
     if dist.get_backend() == "nccl":
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
 
 
-def shard(module: nn.Module, mesh: DeviceMesh, *, methods: Iterable[str] = ()) -> None:
+def shard_module(module: nn.Module, mesh: DeviceMesh, *, methods: Iterable[str] = ()) -> None:
     """Cut the parameters of a module that no part of it has cut yet.
 
     Args:
@@ -77,7 +77,7 @@ def shard(module: nn.Module, mesh: DeviceMesh, *, methods: Iterable[str] = ()) -
             register_fsdp_forward_method(module, name)
 
 
-def name_root(module: nn.Module) -> None:
+def mark_fsdp_root(module: nn.Module) -> None:
     """Make a sharded module the root; otherwise the part whose forward runs first would be taken for it.
 
     FSDP2 does this in the root's first forward and has no public call for it.

@@ -1,9 +1,4 @@
-"""Random state of one process as a tensor, and the bookkeeping of where in the data a run stands.
-
-May this run go on from that training state, and with the same bits?
-
-Where a run stands, in plain numbers; saved with every training state.
-"""
+"""Random state, run counters and the resume check."""
 
 from __future__ import annotations
 
@@ -28,20 +23,35 @@ from torch import Tensor
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, kw_only=True)
-class LoaderPosition:
-    """What a loader factory needs to go on exactly where a run stopped."""
+@dataclass(kw_only=True)
+class RunCounters:
+    """Position and history of a run, saved with every training state."""
 
-    start_micro_step: int
-    """First micro-step to load; 0 in a fresh run."""
-    num_micro_steps: int
-    """How many to load."""
-    rank: int
-    world_size: int
+    seed: int
+    batch_size: int
+    """Slices per process and micro-step."""
+    accumulate: int
+    """Micro-steps per step."""
+    samples_seen: int = 0
+    """Number of slices seen by all processes in all sessions."""
+    pending: list[str] = field(default_factory=list)
+    """Names of the periodic tasks of this step that a stop interrupted. They run first after the resume."""
+    data_fingerprint: str | None = None
+    ended: str | None = None
+    """Reason why training ended before its last step, or None."""
+
+    def restore(self, record: Mapping[str, Any]) -> None:
+        """Load the counters from the record of a training state."""
+        self.samples_seen = int(record["samples_seen"])
+        self.pending = list(record["pending"])
+        self.ended = record.get("ended")
 
 
 def seed_process(seed: int, *, rank: int = 0) -> None:
-    """Seed the global generators; initial weights depend on it, data order and masks do not (they have their own)."""
+    """Seed the global generators of this process.
+
+    Initial weights and dropout depend on them. Data order and masks have generators of their own.
+    """
     mixed = int(np.random.SeedSequence([seed, rank]).generate_state(1, dtype=np.uint64)[0] >> np.uint64(1))
     torch.manual_seed(mixed)
     random.seed(mixed)
@@ -49,22 +59,24 @@ def seed_process(seed: int, *, rank: int = 0) -> None:
 
 
 def capture_rng() -> dict[str, Tensor]:
-    """Return the state of the global generators of this process as tensors."""
+    """Return the state of this process's global generators as tensors."""
     kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     assert kind == "MT19937"
+    # Tensors and JSON instead of a pickle, so that a training state can be read without running code from it.
     rng = {
         "torch": torch.get_rng_state(),
         "numpy_keys": torch.from_numpy(np.asarray(keys).astype(np.int64)),
         "numpy_rest": torch.tensor([float(position), float(has_gauss), float(cached)], dtype=torch.float64),
-        "python": _bytes_tensor(json.dumps(random.getstate()).encode()),
+        "python": torch.frombuffer(bytearray(json.dumps(random.getstate()).encode()), dtype=torch.uint8),
     }
+    # Asking an uninitialised CUDA for its generator would create a context and take hundreds of megabytes.
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         rng["cuda"] = torch.cuda.get_rng_state()
     return rng
 
 
 def restore_rng(rng: dict[str, Tensor]) -> None:
-    """Put the global generators back to a captured state."""
+    """Set the global generators to a captured state."""
     torch.set_rng_state(rng["torch"])
     position, has_gauss, cached = rng["numpy_rest"].tolist()
     keys = rng["numpy_keys"].numpy().astype(np.uint32)
@@ -76,8 +88,8 @@ def restore_rng(rng: dict[str, Tensor]) -> None:
 
 
 @contextmanager
-def rng_untouched() -> Iterator[None]:
-    """Leave the global generators as they were, whatever happens inside: evaluation must not change training."""
+def preserve_rng() -> Iterator[None]:
+    """Restore the global generators on exit, so that an evaluation cannot change the training."""
     before = capture_rng()
     try:
         yield
@@ -85,80 +97,56 @@ def rng_untouched() -> Iterator[None]:
         restore_rng(before)
 
 
-def _bytes_tensor(data: bytes) -> Tensor:
-    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
-
-
 def check_resumable(
     record: Mapping[str, Any],
     *,
     config: TrainerConfig,
     device: DeviceChoice,
-    books: Bookkeeping,
+    counters: RunCounters,
     continue_command: str,
 ) -> bool:
-    """Refuse what would silently change the run; warn about what changes the last bits.
+    """Check this session against the record of a training state.
+
+    A difference that would change the run is refused. One that may change the last bits is reported as a warning.
 
     Returns:
-        Whether the processes are as before, so that generators can be restored.
+        True if the number of processes is the same, so that each can restore its generators.
 
     Raises:
-        UsageError: For another number of processes without ``allow_resize``.
-        DataError: If the data are not those the run began with.
+        UsageError: If the number of processes differs and ``allow_resize`` is not set.
+        DataError: If the data differ from those of the earlier sessions.
     """
     world_size = device.devices * device.num_nodes
-    if books.data_fingerprint != record["data_fingerprint"]:
+    if counters.data_fingerprint != record["data_fingerprint"]:
         raise DataError(
-            "the training data must be those the run began with, but their fingerprint differs. "
+            "the training data are not those that the run was started with (their fingerprint differs). "
             "Choose another NAME= for a run on other data.",
-            kept="the run, untouched",
+            kept="the run, unchanged",
         )
     before = int(record["world_size"])
     if world_size != before and not config.allow_resize:
         raise UsageError(
-            f"the run was started with {before} process{'es' * (before > 1)} and must go on with as many, got "
-            f"{world_size}. trainer.allow_resize=true goes on anyway: same order of samples, not the same bits.",
+            f"the run was started with another number of processes (got {world_size}, expected {before}). Use the same "
+            "number, or set trainer.allow_resize=true, which keeps the order of samples but not the same bits.",
             where="trainer.devices",
             next_command=f"torchrun --no-python --nproc-per-node {before} {shlex.join(['samgraft', *sys.argv[1:]])}"
             if before > 1
             else continue_command,
         )
     if world_size != before:
-        log.warning("%d -> %d processes: not bit-exact from here; the order of samples is kept.", before, world_size)
+        log.warning(
+            "processes %d -> %d: not bit-exact from this step on; the order of samples is kept.", before, world_size
+        )
     for name, old, new in (
         ("threads", record["num_threads"], thread_count()),
         ("precision", record["precision"], device.precision),
-        ("batch size", record["batch_size"], books.batch_size),
-        ("accumulation", record["accumulate"], books.accumulate),
+        ("batch size", record["batch_size"], counters.batch_size),
+        ("accumulation", record["accumulate"], counters.accumulate),
     ):
         if old != new:
-            log.warning("%s %s -> %s: not bit-exact from here.", name, old, new)
+            log.warning("%s %s -> %s: not bit-exact from this step on.", name, old, new)
     versions, stored = software_versions(), record["versions"]
     for name in BITWISE_PACKAGES:
         if stored.get(name) != versions[name]:
-            log.warning("%s %s -> %s: may not be bit-exact from here.", name, stored.get(name), versions[name])
+            log.warning("%s %s -> %s: may not be bit-exact from this step on.", name, stored.get(name), versions[name])
     return world_size == before
-
-
-@dataclass(kw_only=True)
-class Bookkeeping:
-    """Position and history of a run."""
-
-    seed: int
-    batch_size: int
-    accumulate: int
-    samples_seen: int = 0
-    best: dict[str, float] | None = None
-    """``{"step": ..., "value": ...}`` of the monitored value."""
-    pending: list[str] = field(default_factory=list)
-    """Periodic tasks of this step that a stop dropped; they run first after the resume."""
-    data_fingerprint: str | None = None
-    ended: str | None = None
-    """Why training ended before its last step; None while it goes on."""
-
-    def take_up(self, record: Mapping[str, Any]) -> None:
-        """Go on from a training state's record."""
-        self.samples_seen = int(record["samples_seen"])
-        self.best = record["best"]
-        self.pending = list(record["pending"])
-        self.ended = record.get("ended")

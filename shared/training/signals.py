@@ -1,4 +1,8 @@
-"""Signals only set a flag; the step loop looks at it at a boundary, where the state is whole."""
+"""Handling of stop signals.
+
+During training a signal only sets a flag. The training loop reads it at the next step boundary, where the state is
+complete.
+"""
 
 from __future__ import annotations
 
@@ -17,48 +21,49 @@ from samgraft.shared.errors import ExitCode, StoppedAndSaved
 log = logging.getLogger(__name__)
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
-"""SIGUSR1 and SIGUSR2 are what SLURM and submitit send before the time limit."""
+"""Signals that request a stop. SLURM and submitit send SIGUSR1 or SIGUSR2 before the time limit."""
 
 
 class StopRequest:
-    """Whether somebody asked this process to stop, and how."""
+    """Flag that a stop signal sets in this process."""
 
     def __init__(self) -> None:
         self.signal_name: str | None = None
         self.kept: str = "what was saved before"
-        """Named when a second Ctrl-C ends the process at once."""
+        """Newest saved state, printed when a second Ctrl-C ends the process at once."""
         self._interrupts = 0
 
     @property
     def requested(self) -> bool:
-        """True from the first signal on."""
+        """True after the first signal."""
         return self.signal_name is not None
 
     def receive(self, number: int, _: FrameType | None = None) -> None:
-        """Handle a signal: remember it; a second Ctrl-C ends the process at once with exit code 130."""
+        """Handle a signal. A second Ctrl-C ends the process at once with exit code 130."""
         if number == signal.SIGINT:
             self._interrupts += 1
             if self._interrupts >= 2:
-                _say(f"\ninterrupted twice: ended at once.\n  kept   {self.kept}\n")
+                _write_to_stderr(f"\ninterrupted twice: ended at once.\n  kept   {self.kept}\n")
                 end_data_workers()
+                # Not sys.exit, because the interrupted code may catch SystemExit or hold a lock.
                 os._exit(int(ExitCode.INTERRUPTED))
         if self.signal_name is None:
             self.signal_name = signal.Signals(number).name
             again = " (Ctrl-C again ends at once)" if number == signal.SIGINT else ""
-            _say(f"\n{self.signal_name}: stopping after this step, saving everything{again}\n")
+            _write_to_stderr(f"\n{self.signal_name}: stopping after this step, saving everything{again}\n")
 
 
 @contextmanager
-def listening(stop: StopRequest) -> Iterator[None]:
-    """Route the stop signals to ``stop``; the former handlers come back afterwards.
+def handle_stop_signals(stop: StopRequest) -> Iterator[None]:
+    """Route the stop signals to ``stop`` and restore the former handlers on exit.
 
-    Outside of the main thread, where Python allows no handlers, nothing changes.
+    Outside of the main thread, where Python does not allow handlers, nothing changes.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
-    listen(stop)
+    install_stop_handlers(stop)
     try:
         yield
     finally:
@@ -67,14 +72,14 @@ def listening(stop: StopRequest) -> Iterator[None]:
 
 
 @contextmanager
-def stopping_at_once(continue_command: str) -> Iterator[None]:
-    """Outside of training, where ``listening`` holds, let the signals of schedulers end the command with exit code 75.
+def exit_on_stop_signals(continue_command: str) -> Iterator[None]:
+    """End the command with exit code 75 when a scheduler's stop signal arrives outside of training.
 
-    Nothing there takes so long that it must be waited for, and every file is whole or not there: the same command does
-    it again. Ctrl-C stays what it is.
+    No work outside of training takes so long that it must be finished first, and every file is written atomically, so
+    that the same command repeats the work. Ctrl-C keeps its usual effect.
 
     Raises:
-        StoppedAndSaved: In the main thread, wherever it is, at the first signal; a second one ends the process.
+        StoppedAndSaved: In the main thread at the first signal. A second signal ends the process.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -85,8 +90,8 @@ def stopping_at_once(continue_command: str) -> Iterator[None]:
         for each in numbers:
             signal.signal(each, lambda *_: os._exit(int(ExitCode.STOPPED_SAVED)))
         raise StoppedAndSaved(
-            f"{signal.Signals(number).name} asked to stop while nothing was being trained.",
-            kept="every verified training state, and results that were complete",
+            f"{signal.Signals(number).name} requested a stop outside of training.",
+            kept="every verified training state, and all complete results",
             next_command=continue_command,
         )
 
@@ -98,26 +103,29 @@ def stopping_at_once(continue_command: str) -> Iterator[None]:
             signal.signal(each, handler if handler is not None else signal.SIG_DFL)
 
 
-def listen(stop: StopRequest) -> None:
-    """Install the handlers; again after Lightning, which puts its own SIGTERM handler on top."""
+def install_stop_handlers(stop: StopRequest) -> None:
+    """Install the handlers of all stop signals, in the main thread only."""
     if threading.current_thread() is threading.main_thread():
         for number in STOP_SIGNALS:
             signal.signal(number, stop.receive)
 
 
 def ignore_stop_signals() -> None:
-    """Let the parent decide: schedulers signal the whole process group, loader workers included."""
+    """Ignore all stop signals in a worker process.
+
+    Schedulers signal the whole process group, including loader workers. The training process decides when they end.
+    """
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
 def end_data_workers() -> None:
-    """Kill loader workers that are still alive; they ignore the polite signals."""
+    """Kill the loader workers that are still alive, which ignore stop signals."""
     for process in multiprocessing.active_children():
         if isinstance(process, multiprocessing.process.BaseProcess) and process.daemon:
             process.kill()
 
 
-def _say(text: str) -> None:
-    # No logging in a signal handler: it may hold its own lock in the interrupted code.
+def _write_to_stderr(text: str) -> None:
+    # Logging is not safe in a signal handler, because the interrupted code may hold its lock.
     os.write(sys.stderr.fileno() if hasattr(sys.stderr, "fileno") else 2, text.encode())

@@ -1,6 +1,7 @@
-"""The engine of both stages: Lightning's Trainer, driven by steps, that resumes to the same bytes.
+"""Training loop of both stages.
 
-Lightning's Trainer with everything switched off that we do ourselves: data order, saving, logging, signals.
+Lightning's Trainer runs the loop, the processes and the precision. Its data order, checkpoints, loggers and signal
+handling are switched off and replaced, because none of them resumes a run to the same bytes.
 """
 
 from __future__ import annotations
@@ -28,188 +29,159 @@ from samgraft.shared.runs.run_folder import RunFolder
 from samgraft.shared.runs.training_state import (
     TrainingState,
     load_module_state,
-    newest_name,
+    newest_state_name,
     read_state,
     rewrite_record,
 )
-from samgraft.shared.training.boundary import SavePlan, StepBoundary, stopped
+from samgraft.shared.samples.sampler import StepBatchSampler
+from samgraft.shared.training.boundary import StepBoundary, stopped_error
 from samgraft.shared.training.config import Strategy, TrainerConfig
-from samgraft.shared.training.device import DeviceChoice, tune_cpu
-from samgraft.shared.training.failures import explain_failure, first_failure
-from samgraft.shared.training.numerics import FiniteOnly
-from samgraft.shared.training.periodic import Monitor, Periodic, PeriodicTasks
-from samgraft.shared.training.preflight import check_disk, state_bytes
-from samgraft.shared.training.progress import Progress, StepLog
-from samgraft.shared.training.resume import Bookkeeping, LoaderPosition, check_resumable
-from samgraft.shared.training.signals import StopRequest, end_data_workers, listening
-from torch.utils.data import DataLoader
-
-__all__ = ["FitResult", "LoaderFactory", "TrainerConfig", "check_disk", "fit", "state_bytes"]
+from samgraft.shared.training.device import DeviceChoice, retain_freed_memory
+from samgraft.shared.training.failures import explain_failure, find_first_failure
+from samgraft.shared.training.loader import build_step_loader
+from samgraft.shared.training.numerics import FiniteCheck
+from samgraft.shared.training.periodic import PeriodicTask, PeriodicTasks
+from samgraft.shared.training.preflight import check_disk
+from samgraft.shared.training.progress import ProgressMeter, StepLog
+from samgraft.shared.training.resume import RunCounters, check_resumable
+from samgraft.shared.training.signals import StopRequest, end_data_workers, handle_stop_signals
+from torch.utils.data import DataLoader, Dataset
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
+class FitContext:
+    """Run folder, data and settings of one training."""
+
+    config: TrainerConfig
+    """Settings of the training loop."""
+    run: RunFolder
+    """Folder that receives states, logs and results."""
+    device: DeviceChoice
+    """Device and precision, from ``choose_device``."""
+    dataset: Dataset[Any]
+    """Samples, indexed by ``(index, sample_counter)``. It has a length, and is picklable if there are workers."""
+    collate_fn: Callable[[list[Any]], Any]
+    """Module-level function that makes a batch of a list of samples."""
+    batch_size: int
+    """Slices per process and micro-step."""
+    seed: int
+    """Seed of the run."""
+    callbacks: Sequence[pl.Callback] = ()
+    """Further Lightning callbacks, such as ``LearningRate``."""
+    periodic: Sequence[PeriodicTask] = ()
+    """Validation, linear probes and pictures."""
+    data_fingerprint: str | None = None
+    """Fingerprint of the store. A resumed run must have the same."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class FitResult:
-    """How a finished training went."""
+    """Length and speed of a finished training."""
 
     step: int
-    """The last one; below ``max_steps`` if a periodic task ended the training."""
+    """Last step, below ``max_steps`` if a periodic task ended the training."""
     resumed_from_step: int | None
+    """Step of the training state that this session began with, or None for a new run."""
     slices_seen: int
-    """By all processes and sessions together."""
+    """Number of slices seen by all processes in all sessions."""
     world_size: int
     """Number of processes."""
     seconds: float
-    """Of this session."""
+    """Duration of this session."""
     slices_per_s: float
+    """Speed of this session without validation and saving."""
     data_wait_share: float
-    best: dict[str, float] | None
-    """``{"step", "value"}`` of the monitored value."""
+    """Fraction of the time that was spent waiting for data, 0 to 1."""
 
 
-def fit(
-    module: pl.LightningModule,
-    *,
-    config: TrainerConfig,
-    run: RunFolder,
-    device: DeviceChoice,
-    loader_factory: LoaderFactory,
-    batch_size: int,
-    seed: int,
-    callbacks: Sequence[pl.Callback] = (),
-    periodic: Sequence[Periodic] = (),
-    monitor: str | None = None,
-    higher_is_better: bool = True,
-    data_fingerprint: str | None = None,
-) -> FitResult:
-    """Train to ``config.max_steps``, from the newest verified state of the run if there is one.
+def fit(module: pl.LightningModule, context: FitContext) -> FitResult:
+    """Train to ``max_steps`` from the newest verified state of the run.
 
-    The module's ``training_step(batch)`` returns ``{"loss": ..., further scalars}``, its ``configure_optimizers`` one
-    optimizer and no scheduler (``schedule.LearningRate`` is a callback). It keeps no count of its own: the step is
-    ``self.trainer.global_step``. On return the module holds the final weights.
-
-    Args:
-        module: The stage's module.
-        config: How to train.
-        run: Where.
-        device: From ``choose_device``.
-        loader_factory: Makes the loader that starts at a given micro-step.
-        batch_size: Slices per process and micro-step.
-        seed: Of the run.
-        callbacks: Further Lightning callbacks, e.g. ``LearningRate``.
-        periodic: Validation, probes, pictures.
-        monitor: Periodic value whose best state is kept.
-        higher_is_better: Direction of ``monitor``.
-        data_fingerprint: Of the store; a resumed run must have the same.
+    The module's ``training_step(batch)`` returns ``{"loss": ..., further scalars}``. Its ``configure_optimizers``
+    returns one optimizer and no scheduler, because ``LearningRate`` is a callback. The module keeps no step counter of
+    its own and reads ``self.trainer.global_step``. On return it holds the final weights.
 
     Raises:
-        StoppedAndSaved: A signal asked to stop.
-        NumericalError: Loss or gradient not finite.
-        StorageError: A state could not be written.
-        UsageError, DataError, WeightsError: The run cannot go on from its state.
+        StoppedAndSaved: If a signal requested a stop.
+        NumericalError: If the loss or the gradient is not finite.
+        StorageError: If a state cannot be written.
+        UsageError, DataError, WeightsError: If the run cannot be resumed from its state.
     """
     started = time.monotonic()
     _check_module(module)
-    state = _starting_state(config, run)
-    books = Bookkeeping(
-        seed=seed, batch_size=batch_size, accumulate=config.accumulate, data_fingerprint=data_fingerprint
+    config, run, device = context.config, context.run, context.device
+    state = _find_starting_state(config, run)
+    counters = RunCounters(
+        seed=context.seed,
+        batch_size=context.batch_size,
+        accumulate=config.accumulate,
+        data_fingerprint=context.data_fingerprint,
     )
-    exact = _take_up(state, books, config=config, device=device, run=run)
+    is_exact = True
+    if state is not None:
+        counters.restore(state.record)
+        is_exact = check_resumable(
+            state.record, config=config, device=device, counters=counters, continue_command=run.continue_command
+        )
     stop = StopRequest()
     step_log = StepLog(run, every_steps=config.log_every_steps)
-    tasks = PeriodicTasks(
-        periodic,
-        books=books,
-        monitor=Monitor(name=monitor, higher_is_better=higher_is_better) if monitor else None,
-        stop=stop,
-        step_log=step_log,
-        max_steps=config.max_steps,
-    )
-    progress = _progress(step_log, config=config, slices_per_micro_step=batch_size * device.world_size)
-    if state is not None and (state.step >= config.max_steps or books.ended):
+    tasks = PeriodicTasks(context.periodic, counters=counters, stop=stop, step_log=step_log, max_steps=config.max_steps)
+    meter = ProgressMeter(step_log, config, slices_per_micro_step=context.batch_size * device.world_size)
+    if state is not None and (state.step >= config.max_steps or counters.ended):
         step = state.step
-        with listening(stop):
-            _finish(module, state, run=run, device=device, tasks=tasks, books=books, step_log=step_log, stop=stop)
+        _finish(module, state, context, tasks=tasks, counters=counters, step_log=step_log, stop=stop)
     else:
         check_disk(module, config, run.path)
         boundary = StepBoundary(
             run=run,
-            plan=_save_plan(config),
-            books=books,
+            config=config,
+            counters=counters,
             tasks=tasks,
-            progress=progress,
+            meter=meter,
             step_log=step_log,
             stop=stop,
             state=state,
-            exact=exact,
+            is_exact=is_exact,
         )
-        finite = FiniteOnly(clip_norm=config.clip_grad_norm, step_log=step_log, on_bad=boundary.refuse_update)
-        trainer = build_trainer(config, run=run, device=device, callbacks=[*callbacks, progress, finite, boundary])
-        data = StepData(loader_factory, books=books, first_step=state.step if state else 0, max_steps=config.max_steps)
-        _run(trainer, module, data, config=config, run=run, batch_size=batch_size, stop=stop)
+        finite = FiniteCheck(clip_norm=config.clip_grad_norm, step_log=step_log, on_bad=boundary.refuse_update)
+        callbacks = [*context.callbacks, meter, finite, boundary]
+        trainer = build_trainer(config, run=run, device=device, callbacks=callbacks)
+        data = StepData(context, counters=counters, first_step=state.step if state else 0)
+        _run(trainer, module, data, context, stop=stop)
         step = int(trainer.global_step)
     return FitResult(
         step=step,
         resumed_from_step=state.step if state else None,
-        slices_seen=books.samples_seen,
+        slices_seen=counters.samples_seen,
         world_size=device.world_size,
         seconds=time.monotonic() - started,
-        slices_per_s=progress.slices_per_s,
-        data_wait_share=progress.data_wait_share,
-        best=books.best,
-    )
-
-
-def _take_up(
-    state: TrainingState | None, books: Bookkeeping, *, config: TrainerConfig, device: DeviceChoice, run: RunFolder
-) -> bool:
-    """Go on with the books of ``state``; tell whether the rest of the run can be bit-exact."""
-    if state is None:
-        return True
-    books.take_up(state.record)
-    return check_resumable(
-        state.record, config=config, device=device, books=books, continue_command=run.continue_command
-    )
-
-
-def _progress(step_log: StepLog, *, config: TrainerConfig, slices_per_micro_step: int) -> Progress:
-    return Progress(
-        step_log,
-        max_steps=config.max_steps,
-        slices_per_micro_step=slices_per_micro_step,
-        accumulate=config.accumulate,
-        save_every_steps=config.save_every_steps,
+        slices_per_s=meter.slices_per_s,
+        data_wait_share=meter.data_wait_share,
     )
 
 
 def _run(
-    trainer: pl.Trainer,
-    module: pl.LightningModule,
-    data: StepData,
-    *,
-    config: TrainerConfig,
-    run: RunFolder,
-    batch_size: int,
-    stop: StopRequest,
+    trainer: pl.Trainer, module: pl.LightningModule, data: StepData, context: FitContext, *, stop: StopRequest
 ) -> None:
-    tune_cpu()
-    if config.channels_last:
+    retain_freed_memory()
+    if context.config.channels_last:
         module.to(memory_format=torch.channels_last)
-    newest = newest_name(run.checkpoints)
+    newest = newest_state_name(context.run.checkpoints)
     stop.kept = f"the verified state {newest}" if newest else stop.kept
-    with listening(stop), quiet_lightning():
+    with handle_stop_signals(stop), quiet_lightning():
         try:
             trainer.fit(module, datamodule=data)
         except SamgraftError:
             raise
         except Exception as error:
-            newest = newest_name(run.checkpoints)
+            newest = newest_state_name(context.run.checkpoints)
             raise explain_failure(
-                first_failure(error),
-                batch_size=batch_size,
-                accumulate=config.accumulate,
-                num_workers=config.num_workers,
+                find_first_failure(error),
+                batch_size=context.batch_size,
+                accumulate=context.config.accumulate,
+                num_workers=context.config.num_workers,
                 kept=f"the verified state {newest}" if newest else "nothing was saved yet",
             ) from error
         finally:
@@ -219,55 +191,57 @@ def _run(
 def _finish(
     module: pl.LightningModule,
     state: TrainingState,
+    context: FitContext,
     *,
-    run: RunFolder,
-    device: DeviceChoice,
     tasks: PeriodicTasks,
-    books: Bookkeeping,
+    counters: RunCounters,
     step_log: StepLog,
     stop: StopRequest,
 ) -> None:
-    """Load the weights of a run whose last step is done; run the final tasks if a stop had dropped them."""
-    load_module_state(module, state.path)
-    if not books.pending:
-        return
-    module.to(device.torch_device)
-    step_log.start(after_step=state.step)
-    tasks.run_pending(module, state.step, rank=process_rank())
-    step_log.close()
-    if books.pending:
-        raise stopped(state.step, run=run, signal_name=stop.signal_name)
-    if run.is_writer:
-        rewrite_record(state, {"best": books.best, "pending": []})
+    """Load the final weights and run the last periodic tasks if a stop interrupted them."""
+    with handle_stop_signals(stop):
+        load_module_state(module, state.path)
+        if not counters.pending:
+            return
+        module.to(context.device.torch_device)
+        step_log.start(after_step=state.step)
+        tasks.run_pending(module, state.step, rank=process_rank())
+        step_log.close()
+        if counters.pending:
+            raise stopped_error(state.step, run=context.run, signal_name=stop.signal_name)
+        if context.run.is_writer:
+            rewrite_record(state, {"pending": []})
 
 
-def _starting_state(config: TrainerConfig, run: RunFolder) -> TrainingState | None:
+def _find_starting_state(config: TrainerConfig, run: RunFolder) -> TrainingState | None:
     path = run.latest_training_state()
     state = read_state(path) if path else None
     if config.resume_from:
-        replayed = _state_to_replay(config.resume_from, run)
+        replayed = _read_replayed_state(config.resume_from, run)
         if state is None or state.step <= replayed.step:
             state = replayed
-        else:  # the command of a replay was given again: what it reached is not thrown away
-            log.info("trainer.resume_from=%s: the run has gone on since, to %s", replayed.path.name, state.path.name)
+        else:
+            # The user repeated the replay command after it had trained further. Restarting at the replayed state would
+            # discard those steps.
+            log.info("trainer.resume_from=%s is ignored, the run has reached %s", replayed.path.name, state.path.name)
     if process_rank() == 0:
         name = run.path.name
         if state is None:
             log.info("new run %s: %d steps", name, config.max_steps)
         elif state.step >= config.max_steps:
-            log.info("%s has done all its %d steps (%s)", name, state.step, state.path.name)
+            log.info("%s has finished all %d steps (%s)", name, state.step, state.path.name)
         else:
             log.info("resuming %s at step %d of %d (%s)", name, state.step, config.max_steps, state.path.name)
     return state
 
 
-def _state_to_replay(name: str, run: RunFolder) -> TrainingState:
+def _read_replayed_state(name: str, run: RunFolder) -> TrainingState:
     path = run.path / Path(name).name
     if not path.is_dir():
         kept = sorted(found.name for found in run.path.glob("nan-step-*") if found.is_dir())
         raise UsageError(
             f"trainer.resume_from must name a kept state of the run ({', '.join(kept) or 'none'}), got {name!r}. "
-            "States in checkpoints/ are taken up without it, the newest first.",
+            "Leave it out to resume from the newest state in checkpoints/.",
             where=run.path.name,
             next_command=run.continue_command,
         )
@@ -278,38 +252,29 @@ def _check_module(module: pl.LightningModule) -> None:
     hook = "on_train_batch_end"
     if getattr(type(module), hook) is not getattr(pl.LightningModule, hook):
         raise TypeError(
-            f"{type(module).__name__} must not define {hook}: Lightning calls it after the state was saved. "
-            "Put what belongs to the step into optimizer_step."
+            f"{type(module).__name__} must not define {hook}, because Lightning calls it after the state was saved. "
+            "Move this work to optimizer_step."
         )
-
-
-def _save_plan(config: TrainerConfig) -> SavePlan:
-    return SavePlan(
-        every_steps=config.save_every_steps,
-        every_s=60 * config.save_every_min,
-        keep_last=config.keep_last,
-        keep_every_steps=config.keep_every_steps,
-    )
-
-
-LoaderFactory = Callable[[LoaderPosition], DataLoader[Any]]
 
 
 def build_trainer(
     config: TrainerConfig, *, run: RunFolder, device: DeviceChoice, callbacks: Sequence[pl.Callback]
 ) -> pl.Trainer:
-    """Build the Trainer; ``callbacks`` must hold a ``StepBoundary``, or Lightning adds its own checkpoints."""
-    several = device.world_size > 1
+    """Build the Lightning Trainer.
+
+    ``callbacks`` must contain a ``StepBoundary``. Without one Lightning adds its own checkpoint callback.
+    """
+    is_distributed = device.world_size > 1
     strategy: Any = "auto"
     backend = "nccl" if device.accelerator == "cuda" else "gloo"
-    if several and config.strategy is Strategy.FSDP:
+    if is_distributed and config.strategy is Strategy.FSDP:
         strategy = ModelParallelStrategy(
             data_parallel_size=device.world_size, tensor_parallel_size=1, process_group_backend=backend
         )
-    elif several:
+    elif is_distributed:
         strategy = DDPStrategy(find_unused_parameters=config.find_unused_parameters, process_group_backend=backend)
     with quiet_lightning():
-        cluster = cluster_environment(device)
+        cluster = choose_cluster_environment(device)
         return pl.Trainer(
             accelerator=device.accelerator,
             devices=device.devices,
@@ -332,48 +297,57 @@ def build_trainer(
         )
 
 
-def cluster_environment(device: DeviceChoice) -> ClusterEnvironment:
-    """Return who started the processes: torchrun, srun, or Lightning itself.
-
-    Lightning's own choice takes every process with SLURM's variables for a task of srun: also the processes that
-    torchrun starts in a batch job, and a single one that is to start others.
-    """
+def choose_cluster_environment(device: DeviceChoice) -> ClusterEnvironment:
+    """Return Lightning's environment of torchrun, srun or Lightning's own launcher."""
+    # Lightning's own detection treats every process with SLURM's variables as a task of srun. That includes processes
+    # that torchrun starts in a batch job, and a single process that is about to start others.
     if TorchElasticEnvironment.detect():
         return TorchElasticEnvironment()
     if not slurm_starts_processes():
         return LightningEnvironment()
-    # Lightning refuses tasks that were started without --ntasks-per-node; choose_device has counted them.
+    # Lightning refuses tasks that were started without --ntasks-per-node. choose_device has counted them.
     os.environ.setdefault("SLURM_NTASKS_PER_NODE", str(device.devices))
-    return SLURMEnvironment(auto_requeue=False)  # it would requeue the job itself and write a pickle
+    # With auto_requeue Lightning would requeue the job by itself and write a pickle.
+    return SLURMEnvironment(auto_requeue=False)
 
 
 class StepData(pl.LightningDataModule):
-    """Hands Lightning one long epoch that begins where the run stands."""
+    """Loader of one long epoch that begins at the run's current step."""
 
-    def __init__(self, factory: LoaderFactory, *, books: Bookkeeping, first_step: int, max_steps: int) -> None:
+    def __init__(self, context: FitContext, *, counters: RunCounters, first_step: int) -> None:
         super().__init__()
-        self._factory = factory
-        self._books = books
-        self._num_steps = max_steps - first_step
+        self._context = context
+        self._counters = counters
+        self._num_steps = context.config.max_steps - first_step
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """Make the loader of this process; called when the processes know each other."""
+        """Build the loader of this process after the process group exists."""
         assert self.trainer is not None
-        world = self.trainer.world_size
-        return self._factory(
-            LoaderPosition(
-                # In samples, so that it means the same after a change of the number of processes.
-                start_micro_step=self._books.samples_seen // (self._books.batch_size * world),
-                num_micro_steps=self._num_steps * self._books.accumulate,
-                rank=self.trainer.global_rank,
-                world_size=world,
-            )
+        context, world_size = self._context, self.trainer.world_size
+        sampler = StepBatchSampler(
+            len(context.dataset),  # type: ignore[arg-type]
+            batch_size=context.batch_size,
+            seed=context.seed,
+            # The position is counted in samples, so that it stays valid after a change of the number of processes.
+            start_micro_step=self._counters.samples_seen // (context.batch_size * world_size),
+            num_micro_steps=self._num_steps * context.config.accumulate,
+            rank=self.trainer.global_rank,
+            world_size=world_size,
+        )
+        return build_step_loader(
+            context.dataset,
+            batch_sampler=sampler,
+            collate_fn=context.collate_fn,
+            num_workers=context.config.num_workers,
         )
 
 
 @contextmanager
 def quiet_lightning() -> Iterator[None]:
-    """Silence advice that does not apply: our loader is step-addressed, our workers are chosen, eval mode is meant."""
+    """Hide Lightning's advice that does not apply here.
+
+    It concerns the number of workers, an unused GPU and modules in evaluation mode, all of which are chosen on purpose.
+    """
     names = ("pytorch_lightning", "lightning_fabric", "pytorch_lightning.utilities.rank_zero")
     levels = {name: logging.getLogger(name).level for name in names}
     with warnings.catch_warnings():

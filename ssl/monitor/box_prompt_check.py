@@ -18,7 +18,7 @@ from samgraft.shared.encoders.sam import decode_boxes
 from samgraft.shared.encoders.vit import MaskableEncoder
 from samgraft.shared.errors import UsageError, WeightsError
 from samgraft.shared.samples.frame import InputFrame, logits_to_native
-from samgraft.shared.training.resume import rng_untouched
+from samgraft.shared.training.resume import preserve_rng
 from samgraft.shared.weights.load import load_sam, read_weights
 from samgraft.ssl.config import ModelConfig, ProbeConfig
 from samgraft.ssl.monitor.held_out import spread
@@ -126,7 +126,7 @@ def load_gauge(
             f"{weights.spec.stride}.",
             where="probe.decoder",
         )
-    with rng_untouched():  # building it draws weights that are then loaded over
+    with preserve_rng():  # building it draws weights that are then loaded over
         decoder = load_sam(name, image_size=model.image_size).requires_grad_(False)
     decoder.image_encoder = nn.Identity()  # only prompt encoder and mask decoder are asked
     boxes = choose_boxes(data.test, data.class_ids, config.num_boxes)

@@ -13,7 +13,7 @@ from PIL import Image
 from samgraft.shared.samples.split import Split
 from samgraft.shared.scans.preset import ModalityPreset
 from samgraft.shared.store.store import SliceStore
-from samgraft.shared.training.periodic import Boundary, Periodic
+from samgraft.shared.training.periodic import PeriodicTask, TaskContext
 from samgraft.ssl.config import PretrainConfig
 from samgraft.ssl.monitor.box_prompt_check import DriftGauge, load_gauge
 from samgraft.ssl.monitor.health import Worry, worries
@@ -65,17 +65,17 @@ class Watch:
     _values: dict[str, float] = field(default_factory=dict)
     """Of the newest looks, for the rules: the log gets them when all looks of a step are done."""
 
-    def tasks(self) -> list[Periodic]:
+    def tasks(self) -> list[PeriodicTask]:
         """Return the periodic tasks for the trainer."""
         watch, probe = self.config.watch.every_n_steps, self.config.probe.every_n_steps
         tasks = []
         if self.watched.held_out is not None:
-            tasks.append(Periodic(name="held-out slices", every_steps=watch, run=self._look, at_start=True))
+            tasks.append(PeriodicTask(name="held-out slices", every_steps=watch, run=self._look, at_start=True))
         if self.watched.probe is not None:
-            tasks.append(Periodic(name="probe", every_steps=probe, run=self._probe, at_start=True))
+            tasks.append(PeriodicTask(name="probe", every_steps=probe, run=self._probe, at_start=True))
         return tasks
 
-    def _look(self, boundary: Boundary) -> Mapping[str, float]:
+    def _look(self, boundary: TaskContext) -> Mapping[str, float]:
         held_out, config = self.watched.held_out, self.config.watch
         assert held_out is not None
         objective, device = cast(Objective, boundary.module.objective), boundary.module.device
@@ -93,14 +93,14 @@ class Watch:
             self._warn(boundary)
         return values
 
-    def _write_panel(self, panel: Panel, boundary: Boundary) -> None:
+    def _write_panel(self, panel: Panel, boundary: TaskContext) -> None:
         picture_HW = panel_picture(panel)
         boundary.add_image(f"held_out/{', '.join(panel.columns)}", picture_HW)
         path = panel_path(self.run_path, boundary.step)
         path.parent.mkdir(exist_ok=True)
         Image.fromarray(picture_HW).save(path)
 
-    def _probe(self, boundary: Boundary) -> Mapping[str, float]:
+    def _probe(self, boundary: TaskContext) -> Mapping[str, float]:
         data, gauge = self.watched.probe, self.watched.gauge
         assert data is not None
         started = time.monotonic()
@@ -124,7 +124,7 @@ class Watch:
         self._warn(boundary)
         return values
 
-    def _warn(self, boundary: Boundary) -> None:
+    def _warn(self, boundary: TaskContext) -> None:
         """Print what the newest values give reason to worry about, once as long as it lasts.
 
         Not after the last step: the report's verdict, which is printed next, says it of the whole run.

@@ -20,8 +20,8 @@ from samgraft.shared.report.page import (
     Text,
     curve_figure,
     image_grid,
+    path_for_report,
     render_report,
-    shown_path,
 )
 from samgraft.shared.runs.run_folder import RunFolder
 from samgraft.shared.training.progress import format_duration
@@ -125,7 +125,7 @@ def _summary(config: PretrainConfig, lines: Lines, watched: Watched, *, result: 
 
 def _next_steps(run: RunFolder, config: PretrainConfig) -> list[Any]:
     """Return what to do with the encoder: the comparison that decides whether this run was worth it."""
-    run_path = shown_path(run.path)
+    run_path = path_for_report(run.path)
     parts: list[Any] = [
         Text(
             text="Neither a lower loss nor a better probe proves a better encoder for your task. Fine-tune from this "
@@ -135,7 +135,7 @@ def _next_steps(run: RunFolder, config: PretrainConfig) -> list[Any]:
         Text(text=f"make finetune CKPT={shlex.quote(run_path)}", kind="command"),
     ]
     if config.model.base != RANDOM:
-        base = shlex.quote(shown_path(config.model.base))
+        base = shlex.quote(path_for_report(config.model.base))
         parts.append(Text(text=f"make finetune CKPT={base} NAME=from-the-start", kind="command"))
     parts.append(
         Text(
@@ -224,7 +224,7 @@ def _columns_with_start(run: RunFolder, panel: Panel) -> tuple[list[str], list[n
 
 def _facts(config: PretrainConfig, notes: Sequence[str]) -> dict[str, Any]:
     return {
-        "start": shown_path(config.model.base),
+        "start": path_for_report(config.model.base),
         "image size": f"{config.model.image_size} px",
         "frozen depths": config.model.num_frozen_depths,
         "learning rate": config.optim.lr,

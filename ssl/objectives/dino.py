@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from lightly.loss import KoLeoLoss
 from samgraft.shared.errors import UsageError
 from samgraft.shared.scans.orientation import Plane
-from samgraft.shared.training.optim import cosine
+from samgraft.shared.training.optim import cosine_value
 from samgraft.ssl.objectives.objective import Objective, ObjectiveLoss, freeze_unused_neck
 from samgraft.ssl.objectives.panels import Panel, feature_panel
 from samgraft.ssl.objectives.teacher import Heads, StepDINOLoss, StepIBOTLoss, Teacher, update_ema
@@ -197,7 +197,7 @@ class DINO(Objective):
 
     def after_step(self, step: int) -> None:
         """Move the teacher towards the student and the centers towards the teacher's outputs."""
-        momentum = cosine(
+        momentum = cosine_value(
             step, start=self.config.momentum, end=self.config.final_momentum, last_step=max(1, self.max_steps - 1)
         )
         update_ema(self.teacher.encoder, self.encoder, momentum=momentum)

@@ -11,11 +11,11 @@ from unittest.mock import patch
 
 import pytest
 from samgraft.shared.config import load_config
+from samgraft.shared.training import preflight
 from samgraft.shared.training.boundary import StepBoundary
 from samgraft.shared.training.device import choose_device
 from samgraft.shared.weights.card import Card
 from samgraft.shared.weights.save import save_encoder
-from samgraft.ssl import preflight
 from samgraft.ssl.config import PretrainConfig
 from samgraft.ssl.pretrain import pretrain
 from store_factory import make_store

@@ -13,16 +13,15 @@ import pytorch_lightning as pl
 import torch
 from samgraft.shared.config import MAY_CHANGE, load_config
 from samgraft.shared.runs.run_folder import RunFolder
-from samgraft.shared.samples.sampler import StepBatchSampler
+from samgraft.shared.training.config import TrainerConfig
 from samgraft.shared.training.device import choose_device
-from samgraft.shared.training.loader import build_step_loader
 from samgraft.shared.training.optim import LearningRate, OptimizerConfig, build_optimizer
-from samgraft.shared.training.periodic import Boundary, Periodic
-from samgraft.shared.training.resume import LoaderPosition, seed_process
-from samgraft.shared.training.trainer import FitResult, TrainerConfig, fit
-from tiny_dataset import BATCH_SIZE, NUM_SAMPLES, TinyDataset
+from samgraft.shared.training.periodic import PeriodicTask, TaskContext
+from samgraft.shared.training.resume import seed_process
+from samgraft.shared.training.trainer import FitContext, FitResult, fit
+from tiny_dataset import BATCH_SIZE, TinyDataset
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import Dataset, default_collate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +90,7 @@ def die() -> None:
     raise Killed
 
 
-def noisy_validation(boundary: Boundary) -> dict[str, float]:
+def noisy_validation(boundary: TaskContext) -> dict[str, float]:
     """Draws random numbers and ends in training mode: must not matter."""
     boundary.check_stop()
     torch.rand(3)
@@ -110,47 +109,33 @@ def tiny_fit(
     config: TinyConfig,
     *,
     callbacks: Sequence[pl.Callback] = (),
-    periodic: Sequence[Periodic] | None = None,
+    periodic: Sequence[PeriodicTask] | None = None,
     dataset: Dataset[Any] | None = None,
     nan_at: int | None = None,
     module: Callable[..., pl.LightningModule] = TinyModule,
     data_fingerprint: str | None = None,
 ) -> FitResult:
     trainer = config.trainer
-    data = dataset or TinyDataset()
-
-    def loader(position: LoaderPosition) -> DataLoader[Any]:
-        sampler = StepBatchSampler(
-            NUM_SAMPLES,
-            batch_size=BATCH_SIZE,
-            seed=7,
-            start_micro_step=position.start_micro_step,
-            num_micro_steps=position.num_micro_steps,
-            rank=position.rank,
-            world_size=position.world_size,
-        )
-        return build_step_loader(
-            data, batch_sampler=sampler, collate_fn=default_collate, num_workers=trainer.num_workers
-        )
-
     if periodic is None:
-        periodic = [Periodic(name="validation", every_steps=3, run=noisy_validation, at_start=True)]
+        periodic = [PeriodicTask(name="validation", every_steps=3, run=noisy_validation, at_start=True)]
     with RunFolder.open(
         root, name, config=config, stage="pretrain", continue_command=f"make pretrain NAME={name}"
     ) as run:
         seed_process(7)
         return fit(
             module(width=config.width, nan_at=nan_at),
-            config=trainer,
-            run=run,
-            device=choose_device(trainer.device, precision=trainer.precision, devices=trainer.devices),
-            loader_factory=loader,
-            batch_size=BATCH_SIZE,
-            seed=7,
-            callbacks=[LearningRate(warmup_steps=2, max_steps=trainer.max_steps), *callbacks],
-            periodic=periodic,
-            monitor="val/score",
-            data_fingerprint=data_fingerprint,
+            FitContext(
+                config=trainer,
+                run=run,
+                device=choose_device(trainer.device, precision=trainer.precision, devices=trainer.devices),
+                dataset=dataset or TinyDataset(),
+                collate_fn=default_collate,
+                batch_size=BATCH_SIZE,
+                seed=7,
+                callbacks=[LearningRate(warmup_steps=2, max_steps=trainer.max_steps), *callbacks],
+                periodic=periodic,
+                data_fingerprint=data_fingerprint,
+            ),
         )
 
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from samgraft.shared.errors import DataError, UsageError
 from samgraft.shared.runs.environment import software_versions, thread_count
 from samgraft.shared.training.device import DeviceChoice
-from samgraft.shared.training.resume import Bookkeeping, check_resumable
+from samgraft.shared.training.resume import RunCounters, check_resumable
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_training import At, Killed, TinyModule, curve, die, final_bytes, tiny_config, tiny_fit
 
@@ -127,20 +127,10 @@ def test_finished_run__is_only_loaded(tmp_path: Path) -> None:
     assert torch.equal(made[0].teacher.weight, stored["model.teacher.weight"])
 
 
-def test_best_state__is_kept_with_its_value(tmp_path: Path) -> None:
-    result = tiny_fit(tmp_path, "whole", tiny_config(save_every_steps=2))
-    # sin(step) at 3, 6, 9, 12, 15 is largest at 15; at 3, 9, 15 it is positive: 0.141, 0.412, 0.650
-    assert result.best == {"step": 15, "value": pytest.approx(0.6503, abs=1e-4)}
-    again = tiny_fit(tmp_path, "short", tiny_config(max_steps=12, save_every_steps=1))
-    assert again.best == {"step": 9, "value": pytest.approx(0.4121, abs=1e-4)}
-    kept = sorted(p.name for p in (tmp_path / "short" / "checkpoints").iterdir())
-    assert kept == ["step-000009", "step-000011", "step-000012"]
-
-
 def test_other_data__refused(tmp_path: Path) -> None:
     with pytest.raises(Killed):
         tiny_fit(tmp_path, "a", tiny_config(), callbacks=[At(6, die)], data_fingerprint="one")
-    with pytest.raises(DataError, match="must be those the run began with"):
+    with pytest.raises(DataError, match="are not those that the run was started with"):
         tiny_fit(tmp_path, "a", tiny_config(), data_fingerprint="two")
 
 
@@ -148,22 +138,24 @@ def test_other_world_size__refused_with_the_command(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["samgraft", "pretrain", "--name", "my run"])
-    books = Bookkeeping(seed=1, batch_size=4, accumulate=1)
+    counters = RunCounters(seed=1, batch_size=4, accumulate=1)
     record = {
-        **vars(books),
+        **vars(counters),
         "world_size": 2,
         "num_threads": thread_count() + 1,
         "precision": "32-true",
         "versions": {**software_versions(), "torch": "2.0.0"},
     }
     device = DeviceChoice(accelerator="cpu", devices=1, num_nodes=1, precision="32-true", reason="")
-    with pytest.raises(UsageError, match="started with 2 processes") as refusal:
-        check_resumable(record, config=tiny_config().trainer, device=device, books=books, continue_command="go on")
+    with pytest.raises(UsageError, match=r"another number of processes \(got 1, expected 2\)") as refusal:
+        check_resumable(
+            record, config=tiny_config().trainer, device=device, counters=counters, continue_command="go on"
+        )
     assert refusal.value.next_command == "torchrun --no-python --nproc-per-node 2 samgraft pretrain --name 'my run'"
     resized = tiny_config(allow_resize=True).trainer
     with caplog.at_level("WARNING"):
-        assert not check_resumable(record, config=resized, device=device, books=books, continue_command="go on")
-    assert "2 -> 1 processes: not bit-exact" in caplog.text
+        assert not check_resumable(record, config=resized, device=device, counters=counters, continue_command="go on")
+    assert "processes 2 -> 1: not bit-exact" in caplog.text
     assert f"threads {thread_count() + 1} -> {thread_count()}: not bit-exact" in caplog.text
     assert "torch 2.0.0 -> " in caplog.text
 

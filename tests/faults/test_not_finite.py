@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from samgraft.shared.errors import NumericalError, StoppedAndSaved, UsageError
 from samgraft.shared.runs.training_state import read_state
 from samgraft.shared.training import numerics
-from samgraft.shared.training.numerics import suspect_batch
+from samgraft.shared.training.numerics import find_suspect_batch
 from tiny_training import At, TinyModule, curve, final_bytes, tiny_config, tiny_fit
 
 
@@ -69,12 +69,12 @@ def test_only_the_gradient_is_nan__all_micro_batches_are_kept(tmp_path: Path) ->
 
 def test_nan_on_another_process__its_batch_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     others = iter([1, {"batch": torch.ones(1)}])
-    monkeypatch.setattr(numerics, "gather", lambda own: [own, next(others)])
-    tensors, which = suspect_batch([torch.zeros(1)] * 2, torch.tensor([0.1, 0.2]), rank=0)
+    monkeypatch.setattr(numerics, "gather_from_processes", lambda own: [own, next(others)])
+    tensors, which = find_suspect_batch([torch.zeros(1)] * 2, torch.tensor([0.1, 0.2]), rank=0)
     assert tensors == {"batch": torch.ones(1)}
     assert which == "the batch whose loss is not finite (micro-step 2 of 2, process 2 of 2)"
-    monkeypatch.setattr(numerics, "gather", lambda own: [own, None])
-    assert suspect_batch([torch.zeros(1)], torch.tensor([0.1]), rank=0)[1] == "the batch of the first process"
+    monkeypatch.setattr(numerics, "gather_from_processes", lambda own: [own, None])
+    assert find_suspect_batch([torch.zeros(1)], torch.tensor([0.1]), rank=0)[1] == "the batch of the first process"
 
 
 def test_gradient_clipping__limits_the_norm(tmp_path: Path) -> None:
@@ -100,7 +100,7 @@ def test_resume_from__the_same_command_again_keeps_what_the_replay_reached(tmp_p
     with caplog.at_level("INFO"):
         result = tiny_fit(tmp_path, "a", replay)
     assert result.resumed_from_step == 9
-    assert "nan-step-7: the run has gone on since, to step-000009" in caplog.text
+    assert "nan-step-7 is ignored, the run has reached step-000009" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["step-000004", "nan-step-9"])
@@ -109,4 +109,4 @@ def test_resume_from__what_is_not_kept_is_answered_with_what_is(tmp_path: Path, 
         tiny_fit(tmp_path, "a", tiny_config(), nan_at=7)
     with pytest.raises(UsageError, match=r"kept state of the run \(nan-step-7\)") as refusal:
         tiny_fit(tmp_path, "a", tiny_config(resume_from=name))
-    assert "checkpoints/ are taken up without it" in str(refusal.value)
+    assert "to resume from the newest state in checkpoints/" in str(refusal.value)

@@ -9,9 +9,9 @@ import torch
 from samgraft.shared.cli import main
 from samgraft.shared.runs.run_folder import RunFolder
 from samgraft.shared.stage_config import TypedSettings
+from samgraft.shared.training import preflight
 from samgraft.shared.weights.card import Card
 from samgraft.shared.weights.save import save_encoder
-from samgraft.ssl import preflight
 from samgraft.ssl.prepare import prepare
 from store_factory import make_store
 from tiny_encoders import plain_encoder, tiny_encoder
@@ -154,8 +154,8 @@ def test_trial_step_out_of_memory__one_screen_and_nothing_written(
 
     monkeypatch.chdir(lab)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(preflight, "measure_step", too_much)
-    assert main(["pretrain", "--data", "store.zarr", "--base", "tiny", "data.batch_size=4"]) == 7
+    monkeypatch.setattr(preflight, "_time_micro_step", too_much)
+    assert main(["pretrain", "--data", "store.zarr", "--base", "tiny", "data.batch_size=4"]) == 2
     shown = capsys.readouterr().err
     assert "out of memory with batch_size 4 and trainer.accumulate 1" in shown
     assert "nothing was written" in shown

@@ -25,13 +25,12 @@ from samgraft.shared.config import load_config
 from samgraft.shared.errors import StoppedAndSaved
 from samgraft.shared.samples.split import Split
 from samgraft.shared.store.store import SliceStore
-from samgraft.shared.training import preflight as disk_need
+from samgraft.shared.training import preflight
 from samgraft.shared.training.device import choose_device
 from samgraft.shared.training.trainer import FitResult, fit
 from samgraft.shared.weights.card import Card
 from samgraft.shared.weights.load import card_of, read_weights
 from samgraft.shared.weights.save import save_encoder, save_sam
-from samgraft.ssl import preflight
 from samgraft.ssl.config import PretrainConfig
 from samgraft.ssl.pretrain import pretrain
 from store_factory import make_store
@@ -199,7 +198,7 @@ def test_second_command__finds_the_finished_run_also_on_a_full_disk(
     assert caplog.text.count("GB for training states") == 1, "one account of the disk, said once"
     before = first.read_bytes()
     usage = shutil.disk_usage(lab)._replace(free=0)
-    monkeypatch.setattr(disk_need, "shutil", SimpleNamespace(disk_usage=lambda _: usage))
+    monkeypatch.setattr(preflight, "shutil", SimpleNamespace(disk_usage=lambda _: usage))
     with caplog.at_level("INFO"):
         second = run(lab, "again")
     assert second.read_bytes() == before

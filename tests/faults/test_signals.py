@@ -25,8 +25,8 @@ from samgraft.shared.training import boundary as step_boundary
 from samgraft.shared.training import periodic
 from samgraft.shared.training.failures import explain_failure
 from samgraft.shared.training.loader import StepLoader, build_step_loader
-from samgraft.shared.training.periodic import Boundary, Periodic
-from samgraft.shared.training.signals import StopRequest, listening, stopping_at_once
+from samgraft.shared.training.periodic import PeriodicTask, TaskContext
+from samgraft.shared.training.signals import StopRequest, exit_on_stop_signals, handle_stop_signals
 from tiny_dataset import FatalDataset, NoStart, PatientDataset, SlowStart, TinyDataset
 from tiny_training import At, TinyModule, curve, final_bytes, noisy_validation, tiny_config, tiny_fit
 from torch.utils.data import default_collate
@@ -45,7 +45,9 @@ def same(root: Path) -> bool:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT])
 def test_signal__saves_this_step_and_exits_75(tmp_path: Path, number: signal.Signals) -> None:
     handlers = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
-    with pytest.raises(StoppedAndSaved, match=rf"{number.name} asked to stop; everything is saved at step 6\.") as stop:
+    with pytest.raises(
+        StoppedAndSaved, match=rf"{number.name} requested a stop; everything is saved at step 6\."
+    ) as stop:
         tiny_fit(tmp_path, "killed", tiny_config(), callbacks=[At(6, lambda: send(number))])
     assert stop.value.exit_code == 75
     assert stop.value.next_command == "make pretrain NAME=killed"
@@ -57,12 +59,12 @@ def test_signal__saves_this_step_and_exits_75(tmp_path: Path, number: signal.Sig
 
 
 def test_signal_in_validation__dropped_and_made_up_for(tmp_path: Path) -> None:
-    def interrupted(boundary: Boundary) -> dict[str, float]:
+    def interrupted(boundary: TaskContext) -> dict[str, float]:
         if boundary.step == 9:
             send(signal.SIGTERM)
         return noisy_validation(boundary) if boundary.step != 9 else (boundary.check_stop() or {})
 
-    tasks = [Periodic(name="validation", every_steps=3, run=interrupted, at_start=True)]
+    tasks = [PeriodicTask(name="validation", every_steps=3, run=interrupted, at_start=True)]
     with pytest.raises(StoppedAndSaved, match="at step 9"):
         tiny_fit(tmp_path, "killed", tiny_config(), periodic=tasks)
     assert "val/score" not in dict(curve(tmp_path, "killed"))[9]
@@ -77,21 +79,21 @@ def test_stop_of_another_process_in_validation__dropped_here_too(
     """Only the other process hears the signal; a validation in which all take part must not go on in this one."""
     heard_elsewhere, went_on = False, []
 
-    def any_process(*flags: bool) -> tuple[bool, ...]:
+    def any_across_processes(*flags: bool) -> tuple[bool, ...]:
         return tuple(flag or heard_elsewhere for flag in flags)
 
-    def validation(boundary: Boundary) -> dict[str, float]:
+    def validation(boundary: TaskContext) -> dict[str, float]:
         nonlocal heard_elsewhere
         heard_elsewhere = boundary.step == 9
         boundary.check_stop()
         went_on.append(boundary.step)
         return noisy_validation(boundary)
 
-    tasks = [Periodic(name="validation", every_steps=3, run=validation, at_start=True)]
+    tasks = [PeriodicTask(name="validation", every_steps=3, run=validation, at_start=True)]
     with monkeypatch.context() as patch:
         for module in (periodic, step_boundary):
-            patch.setattr(module, "any_process", any_process)
-        with pytest.raises(StoppedAndSaved, match="another process asked to stop; everything is saved at step 9"):
+            patch.setattr(module, "any_across_processes", any_across_processes)
+        with pytest.raises(StoppedAndSaved, match="another process requested a stop; everything is saved at step 9"):
             tiny_fit(tmp_path, "killed", tiny_config(), periodic=tasks)
     assert went_on == [0, 3, 6]
     assert "val/score" not in dict(curve(tmp_path, "killed"))[9]
@@ -101,17 +103,17 @@ def test_stop_of_another_process_in_validation__dropped_here_too(
 
 
 def test_signal_in_the_last_validation__made_up_for_without_training(tmp_path: Path) -> None:
-    def interrupted(boundary: Boundary) -> dict[str, float]:
+    def interrupted(boundary: TaskContext) -> dict[str, float]:
         if boundary.step == 15:
             send(signal.SIGTERM)
             boundary.check_stop()
         return noisy_validation(boundary)
 
-    tasks = [Periodic(name="validation", every_steps=3, run=interrupted, at_start=True)]
+    tasks = [PeriodicTask(name="validation", every_steps=3, run=interrupted, at_start=True)]
     with pytest.raises(StoppedAndSaved, match="at step 15"):
         tiny_fit(tmp_path, "killed", tiny_config(), periodic=tasks)
-    result = tiny_fit(tmp_path, "killed", tiny_config())
-    assert result.best == tiny_fit(tmp_path, "whole", tiny_config()).best
+    tiny_fit(tmp_path, "killed", tiny_config())
+    tiny_fit(tmp_path, "whole", tiny_config())
     assert same(tmp_path)
 
 
@@ -119,7 +121,7 @@ def test_made_up_for_by_every_process__under_its_own_rank(tmp_path: Path, monkey
     """Without training there is no group of processes; still only the first one may write what a look leaves."""
     ranks = []
 
-    def look(boundary: Boundary) -> dict[str, float]:
+    def look(boundary: TaskContext) -> dict[str, float]:
         if boundary.step == 15 and not ranks:
             ranks.append(boundary.rank)
             send(signal.SIGTERM)
@@ -127,7 +129,7 @@ def test_made_up_for_by_every_process__under_its_own_rank(tmp_path: Path, monkey
         ranks.append(boundary.rank)
         return {}
 
-    tasks = [Periodic(name="look", every_steps=15, run=look)]
+    tasks = [PeriodicTask(name="look", every_steps=15, run=look)]
     with pytest.raises(StoppedAndSaved, match="at step 15"):
         tiny_fit(tmp_path, "killed", tiny_config(), periodic=tasks)
     monkeypatch.setattr("samgraft.shared.training.trainer.process_rank", lambda: 1)
@@ -150,7 +152,7 @@ def test_fifty_signals_at_random_times__state_is_whole(tmp_path: Path) -> None:
         threading.Thread(target=pester, daemon=True).start()
 
     def train() -> None:
-        with listening(StopRequest()):  # the last ones may come after the training has ended
+        with handle_stop_signals(StopRequest()):  # the last ones may come after the training has ended
             try:
                 tiny_fit(tmp_path, "killed", tiny_config(max_steps=100), callbacks=[At(2, start)])
             finally:
@@ -168,12 +170,12 @@ def test_signal_outside_of_training__is_exit_75_too(number: signal.Signals) -> N
     handlers = [signal.getsignal(n) for n in (number, signal.SIGINT)]
 
     def stopped() -> None:
-        with stopping_at_once("samgraft pretrain"), listening(StopRequest()):
+        with exit_on_stop_signals("samgraft pretrain"), handle_stop_signals(StopRequest()):
             pass  # training: its handlers go away again
-        with stopping_at_once("samgraft pretrain"):
+        with exit_on_stop_signals("samgraft pretrain"):
             send(number)
 
-    with pytest.raises(StoppedAndSaved, match=f"{number.name} asked to stop while nothing was being trained") as stop:
+    with pytest.raises(StoppedAndSaved, match=f"{number.name} requested a stop outside of training") as stop:
         stopped()
     assert (stop.value.exit_code, stop.value.next_command) == (75, "samgraft pretrain")
     assert [signal.getsignal(n) for n in (number, signal.SIGINT)] == handlers
@@ -189,15 +191,15 @@ def test_command__stopped_in_its_pre_flight_can_be_requeued(
     monkeypatch.setattr("samgraft.ssl.prepare.prepare", stopped)
     monkeypatch.setattr("samgraft.finetune.commands.finetune.build_config", stopped)
     assert main([stage, *(["--ckpt", "runs/x"] if stage == "finetune" else [])]) == 75
-    assert "stopped: SIGUSR1 asked to stop" in capsys.readouterr().err
+    assert "stopped: SIGUSR1 requested a stop" in capsys.readouterr().err
 
 
 SCRIPT = """
 import sys, time, threading, os, signal
-from samgraft.shared.training.signals import StopRequest, listening
+from samgraft.shared.training.signals import StopRequest, handle_stop_signals
 stop = StopRequest()
 stop.kept = "the verified state step-000004"
-with listening(stop):
+with handle_stop_signals(stop):
     for _ in range(2):
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(0.1)
@@ -232,7 +234,7 @@ def test_workers__ignore_signals_of_the_group(tmp_path: Path) -> None:
 
 
 def test_worker_killed__said_in_words(tmp_path: Path) -> None:
-    message = r"a data worker died \((signal Killed|unexpectedly), likely out of memory\)"
+    message = r"a data worker died \((signal Killed|unexpectedly), probably because memory ran out\)"
     with pytest.raises(SamgraftError, match=message) as refusal:
         tiny_fit(tmp_path, "killed", tiny_config(num_workers=2), dataset=FatalDataset(at_sample=40))
     assert refusal.value.next_command == "the same with trainer.num_workers=1"
@@ -331,10 +333,10 @@ def test_out_of_memory__names_the_same_global_batch(tmp_path: Path) -> None:
 
     with pytest.raises(SamgraftError, match=r"out of memory with batch_size 4 and trainer\.accumulate 1") as refusal:
         tiny_fit(tmp_path, "a", tiny_config(), module=Greedy)
-    assert refusal.value.exit_code == 7
+    assert refusal.value.exit_code == 2
     assert refusal.value.kept == "the verified state step-000004"
     assert (
-        "a batch of 2 with trainer.accumulate=2: the same global batch; or trainer.activation_checkpointing=true"
+        "a batch of 2 with trainer.accumulate=2 for the same global batch; or trainer.activation_checkpointing=true"
         in str(refusal.value.next_command)
     )
 
@@ -367,6 +369,6 @@ def test_worker_dies_while_it_hands_a_batch_over__said_in_words(tmp_path: Path) 
     with pytest.raises(OSError, match=r"No such file|refused") as lost:
         resource_sharer._resource_sharer.get_connection((str(tmp_path / "socket"), 1))
     said = explain_failure(lost.value, batch_size=4, accumulate=1, num_workers=2, kept="all")
-    assert re.search(r"a data worker died \(unexpectedly, likely out of memory\)", str(said))
+    assert re.search(r"a data worker died \(unexpectedly, probably because memory ran out\)", str(said))
     other = ConnectionResetError("of an object store")
     assert explain_failure(other, batch_size=4, accumulate=1, num_workers=2, kept="all") is other

@@ -19,9 +19,9 @@ from samgraft.shared.errors import StorageError, WeightsError
 from samgraft.shared.runs import training_state
 from samgraft.shared.runs.training_state import (
     find_damage,
+    find_newest_state,
     finished_states,
     flatten_state,
-    newest_state,
     prune_states,
     read_state,
     rewrite_record,
@@ -29,7 +29,7 @@ from samgraft.shared.runs.training_state import (
     write_state,
 )
 from samgraft.shared.training import preflight as disk_need
-from samgraft.shared.training.periodic import Boundary, Periodic
+from samgraft.shared.training.periodic import PeriodicTask, TaskContext
 from samgraft.shared.training.preflight import LOGS_BYTES, check_disk
 from tiny_training import At, Killed, TinyModule, die, final_bytes, tiny_config, tiny_fit
 from torch import nn
@@ -91,7 +91,7 @@ def test_damaged_state__set_aside_and_older_one_used(tmp_path, damage, message, 
     write(tmp_path, 297)
     damage(write(tmp_path, 300))
     with caplog.at_level("WARNING"):
-        chosen = newest_state(tmp_path)
+        chosen = find_newest_state(tmp_path)
     assert chosen == tmp_path / "step-000297"
     assert f"step-000300: {message}" in caplog.text
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-000297", "step-000300.corrupt"]
@@ -102,7 +102,7 @@ def test_all_states_damaged__not_started_from_zero(tmp_path: Path) -> None:
         flip(write(tmp_path, step) / "state.safetensors")
     for _ in range(2):  # the second time, they are already set aside
         with pytest.raises(WeightsError, match="all 2 training states of the run are damaged"):
-            newest_state(tmp_path)
+            find_newest_state(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-000001.corrupt", "step-000002.corrupt"]
 
 
@@ -111,15 +111,15 @@ def test_unfinished_states__deleted_once_another_verifies(tmp_path: Path, caplog
         write(tmp_path, step).rename(tmp_path / f"step-{step:06d}.tmp")
     (tmp_path / "card.tmp").mkdir()
     with caplog.at_level("INFO"):
-        assert newest_state(tmp_path) is None
+        assert find_newest_state(tmp_path) is None
     assert "step-000300.tmp is incomplete" in caplog.text
     write(tmp_path, 297)
     caplog.clear()
     with caplog.at_level("INFO"):
-        assert newest_state(tmp_path, set_aside=False) == tmp_path / "step-000297"
+        assert find_newest_state(tmp_path, set_aside=False) == tmp_path / "step-000297"
         assert caplog.text == ""
-        assert newest_state(tmp_path) == tmp_path / "step-000297"
-        assert newest_state(tmp_path) == tmp_path / "step-000297"
+        assert find_newest_state(tmp_path) == tmp_path / "step-000297"
+        assert find_newest_state(tmp_path) == tmp_path / "step-000297"
     (line,) = caplog.messages
     assert line == "deleted what stopped saves left behind, 2 of them: step-000300.tmp, step-000303.tmp"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["card.tmp", "step-000297"]
@@ -153,7 +153,7 @@ def test_same_step_again__a_state_stands_at_every_moment(
         patch.setattr(training_state.shutil, "rmtree", dying_rmtree if die_at == 2 else shutil.rmtree)
         with pytest.raises(Killed):
             rewrite_record(read_state(tmp_path / "step-000300"), {"best": "new"})
-    newest = newest_state(tmp_path)
+    newest = find_newest_state(tmp_path)
     assert newest == tmp_path / "step-000300"
     assert read_state(newest).record.get("best") == ("new" if die_at == 2 else None)
     assert [p.name for p in tmp_path.iterdir()] == ["step-000300"]
@@ -181,7 +181,7 @@ def test_newest__by_step_not_by_time(tmp_path: Path) -> None:
     for step in (9, 1000000, 100):
         os.utime(write(tmp_path, step), (1, 1) if step == 1000000 else None)
     assert [p.name for p in finished_states(tmp_path)] == ["step-000009", "step-000100", "step-1000000"]
-    assert newest_state(tmp_path) == tmp_path / "step-1000000"
+    assert find_newest_state(tmp_path) == tmp_path / "step-1000000"
 
 
 def test_files_are_flushed_before_the_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -219,17 +219,17 @@ def test_killed_while_writing__older_state_survives(
     with pytest.raises(Killed):
         write(tmp_path, 300)
     expected = "step-000300" if die_at == 8 else older.name  # 8: renamed, only its name not yet flushed
-    assert newest_state(tmp_path) == tmp_path / expected
+    assert find_newest_state(tmp_path) == tmp_path / expected
     assert find_damage(older) is None
     assert find_damage(write(tmp_path, 300)) is None, "the leftovers are no hindrance"
 
 
-def test_prune__keeps_two_the_best_and_milestones(tmp_path: Path) -> None:
+def test_prune_states__keeps_the_newest_two_and_milestones(tmp_path: Path) -> None:
     for step in range(10, 80, 10):
         write(tmp_path, step)
-    prune_states(tmp_path, keep_last=2, keep_steps={20}, keep_every=30)
-    assert [p.name for p in finished_states(tmp_path)] == [f"step-0000{n}" for n in (20, 30, 60, 70)]
-    prune_states(tmp_path, keep_last=0, keep_steps=set(), keep_every=None)
+    prune_states(tmp_path, keep_last=2, keep_every=30)
+    assert [p.name for p in finished_states(tmp_path)] == [f"step-0000{n}" for n in (30, 60, 70)]
+    prune_states(tmp_path, keep_last=0, keep_every=None)
     assert [p.name for p in finished_states(tmp_path)] == ["step-000060", "step-000070"]
 
 
@@ -247,7 +247,7 @@ def test_full_disk__exit_5_and_older_state_kept(tmp_path: Path) -> None:
     assert refusal.value.exit_code == 5
     assert refusal.value.kept == "the verified state step-000297"
     assert [p.name for p in tmp_path.iterdir()] == ["step-000297"]
-    assert newest_state(tmp_path) == tmp_path / "step-000297"
+    assert find_newest_state(tmp_path) == tmp_path / "step-000297"
 
 
 @pytest.mark.parametrize(("code", "tries"), [(errno.ENOSPC, 1), (errno.EDQUOT, 1), (errno.EIO, 4), (errno.ESTALE, 4)])
@@ -288,12 +288,12 @@ def test_full_disk_in_training__older_state_goes_on(tmp_path: Path, monkeypatch:
 def test_full_disk_outside_a_state__names_what_is_kept_and_the_command(tmp_path: Path, step: int, kept: str) -> None:
     """A validation that keeps its best weights, a log that is shortened at a resume, the results at the end."""
 
-    def keep_best(boundary: Boundary) -> dict[str, float]:
+    def keep_best(boundary: TaskContext) -> dict[str, float]:
         if boundary.step == step:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs/killed/best/step.safetensors")
         return {"val/score": 0.0}
 
-    periodic = [Periodic(name="validation", every_steps=3, run=keep_best)]
+    periodic = [PeriodicTask(name="validation", every_steps=3, run=keep_best)]
     with pytest.raises(StorageError, match=r"the disk is full: No space left on device\.") as refusal:
         tiny_fit(tmp_path, "killed", tiny_config(save_every_steps=4), periodic=periodic)
     assert refusal.value.where == "killed/step.safetensors"

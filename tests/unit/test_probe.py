@@ -14,6 +14,7 @@ from samgraft.shared.samples.frame import fit_frame
 from samgraft.shared.samples.split import Split, default_split_path
 from samgraft.shared.scans.preset import load_preset
 from samgraft.shared.store.store import SliceStore
+from samgraft.shared.training.preflight import SavedBytes, describe_memory, free_bytes, training_bytes
 from samgraft.shared.weights.card import Card
 from samgraft.shared.weights.save import save_encoder, save_sam
 from samgraft.ssl.config import ModelConfig, PretrainConfig, ProbeConfig
@@ -27,7 +28,7 @@ from samgraft.ssl.monitor.linear_probe import (
     probe_dice,
     to_label_ids,
 )
-from samgraft.ssl.preflight import SavedBytes, describe_memory, free_bytes, leak_check, training_bytes
+from samgraft.ssl.preflight import leak_check
 from store_factory import make_store
 from tiny_encoders import tiny_encoder
 
@@ -348,7 +349,7 @@ def test_free_bytes__a_job_has_no_more_than_it_was_granted(monkeypatch) -> None:
     whole = free_bytes(torch.device("cpu"))
     assert whole is not None
     assert whole > 2**20
-    monkeypatch.setattr("samgraft.ssl.preflight.granted_memory", lambda: (2**30, 2**20))
+    monkeypatch.setattr("samgraft.shared.training.preflight.granted_memory", lambda: (2**30, 2**20))
     assert free_bytes(torch.device("cpu")) == 2**20
 
 

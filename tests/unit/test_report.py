@@ -19,9 +19,9 @@ from samgraft.shared.report.page import (
     Text,
     curve_figure,
     image_grid,
+    path_for_report,
     render_report,
-    shown_path,
-    without_folders,
+    strip_folders,
 )
 
 EVIL = '"><script>alert(1)</script>'
@@ -100,11 +100,11 @@ def test_report__the_contents_may_break_between_sections() -> None:
 
 
 def test_paths__relative_ones_as_typed_absolute_ones_by_name() -> None:
-    assert shown_path("runs/a b") == "runs/a b"
-    assert shown_path("/vol/name/runs/a") == "a"
+    assert path_for_report("runs/a b") == "runs/a b"
+    assert path_for_report("/vol/name/runs/a") == "a"
     line = "No such file: '/vol/name/scans/pat 1.nii', 0.5 s/step, runs/a/tb, https://host/x/y, see /mnt/c/log.txt"
     told = "No such file: 'pat 1.nii', 0.5 s/step, runs/a/tb, https://host/x/y, see log.txt"
-    assert without_folders(line) == told
+    assert strip_folders(line) == told
 
 
 @pytest.mark.parametrize(("runs", "shown"), [("/vol/name/runs", "'a b'"), ("other", "'other/a b'")])

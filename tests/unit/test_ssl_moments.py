@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from samgraft.shared.errors import WeightsError
-from samgraft.shared.runs.training_state import newest_state, read_state
+from samgraft.shared.runs.training_state import find_newest_state, read_state
 from samgraft.ssl.moments import MOMENTS_FILE, read_moments, take_up_moments
 from samgraft.ssl.optimizer import build_pretrain_optimizer
 from samgraft.ssl.start import start_objective
@@ -33,7 +33,7 @@ def test_moments__every_trained_tensor_goes_on_with_the_bits_of_the_last_step(la
     said = take_up_moments(optimizer, objective, read_moments(str(first)))
     total = sum(parameter.requires_grad for parameter in objective.parameters())
     assert said == f"AdamW goes on with the running means of {total}/{total} trained tensors"
-    saved = read_state(newest_state(first / "checkpoints")).tensors
+    saved = read_state(find_newest_state(first / "checkpoints")).tensors
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for number, parameter in enumerate(parameters):
         assert torch.equal(optimizer.state[parameter]["exp_avg"], saved[f"optimizer.state.{number}.exp_avg"])

@@ -16,19 +16,21 @@ from samgraft.shared.report.page import running_mean
 from samgraft.shared.runs.environment import local_rank, process_rank
 from samgraft.shared.training import device as device_module
 from samgraft.shared.training import progress as progress_module
-from samgraft.shared.training.device import choose_device, cpu_has_fast_bf16, tune_cpu
+from samgraft.shared.training.config import TrainerConfig
+from samgraft.shared.training.device import choose_device, cpu_has_fast_bf16, retain_freed_memory
 from samgraft.shared.training.optim import (
     LearningRate,
     OptimizerConfig,
     build_optimizer,
-    cosine,
+    cosine_value,
     parameter_groups,
     warmup_cosine,
 )
-from samgraft.shared.training.periodic import Periodic, evaluating
-from samgraft.shared.training.progress import Progress, format_duration
-from samgraft.shared.training.resume import capture_rng, restore_rng, rng_untouched, seed_process
-from samgraft.shared.training.trainer import TrainerConfig, cluster_environment, state_bytes
+from samgraft.shared.training.periodic import PeriodicTask, evaluation_mode
+from samgraft.shared.training.preflight import state_bytes
+from samgraft.shared.training.progress import ProgressMeter, format_duration
+from samgraft.shared.training.resume import capture_rng, preserve_rng, restore_rng, seed_process
+from samgraft.shared.training.trainer import choose_cluster_environment
 from torch import nn
 
 
@@ -38,7 +40,7 @@ def test_warmup_cosine__known_points(step: int, expected: float) -> None:
 
 
 def test_cosine__from_start_to_end() -> None:
-    assert [cosine(s, start=0.996, end=1.0, last_step=10) for s in (0, 5, 10, 20)] == pytest.approx(
+    assert [cosine_value(s, start=0.996, end=1.0, last_step=10) for s in (0, 5, 10, 20)] == pytest.approx(
         [0.996, 0.998, 1.0, 1.0]
     )
 
@@ -193,7 +195,7 @@ def test_processes__who_started_them(started_with, variables, devices, shape, ra
     assert (choice.devices, choice.num_nodes) == shape
     assert process_rank() == rank
     assert local_rank() == min(rank, 1)
-    found = cluster_environment(choice)
+    found = choose_cluster_environment(choice)
     assert type(found) is cluster
     found.validate_settings(num_devices=choice.devices, num_nodes=choice.num_nodes)
     assert not getattr(found, "auto_requeue", False)
@@ -232,10 +234,10 @@ def test_fast_bf16__by_cpu_flags(monkeypatch: pytest.MonkeyPatch, machine: str, 
     assert choose_device("cpu").precision == ("bf16-mixed" if fast else "32-true")
 
 
-def test_tune_cpu__accepted_by_glibc() -> None:
+def test_retain_freed_memory__is_accepted_by_glibc() -> None:
     import platform
 
-    assert tune_cpu() is (platform.system() == "Linux" and platform.libc_ver()[0] == "glibc")
+    assert retain_freed_memory() is (platform.system() == "Linux" and platform.libc_ver()[0] == "glibc")
 
 
 def test_generators__captured_and_restored() -> None:
@@ -243,7 +245,7 @@ def test_generators__captured_and_restored() -> None:
     np.random.standard_normal()  # leaves a cached second value behind
     before = capture_rng()
     first = torch.rand(2).tolist(), random.random(), np.random.standard_normal(3).tolist()
-    with rng_untouched():
+    with preserve_rng():
         torch.rand(5)
     restore_rng(before)
     assert (torch.rand(2).tolist(), random.random(), np.random.standard_normal(3).tolist()) == first
@@ -251,11 +253,11 @@ def test_generators__captured_and_restored() -> None:
     assert torch.rand(2).tolist() != first[0]
 
 
-def test_rng_untouched__also_after_an_error() -> None:
+def test_preserve_rng__after_an_error_restores_the_generators() -> None:
     before = capture_rng()
 
     def fail() -> None:
-        with rng_untouched():
+        with preserve_rng():
             torch.rand(1)
             raise KeyError
 
@@ -266,16 +268,16 @@ def test_rng_untouched__also_after_an_error() -> None:
 
 def test_evaluating__gives_every_part_its_own_mode_back() -> None:
     module = nn.Sequential(nn.BatchNorm1d(2).eval(), nn.Dropout())
-    with evaluating(module):
+    with evaluation_mode(module):
         assert [m.training for m in module.modules()] == [False, False, False]
     assert [m.training for m in module.modules()] == [True, False, True]
 
 
 def test_periodic__due_steps() -> None:
-    task = Periodic(name="p", every_steps=4, run=lambda _: {}, at_start=True)
+    task = PeriodicTask(name="p", every_steps=4, run=lambda _: {}, at_start=True)
     assert [s for s in range(11) if task.is_due(s, max_steps=10)] == [0, 4, 8, 10]
     with pytest.raises(ValueError, match="every_steps of p must be at least 1"):
-        Periodic(name="p", every_steps=0, run=lambda _: {})
+        PeriodicTask(name="p", every_steps=0, run=lambda _: {})
 
 
 @pytest.mark.parametrize(
@@ -296,7 +298,7 @@ def test_eta__what_comes_once_before_the_first_batch_is_not_counted_per_step(
     clock = [100.0]
     monkeypatch.setattr(progress_module, "time", SimpleNamespace(monotonic=lambda: clock[0]))
     step_log = SimpleNamespace(every_steps=1, record=lambda step, values: None)
-    progress = Progress(step_log, max_steps=10, slices_per_micro_step=4)
+    progress = ProgressMeter(step_log, TrainerConfig(max_steps=10), slices_per_micro_step=4)
     optimizer = SimpleNamespace(param_groups=[{"lr": 1.0}])
     trainer = SimpleNamespace(global_step=1, is_global_zero=True, optimizers=[optimizer])
     monkeypatch.setattr(progress_module.sys.stderr, "isatty", lambda: False, raising=False)
@@ -313,7 +315,9 @@ def test_eta__what_comes_once_before_the_first_batch_is_not_counted_per_step(
 def test_data_wait__micro_steps_of_one_step_are_work_not_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [100.0]
     monkeypatch.setattr(progress_module, "time", SimpleNamespace(monotonic=lambda: clock[0]))
-    progress = Progress(SimpleNamespace(every_steps=1), max_steps=10, slices_per_micro_step=4, accumulate=3)
+    progress = ProgressMeter(
+        SimpleNamespace(every_steps=1), TrainerConfig(max_steps=10, accumulate=3), slices_per_micro_step=4
+    )
     trainer = SimpleNamespace(global_step=1, is_global_zero=True)
     progress.on_train_start(trainer, None)
     for wait, work in ((60, 3), (1, 4)):
