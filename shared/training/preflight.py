@@ -100,7 +100,7 @@ def _time_micro_step(
     begin = time.perf_counter()
     with counting, torch.autocast(kind, dtype=torch.bfloat16, enabled=device.precision == "bf16-mixed"):
         loss = compute_loss()
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     if kind == "cuda":
         torch.cuda.synchronize(device.torch_device)
     seconds = time.perf_counter() - begin
