@@ -26,8 +26,7 @@ import numpy as np
 import torch
 from samgraft.finetune.config import FinetuneConfig
 from samgraft.shared.config import load_config, packaged_config
-from samgraft.shared.encoders.architecture import arch_spec
-from samgraft.shared.encoders.vit import build_image_encoder
+from samgraft.shared.encoders.registry import arch_spec
 from samgraft.shared.samples.augment import SliceAugmentation
 from samgraft.shared.samples.dataset import SliceDataset, batch_to_input, collate_slices
 from samgraft.shared.samples.sampler import StepBatchSampler
@@ -88,7 +87,7 @@ def stage_augmentation(schema, preset, model):
 def data_wait(store, augment, *, device, num_workers, image_size=128, batch_size=8, num_steps=8):
     """Return the share of stage-1 steps that went into waiting for a batch, and seconds per step."""
     torch.manual_seed(0)
-    encoder = build_image_encoder(arch_spec("vit_t"), image_size=image_size).train()
+    encoder = arch_spec("vit_t").build(image_size=image_size).train()
     objective = MaskedImage(encoder, MaskedImageConfig(mask_unit_px=8), seed=0).to(device)
     dataset = SliceDataset(store, select_slices(store, store.patient_ids), augment=augment)
     sampler = StepBatchSampler(len(dataset), batch_size=batch_size, seed=0, num_micro_steps=num_steps + 2)

@@ -26,8 +26,8 @@ from pathlib import Path
 
 import torch
 from original_encoders import plain_twin
-from samgraft.shared.encoders.architecture import Arch, arch_spec
-from samgraft.shared.encoders.vit import ImageEncoder
+from samgraft.shared.encoders.registry import arch_spec
+from samgraft.shared.encoders.vit import ViTEncoder, ViTSpec
 from samgraft.shared.training.device import retain_freed_memory
 from segment_anything.modeling import ImageEncoderViT
 from torch import nn
@@ -70,15 +70,13 @@ HEADER = [
 ]  # fmt: skip
 
 
-def build(arch: Arch, image_size: int, depth: int | None, device: str) -> tuple[ImageEncoder, ImageEncoderViT]:
+def build(arch: str, image_size: int, depth: int | None, device: str) -> tuple[ViTEncoder, ImageEncoderViT]:
     """Both encoders with the same random weights."""
     spec = arch_spec(arch)
-    plain = spec.plain
-    assert plain is not None
+    assert isinstance(spec, ViTSpec)
     if depth is not None:
-        plain = replace(plain, depth=depth, global_blocks=tuple(i for i in plain.global_blocks if i < depth))
-        spec = replace(spec, plain=plain)
-    ours = ImageEncoder(spec, image_size=image_size)
+        spec = replace(spec, depth=depth, global_blocks=tuple(i for i in spec.global_blocks if i < depth))
+    ours = ViTEncoder(spec, image_size=image_size)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in ours.named_parameters():
@@ -154,7 +152,7 @@ def measure(sides: list[Side], *, repeats: int, device: str) -> list[Taken]:
     return taken
 
 
-def full_sides(ours: ImageEncoder, stock: ImageEncoderViT, images: torch.Tensor, hidden: float) -> list[Side]:
+def full_sides(ours: ViTEncoder, stock: ImageEncoderViT, images: torch.Tensor, hidden: float) -> list[Side]:
     """Every weight trained. The baseline of masked training is the same dense encoder, with mask tokens in place."""
     total = ours.grid**2
     kept = round(total * (1 - hidden))
@@ -168,7 +166,7 @@ def full_sides(ours: ImageEncoder, stock: ImageEncoderViT, images: torch.Tensor,
     ]
 
 
-def lora_sides(ours: ImageEncoder, stock: ImageEncoderViT, images: torch.Tensor, num_blocks: int) -> list[Side]:
+def lora_sides(ours: ViTEncoder, stock: ImageEncoderViT, images: torch.Tensor, num_blocks: int) -> list[Side]:
     """Only LoRA in qkv of the last blocks trained, through peft, the same way on both; changes both encoders."""
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -187,17 +185,17 @@ def lora_sides(ours: ImageEncoder, stock: ImageEncoderViT, images: torch.Tensor,
     ]
 
 
-def plain(encoder: ImageEncoder, images: torch.Tensor) -> torch.Tensor:
+def plain(encoder: ViTEncoder, images: torch.Tensor) -> torch.Tensor:
     encoder.activation_checkpointing = False
     return encoder(images)
 
 
-def checkpointed(encoder: ImageEncoder, images: torch.Tensor) -> torch.Tensor:
+def checkpointed(encoder: ViTEncoder, images: torch.Tensor) -> torch.Tensor:
     encoder.activation_checkpointing = True
     return encoder(images)
 
 
-def visible(encoder: ImageEncoder, images: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+def visible(encoder: ViTEncoder, images: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     encoder.activation_checkpointing = False
     return encoder.forward_visible(images, ids)
 
@@ -277,8 +275,8 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def build_pair(arguments: argparse.Namespace, image_size: int, dtype: str) -> tuple[ImageEncoder, ImageEncoderViT]:
-    ours, stock = build(Arch(arguments.arch), image_size, arguments.depth, arguments.device)
+def build_pair(arguments: argparse.Namespace, image_size: int, dtype: str) -> tuple[ViTEncoder, ImageEncoderViT]:
+    ours, stock = build(arguments.arch, image_size, arguments.depth, arguments.device)
     return (ours.bfloat16(), stock.bfloat16()) if dtype == "bfloat16" else (ours, stock)
 
 

@@ -107,7 +107,7 @@ def straightforward(arch: str, size: int, *, device: str, half: bool) -> Trainin
 
 
 def build_sam_spec(arch: str) -> object:
-    from samgraft.shared.encoders.architecture import arch_spec
+    from samgraft.shared.encoders.registry import arch_spec
 
     return arch_spec(arch)
 

@@ -8,54 +8,49 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-from samgraft.shared.encoders.architecture import ArchSpec, Stem
-from samgraft.shared.encoders.tiny_vit import TinyViTEncoder
-from samgraft.shared.encoders.vit import ImageEncoder
+from samgraft.shared.encoders.tiny_vit import Stem, TinyViTEncoder, TinyViTSpec
+from samgraft.shared.encoders.vit import ViTEncoder, ViTSpec
 from segment_anything.modeling import ImageEncoderViT
 from timm.models.tiny_vit import TinyVit
 from torch import nn
 
 
-def plain_original(spec: ArchSpec, image_size: int) -> ImageEncoderViT:
+def plain_original(spec: ViTSpec, image_size: int) -> ImageEncoderViT:
     """Build segment_anything's encoder of any size."""
-    plain = spec.plain
-    assert plain is not None
     return ImageEncoderViT(
         img_size=image_size,
-        embed_dim=plain.embed_dim,
-        depth=plain.depth,
-        num_heads=plain.num_heads,
+        embed_dim=spec.embed_dim,
+        depth=spec.depth,
+        num_heads=spec.num_heads,
         out_chans=spec.neck_dim,
         norm_layer=partial(nn.LayerNorm, eps=1e-6),
         use_rel_pos=True,
-        window_size=plain.attn_window_size,
-        global_attn_indexes=plain.global_blocks,
+        window_size=spec.attn_window_size,
+        global_attn_indexes=spec.global_blocks,
     )
 
 
-def plain_twin(ours: ImageEncoder) -> ImageEncoderViT:
+def plain_twin(ours: ViTEncoder) -> ImageEncoderViT:
     """Return segment_anything's encoder with the weights of ours."""
     twin = plain_original(ours.spec, ours.image_size).to(next(ours.parameters()).dtype)
     twin.load_state_dict(ours.state_dict(), strict=True)
     return twin
 
 
-def tiny_original(spec: ArchSpec) -> nn.Module:
+def tiny_original(spec: TinyViTSpec) -> nn.Module:
     """Build timm's own TinyVit with the two changes of the published vit_t; it has no neck."""
-    tiny = spec.tiny
-    assert tiny is not None
     model = TinyVit(
         num_classes=0,
-        embed_dims=tiny.embed_dims,
-        depths=tiny.depths,
-        num_heads=tiny.num_heads,
-        window_sizes=tiny.attn_window_sizes,
+        embed_dims=spec.embed_dims,
+        depths=spec.depths,
+        num_heads=spec.num_heads,
+        window_sizes=spec.attn_window_sizes,
         drop_path_rate=0.0,
     )
-    if tiny.stem is Stem.conv1x1:
-        half = tiny.embed_dims[0] // 2
+    if spec.stem == Stem.conv1x1:
+        half = spec.embed_dims[0] // 2
         model.patch_embed.conv1.conv = nn.Conv2d(3, half, 1, bias=False)
-        model.patch_embed.conv2.conv = nn.Conv2d(half, tiny.embed_dims[0], 1, bias=False)
+        model.patch_embed.conv2.conv = nn.Conv2d(half, spec.embed_dims[0], 1, bias=False)
     model.stages[3].downsample.conv2.conv.stride = (1, 1)
     return model
 

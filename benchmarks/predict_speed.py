@@ -29,7 +29,7 @@ from samgraft.finetune.classes import ClassTable
 from samgraft.finetune.inference import InferenceConfig, segment_volume
 from samgraft.finetune.prediction.predictor import default_batch_size
 from samgraft.finetune.segmenter import Segmenter
-from samgraft.shared.encoders.architecture import arch_spec
+from samgraft.shared.encoders.registry import arch_spec
 from samgraft.shared.encoders.sam import build_sam, decode_automatic, to_pixels
 from samgraft.shared.scans.intensity import IntensityPreset, measure_intensity, normalise
 from samgraft.shared.scans.volume import Modality

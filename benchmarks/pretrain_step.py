@@ -33,7 +33,6 @@ from pathlib import Path
 import torch
 from data_path import write_scans
 from encoder_speed import RESULTS, build, hardware, saved_mib, seconds
-from samgraft.shared.encoders.architecture import Arch
 from samgraft.shared.encoders.sam import to_pixels
 from samgraft.ssl.config import PretrainOptimizerConfig
 from samgraft.ssl.objectives.decoders import DecoderKind
@@ -124,7 +123,7 @@ def status_mib(name: str) -> float:
 def sides(arguments: argparse.Namespace, decoder: str) -> tuple[Side, Side]:
     """(dense SimMIM, ours) with the same weights of the encoder, slices and masks."""
     torch.manual_seed(0)
-    encoder, stock = build(Arch.vit_b, arguments.size, arguments.depth, arguments.device)
+    encoder, stock = build("vit_b", arguments.size, arguments.depth, arguments.device)
     objective = MAE(encoder, MAEConfig(mask_ratio=arguments.hidden, **DECODERS[decoder]), seed=0).to(arguments.device)
     dense = DenseSimMIM(stock, objective).to(arguments.device)
     dtype = getattr(torch, arguments.weights)

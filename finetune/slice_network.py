@@ -5,14 +5,13 @@ Shape letters: N = slices; X, Y = columns and rows; C = foreground classes.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from samgraft.finetune.loss import with_background
 from samgraft.finetune.segmenter import Segmenter
-from samgraft.shared.encoders.architecture import Arch, ArchSpec, PlainShape, Stem, TinyShape
+from samgraft.shared.encoders.registry import spec_from_dict
 from samgraft.shared.encoders.sam import build_sam
 from samgraft.shared.samples.frame import fit_frame, image_to_frame, logits_to_native
 from torch import Tensor, nn
@@ -48,31 +47,3 @@ class SliceNetwork(nn.Module):
         frame = fit_frame(native_hw, image_size=self.image_size, keep_aspect=self.keep_aspect)
         logits = logits_to_native(self.segmenter(image_to_frame(images_N1HW.float(), frame)).float(), frame)
         return with_background(logits).transpose(2, 3)
-
-
-def spec_to_dict(spec: ArchSpec) -> dict[str, Any]:
-    """Return an architecture as plain values for JSON."""
-    values = dataclasses.asdict(spec)
-    values["arch"] = spec.arch.value
-    if spec.tiny is not None:
-        values["tiny"]["stem"] = spec.tiny.stem.value
-    return values
-
-
-def spec_from_dict(values: Mapping[str, Any]) -> ArchSpec:
-    """Read what :func:`spec_to_dict` wrote."""
-    plain, tiny = values["plain"], values["tiny"]
-    mean, std = values["pixel_mean"], values["pixel_std"]
-    return ArchSpec(
-        arch=Arch(values["arch"]),
-        native_image_size=values["native_image_size"],
-        plain=PlainShape(**_tuples(plain)) if plain else None,
-        tiny=TinyShape(**{**_tuples(tiny), "stem": Stem(tiny["stem"])}) if tiny else None,
-        neck_dim=values["neck_dim"],
-        pixel_mean=(mean[0], mean[1], mean[2]),
-        pixel_std=(std[0], std[1], std[2]),
-    )
-
-
-def _tuples(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: tuple(v) if isinstance(v, list | tuple) else v for k, v in values.items()}

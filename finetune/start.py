@@ -6,7 +6,7 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-from samgraft.shared.encoders.architecture import Arch, arch_spec
+from samgraft.shared.encoders.registry import DEFAULT_ARCH, arch_spec
 from samgraft.shared.encoders.sam import build_sam
 from samgraft.shared.errors import UsageError, WeightsError
 from samgraft.shared.weights.card import Card
@@ -88,13 +88,13 @@ def find_starting_point(
             next_command="make pretrain MODALITY=mri   (or CKPT=data/weights/lite_medsam.pth for the base weights)",
         )
     encoder = read_weights(ckpt)
-    if model is not None and arch_spec(model).arch is not encoder.spec.arch:
+    if model is not None and arch_spec(model).arch != encoder.spec.arch:
         raise WeightsError(
-            f"weights must be of MODEL={model}, the file is {encoder.spec.title}. Use MODEL={encoder.spec.arch.value}.",
+            f"weights must be of MODEL={model}, the file is {encoder.spec.title}. Use MODEL={encoder.spec.arch}.",
             where=encoder.name,
         )
     base_weights = encoder if base is None and encoder.parts >= SAM_PARTS else _read_base(base, encoder)
-    if (base_weights.spec.plain, base_weights.spec.tiny) != (encoder.spec.plain, encoder.spec.tiny):
+    if not base_weights.spec.has_shape_of(encoder.spec):
         raise WeightsError(
             f"CKPT and BASE must have one architecture, got {encoder.spec.title} and {base_weights.spec.title}. "
             "Give the BASE that stage 1 started from.",
@@ -112,11 +112,11 @@ def find_starting_point(
 
 def _read_base(base: Path | None, encoder: WeightsFile) -> WeightsFile:
     if base is None:
-        if encoder.spec.arch is not Arch.vit_t:
+        if encoder.spec.arch != DEFAULT_ARCH:
             raise UsageError(
                 f"{encoder.name} holds the image encoder only; BASE must name the SAM that gives prompt encoder and "
                 "mask decoder.",
-                next_command=f"make finetune CKPT=... BASE=sam_{encoder.spec.arch.value}.pth",
+                next_command=f"make finetune CKPT=... BASE=sam_{encoder.spec.arch}.pth",
             )
         base = BASE_OF_DEMO
     if not base.exists() and str(base) not in OFFICIAL:

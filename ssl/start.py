@@ -5,9 +5,8 @@ from __future__ import annotations
 import dataclasses
 import logging
 
-from samgraft.shared.encoders.architecture import arch_spec
-from samgraft.shared.encoders.tiny_vit import TinyViTEncoder, freeze_batch_norm
-from samgraft.shared.encoders.vit import ImageEncoder, build_image_encoder
+from samgraft.shared.encoders.base import ImageEncoder, freeze_batch_norm, has_batch_norm
+from samgraft.shared.encoders.registry import arch_spec
 from samgraft.shared.errors import UsageError, WeightsError
 from samgraft.shared.weights.card import Card
 from samgraft.shared.weights.load import absent_by_nature, card_of, load_into, read_weights
@@ -20,7 +19,6 @@ from samgraft.ssl.ssl_state import take_up_state
 log = logging.getLogger(__name__)
 
 RANDOM = "random"
-Encoder = ImageEncoder | TinyViTEncoder
 
 
 def start_objective(config: PretrainConfig) -> tuple[Objective, Card, list[str]]:
@@ -41,7 +39,7 @@ def start_objective(config: PretrainConfig) -> tuple[Objective, Card, list[str]]
     return objective, card, notes
 
 
-def load_start(config: ModelConfig) -> tuple[Encoder, Card]:
+def load_start(config: ModelConfig) -> tuple[ImageEncoder, Card]:
     """Build the encoder, load the base weights and make the configured scope trainable.
 
     Returns:
@@ -59,11 +57,11 @@ def load_start(config: ModelConfig) -> tuple[Encoder, Card]:
     return encoder.train(), card
 
 
-def _random_start(config: ModelConfig) -> tuple[Encoder, Card]:
+def _random_start(config: ModelConfig) -> tuple[ImageEncoder, Card]:
     """Build an encoder of random weights; vit_t's batch norms move, or its features would shrink to nothing."""
     _refuse_rest(config, "random weights need no other file")
     spec = arch_spec(config.arch)
-    encoder = build_image_encoder(spec, image_size=config.image_size)
+    encoder = spec.build(image_size=config.image_size)
     log.warning("the encoder starts from random weights, because BASE=random was asked for.")
     if config.num_frozen_depths:
         log.warning(
@@ -71,14 +69,14 @@ def _random_start(config: ModelConfig) -> tuple[Encoder, Card]:
             config.num_frozen_depths,
         )
     notes = []
-    if isinstance(encoder, TinyViTEncoder):
+    if has_batch_norm(encoder):
         # Published weights come with statistics of many images; fresh ones are 0 and 1, and fit nothing.
         freeze_batch_norm(encoder, frozen=False)
         notes = ["batch norms learnt their statistics in this run"]
         log.info("batch norms learn their statistics too (from weights of a file they keep the file's)")
     card = Card(
-        arch=spec.arch.value,
-        stem=spec.stem.value if spec.stem else None,
+        arch=spec.arch,
+        stem=spec.variant,
         image_size=config.image_size,
         pixel_mean=list(spec.pixel_mean),
         pixel_std=list(spec.pixel_std),
@@ -88,7 +86,7 @@ def _random_start(config: ModelConfig) -> tuple[Encoder, Card]:
     return encoder, card
 
 
-def _load_base(config: ModelConfig) -> tuple[Encoder, Card]:
+def _load_base(config: ModelConfig) -> tuple[ImageEncoder, Card]:
     """Load the base; a plain ViT (MAE, DINO) has neither relative positions nor neck and takes them from the rest."""
     weights = read_weights(config.base)
     if weights.is_partial and config.rest is None:
@@ -96,13 +94,13 @@ def _load_base(config: ModelConfig) -> tuple[Encoder, Card]:
             f"base is a {weights.format} without SAM's relative positions and neck: model.rest must name the SAM that "
             "gives them (the one it was started from, if it was).",
             where=weights.name,
-            next_command=f"... ARGS='model.rest=sam_{config.arch.value}'",
+            next_command=f"... ARGS='model.rest=sam_{config.arch}'",
         )
     if not weights.is_partial:
         _refuse_rest(config, f"{weights.name} has everything itself")
     whole = weights if config.rest is None else read_weights(config.rest)
-    spec = whole.spec if whole.spec.arch is config.arch else arch_spec(config.arch)
-    encoder = build_image_encoder(spec, image_size=config.image_size)
+    spec = whole.spec if whole.spec.arch == config.arch else arch_spec(config.arch)
+    encoder = spec.build(image_size=config.image_size)
     load_into(encoder, whole, part="image_encoder", resize_positions=True)
     card = dataclasses.replace(
         card_of(weights, image_size=config.image_size),

@@ -3,7 +3,7 @@
 adapt(sam, config, num_classes=...)   in place; returns peft's wrapper, or None where SAM's own tensors train
 """
 
-from samgraft.finetune.adapters.adaptation import adapt, can_merge, key_rows
+from samgraft.finetune.adapters.adaptation import adapt, can_merge
 from samgraft.finetune.adapters.config import (
     AdapterConfig,
     BottleneckInit,
@@ -13,7 +13,7 @@ from samgraft.finetune.adapters.config import (
     Targets,
 )
 from samgraft.finetune.adapters.merge import merge_adapters, take_out
-from samgraft.finetune.adapters.placement import block_names, head_names, target_pattern
+from samgraft.finetune.adapters.placement import head_names, target_pattern
 from samgraft.finetune.adapters.rank_updates import RankUpdates
 from samgraft.finetune.adapters.saving import base_tensors, load_adapter, save_adapter
 from samgraft.finetune.adapters.table import (
@@ -36,10 +36,8 @@ __all__ = [
     "TensorGroup",
     "adapt",
     "base_tensors",
-    "block_names",
     "can_merge",
     "head_names",
-    "key_rows",
     "load_adapter",
     "merge_adapters",
     "render_groups",

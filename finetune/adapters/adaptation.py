@@ -25,7 +25,7 @@ from samgraft.finetune.adapters.placement import (
     whole_modules,
 )
 from samgraft.finetune.adapters.saving import remember_base, remember_start
-from samgraft.shared.encoders.architecture import ArchSpec
+from samgraft.shared.encoders.base import EncoderSpec
 from samgraft.shared.errors import UsageError, WeightsError
 from samgraft.shared.weights.save import tensors_sha256
 from segment_anything.modeling import Sam
@@ -67,7 +67,7 @@ def adapt(
         log.warning(
             "%s is not read by adapter.method=%s", ", ".join(f"adapter.{u}" for u in unused), config.method.value
         )
-    spec: ArchSpec = sam.image_encoder.spec
+    spec: EncoderSpec = sam.image_encoder.spec
     blocks = chosen_blocks(spec, config)
     if config.method in WHOLE_MODEL:
         _unfreeze(sam, config, blocks, used=head_names(num_classes, prompted_tokens=prompted_tokens))
@@ -114,25 +114,7 @@ def can_merge(method: Method) -> bool:
     return method is not Method.ADAPTER
 
 
-def key_rows(spec: ArchSpec, *, out_features: int, num_heads: int) -> Tensor:
-    """Return which output rows of a fused qkv layer are keys.
-
-    segment_anything stacks all queries, all keys, all values. timm's TinyViT stacks query, key, value per head: taking
-    the same thirds there would adapt some heads whole and others not at all.
-    """
-    return _rows_of(1, spec, out_features=out_features, num_heads=num_heads)
-
-
-def _rows_of(third: int, spec: ArchSpec, *, out_features: int, num_heads: int) -> Tensor:
-    rows = torch.arange(out_features)
-    if spec.plain is not None:
-        size = out_features // 3
-        return rows[third * size : (third + 1) * size]
-    head_dim = out_features // num_heads // 3
-    return rows[(rows % (3 * head_dim)) // head_dim == third]
-
-
-def hold_keys(sam: nn.Module, spec: ArchSpec, *, r: int) -> None:
+def hold_keys(sam: nn.Module, spec: EncoderSpec, *, r: int) -> None:
     """Make the encoder's rank-2r updates of qkv what SAMed has: rank r for queries, rank r for values, none for keys.
 
     lora_B starts at 0, and its gradient is zeroed where a row of the queries meets a factor of the values and the
@@ -149,8 +131,8 @@ def hold_keys(sam: nn.Module, spec: ArchSpec, *, r: int) -> None:
         weight = attention.qkv.lora_B["default"].weight
         sizes = {"out_features": weight.shape[0], "num_heads": attention.num_heads}
         free = torch.zeros(weight.shape, dtype=torch.bool)
-        free[_rows_of(0, spec, **sizes), :r] = True
-        free[_rows_of(2, spec, **sizes), r:] = True
+        free[spec.qkv_rows(0, **sizes), :r] = True
+        free[spec.qkv_rows(2, **sizes), r:] = True
         _hold(weight, free)
         magnitudes = getattr(attention.qkv, "lora_magnitude_vector", None) or {}
         for magnitude in magnitudes.values():

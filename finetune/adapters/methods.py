@@ -15,7 +15,7 @@ from peft import PeftConfig
 from samgraft.finetune.adapters.config import AdapterConfig, BottleneckInit, Method, Scope, Targets
 from samgraft.finetune.adapters.layers import BottleneckConfig, ScaleShiftConfig
 from samgraft.finetune.adapters.placement import parallel_pattern
-from samgraft.shared.encoders.architecture import ArchSpec
+from samgraft.shared.encoders.base import EncoderSpec
 from samgraft.shared.errors import UsageError
 
 ADALORA_START = 1.5
@@ -29,7 +29,7 @@ setattr(peft.tuners.boft.layer, "_FBD_CUDA", False)  # noqa: B010  # typed as No
 
 
 def peft_config_of(
-    config: AdapterConfig, spec: ArchSpec, *, pattern: str, modules_to_save: list[str], max_steps: int | None
+    config: AdapterConfig, spec: EncoderSpec, *, pattern: str, modules_to_save: list[str], max_steps: int | None
 ) -> PeftConfig:
     """Return what peft needs for a method.
 
@@ -50,7 +50,7 @@ def peft_config_of(
     return result
 
 
-def _lora(config: AdapterConfig, spec: ArchSpec, max_steps: int | None) -> dict[str, Any]:
+def _lora(config: AdapterConfig, spec: EncoderSpec, max_steps: int | None) -> dict[str, Any]:
     options: dict[str, Any] = {
         "kind": peft.LoraConfig,
         "r": config.r,
@@ -71,7 +71,7 @@ def _lora(config: AdapterConfig, spec: ArchSpec, max_steps: int | None) -> dict[
     return options
 
 
-def _adalora(config: AdapterConfig, spec: ArchSpec, max_steps: int | None) -> dict[str, Any]:
+def _adalora(config: AdapterConfig, spec: EncoderSpec, max_steps: int | None) -> dict[str, Any]:
     start = max(config.r + 1, round(ADALORA_START * config.r))
     if max_steps is None:
         raise UsageError("adapter.method=adalora must know trainer.max_steps: it plans its ranks by them.")
@@ -94,11 +94,11 @@ def _adalora(config: AdapterConfig, spec: ArchSpec, max_steps: int | None) -> di
     }
 
 
-def _lycoris(kind: type[PeftConfig]) -> Callable[[AdapterConfig, ArchSpec, int | None], dict[str, Any]]:
+def _lycoris(kind: type[PeftConfig]) -> Callable[[AdapterConfig, EncoderSpec, int | None], dict[str, Any]]:
     return lambda config, spec, max_steps: {"kind": kind, "r": config.r, "alpha": config.lora_alpha}
 
 
-def _bottleneck(config: AdapterConfig, spec: ArchSpec, max_steps: int | None) -> dict[str, Any]:
+def _bottleneck(config: AdapterConfig, spec: EncoderSpec, max_steps: int | None) -> dict[str, Any]:
     return {
         "kind": BottleneckConfig,
         "parallel_modules": parallel_pattern(spec, config),
@@ -108,7 +108,7 @@ def _bottleneck(config: AdapterConfig, spec: ArchSpec, max_steps: int | None) ->
     }
 
 
-_BUILDERS: Mapping[Method, Callable[[AdapterConfig, ArchSpec, int | None], dict[str, Any]]] = {
+_BUILDERS: Mapping[Method, Callable[[AdapterConfig, EncoderSpec, int | None], dict[str, Any]]] = {
     Method.LORA: _lora,
     Method.DORA: _lora,
     Method.RSLORA: _lora,

@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 
 from samgraft.finetune.adapters.config import AdapterConfig, Heads, Method, Scope, Targets
-from samgraft.shared.encoders.architecture import ArchSpec
+from samgraft.shared.encoders.base import EncoderSpec
 from samgraft.shared.errors import UsageError
 
 _DECODER_ATTENTION = r"mask_decoder\.transformer\.(layers\.\d+\.\w*attn\w*|final_attn_token_to_image)"
@@ -19,34 +19,16 @@ DECODER_QV = rf"{_DECODER_ATTENTION}\.[qv]_proj"
 DECODER_NORMS = r"mask_decoder\.transformer\.(layers\.\d+\.norm\d|norm_final_attn)"
 NECK_CONVS = r"image_encoder\.neck\.[02]"
 NECK_NORMS = r"image_encoder\.neck\.[13]"
-VIT_T_CONVS = r"image_encoder\.layers\.(0\.blocks\.\d+|\d+\.downsample)\.conv[13]\.c"
-
-# Inside one encoder block, by family.
-_LINEAR = {"plain": r"(attn\.(qkv|proj)|mlp\.lin[12])", "vit_t": r"(attn\.(qkv|proj)|mlp\.fc[12])"}
-_NORMS = {"plain": r"norm[12]", "vit_t": r"(attn|mlp)\.norm"}
+ENCODER_PREFIX = "image_encoder."
 
 
-def family_of(spec: ArchSpec) -> str:
-    """Return ``plain`` or ``vit_t``: the two ways in which encoders name their layers."""
-    return "plain" if spec.plain is not None else "vit_t"
-
-
-def block_names(spec: ArchSpec) -> list[str]:
-    """Return the encoder's transformer blocks by module name, from the input to the neck."""
-    if spec.plain is not None:
-        return [f"image_encoder.blocks.{index}" for index in range(spec.plain.depth)]
-    assert spec.tiny is not None
-    stages = enumerate(spec.tiny.depths)
-    return [f"image_encoder.layers.{stage}.blocks.{i}" for stage, depth in stages if stage for i in range(depth)]
-
-
-def chosen_blocks(spec: ArchSpec, config: AdapterConfig) -> list[str]:
+def chosen_blocks(spec: EncoderSpec, config: AdapterConfig) -> list[str]:
     """Return the encoder blocks that train; none when the scope leaves them out.
 
     Raises:
         UsageError: If a block is asked for that this architecture does not have.
     """
-    names = block_names(spec)
+    names = [f"{ENCODER_PREFIX}{name}" for name in spec.block_names()]
     if config.scope is not Scope.ENCODER_DECODER:
         return []
     if config.last_blocks is not None and config.last_blocks > len(names):
@@ -70,32 +52,39 @@ def is_everywhere(config: AdapterConfig) -> bool:
     return config.scope is Scope.ENCODER_DECODER and not config.blocks and config.last_blocks is None
 
 
-def target_pattern(spec: ArchSpec, config: AdapterConfig) -> str:
+def target_pattern(spec: EncoderSpec, config: AdapterConfig) -> str:
     """Return the full regular expression of the layers that get an update."""
     if config.method is Method.ADAPTER:
         return _either([sequential_pattern(spec, config), parallel_pattern(spec, config)])
-    family, blocks = family_of(spec), chosen_blocks(spec, config)
+    blocks, layers = chosen_blocks(spec, config), spec.layers
     has_encoder = bool(blocks)
     if config.method is Method.LN_TUNING:
-        return _either([*_inside(blocks, _NORMS[family]), *[NECK_NORMS][: int(has_encoder)], DECODER_NORMS])
+        return _either([*_inside(blocks, layers.norms), *[NECK_NORMS][: int(has_encoder)], DECODER_NORMS])
     if config.targets is Targets.QV:
-        return _either([*_inside(blocks, r"attn\.qkv"), DECODER_QV])
-    parts = [*_inside(blocks, _LINEAR[family]), DECODER_LINEAR]
+        return _either([*_inside(blocks, layers.qkv), DECODER_QV])
+    parts = [*_inside(blocks, layers.linear), DECODER_LINEAR]
     if config.targets is Targets.LINEAR_CONV and has_encoder:
         parts.append(NECK_CONVS)
-        if family == "vit_t" and is_everywhere(config):
-            parts.append(VIT_T_CONVS)
+        if layers.convolutions is not None and is_everywhere(config):
+            parts.append(re.escape(ENCODER_PREFIX) + layers.convolutions)
     return _either(parts)
 
 
-def sequential_pattern(spec: ArchSpec, config: AdapterConfig) -> str:
+def sequential_pattern(spec: EncoderSpec, config: AdapterConfig) -> str:
     """Return the modules that a bottleneck adapter follows (encoder attention) or precedes (decoder norms)."""
-    return _either([*_inside(chosen_blocks(spec, config), "attn"), r"mask_decoder\.transformer\.layers\.\d+\.norm[24]"])
+    return _either(
+        [
+            *_inside(chosen_blocks(spec, config), spec.layers.attention),
+            r"mask_decoder\.transformer\.layers\.\d+\.norm[24]",
+        ]
+    )
 
 
-def parallel_pattern(spec: ArchSpec, config: AdapterConfig) -> str:
+def parallel_pattern(spec: EncoderSpec, config: AdapterConfig) -> str:
     """Return the modules that a bottleneck adapter runs beside."""
-    return _either([*_inside(chosen_blocks(spec, config), "mlp"), r"mask_decoder\.transformer\.layers\.\d+\.mlp"])
+    return _either(
+        [*_inside(chosen_blocks(spec, config), spec.layers.mlp), r"mask_decoder\.transformer\.layers\.\d+\.mlp"]
+    )
 
 
 def head_names(num_classes: int, *, prompted_tokens: Sequence[int] = ()) -> list[str]:
@@ -119,7 +108,7 @@ def head_names(num_classes: int, *, prompted_tokens: Sequence[int] = ()) -> list
 
 
 def whole_modules(
-    spec: ArchSpec,
+    spec: EncoderSpec,
     config: AdapterConfig,
     *,
     num_classes: int,
@@ -135,7 +124,7 @@ def whole_modules(
     return names
 
 
-def _released_heads(spec: ArchSpec, config: AdapterConfig, *, num_mask_tokens: int) -> list[str]:
+def _released_heads(spec: EncoderSpec, config: AdapterConfig, *, num_mask_tokens: int) -> list[str]:
     if config.method is Method.ADAPTER:
         return []
     names = [
@@ -143,9 +132,8 @@ def _released_heads(spec: ArchSpec, config: AdapterConfig, *, num_mask_tokens: i
         *(f"mask_decoder.output_hypernetworks_mlps.{index}" for index in range(num_mask_tokens)),
         "prompt_encoder",
     ]
-    if spec.tiny is not None and config.scope is Scope.ENCODER_DECODER:
-        names += [f"image_encoder.layers.0.blocks.{index}" for index in range(spec.tiny.depths[0])]
-        names.append("image_encoder.layers.0.downsample")
+    if config.scope is Scope.ENCODER_DECODER:
+        names += [f"{ENCODER_PREFIX}{name}" for name in spec.convolution_stage()]
     return names
 
 

@@ -10,7 +10,8 @@ from typing import Any
 from samgraft.finetune.evaluation.scores import METRIC_BY_KEY, class_names, interval_of, read_cases
 from samgraft.finetune.evaluation.statistics import Interval
 from samgraft.finetune.task import Task
-from samgraft.shared.encoders.architecture import SAM_PIXEL_MEAN
+from samgraft.shared.encoders.base import SAM_PIXEL_MEAN
+from samgraft.shared.encoders.registry import arch_spec
 from samgraft.shared.release.card_page import (
     LIMITS,
     contents_section,
@@ -136,7 +137,8 @@ def _scores(task: Task, scores: TestScores | None) -> str:
 
 
 def _use(card: Card, task: Task, paths: set[str]) -> str:
-    stock = card.arch != "vit_t" and task.image_size == SAM_IMAGE_SIZE and len(task.class_ids) <= SAM_CLASSES
+    in_registry = arch_spec(card.arch, card.stem).registry_name is not None
+    stock = in_registry and task.image_size == SAM_IMAGE_SIZE and len(task.class_ids) <= SAM_CLASSES
     builder = (
         "from segment_anything import sam_model_registry\n"
         f'sam = sam_model_registry["{card.arch}"](checkpoint="sam.pth")'

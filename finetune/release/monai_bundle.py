@@ -18,7 +18,6 @@ import torch
 from samgraft.finetune.inference import evaluating
 from samgraft.finetune.loss import with_background
 from samgraft.finetune.model_folder import FinishedModel
-from samgraft.finetune.slice_network import spec_to_dict
 from samgraft.finetune.task import Task
 from samgraft.shared.release.formats import Artefact, Format
 from samgraft.shared.release.privacy import MONAI_SCHEMA_URL
@@ -117,7 +116,7 @@ def inference_config(model: FinishedModel, subject: Subject) -> dict[str, Any]:
         "output_dir": "$@bundle_root + '/output'",
         "network_def": {
             "_target_": "samgraft.finetune.slice_network.SliceNetwork",
-            "spec": spec_to_dict(subject.spec),
+            "spec": subject.spec.to_dict(),
             "image_size": subject.image_size,
             "num_classes": task.classes.num_classes,
             "num_mask_tokens": subject.num_mask_tokens,

@@ -7,16 +7,16 @@ M = masks per prompt.
 from __future__ import annotations
 
 import torch
-from samgraft.shared.encoders.architecture import Arch, ArchSpec, Stem, arch_spec
-from samgraft.shared.encoders.vit import build_image_encoder
+from samgraft.shared.encoders.base import EncoderSpec
+from samgraft.shared.encoders.registry import arch_spec
 from segment_anything.modeling import MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
 
 
 def build_sam(
-    arch: Arch | ArchSpec | str,
+    arch: EncoderSpec | str,
     *,
     image_size: int | None = None,
-    stem: Stem | None = None,
+    stem: str | None = None,
     num_multimask_outputs: int = 3,
 ) -> Sam:
     """Build a SAM with fresh weights, in eval mode.
@@ -32,7 +32,7 @@ def build_sam(
     """
     spec = arch_spec(arch, stem)
     image_size = spec.native_image_size if image_size is None else image_size
-    encoder = build_image_encoder(spec, image_size=image_size)
+    encoder = spec.build(image_size=image_size)
     grid = image_size // spec.stride
     sam = Sam(
         image_encoder=encoder,
@@ -57,7 +57,7 @@ def build_sam(
 
 def to_pixels(
     images_N1SS: torch.Tensor,
-    spec: ArchSpec,
+    spec: EncoderSpec,
     *,
     pixel_mean: tuple[float, float, float] | None = None,
     pixel_std: tuple[float, float, float] | None = None,

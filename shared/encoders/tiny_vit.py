@@ -17,18 +17,148 @@ Shape letters: B = images; H, W = grid; C = channels; h = heads; n, m = queries 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from samgraft.shared.encoders.architecture import ArchSpec, Stem
-from samgraft.shared.errors import UsageError
-from segment_anything.modeling.common import LayerNorm2d
+from samgraft.shared.encoders.base import (
+    EncoderSpec,
+    ImageEncoder,
+    LayerNames,
+    build_neck,
+    count_blocks,
+    upsample_token_mask,
+)
 from timm.models.tiny_vit import Attention, ConvNorm, MBConv, PatchMerging, TinyVitBlock
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+
+
+class Stem(StrEnum):
+    """Convolutions by which vit_t turns pixels into its first feature map."""
+
+    conv1x1 = "conv1x1"
+    """LiteMedSAM: two 1x1 convolutions of stride 1; 256 px become a 64x64 embedding (total stride 4)."""
+    conv3x3 = "conv3x3"
+    """MobileSAM: two 3x3 convolutions of stride 2; 1024 px become a 64x64 embedding (total stride 16)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TinyViTSpec(EncoderSpec):
+    """Shape of TinyViT as MobileSAM and LiteMedSAM use it; one number per stage."""
+
+    stem: str
+    """Value of :class:`Stem`."""
+    embed_dims: tuple[int, ...] = (64, 128, 160, 320)
+    depths: tuple[int, ...] = (2, 2, 6, 2)
+    num_heads: tuple[int, ...] = (2, 4, 5, 10)
+    attn_window_sizes: tuple[int, ...] = (7, 7, 14, 7)
+
+    family: ClassVar[str] = "tiny"
+    anchors: ClassVar[tuple[str, ...]] = ("patch_embed.seq.0.c.weight", "neck.0.weight")
+    layers: ClassVar[LayerNames] = LayerNames(
+        linear=r"(attn\.(qkv|proj)|mlp\.fc[12])",
+        norms=r"(attn|mlp)\.norm",
+        # Pointwise ones only: peft cannot merge an update into a depthwise convolution.
+        convolutions=r"layers\.(0\.blocks\.\d+|\d+\.downsample)\.conv[13]\.c",
+    )
+    default_objective: ClassVar[str] = "masked_image"
+
+    @classmethod
+    def published(cls) -> tuple[TinyViTSpec, ...]:
+        """Return the shapes of LiteMedSAM and MobileSAM.
+
+        Source:
+            mobile_sam/build_sam.py; LiteMedSAM's published weights.
+        """
+        return (
+            # LiteMedSAM was trained on images scaled to [0, 1]: mean 0, standard deviation 255 on the 0..255 scale.
+            cls(
+                arch="vit_t",
+                native_image_size=256,
+                stem=Stem.conv1x1,
+                pixel_mean=(0.0, 0.0, 0.0),
+                pixel_std=(255.0, 255.0, 255.0),
+            ),
+            cls(arch="vit_t", native_image_size=1024, stem=Stem.conv3x3),
+        )
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> TinyViTSpec:
+        """Read the shape from tensors; input size and pixel statistics are those of the published stem."""
+        kernel = int(tensors["patch_embed.seq.0.c.weight"].shape[-1])
+        stem = Stem.conv1x1 if kernel == 1 else Stem.conv3x3
+        known = next(spec for spec in cls.published() if spec.stem == stem)
+        embed_dims = [int(tensors["layers.0.blocks.0.conv1.c.weight"].shape[1])]
+        depths = [count_blocks(tensors, "layers.0.blocks.")]
+        num_heads, windows = [known.num_heads[0]], [known.attn_window_sizes[0]]
+        for i in range(1, count_blocks(tensors, "layers.")):
+            biases = tensors[f"layers.{i}.blocks.0.attn.attention_biases"]
+            embed_dims.append(int(tensors[f"layers.{i}.blocks.0.attn.norm.weight"].shape[0]))
+            depths.append(count_blocks(tensors, f"layers.{i}.blocks."))
+            num_heads.append(int(biases.shape[0]))
+            windows.append(round(int(biases.shape[1]) ** 0.5))
+        return replace(
+            known,
+            neck_dim=int(tensors["neck.0.weight"].shape[0]),
+            embed_dims=tuple(embed_dims),
+            depths=tuple(depths),
+            num_heads=tuple(num_heads),
+            attn_window_sizes=tuple(windows),
+        )
+
+    def build(self, *, image_size: int) -> TinyViTEncoder:
+        """Build the encoder with fresh weights for a square input of ``image_size`` pixels."""
+        return TinyViTEncoder(self, image_size=image_size)
+
+    @property
+    def stride(self) -> int:
+        """Pixels per position of the image embeddings."""
+        return 4 if self.stem == Stem.conv1x1 else 16
+
+    @property
+    def feature_dim(self) -> int:
+        """Channels of the last stage."""
+        return self.embed_dims[-1]
+
+    @property
+    def mask_token_dim(self) -> int:
+        """Channels of the stem's output."""
+        return self.embed_dims[0]
+
+    @property
+    def crop_unit(self) -> int:
+        """Tokens along a side of the smallest attention window."""
+        return min(self.attn_window_sizes)
+
+    @property
+    def title(self) -> str:
+        """Name for messages, with the stem."""
+        name = "ViT-T" if self.is_standard else "TinyViT of unpublished shape"
+        return f"{name} ({'LiteMedSAM' if self.stem == Stem.conv1x1 else 'MobileSAM'} stem)"
+
+    @property
+    def variant(self) -> str:
+        """Name of the stem."""
+        return str(self.stem)
+
+    def block_names(self) -> list[str]:
+        """Return the transformer blocks by module name; the first stage has convolutions only."""
+        return [f"layers.{i}.blocks.{j}" for i, depth in enumerate(self.depths) if i for j in range(depth)]
+
+    def convolution_stage(self) -> list[str]:
+        """Return the blocks and the downsampling of the first stage."""
+        return [*(f"layers.0.blocks.{index}" for index in range(self.depths[0])), "layers.0.downsample"]
+
+    def qkv_rows(self, part: int, *, out_features: int, num_heads: int) -> Tensor:
+        """Return the output rows of a fused qkv layer that are queries (part 0), keys (1) or values (2).
+
+        timm's TinyViT stacks query, key and value head by head.
+        """
+        rows, head_dim = torch.arange(out_features), out_features // num_heads // 3
+        return rows[(rows % (3 * head_dim)) // head_dim == part]
 
 
 class TinyStage(nn.Module):
@@ -54,9 +184,9 @@ class TinyStage(nn.Module):
 class TinyPatchEmbed(nn.Module):
     """The stem: two convolutions, of stride 1 (LiteMedSAM) or stride 2 (MobileSAM)."""
 
-    def __init__(self, embed_dim: int, *, stem: Stem) -> None:
+    def __init__(self, embed_dim: int, *, stem: str) -> None:
         super().__init__()
-        kernel, stride, pad = (1, 1, 0) if stem is Stem.conv1x1 else (3, 2, 1)
+        kernel, stride, pad = (1, 1, 0) if stem == Stem.conv1x1 else (3, 2, 1)
         self.seq = nn.Sequential(
             ConvNorm(3, embed_dim // 2, kernel, stride, pad),
             nn.GELU(),
@@ -69,35 +199,18 @@ class TinyPatchEmbed(nn.Module):
         return out
 
 
-class TinyViTEncoder(nn.Module):
+class TinyViTEncoder(ImageEncoder):
     """Image encoder vit_t.
 
     Args:
-        spec: Shape; ``spec.tiny`` is given.
+        spec: Shape.
         image_size: Side of the square input in pixels, a multiple of the stride.
-
-    BatchNorm keeps its running statistics by default (``batch_norm_frozen``): with few, partly hidden or few-shot
-    images they would drift away from the published ones, and they are not part of an adapter file. Stage 1 from random
-    weights lets them move: there is nothing to keep.
     """
 
-    def __init__(self, spec: ArchSpec, *, image_size: int) -> None:
-        super().__init__()
-        if spec.tiny is None:
-            raise UsageError(f"TinyViTEncoder must get a vit_t shape, got {spec.title}.")
-        spec.check_image_size(image_size)
-        self.spec = spec
-        self.arch = spec.arch
-        self.img_size = image_size  # segment_anything's name: Sam.preprocess and postprocess_masks read it
-        self.image_size = image_size
-        self.feature_dim = spec.feature_dim
-        self.stride = spec.stride
-        self.mask_token_dim = spec.mask_token_dim
-        self.activation_checkpointing = False
-        self.batch_norm_frozen = True
-        tiny = spec.tiny
-        self.patch_embed = TinyPatchEmbed(tiny.embed_dims[0], stem=tiny.stem)
-        self.layers = nn.ModuleList(_build_stage(spec, index) for index in range(len(tiny.depths)))
+    def __init__(self, spec: TinyViTSpec, *, image_size: int) -> None:
+        super().__init__(spec, image_size=image_size)
+        self.patch_embed = TinyPatchEmbed(spec.embed_dims[0], stem=spec.stem)
+        self.layers = nn.ModuleList(_build_stage(spec, index) for index in range(len(spec.depths)))
         self.neck = build_neck(spec.feature_dim, spec.neck_dim)
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -106,58 +219,32 @@ class TinyViTEncoder(nn.Module):
                     nn.init.zeros_(module.bias)
         _publish_names(self)
 
-    def train(self, mode: bool = True) -> TinyViTEncoder:
-        """Set the mode; frozen BatchNorm stays in eval whatever the mode."""
-        super().train(mode)
-        if self.batch_norm_frozen:
-            for module in self.modules():
-                if isinstance(module, nn.BatchNorm2d):
-                    module.eval()
-        return self
-
-    def forward(self, images_B3SS: torch.Tensor) -> torch.Tensor:
-        """Return image embeddings (B, 256, S/stride, S/stride)."""
-        out: torch.Tensor = self.neck(self.forward_features(images_B3SS))
-        return out
-
     def forward_features(
-        self,
-        images_B3SS: torch.Tensor,
-        *,
-        token_mask_Bhw: torch.Tensor | None = None,
-        mask_token: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Return features before the neck, with hidden tokens replaced.
+        self, images_B3SS: Tensor, *, token_mask_Bhw: Tensor | None = None, mask_token: Tensor | None = None
+    ) -> Tensor:
+        """Return features before the neck (B, feature_dim, S/stride, S/stride), with hidden tokens replaced.
 
-        Args:
-            images_B3SS: Images after ``to_pixels``.
-            token_mask_Bhw: True = hidden, on any grid that divides both the image and the stem's output. No output
-                depends on a hidden pixel: they are zeroed before the stem and its output there is replaced.
-            mask_token: Shape (mask_token_dim,), stands in for a hidden position of the stem's output; zeros if None.
-
-        Returns:
-            Shape (B, feature_dim, S/stride, S/stride).
+        The convolutional stem cannot leave tokens out. Hidden pixels are set to zero before it, and its output there is
+        replaced by the mask token, so that no output depends on a hidden pixel. The grid of the mask must divide both
+        the image and the stem's output.
         """
         # channels_last throughout: 1.4x faster training on a CPU, and the blocks' BHWC views then copy nothing.
         images = images_B3SS.contiguous(memory_format=torch.channels_last)
         if token_mask_Bhw is None:
-            features: torch.Tensor = self.patch_embed(images)
+            features: Tensor = self.patch_embed(images)
         else:
-            hidden = _upsample_mask(token_mask_Bhw, side=images.shape[-1], name="image")
+            hidden = upsample_token_mask(token_mask_Bhw, side=images.shape[-1], name="image")[:, None]
             features = self.patch_embed(images.masked_fill(hidden, 0.0))
-            hidden = _upsample_mask(token_mask_Bhw, side=features.shape[-1], name="stem output")
+            hidden = upsample_token_mask(token_mask_Bhw, side=features.shape[-1], name="stem output")[:, None]
             token = features.new_zeros(self.mask_token_dim) if mask_token is None else mask_token
             features = torch.where(hidden, token.to(features.dtype).view(1, -1, 1, 1), features)
-            features = features.contiguous(memory_format=torch.channels_last)  # torch.where gives NCHW back
+            features = features.contiguous(memory_format=torch.channels_last)  # torch.where returns NCHW
         for stage in self.layers:
-            if self.activation_checkpointing and torch.is_grad_enabled():
-                features = checkpoint(stage, features, use_reentrant=False, context_fn=partial(_once_counted, stage))
-            else:
-                features = stage(features)
+            features = self.run_unit(stage, features)
         return features
 
     def layer_groups(self) -> Iterator[tuple[int, list[nn.Parameter]]]:
-        """Yield (depth index, parameters) from the stem (0) to the neck, for layer-wise learning-rate decay."""
+        """Yield (depth, parameters) from the stem (0) to the neck; a downsampling belongs to the block before it."""
         yield 0, list(self.patch_embed.parameters())
         depth = 0
         for stage in self.layers:
@@ -169,58 +256,22 @@ class TinyViTEncoder(nn.Module):
                 yield depth, list(stage.downsample.parameters())
         yield depth + 1, list(self.neck.parameters())
 
-
-def _once_counted(module: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """Return what surrounds a forward pass and its repetition in the backward pass, for ``checkpoint``."""
-    return nullcontext(), _without_statistics(module)
-
-
-@contextmanager
-def _without_statistics(module: nn.Module) -> Iterator[None]:
-    """Let batch norms that train use a batch's statistics without remembering them: they saw that batch before."""
-    norms = [m for m in module.modules() if isinstance(m, nn.BatchNorm2d) and m.training]
-    before = [(norm, norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]  # type: ignore[union-attr]
-    for norm in norms:
-        norm.momentum = 0.0
-    try:
-        yield
-    finally:
-        for norm, momentum, count in before:
-            norm.momentum = momentum
-            norm.num_batches_tracked.copy_(count)  # type: ignore[union-attr]
+    def units(self) -> Iterator[nn.Module]:
+        """Yield the stages."""
+        yield from self.layers
 
 
-def freeze_batch_norm(module: nn.Module, *, frozen: bool = True) -> None:
-    """Keep (or stop keeping) the BatchNorm statistics of every vit_t encoder inside ``module`` at their values."""
-    for child in module.modules():
-        if isinstance(child, TinyViTEncoder):
-            child.batch_norm_frozen = frozen
-            child.train(child.training)
-
-
-def build_neck(feature_dim: int, neck_dim: int) -> nn.Sequential:
-    """Build segment_anything's neck: features to image embeddings."""
-    return nn.Sequential(
-        nn.Conv2d(feature_dim, neck_dim, kernel_size=1, bias=False),
-        LayerNorm2d(neck_dim),
-        nn.Conv2d(neck_dim, neck_dim, kernel_size=3, padding=1, bias=False),
-        LayerNorm2d(neck_dim),
-    )
-
-
-def _build_stage(spec: ArchSpec, index: int) -> TinyStage:
-    tiny = spec.tiny
-    assert tiny is not None
-    dim, last = tiny.embed_dims[index], len(tiny.depths) - 1
+def _build_stage(spec: TinyViTSpec, index: int) -> TinyStage:
+    dim, last = spec.embed_dims[index], len(spec.depths) - 1
     blocks: list[nn.Module]
     if index == 0:
-        blocks = [MBConv(dim, dim, 4.0, nn.GELU, 0.0) for _ in range(tiny.depths[0])]
+        blocks = [MBConv(dim, dim, 4.0, nn.GELU, 0.0) for _ in range(spec.depths[0])]
     else:
-        window, heads = tiny.attn_window_sizes[index], tiny.num_heads[index]
-        blocks = [GridBlock(dim, heads, window_size=window) for _ in range(tiny.depths[index])]
+        window, heads = spec.attn_window_sizes[index], spec.num_heads[index]
+        blocks = [GridBlock(dim, heads, window_size=window) for _ in range(spec.depths[index])]
     downsample = None
     if index < last:
-        downsample = PatchMerging(dim, tiny.embed_dims[index + 1], nn.GELU)
+        downsample = PatchMerging(dim, spec.embed_dims[index + 1], nn.GELU)
         if index + 1 == last:
             # MobileSAM keeps the resolution at its last step, where TinyViT halves it.
             downsample.conv2.conv.stride = (1, 1)
@@ -235,17 +286,6 @@ def _publish_names(root: nn.Module) -> None:
             del module.conv, module.bn
             module.add_module("c", conv)
             module.add_module("bn", norm)
-
-
-def _upsample_mask(token_mask_Bhw: torch.Tensor, *, side: int, name: str) -> torch.Tensor:
-    """Nearest-upsample to (B, 1, side, side) bool."""
-    height, width = token_mask_Bhw.shape[-2:]
-    if token_mask_Bhw.dtype != torch.bool:
-        raise ValueError(f"token_mask must be bool (True = hidden), got {token_mask_Bhw.dtype}.")
-    if height != width or side % height:
-        raise ValueError(f"token_mask grid must be square and divide the {name} side {side}, got {height}x{width}.")
-    mask = F.interpolate(token_mask_Bhw[:, None].to(torch.uint8), scale_factor=side // height, mode="nearest")
-    return mask.bool()
 
 
 class GridAttention(Attention):

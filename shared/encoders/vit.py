@@ -1,76 +1,207 @@
-"""vit_b, vit_l and vit_h: segment_anything's image encoder at any size, for masked training too.
+"""Windowed vision transformers of segment_anything (vit_b, vit_l, vit_h) at any image size.
 
-Shape letters: B = images; S = image side (pixels); g = S / 16 tokens per side; N = g g tokens, or
-those kept; h, w = grid of ``token_mask``; C = channels; P = numbers per patch.
+Shape letters: B = images; S = image side (pixels); g = S / patch size, tokens per side; N = g g tokens, or those kept;
+h, w = grid of ``token_mask``; C = channels; P = numbers per patch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Protocol
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from samgraft.shared.encoders.architecture import Arch, ArchSpec
-from samgraft.shared.encoders.relpos_attention import attend, plan_all, plan_visible
-from samgraft.shared.encoders.tiny_vit import TinyViTEncoder, build_neck
+from samgraft.shared.encoders.attention import mix_tokens, plan_all, plan_visible
+from samgraft.shared.encoders.base import (
+    EncoderSpec,
+    LayerNames,
+    TokenDroppingEncoder,
+    build_neck,
+    count_blocks,
+    cut_patches,
+    upsample_token_mask,
+)
 from samgraft.shared.encoders.windows import Plan
-from samgraft.shared.errors import UsageError
+from segment_anything.modeling import ImageEncoderViT
 from segment_anything.modeling.common import MLPBlock
 from segment_anything.modeling.image_encoder import Attention, PatchEmbed
-from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch import Tensor, nn
 
 
-class MaskableEncoder(Protocol):
-    """What both stages may rely on, whatever the architecture."""
+@dataclass(frozen=True, kw_only=True)
+class ViTSpec(EncoderSpec):
+    """Shape of segment_anything's windowed ViT."""
 
-    spec: ArchSpec
-    arch: Arch
-    image_size: int
-    feature_dim: int
-    stride: int
-    mask_token_dim: int
-    activation_checkpointing: bool
-    neck: nn.Sequential
+    embed_dim: int
+    depth: int
+    num_heads: int
+    global_blocks: tuple[int, ...]
+    """Blocks that attend to the whole grid, counted from 0; all others attend within windows."""
+    patch_size: int = 16
+    attn_window_size: int = 14
 
-    def forward_features(
-        self,
-        images_B3SS: torch.Tensor,
-        *,
-        token_mask_Bhw: torch.Tensor | None = None,
-        mask_token: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Return features before the neck (B, feature_dim, S/stride, S/stride)."""
-        ...
+    family: ClassVar[str] = "plain"
+    anchors: ClassVar[tuple[str, ...]] = ("patch_embed.proj.weight", "pos_embed", "blocks.0.norm1.weight")
+    layers: ClassVar[LayerNames] = LayerNames(linear=r"(attn\.(qkv|proj)|mlp\.lin[12])", norms=r"norm[12]")
+    default_objective: ClassVar[str] = "mae"
+    release_formats: ClassVar[frozenset[str]] = frozenset({"sam", "transformers", "onnx"})
 
-    def layer_groups(self) -> Iterator[tuple[int, list[nn.Parameter]]]:
-        """Yield (depth index, parameters) from stem to neck."""
-        ...
+    @classmethod
+    def published(cls) -> tuple[ViTSpec, ...]:
+        """Return the shapes of SAM's encoders.
+
+        Source:
+            segment_anything/build_sam.py.
+        """
+        numbers = {
+            "vit_b": (768, 12, 12, (2, 5, 8, 11)),
+            "vit_l": (1024, 24, 16, (5, 11, 17, 23)),
+            "vit_h": (1280, 32, 16, (7, 15, 23, 31)),
+        }
+        return tuple(
+            cls(
+                arch=arch,
+                native_image_size=1024,
+                embed_dim=embed_dim,
+                depth=depth,
+                num_heads=num_heads,
+                global_blocks=global_blocks,
+            )
+            for arch, (embed_dim, depth, num_heads, global_blocks) in numbers.items()
+        )
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> ViTSpec:
+        """Read the shape from tensors; of a ViT without relative positions it is guessed from width and depth."""
+        embed_dim, depth = int(tensors["pos_embed"].shape[-1]), count_blocks(tensors, "blocks.")
+        grid = int(tensors["pos_embed"].shape[1])
+        if not any("rel_pos" in key for key in tensors):
+            return cls._without_relative_positions(embed_dim, depth, grid=grid)
+        patch_size = int(tensors["patch_embed.proj.weight"].shape[-1])
+        rows = [int(tensors[f"blocks.{i}.attn.rel_pos_h"].shape[0]) for i in range(depth)]
+        head_dim = int(tensors["blocks.0.attn.rel_pos_h"].shape[1])
+        neck_dim = int(tensors["neck.0.weight"].shape[0])
+        for spec in cls.published():
+            if (spec.embed_dim, spec.depth, spec.num_heads) == (embed_dim, depth, embed_dim // head_dim):
+                return spec
+        # The relative positions of a global block cover the grid (2 g - 1 rows), those of a windowed block the window
+        # (27 rows at 14). Where both are equal one window is the grid, and the two kinds of block are the same.
+        global_blocks = tuple(i for i, n in enumerate(rows) if n == 2 * grid - 1)
+        global_blocks = () if len(global_blocks) == depth else global_blocks
+        window = (next(n for i, n in enumerate(rows) if i not in global_blocks) + 1) // 2
+        return cls(
+            arch="vit_b",
+            native_image_size=grid * patch_size,
+            embed_dim=embed_dim,
+            depth=depth,
+            num_heads=embed_dim // head_dim,
+            global_blocks=global_blocks,
+            patch_size=patch_size,
+            attn_window_size=window,
+            neck_dim=neck_dim,
+        )
+
+    @classmethod
+    def _without_relative_positions(cls, embed_dim: int, depth: int, *, grid: int) -> ViTSpec:
+        # Heads and windows leave no trace in the tensors of such a file (MAE, DINO).
+        for spec in cls.published():
+            if (spec.embed_dim, spec.depth) == (embed_dim, depth):
+                return spec
+        return cls(
+            arch="vit_b",
+            native_image_size=16 * grid,
+            embed_dim=embed_dim,
+            depth=depth,
+            num_heads=max(1, embed_dim // 64),
+            global_blocks=(),
+        )
+
+    def image_size_of(self, tensors: Mapping[str, Tensor]) -> int:
+        """Return the input side in pixels that the absolute positions were made for."""
+        return int(tensors["pos_embed"].shape[1]) * self.patch_size
+
+    def build(self, *, image_size: int) -> ViTEncoder:
+        """Build the encoder with fresh weights for a square input of ``image_size`` pixels."""
+        return ViTEncoder(self, image_size=image_size)
+
+    @property
+    def stride(self) -> int:
+        """Pixels per token along a side."""
+        return self.patch_size
+
+    @property
+    def feature_dim(self) -> int:
+        """Channels before the neck."""
+        return self.embed_dim
+
+    @property
+    def mask_token_dim(self) -> int:
+        """Channels of a token."""
+        return self.embed_dim
+
+    @property
+    def crop_unit(self) -> int:
+        """Tokens along a side of an attention window."""
+        return self.attn_window_size
+
+    @property
+    def natural_mask_unit_px(self) -> int:
+        """Side of one token in pixels."""
+        return self.patch_size
+
+    @property
+    def title(self) -> str:
+        """Name for messages, with width and depth."""
+        name = f"ViT-{self.arch[-1].upper()}" if self.is_standard else "ViT of unpublished shape"
+        return f"{name} ({self.embed_dim}x{self.depth})"
+
+    @property
+    def registry_name(self) -> str | None:
+        """Name in ``sam_model_registry``, which builds the published shapes."""
+        return self.arch if self.is_standard else None
+
+    def block_names(self) -> list[str]:
+        """Return the transformer blocks by module name."""
+        return [f"blocks.{index}" for index in range(self.depth)]
+
+    def has_tensors_of(self, other: EncoderSpec) -> bool:
+        """Return True if weights have the same names and shapes, position tables aside."""
+        numbers = ("embed_dim", "depth", "num_heads", "patch_size")
+        return isinstance(other, ViTSpec) and all(getattr(self, n) == getattr(other, n) for n in numbers)
 
 
 class RelPosAttention(Attention):
-    """segment_anything's attention, same parameters; who attends to whom comes from a plan."""
+    """Attention with the parameters of segment_anything's, within the windows of a plan."""
 
     def __init__(self, dim: int, *, num_heads: int, side: int, windowed: bool) -> None:
         super().__init__(dim, num_heads=num_heads, use_rel_pos=True, input_size=(side, side))
         self.windowed = windowed
 
-    def forward(self, tokens_BNC: torch.Tensor, plan: Plan) -> torch.Tensor:
-        """Attend within the plan's windows, or globally."""
-        windows = plan.windowed if self.windowed else plan.everyone
-        # What a zero-padded position contributes; a layer that carries an adapter is asked itself.
-        is_plain = type(self.qkv) is nn.Linear
-        padding_D = self.qkv.bias if is_plain else self.qkv(tokens_BNC.new_zeros(tokens_BNC.shape[-1]))
-        mixed = attend(
-            self.qkv(tokens_BNC), padding_D, self.rel_pos_h, self.rel_pos_w, windows, num_heads=self.num_heads
-        )
-        out: torch.Tensor = self.proj(mixed)
+    def forward(self, tokens_BNC: Tensor, plan: Plan | None) -> Tensor:
+        """Mix tokens within windows or globally; without a plan globally and without relative positions."""
+        if plan is None:
+            query, key, value = (
+                part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+                for part in self.qkv(tokens_BNC).chunk(3, dim=-1)
+            )
+            mixed_BNC = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+        else:
+            windows = plan.windowed if self.windowed else plan.everyone
+            # segment_anything pads edge windows with zero tokens, whose queries, keys and values are the bias of qkv. A
+            # layer with an adapter may add to that, so it is run on a zero token.
+            is_linear = type(self.qkv) is nn.Linear
+            padding_D = self.qkv.bias if is_linear else self.qkv(tokens_BNC.new_zeros(tokens_BNC.shape[-1]))
+            mixed_BNC = mix_tokens(
+                self.qkv(tokens_BNC), padding_D, self.rel_pos_h, self.rel_pos_w, windows, num_heads=self.num_heads
+            )
+        out: Tensor = self.proj(mixed_BNC)
         return out
 
 
 class PlannedBlock(nn.Module):
-    """segment_anything's transformer block, same parameters, on tokens in any order."""
+    """Transformer block with the parameters of segment_anything's, for tokens in any order."""
 
     def __init__(self, dim: int, *, num_heads: int, side: int, windowed: bool) -> None:
         super().__init__()
@@ -79,190 +210,148 @@ class PlannedBlock(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = MLPBlock(embedding_dim=dim, mlp_dim=4 * dim)
 
-    def forward(self, tokens_BNC: torch.Tensor, plan: Plan) -> torch.Tensor:
-        """Attention and MLP with their residuals."""
+    def forward(self, tokens_BNC: Tensor, plan: Plan | None) -> Tensor:
+        """Run attention and MLP with their residuals."""
         tokens_BNC = tokens_BNC + self.attn(self.norm1(tokens_BNC), plan)
-        out: torch.Tensor = tokens_BNC + self.mlp(self.norm2(tokens_BNC))
+        out: Tensor = tokens_BNC + self.mlp(self.norm2(tokens_BNC))
         return out
 
 
-class ImageEncoder(nn.Module):
-    """segment_anything's parameters and names at any image size that is a multiple of the patch; same outputs, faster.
+class ViTEncoder(TokenDroppingEncoder):
+    """Image encoder vit_b, vit_l or vit_h.
 
-    ``forward`` and ``forward_features`` equal segment_anything's encoder. ``forward_visible`` runs kept tokens only.
+    It has segment_anything's parameters and names, at any image size that is a multiple of the patch. ``forward``
+    equals segment_anything's encoder; ``forward_visible`` encodes kept tokens only.
     """
 
-    def __init__(self, spec: ArchSpec, *, image_size: int) -> None:
-        super().__init__()
-        if spec.plain is None:
-            raise UsageError(f"ImageEncoder must get a plain ViT shape, got {spec.title}.")
-        spec.check_image_size(image_size)
-        plain = spec.plain
-        self.spec = spec
-        self.arch = spec.arch
-        self.img_size = image_size  # segment_anything's name: Sam.preprocess and postprocess_masks read it
-        self.image_size = image_size
-        self.grid = image_size // plain.patch_size
-        self.attn_window_size = plain.attn_window_size
-        self.feature_dim = spec.feature_dim
-        self.stride = spec.stride
-        self.mask_token_dim = spec.mask_token_dim
-        self.activation_checkpointing = False
+    def __init__(self, spec: ViTSpec, *, image_size: int) -> None:
+        super().__init__(spec, image_size=image_size)
+        self.grid = image_size // spec.patch_size
+        self.attn_window_size = spec.attn_window_size
         self._last_plan: tuple[int, torch.device, Plan] | None = None
-        patch = (plain.patch_size, plain.patch_size)
-        self.patch_embed = PatchEmbed(kernel_size=patch, stride=patch, embed_dim=plain.embed_dim)
-        self.pos_embed = nn.Parameter(torch.zeros(1, self.grid, self.grid, plain.embed_dim))
+        patch = (spec.patch_size, spec.patch_size)
+        self.patch_embed = PatchEmbed(kernel_size=patch, stride=patch, embed_dim=spec.embed_dim)
+        self.pos_embed = nn.Parameter(torch.zeros(1, self.grid, self.grid, spec.embed_dim))
         self.blocks = nn.ModuleList()
-        for index in range(plain.depth):
-            windowed = index not in plain.global_blocks
-            side = plain.attn_window_size if windowed else self.grid
-            self.blocks.append(PlannedBlock(plain.embed_dim, num_heads=plain.num_heads, side=side, windowed=windowed))
-        self.neck = build_neck(plain.embed_dim, spec.neck_dim)
-
-    def forward(self, images_B3SS: torch.Tensor) -> torch.Tensor:
-        """Return image embeddings (B, 256, g, g)."""
-        out: torch.Tensor = self.neck(self.forward_features(images_B3SS))
-        return out
+        for index in range(spec.depth):
+            windowed = index not in spec.global_blocks
+            side = spec.attn_window_size if windowed else self.grid
+            self.blocks.append(PlannedBlock(spec.embed_dim, num_heads=spec.num_heads, side=side, windowed=windowed))
+        self.neck = build_neck(spec.embed_dim, spec.neck_dim)
 
     def forward_features(
-        self,
-        images_B3SS: torch.Tensor,
-        *,
-        token_mask_Bhw: torch.Tensor | None = None,
-        mask_token: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Return features before the neck, with hidden tokens replaced by ``mask_token`` in place.
+        self, images_B3SS: Tensor, *, token_mask_Bhw: Tensor | None = None, mask_token: Tensor | None = None
+    ) -> Tensor:
+        """Return features before the neck (B, C, g, g), with hidden tokens replaced by a mask token.
 
-        Args:
-            images_B3SS: Images after ``to_pixels``.
-            token_mask_Bhw: True = hidden, on any grid that divides the token grid.
-            mask_token: Shape (C,); zeros if None. Positions are added to it as to any token.
-
-        Returns:
-            Shape (B, C, g, g).
+        Positions are added to the mask token as to any other token.
         """
-        tokens_BggC = self._embed(images_B3SS)
+        self._check_images(images_B3SS)
+        tokens_BggC: Tensor = self.patch_embed(images_B3SS)
         if token_mask_Bhw is not None:
             token = tokens_BggC.new_zeros(self.mask_token_dim) if mask_token is None else mask_token.to(tokens_BggC)
-            hidden = _to_token_grid(token_mask_Bhw, side=self.grid)
-            tokens_BggC = torch.where(hidden[..., None], token, tokens_BggC)
+            hidden_Bgg = upsample_token_mask(token_mask_Bhw, side=self.grid, name="token grid")
+            tokens_BggC = torch.where(hidden_Bgg[..., None], token, tokens_BggC)
         tokens_BNC = (tokens_BggC + self.pos_embed).flatten(1, 2)
         plan = self._dense_plan(len(images_B3SS), images_B3SS.device)
         if plan.order is None:
-            raster_BNC = self._run_blocks(tokens_BNC, plan)
+            tokens_BNC = self._run_blocks(tokens_BNC, plan)
         else:
+            # Tokens are kept window by window through all blocks and brought back to raster order once.
             tokens_BNC = self._run_blocks(tokens_BNC.index_select(1, plan.order), plan)
-            raster_BNC = tokens_BNC.index_select(1, plan.order.argsort())
-        return raster_BNC.transpose(1, 2).reshape(len(images_B3SS), -1, self.grid, self.grid)
+            tokens_BNC = tokens_BNC.index_select(1, plan.order.argsort())
+        return tokens_BNC.transpose(1, 2).reshape(len(images_B3SS), -1, self.grid, self.grid)
 
-    def forward_visible(self, images_B3SS: torch.Tensor, ids_keep_BN: torch.Tensor) -> torch.Tensor:
-        """Encode kept tokens only: hidden ones cost nothing and influence nothing.
+    def forward_visible(self, images_B3SS: Tensor, ids_keep_BN: Tensor, *, relative_positions: bool = True) -> Tensor:
+        """Encode the kept tokens only; hidden ones cost nothing and influence nothing.
 
-        Equal to the dense encoder in which hidden tokens are removed from every softmax; with all tokens kept, to the
-        encoder itself.
+        Equal to the dense encoder with hidden tokens removed from every softmax, and to the encoder itself if all
+        tokens are kept. Arguments and result as in :class:`TokenDroppingEncoder`.
 
-        Args:
-            images_B3SS: Images after ``to_pixels``.
-            ids_keep_BN: Raster numbers of the kept tokens of each image, int64, any order, no repeats; -1 fills up
-                images that keep fewer than others.
+        Without relative positions the blocks run as in the official MAE code. Published continuations of SAM by
+        masked modelling were most likely trained like that; SAM itself and stage 2 use windows and relative positions.
 
-        Returns:
-            Features before the neck in the order of ``ids_keep_BN``, shape (B, N, C); undefined where it is -1.
+        Raises:
+            ValueError: If images have another size, or ``ids_keep_BN`` is empty or out of range.
         """
         self._check_images(images_B3SS)
-        side = self.grid * self.grid
+        num_tokens = self.grid * self.grid
         if (
             ids_keep_BN.ndim != 2
             or not ids_keep_BN.shape[1]
-            or bool((ids_keep_BN < -1).any() | (ids_keep_BN >= side).any())
+            or bool((ids_keep_BN < -1).any() | (ids_keep_BN >= num_tokens).any())
         ):
-            raise ValueError(f"ids_keep must be (B, N) token numbers below {side}, at least one, got {ids_keep_BN}.")
+            raise ValueError(
+                f"ids_keep must be (B, N) token numbers below {num_tokens}, at least one, got {ids_keep_BN}."
+            )
         patches_BNP = cut_patches(images_B3SS, self.stride)
-        ids = ids_keep_BN.clamp(min=0)
-        return self._encode_patches(
-            patches_BNP.gather(1, ids[..., None].expand(-1, -1, patches_BNP.shape[-1])), ids_keep_BN
-        )
+        places_BNP = ids_keep_BN.clamp(min=0)[..., None].expand(-1, -1, patches_BNP.shape[-1])
+        patches_BNP = patches_BNP.gather(1, places_BNP)
+        if not relative_positions:
+            return self._run_blocks(self._embed_patches(patches_BNP, ids_keep_BN), None)
+        return self.forward_patches(patches_BNP, ids_keep_BN)
 
-    def forward_patches(self, patches_BNP: torch.Tensor, ids_keep_BN: torch.Tensor) -> torch.Tensor:
-        """Encode patches as if they stood at these places of the grid and nothing else existed.
+    def forward_patches(self, patches_BNP: Tensor, ids_keep_BN: Tensor) -> Tensor:
+        """Encode patches as if they were at these places of the grid and no other token existed."""
+        tokens_BNC = self._embed_patches(patches_BNP, ids_keep_BN)
+        return self._run_blocks(tokens_BNC, plan_visible(ids_keep_BN, grid=self.grid, side=self.attn_window_size))
 
-        Args:
-            patches_BNP: From ``cut_patches``, of images after ``to_pixels``.
-            ids_keep_BN: As for ``forward_visible``; not checked again.
-
-        Returns:
-            As ``forward_visible``.
-        """
-        return self._encode_patches(patches_BNP, ids_keep_BN)
-
-    def _encode_patches(self, patches_BNP: torch.Tensor, ids_keep_BN: torch.Tensor) -> torch.Tensor:
-        tokens_BNC = self.embed_patches(patches_BNP, ids_keep_BN)
-        plan = plan_visible(ids_keep_BN, grid=self.grid, side=self.attn_window_size)
-        return self._run_blocks(tokens_BNC, plan)
-
-    def embed_patches(self, patches_BNP: torch.Tensor, ids_keep_BN: torch.Tensor) -> torch.Tensor:
-        """Return the tokens (B, N, C) of patches with the positions of their places added."""
-        proj = self.patch_embed.proj
-        positions_BNC = self.pos_embed.flatten(0, 2)[ids_keep_BN.clamp(min=0)]
-        return F.linear(patches_BNP, proj.weight.flatten(1), proj.bias) + positions_BNC
+    def relative_position_tables(self) -> list[nn.Parameter]:
+        """Return the parameters that ``relative_positions=False`` does not use."""
+        return [p for name, p in self.named_parameters() if name.endswith(("rel_pos_h", "rel_pos_w"))]
 
     def layer_groups(self) -> Iterator[tuple[int, list[nn.Parameter]]]:
-        """Yield (depth index, parameters) from the patch embedding (0) to the neck."""
+        """Yield (depth, parameters) from the patch embedding (0) to the neck."""
         yield 0, [self.pos_embed, *self.patch_embed.parameters()]
         for index, block in enumerate(self.blocks):
             yield index + 1, list(block.parameters())
         yield len(self.blocks) + 1, list(self.neck.parameters())
 
+    def units(self) -> Iterator[nn.Module]:
+        """Yield the blocks."""
+        yield from self.blocks
+
+    def for_export(self) -> nn.Module:
+        """Return segment_anything's own encoder with these weights, which has no custom autograd function."""
+        spec = self.spec
+        assert isinstance(spec, ViTSpec)
+        stock: nn.Module = ImageEncoderViT(
+            img_size=self.image_size,
+            patch_size=spec.patch_size,
+            embed_dim=spec.embed_dim,
+            depth=spec.depth,
+            num_heads=spec.num_heads,
+            mlp_ratio=4,
+            out_chans=spec.neck_dim,
+            norm_layer=partial(nn.LayerNorm, eps=1e-6),
+            use_rel_pos=True,
+            window_size=spec.attn_window_size,
+            global_attn_indexes=spec.global_blocks,
+        )
+        stock.load_state_dict(self.state_dict(), strict=True)
+        return stock.eval()
+
+    def _embed_patches(self, patches_BNP: Tensor, ids_keep_BN: Tensor) -> Tensor:
+        """Return the tokens (B, N, C) of patches, with the positions of their places added."""
+        proj = self.patch_embed.proj
+        positions_BNC = self.pos_embed.flatten(0, 2)[ids_keep_BN.clamp(min=0)]
+        return F.linear(patches_BNP, proj.weight.flatten(1), proj.bias) + positions_BNC
+
     def _dense_plan(self, num_images: int, device: torch.device) -> Plan:
-        """Plan of the last batch shape, kept because it is the same at every step."""
         if torch.compiler.is_compiling():
             return plan_all(self.grid, self.attn_window_size, num_images, device)
+        # The batch shape is the same at every step, so the plan of the last one is kept.
         if self._last_plan is None or self._last_plan[:2] != (num_images, device):
             plan = plan_all(self.grid, self.attn_window_size, num_images, device)
             self._last_plan = (num_images, device, plan)
         return self._last_plan[2]
 
-    def _embed(self, images_B3SS: torch.Tensor) -> torch.Tensor:
-        self._check_images(images_B3SS)
-        tokens: torch.Tensor = self.patch_embed(images_B3SS)
-        return tokens
-
-    def _check_images(self, images_B3SS: torch.Tensor) -> None:
+    def _check_images(self, images_B3SS: Tensor) -> None:
         if images_B3SS.shape[1:] != (3, self.image_size, self.image_size):
             size = self.image_size
             raise ValueError(f"images must have shape (B, 3, {size}, {size}), got {tuple(images_B3SS.shape)}.")
 
-    def _run_blocks(self, tokens_BNC: torch.Tensor, plan: Plan) -> torch.Tensor:
+    def _run_blocks(self, tokens_BNC: Tensor, plan: Plan | None) -> Tensor:
         for block in self.blocks:
-            if self.activation_checkpointing and torch.is_grad_enabled():
-                tokens_BNC = checkpoint(block, tokens_BNC, plan, use_reentrant=False)
-            else:
-                tokens_BNC = block(tokens_BNC, plan)
+            tokens_BNC = self.run_unit(block, tokens_BNC, plan)
         return tokens_BNC
-
-
-def cut_patches(images_B3SS: torch.Tensor, patch_size: int) -> torch.Tensor:
-    """Cut images into flattened patches (B, g g, 3 p p), channel first as in the convolution's weight."""
-    side = images_B3SS.shape[-1] // patch_size
-    cut = images_B3SS.unflatten(3, (side, patch_size)).unflatten(2, (side, patch_size))
-    patches: torch.Tensor = cut.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
-    return patches
-
-
-def build_image_encoder(spec: ArchSpec, *, image_size: int) -> ImageEncoder | TinyViTEncoder:
-    """Build the encoder of a shape with fresh weights."""
-    if spec.plain is None:
-        return TinyViTEncoder(spec, image_size=image_size)
-    return ImageEncoder(spec, image_size=image_size)
-
-
-def _to_token_grid(token_mask_Bhw: torch.Tensor, *, side: int) -> torch.Tensor:
-    height, width = token_mask_Bhw.shape[-2:]
-    if token_mask_Bhw.dtype != torch.bool:
-        raise ValueError(f"token_mask must be bool (True = hidden), got {token_mask_Bhw.dtype}.")
-    if height != width or side % height:
-        raise ValueError(f"token_mask grid must be square and divide the token grid {side}, got {height}x{width}.")
-    if height == side:
-        return token_mask_Bhw
-    scaled = F.interpolate(token_mask_Bhw[:, None].to(torch.uint8), scale_factor=side // height, mode="nearest")
-    return scaled[:, 0].bool()

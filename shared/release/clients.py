@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from samgraft.shared.encoders.architecture import spec_from_tensors
+from samgraft.shared.encoders.registry import spec_from_tensors
 from samgraft.shared.errors import WeightsError
 from samgraft.shared.release.subject import Subject, decoder_outputs
 from segment_anything import SamPredictor, sam_model_registry
@@ -37,13 +37,13 @@ def segment_anything_client(path: Path, probe: Mapping[str, Tensor], options: Ma
     if not subject.is_whole:
         return _encoder_alone(subject, probe)
     if subject.is_stock:
-        sam = sam_model_registry[subject.spec.arch.value]()
+        sam = sam_model_registry[str(subject.spec.registry_name)]()
         sam.load_state_dict(dict(subject.tensors), strict=True)
         sam.eval()
-        builder = f"segment_anything's registry {subject.spec.arch.value}, SamPredictor"
+        builder = f"segment_anything's registry {subject.spec.arch}, SamPredictor"
     else:
         sam = subject.build()
-        builder = f"samgraft's builder for {subject.spec.arch.value} at {subject.image_size} px, SamPredictor"
+        builder = f"samgraft's builder for {subject.spec.arch} at {subject.image_size} px, SamPredictor"
     for name in ("pixel_mean", "pixel_std"):  # MedSAM's differ from SAM's and are not in the file; the card names them
         getattr(sam, name).copy_(torch.tensor(options[name]).view(-1, 1, 1))
     predictor = SamPredictor(sam)
@@ -58,12 +58,13 @@ def segment_anything_client(path: Path, probe: Mapping[str, Tensor], options: Ma
 
 
 def _encoder_alone(subject: Subject, probe: Mapping[str, Tensor]) -> Outputs:
-    if subject.spec.plain is None or not subject.spec.is_standard or subject.image_size != 1024:
-        title = f"samgraft's encoder for {subject.spec.arch.value} at {subject.image_size} px"
+    name = subject.spec.registry_name
+    if name is None or subject.image_size != subject.spec.native_image_size:
+        title = f"samgraft's encoder for {subject.spec.arch} at {subject.image_size} px"
         return {"embeddings": subject.build_encoder()(probe["pixels_N3SS"])}, title
-    encoder = sam_model_registry[subject.spec.arch.value]().image_encoder
+    encoder = sam_model_registry[name]().image_encoder
     encoder.load_state_dict(subject.encoder_tensors(), strict=True)
-    title = f"segment_anything's ImageEncoderViT of {subject.spec.arch.value}"
+    title = f"segment_anything's ImageEncoderViT of {name}"
     return {"embeddings": encoder.eval()(probe["pixels_N3SS"])}, title
 
 

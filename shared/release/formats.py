@@ -88,9 +88,9 @@ def _write_sam(subject: Subject, folder: Path) -> list[Artefact]:
 
 
 def _why_not_transformers(subject: Subject) -> str | None:
-    if subject.spec.plain is None:
-        return "transformers' SamModel has plain ViT encoders only and cannot express vit_t; sam.safetensors holds it."
-    return None
+    if "transformers" in subject.spec.release_formats:
+        return None
+    return f"transformers' SamModel cannot express {subject.spec.arch}; sam.safetensors contains it."
 
 
 def _write_transformers(subject: Subject, folder: Path) -> list[Artefact]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib.util
 import io
 import warnings
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ import torch
 from samgraft.shared.encoders.sam import decode_automatic
 from samgraft.shared.release.formats import Artefact, Format
 from samgraft.shared.release.subject import Subject
-from segment_anything.modeling import ImageEncoderViT, Sam
+from segment_anything.modeling import Sam
 from segment_anything.utils.onnx import SamOnnxModel
 from torch import Tensor, nn
 
@@ -40,6 +39,8 @@ class AutomaticDecoder(nn.Module):
 
 
 def _why_not(subject: Subject) -> str | None:
+    if "onnx" not in subject.spec.release_formats:
+        return f"encoders of {subject.spec.arch} cannot be exported to ONNX."
     if missing := [name for name in ("onnx", "onnxruntime") if importlib.util.find_spec(name) is None]:
         return f"{' and '.join(missing)} not installed: pip install 'samgraft[onnx]'"
     num_bytes = sum(t.numel() * t.element_size() for t in subject.encoder_tensors().values())
@@ -53,7 +54,8 @@ def _write(subject: Subject, folder: Path) -> list[Artefact]:
     folder.mkdir()
     size, grid = subject.image_size, subject.image_size // subject.spec.stride
     pixels = torch.rand(1, 3, size, size)
-    _export(_plain_encoder(subject), (pixels,), folder / "encoder.onnx", inputs=["pixels"], outputs=["embeddings"])
+    encoder = subject.build_encoder().for_export()
+    _export(encoder, (pixels,), folder / "encoder.onnx", inputs=["pixels"], outputs=["embeddings"])
     if subject.is_whole:
         sam = subject.build()
         embeddings = torch.rand(1, subject.spec.neck_dim, grid, grid)
@@ -66,27 +68,6 @@ def _write(subject: Subject, folder: Path) -> list[Artefact]:
         )
         _export_prompted(sam, embeddings, folder / "decoder.onnx", side=4 * grid)
     return [Artefact(path="onnx", client="onnx", options={"encoder": not subject.is_whole})]
-
-
-def _plain_encoder(subject: Subject) -> nn.Module:
-    plain = subject.spec.plain
-    if plain is None:
-        return subject.build_encoder()
-    encoder: nn.Module = ImageEncoderViT(
-        img_size=subject.image_size,
-        patch_size=plain.patch_size,
-        embed_dim=plain.embed_dim,
-        depth=plain.depth,
-        num_heads=plain.num_heads,
-        mlp_ratio=4,
-        out_chans=subject.spec.neck_dim,
-        norm_layer=partial(nn.LayerNorm, eps=1e-6),
-        use_rel_pos=True,
-        window_size=plain.attn_window_size,
-        global_attn_indexes=plain.global_blocks,
-    )
-    encoder.load_state_dict(subject.encoder_tensors(), strict=True)
-    return encoder.eval()
 
 
 def _export_prompted(sam: Sam, embeddings: Tensor, path: Path, *, side: int) -> None:

@@ -9,10 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from samgraft.shared.encoders.architecture import ArchSpec
+from samgraft.shared.encoders.base import EncoderSpec, ImageEncoder
 from samgraft.shared.encoders.sam import build_sam, decode_automatic, decode_boxes, to_pixels
-from samgraft.shared.encoders.tiny_vit import TinyViTEncoder
-from samgraft.shared.encoders.vit import ImageEncoder, build_image_encoder
 from segment_anything.modeling import Sam
 from torch import Tensor
 
@@ -26,7 +24,7 @@ class Subject:
 
     tensors: Mapping[str, Tensor]
     """Keys ``image_encoder.*``, for a whole SAM ``prompt_encoder.*`` and ``mask_decoder.*`` too."""
-    spec: ArchSpec
+    spec: EncoderSpec
     image_size: int
     """Side of the square input in pixels."""
 
@@ -43,8 +41,8 @@ class Subject:
     @property
     def is_stock(self) -> bool:
         """True if segment_anything's own registry builds it: a published plain ViT at its size, 4 mask tokens."""
-        is_stock = self.spec.plain is not None and self.spec.is_standard
-        return is_stock and self.image_size == self.spec.native_image_size and self.num_mask_tokens == 4
+        fits = self.spec.registry_name is not None and self.image_size == self.spec.native_image_size
+        return fits and self.num_mask_tokens == 4
 
     def build(self) -> Sam:
         """Return the SAM, strictly loaded, in eval mode."""
@@ -52,9 +50,9 @@ class Subject:
         sam.load_state_dict(dict(self.tensors), strict=True)
         return sam.eval()
 
-    def build_encoder(self) -> ImageEncoder | TinyViTEncoder:
+    def build_encoder(self) -> ImageEncoder:
         """Return the image encoder, strictly loaded, in eval mode."""
-        encoder = build_image_encoder(self.spec, image_size=self.image_size)
+        encoder = self.spec.build(image_size=self.image_size)
         encoder.load_state_dict(self.encoder_tensors(), strict=True)
         return encoder.eval()
 

@@ -11,20 +11,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
+from samgraft.shared.encoders.registry import encoder_anchors
 from samgraft.shared.errors import WeightsError
 from samgraft.shared.weights.safe_read import RawFile, iterate_tensors
 from samgraft.shared.weights.transformers_format import SHARED_POSITIONS, from_transformers
 from samgraft.shared.weights.unfinished import FINISH_RUN
 
 PARTS = ("image_encoder", "prompt_encoder", "mask_decoder")
-# A tensor that every layout of a kind has; several, so that a file lacking one is still recognised and refused by name.
-_ENCODER_ANCHORS = (
-    "patch_embed.proj.weight",
-    "patch_embed.seq.0.c.weight",
-    "neck.0.weight",
-    "pos_embed",
-    "blocks.0.norm1.weight",
-)
 _TRANSFORMERS_ANCHOR = "vision_encoder.patch_embed.projection.weight"
 _WRAPPING = frozenset({"module", "_orig_mod"})
 # Of several encoders in one file the first of these is taken, and said.
@@ -60,7 +53,7 @@ def recognise(raw: RawFile) -> SamTensors:
     if root is not None:
         inside = _under(flat, root, notes, also=(SHARED_POSITIONS,))
         return SamTensors(format="transformers SamModel", tensors=from_transformers(inside, notes), notes=notes)
-    for anchor in _ENCODER_ANCHORS:
+    for anchor in encoder_anchors():
         root = _find_root(flat, anchor, notes)
         if root is not None:
             return _from_encoder_root(flat, root, notes)

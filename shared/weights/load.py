@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from samgraft.shared.encoders.architecture import MEDSAM_SHA256, ArchSpec, image_size_from_tensors, spec_from_tensors
+from samgraft.shared.encoders.base import MEDSAM_SHA256, EncoderSpec, ImageEncoder
+from samgraft.shared.encoders.registry import image_size_from_tensors, spec_from_tensors
 from samgraft.shared.encoders.sam import build_sam
-from samgraft.shared.encoders.tiny_vit import TinyViTEncoder
-from samgraft.shared.encoders.vit import ImageEncoder, build_image_encoder
 from samgraft.shared.errors import WeightsError
 from samgraft.shared.weights.adapter_base import refuse_lone_adapter
 from samgraft.shared.weights.card import Card
@@ -68,7 +67,7 @@ class WeightsFile:
     name: str
     """File name, without its folder."""
     format: str
-    spec: ArchSpec
+    spec: EncoderSpec
     image_size: int
     tensors: dict[str, torch.Tensor]
     """Float tensors are float32."""
@@ -178,7 +177,7 @@ def load_into(
 
 def load_image_encoder(
     path: str | Path, *, image_size: int | None = None, base: str | Path | None = None
-) -> tuple[ImageEncoder | TinyViTEncoder, Card]:
+) -> tuple[ImageEncoder, Card]:
     """Load an image encoder of whatever architecture the file holds.
 
     Args:
@@ -195,7 +194,7 @@ def load_image_encoder(
     weights = read_weights(path)
     size = weights.image_size if image_size is None else image_size
     if not weights.is_partial:
-        encoder = build_image_encoder(weights.spec, image_size=size)
+        encoder = weights.spec.build(image_size=size)
         load_into(encoder, weights, part="image_encoder", resize_positions=True)
     elif base is None:
         raise WeightsError(
@@ -234,8 +233,8 @@ def card_of(weights: WeightsFile, *, image_size: int | None = None) -> Card:
         return Card.from_dict({**weights.card.to_dict(), "image_size": size})
     spec = weights.spec
     return Card(
-        arch=spec.arch.value,
-        stem=spec.stem.value if spec.stem else None,
+        arch=spec.arch,
+        stem=spec.variant,
         image_size=size,
         pixel_mean=list(spec.pixel_mean),
         pixel_std=list(spec.pixel_std),
@@ -306,7 +305,7 @@ def _target(module: nn.Module, part: Part) -> tuple[nn.Module, str]:
     return encoder, "image_encoder."
 
 
-def _with_pixel_statistics(spec: ArchSpec, card: Card | None, sha256: str, notes: list[str]) -> ArchSpec:
+def _with_pixel_statistics(spec: EncoderSpec, card: Card | None, sha256: str, notes: list[str]) -> EncoderSpec:
     """Take the pixel statistics from the card, or from what is known of the file; else the architecture's stay."""
     if card is not None:
         mean, std = card.pixel_mean, card.pixel_std
@@ -318,13 +317,6 @@ def _with_pixel_statistics(spec: ArchSpec, card: Card | None, sha256: str, notes
     return replace(spec, pixel_mean=(mean[0], mean[1], mean[2]), pixel_std=(std[0], std[1], std[2]))
 
 
-def _same_shape(first: ArchSpec, second: ArchSpec) -> bool:
-    if first.plain is None or second.plain is None:
-        return first.tiny == second.tiny
-    pairs = (first.plain, second.plain)
-    return len({(p.embed_dim, p.depth, p.num_heads, p.patch_size) for p in pairs}) == 1
-
-
 def _is_position(name: str) -> bool:
     return name.endswith(("pos_embed", "rel_pos_h", "rel_pos_w"))
 
@@ -334,10 +326,10 @@ def _refuse_incomplete(report: TensorReport, weights: WeightsFile, wrong: list[s
         return
     encoder = module.image_encoder if isinstance(module, Sam) else module
     spec = getattr(encoder, "spec", None)
-    if isinstance(spec, ArchSpec) and not weights.is_partial and not _same_shape(spec, weights.spec):
+    if isinstance(spec, EncoderSpec) and not weights.is_partial and not spec.has_tensors_of(weights.spec):
         raise WeightsError(
             f"weights must be of the model's architecture {spec.title}, the file is {weights.spec.title}. "
-            f"Use MODEL={weights.spec.arch.value}.",
+            f"Use MODEL={weights.spec.arch}.",
             where=weights.name,
         )
     problems = (("missing", report.missing), ("unexpected", report.unexpected), ("of another shape", wrong))

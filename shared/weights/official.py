@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from samgraft.shared.encoders.architecture import MEDSAM_SHA256
+from samgraft.shared.encoders.base import MEDSAM_SHA256
 from samgraft.shared.errors import UsageError, WeightsError
 from samgraft.shared.fetch import PinnedFile, cache_folder, fetch_file
 from samgraft.shared.files import file_sha256

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from samgraft.shared.encoders.architecture import ArchSpec
+from samgraft.shared.encoders.base import EncoderSpec
+from samgraft.shared.encoders.vit import ViTSpec
 from samgraft.shared.errors import WeightsError
 from samgraft.shared.files import write_json, write_tensors
 
@@ -104,32 +105,31 @@ def from_transformers(tensors: Mapping[str, torch.Tensor], notes: list[str]) -> 
     return out
 
 
-def transformers_config(spec: ArchSpec, *, image_size: int, num_multimask_outputs: int) -> dict[str, Any]:
+def transformers_config(spec: EncoderSpec, *, image_size: int, num_multimask_outputs: int) -> dict[str, Any]:
     """Return the ``config.json`` of a ``SamModel`` of this shape."""
-    plain = spec.plain
-    if plain is None:
+    if not isinstance(spec, ViTSpec):
         raise WeightsError(f"transformers' SamModel must be a plain ViT, got {spec.title}. Release the .pth instead.")
     return {
         "architectures": ["SamModel"],
         "model_type": "sam",
         "vision_config": {
-            "hidden_size": plain.embed_dim,
+            "hidden_size": spec.embed_dim,
             "output_channels": spec.neck_dim,
-            "num_hidden_layers": plain.depth,
-            "num_attention_heads": plain.num_heads,
+            "num_hidden_layers": spec.depth,
+            "num_attention_heads": spec.num_heads,
             "image_size": image_size,
-            "patch_size": plain.patch_size,
+            "patch_size": spec.patch_size,
             "layer_norm_eps": 1e-6,
-            "window_size": plain.attn_window_size,
-            "global_attn_indexes": list(plain.global_blocks),
-            "mlp_dim": 4 * plain.embed_dim,
+            "window_size": spec.attn_window_size,
+            "global_attn_indexes": list(spec.global_blocks),
+            "mlp_dim": 4 * spec.embed_dim,
             "num_pos_feats": spec.neck_dim // 2,
         },
         "prompt_encoder_config": {
             "hidden_size": spec.neck_dim,
             "image_size": image_size,
-            "patch_size": plain.patch_size,
-            "image_embedding_size": image_size // plain.patch_size,
+            "patch_size": spec.patch_size,
+            "image_embedding_size": image_size // spec.patch_size,
         },
         "mask_decoder_config": {
             "hidden_size": spec.neck_dim,
@@ -140,7 +140,7 @@ def transformers_config(spec: ArchSpec, *, image_size: int, num_multimask_output
     }
 
 
-def save_transformers(tensors: Mapping[str, torch.Tensor], folder: Path, spec: ArchSpec, *, image_size: int) -> Path:
+def save_transformers(tensors: Mapping[str, torch.Tensor], folder: Path, spec: EncoderSpec, *, image_size: int) -> Path:
     """Write a folder that ``transformers.SamModel.from_pretrained`` opens; return it."""
     outputs = int(tensors["mask_decoder.mask_tokens.weight"].shape[0]) - 1
     config = transformers_config(spec, image_size=image_size, num_multimask_outputs=outputs)
@@ -148,7 +148,7 @@ def save_transformers(tensors: Mapping[str, torch.Tensor], folder: Path, spec: A
 
 
 def save_transformers_encoder(
-    tensors: Mapping[str, torch.Tensor], folder: Path, spec: ArchSpec, *, image_size: int
+    tensors: Mapping[str, torch.Tensor], folder: Path, spec: EncoderSpec, *, image_size: int
 ) -> Path:
     """Write a folder that ``transformers.SamVisionModel.from_pretrained`` opens: the image encoder alone."""
     whole = transformers_config(spec, image_size=image_size, num_multimask_outputs=3)
@@ -161,7 +161,7 @@ def save_transformers_encoder(
     )
 
 
-def _processor(spec: ArchSpec, image_size: int) -> dict[str, Any]:
+def _processor(spec: EncoderSpec, image_size: int) -> dict[str, Any]:
     return {
         "image_processor_type": "SamImageProcessor",
         "image_mean": [value / 255 for value in spec.pixel_mean],

@@ -17,7 +17,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from samgraft.shared.config import load_config
-from samgraft.shared.encoders.vit import build_image_encoder
 from samgraft.shared.errors import DataError, UsageError, WeightsError
 from samgraft.shared.samples.dataset import SliceDataset, batch_to_input, collate_slices
 from samgraft.shared.samples.slices import SliceRef, select_slices
@@ -121,7 +120,7 @@ def attack_auc(members: npt.NDArray[np.float64], others: npt.NDArray[np.float64]
 def load_objective(run: Path, config: PretrainConfig) -> tuple[Objective, str | None]:
     """Rebuild the objective of a finished run from its encoder and ssl_state; also the store's fingerprint."""
     weights = read_weights(run / ENCODER_FOLDER / "encoder.safetensors")
-    encoder = build_image_encoder(weights.spec, image_size=weights.image_size)
+    encoder = weights.spec.build(image_size=weights.image_size)
     load_into(encoder, weights, part="image_encoder")
     objective = build_objective(encoder, config.objective, seed=config.seed, max_steps=config.trainer.max_steps)
     if find_state(str(run)) is None:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from samgraft.shared.encoders.architecture import SAM_PIXEL_MEAN
+from samgraft.shared.encoders.base import SAM_PIXEL_MEAN
 from samgraft.shared.errors import WeightsError
 from samgraft.shared.files import file_sha256
 from samgraft.shared.release.card_page import (

@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from samgraft.shared.encoders.base import ImageEncoder
 from samgraft.shared.encoders.sam import decode_boxes
-from samgraft.shared.encoders.vit import MaskableEncoder
 from samgraft.shared.errors import UsageError, WeightsError
 from samgraft.shared.samples.frame import InputFrame, logits_to_native
 from samgraft.shared.training.resume import preserve_rng
@@ -75,7 +75,7 @@ class DriftGauge:
         self._dice = []
 
     @torch.no_grad()
-    def add(self, encoder: MaskableEncoder, first: int, features_BChw: Tensor) -> None:
+    def add(self, encoder: ImageEncoder, first: int, features_BChw: Tensor) -> None:
         """Decode the boxes of the slices from ``first`` on, whose features before the neck are given."""
         chosen = [box for box in self.boxes if first <= box.slice_number < first + len(features_BChw)]
         if not chosen:

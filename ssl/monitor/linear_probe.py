@@ -21,8 +21,8 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from samgraft.shared.encoders.base import ImageEncoder
 from samgraft.shared.encoders.sam import to_pixels
-from samgraft.shared.encoders.vit import MaskableEncoder
 from samgraft.shared.samples.frame import InputFrame, label_to_frame, logits_to_native
 from samgraft.ssl.monitor.labelled import LabelledSlices, ProbeData
 from torch import Tensor
@@ -41,7 +41,7 @@ class LinearHead:
 
 
 @torch.no_grad()
-def encode(encoder: MaskableEncoder, images_N1SS: Tensor, *, batch_size: int, device: torch.device) -> list[Tensor]:
+def encode(encoder: ImageEncoder, images_N1SS: Tensor, *, batch_size: int, device: torch.device) -> list[Tensor]:
     """Return the features before the neck of every slice, in batches (B, C, h, w) on the device."""
     return [
         encoder.forward_features(to_pixels(images_N1SS[i : i + batch_size].to(device), encoder.spec))
@@ -127,7 +127,7 @@ class DiceCount:
 
 @torch.no_grad()
 def probe_dice(
-    encoder: MaskableEncoder,
+    encoder: ImageEncoder,
     data: ProbeData,
     *,
     ridge: float,

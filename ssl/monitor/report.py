@@ -78,7 +78,7 @@ def write_report(
     for text in verdict(lines, watched):
         (log.warning if text.kind == "warning" else log.info)("%s", text.text)
     title = f"Stage 1: {run.path.name}"
-    subtitle = f"{config.objective.name} on {config.model.arch.value}, {config.modality}"
+    subtitle = f"{config.objective.name} on {config.model.arch}, {config.modality}"
     write_text(run.report, render_report(title, sections, subtitle=subtitle))
 
 

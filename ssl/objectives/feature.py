@@ -27,8 +27,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from samgraft.shared.encoders.base import TokenDroppingEncoder
 from samgraft.shared.encoders.sam import to_pixels
-from samgraft.shared.encoders.vit import ImageEncoder
 from samgraft.shared.errors import UsageError
 from samgraft.shared.samples.dataset import centre_channel
 from samgraft.shared.scans.orientation import Plane
@@ -112,7 +112,7 @@ class Feature(Objective):
         freeze_unused_neck(encoder, train_neck=config.train_neck)
         self.mask_token: nn.Parameter | None = None
         self.decoder: Decoder | None = None
-        if isinstance(encoder, ImageEncoder):
+        if isinstance(encoder, TokenDroppingEncoder):
             if self.mask_unit_px != encoder.stride and config.mask_kind is MaskKind.PER_WINDOW:
                 raise UsageError(
                     f"mask_unit_px must not be set with mask_kind per_window, which hides single tokens, got "
@@ -125,7 +125,7 @@ class Feature(Objective):
         else:
             if config.mask_kind is MaskKind.PER_WINDOW:
                 raise UsageError(
-                    "mask_kind must be random or block for vit_t, which hides whole squares, got per_window.",
+                    f"mask_kind must be random or block for {encoder.arch}, which hides whole squares, got per_window.",
                     where="objective.feature.mask_kind",
                 )
             self.mask_token = nn.Parameter(

@@ -25,8 +25,8 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from samgraft.shared.encoders.base import TokenDroppingEncoder
 from samgraft.shared.encoders.sam import to_pixels
-from samgraft.shared.encoders.vit import ImageEncoder, PlannedBlock, cut_patches
 from samgraft.shared.errors import UsageError
 from samgraft.shared.samples.dataset import centre_channel
 from samgraft.shared.scans.orientation import Plane
@@ -34,7 +34,6 @@ from samgraft.ssl.objectives.decoders import Decoder, DecoderKind, DecoderShape,
 from samgraft.ssl.objectives.objective import Objective, ObjectiveLoss
 from samgraft.ssl.objectives.panels import GIVEN_BRIGHTNESS, HIDDEN_IS_GREY, Panel
 from samgraft.ssl.views.masking import MaskKind, hidden_count, token_masks, upsample_mask
-from torch.utils.checkpoint import checkpoint
 
 PREDICTION_STREAM = 0x616E7377
 """Random stream of the predicted tokens, separate from that of the masks."""
@@ -100,18 +99,16 @@ class MAE(Objective):
 
     def __init__(self, encoder: Any, config: MAEConfig, *, seed: int, max_steps: int = 1) -> None:
         super().__init__(encoder, config, seed=seed, max_steps=max_steps)
-        if not isinstance(encoder, ImageEncoder):
+        if not isinstance(encoder, TokenDroppingEncoder):
             raise UsageError(
-                f"METHOD=mae must have an encoder that can leave tokens out (vit_b, vit_l, vit_h), got "
-                f"{encoder.arch.value}, whose convolutional stem cannot. Use METHOD=masked_image, which is the same "
-                "task with mask tokens."
+                f"METHOD=mae must have an encoder that can leave tokens out, such as vit_b, got {encoder.arch}, whose "
+                "convolutional stem cannot. Use METHOD=masked_image, which is the same task with mask tokens."
             )
         self.grid = encoder.image_size // encoder.stride
         encoder.neck.requires_grad_(False)
         if config.layout is Layout.PLAIN_VIT:
-            for name, parameter in encoder.named_parameters():
-                if name.endswith(("rel_pos_h", "rel_pos_w")):
-                    parameter.requires_grad_(False)
+            for table in encoder.relative_position_tables():
+                table.requires_grad_(False)
         self.decoder = Decoder(encoder.feature_dim, config.decoder_shape(), grid=self.grid, out_dim=encoder.stride**2)
 
     def loss(
@@ -189,10 +186,9 @@ class MAE(Objective):
         """Return the predictions of the given hidden tokens and the encoded visible tokens."""
         ids_keep_BN = chosen_ids(~mask_Bhw.flatten(1))
         pixels_B3SS = to_pixels(images_B1SS, self.encoder.spec)
-        if self.config.layout is Layout.PLAIN_VIT:
-            visible_BNC = plain_forward(self.encoder, pixels_B3SS, ids_keep_BN)
-        else:
-            visible_BNC = self.encoder.forward_visible(pixels_B3SS, ids_keep_BN)
+        visible_BNC = self.encoder.forward_visible(
+            pixels_B3SS, ids_keep_BN, relative_positions=self.config.layout is Layout.SAM
+        )
         return self.decoder(visible_BNC, ids_keep_BN, ids_hidden_BM).float(), visible_BNC
 
     def _target(
@@ -207,39 +203,6 @@ class MAE(Objective):
         # MAE adds 1e-6 to the variance, so that uniform tokens (air) do not divide by zero.
         std_BM1 = (grey_BMP.var(-1, keepdim=True) + 1e-6).sqrt()
         return (grey_BMP - mean_BM1) / std_BM1, mean_BM1, std_BM1
-
-
-def plain_forward(encoder: ImageEncoder, pixels_B3SS: torch.Tensor, ids_keep_BN: torch.Tensor) -> torch.Tensor:
-    """Encode visible tokens as a plain ViT, with global attention and absolute positions only.
-
-    The official MAE code would train SAM's weights in this layout, and published SSL continuations of SAM were most
-    likely trained in it. SAM itself and stage 2 run the windowed layout with relative positions.
-
-    Returns:
-        Features (B, N, C) before the neck.
-    """
-    patches_BLP = cut_patches(pixels_B3SS, encoder.stride)
-    places = ids_keep_BN[..., None].expand(-1, -1, patches_BLP.shape[-1])
-    tokens_BNC = encoder.embed_patches(patches_BLP.gather(1, places), ids_keep_BN)
-    for block in encoder.blocks:
-        assert isinstance(block, PlannedBlock)
-        if encoder.activation_checkpointing and torch.is_grad_enabled():
-            tokens_BNC = checkpoint(_plain_block, block, tokens_BNC, use_reentrant=False)
-        else:
-            tokens_BNC = _plain_block(block, tokens_BNC)
-    return tokens_BNC
-
-
-def _plain_block(block: PlannedBlock, tokens_BNC: torch.Tensor) -> torch.Tensor:
-    attention = block.attn
-    query, key, value = (
-        part.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)
-        for part in attention.qkv(block.norm1(tokens_BNC)).chunk(3, dim=-1)
-    )
-    mixed_BNC = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
-    tokens_BNC = tokens_BNC + attention.proj(mixed_BNC)
-    out_BNC: torch.Tensor = tokens_BNC + block.mlp(block.norm2(tokens_BNC))
-    return out_BNC
 
 
 def _pixels_of_tokens(images_B1SS: torch.Tensor, size: int) -> torch.Tensor:

@@ -35,7 +35,7 @@ class Objective(nn.Module, ABC):
     settings_type: ClassVar[type[Any]]
     """Frozen dataclass of the section ``objective.NAME`` of a configuration; every setting has a default."""
     encoder: Any
-    """The image encoder that is trained, a ``MaskableEncoder``."""
+    """The image encoder that is trained, an ``ImageEncoder``."""
 
     def __init__(self, encoder: Any, config: Any, *, seed: int, max_steps: int = 1) -> None:
         """Keep the encoder and the settings.

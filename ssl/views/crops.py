@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from samgraft.shared.encoders.architecture import ArchSpec
+from samgraft.shared.encoders.base import EncoderSpec
 from samgraft.shared.errors import UsageError
 from samgraft.shared.scans.orientation import Plane, has_mirror_image
 
@@ -99,7 +99,7 @@ class Crops:
     """Shape (num_local_crops B, C, s, s)."""
 
 
-def local_size(spec: ArchSpec, image_size: int, config: CropConfig) -> int:
+def local_size(spec: EncoderSpec, image_size: int, config: CropConfig) -> int:
     """Return the side of a small view in pixels.
 
     Raises:
@@ -108,9 +108,9 @@ def local_size(spec: ArchSpec, image_size: int, config: CropConfig) -> int:
     wanted = config.local_size_px
     if wanted is None:
         tokens = max(1, round(LOCAL_SHARE * image_size / spec.stride))
-        window = spec.plain.attn_window_size if spec.plain else min(spec.tiny.attn_window_sizes if spec.tiny else (1,))
-        # Whole windows: part of one would be padded to a whole one, and cost as much.
-        tokens = window * max(1, round(tokens / window)) if tokens >= window else tokens
+        # Whole attention windows: part of one would be padded to a whole one, and cost as much.
+        unit = spec.crop_unit
+        tokens = unit * max(1, round(tokens / unit)) if tokens >= unit else tokens
         return min(tokens * spec.stride, image_size)
     if wanted < spec.stride or wanted % spec.stride or wanted > image_size:
         raise UsageError(

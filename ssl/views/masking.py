@@ -15,7 +15,7 @@ from enum import Enum
 import numpy as np
 import numpy.typing as npt
 import torch
-from samgraft.shared.encoders.vit import ImageEncoder, MaskableEncoder
+from samgraft.shared.encoders.base import ImageEncoder
 from samgraft.shared.errors import UsageError
 
 MASK_STREAM = 0x6D61736B
@@ -91,7 +91,7 @@ def token_masks(
     return torch.from_numpy(np.stack(masks))
 
 
-def mask_unit(encoder: MaskableEncoder, wanted_px: int | None, *, share: float = 0.1) -> int:
+def mask_unit(encoder: ImageEncoder, wanted_px: int | None, *, share: float = 0.1) -> int:
     """Return the side of a hidden square in pixels.
 
     Args:
@@ -103,8 +103,8 @@ def mask_unit(encoder: MaskableEncoder, wanted_px: int | None, *, share: float =
         UsageError: If the wanted side is no multiple of the encoder's stride, does not divide its input, or is all of
             it; or if the input is a single token, of which no part can be hidden.
     """
-    if wanted_px is None and isinstance(encoder, ImageEncoder):
-        return encoder.stride
+    if wanted_px is None and encoder.spec.natural_mask_unit_px is not None:
+        return encoder.spec.natural_mask_unit_px
     size = encoder.image_size
     units = [side for side in range(encoder.stride, size, encoder.stride) if size % side == 0]
     if not units:

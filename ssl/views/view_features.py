@@ -13,15 +13,15 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from samgraft.shared.encoders.base import ImageEncoder, TokenDroppingEncoder, cut_patches
 from samgraft.shared.encoders.sam import to_pixels
-from samgraft.shared.encoders.vit import ImageEncoder, MaskableEncoder, cut_patches
 
 PLACE_STREAM = 0x706C6163
 """Random stream of the places, separate from those of crops and masks."""
 
 
 def view_features(
-    encoder: MaskableEncoder,
+    encoder: ImageEncoder,
     views_B1ss: torch.Tensor,
     *,
     with_neck: bool,
@@ -44,7 +44,7 @@ def view_features(
     """
     pixels_B3ss = to_pixels(views_B1ss, encoder.spec)
     side = views_B1ss.shape[-1]
-    if isinstance(encoder, ImageEncoder) and side != encoder.image_size:
+    if isinstance(encoder, TokenDroppingEncoder) and side != encoder.image_size:
         assert places_B2 is not None
         assert token_mask_Bhw is None
         features_BChw = _encode_part_of_grid(encoder, pixels_B3ss, places_B2)
@@ -55,7 +55,7 @@ def view_features(
 
 
 def small_view_features(
-    encoder: MaskableEncoder, views_BCss: torch.Tensor, *, sample_counters: Sequence[int], seed: int, with_neck: bool
+    encoder: ImageEncoder, views_BCss: torch.Tensor, *, sample_counters: Sequence[int], seed: int, with_neck: bool
 ) -> torch.Tensor:
     """Encode the small views of a batch (``Crops.local_BCss``), each at a random place of the grid."""
     num_views = len(views_BCss) // len(sample_counters)
@@ -64,14 +64,14 @@ def small_view_features(
 
 
 def draw_places(
-    encoder: MaskableEncoder, sample_counters: Sequence[int], *, side_px: int, num_views: int, seed: int
+    encoder: ImageEncoder, sample_counters: Sequence[int], *, side_px: int, num_views: int, seed: int
 ) -> torch.Tensor | None:
     """Draw the place of each small view in the grid; None for vit_t, which has no absolute positions.
 
     Returns:
         Shape (num_views * B, 2), in the order of ``Crops.local_BCss``.
     """
-    if not isinstance(encoder, ImageEncoder):
+    if not isinstance(encoder, TokenDroppingEncoder):
         return None
     window = encoder.attn_window_size
     num_starts = max(0, encoder.grid - side_px // encoder.stride) // window + 1
@@ -82,7 +82,9 @@ def draw_places(
     return torch.from_numpy(np.stack(draws, axis=1).reshape(-1, 2) * window)
 
 
-def _encode_part_of_grid(encoder: ImageEncoder, pixels_B3ss: torch.Tensor, places_B2: torch.Tensor) -> torch.Tensor:
+def _encode_part_of_grid(
+    encoder: TokenDroppingEncoder, pixels_B3ss: torch.Tensor, places_B2: torch.Tensor
+) -> torch.Tensor:
     side = pixels_B3ss.shape[-1] // encoder.stride
     steps = torch.arange(side, device=pixels_B3ss.device)
     rows_Bs, columns_Bs = (places_B2.to(pixels_B3ss.device)[:, axis, None] + steps for axis in (0, 1))

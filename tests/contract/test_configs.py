@@ -8,8 +8,7 @@ from samgraft.finetune.config import FinetuneConfig
 from samgraft.finetune.study.cells import expand
 from samgraft.finetune.study.config import StudyConfig
 from samgraft.shared.config import load_config
-from samgraft.shared.encoders.architecture import arch_spec
-from samgraft.shared.encoders.vit import build_image_encoder
+from samgraft.shared.encoders.registry import arch_spec
 from samgraft.shared.scans.preset import load_preset
 from samgraft.shared.scans.volume import Modality
 from samgraft.ssl.config import PretrainConfig
@@ -66,7 +65,7 @@ def test_pretrain_presets__build_their_objective(path: Path) -> None:
     config = load_config(PretrainConfig, layers=[path, SCHEMAS["pretrain"][1]])
     assert path.stem.startswith(config.objective.name)
     with torch.device("meta"):
-        encoder = build_image_encoder(arch_spec(config.model.arch), image_size=config.model.image_size)
+        encoder = arch_spec(config.model.arch).build(image_size=config.model.image_size)
         apply_scope(encoder, config.model.scope, num_frozen_depths=config.model.num_frozen_depths)
     # Outside of the block: lightly's SIGReg computes while it is built.
     objective = build_objective(encoder, config.objective, seed=0, max_steps=config.trainer.max_steps)

@@ -46,7 +46,7 @@ def write_finished(run: Path, store: SliceStore, split: Split, *, seed=0) -> Non
         split={"train": list(split.train), "val": list(split.val), "test": list(split.test)},
     )  # fmt: skip
     card = Card(
-        arch=SPEC.arch.value, stem=SPEC.stem.value, image_size=IMAGE_SIZE, pixel_mean=list(SPEC.pixel_mean),
+        arch=SPEC.arch, stem=SPEC.variant, image_size=IMAGE_SIZE, pixel_mean=list(SPEC.pixel_mean),
         pixel_std=list(SPEC.pixel_std), stage="model", data_manifest=pretrain_manifest(store, split.train),
     )  # fmt: skip
     write_model(make_sam(SPEC, image_size=IMAGE_SIZE, seed=seed), run / "model", card=card, task=task)

@@ -1,45 +1,38 @@
 """Small SAMs with every kind of block (global, windowed, padded edge windows) and random weights."""
 
 import torch
-from samgraft.shared.encoders.architecture import (
-    SAM_PIXEL_MEAN,
-    SAM_PIXEL_STD,
-    Arch,
-    ArchSpec,
-    PlainShape,
-    Stem,
-    TinyShape,
-)
+from samgraft.shared.encoders.base import SAM_PIXEL_MEAN, SAM_PIXEL_STD, EncoderSpec
 from samgraft.shared.encoders.sam import build_sam
+from samgraft.shared.encoders.tiny_vit import Stem, TinyViTSpec
+from samgraft.shared.encoders.vit import ViTSpec
 from segment_anything.modeling import Sam
 
 
-def tiny_plain_spec(*, attn_window_size: int = 4, depth: int = 4, image_size: int = 160) -> ArchSpec:
+def tiny_plain_spec(*, attn_window_size: int = 4, depth: int = 4, image_size: int = 160) -> ViTSpec:
     """A 32-wide windowed ViT; a 10x10 grid is not divided by a window of 4."""
-    shape = PlainShape(
+    return ViTSpec(
+        arch="vit_b",
+        native_image_size=image_size,
         embed_dim=32,
         depth=depth,
         num_heads=2,
         global_blocks=tuple(range(1, depth, 2)),
         attn_window_size=attn_window_size,
+        neck_dim=32,
     )
-    return ArchSpec(arch=Arch.vit_b, native_image_size=image_size, plain=shape, neck_dim=32)
 
 
-def tiny_vit_t_spec(*, stem: Stem = Stem.conv1x1) -> ArchSpec:
+def tiny_vit_t_spec(*, stem: Stem = Stem.conv1x1) -> TinyViTSpec:
     """A narrow vit_t: 64 px become 16x16 (LiteMedSAM's stem) or 4x4 (MobileSAM's)."""
     lite = stem is Stem.conv1x1
-    shape = TinyShape(
+    return TinyViTSpec(
+        arch="vit_t",
+        native_image_size=256 if lite else 1024,
         stem=stem,
         embed_dims=(8, 16, 16, 32),
         depths=(1, 1, 2, 1),
         num_heads=(2, 2, 2, 4),
         attn_window_sizes=(7, 3, 5, 3),
-    )
-    return ArchSpec(
-        arch=Arch.vit_t,
-        native_image_size=256 if lite else 1024,
-        tiny=shape,
         neck_dim=32,
         pixel_mean=(0.0, 0.0, 0.0) if lite else SAM_PIXEL_MEAN,
         pixel_std=(255.0, 255.0, 255.0) if lite else SAM_PIXEL_STD,
@@ -60,7 +53,7 @@ def randomise(module: torch.nn.Module, *, seed: int = 0, scale: float = 0.2) -> 
                 tensor.copy_(scale * noise + (1.0 if name.endswith("weight") and tensor.ndim == 1 else 0.0))
 
 
-def make_sam(spec: ArchSpec, *, image_size: int, seed: int = 0, num_multimask_outputs: int = 3) -> Sam:
+def make_sam(spec: EncoderSpec, *, image_size: int, seed: int = 0, num_multimask_outputs: int = 3) -> Sam:
     """A small SAM whose every tensor is random and depends on the seed only."""
     torch.manual_seed(seed)
     sam = build_sam(spec, image_size=image_size, num_multimask_outputs=num_multimask_outputs)

@@ -27,9 +27,8 @@ PATIENTS = {"train": ["p_aaaaaaaaaaaa"], "val": ["p_bbbbbbbbbbbb"], "test": ["p_
 
 
 def _card(spec, image_size: int, **facts) -> Card:
-    stem = spec.stem.value if spec.stem else None
     mean, std = list(spec.pixel_mean), list(spec.pixel_std)
-    return Card(arch=spec.arch.value, stem=stem, image_size=image_size, pixel_mean=mean, pixel_std=std, **facts)
+    return Card(arch=spec.arch, stem=spec.variant, image_size=image_size, pixel_mean=mean, pixel_std=std, **facts)
 
 
 def finished_model(root: Path, spec, *, image_size: int, num_classes: int = 1) -> Path:
@@ -81,7 +80,7 @@ def finished_encoder(root: Path, store_path: Path, spec, *, image_size: int, met
     layers = [
         packaged_config(f"pretrain/{method}-cpu.yaml"),
         {"modality": "mri", "data": {"store": str(store_path)}},
-        {"model": {"base": "random", "arch": spec.arch.value, "image_size": image_size}},
+        {"model": {"base": "random", "arch": spec.arch, "image_size": image_size}},
     ]
     config = load_config(PretrainConfig, layers=layers)
     run = root / "runs" / "ssl"

@@ -3,8 +3,8 @@
 import torch
 from model_factory import randomise
 from original_encoders import plain_twin
-from samgraft.shared.encoders.architecture import Arch, arch_spec
-from samgraft.shared.encoders.vit import ImageEncoder
+from samgraft.shared.encoders.registry import arch_spec
+from samgraft.shared.encoders.vit import ViTEncoder
 from segment_anything.modeling import ImageEncoderViT
 from torch import nn
 
@@ -36,7 +36,7 @@ def assert_same_training(ours: nn.Module, stock: nn.Module, images: torch.Tensor
         )
 
 
-def real_pair(arch: Arch, image_size: int) -> tuple[ImageEncoder, ImageEncoderViT]:
-    ours = ImageEncoder(arch_spec(arch), image_size=image_size)
+def real_pair(arch: str, image_size: int) -> tuple[ViTEncoder, ImageEncoderViT]:
+    ours = ViTEncoder(arch_spec(arch), image_size=image_size)
     randomise(ours, scale=0.02)
     return ours, plain_twin(ours)

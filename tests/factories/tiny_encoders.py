@@ -1,28 +1,31 @@
 """Encoders small enough that a training step takes milliseconds; the shapes keep what matters of the real ones."""
 
 import torch
-from samgraft.shared.encoders.architecture import Arch, ArchSpec, PlainShape, Stem, TinyShape
-from samgraft.shared.encoders.vit import build_image_encoder
+from samgraft.shared.encoders.tiny_vit import Stem, TinyViTSpec
+from samgraft.shared.encoders.vit import ViTSpec
 
-TINY_VIT = ArchSpec(
-    arch=Arch.vit_t,
+TINY_VIT = TinyViTSpec(
+    arch="vit_t",
     native_image_size=32,
-    tiny=TinyShape(
-        stem=Stem.conv1x1,
-        embed_dims=(8, 8, 16, 16),
-        depths=(1, 1, 1, 1),
-        num_heads=(1, 1, 2, 2),
-        attn_window_sizes=(4, 4, 4, 4),
-    ),
+    stem=Stem.conv1x1,
+    embed_dims=(8, 8, 16, 16),
+    depths=(1, 1, 1, 1),
+    num_heads=(1, 1, 2, 2),
+    attn_window_sizes=(4, 4, 4, 4),
     neck_dim=8,
     pixel_mean=(0.0, 0.0, 0.0),
     pixel_std=(255.0, 255.0, 255.0),
 )
-PLAIN_VIT = ArchSpec(
-    arch=Arch.vit_b,
+PLAIN_VIT = ViTSpec(
+    arch="vit_b",
     native_image_size=96,
     # One windowed and one global block, and a 6 x 6 grid that the window of 4 does not divide.
-    plain=PlainShape(embed_dim=16, depth=2, num_heads=2, global_blocks=(1,), patch_size=16, attn_window_size=4),
+    embed_dim=16,
+    depth=2,
+    num_heads=2,
+    global_blocks=(1,),
+    patch_size=16,
+    attn_window_size=4,
     neck_dim=8,
 )
 
@@ -30,7 +33,7 @@ PLAIN_VIT = ArchSpec(
 def tiny_encoder(seed=0):
     """A TinyViT of 32 px, stride 4, in training mode."""
     torch.manual_seed(seed)
-    encoder = build_image_encoder(TINY_VIT, image_size=32).train()
+    encoder = TINY_VIT.build(image_size=32).train()
     for module in encoder.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             # A fresh TinyViT scales the last convolution of a block by 0: nothing before it would get a gradient.
@@ -50,7 +53,7 @@ def lively_encoder(seed=0):
 def plain_encoder(seed=0):
     """A windowed ViT of 96 px, stride 16, in training mode, with positions that are not zero."""
     torch.manual_seed(seed)
-    encoder = build_image_encoder(PLAIN_VIT, image_size=96).train()
+    encoder = PLAIN_VIT.build(image_size=96).train()
     with torch.no_grad():
         for name, parameter in encoder.named_parameters():
             if "pos" in name:

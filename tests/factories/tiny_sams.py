@@ -4,31 +4,38 @@ import torch
 from model_factory import make_sam
 from samgraft.finetune.loss import SegmentationLoss
 from samgraft.finetune.segmenter import Segmenter
-from samgraft.shared.encoders.architecture import Arch, ArchSpec, PlainShape, Stem, TinyShape
+from samgraft.shared.encoders.tiny_vit import Stem, TinyViTSpec
+from samgraft.shared.encoders.vit import ViTSpec
 
-PLAIN = ArchSpec(
-    arch=Arch.vit_b,
+PLAIN = ViTSpec(
+    arch="vit_b",
     native_image_size=96,
     # A windowed and a global block, and a grid that the window does not divide.
-    plain=PlainShape(embed_dim=16, depth=3, num_heads=2, global_blocks=(1,), attn_window_size=4),
+    embed_dim=16,
+    depth=3,
+    num_heads=2,
+    global_blocks=(1,),
+    attn_window_size=4,
     neck_dim=16,
 )
-DEEP = ArchSpec(
-    arch=Arch.vit_h,
+DEEP = ViTSpec(
+    arch="vit_h",
     native_image_size=96,
-    plain=PlainShape(embed_dim=24, depth=5, num_heads=3, global_blocks=(2, 4), attn_window_size=4),
+    embed_dim=24,
+    depth=5,
+    num_heads=3,
+    global_blocks=(2, 4),
+    attn_window_size=4,
     neck_dim=16,
 )
-TINY = ArchSpec(
-    arch=Arch.vit_t,
+TINY = TinyViTSpec(
+    arch="vit_t",
     native_image_size=32,
-    tiny=TinyShape(
-        stem=Stem.conv1x1,
-        embed_dims=(8, 8, 16, 16),
-        depths=(1, 1, 2, 1),
-        num_heads=(1, 1, 2, 2),
-        attn_window_sizes=(4, 4, 4, 4),
-    ),
+    stem=Stem.conv1x1,
+    embed_dims=(8, 8, 16, 16),
+    depths=(1, 1, 2, 1),
+    num_heads=(1, 1, 2, 2),
+    attn_window_sizes=(4, 4, 4, 4),
     neck_dim=16,
     pixel_mean=(0.0, 0.0, 0.0),
     pixel_std=(255.0, 255.0, 255.0),

@@ -34,7 +34,7 @@ SPEC = tiny_vit_t_spec()
 
 def card(spec=SPEC, **facts):
     return Card(
-        arch=spec.arch.value, stem=spec.stem.value if spec.stem else None, image_size=32,
+        arch=spec.arch, stem=spec.variant, image_size=32,
         pixel_mean=list(spec.pixel_mean), pixel_std=list(spec.pixel_std), **facts,
     )  # fmt: skip
 

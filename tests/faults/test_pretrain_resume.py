@@ -85,7 +85,7 @@ def test_results__card_says_what_was_done(lab: Path) -> None:
     assert card.image_size == 32
     assert card.intensity["name"] == "mr-percentile"
     assert len(card.data_manifest["patient_ids"]) == 3
-    assert card_of(read_weights(weights.parents[1]), image_size=32).arch == TINY_VIT.arch.value
+    assert card_of(read_weights(weights.parents[1]), image_size=32).arch == TINY_VIT.arch
     state = read_weights_names(weights.parents[1] / "ssl_state" / "state.safetensors")
     assert "mask_token" in state
     assert not any(name.startswith("encoder.") for name in state)

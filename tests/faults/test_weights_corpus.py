@@ -18,7 +18,6 @@ import torch
 from model_factory import make_sam, tiny_plain_spec
 from safetensors.torch import save_file
 from samgraft.shared.cli import main
-from samgraft.shared.encoders.architecture import Arch
 from samgraft.shared.encoders.sam import build_sam
 from samgraft.shared.errors import WeightsError
 from samgraft.shared.weights.card import Card
@@ -396,7 +395,7 @@ def test_running_job__newest_complete_state_is_taken_and_said(tmp_path: Path) ->
 
 @pytest.mark.slow
 def test_inspect__real_vit_b_has_all_314_keys(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = save_sam(build_sam(Arch.vit_b), tmp_path / "w.pth")
+    path = save_sam(build_sam("vit_b"), tmp_path / "w.pth")
     assert main(["inspect", str(path), "--json"]) == 0
     parts = json.loads(capsys.readouterr().out)["parts"]
     assert sum(part["matched"] for part in parts.values()) == 314

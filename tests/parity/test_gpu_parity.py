@@ -10,8 +10,8 @@ import torch
 from model_factory import randomise
 from original_encoders import tiny_twin
 from same_training import assert_same_training, real_pair
-from samgraft.shared.encoders.architecture import Arch, Stem, arch_spec
-from samgraft.shared.encoders.tiny_vit import TinyViTEncoder
+from samgraft.shared.encoders.registry import arch_spec
+from samgraft.shared.encoders.tiny_vit import Stem, TinyViTEncoder
 
 pytestmark = pytest.mark.gpu
 GPU = "cuda"
@@ -26,9 +26,7 @@ def _whole_float32(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
-@pytest.mark.parametrize(
-    ("arch", "image_size"), [(Arch.vit_b, 224), (Arch.vit_b, 512), (Arch.vit_b, 1024), (Arch.vit_h, 256)]
-)
+@pytest.mark.parametrize(("arch", "image_size"), [("vit_b", 224), ("vit_b", 512), ("vit_b", 1024), ("vit_h", 256)])
 def test_plain_vit__trains_as_segment_anything(arch, image_size):
     ours, stock = (model.to(GPU) for model in real_pair(arch, image_size))
     assert_same_training(ours, stock, torch.randn(2, 3, image_size, image_size).to(GPU), tolerance=1e-4)
@@ -36,7 +34,7 @@ def test_plain_vit__trains_as_segment_anything(arch, image_size):
 
 @pytest.mark.parametrize("image_size", [224, 512])
 def test_plain_vit__bf16_as_near_to_float32_as_segment_anything(image_size):
-    ours, stock = (model.to(GPU) for model in real_pair(Arch.vit_b, image_size))
+    ours, stock = (model.to(GPU) for model in real_pair("vit_b", image_size))
     images = torch.randn(2, 3, image_size, image_size).to(GPU)
     with torch.no_grad():
         exact = stock(images)
@@ -48,7 +46,7 @@ def test_plain_vit__bf16_as_near_to_float32_as_segment_anything(image_size):
 @pytest.mark.parametrize("image_size", [224, 512])
 @pytest.mark.parametrize("ragged", [False, True])
 def test_kept_tokens__as_on_a_cpu(image_size, ragged):
-    ours, _ = real_pair(Arch.vit_b, image_size)
+    ours, _ = real_pair("vit_b", image_size)
     on_gpu = copy.deepcopy(ours).to(GPU)
     images = torch.randn(2, 3, image_size, image_size)
     ids = torch.stack([torch.randperm(ours.grid**2)[: ours.grid**2 // 4] for _ in range(2)])
@@ -70,7 +68,7 @@ def test_kept_tokens__as_on_a_cpu(image_size, ragged):
 
 @pytest.mark.parametrize("image_size", [224, 256])
 def test_vit_t__equals_timm(image_size):
-    ours = TinyViTEncoder(arch_spec(Arch.vit_t, Stem.conv1x1), image_size=image_size)
+    ours = TinyViTEncoder(arch_spec("vit_t", Stem.conv1x1), image_size=image_size)
     randomise(ours, scale=0.05)
     reference = tiny_twin(ours)
     images = torch.randn(2, 3, image_size, image_size).to(GPU)

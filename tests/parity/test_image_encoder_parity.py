@@ -5,19 +5,19 @@ import torch
 from model_factory import make_sam, randomise, tiny_plain_spec, tiny_vit_t_spec
 from original_encoders import plain_twin, tiny_twin, to_timm_names
 from same_training import assert_same_training, real_pair
-from samgraft.shared.encoders import blocked_attention, relpos_attention
-from samgraft.shared.encoders.architecture import Arch, Stem, arch_spec
+from samgraft.shared.encoders import attention, blocked_attention
+from samgraft.shared.encoders.registry import arch_spec
 from samgraft.shared.encoders.sam import build_sam
-from samgraft.shared.encoders.tiny_vit import TinyViTEncoder
-from samgraft.shared.encoders.vit import ImageEncoder
+from samgraft.shared.encoders.tiny_vit import Stem, TinyViTEncoder
+from samgraft.shared.encoders.vit import ViTEncoder
 from segment_anything.modeling import ImageEncoderViT
 
 # Grids 3 (smaller than the window of 4), 4 (one window), 10 and 11 (full, edge and corner windows).
 SIZES = (48, 64, 160, 176)
 
 
-def pair(image_size: int, dtype: torch.dtype) -> tuple[ImageEncoder, ImageEncoderViT]:
-    ours = ImageEncoder(tiny_plain_spec(), image_size=image_size).to(dtype)
+def pair(image_size: int, dtype: torch.dtype) -> tuple[ViTEncoder, ImageEncoderViT]:
+    ours = ViTEncoder(tiny_plain_spec(), image_size=image_size).to(dtype)
     randomise(ours)
     return ours, plain_twin(ours)
 
@@ -46,7 +46,7 @@ def test_dense__block_size_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize("image_size", SIZES)
 def test_fused__equals_segment_anything(image_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The path of GPUs, on a CPU."""
-    monkeypatch.setattr(relpos_attention, "computes_in_blocks", lambda _device: False)
+    monkeypatch.setattr(attention, "computes_in_blocks", lambda _device: False)
     ours, stock = pair(image_size, torch.float64)
     images = torch.randn(2, 3, image_size, image_size, dtype=torch.float64)
     assert_same_training(ours, stock, images, tolerance=1e-12)
@@ -122,20 +122,20 @@ def test_vit_t__total_strides_and_parameter_counts() -> None:
         assert encoder.stride == size // grid
     # 5.74 M parameters in the published LiteMedSAM encoder; 3x3 stem kernels add 8 (3 x 32 + 32 x 64) of MobileSAM's.
     with torch.device("meta"):
-        counts = {s: sum(p.numel() for p in build_sam(Arch.vit_t, stem=s).image_encoder.parameters()) for s in Stem}
+        counts = {s: sum(p.numel() for p in build_sam("vit_t", stem=s).image_encoder.parameters()) for s in Stem}
     assert counts[Stem.conv3x3] - counts[Stem.conv1x1] == 8 * (3 * 32 + 32 * 64)
     assert round(counts[Stem.conv1x1] / 1e6, 2) == 5.73
 
 
 @pytest.mark.parametrize(
     ("arch", "num_keys", "millions"),
-    [(Arch.vit_b, 314, 93.7), (Arch.vit_l, 482, 312.3), (Arch.vit_h, 594, 641.1)],
+    [("vit_b", 314, 93.7), ("vit_l", 482, 312.3), ("vit_h", 594, 641.1)],
 )
-def test_build_sam__same_keys_as_segment_anything(arch: Arch, num_keys: int, millions: float) -> None:
+def test_build_sam__same_keys_as_segment_anything(arch: str, num_keys: int, millions: float) -> None:
     from segment_anything import sam_model_registry
 
     with torch.device("meta"):
-        ours, stock = build_sam(arch), sam_model_registry[arch.value]()
+        ours, stock = build_sam(arch), sam_model_registry[arch]()
     assert {k: v.shape for k, v in ours.state_dict().items()} == {k: v.shape for k, v in stock.state_dict().items()}
     assert len(ours.state_dict()) == num_keys
     assert round(sum(p.numel() for p in ours.parameters()) / 1e6, 1) == millions
@@ -158,10 +158,8 @@ def test_whole_sam__same_masks_as_segment_anything() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("arch", "image_size"), [(Arch.vit_b, 256), (Arch.vit_b, 1024), (Arch.vit_l, 512), (Arch.vit_h, 512)]
-)
-def test_real_shapes__equal_segment_anything(arch: Arch, image_size: int) -> None:
+@pytest.mark.parametrize(("arch", "image_size"), [("vit_b", 256), ("vit_b", 1024), ("vit_l", 512), ("vit_h", 512)])
+def test_real_shapes__equal_segment_anything(arch: str, image_size: int) -> None:
     ours, stock = real_pair(arch, image_size)
     images = torch.randn(1, 3, image_size, image_size)
     with torch.no_grad():
@@ -171,14 +169,14 @@ def test_real_shapes__equal_segment_anything(arch: Arch, image_size: int) -> Non
 @pytest.mark.slow
 @pytest.mark.parametrize("image_size", [256, 320])
 def test_real_vit_b__same_gradients_as_segment_anything(image_size: int) -> None:
-    ours, stock = real_pair(Arch.vit_b, image_size)
+    ours, stock = real_pair("vit_b", image_size)
     assert_same_training(ours, stock, torch.randn(1, 3, image_size, image_size), tolerance=1e-5)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("stem", "image_size"), [(Stem.conv1x1, 256), (Stem.conv3x3, 1024)])
 def test_real_vit_t__equals_timm(stem: Stem, image_size: int) -> None:
-    ours = TinyViTEncoder(arch_spec(Arch.vit_t, stem), image_size=image_size)
+    ours = TinyViTEncoder(arch_spec("vit_t", stem), image_size=image_size)
     randomise(ours, scale=0.05)
     reference = tiny_twin(ours)
     images = torch.randn(1, 3, image_size, image_size)

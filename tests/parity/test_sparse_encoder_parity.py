@@ -4,18 +4,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 from model_factory import randomise, tiny_plain_spec
-from samgraft.shared.encoders import blocked_attention, relpos_attention
-from samgraft.shared.encoders.vit import ImageEncoder
+from samgraft.shared.encoders import attention, blocked_attention
+from samgraft.shared.encoders.vit import ViTEncoder
 from segment_anything.modeling.image_encoder import add_decomposed_rel_pos, window_partition, window_unpartition
 
 
-def encoder_of(image_size: int) -> ImageEncoder:
-    encoder = ImageEncoder(tiny_plain_spec(), image_size=image_size).double()
+def encoder_of(image_size: int) -> ViTEncoder:
+    encoder = ViTEncoder(tiny_plain_spec(), image_size=image_size).double()
     randomise(encoder)
     return encoder
 
 
-def dense_reference(encoder: ImageEncoder, images: torch.Tensor, visible_Bgg: torch.Tensor) -> torch.Tensor:
+def dense_reference(encoder: ViTEncoder, images: torch.Tensor, visible_Bgg: torch.Tensor) -> torch.Tensor:
     """segment_anything's own code with hidden keys at -inf; its zero padding stays visible, as there. (B, g, g, C)."""
     tokens = encoder.patch_embed(images) + encoder.pos_embed
     grid = tokens.shape[1]
@@ -95,7 +95,7 @@ MASKS = {
 }
 
 
-def compare(encoder: ImageEncoder, ids: torch.Tensor, *, tolerance: float) -> None:
+def compare(encoder: ViTEncoder, ids: torch.Tensor, *, tolerance: float) -> None:
     grid = encoder.grid
     images = torch.randn(2, 3, encoder.image_size, encoder.image_size, dtype=torch.float64)
     kept = ids >= 0
@@ -136,7 +136,7 @@ def test_visible__block_size_does_not_matter(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize("kind", sorted(MASKS))
 def test_visible_fused__equals_dense_reference(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The path of GPUs, on a CPU."""
-    monkeypatch.setattr(relpos_attention, "computes_in_blocks", lambda _device: False)
+    monkeypatch.setattr(attention, "computes_in_blocks", lambda _device: False)
     compare(encoder_of(160), MASKS[kind](10), tolerance=1e-11)
 
 

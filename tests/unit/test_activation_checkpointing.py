@@ -10,13 +10,11 @@ import torch
 from model_factory import make_sam, randomise, tiny_plain_spec, tiny_vit_t_spec
 from samgraft.finetune.training import preparation, train
 from samgraft.shared.cli import main
-from samgraft.shared.encoders import tiny_vit
-from samgraft.shared.encoders import vit as image_encoder
+from samgraft.shared.encoders import base
 from samgraft.shared.encoders.tiny_vit import TinyViTEncoder
-from samgraft.shared.encoders.vit import ImageEncoder
+from samgraft.shared.encoders.vit import ViTEncoder
 from samgraft.shared.weights.card import Card
 from samgraft.shared.weights.save import save_encoder, save_sam
-from samgraft.ssl.objectives.mae import plain_forward
 from store_factory import make_store
 from tiny_encoders import plain_encoder
 from torch import nn
@@ -56,13 +54,14 @@ def visible(encoder: nn.Module, images: torch.Tensor) -> torch.Tensor:
 
 
 def plain_layout(encoder: nn.Module, images: torch.Tensor) -> torch.Tensor:
-    return plain_forward(encoder, images, torch.arange(0, 100, 3).repeat(len(images), 1))
+    ids_keep = torch.arange(0, 100, 3).repeat(len(images), 1)
+    return encoder.forward_visible(images, ids_keep, relative_positions=False)
 
 
 CASES = {
-    "dense": (lambda: ImageEncoder(tiny_plain_spec(), image_size=160), dense),
-    "kept tokens": (lambda: ImageEncoder(tiny_plain_spec(), image_size=160), visible),
-    "plain layout": (lambda: ImageEncoder(tiny_plain_spec(), image_size=160), plain_layout),
+    "dense": (lambda: ViTEncoder(tiny_plain_spec(), image_size=160), dense),
+    "kept tokens": (lambda: ViTEncoder(tiny_plain_spec(), image_size=160), visible),
+    "plain layout": (lambda: ViTEncoder(tiny_plain_spec(), image_size=160), plain_layout),
     "vit_t": (lambda: TinyViTEncoder(tiny_vit_t_spec(), image_size=64), dense),
 }  # fmt: skip
 
@@ -91,7 +90,7 @@ def test_frozen_start__nothing_saved_below_the_first_trainable_block() -> None:
     """What a fine-tuning of the last block keeps does not depend on how many frozen blocks lie below."""
     sizes = []
     for depth in (2, 6):
-        encoder = ImageEncoder(tiny_plain_spec(depth=depth), image_size=160)
+        encoder = ViTEncoder(tiny_plain_spec(depth=depth), image_size=160)
         randomise(encoder)
         encoder.requires_grad_(requires_grad=False)
         encoder.blocks[-1].requires_grad_()
@@ -109,14 +108,13 @@ def test_frozen_start__nothing_saved_below_the_first_trainable_block() -> None:
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     """Modules whose activations were recomputed."""
     calls: list[object] = []
-    for module in (image_encoder, tiny_vit):
-        original: Callable[..., torch.Tensor] = module.checkpoint
+    original: Callable[..., torch.Tensor] = base.checkpoint
 
-        def counting(function: object, *given: object, original: object = original, **settings: object) -> object:
-            calls.append(function)
-            return original(function, *given, **settings)
+    def counting(function: object, *given: object, **settings: object) -> object:
+        calls.append(function)
+        return original(function, *given, **settings)
 
-        monkeypatch.setattr(module, "checkpoint", counting)
+    monkeypatch.setattr(base, "checkpoint", counting)
     return calls
 
 

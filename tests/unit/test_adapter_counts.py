@@ -8,8 +8,8 @@ from samgraft.finetune.adapters import Method, Scope, adapt
 from samgraft.finetune.adapters.table import num_free, trainable_groups
 from samgraft.finetune.config import FinetuneConfig
 from samgraft.shared.config import load_config, packaged_config
-from samgraft.shared.encoders.architecture import Stem
 from samgraft.shared.encoders.sam import build_sam
+from samgraft.shared.encoders.tiny_vit import Stem
 
 UNUSED_HEAD = 2 * 320 + 320 * 1000 + 1000
 """mobile_sam builds TinyViT with its ImageNet head, which nothing uses; ours has none."""

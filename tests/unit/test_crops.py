@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from samgraft.shared.config import config_to_dict, load_config, packaged_config
-from samgraft.shared.encoders.architecture import arch_spec
+from samgraft.shared.encoders.registry import arch_spec
 from samgraft.shared.errors import UsageError
 from samgraft.shared.samples.dataset import SliceDataset, collate_slices
 from samgraft.shared.samples.slices import select_slices

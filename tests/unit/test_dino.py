@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from lightly.loss import DINOLoss, IBOTPatchLoss
-from samgraft.shared.encoders.tiny_vit import freeze_batch_norm
+from samgraft.shared.encoders.base import freeze_batch_norm
 from samgraft.shared.errors import UsageError
 from samgraft.ssl.objectives.dino import DINO, DINOConfig, teacher_temperature
 from samgraft.ssl.objectives.teacher import update_ema

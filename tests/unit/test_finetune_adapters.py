@@ -13,7 +13,6 @@ from samgraft.finetune.adapters import (
     Targets,
     adapt,
     head_names,
-    key_rows,
     save_adapter,
     target_pattern,
     trainable_tensors,
@@ -128,15 +127,15 @@ def test_lora__merged_equals_unmerged_under_sams_own_names(family):
     assert (merged - start).abs().max() > 1e-3
 
 
-def test_key_rows__tiny_vit_has_keys_inside_every_head():
+def test_qkv_rows__tiny_vit_has_keys_inside_every_head():
     spec, _ = SPECS["vit_t"]
     # Two heads of three wide: head 0 is rows 0-8 (q 0-2, k 3-5, v 6-8), head 1 rows 9-17.
-    assert key_rows(spec, out_features=18, num_heads=2).tolist() == [3, 4, 5, 12, 13, 14]
+    assert spec.qkv_rows(1, out_features=18, num_heads=2).tolist() == [3, 4, 5, 12, 13, 14]
 
 
-def test_key_rows__plain_vit_has_keys_in_the_middle_third():
+def test_qkv_rows__plain_vit_has_keys_in_the_middle_third():
     spec, _ = SPECS["plain"]
-    assert key_rows(spec, out_features=18, num_heads=2).tolist() == [6, 7, 8, 9, 10, 11]
+    assert spec.qkv_rows(1, out_features=18, num_heads=2).tolist() == [6, 7, 8, 9, 10, 11]
 
 
 @pytest.mark.parametrize("family", SPECS)
@@ -149,7 +148,7 @@ def test_qv__keys_are_not_adapted(family):
     for name, module in segmenter.sam.named_modules():
         if name.startswith("image_encoder") and name.endswith(".attn") and hasattr(module.qkv, "lora_B"):
             weight = module.qkv.lora_B["default"].weight
-            rows = key_rows(spec, out_features=weight.shape[0], num_heads=module.num_heads)
+            rows = spec.qkv_rows(1, out_features=weight.shape[0], num_heads=module.num_heads)
             rest = torch.ones(len(weight), dtype=torch.bool)
             rest[rows] = False
             assert torch.count_nonzero(weight[rows]) == 0

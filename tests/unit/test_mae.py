@@ -6,7 +6,6 @@ import pytest
 import torch
 from samgraft.shared.config import load_config
 from samgraft.shared.encoders.sam import to_pixels
-from samgraft.shared.encoders.vit import build_image_encoder
 from samgraft.shared.errors import UsageError
 from samgraft.ssl.config import PretrainConfig
 from samgraft.ssl.objectives.decoders import (
@@ -126,10 +125,10 @@ def test_answered_share__predicts_a_part_that_differs_between_samples():
 
 
 def test_layout__plain_vit_has_no_windows_and_no_relative_positions():
-    spec = dataclasses.replace(PLAIN_VIT, plain=dataclasses.replace(PLAIN_VIT.plain, global_blocks=(0, 1)))
+    spec = dataclasses.replace(PLAIN_VIT, global_blocks=(0, 1))
     objective = make_objective(layout=Layout.PLAIN_VIT)
     torch.manual_seed(0)
-    everywhere = build_image_encoder(spec, image_size=96)
+    everywhere = spec.build(image_size=96)
     state = objective.encoder.state_dict()
     with torch.no_grad():
         for name, tensor in everywhere.state_dict().items():
@@ -187,7 +186,7 @@ def test_sincos_positions__differ_between_rows_and_columns():
 
 
 def test_mae__encoder_that_cannot_drop_tokens_is_refused():
-    with pytest.raises(UsageError, match=r"vit_b, vit_l, vit_h.*got vit_t, whose.*Use METHOD=masked_image"):
+    with pytest.raises(UsageError, match=r"such as vit_b, got vit_t, whose.*Use METHOD=masked_image"):
         MAE(tiny_encoder(), MAEConfig(), seed=0)
 
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 from samgraft.shared.config import load_config, packaged_config
-from samgraft.shared.encoders.architecture import Arch, Stem, arch_spec
-from samgraft.shared.encoders.vit import build_image_encoder
+from samgraft.shared.encoders.registry import arch_spec
+from samgraft.shared.encoders.tiny_vit import Stem
 from samgraft.ssl.config import PretrainConfig
 from samgraft.ssl.objectives.masked_image import (
     MaskedImage,
@@ -175,14 +175,14 @@ def test_loss__falls_on_a_constant_slice():
 
 @pytest.mark.parametrize(
     ("arch", "stem", "unit_px"),
-    [(Arch.vit_t, Stem.conv1x1, 8), (Arch.vit_t, Stem.conv3x3, 16), (Arch.vit_b, None, 16)],
+    [("vit_t", Stem.conv1x1, 8), ("vit_t", Stem.conv3x3, 16), ("vit_b", None, 16)],
 )
 def test_cpu_preset__hidden_squares_fit_every_encoder(arch, stem, unit_px):
     """LiteMedSAM's 8 px would be half a token of MobileSAM and vit_b, and stopped the first command once."""
     layer = {"modality": "mri", "data": {"store": "a.zarr"}, "model": {"base": "random"}}
     preset = load_config(PretrainConfig, layers=[packaged_config("pretrain/masked_image-cpu.yaml"), layer])
     with torch.device("meta"):
-        encoder = build_image_encoder(arch_spec(arch, stem), image_size=preset.model.image_size)
+        encoder = arch_spec(arch, stem).build(image_size=preset.model.image_size)
         objective = MaskedImage(encoder, preset.objective.masked_image, seed=0)
     assert objective.mask_unit_px == unit_px
     assert objective._masks([0]).shape == (1, 128 // unit_px, 128 // unit_px)

@@ -5,7 +5,6 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from samgraft.shared.encoders.vit import build_image_encoder
 from samgraft.shared.errors import UsageError, WeightsError
 from samgraft.shared.weights.card import Card
 from samgraft.shared.weights.load import load_into, read_weights
@@ -50,7 +49,7 @@ def take_up(objective, base, *, name="dino", use=StateUse.AUTO):
 
 
 def go_on(run, image_size=96, scope=None, settings=DINO):
-    encoder = build_image_encoder(PLAIN_VIT, image_size=image_size)
+    encoder = PLAIN_VIT.build(image_size=image_size)
     load_into(encoder, read_weights(run), resize_positions=True)
     apply_scope(encoder, scope or ScopeConfig(), num_frozen_depths=0)
     return build("dino", encoder, settings)

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from model_factory import make_sam, tiny_plain_spec, tiny_vit_t_spec
-from samgraft.shared.encoders.architecture import Arch, Stem
-from samgraft.shared.encoders.tiny_vit import freeze_batch_norm
+from samgraft.shared.encoders.base import freeze_batch_norm
+from samgraft.shared.encoders.tiny_vit import Stem
 from samgraft.shared.errors import UsageError, WeightsError
 from samgraft.shared.weights.card import Card
 from samgraft.shared.weights.save import save_encoder
@@ -61,7 +61,7 @@ def sam_of(kind: str) -> Tensors:
 
 
 def model_config(base: Path | str, arch: str, **settings: object) -> ModelConfig:
-    return ModelConfig(arch=Arch(arch), base=str(base), image_size=SIZES[arch], **settings)  # type: ignore[arg-type]
+    return ModelConfig(arch=arch, base=str(base), image_size=SIZES[arch], **settings)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -103,7 +103,7 @@ def test_start__from_an_earlier_run_and_at_another_size(tmp_path: Path) -> None:
     sam = make_sam(tiny_plain_spec(), image_size=160)
     card = Card(arch="vit_b", image_size=160, pixel_mean=[0.0] * 3, pixel_std=[255.0] * 3, notes=["first"])
     save_encoder(sam.image_encoder, tmp_path / "run" / "encoder", card)
-    config = ModelConfig(arch=Arch.vit_b, base=str(tmp_path / "run"), image_size=96)
+    config = ModelConfig(arch="vit_b", base=str(tmp_path / "run"), image_size=96)
     encoder, found = load_start(config)
     assert encoder.pos_embed.shape == (1, 6, 6, 32)
     assert torch.equal(encoder.blocks[0].mlp.lin1.weight, sam.image_encoder.blocks[0].mlp.lin1.weight)
@@ -135,7 +135,7 @@ def test_start__random_vit_t_keeps_slices_apart(
 ) -> None:
     """With batch norm at mean 0 and variance 1 for ever, fresh features of different slices are the same."""
     monkeypatch.setattr(start, "arch_spec", lambda _: TINY_VIT)
-    config = ModelConfig(arch=Arch.vit_t, base="random", image_size=32, num_frozen_depths=2)
+    config = ModelConfig(arch="vit_t", base="random", image_size=32, num_frozen_depths=2)
     torch.manual_seed(0)
     with caplog.at_level("INFO"):
         encoder, card = load_start(config)

@@ -10,9 +10,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from model_factory import make_sam, tiny_plain_spec, tiny_vit_t_spec
-from samgraft.shared.encoders.architecture import Arch, Stem, arch_spec
+from samgraft.shared.encoders.base import freeze_batch_norm
+from samgraft.shared.encoders.registry import arch_spec
 from samgraft.shared.encoders.sam import build_sam, decode_boxes, to_pixels
-from samgraft.shared.encoders.tiny_vit import TinyViTEncoder, freeze_batch_norm
+from samgraft.shared.encoders.tiny_vit import Stem, TinyViTEncoder
 from samgraft.shared.errors import UsageError
 from samgraft.shared.weights.load import load_sam
 
@@ -123,7 +124,7 @@ def test_arch__unknown_name_and_needless_stem_refused() -> None:
     with pytest.raises(UsageError, match="model must be one of vit_t, vit_b, vit_l, vit_h, got 'vit_x'"):
         arch_spec("vit_x")
     with pytest.raises(UsageError, match="stem must be left out for vit_b"):
-        arch_spec(Arch.vit_b, Stem.conv1x1)
+        arch_spec("vit_b", Stem.conv1x1)
 
 
 def test_to_pixels__statistics_of_each_architecture() -> None:

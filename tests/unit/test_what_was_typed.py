@@ -37,7 +37,7 @@ def test_pretrain__a_file_that_names_data_and_start_is_followed(store, tmp_path)
     )
     config, name = prepare(TypedSettings(files=(file,)), has_gpu=False)
     assert (config.data.store, config.data.batch_size) == (str(store), 2)
-    assert (config.model.base, config.model.arch.value, config.objective.name) == ("random", "vit_b", "mae")
+    assert (config.model.base, config.model.arch, config.objective.name) == ("random", "vit_b", "mae")
     assert not config.watch.log_images
     assert config.probe.store is None
     assert name.endswith("vit_b-mae")
@@ -57,14 +57,14 @@ def test_pretrain__options_win_over_the_file_and_overrides_over_both(store, tmp_
         options={"data.store": str(store), "model.arch": "vit_b", "objective.name": "mae"}, files=(file,)
     )
     config, _ = prepare(request, has_gpu=False)
-    assert (config.model.arch.value, config.objective.name) == ("vit_b", "mae")
+    assert (config.model.arch, config.objective.name) == ("vit_b", "mae")
     config, _ = prepare(
         TypedSettings(
             options={"data.store": "nowhere"}, files=(file,), overrides=(f"data.store={store}", "model.arch=vit_b")
         ),
         has_gpu=False,
     )
-    assert (config.data.store, config.model.arch.value) == (str(store), "vit_b")
+    assert (config.data.store, config.model.arch) == (str(store), "vit_b")
 
 
 def test_pretrain__the_demos_own_settings_stand_below_a_file(tmp_path, monkeypatch):

@@ -30,7 +30,7 @@ def plan_visible(ids_keep_BN: torch.Tensor, *, grid: int, side: int) -> Plan:
     return plan(ids_keep_BN, grid=grid, side=side)
 
 
-def attend(
+def mix_tokens(
     qkv_BND: torch.Tensor,
     padding_D: torch.Tensor,
     rel_pos_h_Ld: torch.Tensor,
@@ -39,7 +39,7 @@ def attend(
     *,
     num_heads: int,
 ) -> torch.Tensor:
-    """Attend within windows of a plan.
+    """Mix tokens by attention within the windows of a plan.
 
     Args:
         qkv_BND: Queries, keys and values of B images with N tokens, D = 3 C, laid out as segment_anything's ``qkv``.

@@ -1,0 +1,457 @@
+"""Base classes of all image encoders and of their shapes.
+
+An encoder family is one file in this folder: a subclass of :class:`EncoderSpec` that declares everything that the rest
+of the code needs to know about the family, a subclass of :class:`ImageEncoder` that it builds, and one line in
+``registry.FAMILIES``. No code outside ``encoders/`` and ``weights/`` tests for a family.
+
+An encoder of several scales (Hiera of SAM 2) fits in as follows. ``forward_features`` returns its maps at ``stride``
+and coarser, upsampled to ``stride`` and concatenated along the channels, which its neck reduces to the image
+embeddings: with nearest upsampling this equals a feature pyramid. Finer maps, which SAM 2's mask decoder reads beside
+the embeddings, need one more method here.
+
+Shape letters: B = images; S = image side (pixels); h, w = grid of ``token_mask``; C = channels; N = kept tokens;
+P = numbers per patch.
+"""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, fields
+from functools import partial
+from typing import Any, ClassVar, Self
+
+import torch
+import torch.nn.functional as F
+from samgraft.shared.errors import UsageError
+from segment_anything.modeling.common import LayerNorm2d
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+SAM_PIXEL_MEAN = (123.675, 116.28, 103.53)
+SAM_PIXEL_STD = (58.395, 57.12, 57.375)
+MEDSAM_SHA256 = "34b34b78c1d18cb8c6bf84cf9c00e135d6d6c965699f3c0e31ef1bc9dcb5be74"
+"""Hash of MedSAM's file. It has the tensors of SAM ViT-B but other pixel statistics, so only the hash identifies it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerNames:
+    """Names of the layers that adapters change, as regular expressions.
+
+    All but ``convolutions`` are relative to one transformer block.
+    """
+
+    linear: str
+    """Linear layers of attention and MLP."""
+    norms: str
+    """Norm layers."""
+    qkv: str = r"attn\.qkv"
+    """Linear layer that computes queries, keys and values at once."""
+    attention: str = "attn"
+    """Attention module."""
+    mlp: str = "mlp"
+    """MLP module."""
+    convolutions: str | None = None
+    """Convolutions outside the transformer blocks that LoRA can be merged into, relative to the encoder."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderSpec(ABC):
+    """Shape of an image encoder and the facts about its family.
+
+    A subclass adds the numbers that differ between its encoders as fields. Weights files are recognised by these
+    numbers, never by their names.
+    """
+
+    arch: str
+    """Name of the architecture on the command line, in configurations and on cards, such as ``vit_b``."""
+    native_image_size: int
+    """Side of the input in pixels at which the published weights were trained."""
+    neck_dim: int = 256
+    """Channels of the image embeddings; also the width of prompt encoder and mask decoder."""
+    pixel_mean: tuple[float, float, float] = SAM_PIXEL_MEAN
+    """Mean that is subtracted from pixels on the 0..255 scale."""
+    pixel_std: tuple[float, float, float] = SAM_PIXEL_STD
+    """Standard deviation that divides pixels on the 0..255 scale."""
+
+    family: ClassVar[str]
+    """Key of the family's shape in stored dictionaries."""
+    anchors: ClassVar[tuple[str, ...]]
+    """Tensors (without ``image_encoder.``) by which an encoder is found in a file. Several, so that a file without one
+    of them is still recognised and refused by name; the first belongs to this family alone."""
+    layers: ClassVar[LayerNames]
+    """Layers that adapters change."""
+    default_objective: ClassVar[str]
+    """Objective of stage 1 when none is given."""
+    release_formats: ClassVar[frozenset[str]] = frozenset({"sam", "onnx"})
+    """Formats in which an encoder of this family can be released; formats of a whole run are not listed here."""
+
+    # ---- the published shapes and the shape of a file
+
+    @classmethod
+    @abstractmethod
+    def published(cls) -> tuple[Self, ...]:
+        """Return the shapes of published weights; of one architecture the default variant comes first."""
+
+    @classmethod
+    def recognises(cls, tensors: Mapping[str, Tensor]) -> bool:
+        """Return True if tensors, named without ``image_encoder.``, belong to this family."""
+        return cls.anchors[0] in tensors
+
+    @classmethod
+    @abstractmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Self:
+        """Read the shape from tensors named without ``image_encoder.``.
+
+        Raises:
+            KeyError: If a tensor that the shape is read from is missing.
+            IndexError: If such a tensor has too few dimensions.
+        """
+
+    def image_size_of(self, tensors: Mapping[str, Tensor]) -> int:
+        """Return the input side in pixels that tensors were made for; the native one if they do not show it."""
+        return self.native_image_size
+
+    @abstractmethod
+    def build(self, *, image_size: int) -> ImageEncoder:
+        """Build the encoder with fresh weights for a square input of ``image_size`` pixels."""
+
+    # ---- numbers that both stages read
+
+    @property
+    @abstractmethod
+    def stride(self) -> int:
+        """Pixels per position of the image embeddings."""
+
+    @property
+    @abstractmethod
+    def feature_dim(self) -> int:
+        """Channels before the neck."""
+
+    @property
+    @abstractmethod
+    def mask_token_dim(self) -> int:
+        """Channels at the place where a mask token replaces a hidden token."""
+
+    @property
+    @abstractmethod
+    def crop_unit(self) -> int:
+        """Tokens along a side that small crops are a multiple of, so that no attention window is padded."""
+
+    @property
+    def natural_mask_unit_px(self) -> int | None:
+        """Side in pixels of the natural hidden square; None if any multiple of the stride is as good."""
+        return None
+
+    @property
+    @abstractmethod
+    def title(self) -> str:
+        """Name for messages, such as ``ViT-B (768x12)``."""
+
+    @property
+    def variant(self) -> str | None:
+        """Variant within the architecture (the stem of vit_t); None if there is only one."""
+        return None
+
+    # ---- where adapters go
+
+    @abstractmethod
+    def block_names(self) -> list[str]:
+        """Return the transformer blocks by module name, from the input to the neck."""
+
+    def linear_pattern(self) -> str:
+        """Return a regular expression of the linear layers in all transformer blocks."""
+        blocks = "|".join(re.escape(name) for name in self.block_names())
+        return rf"({blocks})\.{self.layers.linear}"
+
+    def convolution_stage(self) -> list[str]:
+        """Return the modules of the convolutional stage before the transformer blocks, if the family has one."""
+        return []
+
+    def qkv_rows(self, part: int, *, out_features: int, num_heads: int) -> Tensor:
+        """Return the output rows of a fused qkv layer that are queries (part 0), keys (1) or values (2).
+
+        Most families stack all queries, then all keys, then all values.
+        """
+        size = out_features // 3
+        return torch.arange(part * size, (part + 1) * size)
+
+    # ---- comparison and storage
+
+    @property
+    def shape(self) -> dict[str, Any]:
+        """Numbers that the family adds, by field name."""
+        shared = {f.name for f in fields(EncoderSpec)}
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in shared}
+
+    def has_shape_of(self, other: EncoderSpec) -> bool:
+        """Return True if the family and all its numbers are equal."""
+        return type(self) is type(other) and self.shape == other.shape
+
+    def has_tensors_of(self, other: EncoderSpec) -> bool:
+        """Return True if weights of ``other`` have the same names and shapes, position tables aside."""
+        return self.has_shape_of(other)
+
+    @property
+    def is_standard(self) -> bool:
+        """True for a published shape, False for a small or foreign one."""
+        known = [s for s in self.published() if (s.arch, s.variant) == (self.arch, self.variant)]
+        return any(self.has_shape_of(s) and self.neck_dim == s.neck_dim for s in known)
+
+    @property
+    def registry_name(self) -> str | None:
+        """Name under which segment_anything's ``sam_model_registry`` builds this shape; None if it cannot."""
+        return None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for JSON; :func:`registry.spec_from_dict` reads them."""
+        # The two oldest families are always listed: released bundles have contained both keys from the beginning.
+        shapes: dict[str, Any] = {"plain": None, "tiny": None}
+        shapes[self.family] = {name: str(v) if isinstance(v, str) else v for name, v in self.shape.items()}
+        return {
+            "arch": self.arch,
+            "native_image_size": self.native_image_size,
+            **shapes,
+            "neck_dim": self.neck_dim,
+            "pixel_mean": self.pixel_mean,
+            "pixel_std": self.pixel_std,
+        }
+
+    def check_image_size(self, image_size: int) -> None:
+        """Refuse an input size that the stride does not divide.
+
+        Raises:
+            UsageError: If ``image_size`` is not a positive multiple of the stride.
+        """
+        step = self.stride
+        if image_size < step or image_size % step:
+            near = max(step, round(image_size / step) * step)
+            raise UsageError(
+                f"image_size must be a positive multiple of {step} for {self.arch}, got {image_size}. Use {near}."
+            )
+
+
+class ImageEncoder(nn.Module, ABC):
+    """Image encoder that both stages train, whatever its family.
+
+    Args:
+        spec: Shape.
+        image_size: Side of the square input in pixels, a multiple of the stride.
+
+    BatchNorm keeps its running statistics by default (``batch_norm_frozen``): few, partly hidden or few-shot images
+    would move them away from the published ones, and an adapter file does not contain them. Stage 1 from random weights
+    updates them, because there is nothing to keep.
+    """
+
+    neck: nn.Sequential
+    entry_points: ClassVar[tuple[str, ...]] = ("forward_features",)
+    """Methods beside ``forward`` that are called from outside; sharded parameters are gathered for them."""
+
+    def __init__(self, spec: EncoderSpec, *, image_size: int) -> None:
+        super().__init__()
+        spec.check_image_size(image_size)
+        self.spec = spec
+        self.image_size = image_size
+        self.img_size = image_size  # segment_anything's name, which Sam.preprocess and postprocess_masks read
+        self.activation_checkpointing = False
+        self.batch_norm_frozen = True
+
+    @property
+    def arch(self) -> str:
+        """Name of the architecture."""
+        return self.spec.arch
+
+    @property
+    def stride(self) -> int:
+        """Pixels per position of the image embeddings."""
+        return self.spec.stride
+
+    @property
+    def feature_dim(self) -> int:
+        """Channels before the neck."""
+        return self.spec.feature_dim
+
+    @property
+    def mask_token_dim(self) -> int:
+        """Channels of a mask token."""
+        return self.spec.mask_token_dim
+
+    def forward(self, images_B3SS: Tensor) -> Tensor:
+        """Return image embeddings of shape (B, neck_dim, S/stride, S/stride)."""
+        out: Tensor = self.neck(self.forward_features(images_B3SS))
+        return out
+
+    @abstractmethod
+    def forward_features(
+        self, images_B3SS: Tensor, *, token_mask_Bhw: Tensor | None = None, mask_token: Tensor | None = None
+    ) -> Tensor:
+        """Return features before the neck, with hidden tokens replaced by a mask token.
+
+        Args:
+            images_B3SS: Images after ``to_pixels``.
+            token_mask_Bhw: Hidden tokens (True), on any square grid that divides the encoder's own. No output depends
+                on a hidden pixel.
+            mask_token: Shape (mask_token_dim,); zeros if None.
+
+        Returns:
+            Shape (B, feature_dim, S/stride, S/stride).
+        """
+
+    @abstractmethod
+    def layer_groups(self) -> Iterator[tuple[int, list[nn.Parameter]]]:
+        """Yield (depth, parameters) from the stem (depth 0) to the neck, every parameter once.
+
+        Learning-rate decay by layer and freezing of the lowest depths use it.
+        """
+
+    @abstractmethod
+    def units(self) -> Iterator[nn.Module]:
+        """Yield the repeated parts (blocks or stages) that are sharded and recomputed one at a time."""
+
+    def run_unit(self, unit: nn.Module, *inputs: Any) -> Tensor:
+        """Run one unit; with activation checkpointing keep only its inputs for the backward pass."""
+        if self.activation_checkpointing and torch.is_grad_enabled():
+            out: Tensor = checkpoint(unit, *inputs, use_reentrant=False, context_fn=partial(_recompute_contexts, unit))
+        else:
+            out = unit(*inputs)
+        return out
+
+    def for_export(self) -> nn.Module:
+        """Return a module with the same outputs that ONNX export can trace."""
+        return self
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode; frozen BatchNorm layers stay in eval mode."""
+        super().train(mode)
+        if self.batch_norm_frozen:
+            for module in self.modules():
+                if isinstance(module, nn.BatchNorm2d):
+                    module.eval()
+        return self
+
+
+class TokenDroppingEncoder(ImageEncoder):
+    """Image encoder that can leave hidden tokens out, so that they cost nothing.
+
+    Its tokens lie on a grid of ``grid`` x ``grid`` patches of ``stride`` pixels and have absolute positions.
+    """
+
+    entry_points = ("forward_features", "forward_visible", "forward_patches")
+    grid: int
+    """Tokens along a side."""
+    attn_window_size: int
+    """Tokens along a side of an attention window."""
+
+    @abstractmethod
+    def forward_visible(self, images_B3SS: Tensor, ids_keep_BN: Tensor, *, relative_positions: bool = True) -> Tensor:
+        """Encode the kept tokens only.
+
+        Args:
+            images_B3SS: Images after ``to_pixels``.
+            ids_keep_BN: Raster numbers of the kept tokens of each image, int64, in any order and without repeats; -1
+                fills up images that keep fewer tokens than others.
+            relative_positions: False runs the blocks as those of a plain ViT, with global attention and absolute
+                positions only.
+
+        Returns:
+            Features before the neck in the order of ``ids_keep_BN``, shape (B, N, C); undefined where it is -1.
+        """
+
+    @abstractmethod
+    def forward_patches(self, patches_BNP: Tensor, ids_keep_BN: Tensor) -> Tensor:
+        """Encode patches as if they were at these places of the grid and no other token existed.
+
+        Args:
+            patches_BNP: Patches from :func:`cut_patches`, of images after ``to_pixels``.
+            ids_keep_BN: Raster numbers as for ``forward_visible``; not checked again.
+
+        Returns:
+            Features before the neck, shape (B, N, C).
+        """
+
+    @abstractmethod
+    def relative_position_tables(self) -> list[nn.Parameter]:
+        """Return the parameters that ``relative_positions=False`` does not use."""
+
+
+def cut_patches(images_B3SS: Tensor, patch_size: int) -> Tensor:
+    """Cut images into flattened patches (B, g g, 3 p p), channel first as in the convolution's weight."""
+    side = images_B3SS.shape[-1] // patch_size
+    cut = images_B3SS.unflatten(3, (side, patch_size)).unflatten(2, (side, patch_size))
+    patches: Tensor = cut.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+    return patches
+
+
+def build_neck(feature_dim: int, neck_dim: int) -> nn.Sequential:
+    """Build segment_anything's neck, which turns features into image embeddings."""
+    return nn.Sequential(
+        nn.Conv2d(feature_dim, neck_dim, kernel_size=1, bias=False),
+        LayerNorm2d(neck_dim),
+        nn.Conv2d(neck_dim, neck_dim, kernel_size=3, padding=1, bias=False),
+        LayerNorm2d(neck_dim),
+    )
+
+
+def upsample_token_mask(token_mask_Bhw: Tensor, *, side: int, name: str) -> Tensor:
+    """Repeat a token mask to a finer square grid, shape (B, side, side).
+
+    Args:
+        token_mask_Bhw: Hidden tokens (True).
+        side: Rows and columns of the finer grid.
+        name: What the finer grid belongs to, for messages.
+
+    Raises:
+        ValueError: If the mask is not bool, not square, or does not divide ``side``.
+    """
+    height, width = token_mask_Bhw.shape[-2:]
+    if token_mask_Bhw.dtype != torch.bool:
+        raise ValueError(f"token_mask must be bool (True = hidden), got {token_mask_Bhw.dtype}.")
+    if height != width or side % height:
+        raise ValueError(f"token_mask grid must be square and divide the {name} side {side}, got {height}x{width}.")
+    if height == side:
+        return token_mask_Bhw
+    scaled = F.interpolate(token_mask_Bhw[:, None].to(torch.uint8), scale_factor=side // height, mode="nearest")
+    return scaled[:, 0].bool()
+
+
+def count_blocks(names: Iterator[str] | Mapping[str, Any], prefix: str) -> int:
+    """Return one more than the largest number that follows ``prefix`` in tensor names."""
+    indexes = {name[len(prefix) :].split(".", 1)[0] for name in names if name.startswith(prefix)}
+    return 1 + max((int(i) for i in indexes if i.isdigit()), default=-1)
+
+
+def freeze_batch_norm(module: nn.Module, *, frozen: bool = True) -> None:
+    """Keep (or stop keeping) the BatchNorm statistics of all image encoders inside ``module``."""
+    for child in module.modules():
+        if isinstance(child, ImageEncoder):
+            child.batch_norm_frozen = frozen
+            child.train(child.training)
+
+
+def has_batch_norm(module: nn.Module) -> bool:
+    """Return True if some layer keeps running statistics."""
+    return any(isinstance(child, nn.BatchNorm2d) for child in module.modules())
+
+
+def _recompute_contexts(unit: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """Return the contexts of a forward pass and of its repetition in the backward pass, for ``checkpoint``."""
+    return nullcontext(), _without_statistics(unit)
+
+
+@contextmanager
+def _without_statistics(module: nn.Module) -> Iterator[None]:
+    """Keep training BatchNorm layers from counting a batch a second time."""
+    # The repeated forward pass must normalise by the same batch statistics, so the layers stay in training mode. With
+    # momentum 0 the running statistics do not move, and the batch counter is restored.
+    norms = [m for m in module.modules() if isinstance(m, nn.BatchNorm2d) and m.training]
+    before = [(norm, norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]  # type: ignore[union-attr]
+    for norm in norms:
+        norm.momentum = 0.0
+    try:
+        yield
+    finally:
+        for norm, momentum, count in before:
+            norm.momentum = momentum
+            norm.num_batches_tracked.copy_(count)  # type: ignore[union-attr]
