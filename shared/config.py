@@ -96,7 +96,8 @@ def load_config(
         UsageError: For unknown keys (with the nearest known key), wrong types, values out of range, missing required
             keys, failed checks (all of them in one message), or a file that is not plain YAML.
     """
-    merged = _omega({})
+    # A section's own default may differ from the defaults of its class, so that defaults are the first layer.
+    merged = _omega(_from_python(default_settings(schema)))
     for layer in layers:
         merged = OmegaConf.merge(merged, _omega(_read_layer(layer)))
     check = _Check(schema)
@@ -182,6 +183,20 @@ def keys_that_may_change(schema: type, prefix: str = "") -> Iterator[str]:
             yield key
         elif isinstance(kind, type) and dataclasses.is_dataclass(kind):
             yield from keys_that_may_change(kind, f"{key}.")
+
+
+def default_settings(schema: type) -> dict[str, Any]:
+    """Return the settings that have a default, nested as in YAML."""
+    hints = get_type_hints(schema)
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(schema):
+        if field.default is not dataclasses.MISSING:
+            values[field.name] = plain_value(field.default)
+        elif field.default_factory is not dataclasses.MISSING:
+            values[field.name] = plain_value(field.default_factory())
+        elif isinstance(kind := hints[field.name], type) and dataclasses.is_dataclass(kind):
+            values[field.name] = default_settings(kind)
+    return values
 
 
 def dotted_keys(schema: type, prefix: str = "") -> list[str]:

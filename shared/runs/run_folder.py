@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import dataclasses
 import json
 import logging
 import os
@@ -13,11 +12,11 @@ import sys
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 import yaml
 from filelock import FileLock, Timeout
-from samgraft.shared.config import config_sha256, config_to_dict, config_to_yaml, keys_that_may_change, plain_value
+from samgraft.shared.config import config_sha256, config_to_dict, config_to_yaml, default_settings, keys_that_may_change
 from samgraft.shared.errors import FULL_DISK, SamgraftError, StorageError, UsageError
 from samgraft.shared.files import write_text
 from samgraft.shared.runs.environment import (
@@ -193,20 +192,6 @@ def check_run_folder(root: Path, name: str, *, config: object, stage: str) -> No
     # Only the first process may look: others could see the folder while the first one fills it.
     if process_rank() == 0 and path.exists():
         _check_same_run(path, config=config, stage=stage)
-
-
-def default_settings(schema: type) -> dict[str, Any]:
-    """Return the settings of a configuration that have a default, nested as in its YAML; required ones are left out."""
-    hints = get_type_hints(schema)
-    values: dict[str, Any] = {}
-    for field in dataclasses.fields(schema):
-        if field.default is not dataclasses.MISSING:
-            values[field.name] = plain_value(field.default)
-        elif field.default_factory is not dataclasses.MISSING:
-            values[field.name] = plain_value(field.default_factory())
-        elif isinstance(kind := hints[field.name], type) and dataclasses.is_dataclass(kind):
-            values[field.name] = default_settings(kind)
-    return values
 
 
 def _checked_path(root: Path, name: str) -> Path:

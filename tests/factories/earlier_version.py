@@ -18,7 +18,7 @@ COMMIT = "e4071c35124753ac91003ff07e1f104341f597ad"
 PRETRAIN = """
 modality: mri
 data: {store: store.zarr, batch_size: 2, num_held_out_slices: 2}
-model: {base: base, image_size: 32}
+model: {base: sam.safetensors, image_size: 32}
 objective: {name: masked_image, masked_image: {mask_unit_px: 8, decoder_dim: 8}}
 optim: {warmup_steps: 1}
 trainer: {max_steps: 4, save_every_steps: 2, precision: fp32}
@@ -109,6 +109,10 @@ if __name__ == "__main__":
     root, source = Path(sys.argv[1]).resolve(), Path(sys.argv[2]).resolve()
     # An editable install would answer every import with this version.
     sys.meta_path[:] = [finder for finder in sys.meta_path if "editable" not in repr(finder).lower()]
-    sys.path[:] = [str(source), str(source / "tests"), *(p for p in sys.path if Path(p).resolve() != Path(__file__).parent)]
+    sys.path[:] = [
+        str(source),
+        str(source / "tests"),
+        *(p for p in sys.path if Path(p).resolve() != Path(__file__).parent),
+    ]
     os.chdir(root)
     write_files()

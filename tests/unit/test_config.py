@@ -43,6 +43,11 @@ class Root:
     optim: Optim = field(default_factory=Optim)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Outer:
+    optim: Optim = field(default_factory=lambda: Optim(dropout=0.5))
+
+
 def _load(*overrides: str, layers: tuple[Path, ...] = ()) -> Root:
     return load_config(Root, layers=layers, overrides=overrides)
 
@@ -171,6 +176,10 @@ def test_load_config__text_field_takes_the_value_as_written(text: str) -> None:
 def test_load_config__text_field_in_a_file_takes_a_number_as_written(tmp_path: Path) -> None:
     config = _load(layers=(_file(tmp_path, "name: 010\nbase: ${oc.env:HOME}\n"),))
     assert (config.name, config.base) == ("010", "${oc.env:HOME}")
+
+
+def test_load_config__partly_given_section_keeps_the_defaults_of_its_field() -> None:
+    assert load_config(Outer, overrides=["optim.lr=2e-4"]).optim == Optim(lr=2e-4, dropout=0.5)
 
 
 def test_load_config__null_clears_a_text_field(tmp_path: Path) -> None:
