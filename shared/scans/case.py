@@ -20,6 +20,8 @@ LABEL_GRID_TOLERANCE_MM = 0.01
 MAX_LABEL_ID = 65535
 MAX_LABEL_MAP_VALUES = 1024
 """Largest number of different values of a label map. Atlases have a few hundred regions."""
+MAX_SURE_LABEL_VALUES = 64
+"""Number of values in a file called a label above which its voxels are checked too."""
 MIN_EQUAL_NEIGHBOURS = 0.7
 """Share of equal values among neighbouring foreground voxels above which an array is a label map. Label maps measure
 above 0.8, noise-free 8-bit ultrasound below 0.5."""
@@ -193,7 +195,7 @@ def _ids_of_file(values_ijk: Array, label: LabelFiles) -> Array:
     where = label.scan.name
     ids = to_whole_numbers(values_ijk, round_values=label.round_values, where=where)
     found = np.unique(ids)
-    if len(found) > MAX_LABEL_MAP_VALUES // 4 and not is_label_map(ids):
+    if len(found) > MAX_SURE_LABEL_VALUES and not is_label_map(ids):
         raise DataError(
             f"the label looks like a scan ({len(found)} different values). Rename it, or give image and label in a CSV "
             "list.",

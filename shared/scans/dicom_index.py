@@ -14,7 +14,7 @@ import numpy.typing as npt
 import pydicom
 from pydicom.errors import InvalidDicomError
 from samgraft.shared.scans.discovery import Discovery
-from samgraft.shared.scans.names import is_placeholder_id
+from samgraft.shared.scans.names import is_placeholder_id, patient_folder
 from samgraft.shared.scans.readers.dicom import find_tag
 from samgraft.shared.scans.readers.dicom_geometry import is_parallel
 
@@ -26,6 +26,10 @@ _TAGS = [
 ]
 SEGMENTATION_CLASSES = {"1.2.840.10008.5.1.4.1.1.66.4", "1.2.840.10008.5.1.4.1.1.66.7"}
 DICOMDIR_CLASS = "1.2.840.10008.1.3.10"
+_STORAGE_CLASS = "1.2.840.10008.5.1.4.1.1."
+# Last parts of the classes CR, DX and MG, CT, MR, US, secondary capture, XA and RF, NM, PET.
+_IMAGE_CLASSES = ("1", "1.1", "2", "3.1", "4", "6.1", "7", "12", "20", "128", "130")
+_SPECTROSCOPY_CLASS = f"{_STORAGE_CLASS}4.2"
 _PREAMBLE_BYTES = 132
 
 
@@ -55,12 +59,14 @@ class SegmentationFile:
     referenced_series: frozenset[str]
 
 
-def group_dicom(paths: Sequence[Path], found: Discovery) -> tuple[list[DicomSeries], list[SegmentationFile]]:
+def group_dicom(
+    paths: Sequence[Path], root: Path, found: Discovery
+) -> tuple[list[DicomSeries], list[SegmentationFile]]:
     """Group files into series, and count those that are no image.
 
     A series is what has one patient, study, SeriesInstanceUID, frame of reference, picture size and orientation.
     Anonymisers write one SeriesInstanceUID for several patients, and scanners put planes of several orientations
-    under one.
+    under one. Where the patient id is missing too, the patient's folder takes its place.
     """
     series: dict[tuple[Any, ...], list[DicomSeries]] = defaultdict(list)
     segmentations: list[SegmentationFile] = []
@@ -82,12 +88,14 @@ def group_dicom(paths: Sequence[Path], found: Discovery) -> tuple[list[DicomSeri
             segmentations.append(_segmentation(header, path))
         elif kind == DICOMDIR_CLASS:
             found.left_out["DICOMDIR (files are found without it)"] += 1
+        elif not has_pixels and _is_image_class(kind):  # cut before its picture size
+            series[("damaged", str(path))].append(_damaged(path))
         elif not has_pixels:
             found.left_out["DICOM without pixels (report, plan, contours)"] += 1
         elif "LOCALIZER" in (header.get("ImageType") or ()):
             found.left_out["DICOM localizer"] += 1
         else:
-            _add(series, header, path, lost)
+            _add(series, header, path, root, lost)
     for modality, count in sorted(lost.items()):
         found.notes.append(f"{count} {modality} files have no orientation: each is a scan of its own")
     return [one for group in series.values() for one in group], segmentations
@@ -108,7 +116,9 @@ def series_of_segmentation(segmentation: SegmentationFile, series: Sequence[Dico
     return fitting[0] if len(fitting) == 1 else None
 
 
-def _add(series: dict[tuple[Any, ...], list[DicomSeries]], header: Any, path: Path, lost: Counter[str]) -> None:
+def _add(
+    series: dict[tuple[Any, ...], list[DicomSeries]], header: Any, path: Path, root: Path, lost: Counter[str]
+) -> None:
     places = [header]
     num_frames = _number(header.get("NumberOfFrames", 1))
     if "PerFrameFunctionalGroupsSequence" in header and num_frames == 1:
@@ -122,7 +132,8 @@ def _add(series: dict[tuple[Any, ...], list[DicomSeries]], header: Any, path: Pa
     # SeriesInstanceUID the folder takes its place.
     alone = orientation is None or num_frames != 1
     place = str(path) if alone else "" if uid else str(path.parent)
-    key = (patient, study, uid, frame, str(header.get("Rows")), str(header.get("Columns")), place)
+    owner = patient or patient_folder(path.relative_to(root)) or ""
+    key = (owner, study, uid, frame, str(header.get("Rows")), str(header.get("Columns")), place)
     group = series[key]
     one = next((s for s in group if alone or _same_orientation(s.orientation, orientation)), None)
     if one is None:
@@ -178,6 +189,13 @@ def _segmentation(header: Any, path: Path) -> SegmentationFile:
         frame_of_reference=str(header.get("FrameOfReferenceUID", "")),
         referenced_series=frozenset(str(item.get("SeriesInstanceUID", "")) for item in references) - {""},
     )
+
+
+def _is_image_class(kind: str) -> bool:
+    """Return whether a SOP class has pixels; as a file without any class may."""
+    part = kind.removeprefix(_STORAGE_CLASS)
+    is_image = part in _IMAGE_CLASSES or part.startswith(tuple(f"{one}." for one in _IMAGE_CLASSES))
+    return not kind or (kind.startswith(_STORAGE_CLASS) and is_image and kind != _SPECTROSCOPY_CLASS)
 
 
 def _damaged(path: Path) -> DicomSeries:

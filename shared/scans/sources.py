@@ -154,7 +154,7 @@ def _dicom(index: FileIndex, options: SourceOptions, found: Discovery) -> list[F
     # Imported here: folders without DICOM need no pydicom.
     from samgraft.shared.scans.dicom_index import group_dicom, series_of_segmentation
 
-    series, segmentations = group_dicom(paths, found)
+    series, segmentations = group_dicom(paths, index.root, found)
     ids_of = _segment_ids([one.path for one in segmentations], options, found)
     segments: dict[int, list[LabelFiles]] = defaultdict(list)
     for one in segmentations:

@@ -1,4 +1,4 @@
-"""Synthetic DICOM for tests: classic series, enhanced multi-frame, segmentations."""
+"""Synthetic DICOM files for tests, as classic series, enhanced multi-frame files and segmentations."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def write_enhanced(path: Path, volume: np.ndarray, *, slopes=None, step=3.0) -> 
 
 
 def write_segmentation(path: Path, labels: dict[str, np.ndarray], *, step=3.0, shift=0.0, series_uid="1.2.3.4") -> Path:
-    """Write boolean volumes (Z, H, W) by segment name; empty slices are left out, as in real files."""
+    """Write boolean volumes (Z, H, W) by segment name, without empty slices as in real files."""
     ds = new_dataset(sop_class=SEG_CLASS, Modality="SEG", SeriesInstanceUID="9.9.9", SegmentationType="BINARY")
     reference = Dataset()
     reference.SeriesInstanceUID = series_uid

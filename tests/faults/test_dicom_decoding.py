@@ -1,4 +1,4 @@
-"""Compressed DICOM is decoded in a process that may crash, hang or ask for all memory: rows 91 and 124."""
+"""Decoding of compressed DICOM in a process that may crash, hang or allocate too much."""
 
 import os
 import sys
@@ -27,7 +27,7 @@ def compress(path):
 
 
 def fake_decoder(tmp_path, body, *, timeout_s=20.0):
-    """A decoder whose answer to every request is ``body``."""
+    """Return a decoder that runs ``body`` for every request."""
     program = tmp_path / "decoder.py"
     program.write_text(
         "import os, signal, struct, sys, time\n"
@@ -38,7 +38,7 @@ def fake_decoder(tmp_path, body, *, timeout_s=20.0):
     return DecodeProcess([sys.executable, str(program)], timeout_s=timeout_s)
 
 
-def test_compressed_series_equals_the_plain_one(tmp_path):
+def test_read_dicom_series__compressed_equals_uncompressed(tmp_path):
     plain = read_dicom_series(write_series(tmp_path / "a", IMAGE), where="a")
     packed_paths = [compress(path) for path in write_series(tmp_path / "b", IMAGE)]
     packed = read_dicom_series(packed_paths, where="b")
@@ -47,7 +47,7 @@ def test_compressed_series_equals_the_plain_one(tmp_path):
     np.testing.assert_array_equal(packed.affine, plain.affine)
 
 
-def test_one_process_serves_all_files_and_ends_with_its_owner(tmp_path):
+def test_decode_process__serves_all_files_and_ends_with_its_owner(tmp_path):
     paths = [compress(path) for path in write_series(tmp_path, IMAGE)]
     with_pid = DecodeProcess()
     try:
@@ -78,7 +78,7 @@ def test_one_process_serves_all_files_and_ends_with_its_owner(tmp_path):
 os.write(1, b'+' + struct.pack('<Q', len(x)) + x)""", "not a picture"),
     ],
 )  # fmt: skip
-def test_row_91_whatever_the_decoder_does_the_reader_lives(tmp_path, body, message):
+def test_decode_process__faulty_decoder_gives_an_error(tmp_path, body, message):
     decoder = fake_decoder(tmp_path, body)
     for _ in range(2):  # and the next file gets a new one
         with pytest.raises(DecoderError, match=message):
@@ -86,7 +86,7 @@ def test_row_91_whatever_the_decoder_does_the_reader_lives(tmp_path, body, messa
     decoder.close()
 
 
-def test_hanging_decoder_is_ended(tmp_path):
+def test_decode_process__hanging_decoder_is_killed(tmp_path):
     decoder = fake_decoder(tmp_path, "time.sleep(60)", timeout_s=1.0)
     begin = time.monotonic()
     with pytest.raises(DecoderError, match="took longer than 1 s and was ended"):
@@ -94,7 +94,7 @@ def test_hanging_decoder_is_ended(tmp_path):
     assert time.monotonic() - begin < 20
 
 
-def test_crash_becomes_one_refused_case(tmp_path, monkeypatch):
+def test_read_dicom_series__decoder_crash_refuses_the_series(tmp_path, monkeypatch):
     paths = [compress(path) for path in write_series(tmp_path / "a", IMAGE)]
     decoder = fake_decoder(tmp_path, "os.kill(os.getpid(), signal.SIGSEGV)")
     monkeypatch.setattr(decode_process, "_shared", decoder)
@@ -102,7 +102,7 @@ def test_crash_becomes_one_refused_case(tmp_path, monkeypatch):
         read_dicom_series(paths, where="a")
 
 
-def test_row_92_announced_size_is_refused_before_decoding(tmp_path, monkeypatch):
+def test_read_dicom_series__announced_size_is_refused_before_decoding(tmp_path, monkeypatch):
     def never():
         raise AssertionError("decoded")
 
@@ -115,8 +115,8 @@ def test_row_92_announced_size_is_refused_before_decoding(tmp_path, monkeypatch)
         read_dicom_series([save(ds, tmp_path / "bomb")], where="bomb")
 
 
-def test_random_bytes_as_compressed_pixels(tmp_path):
-    """Noise in every decoder that pydicom has here: an error each time, and this process goes on."""
+def test_read_dicom_series__random_bytes_as_pixels_are_refused(tmp_path):
+    """Noise gives an error in every installed decoder, and this process continues."""
     from pydicom.encaps import encapsulate
 
     rng = np.random.default_rng(0)
@@ -134,8 +134,8 @@ def test_random_bytes_as_compressed_pixels(tmp_path):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_AS")
-def test_memory_is_limited(tmp_path, monkeypatch):
-    """The real process with a small limit: it answers, and does not take the machine with it."""
+def test_decode_process__memory_is_limited(tmp_path, monkeypatch):
+    """The real process returns an error when it reaches its limit."""
     program = tmp_path / "limited.py"
     program.write_text(
         "import numpy as np\n"

@@ -1,4 +1,4 @@
-"""Row 132: a label on another grid is refused, and a picture shows how it lies."""
+"""Labels on another grid than their scan, which are refused and drawn on request."""
 
 import re
 
@@ -26,7 +26,7 @@ def moved(*, shift_mm=0.0, flip=False):
 @pytest.mark.parametrize(
     "command", [["build", "--out", "x.zarr"], ["build", "--out", "x.zarr", "--dry-run"], ["check"]]
 )
-def test_row_132_picture_on_request(tmp_path, monkeypatch, capsys, command):
+def test_store_command__overlays_draw_a_label_on_another_grid(tmp_path, monkeypatch, capsys, command):
     monkeypatch.chdir(tmp_path)
     write_nifti(tmp_path / "in" / "Meyer Anna" / "t1.nii", IMAGE)
     write_nifti(tmp_path / "in" / "Meyer Anna" / "t1_label.nii", LABEL, affine=moved(shift_mm=3.0))
@@ -48,7 +48,7 @@ def test_row_132_picture_on_request(tmp_path, monkeypatch, capsys, command):
     np.testing.assert_array_equal(by_header[:, :17], np.roll(LABEL[z] > 0, -3, axis=1)[:, :17])
 
 
-def test_resample__identity_shift_flip_and_another_resolution(tmp_path):
+def test_resample_to__identity_shift_flip_and_another_resolution(tmp_path):
     scan = read_scan(nifti_files(write_nifti(tmp_path / "a.nii", IMAGE)))
     truth = LABEL.transpose(2, 1, 0) != 0
 
@@ -65,7 +65,7 @@ def test_resample__identity_shift_flip_and_another_resolution(tmp_path):
     assert not resample_to(far, scan).any()
 
 
-def test_row_132_another_shape_has_one_panel(tmp_path, monkeypatch, capsys):
+def test_write_grid_picture__another_shape_has_one_panel(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     write_nifti(tmp_path / "in" / "a.nii", IMAGE)
     write_nifti(tmp_path / "in" / "a_label.nii", LABEL[:, :12])

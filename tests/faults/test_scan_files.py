@@ -1,4 +1,4 @@
-"""Damaged and odd scan files: rows 105-129 of the catalogue, each refused by name or read right."""
+"""Damaged and odd scan files, each refused with the reason or read with the right values."""
 
 import gzip
 import io
@@ -46,11 +46,11 @@ def gz(tmp_path):
     return write_nifti(tmp_path / "a.nii.gz", IMAGE)
 
 
-# Rows 105-107: compression and content -----------------------------------------------------------------------------
+# Compression and content -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("keep", [0.3, 0.9, 0.999])
-def test_row_105_truncated_gzip(gz, keep):
+def test_read_nifti__truncated_gzip_is_refused(gz, keep):
     data = gz.read_bytes()
     gz.write_bytes(data[: int(len(data) * keep)])
     with pytest.raises(DataError, match=r"damaged|cut short"):
@@ -58,17 +58,17 @@ def test_row_105_truncated_gzip(gz, keep):
 
 
 @pytest.mark.parametrize("change", ["crc", "no trailer", "tail byte"])
-def test_row_106_gzip_checksum(gz, change):
+def test_read_nifti__wrong_gzip_checksum_is_refused(gz, change):
     data = bytearray(gz.read_bytes())
     if change == "crc":
         data[-6] ^= 1
     gz.write_bytes(data[:-8] if change == "no trailer" else data[:-1] if change == "tail byte" else data)
-    assert np.asarray(nib.load(gz).dataobj).size if change == "crc" else True  # nibabel says nothing
+    assert np.asarray(nib.load(gz).dataobj).size if change == "crc" else True  # nibabel reads it without an error
     with pytest.raises(DataError, match="gzip data is damaged or cut short"):
         read(gz)
 
 
-def test_row_107_names_do_not_decide(nii, gz, tmp_path):
+def test_read_nifti__content_decides_and_not_the_name(nii, gz, tmp_path):
     plain = tmp_path / "plain.nii.gz"
     plain.write_bytes(nii.read_bytes())
     packed = tmp_path / "packed.nii"
@@ -86,13 +86,13 @@ def test_row_107_names_do_not_decide(nii, gz, tmp_path):
         read(text)
 
 
-def test_row_105_truncated_plain_nifti(nii):
+def test_read_nifti__truncated_plain_file_is_refused(nii):
     nii.write_bytes(nii.read_bytes()[:-1])
     with pytest.raises(DataError, match="cut short: the header announces"):
         read(nii)
 
 
-# Row 108: impossible headers are refused before anything is allocated ------------------------------------------------
+# Impossible headers ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,7 @@ def test_row_105_truncated_plain_nifti(nii):
         (70, "<h", (128,), "color|damaged|cut short"),
     ],
 )
-def test_row_108_impossible_header(nii, offset, fmt, values, message):
+def test_read_nifti__impossible_header_is_refused_before_allocation(nii, offset, fmt, values, message):
     edit(nii, offset, fmt, *values)
     if message is None:  # spacing comes from the sform: a broken pixdim alone changes nothing
         np.testing.assert_array_equal(slices(read(nii)), IMAGE)
@@ -116,10 +116,10 @@ def test_row_108_impossible_header(nii, offset, fmt, values, message):
             slices(read(nii))
 
 
-# Rows 109-116 ------------------------------------------------------------------------------------------------------
+# Values and geometry of NIfTI files --------------------------------------------------------------------------------
 
 
-def test_row_109_nan_counted_and_zeroed_on_request(tmp_path):
+def test_examine_case__nan_is_counted_and_zeroed_on_request(tmp_path):
     image = IMAGE.astype(np.float32)
     image[2, 3, :4] = [np.nan, np.inf, -np.inf, np.nan]
     case = SourceCase(name="a", patient_key="a", scan=nifti_files(write_nifti(tmp_path / "a.nii", image)))
@@ -134,7 +134,7 @@ def test_row_109_nan_counted_and_zeroed_on_request(tmp_path):
 
 
 @pytest.mark.parametrize("slope", [0.0, float("nan"), float("inf")])
-def test_row_110_meaningless_slope(nii, slope):
+def test_read_nifti__unusable_slope_keeps_raw_values(nii, slope):
     edit(nii, 112, "<2f", slope, 5.0)
     scan = read(nii)
     np.testing.assert_array_equal(slices(scan), IMAGE)
@@ -142,14 +142,14 @@ def test_row_110_meaningless_slope(nii, slope):
 
 
 @pytest.mark.parametrize(("slope", "intercept", "dtype"), [(2.0, -1024.0, "int16"), (0.5, 0.0, "float32")])
-def test_row_110_slope_is_applied(nii, slope, intercept, dtype):
+def test_read_nifti__slope_is_applied(nii, slope, intercept, dtype):
     edit(nii, 112, "<2f", slope, intercept)
     out = slices(read(nii))
     assert out.dtype == dtype
     np.testing.assert_array_equal(out, IMAGE * slope + intercept)
 
 
-def test_row_111_four_dimensions(tmp_path):
+def test_read_nifti__four_dimensions_need_a_frame(tmp_path):
     path = tmp_path / "a.nii"
     stack = np.stack([IMAGE.T, IMAGE.T + 1], axis=3)
     nib.save(nib.Nifti1Image(stack, np.diag([-1, -1, 5, 1])), path)
@@ -160,14 +160,14 @@ def test_row_111_four_dimensions(tmp_path):
         read(path, frame=7)
 
 
-def test_row_112_color_nifti(tmp_path):
+def test_read_nifti__color_is_refused(tmp_path):
     rgb = np.zeros((8, 8, 4), dtype=[("R", "u1"), ("G", "u1"), ("B", "u1")])
     nib.save(nib.Nifti1Image(rgb, np.eye(4)), tmp_path / "a.nii")
     with pytest.raises(DataError, match="R/G/B color"):
         read(tmp_path / "a.nii")
 
 
-def test_row_113_qform_against_sform(nii, tmp_path):
+def test_read_nifti__contradicting_qform_and_sform_are_refused(nii, tmp_path):
     image = nib.load(nii)
     moved = image.affine.copy()
     moved[0, 3] += 3
@@ -178,7 +178,7 @@ def test_row_113_qform_against_sform(nii, tmp_path):
         read(tmp_path / "b.nii")
 
 
-def test_row_114_shear(tmp_path):
+def test_read_nifti__sheared_grid_is_refused(tmp_path):
     affine = np.diag([-1.0, -1, 3, 1])
     affine[0, 1] = 0.2
     image = nib.Nifti1Image(IMAGE.T, affine)
@@ -189,7 +189,7 @@ def test_row_114_shear(tmp_path):
 
 
 @pytest.mark.parametrize(("unit", "factor"), [("micron", 1000.0), ("meter", 0.001)])
-def test_row_115_units(tmp_path, unit, factor):
+def test_read_nifti__units_are_converted_to_mm(tmp_path, unit, factor):
     image = nib.Nifti1Image(IMAGE.T, np.diag([-factor, -factor, 5 * factor, 1]))
     image.header.set_xyzt_units(unit)
     nib.save(image, tmp_path / "a.nii")
@@ -200,26 +200,26 @@ def test_row_115_units(tmp_path, unit, factor):
 
 
 @pytest.mark.parametrize("spacing", [0.001, 100.0])
-def test_row_115_implausible_spacing(tmp_path, spacing):
+def test_read_nifti__implausible_spacing_is_refused(tmp_path, spacing):
     path = write_nifti(tmp_path / "a.nii", IMAGE, spacing_mm=(spacing, spacing, spacing))
     with pytest.raises(DataError, match=r"0\.01\.\.50"):
         read(path)
 
 
-# Rows 117-127: DICOM -----------------------------------------------------------------------------------------------
+# DICOM series ------------------------------------------------------------------------------------------------------
 
 
 def dicom(paths, **options):
     return read_scan(ScanFiles(format=ScanFormat.DICOM, paths=tuple(paths), name="series", **options))
 
 
-def test_dicom_series_sorted_by_position(tmp_path):
+def test_read_dicom_series__slices_are_sorted_by_position(tmp_path):
     scan = dicom(write_series(tmp_path, IMAGE))
     np.testing.assert_array_equal(slices(scan), IMAGE)
     np.testing.assert_allclose(scan.affine, np.diag([-1, -1, 3, 1]))
 
 
-def test_row_117_gap(tmp_path):
+def test_read_dicom_series__gap_is_refused_or_accepted_on_request(tmp_path):
     paths = write_series(tmp_path, IMAGE)
     del paths[3]
     with pytest.raises(DataError, match=r"gap at z=2 \(3\.00 to 6\.00 mm\)"):
@@ -229,14 +229,14 @@ def test_row_117_gap(tmp_path):
     assert any("accepted" in note for note in scan.notes)
 
 
-def test_row_118_duplicate_position(tmp_path):
+def test_read_dicom_series__shared_position_is_refused(tmp_path):
     paths = write_series(tmp_path, IMAGE)
     paths.append(write_slice(tmp_path / "copy", IMAGE[0], z=0.0))
     with pytest.raises(DataError, match="1 share one"):
         dicom(paths)
 
 
-def test_row_118_two_series_and_a_localizer_in_one_folder(tmp_path):
+def test_discover__two_series_and_a_localizer_in_one_folder_are_separated(tmp_path):
     write_series(tmp_path / "a", IMAGE)
     write_series(tmp_path / "a" / "more", IMAGE + 5, SeriesInstanceUID="1.2.3.5")
     for path in (tmp_path / "a" / "more").iterdir():
@@ -250,7 +250,7 @@ def test_row_118_two_series_and_a_localizer_in_one_folder(tmp_path):
     assert found.left_out["DICOM localizer"] == 1
 
 
-def test_row_119_mixed_orientation(tmp_path):
+def test_read_dicom_series__mixed_orientation_is_refused(tmp_path):
     paths = write_series(tmp_path, IMAGE)
     ds = new_dataset(ImagePositionPatient=[0, 0, 30], ImageOrientationPatient=[0, 1, 0, 0, 0, -1], PixelSpacing=[1, 1])
     set_pixels(ds, IMAGE[0])
@@ -261,14 +261,14 @@ def test_row_119_mixed_orientation(tmp_path):
     assert len(discover(tmp_path).cases) == 2
 
 
-def test_row_120_truncated_slice(tmp_path):
+def test_read_dicom_series__truncated_slice_is_refused(tmp_path):
     paths = write_series(tmp_path, IMAGE)
     paths[2].write_bytes(paths[2].read_bytes()[:-100])
     with pytest.raises(DataError, match=r"cannot be decoded"):
         dicom(paths)
 
 
-def test_row_121_monochrome1_is_inverted_once(tmp_path):
+def test_read_dicom_series__monochrome1_is_inverted_once(tmp_path):
     stored = (4095 - IMAGE).astype(np.uint16)
     paths = []
     for z in range(6):
@@ -282,7 +282,7 @@ def test_row_121_monochrome1_is_inverted_once(tmp_path):
     assert any("MONOCHROME1" in note for note in scan.notes)
 
 
-def test_row_122_color_is_refused_and_gray_rgb_taken(tmp_path):
+def test_read_dicom_series__color_is_refused_and_gray_rgb_is_read(tmp_path):
     gray = IMAGE[2].clip(0, 255).astype(np.uint8)
     rgb = np.repeat(gray[..., None], 3, axis=2)
     paths = []
@@ -297,14 +297,14 @@ def test_row_122_color_is_refused_and_gray_rgb_taken(tmp_path):
         dicom(paths[1:])
 
 
-def test_row_122_enhanced_multi_frame_and_row_123_slope_per_frame(tmp_path):
+def test_read_dicom_series__enhanced_multi_frame_with_a_slope_per_frame(tmp_path):
     np.testing.assert_array_equal(slices(dicom([write_enhanced(tmp_path / "e", IMAGE)])), IMAGE)
     slopes = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]
     scan = dicom([write_enhanced(tmp_path / "s", IMAGE, slopes=slopes)])
     np.testing.assert_array_equal(slices(scan), IMAGE * np.array(slopes)[:, None, None])
 
 
-def test_row_122_cine_without_positions(tmp_path):
+def test_read_dicom_series__cine_without_positions_is_read(tmp_path):
     ds = new_dataset(Modality="US")
     set_pixels(ds, IMAGE.clip(0, 255).astype(np.uint8))
     scan = dicom([save(ds, tmp_path / "us")])
@@ -312,14 +312,14 @@ def test_row_122_cine_without_positions(tmp_path):
     assert any("1 mm apart" in note for note in scan.notes)
 
 
-def test_row_123_slope_per_slice(tmp_path):
+def test_read_dicom_series__slope_per_slice_is_applied(tmp_path):
     paths = [
         write_slice(tmp_path / str(z), IMAGE[z], z=3.0 * z, RescaleSlope=z + 1, RescaleIntercept=-7) for z in range(6)
     ]
     np.testing.assert_array_equal(slices(dicom(paths)), IMAGE * np.arange(1, 7)[:, None, None] - 7)
 
 
-def test_row_124_codec_missing_is_named(tmp_path):
+def test_read_dicom_series__missing_codec_is_named(tmp_path):
     ds = new_dataset(ImagePositionPatient=[0, 0, 0], ImageOrientationPatient=[1, 0, 0, 0, 1, 0], PixelSpacing=[1, 1])
     set_pixels(ds, IMAGE[0])
     from pydicom.encaps import encapsulate
@@ -332,7 +332,7 @@ def test_row_124_codec_missing_is_named(tmp_path):
         dicom([save(ds, tmp_path / "j2k")])
 
 
-def test_row_125_modality_of_the_header(tmp_path):
+def test_examine_case__modality_of_the_header_must_fit(tmp_path):
     write_series(tmp_path / "ct", IMAGE, Modality="CT")
     case = discover(tmp_path).cases[0]
     with pytest.raises(DataError, match="must be mri, the DICOM header says CT"):
@@ -340,7 +340,7 @@ def test_row_125_modality_of_the_header(tmp_path):
     examine_case(case, BuildSettings(modality=Modality.CT, salt=""))
 
 
-def test_row_126_other_objects_are_counted(tmp_path):
+def test_discover__other_dicom_objects_are_counted(tmp_path):
     write_series(tmp_path, IMAGE)
     save(new_dataset(sop_class="1.2.840.10008.5.1.4.1.1.88.11", Modality="SR"), tmp_path / "report.dcm")
     (tmp_path / "DICOMDIR").write_bytes(b"x" * 200)
@@ -354,7 +354,7 @@ def test_row_126_other_objects_are_counted(tmp_path):
     assert found.left_out["file with a DICOM name that is not DICOM"] == 1
 
 
-def test_row_127_privacy_is_reported_without_values(tmp_path):
+def test_examine_case__privacy_is_reported_without_values(tmp_path):
     write_series(tmp_path, IMAGE, PatientName="Roe^Jane", PatientIdentityRemoved="NO", BurnedInAnnotation="YES")
     case = discover(tmp_path).cases[0]
     with pytest.raises(DataError, match="burned into the pixels"):
@@ -366,7 +366,7 @@ def test_row_127_privacy_is_reported_without_values(tmp_path):
     assert "Roe" not in text + str(examined.record)
 
 
-# Rows 128-129: pictures --------------------------------------------------------------------------------------------
+# Pictures ----------------------------------------------------------------------------------------------------------
 
 
 def picture(path, array, *, mode=None, **options):
@@ -380,13 +380,13 @@ def stack(paths, **options):
     return slices(read_scan(ScanFiles(format=ScanFormat.IMAGES, paths=tuple(paths), name="stack"), **options))
 
 
-def test_row_128_sixteen_bit_and_natural_order(tmp_path):
+def test_read_image_stack__sixteen_bit_in_natural_order(tmp_path):
     image = IMAGE.astype(np.uint16) * 50
     paths = [picture(tmp_path / f"s{z + 8}.png", image[z]) for z in range(6)]  # s8 ... s13
     np.testing.assert_array_equal(stack(paths[::-1]), image)
 
 
-def test_row_128_palette_label_keeps_its_ids(tmp_path):
+def test_read_image_stack__palette_label_keeps_its_ids(tmp_path):
     ids = (LABEL[2] * 7).astype(np.uint8)
     image = Image.new("P", (20, 24))
     image.putdata(ids.ravel().tolist())
@@ -396,7 +396,7 @@ def test_row_128_palette_label_keeps_its_ids(tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["1", "LA", "RGB", "RGBA", "I;16", "F"])
-def test_row_128_modes(tmp_path, mode):
+def test_read_image_stack__gray_modes_keep_their_values(tmp_path, mode):
     gray = np.where(LABEL[2] > 0, 255, 0).astype(np.uint8)
     if mode == "I;16":
         picture(tmp_path / "a.png", gray.astype(np.uint16))
@@ -408,14 +408,14 @@ def test_row_128_modes(tmp_path, mode):
     np.testing.assert_array_equal(out > 0, gray > 0)
 
 
-def test_row_128_color_picture_is_refused(tmp_path):
+def test_read_image_stack__color_is_refused(tmp_path):
     rgb = np.zeros((24, 20, 3), dtype=np.uint8)
     rgb[..., 0] = 9
     with pytest.raises(DataError, match="must be gray, got color"):
         stack([picture(tmp_path / "a.png", rgb)])
 
 
-def test_row_128_exif_rotation_applied_to_scans_never_to_labels(tmp_path):
+def test_read_image_stack__exif_rotation_is_applied_to_scans_and_refused_for_labels(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     path = picture(tmp_path / "a.png", IMAGE[0].clip(0, 255).astype(np.uint8), exif=exif)
@@ -424,7 +424,7 @@ def test_row_128_exif_rotation_applied_to_scans_never_to_labels(tmp_path):
         stack([path], as_label=True)
 
 
-def test_row_128_interlaced_truncated_and_multi_page(tmp_path):
+def test_read_image_stack__interlaced_and_multi_page_are_read_and_truncated_refused(tmp_path):
     path = picture(tmp_path / "a.png", IMAGE[0].astype(np.uint16))
     path.write_bytes(path.read_bytes()[:-60])
     with pytest.raises(DataError, match="damaged"):
@@ -434,13 +434,13 @@ def test_row_128_interlaced_truncated_and_multi_page(tmp_path):
     np.testing.assert_array_equal(stack([tmp_path / "m.tif"]), IMAGE)
 
 
-def test_row_129_jpeg_label(tmp_path):
+def test_read_image_stack__jpeg_label_is_refused(tmp_path):
     path = picture(tmp_path / "a.jpg", LABEL[0])
     with pytest.raises(DataError, match="must not be JPEG"):
         stack([path], as_label=True)
 
 
-def test_pictures_of_two_sizes(tmp_path):
+def test_read_image_stack__two_sizes_are_refused(tmp_path):
     paths = [
         picture(tmp_path / "a.png", np.zeros((9, 9), np.uint8)),
         picture(tmp_path / "b.png", np.zeros((9, 8), np.uint8)),
@@ -452,7 +452,7 @@ def test_pictures_of_two_sizes(tmp_path):
 # NumPy -------------------------------------------------------------------------------------------------------------
 
 
-def test_numpy_round_trip_and_refusals(tmp_path):
+def test_read_numpy__round_trip_and_refusals(tmp_path):
     path = tmp_path / "a.npy"
     np.save(path, IMAGE)
     (tmp_path / "a.json").write_text('{"spacing_mm": [5, 1, 2]}')
@@ -474,14 +474,14 @@ def test_numpy_round_trip_and_refusals(tmp_path):
         read_scan(files)
 
 
-def test_gzip_longer_than_its_header_says(tmp_path, nii):
+def test_read_nifti__data_longer_than_announced_is_refused(tmp_path, nii):
     path = tmp_path / "long.nii.gz"
     path.write_bytes(gzip.compress(nii.read_bytes() + b"\0" * 1000))
     with pytest.raises(DataError, match="is longer than"):
         read(path)
 
 
-def test_gzip_of_several_members_and_zero_padding(tmp_path, nii):
+def test_read_nifti__several_gzip_members_and_zero_padding_are_read(tmp_path, nii):
     data = nii.read_bytes()
     path = tmp_path / "members.nii.gz"
     path.write_bytes(gzip.compress(data[:500]) + gzip.compress(data[500:]) + b"\0" * 64)

@@ -1,4 +1,4 @@
-"""Folders of scans as people have them: rows 36-50 and 130-135 of the catalogue, and every layout."""
+"""Folders of scans as labs keep them, with unusual paths, labels, lists and layouts."""
 
 import dataclasses
 import json
@@ -51,10 +51,10 @@ def only_label(source, options=None):
     return examined.labels[examined.record.plane], found
 
 
-# Rows 36-50: paths and files -----------------------------------------------------------------------------------------
+# Paths and files ---------------------------------------------------------------------------------------------------
 
 
-def test_row_36_output_that_cannot_be_written_is_said_first(tmp_path):
+def test_build_store__unwritable_output_is_refused_before_reading(tmp_path):
     write_nifti(tmp_path / "in" / "a.nii", IMAGE)
     (tmp_path / "file").write_text("x")
     with pytest.raises((StorageError, UsageError)) as caught:
@@ -62,7 +62,7 @@ def test_row_36_output_that_cannot_be_written_is_said_first(tmp_path):
     assert caught.value.exit_code in (2, 5)
 
 
-def test_row_37_nothing_is_written_beside_the_scans(tmp_path):
+def test_build_store__source_folder_is_left_unchanged(tmp_path):
     write_nifti(tmp_path / "in" / "a.nii.gz", IMAGE)
     write_series(tmp_path / "in" / "dicom", IMAGE)
     before = snapshot(tmp_path / "in")
@@ -71,19 +71,19 @@ def test_row_37_nothing_is_written_beside_the_scans(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["with space", "dä ta", "患者 1", "quo'te\"s", "-leading", "new\nline", "[brackets]*"])
-def test_row_40_any_path(tmp_path, name):
+def test_build_store__unusual_paths_work(tmp_path, name):
     write_nifti(tmp_path / name / "scans" / f"{name}.nii.gz", IMAGE)
     report = build(tmp_path / name / "scans", tmp_path / name / "s.zarr")
     assert SliceStore.open(report.path).series[0].shape_zyx == (6, 24, 20)
 
 
-def test_row_41_path_too_long(tmp_path):
+def test_build_store__too_long_path_is_refused(tmp_path):
     write_nifti(tmp_path / "in" / "a.nii", IMAGE)
     with pytest.raises(StorageError, match="too long"):
         build(tmp_path / "in", tmp_path / ("x" * 300) / "s.zarr")
 
 
-def test_row_42_symlink_loop(tmp_path):
+def test_discover__symlink_loop_is_counted_once(tmp_path):
     write_nifti(tmp_path / "in" / "a.nii", IMAGE)
     (tmp_path / "in" / "b").mkdir()
     (tmp_path / "in" / "b" / "loop").symlink_to(tmp_path / "in")
@@ -92,7 +92,7 @@ def test_row_42_symlink_loop(tmp_path):
     assert found.left_out["folder reached twice through a link (a loop or a copy)"] == 1
 
 
-def test_row_43_link_that_leaves_the_folder_is_followed_and_said(tmp_path):
+def test_discover__link_out_of_the_folder_is_followed_and_counted(tmp_path):
     write_nifti(tmp_path / "elsewhere" / "a.nii", IMAGE)
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "far").symlink_to(tmp_path / "elsewhere")
@@ -103,7 +103,7 @@ def test_row_43_link_that_leaves_the_folder_is_followed_and_said(tmp_path):
     assert found.left_out["broken link"] == 1
 
 
-def test_row_44_same_file_twice_is_reported_by_content(tmp_path):
+def test_summarise__equal_content_is_reported_as_duplicate(tmp_path):
     from samgraft.shared.store.build_report import summarise
 
     path = write_nifti(tmp_path / "in" / "a.nii", IMAGE)
@@ -113,20 +113,20 @@ def test_row_44_same_file_twice_is_reported_by_content(tmp_path):
     assert values["duplicates"] == [["a.nii", "b.nii"]]
 
 
-def test_row_45_names_that_differ_in_case(tmp_path):
+def test_discover__names_that_differ_in_case_are_noted(tmp_path):
     write_nifti(tmp_path / "A.nii", IMAGE)
     write_nifti(tmp_path / "a.nii", IMAGE + 1)
     assert "differ only in upper and lower case" in " ".join(discover(tmp_path).notes)
 
 
-def test_row_46_plain_and_compressed_side_by_side(tmp_path):
+def test_discover__plain_and_compressed_copy_is_refused(tmp_path):
     write_nifti(tmp_path / "A.nii", IMAGE)
     write_nifti(tmp_path / "A.nii.gz", IMAGE + 1)
     with pytest.raises(DataError, match=r"A\.nii and A\.nii\.gz: ambiguous"):
         discover(tmp_path)
 
 
-def test_row_47_file_that_vanished(tmp_path):
+def test_build_store__vanished_file_is_refused_by_name(tmp_path):
     write_nifti(tmp_path / "in" / "a.nii", IMAGE)
     write_nifti(tmp_path / "in" / "b.nii", IMAGE)
     found = discover(tmp_path / "in")
@@ -141,7 +141,7 @@ def test_row_47_file_that_vanished(tmp_path):
         )
 
 
-def test_row_48_source_changed_since_it_was_stored(tmp_path, capsys):
+def test_store_check__changed_source_is_reported(tmp_path, capsys):
     path = write_nifti(tmp_path / "in" / "a.nii", IMAGE)
     out = tmp_path / "s.zarr"
     assert main(["store", "build", str(tmp_path / "in"), "--out", str(out), "--workers", "1"]) == 0
@@ -152,7 +152,7 @@ def test_row_48_source_changed_since_it_was_stored(tmp_path, capsys):
 
 
 @pytest.mark.timeout(20)
-def test_row_49_empty_file_folder_pipe_and_socket(tmp_path):
+def test_discover__pipes_and_sockets_are_not_opened(tmp_path):
     source = tmp_path / "in"
     write_nifti(source / "good.nii.gz", IMAGE)
     (source / "empty.nii.gz").touch()
@@ -169,7 +169,7 @@ def test_row_49_empty_file_folder_pipe_and_socket(tmp_path):
 
 
 @pytest.mark.slow
-def test_row_50_twenty_thousand_files(tmp_path):
+def test_index_files__twenty_thousand_files_take_less_than_a_minute(tmp_path):
     for number in range(20_000):
         (tmp_path / f"{number:05d}.nii.gz").touch()
     start = time.perf_counter()
@@ -177,7 +177,7 @@ def test_row_50_twenty_thousand_files(tmp_path):
     assert time.perf_counter() - start < 60
 
 
-# Rows 130-135: labels and lists --------------------------------------------------------------------------------------
+# Labels and lists --------------------------------------------------------------------------------------------------
 
 
 def pair(folder, label, name="a", **options):
@@ -185,7 +185,7 @@ def pair(folder, label, name="a", **options):
     return write_nifti(folder / f"{name}_label.nii.gz", label, **options)
 
 
-def test_row_130_unexpected_ids_come_with_a_suggested_map(tmp_path):
+def test_map_ids__unexpected_ids_come_with_a_suggested_map(tmp_path):
     pair(tmp_path / "in", (LABEL * 4).astype(np.uint8))
     options = SourceOptions(label_names={1: "tumour"})
     with pytest.raises(CasesRefused, match=r"among \[1\], got \[4\] too. Try --label-map 4=0"):
@@ -205,7 +205,7 @@ def test_row_130_unexpected_ids_come_with_a_suggested_map(tmp_path):
         (70000.0, r"0\.\.65535"),
     ],
 )
-def test_row_130_values_that_are_no_ids(tmp_path, factor, message):
+def test_read_label__values_that_are_no_ids_are_refused(tmp_path, factor, message):
     pair(tmp_path, LABEL.astype(np.float32) * factor)
     with pytest.raises(DataError, match=message):
         only_label(tmp_path)
@@ -214,7 +214,7 @@ def test_row_130_values_that_are_no_ids(tmp_path, factor, message):
         np.testing.assert_array_equal(label, LABEL)
 
 
-def test_row_130_label_255_and_nan(tmp_path):
+def test_read_label__255_is_kept_and_nan_is_refused(tmp_path):
     pair(tmp_path / "a", LABEL * 255)
     label, _ = only_label(tmp_path / "a")
     assert set(np.unique(label)) == {0, 255}
@@ -223,7 +223,7 @@ def test_row_130_label_255_and_nan(tmp_path):
         only_label(tmp_path / "b")
 
 
-def test_row_131_empty_labels_are_counted_not_dropped(tmp_path):
+def test_summarise__empty_labels_are_counted_and_kept(tmp_path):
     from samgraft.shared.store.build_report import summarise
 
     pair(tmp_path, LABEL, name="a")
@@ -241,19 +241,19 @@ def test_row_131_empty_labels_are_counted_not_dropped(tmp_path):
         (np.diag([-1.0, -1, 5.1, 1]), r"0\.5 mm apart"),
     ],
 )
-def test_row_132_label_on_another_grid(tmp_path, affine, message):
+def test_read_label__another_grid_is_refused(tmp_path, affine, message):
     pair(tmp_path, LABEL, affine=affine)
     with pytest.raises(DataError, match=message):
         only_label(tmp_path)
 
 
-def test_row_132_label_of_another_shape(tmp_path):
+def test_read_label__another_shape_is_refused(tmp_path):
     pair(tmp_path, LABEL[:5])
     with pytest.raises(DataError, match="shapes differ"):
         only_label(tmp_path)
 
 
-def test_label_stored_in_another_orientation_is_refused_not_mixed_up(tmp_path):
+def test_read_label__another_orientation_is_refused(tmp_path):
     write_nifti(tmp_path / "a.nii.gz", IMAGE)
     flipped = nib.Nifti1Image(LABEL.T[::-1], np.array([[1, 0, 0, -19], [0, -1, 0, 0], [0, 0, 5, 0], [0, 0, 0, 1.0]]))
     nib.save(flipped, tmp_path / "a_label.nii.gz")
@@ -261,7 +261,7 @@ def test_label_stored_in_another_orientation_is_refused_not_mixed_up(tmp_path):
         only_label(tmp_path)
 
 
-def test_row_133_several_label_files_and_their_conflicts(tmp_path):
+def test_read_label__files_per_class_are_merged_and_conflicts_refused(tmp_path):
     half = LABEL.copy()
     half[3:] = 0
     write_nifti(tmp_path / "a.nii.gz", IMAGE)
@@ -275,7 +275,7 @@ def test_row_133_several_label_files_and_their_conflicts(tmp_path):
         only_label(tmp_path)
 
 
-def test_row_134_three_lists(tmp_path):
+def test_discover__labels_and_images_without_partner_are_listed(tmp_path):
     pair(tmp_path, LABEL, name="both")
     write_nifti(tmp_path / "alone.nii.gz", IMAGE)
     write_nifti(tmp_path / "orphan_label.nii.gz", LABEL)
@@ -295,7 +295,7 @@ def test_row_134_three_lists(tmp_path):
         ('a b.nii;"l,1.nii";p1\nc.nii;;p2\n', "utf-8"),
     ],
 )
-def test_row_135_lists_in_every_dialect(tmp_path, text, encoding):
+def test_csv_cases__every_dialect_is_read(tmp_path, text, encoding):
     write_nifti(tmp_path / "a b.nii", IMAGE)
     write_nifti(tmp_path / "c.nii", IMAGE + 1)
     write_nifti(tmp_path / "l,1.nii", LABEL)
@@ -313,7 +313,7 @@ def test_row_135_lists_in_every_dialect(tmp_path, text, encoding):
         ("image,patient\n,p\n", "line 2 has no image"),
     ],
 )
-def test_row_135_errors_have_line_numbers(tmp_path, text, message):
+def test_csv_cases__errors_have_line_numbers(tmp_path, text, message):
     write_nifti(tmp_path / "a.nii", IMAGE)
     (tmp_path / "list.csv").write_text(text)
     with pytest.raises(DataError, match=message):
@@ -323,7 +323,7 @@ def test_row_135_errors_have_line_numbers(tmp_path, text, message):
 # Layouts ------------------------------------------------------------------------------------------------------------
 
 
-def test_layout_nnunet(tmp_path):
+def test_nnunet_cases__channels_labels_and_names_are_read(tmp_path):
     for case in ("BRA_001", "BRA_002"):
         for channel in (0, 1):
             write_nifti(tmp_path / "imagesTr" / f"{case}_{channel:04d}.nii.gz", IMAGE + channel)
@@ -345,7 +345,7 @@ def test_layout_nnunet(tmp_path):
             discover(tmp_path)
 
 
-def test_layout_decathlon_with_channels(tmp_path):
+def test_msd_cases__channels_become_series(tmp_path):
     stack = np.stack([IMAGE.T, IMAGE.T + 1], axis=3)
     (tmp_path / "imagesTr").mkdir()
     nib.save(nib.Nifti1Image(stack, np.diag([-1, -1, 5, 1])), tmp_path / "imagesTr" / "a.nii.gz")
@@ -369,7 +369,7 @@ def test_layout_decathlon_with_channels(tmp_path):
         discover(tmp_path)
 
 
-def test_layout_bids(tmp_path):
+def test_bids_cases__sessions_and_derivatives_are_read(tmp_path):
     (tmp_path / "dataset_description.json").write_text("{}")
     for session in ("1", "2"):
         anat = tmp_path / "sub-01" / f"ses-{session}" / "anat"
@@ -388,7 +388,7 @@ def test_layout_bids(tmp_path):
     assert found.left_out["BIDS image that is not anatomical"] == 1
 
 
-def test_layout_plain_patients_by_folder_or_pattern(tmp_path):
+def test_plain_cases__patients_come_from_folder_or_pattern(tmp_path):
     for name in ("p1/a.nii", "p1/b.nii", "p2/a.nii"):
         write_nifti(tmp_path / name, IMAGE)
     assert [c.patient_key for c in discover(tmp_path).cases] == ["p1", "p1", "p2"]
@@ -405,7 +405,7 @@ def test_layout_plain_patients_by_folder_or_pattern(tmp_path):
             discover(tmp_path, SourceOptions(patient_pattern=bad))
 
 
-def test_layout_pictures_as_stack_or_single(tmp_path):
+def test_plain_cases__pictures_are_a_stack_or_single_scans(tmp_path):
     for z in range(6):
         for kind, array in (("images", IMAGE.astype(np.uint16)), ("labels", LABEL)):
             path = tmp_path / kind / "p1" / f"s{z}.png"
@@ -418,7 +418,7 @@ def test_layout_pictures_as_stack_or_single(tmp_path):
     assert all(len(case.labels) == 1 for case in single.cases)
 
 
-def test_dicom_segmentation_becomes_the_label(tmp_path):
+def test_plain_cases__dicom_segmentation_becomes_the_label(tmp_path):
     write_series(tmp_path, IMAGE)
     half = LABEL.copy().astype(bool)
     half[3:] = False
@@ -428,7 +428,7 @@ def test_dicom_segmentation_becomes_the_label(tmp_path):
     np.testing.assert_array_equal(label, np.where(half, 1, LABEL * 2))
 
 
-def test_dicom_segmentation_shifted_or_overlapping(tmp_path):
+def test_read_dicom_seg__shifted_or_overlapping_segments_are_refused(tmp_path):
     write_series(tmp_path, IMAGE)
     write_segmentation(tmp_path / "seg.dcm", {"tumour": LABEL.astype(bool)}, shift=1.5)
     with pytest.raises(DataError, match="lie on the scan's grid"):
@@ -438,7 +438,7 @@ def test_dicom_segmentation_shifted_or_overlapping(tmp_path):
         only_label(tmp_path)
 
 
-def test_twins__dicom_nifti_and_pictures_give_the_same_slices(tmp_path):
+def test_examine_case__dicom_nifti_and_pictures_give_the_same_slices(tmp_path):
     image, _ = make_scan(shape_zyx=(20, 32, 28))
     write_series(tmp_path / "dicom", image, step=3.0)
     write_nifti(tmp_path / "nifti" / "a.nii.gz", image, spacing_mm=(3, 1, 1))
@@ -461,7 +461,7 @@ def test_twins__dicom_nifti_and_pictures_give_the_same_slices(tmp_path):
     assert {dataclasses.replace(r.stats) for r in records} == {records[0].stats}
 
 
-def test_discover__nothing_there(tmp_path):
+def test_discover__folder_without_scans_is_refused(tmp_path):
     with pytest.raises(DataError, match="does not exist"):
         discover(tmp_path / "none")
     (tmp_path / "a.mha").write_text("x")
@@ -473,7 +473,7 @@ def test_discover__nothing_there(tmp_path):
     not os.environ.get("SAMGRAFT_MSD_HIPPOCAMPUS"),
     reason="SAMGRAFT_MSD_HIPPOCAMPUS does not name a folder with the Decathlon's Task04 (fetch it from its origin)",
 )
-def test_decathlon_hippocampus_builds_without_manual_steps(tmp_path):
+def test_discover__decathlon_hippocampus_needs_no_manual_step(tmp_path):
     found = discover(Path(os.environ["SAMGRAFT_MSD_HIPPOCAMPUS"]))
     assert found.label_names == {1: "Anterior", 2: "Posterior"}
     report = examine_cases(found.cases[:20], settings=SETTINGS, label_names=found.label_names)

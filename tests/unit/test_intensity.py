@@ -1,4 +1,4 @@
-"""Intensity presets: known points, air, degenerate volumes."""
+"""Intensity presets at known points, with air, and for degenerate volumes."""
 
 import numpy as np
 import pytest

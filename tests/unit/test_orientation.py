@@ -1,4 +1,4 @@
-"""Canonical slices: permutations and flips only, invertible, the same picture from any storage order."""
+"""Canonical slices, which are permutations and flips and do not depend on the storage order."""
 
 import itertools
 
@@ -47,8 +47,8 @@ def test_to_plane__every_storage_order_gives_the_same_slices(codes):
         (Plane.SAGITTAL, "head", "front"),
     ],
 )
-def test_to_plane__hangs_slices_as_radiologists_do(plane, top, left):
-    # World position of every voxel as its value: the picture says which way it lies.
+def test_to_plane__slices_follow_the_display_convention(plane, top, left):
+    # Every voxel has its world position as value, so that the picture shows its own orientation.
     position = {
         "right": np.meshgrid(*[np.arange(4)] * 3, indexing="ij")[0],
         "front": np.meshgrid(*[np.arange(4)] * 3, indexing="ij")[1],

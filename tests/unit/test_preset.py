@@ -1,4 +1,4 @@
-"""Modality presets: every file loads, says what suits its physics, and unknown names are helped."""
+"""Modality presets, their values, and the refusal of unknown names."""
 
 import pytest
 from samgraft.shared.errors import UsageError
@@ -8,12 +8,12 @@ from samgraft.shared.scans.volume import Modality
 
 
 @pytest.mark.parametrize("modality", list(Modality))
-def test_every_modality_has_a_preset(modality):
+def test_load_preset__every_modality_has_one(modality):
     assert load_preset(modality).modality is modality
     assert load_preset(f" {modality.value.upper()} ") == load_preset(modality)
 
 
-def test_presets_suit_the_physics():
+def test_load_preset__values_suit_the_modality():
     ct, mri = load_preset("ct"), load_preset("mri")
     assert ct.intensity.kind is IntensityKind.WINDOW
     assert (ct.intensity.window_center, ct.intensity.window_width) == (40, 400)
@@ -23,6 +23,6 @@ def test_presets_suit_the_physics():
 
 
 @pytest.mark.parametrize("name", ["mr", "mrt", "", "pet"])
-def test_unknown_modality_lists_the_known(name):
+def test_load_preset__unknown_name_lists_the_known_ones(name):
     with pytest.raises(UsageError, match="must be one of ct, mri, ultrasound, xray"):
         load_preset(name)

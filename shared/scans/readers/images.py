@@ -82,7 +82,7 @@ def inspect_pictures(paths: Sequence[Path], *, where: str) -> tuple[str, ...]:
         except _PICTURE_ERRORS as err:
             if isinstance(err, DataError):
                 raise
-            raise DataError("the picture is damaged or not PNG, TIFF or JPEG.", where=where) from err
+            raise _damaged_picture(err, where=where) from err
     return ()
 
 
@@ -128,7 +128,13 @@ def _pages(data: bytes, *, where: str, as_label: bool, notes: set[str]) -> list[
     except _PICTURE_ERRORS as err:
         if isinstance(err, DataError):
             raise
-        raise DataError(f"the picture is damaged or not PNG, TIFF or JPEG ({err}).", where=where) from err
+        raise _damaged_picture(err, where=where) from err
+
+
+def _damaged_picture(err: BaseException, *, where: str) -> DataError:
+    if isinstance(err, UnidentifiedImageError):  # its text is the address of a buffer
+        return DataError("the picture is damaged, or not PNG, TIFF or JPEG with 1 to 32 bits per pixel.", where=where)
+    return DataError(f"the picture is damaged ({err}).", where=where)
 
 
 def _check_header(image: Image.Image, head: bytes, *, as_label: bool, where: str) -> None:

@@ -1,4 +1,4 @@
-"""Failing drives, zarr of other programs, crafted chunks, two processes on one store (rows 35, 86, 91, 97, 98, 102)."""
+"""Failing drives, zarr of other programs, crafted chunks, and two processes on one store."""
 
 import errno
 import json
@@ -32,12 +32,12 @@ def build(cases, out, **options):
     )
 
 
-# Row 35: a drive that fails for a while, or for good -----------------------------------------------------------------
+# Drives that fail for a while or permanently -----------------------------------------------------------------------
 
 
 @pytest.fixture
 def failing(monkeypatch):
-    """Make reads raise an error a number of times; returns what was tried."""
+    """Make reads raise an error a number of times, and return the list of attempts."""
     monkeypatch.setattr(files, "FIRST_WAIT_S", 0.0)
     tried = []
 
@@ -67,14 +67,14 @@ def failing(monkeypatch):
 
 
 @pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE])
-def test_row_35_source_on_a_failing_drive_is_read_again(tmp_path, failing, code):
+def test_build_store__source_on_a_failing_drive_is_read_again(tmp_path, failing, code):
     cases = make_cases(tmp_path / "in", num_patients=2)
     tried = failing(code, 2, "case00_0.nii.gz")
     assert len(build(cases, tmp_path / "s.zarr").records) == 2
     assert len(tried) >= 3
 
 
-def test_row_35_source_on_a_dead_drive_ends_with_exit_code_5(tmp_path, failing):
+def test_build_store__source_on_a_dead_drive_gives_exit_code_5(tmp_path, failing):
     cases = make_cases(tmp_path / "in", num_patients=2, labelled=False)
     failing(errno.EIO, 10**6, "case01_0.nii.gz")
     with pytest.raises(StorageError, match=r"does not answer after 4 attempts") as caught:
@@ -84,7 +84,7 @@ def test_row_35_source_on_a_dead_drive_ends_with_exit_code_5(tmp_path, failing):
         SliceStore.open(tmp_path / "s.zarr")
 
 
-def test_row_35_other_errors_are_said_at_once(tmp_path, failing):
+def test_build_store__permanent_errors_are_not_retried(tmp_path, failing):
     cases = make_cases(tmp_path / "in", num_patients=1, labelled=False)
     tried = failing(errno.EACCES, 10**6, "case00_0.nii.gz")
     with pytest.raises(DataError, match="Permission denied"):
@@ -92,7 +92,7 @@ def test_row_35_other_errors_are_said_at_once(tmp_path, failing):
     assert len(tried) == 1
 
 
-def test_row_35_store_on_a_failing_drive_is_read_again(tmp_path, failing):
+def test_read_slice__store_on_a_failing_drive_is_read_again(tmp_path, failing):
     store = SliceStore.open(make_store(tmp_path, num_patients=1))
     series_id = store.series[0].series_id
     expected = store.read_slice(series_id, 2)
@@ -103,11 +103,11 @@ def test_row_35_store_on_a_failing_drive_is_read_again(tmp_path, failing):
         SliceStore.open(store.path)
 
 
-# Rows 86, 97, 98: zarr of other programs -----------------------------------------------------------------------------
+# Zarr of other programs --------------------------------------------------------------------------------------------
 
 
 def foreign_zarr(path, *, zarr_format=3, attributes=None, axes=(0, 1, 2)):
-    """A volume with an air half that is not written, its axes in any order, as other programs leave them."""
+    """Write a volume whose air half has no chunks, with its axes in any order, as other programs do."""
     volume = make_scan(shape_zyx=(4, 16, 12))[0]
     volume[:2] = 0
     volume = volume.transpose(axes)
@@ -125,14 +125,14 @@ OME = {"ome": {"multiscales": [{"axes": [{"name": "z", "unit": "micrometer"}], "
 @pytest.mark.parametrize(
     "options",
     [
-        pytest.param({}, id="row 86: absent chunks that mean zeros"),
-        pytest.param({"zarr_format": 2}, id="row 86: the same in format 2"),
-        pytest.param({"axes": (2, 1, 0)}, id="row 97: xyz"),
-        pytest.param({"attributes": OME}, id="row 98: scale missing, unit micrometre"),
+        pytest.param({}, id="absent chunks"),
+        pytest.param({"zarr_format": 2}, id="format 2"),
+        pytest.param({"axes": (2, 1, 0)}, id="order xyz"),
+        pytest.param({"attributes": OME}, id="scale missing"),
     ],
 )
-def test_rows_86_97_98_foreign_zarr_is_never_guessed_at(tmp_path, capsys, options):
-    """Absent chunks may be lost or zero, axes may be in any order: neither a source nor a store."""
+def test_store_command__foreign_zarr_is_refused(tmp_path, capsys, options):
+    """Absent chunks may be lost or zero, and axes may be in any order, so such a file is no source and no store."""
     path = foreign_zarr(tmp_path / "scans.zarr", **options)
     for arguments in (["build", str(path), "--out", str(tmp_path / "out.zarr")], ["check", str(path)]):
         assert main(["store", *arguments]) == 3
@@ -143,7 +143,7 @@ def test_rows_86_97_98_foreign_zarr_is_never_guessed_at(tmp_path, capsys, option
     assert not (tmp_path / "out.zarr").exists()
 
 
-def test_zarr_among_scans_is_counted_once_not_walked(tmp_path):
+def test_index_files__zarr_among_scans_is_counted_once(tmp_path):
     write_nifti(tmp_path / "in" / "a.nii", make_scan()[0])
     foreign_zarr(tmp_path / "in" / "b.zarr")
     foreign_zarr(tmp_path / "in" / "deep" / "c", zarr_format=2)
@@ -153,12 +153,12 @@ def test_zarr_among_scans_is_counted_once_not_walked(tmp_path):
     assert dict(index.left_out) == {reason: 2}
 
 
-def test_own_store_as_source_says_how_to_use_it(tmp_path):
+def test_discover__store_as_source_is_refused_with_advice(tmp_path):
     with pytest.raises(UsageError, match=r"is a slice store already. Give it as DATA="):
         discover(make_store(tmp_path, num_patients=1))
 
 
-# Row 91: crafted chunks ----------------------------------------------------------------------------------------------
+# Crafted chunks ----------------------------------------------------------------------------------------------------
 
 CRAFTED = """
 import sys, faulthandler, numpy as np
@@ -202,15 +202,15 @@ print(refused)
 """
 
 
-def test_row_91_crafted_chunks_neither_crash_nor_give_wrong_values(tmp_path):
+def test_read_slice__crafted_chunks_neither_crash_nor_give_wrong_values(tmp_path):
     path = make_store(tmp_path, num_patients=1)
     done = subprocess.run([sys.executable, "-c", CRAFTED, str(path)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     assert int(done.stdout) >= 600
 
 
-def test_row_91_a_chunk_larger_than_its_slice_is_not_decoded(tmp_path):
-    """A frame that announces more bytes than the slice has: refused, not written beyond the array."""
+def test_read_slice__chunk_larger_than_its_slice_is_refused(tmp_path):
+    """A frame that announces more bytes than its slice has is refused and not written beyond the array."""
     from numcodecs.zstd import Zstd
 
     store = SliceStore.open(make_store(tmp_path, num_patients=1))
@@ -230,7 +230,7 @@ def test_row_91_a_chunk_larger_than_its_slice_is_not_decoded(tmp_path):
         reader.read_slice(record.series_id, 0)
 
 
-# Row 102: two processes on one store ---------------------------------------------------------------------------------
+# Two processes on one store ----------------------------------------------------------------------------------------
 
 HOLD = """
 import sys
@@ -242,7 +242,7 @@ with _only_builder(Path(sys.argv[1])):
 """
 
 
-def test_row_102_second_builder_is_refused_and_the_lock_ends_with_its_process(tmp_path):
+def test_build_store__second_builder_is_refused_until_the_first_ends(tmp_path):
     cases = make_cases(tmp_path / "in", num_patients=1)
     out = tmp_path / "s.zarr"
     with subprocess.Popen(
@@ -257,8 +257,8 @@ def test_row_102_second_builder_is_refused_and_the_lock_ends_with_its_process(tm
     assert len(build(cases, out).records) == 1
 
 
-def test_row_102_reader_of_a_store_that_is_rebuilt_gets_no_mixture(tmp_path):
-    """What was opened is another store now: an error, never slices of one under the table of the other."""
+def test_read_slice__rebuilt_store_is_an_error_for_its_old_reader(tmp_path):
+    """A store that was replaced gives an error, and never slices of one store under the table of the other."""
     path = make_store(tmp_path, num_patients=1)
     opened, used = SliceStore.open(path), SliceStore.open(path)
     series_id = opened.series[0].series_id
@@ -274,7 +274,7 @@ def test_row_102_reader_of_a_store_that_is_rebuilt_gets_no_mixture(tmp_path):
         build(make_cases(tmp_path / "third", num_patients=1, seed=6), path)
 
 
-def test_row_102_store_under_construction_does_not_open(tmp_path):
+def test_open__store_under_construction_is_refused(tmp_path):
     path = make_store(tmp_path, num_patients=1)
     (path / "complete.json").unlink()
     with pytest.raises(DataError, match="no completion mark: its building was interrupted"):
