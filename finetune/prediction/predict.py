@@ -31,6 +31,8 @@ from samgraft.finetune.prompting.prompt_file import PromptFile, SlicePrompt, sli
 from samgraft.shared.errors import DataError, SamgraftError, StorageError
 from samgraft.shared.files import file_sha256, move, write_text
 from samgraft.shared.scans.orientation import to_native
+from samgraft.shared.scans.readers.nifti import nifti_form_codes
+from samgraft.shared.scans.readers.scan import ScanFormat
 from samgraft.shared.store.examine import BuildSettings, Examined, examine_case
 
 log = logging.getLogger(__name__)
@@ -165,6 +167,7 @@ def _predict_one(
         labels_ijk=to_native(labels_zyx, record.grid, record.plane),
         affine=np.asarray(record.grid.affine, dtype=np.float64),
         classes=predictor.classes,
+        form_codes=_form_codes(scan),
     )
     values = {**expected, "input": scan.name, "voxels": masks.voxels(), "notes": list(record.notes)}
     with _whole_or_nothing(stem) as folder:
@@ -175,6 +178,11 @@ def _predict_one(
         # Moved last: the record is the mark of a finished scan.
         _record_path(folder / stem.name).write_text(text, encoding="utf-8")
     return values
+
+
+def _form_codes(scan: InputScan) -> tuple[int, int]:
+    files = scan.case.scan
+    return nifti_form_codes(files.paths[0], where=files.name) if files.format == ScanFormat.NIFTI else (1, 1)
 
 
 def is_finished(stem: Path, expected: dict[str, Any]) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import gzip
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,8 @@ class NativeMasks:
     affine: npt.NDArray[np.float64]
     """Voxel (i, j, k) to RAS+ mm."""
     classes: ClassTable
+    form_codes: tuple[int, int] = (1, 1)
+    """NIfTI (qform_code, sform_code) of the scan's file, (1, 1) for other formats."""
 
     def voxels(self) -> dict[str, int]:
         """Return the voxels of every class."""
@@ -51,7 +53,14 @@ class NativeMasks:
     def single(self, channel: int) -> NativeMasks:
         """Return one class alone, as label 1."""
         only = ClassTable(ids=(1,), names=(self.classes.names[channel],))
-        return NativeMasks(labels_ijk=self.mask(channel).astype(np.uint8), affine=self.affine, classes=only)
+        return replace(self, labels_ijk=self.mask(channel).astype(np.uint8), classes=only)
+
+    @property
+    def viewer_affine(self) -> npt.NDArray[np.float64]:
+        """Map from voxel to RAS+ mm as ITK viewers place the scan."""
+        # ITK puts a NIfTI file without codes at the origin, with its axes along LPS.
+        sizes = np.linalg.norm(self.affine[:3, :3], axis=0)
+        return np.diag([-sizes[0], -sizes[1], sizes[2], 1.0]) if self.form_codes == (0, 0) else self.affine
 
 
 def write_nifti(path: Path, masks: NativeMasks) -> None:
@@ -61,9 +70,16 @@ def write_nifti(path: Path, masks: NativeMasks) -> None:
         StorageError: If what was written does not come back equal.
     """
     labels = masks.labels_ijk.astype(np.min_scalar_type(max(masks.classes.ids)))
-    image = nib.Nifti1Image(labels, masks.affine)
-    image.set_sform(masks.affine, code=1)
-    image.set_qform(masks.affine, code=1)
+    # Each program has its own rule for files without codes: only equal codes put the mask on its scan everywhere.
+    qform_code, sform_code = masks.form_codes
+    if masks.form_codes == (0, 0):
+        image = nib.Nifti1Image(labels, None)
+        image.header.set_zooms(np.linalg.norm(masks.affine[:3, :3], axis=0))
+        image = nib.Nifti1Image(labels, None, image.header)
+    else:
+        image = nib.Nifti1Image(labels, masks.affine)
+        image.set_sform(masks.affine, code=sform_code)
+        image.set_qform(masks.affine, code=qform_code)
     image.header.set_xyzt_units("mm")
     # A fixed time in the gzip header: equal masks are equal files.
     path.write_bytes(gzip.compress(image.to_bytes(), compresslevel=6, mtime=0))
@@ -80,7 +96,8 @@ def write_seg_nrrd(path: Path, masks: NativeMasks) -> None:
     """
     to_lps = np.diag([-1.0, -1.0, 1.0])
     classes = masks.classes
-    directions = (to_lps @ masks.affine[:3, :3]).T
+    affine = masks.viewer_affine
+    directions = (to_lps @ affine[:3, :3]).T
     labels = masks.labels_ijk.astype(np.min_scalar_type(max(classes.ids)))
     if classes.is_overlapping:  # one layer per class, along the first axis
         labels = np.stack([masks.mask(channel) for channel in range(classes.num_classes)]).astype(np.uint8)
@@ -88,7 +105,7 @@ def write_seg_nrrd(path: Path, masks: NativeMasks) -> None:
     header: dict[str, Any] = {
         "space": "left-posterior-superior",
         "space directions": directions,
-        "space origin": to_lps @ masks.affine[:3, 3],
+        "space origin": to_lps @ affine[:3, 3],
         "kinds": [*(["list"] if classes.is_overlapping else []), "domain", "domain", "domain"],
         "encoding": "gzip",
         "Segmentation_MasterRepresentation": "Binary labelmap",
