@@ -15,7 +15,7 @@ from importlib.metadata import EntryPoint, entry_points, version
 from pathlib import Path
 
 from samgraft.shared.errors import FULL_DISK, ExitCode, SamgraftError, StoppedAndSaved, StorageError, UsageError
-from samgraft.shared.machine import use_granted_cores
+from samgraft.shared.machine import configure_openmp
 
 # MONAI runs pickles again when this is set; no command of ours may (guarantee 3 of the contract).
 UNSAFE_ENVIRONMENT = ("MONAI_ALLOW_PICKLE", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD")
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in UNSAFE_ENVIRONMENT:
         if os.environ.pop(name, None) is not None:
             logging.getLogger(__name__).warning("%s is set in the environment: ignored, it would allow pickles.", name)
-    if limited := use_granted_cores():
+    if limited := configure_openmp():
         logging.getLogger(__name__).info("%s", limited)
     try:
         return _dispatch(arguments)

@@ -1,12 +1,12 @@
-"""Cores and memory that a scheduler or a container grants this job; the machine's own totals do not say.
+"""Cores and memory that a scheduler or a container grants to this job, and OpenMP's settings.
 
-SLURM pins cores and limits memory; Docker and Kubernetes limit both by quota. A process that sees 64 cores and may use
-four starts 64 threads that wait for each other, and plans with memory that belongs to somebody else.
+SLURM pins cores and limits memory. Docker and Kubernetes limit both by quota. A process that sees 64 cores but may use
+four would start 64 threads that wait for each other, and would plan with memory that belongs to other jobs. Only Linux
+reports such limits; on other systems nothing is limited.
 
-Source: Linux documentation, admin-guide/cgroup-v2 (cpu.max, memory.max) and cgroup-v1 (cpu.cfs_quota_us,
-memory.limit_in_bytes). Elsewhere than on Linux there is nothing to read, and nothing is limited.
-
-What every worker process does, whatever it works on.
+Source:
+    Linux documentation, admin-guide/cgroup-v2 (cpu.max, memory.max) and cgroup-v1 (cpu.cfs_quota_us,
+    memory.limit_in_bytes).
 """
 
 from __future__ import annotations
@@ -21,23 +21,25 @@ from multiprocessing import connection
 from pathlib import Path
 
 NO_LIMIT_BYTES = 1 << 60
-"""cgroup-v1 writes a number beyond any memory where there is no limit."""
+"""Memory limit in bytes above which there is no limit. cgroup-v1 has no other way to express it."""
 THREADS = "OMP_NUM_THREADS"
+PASSIVE_WAIT = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "KMP_BLOCKTIME": "0"}
+"""Variables that let idle OpenMP threads sleep. The second is libgomp's, the third that of Intel's and LLVM's."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ControlGroups:
-    """Where the kernel says what a process may use."""
+    """Files in which the kernel publishes the limits of a process."""
 
     mounted: Path = Path("/sys/fs/cgroup")
     membership: Path = Path("/proc/self/cgroup")
 
     def folders(self, controller: str) -> Iterator[Path]:
-        """Yield this process's group and all above it: the tightest limit counts.
+        """Yield this process's group and all groups above it.
 
-        Inside a container the path is often the host's and does not exist; the mount itself is then the group.
+        The tightest limit among them counts.
         """
-        for line in _read(self.membership).splitlines():
+        for line in _read_text(self.membership).splitlines():
             _, names, path = line.split(":", 2)
             if names == "":
                 root = self.mounted
@@ -46,6 +48,7 @@ class ControlGroups:
             else:
                 continue
             group = root / path.lstrip("/")
+            # Inside a container the path is often that of the host and does not exist. The mount is then the group.
             if ".." in group.parts:
                 group = root
             yield group
@@ -53,15 +56,18 @@ class ControlGroups:
 
 
 def granted_cores(groups: ControlGroups | None = None) -> int:
-    """Return how many cores this process may keep busy: its affinity, and the quota of its groups, rounded up."""
-    quotas = [math.ceil(quota) for quota in _quotas(groups or ControlGroups())]
+    """Return the number of cores that this process may keep busy.
+
+    It is the smaller of the process's affinity and the quota of its groups, rounded up.
+    """
+    quotas = [math.ceil(quota) for quota in _cpu_quotas(groups or ControlGroups())]
     return max(1, min([_pinned_cores(), *quotas]))
 
 
 def granted_memory(groups: ControlGroups | None = None) -> tuple[int, int] | None:
-    """Return (limit, what is left of it) in bytes of the tightest group; None without a limit.
+    """Return the limit and the free memory of the tightest group in bytes, or None without a limit.
 
-    Cached files count as left: the kernel gives them up first.
+    Cached files count as free, because the kernel drops them first.
     """
     found: list[tuple[int, int]] = []
     for folder in (groups or ControlGroups()).folders("memory"):
@@ -69,67 +75,75 @@ def granted_memory(groups: ControlGroups | None = None) -> tuple[int, int] | Non
             ("memory.max", "memory.current", "inactive_file"),
             ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
         ):
-            limit, usage = _read(folder / limit_file), _read(folder / usage_file)
+            limit, usage = _read_text(folder / limit_file), _read_text(folder / usage_file)
             if limit.isdigit() and usage.isdigit() and int(limit) < NO_LIMIT_BYTES:
-                used = int(usage) - _statistic(folder / "memory.stat", cache)
+                used = int(usage) - _read_statistic(folder / "memory.stat", cache)
                 found.append((int(limit), max(0, int(limit) - used)))
     return min(found, key=lambda item: item[1], default=None)
 
 
-def use_granted_cores(
+def configure_openmp(
     environment: MutableMapping[str, str] | None = None, groups: ControlGroups | None = None
 ) -> str | None:
-    """Start as many threads as there are cores for them; must run before torch is imported.
+    """Set OpenMP's waiting and its number of threads in the environment.
 
-    OpenMP sees by itself which cores it is pinned to, not what quota there is. A number that a user set is left alone.
+    It must run before torch is imported. Child processes inherit the settings. A variable that the user has set is not
+    changed.
 
     Returns:
-        A line for the log where threads were limited.
+        A line for the log if the number of threads was limited.
     """
     environment = os.environ if environment is None else environment
-    granted, seen = granted_cores(groups), _pinned_cores()
-    if THREADS in environment or granted >= seen:
+    # By default a thread without work spins. With other processes on the same cores it takes their time and then waits
+    # for its own siblings, which made a training step on a shared server twice as long. A user who sets any of the
+    # variables has decided about waiting, so that the others are left out as well.
+    if not any(name in environment for name in PASSIVE_WAIT):
+        environment.update(PASSIVE_WAIT)
+    granted, visible = granted_cores(groups), _pinned_cores()
+    # OpenMP detects by itself to which cores it is pinned, but not a quota.
+    if THREADS in environment or granted >= visible:
         return None
     environment[THREADS] = str(granted)
-    return f"this job may use {granted} of the {seen} cores that it sees: {THREADS}={granted}"
+    return f"this job may use {granted} of {visible} visible cores: {THREADS}={granted}"
+
+
+def exit_with_parent() -> None:
+    """End this process when its parent has ended.
+
+    The workers of a fork server and the server wait for each other. Without this, a trainer that is ended by SIGKILL
+    would leave all of them running with their memory. torch watches only the fork server, and process pools watch
+    nothing.
+    """
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=_wait_and_exit, args=(parent.sentinel,), daemon=True).start()
+
+
+def _wait_and_exit(sentinel: int) -> None:
+    connection.wait([sentinel])
+    os._exit(1)
 
 
 def _pinned_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _quotas(groups: ControlGroups) -> Iterator[float]:
+def _cpu_quotas(groups: ControlGroups) -> Iterator[float]:
     for folder in groups.folders("cpu"):
-        quota, _, period = _read(folder / "cpu.max").partition(" ")
+        quota, _, period = _read_text(folder / "cpu.max").partition(" ")
         if not quota:
-            quota, period = _read(folder / "cpu.cfs_quota_us"), _read(folder / "cpu.cfs_period_us")
+            quota, period = _read_text(folder / "cpu.cfs_quota_us"), _read_text(folder / "cpu.cfs_period_us")
         if quota.isdigit() and period.isdigit() and int(period):
             yield int(quota) / int(period)
 
 
-def _statistic(path: Path, name: str) -> int:
-    values = dict(line.split(" ", 1) for line in _read(path).splitlines() if " " in line)
+def _read_statistic(path: Path, name: str) -> int:
+    values = dict(line.split(" ", 1) for line in _read_text(path).splitlines() if " " in line)
     return int(values.get(name, 0))
 
 
-def _read(path: Path) -> str:
+def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8").strip()
     except OSError:
         return ""
-
-
-def exit_with_parent() -> None:
-    """End this process when the one that asked for it has ended, killed or not.
-
-    Workers of a fork server wait for it, and it for them: a trainer killed by SIGKILL would leave all of them, and
-    their memory, for ever. torch's own watch looks at the fork server, pools have none.
-    """
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        threading.Thread(target=_wait_and_end, args=(parent.sentinel,), daemon=True).start()
-
-
-def _wait_and_end(sentinel: int) -> None:
-    connection.wait([sentinel])
-    os._exit(1)

@@ -1,1 +1,1 @@
-"""Run folders on disk: configuration, inputs, metrics and training states."""
+"""Run folders with configuration, inputs, metrics and training states."""

@@ -1,4 +1,7 @@
-"""What a run was made with: package versions, code revision, threads; never user, host or path names."""
+"""Software, code revision and processes of a run.
+
+User, host and path names are never recorded.
+"""
 
 from __future__ import annotations
 
@@ -25,13 +28,14 @@ RECORDED_PACKAGES = (
     "monai",
     "zarr",
 )
+"""Packages whose versions are recorded in every run."""
 
 BITWISE_PACKAGES = ("torch", "numpy")
-"""A change of these may change the last bits of a resumed run."""
+"""Packages whose change may change the last bits of a resumed run."""
 
 
 def software_versions() -> dict[str, str]:
-    """Return the versions of Python and of the packages that decide a run's numbers."""
+    """Return the versions of Python and of the packages that determine a run's numbers."""
     found = {"python": platform.python_version()}
     for name in RECORDED_PACKAGES:
         try:
@@ -42,11 +46,14 @@ def software_versions() -> dict[str, str]:
 
 
 def code_revision() -> str | None:
-    """Return the git revision of this package's checkout, ``-dirty`` appended if changed, or None outside of one."""
+    """Return the git revision of this package's checkout, or None outside of one.
+
+    ``-dirty`` is appended if tracked files are changed.
+    """
     folder = Path(__file__).resolve().parent
     try:
         revision = _git(folder, "rev-parse", "HEAD")
-        # An installed package may lie inside somebody else's repository.
+        # An installed package may be inside the repository of another project.
         if not _git(folder, "ls-files", "--error-unmatch", Path(__file__).name):
             return None
         changed = _git(folder, "status", "--porcelain", "--untracked-files=no", ":/shared", ":/ssl", ":/finetune")
@@ -56,8 +63,11 @@ def code_revision() -> str | None:
 
 
 def process_rank() -> int:
-    """Return this process's rank before the process group exists: from torchrun, SLURM or Lightning's launcher."""
-    # torchrun's come first: inside of a SLURM job both sets are there.
+    """Return this process's rank, before the process group exists.
+
+    It is set by torchrun, SLURM or Lightning's launcher.
+    """
+    # torchrun's variable comes first, because inside a SLURM job both sets exist.
     for name in ("RANK", *(("SLURM_PROCID",) if slurm_starts_processes() else ()), "LOCAL_RANK"):
         if os.environ.get(name, "").isdigit():
             return int(os.environ[name])
@@ -65,7 +75,7 @@ def process_rank() -> int:
 
 
 def local_rank() -> int:
-    """Return this process's number on its machine, as torchrun, Lightning or srun announce it: its GPU."""
+    """Return this process's rank on its machine, which is the index of its GPU."""
     for name in ("LOCAL_RANK", *(("SLURM_LOCALID",) if slurm_starts_processes() else ())):
         if os.environ.get(name, "").isdigit():
             return int(os.environ[name])
@@ -73,7 +83,7 @@ def local_rank() -> int:
 
 
 def processes_expected() -> int:
-    """Return the world size that torchrun or SLURM announce, else 1."""
+    """Return the number of processes that torchrun or SLURM started, else 1."""
     for name in ("WORLD_SIZE", *(("SLURM_NTASKS",) if slurm_starts_processes() else ())):
         if os.environ.get(name, "").isdigit():
             return int(os.environ[name])
@@ -81,7 +91,7 @@ def processes_expected() -> int:
 
 
 def processes_per_node() -> int:
-    """Return how many of ``processes_expected`` run on this machine, and on every other one.
+    """Return the number of processes per machine.
 
     Raises:
         UsageError: If SLURM's tasks are not spread evenly over its nodes.
@@ -106,17 +116,18 @@ def processes_per_node() -> int:
 
 
 def slurm_starts_processes() -> bool:
-    """Tell whether srun started this process as one of several tasks, and torchrun did not.
-
-    A shell or a batch script inside an allocation has most of the same variables, and so has the one task in which
-    torchrun or Lightning start processes of their own.
-    """
+    """Return True if srun started this process as one of several tasks."""
+    # A shell or a batch script inside an allocation has most of the same variables, and so has the single task in which
+    # torchrun or Lightning start processes of their own.
     is_step = "SLURM_STEP_ID" in os.environ and os.environ.get("SLURM_JOB_NAME") not in {"bash", "interactive"}
     return is_step and _slurm_number("SLURM_NTASKS") > 1 and "TORCHELASTIC_RUN_ID" not in os.environ
 
 
 def thread_count() -> int:
-    """Return the number of threads of one CPU operation; sums change in the last bits with it."""
+    """Return the number of threads of one CPU operation.
+
+    Sums change in the last bits with it.
+    """
     return torch.get_num_threads()
 
 

@@ -1,4 +1,8 @@
-"""What a run was made from: a path may hold another file tomorrow, so a run holds on to hashes and to its split."""
+"""Hashes and split of a run's inputs.
+
+A path may contain another file at the next session. A run therefore records the hashes of its inputs and keeps a
+copy of its split, and it refuses to resume when one of them has changed.
+"""
 
 from __future__ import annotations
 
@@ -15,14 +19,16 @@ SPLIT_FILE = "split.json"
 
 
 def check_run_inputs(run_path: Path, inputs: Mapping[str, str | None]) -> None:
-    """Refuse to go on with something else than a run began with; writes nothing, so a pre-flight may ask.
+    """Check the inputs against those of the run's earlier sessions.
+
+    Nothing is written, so that a pre-flight can use it.
 
     Args:
-        run_path: A run that may exist; its ``run.json`` has the hashes of earlier sessions.
-        inputs: Hash by what it is of, e.g. ``split_sha256``; None where there is none.
+        run_path: Folder of a run that may not exist yet. Its ``run.json`` has the hashes of earlier sessions.
+        inputs: Hash by name, e.g. ``split_sha256``, or None if there is no such input.
 
     Raises:
-        UsageError: If an earlier session of the run had another one.
+        UsageError: If an earlier session had another input.
     """
     before = read_run_json(run_path)
     for name, now in inputs.items():
@@ -32,32 +38,32 @@ def check_run_inputs(run_path: Path, inputs: Mapping[str, str | None]) -> None:
             has_copy = name == "split_sha256" and (run_path / SPLIT_FILE).is_file()
             copy = f" The run's own copy is {run_path.name}/{SPLIT_FILE}." if has_copy else ""
             raise UsageError(
-                f"the run began with another {kind} ({_short(then)} before, {_short(now)} now). Give the old one, or "
-                f"choose another NAME=.{copy}",
+                f"the {kind} is not the one that the run was started with (got {_short(now)}, expected "
+                f"{_short(then)}). Use the earlier one, or choose another NAME=.{copy}",
                 where=run_path.name,
-                kept="the old run, untouched",
+                kept="the earlier run, unchanged",
             )
 
 
 def record_run_inputs(run: RunFolder, inputs: Mapping[str, str | None]) -> None:
-    """Record what a run begins with, or refuse to go on with something else (``check_run_inputs``)."""
+    """Check the inputs against the run and record their hashes."""
     check_run_inputs(run.path, inputs)
     run.write_run_json(**inputs)
 
 
 def save_run_split(run: RunFolder, split: Split) -> None:
-    """Write the run's split beside its configuration, once."""
+    """Write the run's split next to its configuration, if it is not there."""
     if run.is_writer and not (run.path / SPLIT_FILE).exists():
         split.save(run.path / SPLIT_FILE)
 
 
 def load_run_split(run_path: Path, store: SliceStore) -> Split | None:
-    """Return the split that an earlier session of the run kept; None for a new run.
+    """Return the split of the run's earlier sessions, or None for a new run.
 
-    A drawn split, or the one beside the store, may have changed since: the patients that were trained on did not.
+    It comes before a newly drawn split and before the one next to the store, which may have changed since then.
 
     Raises:
-        DataError: If the store is not the one the run began with, or the file is damaged.
+        DataError: If the store is another one than in the earlier sessions, or the file is damaged.
     """
     path = run_path / SPLIT_FILE
     if not path.is_file():
@@ -68,10 +74,10 @@ def load_run_split(run_path: Path, store: SliceStore) -> Split | None:
         raise DataError("the split file is damaged.", where=f"{run_path.name}/{SPLIT_FILE}") from err
     if fingerprint != store.fingerprint:
         raise DataError(
-            "the training data must be those the run began with, but their fingerprint differs. "
+            "the training data are not those that the run was started with (their fingerprint differs). "
             "Choose another NAME= for a run on other data.",
             where=run_path.name,
-            kept="the run, untouched",
+            kept="the run, unchanged",
         )
     return load_split(path, store)
 

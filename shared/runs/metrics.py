@@ -1,6 +1,6 @@
-"""``metrics.jsonl``: one line per step, in step order, without a gap or a duplicate after a resume.
+"""Metrics of every step in ``metrics.jsonl`` and in TensorBoard event files.
 
-TensorBoard events in one file per session: no host name in it, no duplicate step after a resume.
+Both are in step order, without a gap or a duplicate step after a resume.
 """
 
 from __future__ import annotations
@@ -27,27 +27,32 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 log = logging.getLogger(__name__)
 
 TORN_CHUNK_BYTES = 1 << 16
-"""Read at a time when looking for the end of the last whole line."""
+"""Size in bytes of the pieces in which the end of the last complete line is searched."""
 
 
 class MetricsLog:
-    """Append-only lines ``{"step": N, ...}``; floats keep every bit.
+    """Append-only file with one line per step.
 
-    A log that cannot be written (disk full) costs one warning, never the run.
+    A line is ``{"step": N, ...}``, in which floats keep every bit.
+
+    A log that cannot be written (disk full) causes one warning and does not end the run.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._warned = False
         self._last: dict[str, Any] | None = None
-        """The line that ``truncate_after`` ended with: the next write may replace it."""
+        """Last line that ``truncate_after`` kept. The next write may replace it."""
 
     def append(self, step: int, values: Mapping[str, float | int | str]) -> None:
         """Append one line."""
         self.append_many([{"step": step, **values}])
 
     def append_many(self, lines: list[dict[str, Any]]) -> None:
-        """Append several lines in one write; the first replaces a line of its step that ``truncate_after`` kept."""
+        """Append several lines in one write.
+
+        The first line replaces the line of the same step that ``truncate_after`` kept.
+        """
         if not lines:
             return
         last, self._last = self._last, None
@@ -62,11 +67,11 @@ class MetricsLog:
                 file.write(_text(lines).encode())
         except OSError as err:
             if not self._warned:
-                log.warning("%s cannot be written (%s): training goes on without it.", self.path.name, err.strerror)
+                log.warning("%s cannot be written (%s): training continues without it.", self.path.name, err.strerror)
             self._warned = True
 
     def read(self) -> Iterator[dict[str, Any]]:
-        """Yield the lines; a last line torn by a kill is left out."""
+        """Yield the lines, without a last line that was cut off by a kill."""
         if not self.path.exists():
             return
         with self.path.open(encoding="utf-8", errors="replace") as file:
@@ -79,18 +84,16 @@ class MetricsLog:
                     yield line
 
     def truncate_after(self, step: int) -> dict[str, Any] | None:
-        """Drop the lines of steps after ``step``; they are written again.
-
-        The line of ``step`` itself stays on disk, because a kill may come before it is written again; the next write
-        replaces it if it begins with that step.
+        """Delete the lines of steps after ``step``, which are written again.
 
         Returns:
-            The line of ``step``, if there is one.
+            The line of ``step``, if there is one. It stays in the file until the next write replaces it.
         """
         if not self.path.exists():
             return None
         lines = [line for line in self.read() if line["step"] <= step]
         write_text(self.path, _text(lines))
+        # It is not removed here, because a kill may come before it is written again.
         self._last = next((line for line in lines if line["step"] == step), None)
         return self._last
 
@@ -100,7 +103,8 @@ def _text(lines: list[dict[str, Any]]) -> str:
 
 
 def _cut_torn_end(file: BinaryIO) -> None:
-    """Cut the part of a line that a full disk left, or the next line would be glued to it and lost as well."""
+    """Remove an incomplete last line, e.g. after a full disk."""
+    # Otherwise the next line would continue it, and both would be unreadable.
     size = end = file.seek(0, os.SEEK_END)
     while end > 0:
         start = max(0, end - TORN_CHUNK_BYTES)
@@ -118,11 +122,13 @@ FILE_NAME = re.compile(r"^events\.out\.tfevents\.(\d{10})\.samgraft$")
 
 
 class TensorBoardFile:
-    """Writes scalars and images; on resume, rewrites what is there without the steps that are computed again.
+    """Writer of scalars and images for TensorBoard.
 
-    The library's own writer puts host name and process id into the file name and only marks repeated steps for the
-    viewer to drop. A folder that cannot be written costs one warning, never the run.
+    A resumed run rewrites the earlier events without the steps that are computed again. A folder that cannot be written
+    causes one warning and does not end the run.
     """
+
+    # The library's own writer puts host name and process id into the file name, and only marks repeated steps.
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -131,12 +137,12 @@ class TensorBoardFile:
         self._warned = False
 
     def start(self, *, after_step: int) -> None:
-        """Open a new file that begins with the earlier sessions' events up to and including ``after_step``."""
+        """Open a new file with the events of earlier sessions up to ``after_step``."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             older = sorted(p for p in self.folder.iterdir() if FILE_NAME.match(p.name))
             number = int(FILE_NAME.match(older[-1].name)[1]) + 1 if older else 1  # type: ignore[index]
-            # A higher number sorts later, so a TensorBoard that is watching goes on to the new file.
+            # A running TensorBoard continues with the file whose name sorts last.
             path = self.folder / f"events.out.tfevents.{number:010d}.samgraft"
             draft = path.with_name(f".{path.name}.tmp")
             self._file = draft.open("wb")
@@ -159,20 +165,20 @@ class TensorBoardFile:
         self._write(Event(wall_time=time.time(), step=step, summary=summary))
 
     def add_image(self, step: int, tag: str, image_HWC: npt.NDArray[np.uint8]) -> None:
-        """Write one picture, (H, W, 3) or (H, W) in 0..255."""
+        """Write one image, (H, W, 3) or (H, W) in 0..255."""
         buffer = io.BytesIO()
         Image.fromarray(image_HWC).save(buffer, format="PNG")
-        picture = Summary.Image(
+        content = Summary.Image(
             height=image_HWC.shape[0],
             width=image_HWC.shape[1],
             colorspace=3 if image_HWC.ndim == 3 else 1,
             encoded_image_string=buffer.getvalue(),
         )
-        summary = Summary(value=[Summary.Value(tag=tag, image=picture)])
+        summary = Summary(value=[Summary.Value(tag=tag, image=content)])
         self._write(Event(wall_time=time.time(), step=step, summary=summary))
 
     def flush(self) -> None:
-        """Hand everything to the operating system."""
+        """Write everything to the operating system."""
         if self._file is not None:
             try:
                 self._file.flush()
@@ -196,13 +202,13 @@ class TensorBoardFile:
 
     def _give_up(self, err: OSError) -> None:
         if not self._warned:
-            log.warning("TensorBoard events cannot be written (%s): training goes on without.", err.strerror)
+            log.warning("TensorBoard events cannot be written (%s): training continues without them.", err.strerror)
         self._warned = True
         self._file = self._records = None
 
 
 def _read_events(path: Path) -> Iterator[Event]:
-    """Yield the events of a file up to where a kill tore it."""
+    """Yield the events of a file up to the place where a kill cut it off."""
     data = path.read_bytes()
     position = 0
     while position + 12 <= len(data):

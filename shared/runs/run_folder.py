@@ -1,4 +1,7 @@
-"""A run's folder: created once, resumed by the same command, refused to another configuration or a second process."""
+"""Folder of a run.
+
+The same command creates and resumes it. Another configuration and a second process are refused.
+"""
 
 from __future__ import annotations
 
@@ -33,16 +36,16 @@ log = logging.getLogger(__name__)
 
 
 class RunFolder:
-    """Where one training run keeps everything; see ``RunFolder.open``."""
+    """Configuration, states, logs and results of one training run."""
 
     def __init__(self, path: Path, *, stage: str, config: object, continue_command: str, lock: FileLock | None) -> None:
         self.path = path
         self.stage = stage
         self.config = config
         self.continue_command = continue_command
-        """Command that goes on with this run, ready to paste."""
+        """Command that resumes this run, ready to paste."""
         self.is_writer = process_rank() == 0
-        """Only the first process of a distributed run writes."""
+        """True in the first process of a distributed run, which is the only one that writes."""
         self.metrics = MetricsLog(path / "metrics.jsonl")
         self._lock = lock
 
@@ -50,18 +53,18 @@ class RunFolder:
     def open(
         cls, root: Path, name: str, *, config: object, stage: str, continue_command: str | None = None
     ) -> RunFolder:
-        """Create the folder, or take up the run in it.
+        """Create the folder or open the run in it.
 
         Args:
             root: Folder of all runs.
-            name: Of this run, a plain folder name.
-            config: The resolved configuration dataclass; fields with ``metadata=MAY_CHANGE`` may differ on resume.
+            name: Plain folder name of this run.
+            config: Resolved configuration dataclass. Fields with ``metadata=MAY_CHANGE`` may differ on resume.
             stage: ``pretrain`` or ``finetune``.
-            continue_command: What to type to go on; the present command line if None.
+            continue_command: Command that resumes the run, or None for the current command line.
 
         Raises:
-            UsageError: If the folder holds a run of another configuration or stage, something that is no run, or is in
-                use by another process.
+            UsageError: If the folder contains a run of another configuration or stage, contains something else than a
+                run, or is in use by another process.
             StorageError: If it cannot be written.
         """
         path = _checked_path(root, name)
@@ -75,7 +78,7 @@ class RunFolder:
             if not (path / "config.yaml").exists():
                 header = f"# Resolved configuration of this run. stage: {stage}\n"
                 write_text(path / "config.yaml", header + config_to_yaml(config))
-        except (PermissionError, OSError) as err:
+        except OSError as err:
             if isinstance(err, StorageError | UsageError):
                 raise
             raise StorageError(
@@ -85,44 +88,43 @@ class RunFolder:
 
     @property
     def tb(self) -> Path:
-        """TensorBoard events."""
+        """Folder of TensorBoard events."""
         return self.path / "tb"
 
     @property
     def checkpoints(self) -> Path:
-        """Verified training states."""
+        """Folder of verified training states."""
         return self.path / "checkpoints"
 
     @property
     def report(self) -> Path:
-        """The single-file report."""
+        """Path of the single-file report."""
         return self.path / "report.html"
 
     @property
     def is_complete(self) -> bool:
-        """Whether ``mark_complete`` was reached in this or an earlier session."""
+        """True if the run has written its results in this or an earlier session."""
         return bool(self.read_run_json().get("complete"))
 
     def latest_training_state(self) -> Path | None:
-        """Return the newest training state that verifies; the writing process sets damaged ones aside and tidies up."""
+        """Return the newest training state that verifies, or None.
+
+        The writing process also renames damaged states and deletes leftovers of interrupted saves.
+        """
         newest = find_newest_state(self.checkpoints, set_aside=self.is_writer)
         if newest is not None and self.is_writer:
-            delete_leftovers(self.path)  # of a nan-step-N
+            delete_leftovers(self.path)  # Those of a nan-step-N are not in checkpoints/.
         return newest
 
-    def append_metrics(self, step: int, values: Mapping[str, float]) -> None:
-        """Append one line to ``metrics.jsonl``."""
-        if self.is_writer:
-            self.metrics.append(step, values)
-
     def read_run_json(self) -> dict[str, Any]:
-        """Return ``run.json``, or nothing if it was not written yet."""
+        """Return the content of ``run.json``, or an empty dictionary if it does not exist."""
         return read_run_json(self.path)
 
     def write_run_json(self, **facts: Any) -> None:
-        """Add facts to ``run.json`` (fingerprints, hashes); versions and code revision are always recorded.
+        """Add facts such as fingerprints and hashes to ``run.json``.
 
-        Never pass host names, user names or absolute paths: the file travels with the results.
+        Versions and code revision are always recorded. Never pass host names, user names or absolute paths, because the
+        file is published with the results.
         """
         if not self.is_writer:
             return
@@ -146,7 +148,7 @@ class RunFolder:
         self.write_run_json(complete=True, completed=_now(), **facts)
 
     def close(self) -> None:
-        """Release the lock; also happens when the process ends, in whatever way."""
+        """Release the lock. The end of the process releases it as well."""
         if self._lock is not None and self._lock.is_locked:
             (self.path / ".lock-holder.json").unlink(missing_ok=True)
             self._lock.release()
@@ -155,24 +157,21 @@ class RunFolder:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        """Let go of the folder; a full disk, wherever the run met it, is said with what is kept of the run."""
+        """Close the folder, and explain an error of a full disk."""
         self.close()
-        if isinstance(error, OSError) and not isinstance(error, SamgraftError) and error.errno in FULL_DISK:
-            raise self._disk_full(error) from error
-
-    def _disk_full(self, error: OSError) -> StorageError:
+        if not isinstance(error, OSError) or isinstance(error, SamgraftError) or error.errno not in FULL_DISK:
+            return
         newest = newest_state_name(self.checkpoints)
-        place = f"{self.path.name}/{Path(str(error.filename)).name}" if error.filename else self.path.name
-        return StorageError(
+        raise StorageError(
             f"the disk is full: {error.strerror}.",
-            where=place,
+            where=f"{self.path.name}/{Path(str(error.filename)).name}" if error.filename else self.path.name,
             kept=f"the verified state {newest}" if newest else "nothing was saved yet",
             next_command=f"free space, then: {self.continue_command}",
-        )
+        ) from error
 
 
 def read_run_json(run_path: Path) -> dict[str, Any]:
-    """Return ``run.json`` of a run, or nothing if it was not written yet."""
+    """Return the content of a run's ``run.json``, or an empty dictionary if it does not exist."""
     try:
         content = json.loads((run_path / "run.json").read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError, ValueError):
@@ -181,15 +180,16 @@ def read_run_json(run_path: Path) -> dict[str, Any]:
 
 
 def check_run_folder(root: Path, name: str, *, config: object, stage: str) -> None:
-    """Refuse what ``RunFolder.open`` would refuse, a run in use by another process apart; lock and write nothing.
+    """Check whether ``RunFolder.open`` would accept the folder, for a pre-flight.
 
-    For a pre-flight: it must not pass what the run then refuses. Arguments are those of ``RunFolder.open``.
+    Nothing is locked or written, so that a run in use by another process is not detected. The arguments are those of
+    ``RunFolder.open``.
 
     Raises:
-        UsageError: If the folder holds a run of another configuration or stage, or something that is no run.
+        UsageError: If the folder contains a run of another configuration or stage, or something else than a run.
     """
     path = _checked_path(root, name)
-    # Only the first process may look: others could see the folder while the first one fills it.
+    # Only the first process checks, because others could see the folder while the first one is filling it.
     if process_rank() == 0 and path.exists():
         _check_same_run(path, config=config, stage=stage)
 
@@ -222,7 +222,7 @@ def _take_lock(path: Path) -> FileLock:
         ) from err
     except NotImplementedError:
         log.warning("The file system of %s has no locks: make sure that no other process uses this run.", path.name)
-    # Only while the process runs; the kernel drops the lock itself when the process dies, so none can go stale.
+    # This file is used in messages only. The kernel releases the lock itself when the process dies.
     write_text(holder, json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": _now()}))
     atexit.register(_forget_holder, holder, os.getpid())
     return lock
@@ -236,10 +236,10 @@ def _forget_holder(holder: Path, pid: int) -> None:
 def _check_same_run(path: Path, *, config: object, stage: str) -> None:
     stored = path / "config.yaml"
     if not stored.exists():
-        strangers = sorted(p.name for p in path.iterdir() if not p.name.startswith("."))
-        if strangers:
+        unexpected = sorted(p.name for p in path.iterdir() if not p.name.startswith("."))
+        if unexpected:
             raise UsageError(
-                f"the folder exists but holds no run (no config.yaml; it has {', '.join(strangers[:3])}). "
+                f"the folder exists but contains no run (no config.yaml, but {', '.join(unexpected[:3])}). "
                 "Choose another NAME=.",
                 where=path.name,
             )
@@ -251,10 +251,10 @@ def _check_same_run(path: Path, *, config: object, stage: str) -> None:
         raise UsageError("config.yaml of the run is damaged.", where=path.name) from err
     if f"stage: {stage}\n" not in text.split("\n", 1)[0] + "\n":
         raise UsageError(
-            f"the folder holds a run of another stage than {stage}. Choose another NAME=.", where=path.name
+            f"the folder contains a run of another stage than {stage}. Choose another NAME=.", where=path.name
         )
     now = _flat(config_to_dict(config))
-    # A setting that the older program did not have yet worked like its default, or it would not be the default.
+    # A run of an older version lacks newer settings. Their defaults reproduce what that version did.
     before = {**{k: v for k, v in _flat(default_settings(type(config))).items() if k in now}, **before}
     free = tuple(keys_that_may_change(type(config)))
     different = [
@@ -267,9 +267,9 @@ def _check_same_run(path: Path, *, config: object, stage: str) -> None:
         raise UsageError(
             f"the run exists with another configuration, {len(different)} "
             f"difference{'s' * (len(different) > 1)}: {'; '.join(different[:6])}"
-            f"{' ...' if len(different) > 6 else ''}. Go on with the old values, or choose another NAME=.",
+            f"{' ...' if len(different) > 6 else ''}. Use the earlier values, or choose another NAME=.",
             where=path.name,
-            kept="the old run, untouched",
+            kept="the earlier run, unchanged",
         )
 
 

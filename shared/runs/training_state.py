@@ -1,11 +1,12 @@
-"""Training states on disk: written whole or not at all, verified before use, never a pickle.
+"""Training states on disk.
 
-``checkpoints/step-000300.tmp/`` is filled, every file flushed, then ``manifest.json`` with sizes and sha256, then the
-folder is renamed to ``step-000300/`` and its parent flushed. Only after that are older states pruned. A reader takes
-the newest folder whose manifest verifies; what does not verify is set aside as ``.corrupt``, never deleted. A state
-that is written again stays as ``.old`` until the new one has its name.
+A state is written atomically. First ``checkpoints/step-000300.tmp/`` is filled and every file flushed, then
+``manifest.json`` with sizes and sha256 is written, then the folder is renamed to ``step-000300/`` and its parent is
+flushed. Older states are deleted only after that. A reader uses the newest folder whose manifest verifies. Any other
+folder is renamed to ``.corrupt`` and never deleted. A state that is written again remains as ``.old`` until the new one
+has its name.
 
-Nested training state as flat tensors plus JSON, and back, exactly and without pickle.
+The nested state of model and optimizer is stored as flat tensors plus JSON, exactly and without pickle.
 """
 
 from __future__ import annotations
@@ -42,17 +43,17 @@ class TrainingState:
 
     step: int
     record: dict[str, Any]
-    """Everything that is no tensor: positions, versions, settings, best value, nested structure."""
+    """All values that are not tensors, such as counters, versions and nested structure."""
     tensors: dict[str, Tensor]
     path: Path
 
     def rng(self, rank: int) -> dict[str, Tensor]:
-        """Return the generators of one rank."""
+        """Return the random state of one process."""
         return load_file(self.path / _rng_name(rank))
 
 
 def state_folder_name(step: int) -> str:
-    """Return the folder name of a step."""
+    """Return the folder name of a step's state."""
     return f"step-{step:06d}"
 
 
@@ -66,22 +67,24 @@ def write_state(
     rng_per_rank: Sequence[Mapping[str, Tensor]],
     attachments: Mapping[str, Mapping[str, Tensor]] = MappingProxyType({}),
 ) -> Path:
-    """Write a training state so that a kill, a full disk or a power cut at any moment leaves the older ones intact.
+    """Write a training state atomically.
+
+    A kill, a full disk or a power cut at any moment leaves the older states intact.
 
     Args:
         parent: Folder of the states.
-        name: Of the new folder.
-        step: Optimizer steps done.
+        name: Name of the new folder.
+        step: Number of finished optimizer steps.
         record: JSON values.
-        tensors: Of model and optimizer.
-        rng_per_rank: Generators, one entry per process.
+        tensors: Tensors of model and optimizer.
+        rng_per_rank: Random state of each process.
         attachments: Further tensor files by stem, e.g. the batch that made the loss NaN.
 
     Returns:
         The finished folder.
 
     Raises:
-        StorageError: Disk full, quota, permission; nothing of the new state is left behind.
+        StorageError: If the disk or quota is full or a permission is missing. Nothing of the new state remains.
     """
     draft, final = parent / f"{name}.tmp", parent / name
     try:
@@ -107,15 +110,15 @@ def write_state(
 
 
 def find_newest_state(parent: Path, *, set_aside: bool = True) -> Path | None:
-    """Return the newest folder that verifies, or None if none was ever finished.
+    """Return the newest folder that verifies, or None if no state was ever finished.
 
     Args:
         parent: Folder of the states.
-        set_aside: Rename folders that do not verify to ``.corrupt``, and delete what stopped saves left behind once
-            there is a state that verifies; only the process that writes may.
+        set_aside: True to rename folders that do not verify to ``.corrupt``, and to delete leftovers of interrupted
+            saves once a state verifies. Only the writing process may do so.
 
     Raises:
-        WeightsError: If there are states but not one of them verifies: starting from zero would waste a run silently.
+        WeightsError: If there are states but none of them verifies.
     """
     if not parent.is_dir():
         return None
@@ -129,23 +132,24 @@ def find_newest_state(parent: Path, *, set_aside: bool = True) -> Path | None:
                 delete_leftovers(parent)
             return path
         damaged += 1
-        log.warning("%s: %s. Set aside as %s.corrupt, using an older state.", path.name, problem, path.name)
+        log.warning("%s: %s. Renamed to %s.corrupt, using an older state.", path.name, problem, path.name)
         if set_aside:
             _set_aside(path)
     if damaged:
+        # Starting from step 0 without an error would waste the whole run.
         raise WeightsError(
-            f"all {damaged} training states of the run are damaged; not starting from zero silently.",
+            f"all {damaged} training states of the run are damaged.",
             where=f"{parent.parent.name}/{parent.name}",
             kept="the damaged states, as step-*.corrupt",
             next_command="another NAME=... to start a new run, or move the folder away",
         )
     for draft in find_leftovers(parent):
-        log.warning("%s is incomplete (stopped while being written): ignored.", draft.name)
+        log.warning("%s is incomplete (interrupted while it was written) and is ignored.", draft.name)
     return None
 
 
 def find_leftovers(parent: Path) -> list[Path]:
-    """Return what stopped saves left behind: drafts, and states whose replacement is there."""
+    """Return leftovers of interrupted saves, which are drafts and already replaced states."""
     if not parent.is_dir():
         return []
     found = [p for p in parent.iterdir() if LEFTOVER_NAME.match(p.name) and p.is_dir()]
@@ -153,24 +157,27 @@ def find_leftovers(parent: Path) -> list[Path]:
 
 
 def delete_leftovers(parent: Path) -> None:
-    """Delete the leftovers, each as large as a state, and say so; only the process that writes may."""
+    """Delete leftovers of interrupted saves, each as large as a state.
+
+    Only the writing process may call it.
+    """
     _restore_replaced(parent)
     found = find_leftovers(parent)
     for path in found:
         shutil.rmtree(path, ignore_errors=True)
     gone = [path.name for path in found if not path.exists()]
     if gone:
-        log.info("deleted what stopped saves left behind, %d of them: %s", len(gone), ", ".join(gone))
+        log.info("deleted %d leftovers of interrupted saves: %s", len(gone), ", ".join(gone))
 
 
 def finished_states(parent: Path) -> list[Path]:
-    """Return the folders that were finished, oldest first, by step number and never by time."""
+    """Return the folders of finished states in the order of their steps."""
     found = [(int(match[1]), p) for p in parent.iterdir() if (match := STATE_NAME.match(p.name)) and p.is_dir()]
     return [path for _, path in sorted(found)]
 
 
 def find_damage(path: Path) -> str | None:
-    """Check every byte of a training state against its manifest; return what is wrong, or None."""
+    """Check every byte of a training state and return what is wrong, or None."""
     try:
         manifest = json.loads((path / "manifest.json").read_bytes())
         files = {str(name): (int(e["bytes"]), str(e["sha256"])) for name, e in manifest["files"].items()}
@@ -183,7 +190,7 @@ def find_damage(path: Path) -> str | None:
     if not known or (match and step != int(match[1])) or not {"state.safetensors", "state.json"} <= set(files):
         return "manifest.json is damaged"
     if manifest.get("version") != FORMAT_VERSION:
-        return f"written in format version {manifest.get('version')}, this program reads {FORMAT_VERSION}"
+        return f"unknown format version (got {manifest.get('version')}, expected {FORMAT_VERSION})"
     for name, (num_bytes, sha256) in files.items():
         file = path / Path(name).name
         if not file.is_file():
@@ -213,14 +220,14 @@ def read_state(path: Path) -> TrainingState:
 
 
 def load_module_state(module: nn.Module, path: Path) -> int:
-    """Load the weights of a training state, strictly, into the module it was saved from; return its step."""
+    """Load the weights of a training state strictly and return its step."""
     state = read_state(path)
     module.load_state_dict(unflatten_state(state.record["model"], state.tensors), strict=True)
     return state.step
 
 
 def rewrite_record(state: TrainingState, changes: Mapping[str, Any]) -> None:
-    """Write a finished state again with other values in its record, e.g. after a validation that was made up for."""
+    """Write a finished state again with changed values in its record."""
     write_state(
         state.path.parent,
         state.path.name,
@@ -238,13 +245,13 @@ def newest_state_name(parent: Path) -> str | None:
 
 
 def prune_states(parent: Path, *, keep_last: int, keep_every: int | None) -> None:
-    """Delete older states; always keeps the newest two or more, and milestones."""
+    """Delete older states except the newest ones, at least two, and multiples of ``keep_every``."""
     paths = finished_states(parent)
     for path in paths[: -max(2, keep_last)]:
         step = int(path.name.removeprefix("step-"))
         if keep_every and step % keep_every == 0:
             continue
-        # Renamed first: a kill in the middle of deleting must not leave something that looks finished.
+        # Renamed first, so that a kill during the deletion cannot leave a folder that appears to be finished.
         doomed = path.with_name(f"{path.name}.tmp")
         move(path, doomed)
         shutil.rmtree(doomed, ignore_errors=True)
@@ -256,7 +263,8 @@ def _rng_name(rank: int) -> str:
 
 def _give_name(draft: Path, final: Path) -> None:
     replaced = final.with_name(f"{final.name}.old")
-    if final.exists():  # the same step again; it may be the only state there is, so it goes last
+    # The same step is written again. It may be the only state, so it is deleted last.
+    if final.exists():
         if replaced.exists():
             shutil.rmtree(replaced)
         move(final, replaced)
@@ -265,7 +273,7 @@ def _give_name(draft: Path, final: Path) -> None:
 
 
 def _restore_replaced(parent: Path) -> None:
-    """Give a state its name back whose replacement was stopped before it had that name."""
+    """Rename a replaced state back if its replacement was interrupted."""
     for path in parent.glob("*step-*.old"):
         if LEFTOVER_NAME.match(path.name) and not path.with_suffix("").exists():
             move(path, path.with_suffix(""))
@@ -283,7 +291,8 @@ def _set_aside(path: Path) -> None:
 def _storage_error(err: OSError, *, parent: Path, name: str, tensors: Mapping[str, Tensor]) -> StorageError:
     need = sum(t.numel() * t.element_size() for t in tensors.values())
     free = shutil.disk_usage(parent).free if parent.exists() else 0
-    run = parent.parent if parent.name == "checkpoints" else parent  # a nan-step-N lies beside the others' folder
+    # A nan-step-N is not in checkpoints/ but next to it.
+    run = parent.parent if parent.name == "checkpoints" else parent
     older = newest_state_name(parent) or newest_state_name(run / "checkpoints")
     return StorageError(
         f"the training state {name} could not be written: {err.strerror or type(err).__name__}. "
@@ -298,18 +307,18 @@ Json = Any
 
 
 def flatten_state(value: Any, *, prefix: str, tensors: dict[str, Tensor]) -> Json:
-    """Put every tensor of a nested state into ``tensors`` and return the rest as JSON.
+    """Move every tensor of a nested state to ``tensors`` and return the rest as JSON.
 
-    Dictionaries keep non-text keys (optimizers number their parameters), tuples stay tuples (betas), floats keep every
+    Integer keys of dictionaries are kept (optimizers number their parameters), as are tuples (betas). Floats keep every
     bit, Inf and NaN included.
 
     Args:
-        value: Dictionaries, lists, tuples, numbers, text, None and tensors, nested.
-        prefix: Name of ``value``; names of tensors start with it.
-        tensors: Filled.
+        value: Nested dictionaries, lists, tuples, numbers, strings, None and tensors.
+        prefix: Name of ``value``, with which the names of its tensors begin.
+        tensors: Dictionary that receives the tensors.
 
     Raises:
-        TypeError: For any other kind of object, naming where it lies.
+        TypeError: For any other kind of object, with its place.
     """
     if isinstance(value, Tensor):
         tensors[prefix] = value.detach()
@@ -332,7 +341,7 @@ def flatten_state(value: Any, *, prefix: str, tensors: dict[str, Tensor]) -> Jso
 
 
 def unflatten_state(value: Json, tensors: Mapping[str, Tensor]) -> Any:
-    """Undo ``flatten_state``."""
+    """Return the nested state that ``flatten_state`` has flattened."""
     if not isinstance(value, dict):
         return value
     ((kind, content),) = value.items()
@@ -348,11 +357,9 @@ def unflatten_state(value: Json, tensors: Mapping[str, Tensor]) -> Any:
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Load an optimizer state into fresh memory, with the memory layout of the parameters.
-
-    ``load_state_dict`` keeps the file's contiguous layout. Next to channels-last parameters the update would then run
-    other kernels than in the uninterrupted run, and differ in the last bits.
-    """
+    """Load an optimizer state into new memory with the memory layout of the parameters."""
+    # load_state_dict keeps the contiguous layout of the file. With channels-last parameters the update would then use
+    # other kernels than in the uninterrupted run and differ in the last bits.
     optimizer.load_state_dict(state)
     for parameter, values in optimizer.state.items():
         for name, value in values.items():

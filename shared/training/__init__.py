@@ -1,1 +1,1 @@
-"""Run folders, exact resume, progress, reports."""
+"""Training loop, step boundary, exact resume and pre-flight."""

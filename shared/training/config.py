@@ -1,4 +1,4 @@
-"""Settings of the training engine, the same for both stages."""
+"""Settings of the training loop, the same in both stages."""
 
 from __future__ import annotations
 
@@ -11,56 +11,56 @@ from samgraft.shared.training.device import Device, Precision
 
 
 class Strategy(Enum):
-    """How several processes share the work."""
+    """Distribution of the work over several processes."""
 
     DDP = "ddp"
-    """Every process holds everything and computes on its own slices: the fastest where it fits."""
+    """Every process has the whole model and computes its own slices, which is fastest if it fits in memory."""
     FSDP = "fsdp"
-    """Weights, gradients and optimizer are cut into as many parts as there are processes: for vit_h on small GPUs."""
+    """Weights, gradients and optimizer are sharded over the processes, for vit_h on small GPUs."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainerConfig:
-    """How long, on what, and how safely to train."""
+    """Length, device and saving of a training."""
 
     max_steps: int
     """Optimizer steps of the whole run."""
     accumulate: int = 1
-    """Micro-steps whose gradients make one step: the global batch is batch_size * accumulate * processes."""
+    """Micro-steps whose gradients make one step. The global batch is batch_size * accumulate * processes."""
     clip_grad_norm: float | None = 1.0
-    """Largest gradient norm; null does not clip."""
+    """Largest gradient norm. null does not clip."""
     device: Device = Device.AUTO
-    """auto takes a GPU if one works."""
+    """Device to train on. auto takes a GPU if one works."""
     devices: int | None = field(default=None, metadata=MAY_CHANGE)
-    """Processes on this machine; null takes what torchrun or SLURM say, else 1. Another number than before is refused
-    unless allow_resize."""
+    """Processes on this machine. null takes the number that torchrun or SLURM set, else 1. A resumed run needs the same
+    number unless allow_resize is set."""
     precision: Precision = Precision.AUTO
-    """auto takes bf16 where it is fast."""
+    """Number format of matrix products. auto takes bf16 where it is fast."""
     channels_last: bool = False
-    """Memory layout in which convolutions are faster, 1.4x for vit_t on a CPU."""
+    """Memory layout in which convolutions may be faster, e.g. for vit_t on a CPU."""
     activation_checkpointing: bool = False
-    """Recompute the image encoder's activations block by block in the backward pass: a third slower, and 1/20 of the
-    memory or less."""
+    """Recompute the image encoder's activations block by block in the backward pass. A step takes a third longer, and
+    activations need 1/20 of the memory or less."""
     strategy: Strategy = Strategy.DDP
-    """ddp or fsdp; one process needs neither. A run goes on with the strategy it began with."""
+    """ddp or fsdp, without effect for one process. A run keeps its strategy."""
     find_unused_parameters: bool = False
-    """For several processes, when a step leaves some trainable parameters without gradient."""
+    """Needed with several processes if a step leaves some trainable parameters without gradient."""
     num_workers: int = field(default=0, metadata=MAY_CHANGE)
-    """Processes that load data; 0 loads in the training process. Does not change the numbers."""
+    """Processes that load data. 0 loads in the training process. The numbers do not depend on it."""
     log_every_steps: int = field(default=10, metadata=MAY_CHANGE)
-    """Steps between points in TensorBoard; metrics.jsonl has every step."""
+    """Steps between points in TensorBoard. metrics.jsonl has every step."""
     save_every_steps: int = field(default=500, metadata=MAY_CHANGE)
     """Steps between saved training states."""
     save_every_min: float = field(default=10.0, metadata=MAY_CHANGE)
-    """A state is also saved after this many minutes without one."""
+    """Minutes without a saved state after which one is saved."""
     keep_last: int = field(default=2, metadata=MAY_CHANGE)
     """Number of newest states to keep, at least 2."""
     keep_every_steps: int | None = field(default=None, metadata=MAY_CHANGE)
-    """States at multiples of this are never deleted; null deletes them."""
+    """Interval of states that are never deleted. null deletes them."""
     allow_resize: bool = field(default=False, metadata=MAY_CHANGE)
-    """Go on with another number of processes; not bit-exact from there."""
+    """Resume with another number of processes, which is not bit-exact from that step on."""
     resume_from: str | None = field(default=None, metadata=MAY_CHANGE)
-    """A kept state of this run, e.g. nan-step-120, to replay it; without effect once the run has gone on beyond it."""
+    """A kept state of this run to replay, e.g. nan-step-120. Ignored once the run has trained beyond it."""
 
     def __post_init__(self) -> None:
         """Check ranges."""

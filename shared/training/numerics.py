@@ -1,4 +1,4 @@
-"""Stops before the update when the loss or the gradient is not finite, and clips the gradient."""
+"""Check for non-finite losses and gradients, and gradient clipping."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ from torch.optim import Optimizer
 
 
 class FiniteCheck(pl.Callback):
-    """Checks every loss and the whole gradient before each update; logs the gradient norm.
+    """Callback that checks losses and gradient before each update.
 
     Args:
-        clip_norm: Largest gradient norm; None does not clip.
-        step_log: Takes ``train/grad_norm``.
-        on_bad: Called on every process with (this process's losses by micro-step, gradient norm) before the update;
-            must raise. The losses are those of the backward pass: each already divided by the number of micro-steps.
+        clip_norm: Largest gradient norm, or None to clip nothing.
+        step_log: Log that receives ``train/grad_norm``.
+        on_bad: Function that must raise. It is called in every process before the update, with this process's losses by
+            micro-step and the gradient norm. The losses are those of the backward pass, each already divided by the
+            number of micro-steps.
     """
 
     def __init__(
@@ -34,13 +35,14 @@ class FiniteCheck(pl.Callback):
         self._losses: list[Tensor] = []
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
-        """Remember the loss of a micro-step; it is read only once per step, so a GPU is not stalled twice."""
+        """Keep the loss of a micro-step."""
+        # The value is read only once per step, so that a GPU is not stalled twice.
         self._losses.append(loss.detach())
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
-        """Check, then clip."""
+        """Check losses and gradient, then clip the gradient."""
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         if isinstance(norm, DTensor):
@@ -49,31 +51,31 @@ class FiniteCheck(pl.Callback):
         self._losses.clear()
         bad = ~(torch.isfinite(norm) & torch.isfinite(losses).all())
         if trainer.world_size > 1:
-            # A loss can be NaN on one process alone; all must stop, or the others wait for it forever.
+            # A loss can be NaN in one process alone. All must stop, or the others would wait for it without end.
             flag = bad.to(torch.int32)
             torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
             bad = flag > 0
         if bool(bad):
             self.on_bad(trainer, losses.float(), float(norm))
-        # Gradients exist, so this step's number is one more than the finished ones.
+        # global_step counts finished steps, and this one is not finished yet.
         self.step_log.record(trainer.global_step + 1, {"train/grad_norm": norm})
         if self.clip_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(parameters, self.clip_norm, norm)
 
 
 def find_suspect_batch(batches: Sequence[Any], losses: Tensor, *, rank: int) -> tuple[dict[str, Tensor], str]:
-    """Return what a step that was not finite should be looked at with: tensors, and in words which ones they are.
+    """Return the tensors to examine after a step that was not finite, and their description.
 
-    All processes must call it; only what the first one gets is that of the whole group.
+    All processes must call it. Only the result in the first process covers the whole group.
 
     Args:
         batches: This process's micro-batches of the step, in order.
-        losses: Their losses.
-        rank: Of this process.
+        losses: Losses of these micro-batches.
+        rank: Rank of this process.
 
     Returns:
-        The micro-batch whose loss is not finite, of the first process that has one; if every loss is finite, so that
-        only the gradient is not, all micro-batches of this process.
+        The micro-batch with the non-finite loss, of the first process that has one. If every loss is finite and only
+        the gradient is not, all micro-batches of this process.
     """
     own = next((index for index, loss in enumerate(losses.tolist()) if not math.isfinite(loss)), None)
     found = gather_from_processes(own)
@@ -83,7 +85,7 @@ def find_suspect_batch(batches: Sequence[Any], losses: Tensor, *, rank: int) -> 
         if len(batches) == 1:
             return batch_tensors(batches[0]), f"the batch{whose}"
         return batch_tensors(list(batches)), f"all {len(batches)} micro-batches{whose}"
-    # Only the batch that is needed travels.
+    # The other processes send nothing, so that only one batch is transferred.
     tensors = gather_from_processes(
         {k: t.cpu() for k, t in batch_tensors(batches[own or 0]).items()} if rank == culprit else {}
     )

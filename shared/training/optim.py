@@ -1,6 +1,6 @@
-"""Parameter groups and AdamW: no decay where it harms, smaller steps for earlier layers.
+"""AdamW, its parameter groups and learning rate schedules.
 
-Schedules as pure functions of the step: nothing to save, nothing that a resume could shift.
+Schedules are pure functions of the step, so that they have no state to save and a resume cannot shift them.
 """
 
 from __future__ import annotations
@@ -15,32 +15,32 @@ import pytorch_lightning as pl
 import torch
 from samgraft.shared.errors import UsageError
 from samgraft.shared.training.config import check_warmup
-from torch import Tensor, nn
+from torch import nn
 
 log = logging.getLogger(__name__)
 
 NO_DECAY_NAMES = ("pos_embed", "rel_pos_h", "rel_pos_w", "attention_biases", "mask_token", "cls_token")
-"""Ends of names of position tables and learned tokens, which weight decay pulls to zero for no gain."""
+"""Name endings of position tables and learned tokens. Weight decay would pull them to zero without benefit."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW and its schedule."""
+    """Settings of AdamW and its schedule."""
 
     lr: float = 1e-4
     """Peak learning rate of the last layer."""
     weight_decay: float = 0.05
-    """AdamW's decay of weight matrices; never of norms, biases, positions and tokens (MAE's value)."""
+    """Weight decay of matrices. Norms, biases, positions and tokens have none (MAE's value)."""
     beta1: float = 0.9
     """Decay of the mean of gradients."""
     beta2: float = 0.95
-    """Decay of the mean of squared gradients (0.95: MAE, arXiv 2111.06377, table 8)."""
+    """Decay of the mean of squared gradients. 0.95 is the value of MAE (arXiv 2111.06377, table 8)."""
     layer_decay: float = 1.0
-    """Factor on the learning rate per layer towards the input; 1 is off, 0.75 is usual for fine-tuning."""
+    """Factor on the learning rate per layer towards the input. 1 turns it off, 0.75 is usual for fine-tuning."""
     warmup_steps: int = 20
     """Steps of linear warm-up."""
     final_lr_factor: float = 0.0
-    """Share of ``lr`` that is left at the last step."""
+    """Fraction of ``lr`` at the last step."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
@@ -69,8 +69,8 @@ def build_optimizer(
     Args:
         module: Everything that trains.
         config: Rates and decay.
-        layer_groups: ``encoder.layer_groups()``: parameters with their depth, 0 next to the input. Only used with
-            ``layer_decay`` below 1. Parameters not in it (decoder, heads) take the full rate.
+        layer_groups: Parameters with their depth from ``encoder.layer_groups()``, 0 next to the input. They are used
+            with ``layer_decay`` below 1 only. Other parameters (decoder, heads) have the full rate.
 
     Raises:
         UsageError: If nothing is trainable.
@@ -88,7 +88,10 @@ def build_optimizer(
 def parameter_groups(
     module: nn.Module, config: OptimizerConfig, *, layer_groups: Iterable[tuple[int, Iterable[nn.Parameter]]] = ()
 ) -> list[dict[str, Any]]:
-    """Sort the trainable parameters by decay and depth; ``peak_lr`` is what the schedule multiplies."""
+    """Group the trainable parameters by weight decay and depth.
+
+    The schedule multiplies ``peak_lr`` of each group.
+    """
     depth_of = _depths(layer_groups) if config.layer_decay < 1 else {}
     deepest = max(depth_of.values(), default=0)
     in_norm = {id(p) for m in module.modules() if _is_norm(m) for p in m.parameters(recurse=False)}
@@ -123,8 +126,8 @@ def _is_norm(module: nn.Module) -> bool:
 def warmup_cosine(step: int, *, warmup_steps: int, max_steps: int, final_factor: float = 0.0) -> float:
     """Return the factor on the peak learning rate for the update that follows ``step`` finished ones.
 
-    Rises linearly to 1 over ``warmup_steps`` (the first update already has 1/warmup_steps), then falls along half a
-    cosine to ``final_factor`` at ``max_steps``.
+    It rises linearly to 1 over ``warmup_steps`` (the first update has 1/warmup_steps), then falls along half a cosine
+    to ``final_factor`` at ``max_steps``.
 
     Source:
         Loshchilov and Hutter, SGDR, arXiv 1608.03983, eq. 5, without restarts.
@@ -135,9 +138,10 @@ def warmup_cosine(step: int, *, warmup_steps: int, max_steps: int, final_factor:
 
 
 def warmup_poly(step: int, *, warmup_steps: int, max_steps: int, power: float) -> float:
-    """Return the factor of a linear warm-up and then ``(1 - (step - warmup_steps) / max_steps) ** power``.
+    """Return the factor of a linear warm-up and a polynomial decay.
 
-    It does not reach 0: ``max_steps`` counts the warm-up too.
+    The decay is ``(1 - (step - warmup_steps) / max_steps) ** power``. It does not reach 0, because ``max_steps``
+    includes the warm-up.
 
     Source:
         finetune-SAM at e41f732, SingleGPU_train_finetune_noprompt.py.
@@ -148,19 +152,22 @@ def warmup_poly(step: int, *, warmup_steps: int, max_steps: int, power: float) -
 
 
 def cosine_value(step: int, *, start: float, end: float, first_step: int = 0, last_step: int) -> float:
-    """Return the point at ``step`` of half a cosine from ``start`` to ``end``; constant outside of it."""
+    """Return the value at ``step`` on half a cosine from ``start`` to ``end``.
+
+    Outside of ``first_step`` to ``last_step`` it is constant.
+    """
     share = min(max((step - first_step) / max(1, last_step - first_step), 0.0), 1.0)
     return end + (start - end) * 0.5 * (1.0 + math.cos(math.pi * share))
 
 
 class LearningRate(pl.Callback):
-    """Sets the learning rate of every group before each step: ``peak_lr * factor(step)``.
+    """Callback that sets each group's learning rate to ``peak_lr * factor(step)``.
 
     Args:
-        warmup_steps: Length of the warm-up.
-        max_steps: Length of the run.
-        final_factor: Share of the peak at the end.
-        poly_power: A polynomial decay with this power instead of the cosine.
+        warmup_steps: Length of the warm-up in steps.
+        max_steps: Length of the run in steps.
+        final_factor: Fraction of the peak at the last step.
+        poly_power: Power of a polynomial decay, or None for the cosine.
     """
 
     def __init__(
@@ -183,13 +190,9 @@ class LearningRate(pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Set the rates; every micro-step of one step sets the same."""
+        """Set the learning rates, which are the same in all micro-steps of a step."""
         factor = self.factor(trainer.global_step)
         for optimizer in trainer.optimizers:
             for group in optimizer.param_groups:
                 peak = group.setdefault("peak_lr", group["lr"])
-                group["lr"] = _plain(peak) * factor
-
-
-def _plain(value: float | Tensor) -> float:
-    return float(value)
+                group["lr"] = float(peak) * factor

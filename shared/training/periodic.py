@@ -68,8 +68,8 @@ class PeriodicTask:
     every_steps: int
     """Interval in steps."""
     run: Callable[[TaskContext], Mapping[str, float]]
-    """Function that returns numbers to log, e.g. ``{"val/dice": 0.81}``. The first process's numbers are used. It runs
-    without gradients, in evaluation mode, and cannot change the random state of the training."""
+    """Function that returns numbers to log by name, of which those of the first process are used. It runs without
+    gradients, in evaluation mode, and cannot change the random state of the training."""
     at_start: bool = False
     """True to run before the first step as well, for the value to improve on."""
     at_end: bool = True

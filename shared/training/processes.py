@@ -1,11 +1,11 @@
-"""Agreement between the processes of a run; with one process nothing is exchanged.
+"""Communication between the processes of a run, and fully sharded training.
 
-Fully sharded training (FSDP2): weights, gradients and optimizer in parts, one per process, and whole again on disk.
+With one process nothing is exchanged. FSDP2 keeps weights, gradients and optimizer in parts, one per process. A module
+that is sharded on its own (a block, the neck, the rest of encoder and objective) is gathered when its forward pass
+begins and released when it ends. Training states and results have the same files with and without sharding.
 
-Training states and results look the same with and without it. What must be whole to be used - a block, the neck, the
-encoder's and the objective's rest - is gathered when its forward begins and let go when it ends.
-
-Source: Zhao et al., PyTorch FSDP (VLDB 2023); ``torch.distributed.fsdp.fully_shard``.
+Source:
+    Zhao et al., PyTorch FSDP (VLDB 2023), and ``torch.distributed.fsdp.fully_shard``.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ Value = TypeVar("Value")
 
 
 def is_distributed() -> bool:
-    """Tell whether several processes train together."""
+    """Return True if several processes train together."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def any_across_processes(*flags: bool, device: torch.device | None = None) -> tuple[bool, ...]:
-    """Return each flag as true if it is true in any process: all must act at the same step."""
+    """Return each flag as True if it is True in any process."""
     if not is_distributed():
         return flags
     values = torch.tensor(flags, dtype=torch.int32, device=device or communication_device())
@@ -38,7 +38,7 @@ def any_across_processes(*flags: bool, device: torch.device | None = None) -> tu
 
 
 def broadcast_first(value: Value) -> Value:
-    """Return the first process's value in all of them."""
+    """Return the first process's value in all processes."""
     if not is_distributed():
         return value
     box: list[Any] = [value]
@@ -48,7 +48,7 @@ def broadcast_first(value: Value) -> Value:
 
 
 def gather_from_processes(value: Value) -> list[Value]:
-    """Return every process's value, in the order of their ranks."""
+    """Return the values of all processes, in the order of their ranks."""
     if not is_distributed():
         return [value]
     every: list[Any] = [None] * dist.get_world_size()
@@ -57,19 +57,19 @@ def gather_from_processes(value: Value) -> list[Value]:
 
 
 def communication_device() -> torch.device:
-    """Return where the group's backend wants its tensors."""
+    """Return the device on which the communication backend expects its tensors."""
     if dist.get_backend() == "nccl":
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
 
 
 def shard_module(module: nn.Module, mesh: DeviceMesh, *, methods: Iterable[str] = ()) -> None:
-    """Cut the parameters of a module that no part of it has cut yet.
+    """Shard the parameters of a module that are not sharded yet.
 
     Args:
-        module: Parts first, then the whole.
-        mesh: The processes.
-        methods: Beside ``forward``: what is called from outside and needs the parameters whole.
+        module: Module to shard. Its parts must be sharded before it.
+        mesh: Processes that share the parameters.
+        methods: Names of further methods that are called from outside and need the complete parameters.
     """
     fully_shard(module, mesh=mesh, reshard_after_forward=True)
     for name in methods:
@@ -78,21 +78,22 @@ def shard_module(module: nn.Module, mesh: DeviceMesh, *, methods: Iterable[str] 
 
 
 def mark_fsdp_root(module: nn.Module) -> None:
-    """Make a sharded module the root; otherwise the part whose forward runs first would be taken for it.
-
-    FSDP2 does this in the root's first forward and has no public call for it.
-    """
+    """Make a sharded module the root of its parts."""
+    # FSDP2 chooses the module whose forward pass runs first, which may be a part here. It has no public call for this.
     state = module._get_fsdp_state()  # type: ignore[operator]
     state._lazy_init()
 
 
 def is_sharded(module: nn.Module) -> bool:
-    """Tell whether any parameter is in parts."""
+    """Return True if any parameter is sharded."""
     return any(isinstance(parameter, DTensor) for parameter in module.parameters())
 
 
 def full_state(value: Any) -> Any:
-    """Return a nested state with every sharded tensor put together, on the CPU; every process must call it."""
+    """Return a nested state with complete tensors on the CPU.
+
+    It is a collective call that every process must make.
+    """
     if isinstance(value, DTensor):
         return value.full_tensor().cpu()
     if isinstance(value, Mapping):
@@ -103,7 +104,7 @@ def full_state(value: Any) -> Any:
 
 
 def load_full_state(module: nn.Module, state: Mapping[str, Any]) -> None:
-    """Load whole tensors, strictly, into a module whose parameters may be sharded."""
+    """Load complete tensors strictly into a module whose parameters may be sharded."""
     own = module.state_dict()
     parts = {
         name: distribute_tensor(tensor.to(own[name].device), own[name].device_mesh, own[name].placements)

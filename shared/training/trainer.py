@@ -129,28 +129,22 @@ def fit(module: pl.LightningModule, context: FitContext) -> FitResult:
     step_log = StepLog(run, every_steps=config.log_every_steps)
     tasks = PeriodicTasks(context.periodic, counters=counters, stop=stop, step_log=step_log, max_steps=config.max_steps)
     meter = ProgressMeter(step_log, config, slices_per_micro_step=context.batch_size * device.world_size)
+    boundary = StepBoundary(
+        run=run,
+        config=config,
+        counters=counters,
+        tasks=tasks,
+        meter=meter,
+        step_log=step_log,
+        stop=stop,
+        state=state,
+        is_exact=is_exact,
+    )
     if state is not None and (state.step >= config.max_steps or counters.ended):
+        _finish(module, state, context, boundary)
         step = state.step
-        _finish(module, state, context, tasks=tasks, counters=counters, step_log=step_log, stop=stop)
     else:
-        check_disk(module, config, run.path)
-        boundary = StepBoundary(
-            run=run,
-            config=config,
-            counters=counters,
-            tasks=tasks,
-            meter=meter,
-            step_log=step_log,
-            stop=stop,
-            state=state,
-            is_exact=is_exact,
-        )
-        finite = FiniteCheck(clip_norm=config.clip_grad_norm, step_log=step_log, on_bad=boundary.refuse_update)
-        callbacks = [*context.callbacks, meter, finite, boundary]
-        trainer = build_trainer(config, run=run, device=device, callbacks=callbacks)
-        data = StepData(context, counters=counters, first_step=state.step if state else 0)
-        _run(trainer, module, data, context, stop=stop)
-        step = int(trainer.global_step)
+        step = _train(module, context, boundary, first_step=state.step if state else 0)
     return FitResult(
         step=step,
         resumed_from_step=state.step if state else None,
@@ -162,51 +156,48 @@ def fit(module: pl.LightningModule, context: FitContext) -> FitResult:
     )
 
 
-def _run(
-    trainer: pl.Trainer, module: pl.LightningModule, data: StepData, context: FitContext, *, stop: StopRequest
-) -> None:
+def _train(module: pl.LightningModule, context: FitContext, boundary: StepBoundary, *, first_step: int) -> int:
+    """Train from ``first_step`` and return the last step."""
+    config, run, stop = context.config, context.run, boundary.stop
+    check_disk(module, config, run.path)
+    finite = FiniteCheck(clip_norm=config.clip_grad_norm, step_log=boundary.step_log, on_bad=boundary.refuse_update)
+    callbacks = [*context.callbacks, boundary.meter, finite, boundary]
+    trainer = build_trainer(config, run=run, device=context.device, callbacks=callbacks)
     retain_freed_memory()
-    if context.config.channels_last:
+    if config.channels_last:
         module.to(memory_format=torch.channels_last)
-    newest = newest_state_name(context.run.checkpoints)
+    newest = newest_state_name(run.checkpoints)
     stop.kept = f"the verified state {newest}" if newest else stop.kept
     with handle_stop_signals(stop), quiet_lightning():
         try:
-            trainer.fit(module, datamodule=data)
+            trainer.fit(module, datamodule=StepData(context, counters=boundary.counters, first_step=first_step))
         except SamgraftError:
             raise
         except Exception as error:
-            newest = newest_state_name(context.run.checkpoints)
+            newest = newest_state_name(run.checkpoints)
             raise explain_failure(
                 find_first_failure(error),
                 batch_size=context.batch_size,
-                accumulate=context.config.accumulate,
-                num_workers=context.config.num_workers,
+                accumulate=config.accumulate,
+                num_workers=config.num_workers,
                 kept=f"the verified state {newest}" if newest else "nothing was saved yet",
             ) from error
         finally:
             end_data_workers()
+    return int(trainer.global_step)
 
 
-def _finish(
-    module: pl.LightningModule,
-    state: TrainingState,
-    context: FitContext,
-    *,
-    tasks: PeriodicTasks,
-    counters: RunCounters,
-    step_log: StepLog,
-    stop: StopRequest,
-) -> None:
+def _finish(module: pl.LightningModule, state: TrainingState, context: FitContext, boundary: StepBoundary) -> None:
     """Load the final weights and run the last periodic tasks if a stop interrupted them."""
+    counters, stop = boundary.counters, boundary.stop
     with handle_stop_signals(stop):
         load_module_state(module, state.path)
         if not counters.pending:
             return
         module.to(context.device.torch_device)
-        step_log.start(after_step=state.step)
-        tasks.run_pending(module, state.step, rank=process_rank())
-        step_log.close()
+        boundary.step_log.start(after_step=state.step)
+        boundary.tasks.run_pending(module, state.step, rank=process_rank())
+        boundary.step_log.close()
         if counters.pending:
             raise stopped_error(state.step, run=context.run, signal_name=stop.signal_name)
         if context.run.is_writer:

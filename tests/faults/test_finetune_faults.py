@@ -241,7 +241,7 @@ def test_rounds__keep_the_best_and_survive_a_resume(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "message"), [("a/b", "plain folder name"), ("file", "file is a file"), ("foreign", "holds no run")]
+    ("name", "message"), [("a/b", "plain folder name"), ("file", "file is a file"), ("foreign", "contains no run")]
 )
 def test_dry_run__refuses_the_run_folder_that_the_run_would_refuse(place, tmp_path, monkeypatch, capsys, name, message):
     monkeypatch.chdir(place[0])

@@ -409,7 +409,7 @@ def test_dicom__without_highdicom(lab, tmp_path, capsys, monkeypatch):
         (["{run}", "{notes}", "--out", "{out}"], 3, "must be a scan"),
         (["{run}", "{empty}", "--out", "{out}"], 3, "no scan was found"),
         (["{run}", "{nan}", "--out", "{out}"], 3, "must be finite"),
-        (["{run}", "{scan}", "--out", "{out}", "--device", "cuda"], 2, "device must be there"),
+        (["{run}", "{scan}", "--out", "{out}", "--device", "cuda"], 2, "device cuda is not available"),
         (["{run}", "{scan}", "--out", "{scan}"], 5, "must be a folder"),
     ],
 )

@@ -182,7 +182,7 @@ def with_runs(lab: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
     [
         ("a/b", "must be a plain folder name"),
         ("file", "file is a file"),
-        ("foreign", "holds no run"),
+        ("foreign", "contains no run"),
         ("before", "another configuration, 1 difference: optim.lr: 3e-05 -> 0.0003"),
     ],
 )

@@ -105,7 +105,7 @@ def test_file_in_the_way__refused(tmp_path: Path) -> None:
 def test_foreign_folder__refused(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "scan.txt").write_text("x")
-    with pytest.raises(UsageError, match=r"holds no run .*scan\.txt"):
+    with pytest.raises(UsageError, match=r"contains no run .*scan\.txt"):
         open_run(tmp_path)
 
 
@@ -127,7 +127,7 @@ def test_check__refuses_as_opening_does_and_touches_nothing(tmp_path: Path) -> N
 
     check("new")
     check("a", num_workers=3)
-    for name, match in (("a/b", "plain folder name"), ("file", "file is a file"), ("foreign", "holds no run")):
+    for name, match in (("a/b", "plain folder name"), ("file", "file is a file"), ("foreign", "contains no run")):
         with pytest.raises(UsageError, match=match):
             check(name)
     with pytest.raises(UsageError, match=r"trainer\.max_steps: 15 -> 20"):

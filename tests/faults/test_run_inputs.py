@@ -83,9 +83,9 @@ def test_store__another_one_at_the_path_is_refused_and_the_run_kept(lab: Path) -
     stop_half_way(lab)
     shutil.rmtree(lab / "store.zarr")
     make_store(lab, num_patients=4, shape_zyx=(4, 24, 20), labelled=False, seed=9)
-    with pytest.raises(DataError, match="must be those the run began with") as refusal:
+    with pytest.raises(DataError, match="are not those that the run was started with") as refusal:
         go(lab)
-    assert refusal.value.kept == "the run, untouched"
+    assert refusal.value.kept == "the run, unchanged"
 
 
 def test_base__another_file_at_the_path_is_refused(lab: Path) -> None:
@@ -93,20 +93,20 @@ def test_base__another_file_at_the_path_is_refused(lab: Path) -> None:
     spec = dataclasses.replace(TINY_VIT, neck_dim=32)
     save_sam(make_sam(spec, image_size=32, seed=7), lab / "sam.safetensors")
     for dry_run in (True, False):
-        with pytest.raises(UsageError, match=r"began with another base \("):
+        with pytest.raises(UsageError, match=r"the base is not the one that the run was started with \("):
             go(lab, dry_run=dry_run)
 
 
 def test_probe__another_store_or_split_is_refused_not_compared(lab: Path) -> None:
     stop_half_way(lab)
     labelled(lab, seed=80)
-    with pytest.raises(UsageError, match=r"began with another probe store \("):
+    with pytest.raises(UsageError, match=r"the probe store is not the one that the run was started with \("):
         go(lab)
     labelled(lab, seed=50)
     values = json.loads((lab / "labelled.split.json").read_text())
     parts = {"train": tuple(values["val"][:1]), "val": tuple(values["val"][1:]), "test": ()}
     Split(**parts, seed=0, store_fingerprint=values["store_fingerprint"]).save(lab / "labelled.split.json")
-    with pytest.raises(UsageError, match=r"began with another probe split \("):
+    with pytest.raises(UsageError, match=r"the probe split is not the one that the run was started with \("):
         go(lab)
     assert json.loads((lab / "runs" / "run" / "run.json").read_text())["probe_split_sha256"] == values["sha256"]
 

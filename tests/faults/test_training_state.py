@@ -121,7 +121,7 @@ def test_unfinished_states__deleted_once_another_verifies(tmp_path: Path, caplog
         assert find_newest_state(tmp_path) == tmp_path / "step-000297"
         assert find_newest_state(tmp_path) == tmp_path / "step-000297"
     (line,) = caplog.messages
-    assert line == "deleted what stopped saves left behind, 2 of them: step-000300.tmp, step-000303.tmp"
+    assert line == "deleted 2 leftovers of interrupted saves: step-000300.tmp, step-000303.tmp"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["card.tmp", "step-000297"]
 
 
@@ -325,7 +325,7 @@ def test_disk_need__what_is_there_is_not_needed_again(tmp_path: Path, monkeypatc
     """A run that just fits its disk fits it at every resume, and needs none when nothing is left to train."""
     trainer = tiny_config(keep_every_steps=5).trainer
     module, run_path, size = nn.Linear(1000, 100), tmp_path / "a", 300_300
-    whole = 4 * size * (trainer.keep_last + 3 + 3) + LOGS_BYTES
+    whole = 4 * size * (trainer.keep_last + 3 + 2) + LOGS_BYTES
 
     def set_free(num_bytes: int) -> None:
         usage = SimpleNamespace(free=num_bytes)

@@ -1,10 +1,12 @@
 """Cores and memory of a job: quotas of containers and schedulers, in both versions of the kernel's files."""
 
 import os
+import subprocess
+import sys
 
 import pytest
 from samgraft.shared import machine as job_limits
-from samgraft.shared.machine import ControlGroups, granted_cores, granted_memory, use_granted_cores
+from samgraft.shared.machine import ControlGroups, configure_openmp, granted_cores, granted_memory
 
 GIB = 2**30
 
@@ -71,13 +73,32 @@ def test_granted_memory__version_1__a_huge_number_is_no_limit(groups):
     assert granted_memory(groups("4:memory:/\n", {})) is None
 
 
-def test_use_granted_cores__says_so_and_leaves_a_users_number_alone(groups, monkeypatch):
+def test_configure_openmp__with_a_quota_limits_the_threads(groups, monkeypatch):
     limited = groups("0::/\n", {"cpu.max": "400000 100000\n"})
     environment: dict[str, str] = {}
-    assert "4 of the 64 cores" in (use_granted_cores(environment, limited) or "")
-    assert environment == {job_limits.THREADS: "4"}
-    assert use_granted_cores(environment, limited) is None
+    assert "4 of 64 visible cores" in (configure_openmp(environment, limited) or "")
+    assert environment == {job_limits.THREADS: "4", **job_limits.PASSIVE_WAIT}
+    assert configure_openmp({job_limits.THREADS: "8"}, limited) is None
     unlimited = groups("0::/\n", {"cpu.max": "max 100000\n"})
-    assert use_granted_cores({}, unlimited) is None
+    assert configure_openmp({}, unlimited) is None
+    # OpenMP itself detects the cores that the process is pinned to.
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3, 5}, raising=False)
-    assert use_granted_cores({}, unlimited) is None  # OpenMP sees these two by itself
+    assert configure_openmp({}, unlimited) is None
+
+
+@pytest.mark.parametrize("name", ["OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"])
+def test_configure_openmp__with_a_users_wait_policy_changes_nothing(groups, name):
+    environment = {name: "7"}
+    configure_openmp(environment, groups("0::/\n", {}))
+    assert environment == {name: "7"}
+
+
+def test_main__sets_the_wait_policy_before_torch_is_loaded():
+    """OpenMP reads its variables once, when torch loads it."""
+    code = (
+        "import os, sys; from samgraft.shared.cli import main; main(['--version']); "
+        "print('torch' in sys.modules, os.environ['OMP_WAIT_POLICY'])"
+    )
+    environment = {key: value for key, value in os.environ.items() if key not in job_limits.PASSIVE_WAIT}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout.splitlines()[-1] == "False PASSIVE"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,7 +18,7 @@ from samgraft.shared.runs.environment import local_rank, process_rank
 from samgraft.shared.training import device as device_module
 from samgraft.shared.training import progress as progress_module
 from samgraft.shared.training.config import TrainerConfig
-from samgraft.shared.training.device import choose_device, cpu_has_fast_bf16, retain_freed_memory
+from samgraft.shared.training.device import bf16_speedup, choose_device, cpu_has_fast_bf16, retain_freed_memory
 from samgraft.shared.training.optim import (
     LearningRate,
     OptimizerConfig,
@@ -136,7 +137,7 @@ def test_device__auto_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     choice = choose_device()
     assert (choice.accelerator, choice.devices, choice.torch_device) == ("cpu", 1, torch.device("cpu"))
     assert "CUDA_VISIBLE_DEVICES hides every GPU" in choice.reason
-    with pytest.raises(UsageError, match="device must be there, got cuda, but CUDA_VISIBLE_DEVICES hides every GPU"):
+    with pytest.raises(UsageError, match="device cuda is not available: CUDA_VISIBLE_DEVICES hides every GPU"):
         choose_device("cuda")
 
 
@@ -227,11 +228,35 @@ def test_processes__uneven_or_other_than_started_refused(started_with, variables
         ("aarch64", "fp asimd", False),
     ],
 )
-def test_fast_bf16__by_cpu_flags(monkeypatch: pytest.MonkeyPatch, machine: str, flags: str, fast: bool) -> None:
+def test_cpu_has_fast_bf16__without_instructions_is_false(
+    monkeypatch: pytest.MonkeyPatch, machine: str, flags: str, fast: bool
+) -> None:
+    monkeypatch.setattr(device_module, "bf16_speedup", lambda: 2.0)
     monkeypatch.setattr(device_module.platform, "machine", lambda: machine)
     monkeypatch.setattr(device_module, "_cpu_flags", lambda: frozenset(flags.split()))
     assert cpu_has_fast_bf16() is fast
     assert choose_device("cpu").precision == ("bf16-mixed" if fast else "32-true")
+
+
+def test_bf16_speedup__is_measured_once_per_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    measured = iter([1.05, 9.9])
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(device_module, "_cpu_flags", lambda: frozenset({"avx512_bf16", "bf16"}))
+    monkeypatch.setattr(device_module, "_measure_bf16_speedup", lambda: next(measured))
+    for _ in range(2):  # The second time it is read from the file.
+        bf16_speedup.cache_clear()
+        assert bf16_speedup() == 1.05
+    assert not cpu_has_fast_bf16()
+    (tmp_path / "samgraft" / "bf16_speed.json").write_text("damaged")
+    bf16_speedup.cache_clear()
+    assert bf16_speedup() == 9.9
+    bf16_speedup.cache_clear()
+
+
+def test_measure_bf16_speedup__leaves_the_generators_unchanged() -> None:
+    before = torch.get_rng_state()
+    assert device_module._measure_bf16_speedup() > 0
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_retain_freed_memory__is_accepted_by_glibc() -> None:
