@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 from encoder_speed import hardware, saved_mib, seconds
-from samgraft.finetune.adapters import AdapterConfig, Method, Scope, Targets, adapt
+from samgraft.finetune.adapters import AdapterConfig, Targets, TuningScope, adapt
 from samgraft.finetune.embedding_cache import CacheType, EmbeddingCache, RecordShape
 from samgraft.finetune.loss import SegmentationLoss
 from samgraft.finetune.segmenter import Segmenter
@@ -113,7 +113,7 @@ def build_sam_spec(arch: str) -> object:
 
 
 def lora_config(**options: object) -> AdapterConfig:
-    return AdapterConfig(method=Method.LORA, r=R, lora_alpha=R, **options)
+    return AdapterConfig(method="lora", r=R, lora_alpha=R, **options)
 
 
 def take_turns(first: Callable[[], None], second: Callable[[], None], *, turns: int, device: str) -> list[list[float]]:
@@ -137,7 +137,7 @@ def cached_epoch(arguments: argparse.Namespace) -> list[str]:
     """Decoder-only training: the encoder at every step against its embeddings from disk, checksums verified."""
     size, slices = arguments.size, arguments.slices
     training = ours(
-        arguments.arch, size, AdapterConfig(method=Method.FULL, scope=Scope.DECODER),
+        arguments.arch, size, AdapterConfig(method="full", scope=TuningScope.DECODER),
         device=arguments.device, half=arguments.half, checkpointing=False,
     )  # fmt: skip
     samples = [sample(1, size, arguments.device, seed=i) for i in range(slices)]
@@ -245,15 +245,15 @@ def mib_of(training: Training, images: Tensor, labels: Tensor) -> float:
 
 
 MODES: dict[str, tuple[AdapterConfig, bool]] = {
-    "full": (AdapterConfig(method=Method.FULL), False),
-    "full, activation checkpointing": (AdapterConfig(method=Method.FULL), True),
+    "full": (AdapterConfig(method="full"), False),
+    "full, activation checkpointing": (AdapterConfig(method="full"), True),
     "LoRA": (lora_config(), False),
     "LoRA, activation checkpointing": (lora_config(), True),
     f"LoRA, last {LATE} blocks": (lora_config(last_blocks=LATE), False),
-    "adapter": (AdapterConfig(method=Method.ADAPTER), False),
-    "decoder, LoRA": (lora_config(scope=Scope.DECODER), False),
-    "decoder, full": (AdapterConfig(method=Method.FULL, scope=Scope.DECODER), False),
-    "decoder, full, cached embeddings": (AdapterConfig(method=Method.FULL, scope=Scope.DECODER), False),
+    "adapter": (AdapterConfig(method="adapter"), False),
+    "decoder, LoRA": (lora_config(scope=TuningScope.DECODER), False),
+    "decoder, full": (AdapterConfig(method="full", scope=TuningScope.DECODER), False),
+    "decoder, full, cached embeddings": (AdapterConfig(method="full", scope=TuningScope.DECODER), False),
 }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
-from samgraft.finetune.adapters import AdapterConfig, Scope
+from samgraft.finetune.adapters import AdapterConfig, TuningScope
 from samgraft.finetune.baselines.networks import BaselineConfig
 from samgraft.finetune.embedding_cache import CacheConfig
 from samgraft.finetune.few_shot import FewShotConfig
@@ -174,4 +174,4 @@ class FinetuneConfig:
     @property
     def freezes_encoder(self) -> bool:
         """True when no tensor of the encoder trains, so that embeddings stay what they are."""
-        return self.adapter.scope is Scope.DECODER
+        return self.adapter.scope is TuningScope.DECODER

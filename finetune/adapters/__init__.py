@@ -1,21 +1,16 @@
-"""What trains: PEFT methods through peft, whole parts, and the heads of the mask decoder.
+"""Fine-tuning methods, the modules that train whole, and adapter files.
 
-adapt(sam, config, num_classes=...)   in place; returns peft's wrapper, or None where SAM's own tensors train
+``adapt(sam, config, num_classes=...)`` changes ``sam`` in place. It returns peft's wrapper, or None when SAM's own
+tensors train.
 """
 
-from samgraft.finetune.adapters.adaptation import adapt, can_merge
-from samgraft.finetune.adapters.config import (
-    AdapterConfig,
-    BottleneckInit,
-    Heads,
-    Method,
-    Scope,
-    Targets,
-)
-from samgraft.finetune.adapters.merge import merge_adapters, take_out
+from samgraft.finetune.adapters.adaptation import adapt
+from samgraft.finetune.adapters.choices import BottleneckInit, Heads, Targets, TuningScope
+from samgraft.finetune.adapters.merge import base_tensors, merge_adapters
+from samgraft.finetune.adapters.methods import METHODS, AdapterConfig, MethodSpec
 from samgraft.finetune.adapters.placement import head_names, target_pattern
 from samgraft.finetune.adapters.rank_updates import RankUpdates
-from samgraft.finetune.adapters.saving import base_tensors, load_adapter, save_adapter
+from samgraft.finetune.adapters.saving import load_adapter, save_adapter
 from samgraft.finetune.adapters.table import (
     TensorGroup,
     render_groups,
@@ -26,24 +21,23 @@ from samgraft.finetune.adapters.table import (
 )
 
 __all__ = [
+    "METHODS",
     "AdapterConfig",
     "BottleneckInit",
     "Heads",
-    "Method",
+    "MethodSpec",
     "RankUpdates",
-    "Scope",
     "Targets",
     "TensorGroup",
+    "TuningScope",
     "adapt",
     "base_tensors",
-    "can_merge",
     "head_names",
     "load_adapter",
     "merge_adapters",
     "render_groups",
     "render_parts",
     "save_adapter",
-    "take_out",
     "target_pattern",
     "trainable_groups",
     "trainable_table",

@@ -1,4 +1,4 @@
-"""Freeze a SAM and make exactly the configured tensors trainable."""
+"""Freezing of a SAM, and the updates that make exactly the configured tensors trainable."""
 
 from __future__ import annotations
 
@@ -8,25 +8,19 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from samgraft.finetune.adapters.config import (
-    LORA_FAMILY,
-    WHOLE_MODEL,
-    AdapterConfig,
-    Heads,
-    Method,
-    Scope,
-    Targets,
-)
+from samgraft.finetune.adapters.choices import Heads, Targets, TuningScope
+from samgraft.finetune.adapters.methods import AdapterConfig, AdapterRequest
 from samgraft.finetune.adapters.placement import (
     chosen_blocks,
     head_names,
     is_everywhere,
+    parallel_pattern,
     target_pattern,
     whole_modules,
 )
-from samgraft.finetune.adapters.saving import remember_base, remember_start
+from samgraft.finetune.adapters.saving import keep_base_sha256, keep_initial_factors
 from samgraft.shared.encoders.base import EncoderSpec
-from samgraft.shared.errors import UsageError, WeightsError
+from samgraft.shared.errors import WeightsError
 from samgraft.shared.weights.save import tensors_sha256
 from segment_anything.modeling import Sam
 from torch import Tensor, nn
@@ -47,38 +41,34 @@ def adapt(
 ) -> PeftModel | None:
     """Freeze ``sam``, then make exactly the configured tensors trainable, in place.
 
-    BatchNorm of vit_t keeps its running statistics whatever the method: they would drift with few slices, and an
-    adapter file does not carry them.
+    The BatchNorm layers of vit_t keep their running statistics with every method: few slices would shift them, and an
+    adapter file does not contain them.
 
     Args:
         sam: Any of our SAMs, with its final head.
-        config: What trains.
+        config: Method, scope and options.
         num_classes: Foreground classes; decides which heads the loss reaches.
-        max_steps: Length of the run, for adalora.
-        prompted_tokens: Mask tokens that answer prompts; empty without prompts.
+        max_steps: Length of the run in optimizer steps, for adalora.
+        prompted_tokens: Mask tokens whose masks belong to prompts; empty without prompts.
 
     Returns:
-        The peft wrapper around the same ``sam`` (for saving and merging); None for ``full`` and ``bitfit``.
+        The peft wrapper around the same ``sam``, for saving and merging. None when SAM's own tensors train.
 
     Raises:
-        UsageError: If the configuration does not fit the architecture; the model is unchanged then.
+        UsageError: If the configuration does not fit the architecture. The model is unchanged then.
     """
     if unused := config.unused_options():
-        log.warning(
-            "%s is not read by adapter.method=%s", ", ".join(f"adapter.{u}" for u in unused), config.method.value
-        )
+        log.warning("%s is not read by adapter.method=%s", ", ".join(f"adapter.{u}" for u in unused), config.method)
     spec: EncoderSpec = sam.image_encoder.spec
     blocks = chosen_blocks(spec, config)
-    if config.method in WHOLE_MODEL:
+    if config.spec.build is None:
         _unfreeze(sam, config, blocks, used=head_names(num_classes, prompted_tokens=prompted_tokens))
         return None
-    from peft import get_peft_model
-    from samgraft.finetune.adapters.layers import without_warnings_of_peft
-    from samgraft.finetune.adapters.methods import peft_config_of
-
     pattern = target_pattern(spec, config)
     expected = {name: module for name, module in sam.named_modules() if re.fullmatch(pattern, name)}
-    _check_sizes(expected, config)
+    sizes = {name: size for name, module in expected.items() if (size := _layer_size(module)) is not None}
+    if config.spec.check_layers is not None:
+        config.spec.check_layers(config, sizes)
     whole = whole_modules(
         spec,
         config,
@@ -86,39 +76,46 @@ def adapt(
         num_mask_tokens=int(sam.mask_decoder.num_mask_tokens),
         prompted_tokens=prompted_tokens,
     )
-    made = peft_config_of(config, spec, pattern=pattern, modules_to_save=whole, max_steps=max_steps)
-    sam.requires_grad_(False)
-    base_sha256 = _identity(sam)
-    with without_warnings_of_peft():
-        peft_model = get_peft_model(sam, made)
-    if base_sha256 is not None:
-        remember_base(peft_model, base_sha256)
-    names: Any = peft_model.base_model.targeted_module_names
-    if set(names) != set(expected) or not expected:
-        raise WeightsError(f"updates must sit in {len(expected)} layers, peft placed them in {len(set(names))}.")
+    request = AdapterRequest(
+        config=config,
+        target_modules=pattern,
+        parallel_modules=parallel_pattern(spec, config),
+        modules_to_save=whole or None,
+        max_steps=max_steps,
+    )
+    peft_model = _wrap(sam, config.spec.build(request))
+    placed: Any = peft_model.base_model.targeted_module_names
+    # peft ignores a pattern that matches nothing, so the result is compared with what was meant.
+    if set(placed) != set(expected) or not expected:
+        raise WeightsError(f"updates must be in {len(expected)} layers, peft placed them in {len(set(placed))}.")
     if config.targets is Targets.QV and blocks:
-        hold_keys(sam, spec, r=config.r)
-    if config.method is Method.PISSA:
-        remember_start(peft_model)
+        separate_qv(sam, spec, r=config.r)
+    if config.spec.changes_base:
+        keep_initial_factors(peft_model)
     return peft_model
 
 
-def _identity(sam: Sam) -> str | None:
-    """Return what identifies the base; None on the meta device, where models are counted and never saved."""
+def _wrap(sam: Sam, peft_config: Any) -> PeftModel:
+    """Freeze ``sam`` and put the updates into it. The hash of the weights without them is kept in the wrapper."""
+    from peft import get_peft_model
+    from samgraft.finetune.adapters.layers import without_peft_warnings
+
+    sam.requires_grad_(False)
     tensors = sam.state_dict()
-    return None if any(tensor.is_meta for tensor in tensors.values()) else tensors_sha256(tensors)
+    # Models on the meta device are only counted, never saved: their tensors have no values to hash.
+    sha256 = None if any(tensor.is_meta for tensor in tensors.values()) else tensors_sha256(tensors)
+    with without_peft_warnings():
+        peft_model: PeftModel = get_peft_model(sam, peft_config)
+    if sha256 is not None:
+        keep_base_sha256(peft_model, sha256)
+    return peft_model
 
 
-def can_merge(method: Method) -> bool:
-    """Tell whether the result can be written as plain SAM weights."""
-    return method is not Method.ADAPTER
+def separate_qv(sam: nn.Module, spec: EncoderSpec, *, r: int) -> None:
+    """Turn the encoder's rank-2r updates of qkv into rank r for queries and rank r for values, as in SAMed.
 
-
-def hold_keys(sam: nn.Module, spec: EncoderSpec, *, r: int) -> None:
-    """Make the encoder's rank-2r updates of qkv what SAMed has: rank r for queries, rank r for values, none for keys.
-
-    lora_B starts at 0, and its gradient is zeroed where a row of the queries meets a factor of the values and the
-    other way round, and in all rows of the keys. Weight decay keeps 0.
+    ``lora_B`` starts at 0. Its gradient is set to zero where a row of the queries meets a factor of the values, where a
+    row of the values meets a factor of the queries, and in all rows of the keys. Weight decay keeps these entries at 0.
 
     Source:
         SAMed, arXiv 2304.13785: ``_LoRA_qkv``.
@@ -133,42 +130,21 @@ def hold_keys(sam: nn.Module, spec: EncoderSpec, *, r: int) -> None:
         free = torch.zeros(weight.shape, dtype=torch.bool)
         free[spec.qkv_rows(0, **sizes), :r] = True
         free[spec.qkv_rows(2, **sizes), r:] = True
-        _hold(weight, free)
+        _zero_gradient(weight, ~free)
+        # DoRA's magnitude of a row may only change where the row can change.
         magnitudes = getattr(attention.qkv, "lora_magnitude_vector", None) or {}
         for magnitude in magnitudes.values():
-            _hold(magnitude.weight, free.any(dim=1))
+            _zero_gradient(magnitude.weight, ~free.any(dim=1))
 
 
-def _hold(parameter: nn.Parameter, free: Tensor) -> None:
-    """Zero the gradient where ``free`` is False; ``num_held`` keeps the count for the tables."""
+def _zero_gradient(parameter: nn.Parameter, fixed: Tensor) -> None:
+    """Set the gradient to zero where ``fixed`` is True; the tables subtract ``num_fixed`` numbers."""
+    free = ~fixed
     parameter.register_hook(lambda grad: grad * free.to(grad))
-    parameter.num_held = int((~free).sum())  # type: ignore[attr-defined]
+    parameter.num_fixed = int(fixed.sum())  # type: ignore[attr-defined]
 
 
-def _check_sizes(targets: dict[str, nn.Module], config: AdapterConfig) -> None:
-    """Refuse a rank above what a layer can have, and rotations that do not divide it."""
-    sides = {name: shape for name, module in targets.items() if (shape := _sides(module)) is not None}
-    if not sides:
-        return
-    if config.method in LORA_FAMILY | {Method.ADALORA, Method.HRA}:
-        name, smallest = min(((n, min(shape)) for n, shape in sides.items()), key=lambda item: item[1])
-        if config.r > smallest:
-            raise UsageError(
-                f"adapter.r must be at most {smallest}, the smaller side of {name}, got {config.r}: a larger rank is a "
-                "full update. Use a smaller one, or adapter.method=full.",
-                where="adapter.r",
-            )
-    if config.method is Method.BOFT:
-        odd = [f"{name} ({shape[0]})" for name, shape in sides.items() if shape[0] % config.boft_block_size]
-        if odd:
-            raise UsageError(
-                f"adapter.boft_block_size must divide the inputs of every layer, {config.boft_block_size} does not "
-                f"divide those of {len(odd)}, e.g. {odd[0]}. Use 2 or 4.",
-                where="adapter.boft_block_size",
-            )
-
-
-def _sides(module: nn.Module) -> tuple[int, int] | None:
+def _layer_size(module: nn.Module) -> tuple[int, int] | None:
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features
     if isinstance(module, nn.Conv2d):
@@ -177,14 +153,17 @@ def _sides(module: nn.Module) -> tuple[int, int] | None:
 
 
 def _unfreeze(sam: Sam, config: AdapterConfig, blocks: Iterable[str], *, used: Sequence[str]) -> None:
-    """Unfreeze parts of SAM's own tensors; without what no loss reaches, unless the study's code trained it."""
+    """Unfreeze SAM's own tensors of the scope.
+
+    Tensors that no loss reaches stay frozen, except with ``heads: released``, because the study's code trained them.
+    """
     sam.requires_grad_(False)
     prefixes = ["mask_decoder."]
     if is_everywhere(config):
         prefixes.append("image_encoder.")
-    elif config.scope is Scope.ENCODER_DECODER:
+    elif config.scope is TuningScope.ENCODER_DECODER:
         prefixes += [f"{name}." for name in blocks] + ["image_encoder.neck."]
-    elif config.scope is Scope.NECK_DECODER:
+    elif config.scope is TuningScope.NECK_DECODER:
         prefixes.append("image_encoder.neck.")
     released = config.heads is Heads.RELEASED
     if released:
@@ -194,15 +173,15 @@ def _unfreeze(sam: Sam, config: AdapterConfig, blocks: Iterable[str], *, used: S
             continue
         if not released and _is_unreached(name, used):
             continue
-        if config.method is Method.BITFIT:
+        if config.spec.biases_only:
             whole = name.startswith(tuple(f"{head}." for head in used))
-            whole |= config.scope is Scope.NECK_DECODER and name.startswith("image_encoder.neck.")
+            whole |= config.scope is TuningScope.NECK_DECODER and name.startswith("image_encoder.neck.")
             parameter.requires_grad_(whole or name.endswith(".bias"))
         else:
             parameter.requires_grad_(True)
 
 
 def _is_unreached(name: str, used: Iterable[str]) -> bool:
-    """The IoU head without prompts, and hypernetworks of no class."""
+    """Return True for the IoU head without prompts and for hypernetworks of no class."""
     heads = ("mask_decoder.iou_prediction_head.", "mask_decoder.output_hypernetworks_mlps.")
     return name.startswith(heads) and not name.startswith(tuple(f"{head}." for head in used))

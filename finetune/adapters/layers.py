@@ -1,22 +1,22 @@
-"""Bottleneck adapters as a peft tuner: saved, loaded, switched off and removed by peft like its own methods.
+"""Two tuners that peft does not have, bottleneck adapters and SSF, and their registration with peft.
+
+peft saves, loads, switches off and removes them like its own methods.
+
+Bottleneck adapters, with g(x) = W2 gelu(W1 x):
 
     y = f(x) + g(f(x))          after a module f (attention)
     y = f(x + g(x))             before a norm f
-    y = f(x) + s g(x)           beside a module f (MLP)        with g(x) = W2 gelu(W1 x)
+    y = f(x) + s g(x)           parallel to a module f (MLP)
 
-They are not linear, so they cannot be merged into the weights beside them.
+They are not linear, so they cannot be merged into the weights.
 
-Source:
-    Houlsby et al., arXiv 1902.00751; placement: Medical SAM Adapter, arXiv 2304.12620, as the study's code has it.
-
-SSF as a peft tuner: every output channel of a linear layer is scaled and shifted. It merges exactly.
+SSF scales and shifts every output channel of a linear layer. It merges exactly:
 
     y = s (W x + b) + t
 
 Source:
+    Houlsby et al., arXiv 1902.00751; placement: Medical SAM Adapter, arXiv 2304.12620, as in the study's code.
     Lian et al., Scaling and Shifting Your Features, arXiv 2210.08823, eq. 3; merging: eq. 4.
-
-Dealing with peft's ways: a tuner of our own among its types, and warnings that do not concern us.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import peft.tuners.boft.layer
 import torch
 import torch.nn.functional as F
 from peft import PeftConfig
@@ -36,13 +37,15 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_t
 from torch import nn
 
 BOTTLENECK = "BOTTLENECK"
+SCALE_SHIFT = "SCALE_SHIFT"
+
+# Otherwise every boft layer tries to compile a CUDA extension when it is made. One butterfly factor needs none.
+setattr(peft.tuners.boft.layer, "_FBD_CUDA", False)  # noqa: B010  # typed as None there
 
 
-def register(name: str, config: type[PeftConfig], tuner: type[BaseTuner]) -> None:
-    """Let ``get_peft_model`` and ``PeftModel.from_pretrained`` find a tuner by the type in its configuration.
-
-    peft's list of types is closed to others, its tables take any text.
-    """
+def register_tuner(name: str, config: type[PeftConfig], tuner: type[BaseTuner]) -> None:
+    """Make a tuner available to ``get_peft_model`` and ``PeftModel.from_pretrained``."""
+    # peft's PeftType is a closed enumeration, but these tables accept any text as a type.
     tables: tuple[tuple[Any, Any], ...] = (
         (PEFT_TYPE_TO_CONFIG_MAPPING, config),
         (PEFT_TYPE_TO_TUNER_MAPPING, tuner),
@@ -53,13 +56,13 @@ def register(name: str, config: type[PeftConfig], tuner: type[BaseTuner]) -> Non
 
 
 @contextmanager
-def without_warnings_of_peft() -> Iterator[None]:
-    """Hide what peft says about layers and settings that are as they should be, and what is checked here instead."""
+def without_peft_warnings() -> Iterator[None]:
+    """Suppress warnings of peft that do not apply here."""
     with warnings.catch_warnings():
         for message in (
-            "Unsupported layer type",  # a norm has no inputs and outputs of its own; ln_tuning does not ask
-            "lora with eva initialization used",  # memory of language models
-            "Found missing adapter keys",  # an error here
+            "Unsupported layer type",  # a norm has no input and output size, and ln_tuning needs none
+            "lora with eva initialization used",  # advice about the memory of language models
+            "Found missing adapter keys",  # an error in load_adapter
         ):
             warnings.filterwarnings("ignore", message=message)
         yield
@@ -67,22 +70,23 @@ def without_warnings_of_peft() -> Iterator[None]:
 
 @dataclass
 class BottleneckConfig(PeftConfig):
-    """Saved by peft as ``adapter_config.json``."""
+    """Configuration of bottleneck adapters, which peft saves as ``adapter_config.json``."""
 
     target_modules: str | None = field(default=None)
     """Full regular expression of all modules that get an adapter."""
     parallel_modules: str | None = field(default=None)
-    """Those of them whose adapter runs beside; the others' follows (before a norm: precedes)."""
+    """Full regular expression of the modules whose adapter is parallel. Other adapters follow their module, or precede
+    it when it is a norm."""
     ratio: float = field(default=0.25)
-    """Hidden width over the module's own."""
+    """Hidden width relative to the module's width."""
     parallel_scale: float = field(default=0.5)
-    """Factor s."""
+    """Factor s of parallel adapters."""
     init_zero: bool = field(default=True)
-    """Start as a no-op."""
+    """True when adapters start as a no-op."""
     modules_to_save: list[str] | None = field(default=None)
     """Modules that train whole."""
     exclude_modules: list[str] | None = field(default=None)
-    """Asked for by peft."""
+    """Modules without an update. peft reads this field of every configuration."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -90,7 +94,7 @@ class BottleneckConfig(PeftConfig):
 
 
 class Bottleneck(nn.Module):
-    """Down, GELU, up."""
+    """Two linear layers with a GELU between them."""
 
     def __init__(self, dim: int, config: BottleneckConfig) -> None:
         super().__init__()
@@ -102,13 +106,13 @@ class Bottleneck(nn.Module):
             nn.init.zeros_(self.fc2.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the update, the shape of ``x``."""
+        """Return the update, in the shape of ``x``."""
         out: torch.Tensor = self.fc2(F.gelu(self.fc1(x)))
         return out
 
 
 class BottleneckLayer(nn.Module, BaseTunerLayer):
-    """A module and its adapter."""
+    """Module with its bottleneck adapter."""
 
     adapter_layer_names = ("bottleneck_",)
 
@@ -122,40 +126,45 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
         self._active_adapter = adapter_name
 
     def update_layer(self, adapter_name: str, adapter: Bottleneck, *, inference_mode: bool) -> None:
-        """Take an adapter under a name and make it the active one."""
+        """Add an adapter under a name and make it the active one."""
         self.bottleneck_[adapter_name] = adapter
         self.set_adapter(adapter_name, inference_mode=inference_mode)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Run module and adapter."""
+        """Return the module's output with the adapter's update."""
         active = [name for name in self.active_adapters if name in self.bottleneck_]
         adapter = self.bottleneck_[active[0]] if active and not self.disable_adapters else None
-        if adapter is not None and not self.parallel and isinstance(self.base_layer, nn.LayerNorm):
-            x = x + adapter(x)
+        if adapter is None:
+            unchanged: torch.Tensor = self.base_layer(x, *args, **kwargs)
+            return unchanged
+        if not self.parallel and isinstance(self.base_layer, nn.LayerNorm):
+            before_norm: torch.Tensor = self.base_layer(x + adapter(x), *args, **kwargs)
+            return before_norm
         out: torch.Tensor = self.base_layer(x, *args, **kwargs)
-        if adapter is None or (not self.parallel and isinstance(self.base_layer, nn.LayerNorm)):
-            return out
         update: torch.Tensor = self.parallel_scale * adapter(x) if self.parallel else adapter(out)
         return out + update
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Refuse: an adapter with a GELU inside is no matrix.
+        """Refuse the merge, because an adapter with a GELU is not a matrix.
 
         Raises:
             TypeError: Always.
         """
-        raise TypeError("bottleneck adapters cannot be merged into the weights; keep base weights and adapter.")
+        raise TypeError("bottleneck adapters cannot be merged into the weights. Keep base weights and adapter.")
 
     def unmerge(self) -> None:
-        """Do nothing: they are never merged."""
+        """Do nothing, because bottleneck adapters are never merged."""
 
 
 class BottleneckModel(BaseTuner):
-    """Puts the adapters in. Sequential adapters of one block are one and the same, as in the study's decoder."""
+    """Tuner of peft that adds bottleneck adapters.
+
+    The sequential adapters of one block share their weights, as in the study's decoder.
+    """
 
     prefix = "bottleneck_"
     tuner_layer_cls = BottleneckLayer
-    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012  # peft's attribute: defaults of language models
+    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012  # peft reads defaults of language models here
 
     def _create_and_replace(
         self,
@@ -169,7 +178,7 @@ class BottleneckModel(BaseTuner):
     ) -> None:
         assert isinstance(peft_config, BottleneckConfig)
         if isinstance(target, BottleneckLayer):
-            raise TypeError("one bottleneck adapter per module: load a second one into a model of its own.")
+            raise TypeError("a module can have one bottleneck adapter only. Load the second one into another model.")
         parallel = bool(peft_config.parallel_modules and re.fullmatch(peft_config.parallel_modules, current_key))
         layer = BottleneckLayer(target, adapter_name, config=peft_config, parallel=parallel)
         shared = None if parallel else _sequential_of(parent, adapter_name)
@@ -188,7 +197,7 @@ def _sequential_of(parent: nn.Module, adapter_name: str) -> Bottleneck | None:
 
 
 def _width(module: nn.Module) -> int:
-    """Channels of a module's output: those of its last linear layer, or of the norm that it is."""
+    """Return the number of output channels of a module that ends in a linear layer, or of a norm."""
     linear = [child for child in module.modules() if isinstance(child, nn.Linear)]
     if linear:
         return int(linear[-1].out_features)
@@ -196,22 +205,19 @@ def _width(module: nn.Module) -> int:
     return int(module.normalized_shape[0])
 
 
-register(BOTTLENECK, BottleneckConfig, BottleneckModel)
-
-
-SCALE_SHIFT = "SCALE_SHIFT"
+register_tuner(BOTTLENECK, BottleneckConfig, BottleneckModel)
 
 
 @dataclass
 class ScaleShiftConfig(PeftConfig):
-    """Saved by peft as ``adapter_config.json``."""
+    """Configuration of SSF, which peft saves as ``adapter_config.json``."""
 
     target_modules: str | None = field(default=None)
     """Full regular expression of linear layers."""
     modules_to_save: list[str] | None = field(default=None)
     """Modules that train whole."""
     exclude_modules: list[str] | None = field(default=None)
-    """Asked for by peft."""
+    """Modules without an update. peft reads this field of every configuration."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -219,7 +225,7 @@ class ScaleShiftConfig(PeftConfig):
 
 
 class ScaleShiftLayer(nn.Module, BaseTunerLayer):
-    """A linear layer with one factor and one offset per output channel."""
+    """Linear layer with one factor and one offset per output channel."""
 
     adapter_layer_names = ("ssf_scale", "ssf_shift")
 
@@ -239,7 +245,7 @@ class ScaleShiftLayer(nn.Module, BaseTunerLayer):
         self.set_adapter(adapter_name, inference_mode=inference_mode)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Run the layer, scale and shift."""
+        """Return the layer's output, scaled and shifted."""
         out: torch.Tensor = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters or self.merged:
             return out
@@ -249,13 +255,13 @@ class ScaleShiftLayer(nn.Module, BaseTunerLayer):
         return out
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Scale the weight's rows and move the bias."""
+        """Scale the rows of the weight, and scale and shift the bias."""
         for name in check_adapters_to_merge(self, adapter_names):
             scale, shift = self.ssf_scale[name], self.ssf_shift[name]
             with torch.no_grad():
                 self.base_layer.weight.mul_(scale[:, None])
                 if self.base_layer.bias is None:
-                    raise TypeError("ssf must merge its shift into a bias, the layer has none.")
+                    raise TypeError("ssf merges its shift into the bias, and this layer has none.")
                 self.base_layer.bias.mul_(scale).add_(shift)
             self.merged_adapters.append(name)
 
@@ -269,11 +275,11 @@ class ScaleShiftLayer(nn.Module, BaseTunerLayer):
 
 
 class ScaleShiftModel(BaseTuner):
-    """Puts factors and offsets in."""
+    """Tuner of peft that adds the factors and offsets of SSF."""
 
     prefix = "ssf_"
     tuner_layer_cls = ScaleShiftLayer
-    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012  # peft's attribute: defaults of language models
+    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012  # peft reads defaults of language models here
 
     def _create_and_replace(
         self,
@@ -294,4 +300,4 @@ class ScaleShiftModel(BaseTuner):
         self._replace_module(parent, target_name, layer, target)
 
 
-register(SCALE_SHIFT, ScaleShiftConfig, ScaleShiftModel)
+register_tuner(SCALE_SHIFT, ScaleShiftConfig, ScaleShiftModel)

@@ -1,35 +1,34 @@
-"""From an adapted model back to a plain SAM."""
+"""Conversion of an adapted model back to SAM's own tensors."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
 from segment_anything.modeling import Sam
-from torch import nn
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
 
 def merge_adapters(peft_model: PeftModel) -> Sam:
-    """Fold every update into the weights beside it and return the SAM inside, under segment_anything's own names.
-
-    peft's ``merge_and_unload`` cannot take out trained modules that hold others (the decoder's upscaling) with most of
-    its methods, so layers are merged by peft and taken out here.
+    """Merge every update into its weights and return the SAM under segment_anything's own names.
 
     Raises:
         TypeError: If the updates are not linear (bottleneck adapters).
     """
     tuner: Any = peft_model.base_model
     tuner.merge_adapter()
-    return take_out(peft_model)
+    return _unwrap(peft_model)
 
 
-def take_out(peft_model: PeftModel) -> Sam:
-    """Return the SAM inside without its wrappers: base weights as they are now, modules that trained whole trained."""
+def _unwrap(peft_model: PeftModel) -> Sam:
+    """Return the SAM without peft's wrappers, with merged layers and the trained copies of whole modules."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils import ModulesToSaveWrapper
 
+    # With most methods peft's own merge_and_unload cannot unwrap a trained module that contains others, such as the
+    # decoder's upscaling. So peft merges the layers, and they are unwrapped here.
     sam: Any = peft_model.base_model.model
     for name, module in list(sam.named_modules()):
         inner: nn.Module | None = None
@@ -44,3 +43,21 @@ def take_out(peft_model: PeftModel) -> Sam:
         del sam.peft_config
     assert isinstance(sam, Sam)
     return sam
+
+
+def base_tensors(sam: Sam) -> dict[str, Tensor]:
+    """Return an adapted model's base weights under segment_anything's own names, as they were before tuning."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import ModulesToSaveWrapper
+
+    added: list[str] = []
+    for name, module in sam.named_modules():
+        if isinstance(module, BaseTunerLayer):
+            added += [f"{name}.{attribute}." for attribute in (*module.adapter_layer_names, *module.other_param_names)]
+        elif isinstance(module, ModulesToSaveWrapper):
+            added.append(f"{name}.modules_to_save.")
+    return {
+        name.replace(".base_layer.", ".").replace(".original_module.", "."): tensor
+        for name, tensor in sam.state_dict().items()
+        if not name.startswith(tuple(added))
+    }

@@ -1,132 +1,401 @@
-"""peft's configuration of each method.
+"""Fine-tuning methods, one record each, and the settings that choose between them.
 
-Imports peft, and with it transformers (seconds): import this where an adapter is made, not at the top of a module.
+A new method is one entry of ``METHODS``. Its ``build`` function returns a configuration of peft; a tuner that peft does
+not have is registered with ``layers.register_tuner`` first. Everything else (the command line, the checks of settings,
+placement, saving, merging, the report) reads the record.
+
+peft imports transformers, which takes seconds, so the builders import it when an adapter is made.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, Any
 
-import peft
-import peft.tuners.boft.layer
-from peft import PeftConfig
-from samgraft.finetune.adapters.config import AdapterConfig, BottleneckInit, Method, Scope, Targets
-from samgraft.finetune.adapters.layers import BottleneckConfig, ScaleShiftConfig
-from samgraft.finetune.adapters.placement import parallel_pattern
-from samgraft.shared.encoders.base import EncoderSpec
+from samgraft.finetune.adapters.choices import BottleneckInit, Heads, Placement, Targets, TuningScope
 from samgraft.shared.errors import UsageError
 
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
 ADALORA_START = 1.5
-"""adalora begins with this many times the rank and takes the rest away (12 to 8 in the paper's code)."""
+"""Initial rank of adalora as a multiple of the final one (12 to 8 in the paper's code)."""
 ADALORA_WARMUP = 0.1
+"""Share of the steps before ranks change."""
 ADALORA_FINAL = 0.4
-"""Shares of the steps before ranks move, and after they are fixed."""
+"""Share of the steps at the end, during which ranks are fixed."""
+ADALORA_MIN_STEPS = 10
 
-# Without this, every boft layer tries to compile a CUDA extension when it is made. One butterfly factor needs none.
-setattr(peft.tuners.boft.layer, "_FBD_CUDA", False)  # noqa: B010  # typed as None there
-
-
-def peft_config_of(
-    config: AdapterConfig, spec: EncoderSpec, *, pattern: str, modules_to_save: list[str], max_steps: int | None
-) -> PeftConfig:
-    """Return what peft needs for a method.
-
-    Args:
-        config: The method and its options.
-        spec: Architecture of the encoder.
-        pattern: Full regular expression of the targets.
-        modules_to_save: Modules that train whole.
-        max_steps: Length of the run; adalora plans its ranks by it.
-
-    Raises:
-        UsageError: If adalora does not know the length of the run, or it is too short.
-    """
-    common = {"target_modules": pattern, "modules_to_save": modules_to_save or None}
-    made = _BUILDERS[config.method](config, spec, max_steps)
-    kind = made.pop("kind")
-    result: PeftConfig = kind(**common, **made)
-    return result
+LayerSizes = Mapping[str, tuple[int, int]]
+"""Numbers of inputs and outputs of the targeted layers, by module name."""
 
 
-def _lora(config: AdapterConfig, spec: EncoderSpec, max_steps: int | None) -> dict[str, Any]:
-    options: dict[str, Any] = {
-        "kind": peft.LoraConfig,
-        "r": config.r,
-        "lora_alpha": config.lora_alpha,
-        "lora_dropout": config.lora_dropout,
-        "use_dora": config.method is Method.DORA,
-        "use_rslora": config.method is Method.RSLORA,
-    }
-    if config.targets is Targets.QV and config.scope is Scope.ENCODER_DECODER:
-        # The encoder's qkv is one layer: rank r for the queries and r for the values (``hold_keys``), at their scale.
-        alpha = config.lora_alpha * (math.sqrt(2) if config.method is Method.RSLORA else 2)
-        options |= {"rank_pattern": {r"attn\.qkv": 2 * config.r}, "alpha_pattern": {r"attn\.qkv": alpha}}
-    if config.method is Method.PISSA:
-        options["init_lora_weights"] = "pissa"
-    if config.method is Method.EVA:
-        # rho 1: no rank moves between layers, so that a file of this method has the shape of a plain LoRA's.
-        options |= {"init_lora_weights": "eva", "eva_config": peft.EvaConfig(rho=1.0, use_label_mask=False)}
-    return options
+@dataclass(frozen=True, kw_only=True)
+class AdapterRequest:
+    """Inputs from which a method builds its peft configuration."""
+
+    config: AdapterConfig
+    target_modules: str
+    """Full regular expression of the modules that get an update."""
+    parallel_modules: str
+    """Full regular expression of the modules whose bottleneck adapter is parallel to them."""
+    modules_to_save: list[str] | None
+    """Modules that train whole."""
+    max_steps: int | None
+    """Length of the run in optimizer steps, None outside a run."""
+
+    @property
+    def places(self) -> dict[str, Any]:
+        """Options that every peft configuration takes."""
+        return {"target_modules": self.target_modules, "modules_to_save": self.modules_to_save}
 
 
-def _adalora(config: AdapterConfig, spec: EncoderSpec, max_steps: int | None) -> dict[str, Any]:
-    start = max(config.r + 1, round(ADALORA_START * config.r))
-    if max_steps is None:
-        raise UsageError("adapter.method=adalora must know trainer.max_steps: it plans its ranks by them.")
-    warmup, final = round(ADALORA_WARMUP * max_steps), round(ADALORA_FINAL * max_steps)
-    if max_steps < 10:
+@dataclass(frozen=True, kw_only=True)
+class MethodSpec:
+    """Properties of one fine-tuning method."""
+
+    build: Callable[[AdapterRequest], PeftConfig] | None = None
+    """Function that returns the peft configuration. None trains SAM's own tensors: there is no peft wrapper, no adapter
+    file and nothing to merge."""
+    placement: Placement = Placement.LAYERS
+    """Modules that get an update; not read without ``build``."""
+    options: frozenset[str] = frozenset()
+    """Fields of ``AdapterConfig`` that this method reads and others ignore. ``targets`` follows from ``placement``."""
+    check_layers: Callable[[AdapterConfig, LayerSizes], None] | None = None
+    """Function that refuses settings which do not fit the targeted layers."""
+    rank_multiple: int = 1
+    """Divisor of every valid rank."""
+    supports_qv: bool = False
+    """True when queries and values of a fused qkv layer can have separate factors."""
+    supports_convolutions: bool = False
+    is_mergeable: bool = True
+    """True when the result can be written as plain SAM weights."""
+    trains_released_heads: bool | None = None
+    """True when the study's code trained the heads with this method, None when the study did not use the method."""
+    biases_only: bool = False
+    """True when only biases of SAM's own tensors train, besides the heads (bitfit)."""
+    uses_training_slices: bool = False
+    """True when the initial factors come from activations on training slices (eva)."""
+    changes_base: bool = False
+    """True when the initial factors are subtracted from the base weights (pissa)."""
+
+    def reads(self, option: str) -> bool:
+        """Return True when this method reads a field of ``AdapterConfig`` that other methods may ignore."""
+        if option == "targets":
+            return self.build is not None and self.placement is Placement.LAYERS
+        return option in self.options
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterConfig:
+    """Method, its options and the modules that train."""
+
+    method: str = "lora"
+    """Name in ``METHODS``; METHOD= on the command line."""
+    scope: TuningScope = TuningScope.ENCODER_DECODER
+    """Parts of SAM that change. The study's best models tune both."""
+    targets: Targets = Targets.ALL_LINEAR
+    """Layers that get an update. all_linear needs fewer steps than qv at equal rank and cost, and is merged too."""
+    blocks: list[int] = field(default_factory=list)
+    """Encoder blocks that get an update, counted from 0 over the transformer blocks; empty takes all."""
+    last_blocks: int | None = None
+    """Number of encoder blocks next to the neck that get an update; null takes all. Blocks below them keep nothing for
+    the backward pass, so time and memory fall."""
+    heads: Heads = Heads.NEEDED
+    """Modules that train whole in the decoder."""
+    r: int = 8
+    """Rank of each update (LoRA family, adalora, loha, lokr, hra)."""
+    lora_alpha: int = 8
+    """Numerator of the update's scale lora_alpha / r, which is 1 as in SAMed (LoRA family, adalora, loha, lokr)."""
+    lora_dropout: float = 0.0
+    """Dropout probability on the input of the update (LoRA family)."""
+    vera_r: int = 256
+    """Rank of vera's shared projections. They do not train, so it is large (the paper's value)."""
+    boft_block_size: int = 4
+    """Side of boft's rotations; must divide the inputs of every layer."""
+    bottleneck_ratio: float = 0.25
+    """Hidden width of bottleneck adapters relative to the layer's width (the study's value)."""
+    bottleneck_mlp_scale: float = 0.5
+    """Weight of the adapter that is parallel to the MLP (the study's value)."""
+    bottleneck_init: BottleneckInit = BottleneckInit.ZERO
+    """Initial weights of bottleneck adapters."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "method", self.method.lower())
+        if self.method not in METHODS:
+            close = get_close_matches(self.method, METHODS, n=1)
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            raise ValueError(f"adapter.method must be one of {', '.join(METHODS)}, got {self.method!r}.{hint}")
+        if self.r < 1 or self.lora_alpha < 1:
+            raise ValueError(f"adapter.r and adapter.lora_alpha must be positive, got {self.r} and {self.lora_alpha}.")
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"adapter.lora_dropout must lie in [0, 1), got {self.lora_dropout}.")
+        if self.vera_r < 1 or self.boft_block_size < 2:
+            raise ValueError(
+                f"adapter.vera_r must be positive and adapter.boft_block_size at least 2, got {self.vera_r} and "
+                f"{self.boft_block_size}."
+            )
+        if not 0 < self.bottleneck_ratio <= 4 or self.bottleneck_mlp_scale <= 0:
+            raise ValueError(
+                "adapter.bottleneck_ratio must lie in (0, 4] and adapter.bottleneck_mlp_scale be positive, got "
+                f"{self.bottleneck_ratio} and {self.bottleneck_mlp_scale}."
+            )
+        self._check_placement()
+        self._check_combination()
+
+    @property
+    def spec(self) -> MethodSpec:
+        """Record of the method."""
+        return METHODS[self.method]
+
+    def _check_placement(self) -> None:
+        if self.last_blocks is not None and self.last_blocks < 1:
+            raise ValueError(f"adapter.last_blocks must be at least 1 or null, got {self.last_blocks}.")
+        if any(index < 0 for index in self.blocks) or len(set(self.blocks)) != len(self.blocks):
+            raise ValueError(f"adapter.blocks must be different numbers of at least 0, got {self.blocks}.")
+        if self.blocks and self.last_blocks is not None:
+            raise ValueError("adapter.blocks and adapter.last_blocks must not both be given. Remove one of them.")
+        if self.scope is not TuningScope.ENCODER_DECODER and (self.blocks or self.last_blocks is not None):
+            raise ValueError(
+                f"adapter.blocks and adapter.last_blocks choose encoder blocks, which do not train with "
+                f"adapter.scope={self.scope.value}. Use adapter.scope=encoder_decoder."
+            )
+
+    def _check_combination(self) -> None:
+        spec = self.spec
+        if self.targets is Targets.QV and spec.reads("targets") and not spec.supports_qv:
+            raise ValueError(
+                f"adapter.targets=qv needs one of {_methods_where(lambda m: m.supports_qv)}, got "
+                f"{self.method}: the encoder's qkv is one layer, and only their factors can be kept apart. "
+                "Use adapter.targets=all_linear."
+            )
+        if self.targets is Targets.LINEAR_CONV and spec.reads("targets") and not spec.supports_convolutions:
+            raise ValueError(
+                f"adapter.targets=linear_conv needs one of "
+                f"{_methods_where(lambda m: m.supports_convolutions)}, got {self.method}. "
+                "Use adapter.targets=all_linear."
+            )
+        if spec.reads("r") and self.r % spec.rank_multiple:
+            raise ValueError(f"adapter.r must be a multiple of {spec.rank_multiple} for {self.method}, got {self.r}.")
+        if self.heads is Heads.RELEASED and spec.trains_released_heads is None:
+            raise ValueError(
+                f"adapter.heads=released needs one of "
+                f"{_methods_where(lambda m: m.trains_released_heads is not None)}, the study's methods, "
+                f"got {self.method}. Use adapter.heads=needed."
+            )
+
+    def unused_options(self) -> list[str]:
+        """Return options that were changed from their default and that this method does not read."""
+        default = AdapterConfig()
+        return [
+            option.name
+            for option in dataclasses.fields(self)
+            if any(method.reads(option.name) for method in METHODS.values())
+            and not self.spec.reads(option.name)
+            and getattr(self, option.name) != getattr(default, option.name)
+        ]
+
+
+def _lora(init: str | bool = True, **variant: bool) -> Callable[[AdapterRequest], PeftConfig]:
+    """Return the builder of a LoRA variant; ``variant`` holds peft's switches such as ``use_dora``."""
+
+    def build(request: AdapterRequest) -> PeftConfig:
+        import peft
+
+        config = request.config
+        options: dict[str, Any] = {**request.places, **variant, "init_lora_weights": init}
+        if config.targets is Targets.QV and config.scope is TuningScope.ENCODER_DECODER:
+            # The encoder's qkv is one layer. Rank 2r gives r to the queries and r to the values, see separate_qv. The
+            # larger alpha keeps the scale of a rank-r update: alpha / r, or alpha / sqrt(r) with rslora.
+            alpha = config.lora_alpha * (math.sqrt(2) if variant.get("use_rslora") else 2)
+            options |= {"rank_pattern": {r"attn\.qkv": 2 * config.r}, "alpha_pattern": {r"attn\.qkv": alpha}}
+        if init == "eva":
+            # rho 1 keeps the rank of every layer, so that a file of this method has the shape of a plain LoRA's.
+            options["eva_config"] = peft.EvaConfig(rho=1.0, use_label_mask=False)
+        return peft.LoraConfig(r=config.r, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout, **options)
+
+    return build
+
+
+def _adalora(request: AdapterRequest) -> PeftConfig:
+    import peft
+
+    config, steps = request.config, request.max_steps
+    if steps is None:
+        raise UsageError("adapter.method=adalora needs trainer.max_steps, because it plans its ranks by them.")
+    if steps < ADALORA_MIN_STEPS:
         raise UsageError(
-            f"trainer.max_steps must be at least 10 for adapter.method=adalora, got {max_steps}: its ranks "
-            "move between 10 % and 60 % of the run.",
+            f"trainer.max_steps must be at least {ADALORA_MIN_STEPS} for adapter.method=adalora, got {steps}: its "
+            "ranks change between 10 % and 60 % of the run.",
             where="trainer.max_steps",
         )
-    return {
-        "kind": peft.AdaLoraConfig,
-        "init_r": start,
-        "target_r": config.r,
-        "lora_alpha": config.lora_alpha,
-        "tinit": warmup,
-        "tfinal": final,
-        "deltaT": max(1, max_steps // 100),
-        "total_step": max_steps,
-    }
+    return peft.AdaLoraConfig(
+        **request.places,
+        init_r=max(config.r + 1, round(ADALORA_START * config.r)),
+        target_r=config.r,
+        lora_alpha=config.lora_alpha,
+        tinit=round(ADALORA_WARMUP * steps),
+        tfinal=round(ADALORA_FINAL * steps),
+        deltaT=max(1, steps // 100),
+        total_step=steps,
+    )
 
 
-def _lycoris(kind: type[PeftConfig]) -> Callable[[AdapterConfig, EncoderSpec, int | None], dict[str, Any]]:
-    return lambda config, spec, max_steps: {"kind": kind, "r": config.r, "alpha": config.lora_alpha}
+def _loha(request: AdapterRequest) -> PeftConfig:
+    import peft
+
+    return peft.LoHaConfig(**request.places, r=request.config.r, alpha=request.config.lora_alpha)
 
 
-def _bottleneck(config: AdapterConfig, spec: EncoderSpec, max_steps: int | None) -> dict[str, Any]:
-    return {
-        "kind": BottleneckConfig,
-        "parallel_modules": parallel_pattern(spec, config),
-        "ratio": config.bottleneck_ratio,
-        "parallel_scale": config.bottleneck_mlp_scale,
-        "init_zero": config.bottleneck_init is BottleneckInit.ZERO,
-    }
+def _lokr(request: AdapterRequest) -> PeftConfig:
+    import peft
+
+    return peft.LoKrConfig(**request.places, r=request.config.r, alpha=request.config.lora_alpha)
 
 
-_BUILDERS: Mapping[Method, Callable[[AdapterConfig, EncoderSpec, int | None], dict[str, Any]]] = {
-    Method.LORA: _lora,
-    Method.DORA: _lora,
-    Method.RSLORA: _lora,
-    Method.PISSA: _lora,
-    Method.EVA: _lora,
-    Method.ADALORA: _adalora,
-    Method.ADAPTER: _bottleneck,
-    Method.LOHA: _lycoris(peft.LoHaConfig),
-    Method.LOKR: _lycoris(peft.LoKrConfig),
-    Method.IA3: lambda config, spec, max_steps: {"kind": peft.IA3Config, "feedforward_modules": []},
-    Method.VERA: lambda config, spec, max_steps: {"kind": peft.VeraConfig, "r": config.vera_r},
-    Method.HRA: lambda config, spec, max_steps: {"kind": peft.HRAConfig, "r": config.r},
-    Method.BOFT: lambda config, spec, max_steps: {
-        "kind": peft.BOFTConfig,
-        "boft_block_size": config.boft_block_size,
-        "boft_n_butterfly_factor": 1,
-        "bias": "none",
-    },
-    Method.SSF: lambda config, spec, max_steps: {"kind": ScaleShiftConfig},
-    Method.LN_TUNING: lambda config, spec, max_steps: {"kind": peft.LNTuningConfig},
+def _ia3(request: AdapterRequest) -> PeftConfig:
+    import peft
+
+    return peft.IA3Config(**request.places, feedforward_modules=[])
+
+
+def _vera(request: AdapterRequest) -> PeftConfig:
+    import peft
+
+    return peft.VeraConfig(**request.places, r=request.config.vera_r)
+
+
+def _hra(request: AdapterRequest) -> PeftConfig:
+    import peft
+
+    return peft.HRAConfig(**request.places, r=request.config.r)
+
+
+def _boft(request: AdapterRequest) -> PeftConfig:
+    import peft
+
+    size = request.config.boft_block_size
+    return peft.BOFTConfig(**request.places, boft_block_size=size, boft_n_butterfly_factor=1, bias="none")
+
+
+def _ln_tuning(request: AdapterRequest) -> PeftConfig:
+    import peft
+
+    return peft.LNTuningConfig(**request.places)
+
+
+def _ssf(request: AdapterRequest) -> PeftConfig:
+    from samgraft.finetune.adapters.layers import ScaleShiftConfig
+
+    return ScaleShiftConfig(**request.places)
+
+
+def _bottleneck(request: AdapterRequest) -> PeftConfig:
+    from samgraft.finetune.adapters.layers import BottleneckConfig
+
+    config = request.config
+    return BottleneckConfig(
+        **request.places,
+        parallel_modules=request.parallel_modules,
+        ratio=config.bottleneck_ratio,
+        parallel_scale=config.bottleneck_mlp_scale,
+        init_zero=config.bottleneck_init is BottleneckInit.ZERO,
+    )
+
+
+def _check_rank(config: AdapterConfig, sizes: LayerSizes) -> None:
+    """Refuse a rank above the smaller side of a layer."""
+    name, smallest = min(((n, min(shape)) for n, shape in sizes.items()), key=lambda item: item[1])
+    if config.r > smallest:
+        raise UsageError(
+            f"adapter.r must be at most {smallest}, the smaller side of {name}, got {config.r}. A larger rank is a "
+            "full update: use a smaller one, or adapter.method=full.",
+            where="adapter.r",
+        )
+
+
+def _check_boft_blocks(config: AdapterConfig, sizes: LayerSizes) -> None:
+    """Refuse rotations that do not divide the inputs of a layer."""
+    size = config.boft_block_size
+    if odd := [f"{name} ({shape[0]})" for name, shape in sizes.items() if shape[0] % size]:
+        raise UsageError(
+            f"adapter.boft_block_size must divide the inputs of every layer, {size} does not divide those of "
+            f"{len(odd)}, e.g. {odd[0]}. Use 2 or 4.",
+            where="adapter.boft_block_size",
+        )
+
+
+_LORA_OPTIONS = frozenset({"r", "lora_alpha", "lora_dropout"})
+
+METHODS: dict[str, MethodSpec] = {
+    # Low-rank updates of frozen weights, merged for release. arXiv 2106.09685
+    "lora": MethodSpec(
+        build=_lora(),
+        options=_LORA_OPTIONS,
+        check_layers=_check_rank,
+        supports_qv=True,
+        supports_convolutions=True,
+        trains_released_heads=True,
+    ),
+    # Bottleneck adapters after attention and in parallel to the MLP. arXiv 1902.00751, 2304.12620
+    "adapter": MethodSpec(
+        build=_bottleneck,
+        placement=Placement.SUBLAYERS,
+        options=frozenset({"bottleneck_ratio", "bottleneck_mlp_scale", "bottleneck_init"}),
+        is_mergeable=False,
+        trains_released_heads=False,
+    ),
+    # All weights of the scope that the loss reaches.
+    "full": MethodSpec(trains_released_heads=True),
+    # LoRA with separate magnitude and direction. arXiv 2402.09353
+    "dora": MethodSpec(
+        build=_lora(use_dora=True),
+        options=_LORA_OPTIONS,
+        check_layers=_check_rank,
+        supports_qv=True,
+        supports_convolutions=True,
+    ),
+    # LoRA scaled by 1/sqrt(r), for large ranks. arXiv 2312.03732
+    "rslora": MethodSpec(
+        build=_lora(use_rslora=True),
+        options=_LORA_OPTIONS,
+        check_layers=_check_rank,
+        supports_qv=True,
+        supports_convolutions=True,
+    ),
+    # LoRA that starts from the largest singular vectors of the weights. arXiv 2404.02948
+    "pissa": MethodSpec(build=_lora("pissa"), options=_LORA_OPTIONS, check_layers=_check_rank, changes_base=True),
+    # LoRA that starts from the main directions of the training slices' activations. arXiv 2410.07170
+    "eva": MethodSpec(build=_lora("eva"), options=_LORA_OPTIONS, check_layers=_check_rank, uses_training_slices=True),
+    # Ranks that are moved during training to the layers that need them. arXiv 2303.10512
+    "adalora": MethodSpec(build=_adalora, options=frozenset({"r", "lora_alpha"}), check_layers=_check_rank),
+    # Hadamard product of two low-rank updates. arXiv 2108.06098
+    "loha": MethodSpec(build=_loha, options=frozenset({"r", "lora_alpha"}), supports_convolutions=True),
+    # Kronecker product of low-rank factors. arXiv 2212.10650
+    "lokr": MethodSpec(build=_lokr, options=frozenset({"r", "lora_alpha"}), supports_convolutions=True),
+    # One factor per output channel. arXiv 2205.05638
+    "ia3": MethodSpec(build=_ia3, supports_convolutions=True),
+    # Fixed random projections shared by all layers, two trained vectors per layer. arXiv 2310.11454
+    "vera": MethodSpec(build=_vera, options=frozenset({"vera_r"})),
+    # Householder reflections of the weights, which start in pairs. arXiv 2405.17484
+    "hra": MethodSpec(
+        build=_hra, options=frozenset({"r"}), check_layers=_check_rank, rank_multiple=2, supports_convolutions=True
+    ),
+    # Block-orthogonal rotations of the weights. arXiv 2311.06243
+    "boft": MethodSpec(build=_boft, options=frozenset({"boft_block_size"}), check_layers=_check_boft_blocks),
+    # Scale and shift of every output channel. arXiv 2210.08823
+    "ssf": MethodSpec(build=_ssf),
+    # Norm layers only. arXiv 2312.11420
+    "ln_tuning": MethodSpec(build=_ln_tuning, placement=Placement.NORMS),
+    # Biases only. arXiv 2106.10199
+    "bitfit": MethodSpec(biases_only=True),
 }
+"""All methods, by the value of ``adapter.method``."""
+
+
+def _methods_where(condition: Callable[[MethodSpec], bool]) -> str:
+    return ", ".join(name for name, method in METHODS.items() if condition(method))

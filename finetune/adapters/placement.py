@@ -1,7 +1,7 @@
-"""Where updates sit: full regular expressions over SAM's module names, and the modules that train whole.
+"""Places of the updates, as full regular expressions over SAM's module names.
 
-Every target is named by a full expression and asserted afterwards: peft takes a list of suffixes wherever it matches,
-also in parts that were to stay frozen, and ignores entries that match nothing.
+Targets are full expressions, and ``adapt`` compares the result with them: peft applies a list of suffixes wherever they
+match, also in parts that must stay frozen, and ignores entries that match nothing.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from samgraft.finetune.adapters.config import AdapterConfig, Heads, Method, Scope, Targets
+from samgraft.finetune.adapters.choices import Heads, Placement, Targets, TuningScope
+from samgraft.finetune.adapters.methods import AdapterConfig
 from samgraft.shared.encoders.base import EncoderSpec
 from samgraft.shared.errors import UsageError
 
@@ -26,10 +27,10 @@ def chosen_blocks(spec: EncoderSpec, config: AdapterConfig) -> list[str]:
     """Return the encoder blocks that train; none when the scope leaves them out.
 
     Raises:
-        UsageError: If a block is asked for that this architecture does not have.
+        UsageError: If the configuration names a block that this architecture does not have.
     """
     names = [f"{ENCODER_PREFIX}{name}" for name in spec.block_names()]
-    if config.scope is not Scope.ENCODER_DECODER:
+    if config.scope is not TuningScope.ENCODER_DECODER:
         return []
     if config.last_blocks is not None and config.last_blocks > len(names):
         raise UsageError(
@@ -48,17 +49,18 @@ def chosen_blocks(spec: EncoderSpec, config: AdapterConfig) -> list[str]:
 
 
 def is_everywhere(config: AdapterConfig) -> bool:
-    """Tell whether the whole encoder takes part, not chosen blocks only."""
-    return config.scope is Scope.ENCODER_DECODER and not config.blocks and config.last_blocks is None
+    """Return True when the whole encoder changes and not only chosen blocks."""
+    return config.scope is TuningScope.ENCODER_DECODER and not config.blocks and config.last_blocks is None
 
 
 def target_pattern(spec: EncoderSpec, config: AdapterConfig) -> str:
     """Return the full regular expression of the layers that get an update."""
-    if config.method is Method.ADAPTER:
+    placement = config.spec.placement
+    if placement is Placement.SUBLAYERS:
         return _either([sequential_pattern(spec, config), parallel_pattern(spec, config)])
     blocks, layers = chosen_blocks(spec, config), spec.layers
     has_encoder = bool(blocks)
-    if config.method is Method.LN_TUNING:
+    if placement is Placement.NORMS:
         return _either([*_inside(blocks, layers.norms), *[NECK_NORMS][: int(has_encoder)], DECODER_NORMS])
     if config.targets is Targets.QV:
         return _either([*_inside(blocks, layers.qkv), DECODER_QV])
@@ -72,27 +74,22 @@ def target_pattern(spec: EncoderSpec, config: AdapterConfig) -> str:
 
 def sequential_pattern(spec: EncoderSpec, config: AdapterConfig) -> str:
     """Return the modules that a bottleneck adapter follows (encoder attention) or precedes (decoder norms)."""
-    return _either(
-        [
-            *_inside(chosen_blocks(spec, config), spec.layers.attention),
-            r"mask_decoder\.transformer\.layers\.\d+\.norm[24]",
-        ]
-    )
+    in_encoder = _inside(chosen_blocks(spec, config), spec.layers.attention)
+    return _either([*in_encoder, r"mask_decoder\.transformer\.layers\.\d+\.norm[24]"])
 
 
 def parallel_pattern(spec: EncoderSpec, config: AdapterConfig) -> str:
-    """Return the modules that a bottleneck adapter runs beside."""
-    return _either(
-        [*_inside(chosen_blocks(spec, config), spec.layers.mlp), r"mask_decoder\.transformer\.layers\.\d+\.mlp"]
-    )
+    """Return the modules that get a parallel bottleneck adapter."""
+    in_encoder = _inside(chosen_blocks(spec, config), spec.layers.mlp)
+    return _either([*in_encoder, r"mask_decoder\.transformer\.layers\.\d+\.mlp"])
 
 
 def head_names(num_classes: int, *, prompted_tokens: Sequence[int] = ()) -> list[str]:
-    """Return the modules that turn mask tokens into logits; they train whole with every method.
+    """Return the modules that turn mask tokens into logits. They train whole with every method.
 
-    One class uses SAM's first mask token, several its multimask tokens 1, 2, ...: what stock SAM shows for
-    ``multimask_output`` False and True. With prompts, ``prompted_tokens`` says which tokens answer them, whatever the
-    classes, and the IoU head learns too.
+    One class uses SAM's first mask token, several classes use its multimask tokens 1, 2, ..., as stock SAM does for
+    ``multimask_output`` False and True. With prompts, ``prompted_tokens`` are the tokens whose masks belong to the
+    prompts, whatever the number of classes, and the IoU head trains too.
     """
     if prompted_tokens:
         tokens = [f"mask_decoder.output_hypernetworks_mlps.{token}" for token in prompted_tokens]
@@ -115,24 +112,24 @@ def whole_modules(
     num_mask_tokens: int,
     prompted_tokens: Sequence[int] = (),
 ) -> list[str]:
-    """Return the modules that train whole beside the updates (peft's ``modules_to_save``)."""
+    """Return the modules that train whole in addition to the updates (peft's ``modules_to_save``)."""
     names = head_names(num_classes, prompted_tokens=prompted_tokens)
     if config.heads is Heads.RELEASED:
         names = _released_heads(spec, config, num_mask_tokens=num_mask_tokens)
-    if config.scope is Scope.NECK_DECODER:
+    if config.scope is TuningScope.NECK_DECODER:
         names.append("image_encoder.neck")
     return names
 
 
 def _released_heads(spec: EncoderSpec, config: AdapterConfig, *, num_mask_tokens: int) -> list[str]:
-    if config.method is Method.ADAPTER:
+    if not config.spec.trains_released_heads:
         return []
     names = [
         *(f"mask_decoder.{name}" for name in ("iou_token", "mask_tokens", "output_upscaling", "iou_prediction_head")),
         *(f"mask_decoder.output_hypernetworks_mlps.{index}" for index in range(num_mask_tokens)),
         "prompt_encoder",
     ]
-    if config.scope is Scope.ENCODER_DECODER:
+    if config.scope is TuningScope.ENCODER_DECODER:
         names += [f"{ENCODER_PREFIX}{name}" for name in spec.convolution_stage()]
     return names
 

@@ -1,4 +1,4 @@
-"""Which tensors train, and how many numbers they hold."""
+"""Tables of the trainable tensors and their parameter counts."""
 
 from __future__ import annotations
 
@@ -11,25 +11,26 @@ from torch import nn
 
 @dataclass(frozen=True, kw_only=True)
 class TensorGroup:
-    """Trainable tensors whose names differ in numbers only."""
+    """Trainable tensors whose names differ only in numbers."""
 
     name: str
     """Name with numbers as ``*``."""
     tensors: int
     parameters: int
     share: float
-    """Of all that trains."""
+    """Fraction of all trainable parameters, 0 to 1."""
 
 
 def trainable_tensors(sam: nn.Module) -> dict[str, nn.Parameter]:
-    """Return what trains, by name inside ``sam``; a tensor that two modules share occurs once."""
+    """Return the trainable parameters by their name in ``sam``; a shared parameter occurs once."""
     return {name: parameter for name, parameter in sam.named_parameters() if parameter.requires_grad}
 
 
 def trainable_table(sam: nn.Module) -> list[tuple[str, int, int]]:
-    """Return (part, trainable, all) parameter counts; peft's frozen copies of trained heads are not counted."""
+    """Return (part, trainable, all) parameter counts, without peft's frozen copies of trained modules."""
     counts: dict[str, list[int]] = {}
     for name, parameter in sam.named_parameters():
+        # peft keeps the frozen original of every module that trains as a copy. Counting both would count it twice.
         if ".original_module." in name or (".ln_tuning_layers." not in name and _is_replaced_norm(name, sam)):
             continue
         entry = counts.setdefault(name.split(".")[0], [0, 0])
@@ -39,7 +40,7 @@ def trainable_table(sam: nn.Module) -> list[tuple[str, int, int]]:
 
 
 def trainable_groups(sam: nn.Module) -> list[TensorGroup]:
-    """Return what trains, grouped: one line per kind of tensor."""
+    """Return the trainable tensors in groups of one kind."""
     groups: dict[str, list[int]] = {}
     for name, parameter in trainable_tensors(sam).items():
         plain = re.sub(r"\.(modules_to_save\.)?default(?=\.|$)", "", name)
@@ -54,28 +55,28 @@ def trainable_groups(sam: nn.Module) -> list[TensorGroup]:
 
 
 def num_free(parameter: nn.Parameter) -> int:
-    """Return how many numbers of a tensor can move; some of qkv's updates are held at 0."""
-    return parameter.numel() - int(getattr(parameter, "num_held", 0))
+    """Return how many numbers of a tensor can change; some entries of qkv's updates are fixed at 0."""
+    return parameter.numel() - int(getattr(parameter, "num_fixed", 0))
 
 
 def render_groups(groups: list[TensorGroup]) -> list[str]:
-    """Return the table for a log, widest names first cut to what a terminal shows."""
+    """Return the groups as lines of a log."""
     return [f"{g.parameters:>12,}  {100 * g.share:5.1f} %  {g.tensors:>4} x  {g.name}" for g in groups]
 
 
 def render_parts(table: list[tuple[str, int, int]], groups: list[TensorGroup]) -> list[str]:
-    """Return one line per part of the network: tensors, parameters and share; ``render_groups`` names the tensors.
+    """Return one line per part of the network with its trained tensors, parameters and share.
 
     Args:
-        table: Of ``trainable_table``.
-        groups: Of ``trainable_groups``, the same network.
+        table: Result of ``trainable_table``.
+        groups: Result of ``trainable_groups`` for the same network.
     """
     tensors = Counter[str]()
     for group in groups:
         tensors[group.name.split(".")[0]] += group.tensors
     width = max(len(part) for part, _, _ in table)
     trained, everything = sum(t for _, t, _ in table), sum(total for _, _, total in table)
-    lines = [f"trains: {_share(trained, everything)} in {sum(tensors.values())} tensors"]
+    lines = [f"trained: {_share(trained, everything)} in {sum(tensors.values())} tensors"]
     for part, number, total in table:
         what = f"{_share(number, total)} in {tensors[part]} tensors" if tensors[part] else f"frozen, {_millions(total)}"
         lines.append(f"  {part:{width}}  {what}")
@@ -91,7 +92,7 @@ def _millions(number: int) -> str:
 
 
 def _is_replaced_norm(name: str, sam: nn.Module) -> bool:
-    """ln_tuning keeps the original norm beside its trained copy."""
+    """Return True for the original norm that ln_tuning keeps in addition to its trained copy."""
     if ".base_layer." not in name:
         return False
     owner = sam.get_submodule(name.rsplit(".base_layer.", 1)[0])

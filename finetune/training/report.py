@@ -177,7 +177,7 @@ def _trained(
 
 def _facts(config: FinetuneConfig, prepared: Prepared) -> dict[str, Any]:
     return {
-        "method": f"{config.adapter.method.value}, {config.adapter.scope.value}, rank {config.adapter.r}",
+        "method": f"{config.adapter.method}, {config.adapter.scope.value}, rank {config.adapter.r}",
         "steps": f"{config.trainer.max_steps} of {config.trainer.accumulate * config.data.batch_size} slices",
         "image size": f"{prepared.segmenter.image_size} px",
         "intensity": prepared.inference.intensity.name,

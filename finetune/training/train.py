@@ -12,9 +12,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 from samgraft.finetune.adapters import (
-    Method,
     RankUpdates,
-    can_merge,
     merge_adapters,
     save_adapter,
     trainable_groups,
@@ -86,7 +84,7 @@ def finetune(config: FinetuneConfig, run: RunFolder, device: DeviceChoice, prepa
 
     if isinstance(prepared.start, StartingPoint):
         prepared = use_cache(prepared, config, device)
-    if prepared.peft_model and config.adapter.method is Method.EVA and run.latest_training_state() is None:
+    if prepared.peft_model and config.adapter.spec.uses_training_slices and run.latest_training_state() is None:
         start_from_slices(prepared, config, device)
     module = FinetuneModule(
         prepared.segmenter, config, prepared.classes, rank_updates=RankUpdates.of(prepared.peft_model)
@@ -218,11 +216,11 @@ def write_finished(
         write_model(sam, folder, card=card, task=task)
         return folder
     save_adapter(prepared.peft_model, folder / ADAPTER_FOLDER, method=config.adapter.method)
-    if can_merge(config.adapter.method):
+    if config.adapter.spec.is_mergeable:
         sam = _merged(prepared, folder)
         write_model(sam, folder, card=card, task=task)
     else:
-        log.info("%s cannot be merged: base weights and adapter are kept side by side", config.adapter.method.value)
+        log.info("%s cannot be merged: base weights and adapter are kept side by side", config.adapter.method)
         write_model(sam, folder, card=card, task=task, is_merged=False)
     return folder
 

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from samgraft.finetune.adapters import Method, Scope, adapt
+from samgraft.finetune.adapters import TuningScope, adapt
 from samgraft.finetune.adapters.table import num_free, trainable_groups
 from samgraft.finetune.config import FinetuneConfig
 from samgraft.shared.config import load_config, packaged_config
@@ -45,23 +45,23 @@ def millions(sam):
 @pytest.mark.parametrize(
     ("arch", "method", "total", "encoder", "prompt", "decoder"),
     [
-        ("vit_t", Method.FULL, 9.990, 6.066, 0.006, 3.918),
-        ("vit_b", Method.FULL, 93.595, 89.671, 0.006, 3.918),
-        ("vit_h", Method.FULL, 640.95, 637.03, 0.006, 3.918),
-        ("vit_t", Method.ADAPTER, 10.518, 0.396, 0.0, 0.132),
-        ("vit_b", Method.ADAPTER, 104.379, 10.651, 0.0, 0.132),
-        ("vit_h", Method.ADAPTER, 719.88, 78.80, 0.0, 0.132),
-        ("vit_t", Method.LORA, None, 0.129, 0.006, 0.650),
-        ("vit_b", Method.LORA, None, 0.1475, 0.006, 0.650),
-        ("vit_h", Method.LORA, None, 0.655, 0.006, 0.650),
+        ("vit_t", "full", 9.990, 6.066, 0.006, 3.918),
+        ("vit_b", "full", 93.595, 89.671, 0.006, 3.918),
+        ("vit_h", "full", 640.95, 637.03, 0.006, 3.918),
+        ("vit_t", "adapter", 10.518, 0.396, 0.0, 0.132),
+        ("vit_b", "adapter", 104.379, 10.651, 0.0, 0.132),
+        ("vit_h", "adapter", 719.88, 78.80, 0.0, 0.132),
+        ("vit_t", "lora", None, 0.129, 0.006, 0.650),
+        ("vit_b", "lora", None, 0.1475, 0.006, 0.650),
+        ("vit_h", "lora", None, 0.655, 0.006, 0.650),
     ],
 )
 def test_paper__encoder_and_decoder(arch, method, total, encoder, prompt, decoder):
-    counts, everything = millions(build(arch, method, Scope.ENCODER_DECODER))
+    counts, everything = millions(build(arch, method, TuningScope.ENCODER_DECODER))
     if arch == "vit_t":  # counted there although no gradient ever reaches it
         everything += UNUSED_HEAD
-        counts["image_encoder"] += UNUSED_HEAD if method is Method.FULL else 0
-    elif method is Method.ADAPTER:
+        counts["image_encoder"] += UNUSED_HEAD if method == "full" else 0
+    elif method == "adapter":
         assert counts["image_encoder"] / 1e6 == pytest.approx({"vit_b": 7.10, "vit_h": 52.5}[arch], abs=0.05)
         counts["image_encoder"] += DEAD_DEPTH_ADAPTER[arch]
         everything += DEAD_DEPTH_ADAPTER[arch]
@@ -75,10 +75,10 @@ def test_paper__encoder_and_decoder(arch, method, total, encoder, prompt, decode
 @pytest.mark.parametrize("arch", ["vit_t", "vit_b", "vit_h"])
 @pytest.mark.parametrize(
     ("method", "prompt", "decoder"),
-    [(Method.FULL, 0.006, 3.918), (Method.ADAPTER, 0.0, 0.132), (Method.LORA, 0.006, 0.650)],
+    [("full", 0.006, 3.918), ("adapter", 0.0, 0.132), ("lora", 0.006, 0.650)],
 )
 def test_paper__decoder_only(arch, method, prompt, decoder):
-    counts, _ = millions(build(arch, method, Scope.DECODER))
+    counts, _ = millions(build(arch, method, TuningScope.DECODER))
     assert counts["image_encoder"] == 0
     assert counts["prompt_encoder"] / 1e6 == pytest.approx(prompt, abs=0.0005)
     assert counts["mask_decoder"] / 1e6 == pytest.approx(decoder, abs=0.0005)
@@ -87,17 +87,17 @@ def test_paper__decoder_only(arch, method, prompt, decoder):
 @pytest.mark.parametrize(
     ("arch", "method", "blocks", "encoder"),
     [
-        ("vit_b", Method.ADAPTER, [0, 1, 10, 11], 3.551),
-        ("vit_h", Method.ADAPTER, [0, 1, 10, 11], 9.85),
-        ("vit_t", Method.ADAPTER, [0, 1, 2, 3, 4, 5, 6, 7], 0.189),
-        ("vit_b", Method.LORA, [0, 1, 10, 11], 0.0492),
-        ("vit_h", Method.LORA, [0, 1, 10, 11], 0.0819),
-        ("vit_t", Method.LORA, [0, 1, 2, 3, 4, 5, 6, 7], 0.118),
+        ("vit_b", "adapter", [0, 1, 10, 11], 3.551),
+        ("vit_h", "adapter", [0, 1, 10, 11], 9.85),
+        ("vit_t", "adapter", [0, 1, 2, 3, 4, 5, 6, 7], 0.189),
+        ("vit_b", "lora", [0, 1, 10, 11], 0.0492),
+        ("vit_h", "lora", [0, 1, 10, 11], 0.0819),
+        ("vit_t", "lora", [0, 1, 2, 3, 4, 5, 6, 7], 0.118),
     ],
 )
 def test_released_default_depths(arch, method, blocks, encoder):
     """The released defaults: four blocks of a ViT, the first two attention stages of TinyViT."""
-    counts, _ = millions(build(arch, method, Scope.ENCODER_DECODER, blocks=blocks))
+    counts, _ = millions(build(arch, method, TuningScope.ENCODER_DECODER, blocks=blocks))
     dead = 4 * DEAD_DEPTH_ADAPTER[arch] // {"vit_b": 12, "vit_h": 32}[arch] if arch != "vit_t" else 0
-    total = counts["image_encoder"] + (dead if method is Method.ADAPTER else 0)
+    total = counts["image_encoder"] + (dead if method == "adapter" else 0)
     assert total / 1e6 == pytest.approx(encoder, abs=0.0006 if encoder < 9 else 0.005)

@@ -8,16 +8,15 @@ import torch
 from model_factory import make_sam, tiny_plain_spec, tiny_vit_t_spec
 from samgraft.finetune.adapters import (
     AdapterConfig,
-    Method,
-    Scope,
     Targets,
+    TuningScope,
     adapt,
     head_names,
     save_adapter,
     target_pattern,
     trainable_tensors,
 )
-from samgraft.finetune.adapters.saving import remember_base
+from samgraft.finetune.adapters.saving import keep_base_sha256
 from samgraft.finetune.loss import SegmentationLoss
 from samgraft.finetune.segmenter import Segmenter, make_room_for_classes
 from torch import nn
@@ -53,7 +52,7 @@ def changed(before, module):
 
 
 @pytest.mark.parametrize("family", SPECS)
-@pytest.mark.parametrize("scope", [Scope.ENCODER_DECODER, Scope.DECODER])
+@pytest.mark.parametrize("scope", [TuningScope.ENCODER_DECODER, TuningScope.DECODER])
 @pytest.mark.parametrize("targets", Targets)
 def test_lora__exactly_the_expected_tensors_move(family, scope, targets):
     config = AdapterConfig(scope=scope, targets=targets, r=2, lora_alpha=2)
@@ -74,15 +73,15 @@ def test_lora__exactly_the_expected_tensors_move(family, scope, targets):
     expected = {n for n in trainable_tensors(segmenter.sam) if ".modules_to_save." in n}
     assert others == expected
     assert {re.sub(r"\.modules_to_save\.default.*", "", name) for name in others} == set(head_names(1))
-    assert any(name.startswith("image_encoder.") for name in moved) is (scope is Scope.ENCODER_DECODER)
+    assert any(name.startswith("image_encoder.") for name in moved) is (scope is TuningScope.ENCODER_DECODER)
     assert not any(name.startswith("prompt_encoder.") for name in moved)
     assert not any("running_" in name or "num_batches_tracked" in name for name in moved)
 
 
 @pytest.mark.parametrize("family", SPECS)
-@pytest.mark.parametrize("scope", [Scope.ENCODER_DECODER, Scope.DECODER])
+@pytest.mark.parametrize("scope", [TuningScope.ENCODER_DECODER, TuningScope.DECODER])
 def test_full__moves_all_that_the_loss_reaches(family, scope):
-    segmenter, peft_model = make_segmenter(family, AdapterConfig(method=Method.FULL, scope=scope))
+    segmenter, peft_model = make_segmenter(family, AdapterConfig(method="full", scope=scope))
     assert peft_model is None
     before = {name: tensor.clone() for name, tensor in segmenter.sam.state_dict().items()}
     one_step(segmenter)
@@ -95,7 +94,7 @@ def test_full__moves_all_that_the_loss_reaches(family, scope):
     unreached = {n for n in before if n.startswith("mask_decoder.") and n not in trainable}
     assert {n.split(".")[1] for n in unreached} == {"iou_prediction_head", "output_hypernetworks_mlps"}
     assert not any("hypernetworks_mlps.0." in n for n in unreached)
-    assert any(n.startswith("image_encoder.") for n in moved) is (scope is Scope.ENCODER_DECODER)
+    assert any(n.startswith("image_encoder.") for n in moved) is (scope is TuningScope.ENCODER_DECODER)
 
 
 @pytest.mark.parametrize("family", SPECS)
@@ -163,7 +162,7 @@ def test_qv__keys_are_not_adapted(family):
 
 def test_frozen_layers_keep_no_activations():
     """Below the first trainable tensor nothing is saved for backward."""
-    segmenter, _ = make_segmenter("vit_t", AdapterConfig(scope=Scope.DECODER, r=2))
+    segmenter, _ = make_segmenter("vit_t", AdapterConfig(scope=TuningScope.DECODER, r=2))
     images = torch.rand(1, 1, 32, 32)
     embeddings = segmenter.sam.image_encoder(images.repeat(1, 3, 1, 1))
     assert not embeddings.requires_grad
@@ -212,10 +211,10 @@ def test_adapter_config__refuses(values, message):
         AdapterConfig(**values)
 
 
-@pytest.mark.parametrize("method", [Method.LORA, Method.PISSA])  # peft writes the one, we the other
+@pytest.mark.parametrize("method", ["lora", "pissa"])  # peft writes the one, we the other
 def test_adapter_files__may_be_read_by_whom_the_umask_lets(method, tmp_path):
     _, peft_model = make_segmenter("plain", AdapterConfig(method=method, r=2, lora_alpha=2))
-    remember_base(peft_model, "0" * 64)
+    keep_base_sha256(peft_model, "0" * 64)
     before = os.umask(0o007)
     try:
         save_adapter(peft_model, tmp_path, method=method)

@@ -82,7 +82,7 @@ def test_method__runs_from_command_to_merged_model(place, monkeypatch, capsys, m
         ("lora", ["adapter.last_blocks=5"], "at most the 4 transformer blocks"),
         ("lora", ["adapter.r=9"], "adapter.r must be at most 8"),
         ("lora", ["adapter.scope=decoder", "adapter.last_blocks=1"], "adapter.scope=encoder_decoder"),
-        ("vera", ["adapter.targets=qv"], "adapter.targets=qv must go with"),
+        ("vera", ["adapter.targets=qv"], "adapter.targets=qv needs one of"),
         ("lora", ["cache.variants=2"], "cache.variants must go with adapter.scope=decoder"),
         ("adalora", [], "trainer.max_steps must be at least 10"),
     ],

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from samgraft.finetune.adapters import BottleneckInit, Heads, Method, Scope, Targets
+from samgraft.finetune.adapters import BottleneckInit, Heads, Targets, TuningScope
 from samgraft.finetune.config import FinetuneConfig, Schedule
 from samgraft.finetune.training import presets
 from samgraft.finetune.training.presets import preset_for_memory, preset_layers
@@ -78,11 +78,11 @@ def test_paper__says_what_the_study_did():
     assert (config.adapter.targets, config.adapter.r, config.adapter.lora_alpha) == (Targets.QV, 4, 4)
 
 
-@pytest.mark.parametrize("method", [Method.FULL, Method.ADAPTER, Method.LORA])
-@pytest.mark.parametrize("scope", [Scope.ENCODER_DECODER, Scope.DECODER])
+@pytest.mark.parametrize("method", ["full", "adapter", "lora"])
+@pytest.mark.parametrize("scope", [TuningScope.ENCODER_DECODER, TuningScope.DECODER])
 @pytest.mark.parametrize("preset", ["paper", "default"])
 def test_the_18__are_one_key_away_each(preset, method, scope):
-    config = load(preset, f"adapter.method={method.value}", f"adapter.scope={scope.value}")
+    config = load(preset, f"adapter.method={method}", f"adapter.scope={scope.value}")
     assert (config.adapter.method, config.adapter.scope) == (method, scope)
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from model_factory import make_sam, tiny_vit_t_spec
-from samgraft.finetune.adapters import AdapterConfig, Method, Scope, adapt, trainable_tensors
+from samgraft.finetune.adapters import AdapterConfig, TuningScope, adapt, trainable_tensors
 from samgraft.finetune.classes import ClassTable
 from samgraft.finetune.loss import LossConfig, MaskLoss
 from samgraft.finetune.prompting import prompted_inference
@@ -46,13 +46,13 @@ def test_fixture__embeddings_fit_the_decoder(embeddings):
     assert embeddings.shape[1:] == (sam.prompt_encoder.embed_dim, *sam.prompt_encoder.image_embedding_size)
 
 
-@pytest.mark.parametrize("method", [Method.FULL, Method.LORA])
+@pytest.mark.parametrize("method", ["full", "lora"])
 @pytest.mark.parametrize("mode", MODES)
 def test_prompted_loss__mode_moves_its_mask_tokens_and_the_iou_head(mode, method, embeddings):
     config = config_of(mode)
     sam = make_sam(tiny_vit_t_spec(), image_size=SIZE)
     torch.manual_seed(1)
-    adapter = AdapterConfig(method=method, scope=Scope.DECODER, r=2, lora_alpha=2)
+    adapter = AdapterConfig(method=method, scope=TuningScope.DECODER, r=2, lora_alpha=2)
     adapt(sam, adapter, num_classes=2, prompted_tokens=config.mask_tokens)
     loss = PromptedLoss(config, LossConfig(), seed=0)
     before = {name: tensor.clone() for name, tensor in sam.state_dict().items()}
@@ -89,7 +89,7 @@ def test_prompted_loss__equal_counters_give_equal_prompts(mode, embeddings):
 
 def test_prompted_loss__no_object_gives_zero_gradients(embeddings):
     sam = make_sam(tiny_vit_t_spec(), image_size=SIZE)
-    adapt(sam, AdapterConfig(method=Method.FULL), num_classes=1, prompted_tokens=(0,))
+    adapt(sam, AdapterConfig(method="full"), num_classes=1, prompted_tokens=(0,))
     out = PromptedLoss(config_of(PromptMode.BOX), LossConfig(), seed=0)(
         sam, embeddings, torch.zeros_like(batch()), [0, 1]
     )
@@ -269,7 +269,7 @@ def test_for_evaluation__automatic_mode_is_unchanged():
 
 def test_adapt__prompt_encoder_stays_frozen(embeddings):
     sam = make_sam(tiny_vit_t_spec(), image_size=SIZE)
-    adapt(sam, AdapterConfig(method=Method.FULL), num_classes=1, prompted_tokens=(0,))
+    adapt(sam, AdapterConfig(method="full"), num_classes=1, prompted_tokens=(0,))
     assert not any(p.requires_grad for p in sam.prompt_encoder.parameters())
     assert all(p.requires_grad for p in sam.mask_decoder.iou_prediction_head.parameters())
     assert isinstance(sam.mask_decoder.output_hypernetworks_mlps[1], nn.Module)

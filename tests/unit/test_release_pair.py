@@ -5,7 +5,7 @@ import pytest
 import torch
 from model_factory import tiny_vit_t_spec
 from release_factory import InThisProcess, finished_model
-from samgraft.finetune.adapters import AdapterConfig, Method, adapt, save_adapter
+from samgraft.finetune.adapters import AdapterConfig, adapt, save_adapter
 from samgraft.finetune.model_folder import read_model, write_model
 from samgraft.finetune.prediction import Predictor
 from samgraft.finetune.release import release_clients
@@ -23,7 +23,7 @@ def run(tmp_path, monkeypatch, capsys):
     path = finished_model(tmp_path, tiny_vit_t_spec(), image_size=64)
     model = read_model(path)
     sam = model.segmenter.sam
-    peft_model = adapt(sam, AdapterConfig(method=Method.ADAPTER), num_classes=1)
+    peft_model = adapt(sam, AdapterConfig(method="adapter"), num_classes=1)
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for name, parameter in sam.named_parameters():
@@ -31,7 +31,7 @@ def run(tmp_path, monkeypatch, capsys):
                 parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
     folder = path / "model"
     (folder / "sam.safetensors").unlink()
-    save_adapter(peft_model, folder / "adapter", method=Method.ADAPTER)
+    save_adapter(peft_model, folder / "adapter", method="adapter")
     write_model(sam, folder, card=model.card, task=model.task, is_merged=False)
     return path
 
