@@ -1,4 +1,4 @@
-# The only interface: every target makes the environment it needs. `make help` lists them.
+# Every target sets up the environment that it needs. `make help` lists the targets.
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
 PYTHON ?= python3
@@ -7,11 +7,11 @@ BIN := $(VENV)/bin
 SAMGRAFT := $(BIN)/samgraft
 STAMP := $(VENV)/.samgraft-installed
 
-# User variables reach the recipes through the environment, never through make's own text: paths with spaces,
-# quotes or other scripts stay whole.
+# User variables reach the recipes through the environment and not through make's own text, so that paths with
+# spaces, quotes or other scripts stay unchanged.
 export MODALITY DATA MODEL METHOD BASE CKPT NAME PRESET OUT SPLIT LICENSE RUN FILE
 
-# A misspelt variable (CHKPT=...) would otherwise be ignored in silence.
+# Without this check, a misspelt variable (CHKPT=...) would be ignored silently.
 GIVEN := $(foreach v,$(.VARIABLES),$(if $(filter command line,$(origin $(v))),$(v)))
 GIVEN := $(filter-out MAKEFLAGS MAKEOVERRIDES -*-command-variables-*-,$(sort $(GIVEN)))
 ifneq ($(strip $(GIVEN)),)
@@ -22,7 +22,7 @@ endif
 
 .PHONY: help install demo-data store pretrain finetune evaluate predict study release inspect doctor test test-slow test-gpu check docs format imports types wheel clean
 
-help: ## this list
+help: ## list the targets
 	@echo "samgraft: unlabelled scans -> better SAM encoder -> segmentation models you can release"
 	@echo
 	@awk 'BEGIN{FS=":.*## "} /^[a-z-]+:.*## /{split($$2, t, " *[|] *"); printf "  %-11s %-66s %s\n", $$1, t[1], t[2]}' $(firstword $(MAKEFILE_LIST))
@@ -45,10 +45,10 @@ install: $(STAMP) ## set up the environment (every other target does this by its
 demo-data: $(STAMP) ## fetch demo scans and base weights by hash, build data/demo | make demo-data MODALITY=mri
 	@$(SAMGRAFT) demo-data $${MODALITY:+--modality "$$MODALITY"}
 
-store: $(STAMP) ## scans -> slice store | make store DATA=scans/ OUT=data/mine.zarr MODALITY=mri
+store: $(STAMP) ## build a slice store from scans | make store DATA=scans/ OUT=data/mine.zarr MODALITY=mri
 	@$(SAMGRAFT) store build "$$DATA" --out "$$OUT" $${MODALITY:+--modality "$$MODALITY"}
 
-pretrain: $(STAMP) ## stage 1: continue SAM's encoder on unlabelled slices | make pretrain MODALITY=mri
+pretrain: $(STAMP) ## stage 1: train SAM's encoder further on unlabelled slices | make pretrain MODALITY=mri
 	@$(SAMGRAFT) pretrain $${MODALITY:+--modality "$$MODALITY"} $${DATA:+--data "$$DATA"} $${MODEL:+--model "$$MODEL"} \
 	  $${METHOD:+--method "$$METHOD"} $${BASE:+--base "$$BASE"} $${NAME:+--name "$$NAME"} $${PRESET:+--preset "$$PRESET"} $(ARGS)
 
@@ -56,40 +56,41 @@ finetune: $(STAMP) ## stage 2: tune encoder and decoder on labelled slices | mak
 	@$(SAMGRAFT) finetune $${CKPT:+--ckpt "$$CKPT"} $${MODALITY:+--modality "$$MODALITY"} $${DATA:+--data "$$DATA"} $${MODEL:+--model "$$MODEL"} \
 	  $${METHOD:+--method "$$METHOD"} $${BASE:+--base "$$BASE"} $${NAME:+--name "$$NAME"} $${PRESET:+--preset "$$PRESET"} $(ARGS)
 
-evaluate: $(STAMP) ## per-case scores with intervals, on the scans' own grid | make evaluate RUN=runs/NAME SPLIT=test
+evaluate: $(STAMP) ## measure per-case scores with intervals, on the scans' own grid | make evaluate RUN=runs/NAME SPLIT=test
 	@$(SAMGRAFT) evaluate "$$RUN" $${DATA:+--data "$$DATA"} $${SPLIT:+--split "$$SPLIT"} $${OUT:+--out "$$OUT"} $(ARGS)
 
-predict: $(STAMP) ## masks for new scans, in their own geometry | make predict RUN=releases/NAME DATA=scans/ OUT=masks/
+predict: $(STAMP) ## write masks for new scans, in their own geometry | make predict RUN=releases/NAME DATA=scans/ OUT=masks/
 	@$(SAMGRAFT) predict "$$RUN" "$$DATA" --out "$$OUT" $(ARGS)
 
-study: $(STAMP) ## a grid of fine-tunings, one table, one report | make study FILE=configs/study/demo.yaml
+study: $(STAMP) ## run a grid of fine-tunings with one table and one report | make study FILE=configs/study/demo.yaml
 	@$(SAMGRAFT) study "$$FILE" $(ARGS)
 
-release: $(STAMP) ## checked weights, card and checksums from a run | make release RUN=runs/NAME OUT=releases/NAME LICENSE=cc-by-4.0
+release: $(STAMP) ## write checked weights, card and checksums from a run | make release RUN=runs/NAME OUT=releases/NAME LICENSE=cc-by-4.0
 	@$(SAMGRAFT) release "$$RUN" --out "$$OUT" $${LICENSE:+--license "$$LICENSE"} $(ARGS)
 
-inspect: $(STAMP) ## what a weights file is | make inspect FILE=sam_vit_b.pth
+inspect: $(STAMP) ## describe a weights file | make inspect FILE=sam_vit_b.pth
 	@$(SAMGRAFT) inspect "$$FILE"
 
-doctor: $(STAMP) ## environment, disk, devices, data, weights | make doctor
+doctor: $(STAMP) ## check environment, disk, devices, data and weights | make doctor
 	@$(SAMGRAFT) doctor
 
-test: $(STAMP) ## the fast suite, offline | make test
+test: $(STAMP) ## run the fast suite, offline | make test
 	@$(BIN)/python -m pytest -n auto
 
-test-slow: $(STAMP) ## real shapes and long runs too | make test-slow
+test-slow: $(STAMP) ## run the suite with real shapes and long runs | make test-slow
 	@$(BIN)/python -m pytest -n auto -m "not gpu and not weights"
 
-test-gpu: $(STAMP) ## the encoders on this machine's GPU against the originals | make test-gpu
+test-gpu: $(STAMP) ## compare the encoders with the originals on this machine's GPU | make test-gpu
 	@$(BIN)/python -m pytest -n 0 -m gpu
 
-check: $(STAMP) imports types ## format, lint, types, one-way imports, spelling | make check
+check: $(STAMP) imports types ## check format, lint, language, types, imports and spelling | make check
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
+	@$(BIN)/python tests/check_language.py shared ssl finetune
 	@$(BIN)/codespell README.md CHANGELOG.md CONTRIBUTING.md docs ssl finetune shared configs tests benchmarks
 
-# Static checkers see the namespace package through a tree of links. import-linter wants an __init__.py in every
-# package and ssl/ may not have one, so that its children are linked one by one beside an empty one.
+# Static checkers see the namespace package through a tree of links. import-linter needs an __init__.py in every
+# package, which ssl/ must not have, so that its children are linked one by one next to an empty __init__.py.
 .PHONY: linktree
 linktree:
 	@rm -rf build/types && mkdir -p build/types/samgraft/ssl && touch build/types/samgraft/ssl/__init__.py
@@ -105,7 +106,7 @@ imports: $(STAMP) linktree
 docs: $(STAMP) ## write docs/commands from the commands' own parsers | make docs
 	@$(BIN)/python -m samgraft.shared.command_pages docs/commands
 
-format: $(STAMP) ## rewrite the files in the house's format | make format
+format: $(STAMP) ## format the code | make format
 	@$(BIN)/ruff format . && $(BIN)/ruff check --fix .
 
 wheel: $(STAMP) ## build the wheel into dist/ | make wheel

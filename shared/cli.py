@@ -1,4 +1,7 @@
-"""``samgraft COMMAND ...``: finds commands through entry points, prints refusals on one screen, sets the exit code."""
+"""The ``samgraft`` command line.
+
+Commands are found through entry points. Refusals are printed on one screen, and the exit code states their kind.
+"""
 
 from __future__ import annotations
 
@@ -17,19 +20,22 @@ from pathlib import Path
 from samgraft.shared.errors import FULL_DISK, ExitCode, SamgraftError, StoppedAndSaved, StorageError, UsageError
 from samgraft.shared.machine import configure_openmp
 
-# MONAI runs pickles again when this is set; no command of ours may (guarantee 3 of the contract).
+# With these variables MONAI and torch would load pickles again, which can execute code.
 UNSAFE_ENVIRONMENT = ("MONAI_ALLOW_PICKLE", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Command:
-    """One subcommand. Modules that define one import nothing heavy at the top: ``--help`` must be quick."""
+    """One subcommand.
+
+    Modules that define one import nothing heavy at the top, so that ``--help`` is quick.
+    """
 
     help: str
     """One line for ``samgraft --help``."""
     add_arguments: Callable[[argparse.ArgumentParser], None]
     run: Callable[[argparse.Namespace], int]
-    """Carries the command out; returns an exit code or raises ``SamgraftError``."""
+    """Function that runs the command and returns an exit code or raises ``SamgraftError``."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -38,21 +44,26 @@ class _Parser(argparse.ArgumentParser):
 
 
 def local_path(text: str) -> Path:
-    """Read an argument that must lie on this machine; an address would become a path that does not exist."""
+    """Parse an argument that must be a path on this machine.
+
+    An address such as ``s3://...`` would otherwise become a path that does not exist.
+    """
     if "://" in text:
-        raise argparse.ArgumentTypeError(f"must lie on this machine, got the address {text}: copy it here first")
+        raise argparse.ArgumentTypeError(f"must be on this machine, got the address {text}: copy it here first")
     return Path(text)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code; never shows a traceback without ``--debug``."""
+    """Run one command and return its exit code; a traceback is shown with ``--debug`` only."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     arguments = [a for a in arguments if a != "--debug"]
     _configure_logging(debug=debug)
     for name in UNSAFE_ENVIRONMENT:
         if os.environ.pop(name, None) is not None:
-            logging.getLogger(__name__).warning("%s is set in the environment: ignored, it would allow pickles.", name)
+            logging.getLogger(__name__).warning(
+                "%s is set in the environment and ignored, because it would allow pickles.", name
+            )
     if limited := configure_openmp():
         logging.getLogger(__name__).info("%s", limited)
     try:
@@ -101,10 +112,10 @@ def _dispatch(arguments: list[str]) -> int:
 
 
 def _parse(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Namespace:
-    """Let settings stand anywhere among the options: what is added at the end of a command must count."""
+    """Parse options and settings in any order, so that settings can be added at the end of a command."""
     try:
         return parser.parse_intermixed_args(words)
-    except TypeError:  # argparse cannot do that for a command with actions of its own (store build, ...)
+    except TypeError:  # argparse cannot mix them for a command with actions of its own (store build, ...)
         return parser.parse_args(words)
 
 
@@ -112,7 +123,7 @@ def _overview(found: dict[str, EntryPoint]) -> str:
     width = max((len(name) for name in found), default=0)
     lines = ["usage: samgraft COMMAND ...", "", "commands:"]
     lines += [f"  {name:<{width}}  {found[name].load().help}" for name in sorted(found)]
-    lines += ["", "samgraft COMMAND --help describes one; `make help` lists the same as make targets."]
+    lines += ["", "samgraft COMMAND --help describes one command; `make help` lists the make targets."]
     return "\n".join(lines) + "\n"
 
 
@@ -138,7 +149,7 @@ def _print_error(text: str) -> None:
 
 
 def _as_storage_error(error: Exception) -> StorageError | None:
-    """Tell a full disk or a missing permission, wherever it was met, from a defect of ours."""
+    """Return a full disk or a missing permission as a refusal, and None for any other error."""
     if not isinstance(error, OSError):
         return None
     name = Path(str(error.filename)).name if error.filename else None

@@ -1,4 +1,4 @@
-"""A page per command under ``docs/commands``, written from the parsers themselves: what is documented is what exists.
+"""The pages under ``docs/commands``, written from the commands' own parsers.
 
 python -m samgraft.shared.command_pages docs/commands
 """
@@ -17,7 +17,7 @@ NOTE = "<!-- Written by `make docs` from the command's own parser; edit the help
 
 
 def command_pages() -> dict[str, str]:
-    """Return file name to Markdown: one page per command, and an index."""
+    """Return the Markdown of one page per command and of an index, by file name."""
     commands: dict[str, Command] = {
         point.name: point.load() for point in sorted(entry_points(group="samgraft.commands"), key=lambda p: p.name)
     }
@@ -81,7 +81,7 @@ def _sentence(text: str) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    """Write the pages and remove those of commands that are gone."""
+    """Write the pages and remove those of commands that no longer exist."""
     folder = Path(arguments[0])
     folder.mkdir(parents=True, exist_ok=True)
     pages = command_pages()

@@ -1,4 +1,4 @@
-"""One hierarchy of refusals: what went wrong, where, what is kept, the next command, and the exit code."""
+"""Errors that a user can act on, and their exit codes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from enum import IntEnum
 
 
 class ExitCode(IntEnum):
-    """Exit codes of every command; scripts and schedulers may rely on them."""
+    """Exit codes of every command, on which scripts and schedulers may rely."""
 
     OK = 0
     USAGE = 2
@@ -17,21 +17,21 @@ class ExitCode(IntEnum):
     NUMERICAL = 6
     INTERNAL = 7
     STOPPED_SAVED = 75
-    """Stopped with everything saved: run the same command again (``EX_TEMPFAIL``; requeue scripts test for it)."""
+    """Code of a run that stopped with everything saved (``EX_TEMPFAIL``); the same command resumes it."""
     INTERRUPTED = 130
 
 
 FULL_DISK = frozenset({errno.ENOSPC, errno.EDQUOT})
-"""Numbers of the system's errors for a full disk or quota."""
+"""Error numbers of the system for a full disk or quota."""
 
 
 class SamgraftError(Exception):
     """A refusal that a user can act on.
 
     Args:
-        what: One or two sentences: ``<what> must <requirement>, got <value>. <What to do>.``
-        where: File, key, series or tensor concerned; never an identifying path of a patient.
-        kept: What stays valid after the refusal.
+        what: One or two sentences with what is wrong, the value, and what to do.
+        where: File, key, series or tensor concerned, never an identifying path of a patient.
+        kept: Files and results that stay valid.
         next_command: A command ready to paste.
     """
 
@@ -91,5 +91,5 @@ class StoppedAndSaved(SamgraftError):
     exit_code = ExitCode.STOPPED_SAVED
 
     def render(self) -> str:
-        """Return the text; a requested stop is not an error."""
+        """Return the text with the word stopped, because a requested stop is not an error."""
         return super().render().replace("error: ", "stopped: ", 1)

@@ -1,7 +1,7 @@
-"""Check the variables given to ``make`` before anything is installed.
+"""The check of the variables given to ``make``.
 
-Standard library only, runs on any Python from 3.9.
-Run by the Makefile with the names and values through the environment, so that quoting cannot bite.
+The Makefile runs it before anything is installed, so that it needs only the standard library and Python 3.9. The names
+arrive through the environment, where quoting cannot change them.
 """
 
 import difflib
@@ -41,7 +41,7 @@ def check(given: list[str]) -> list[str]:
 
 
 def main() -> int:
-    """Print what is wrong and the next command; return the exit code."""
+    """Print the messages and the next command, and return the exit code."""
     messages = check(os.environ.get("SAMGRAFT_MAKE_VARIABLES", "").split())
     for message in messages:
         sys.stderr.write(message + "\n")
