@@ -1,7 +1,8 @@
-"""Demo data: seven real heads from package archives, pinned by version and sha256, as two stores; and base weights.
+"""Demo data, seven real heads from package archives as two stores, and base weights.
 
-The unlabelled store is for pretraining, the labelled one (tumours on T1 with contrast) for fine-tuning. Heads from
-different archives are different people; the two tumour scans of qtim_tools look like one patient at two times.
+The archives are pinned by version and sha256. The unlabelled store is for pretraining, the labelled one (tumours on T1
+with contrast) for fine-tuning. Heads from different archives are different people. The two tumour scans of qtim_tools
+are probably one patient at two times.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from samgraft.shared.store.store import SliceStore
 log = logging.getLogger(__name__)
 
 DEMO_SALT = "samgraft-demo"
-"""Public on purpose: the demo scans are public, and with a fixed salt every machine gets the same fingerprints."""
+"""Salt of the ids. It may be public, because the scans are, and it makes fingerprints reproducible."""
 
 PYCORTEX = Archive(
     project="pycortex",
@@ -110,7 +111,7 @@ ARTIFICIAL_SHAPES = range(1, 64)
 
 @dataclass(frozen=True, kw_only=True)
 class DemoPaths:
-    """Where the demo data lies."""
+    """Paths of the demo data."""
 
     unlabelled: Path
     labelled: Path
@@ -119,7 +120,7 @@ class DemoPaths:
 
 
 def demo_paths(root: Path = Path("data/demo")) -> DemoPaths:
-    """Return where the demo data lies or will lie."""
+    """Return the paths of the demo data, which need not exist yet."""
     labelled = root / "mri_tumour.zarr"
     return DemoPaths(
         unlabelled=root / "mri.zarr",
@@ -133,20 +134,20 @@ def demo_data(
     root: Path = Path("data/demo"),
     modality: str = "mri",
 ) -> DemoPaths:
-    """Fetch, verify, unpack and build whatever of the demo data is not there yet.
+    """Fetch, verify, unpack and build the parts of the demo data that are missing.
 
     Args:
-        root: Folder of the demo stores; downloads and weights go beside it.
-        modality: Only ``mri`` has demo data.
+        root: Folder of the demo stores. Downloads and weights are saved beside it.
+        modality: Kind of scan. Only ``mri`` has demo data.
 
     Raises:
         UsageError: For another modality.
-        StorageError: If something is missing and cannot be fetched.
+        StorageError: If a file is missing and cannot be fetched.
         DataError: If a download has another hash.
     """
     if modality.strip().lower() != Modality.MRI.value:
         raise UsageError(
-            f"demo data exists for MODALITY=mri, not for {modality!r}. Give your own scans.",
+            f"demo data exist for MODALITY=mri only, got {modality!r}. Give your own scans.",
             next_command=f"samgraft store build FOLDER --out data/{modality}.zarr --modality {modality}",
         )
     paths = demo_paths(root)
@@ -167,7 +168,7 @@ def demo_data(
 
 
 def fetch_base_weights(target: Path, *, cache: Path) -> Path:
-    """Fetch LiteMedSAM's weights (vit_t) unless they are there with the right sha256.
+    """Fetch LiteMedSAM's weights (vit_t), unless they exist with the right sha256.
 
     Raises:
         DataError: If the weights have another sha256.
@@ -186,7 +187,7 @@ def fetch_base_weights(target: Path, *, cache: Path) -> Path:
 
 
 def unlabelled_cases(scans: Path, dicom_paths: Sequence[Path]) -> list[SourceCase]:
-    """Return the cases for pretraining. The validation and test patients of the labelled set are not among them."""
+    """Return the cases for pretraining, without the validation and test patients of the labelled set."""
     cases = [
         SourceCase(name=name, patient_key=patient, scan=_scan(scans / file))
         for name, (patient, file) in UNLABELLED.items()
@@ -198,7 +199,7 @@ def unlabelled_cases(scans: Path, dicom_paths: Sequence[Path]) -> list[SourceCas
 
 
 def labelled_cases(scans: Path) -> list[SourceCase]:
-    """Return the cases for fine-tuning: one class, tumour."""
+    """Return the cases for fine-tuning, which have one class, tumour."""
     cases = []
     for name, (patient, image, label, tumour_id) in LABELLED.items():
         ids = {**dict.fromkeys(ARTIFICIAL_SHAPES, 0), tumour_id: 1}
@@ -208,7 +209,7 @@ def labelled_cases(scans: Path) -> list[SourceCase]:
 
 
 def write_demo_split(paths: DemoPaths) -> Split:
-    """Write the fixed split of the labelled set: train on the qtim patient, validate on brain1, test on brain2."""
+    """Write the fixed split of the labelled set, with the qtim patient in train, brain1 in val and brain2 in test."""
     train, val, test = (
         pseudonym("p", key, salt=DEMO_SALT) for key in (QTIM_PATIENT, "pyradiomics brain1", "pyradiomics brain2")
     )

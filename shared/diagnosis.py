@@ -1,4 +1,4 @@
-"""Is this machine ready: environment, disk, devices, data, weights; findings in words, nothing is changed."""
+"""Checks of the machine, its environment, disk, devices, data and weights, which change nothing."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from samgraft.shared.training.device import choose_device, cpu_has_fast_bf16
 from samgraft.shared.weights.inspection import describe
 
 SHOWN_PACKAGES = ("torch", "torchvision", "numpy", "pytorch-lightning")
-
 ENOUGH_DISK_BYTES = 10 * 10**9
+ENOUGH_TEMPORARY_BYTES = 10**9
 ENOUGH_SHARED_MEMORY_BYTES = 10**9
 ENOUGH_MEMORY_BYTES = 6 * 10**9
 
 
 class Status(Enum):
-    """How a finding bears on the work."""
+    """Severity of a finding."""
 
     OK = "ok"
     WARNING = "warning"
@@ -41,8 +41,8 @@ class Status(Enum):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Finding:
-    """One thing that was looked at."""
+class DoctorFinding:
+    """Result of one check."""
 
     area: str
     name: str
@@ -66,21 +66,22 @@ EXIT_CODES: Mapping[str, ExitCode] = {
 ENVIRONMENT_NOTES: Mapping[str, tuple[Callable[[str], bool], str]] = {
     "CUDA_VISIBLE_DEVICES": (lambda v: v.strip() in {"", "-1"}, "hides every GPU; unset it to use one"),
     "OMP_NUM_THREADS": (lambda v: v == "1", "limits the CPU to one thread; unset it unless several runs share it"),
-    "PYTHONPATH": (bool, "may put other code before the installed packages; unset it if imports go wrong"),
+    "PYTHONPATH": (bool, "may put other code before the installed packages; unset it if imports fail"),
     "MONAI_ALLOW_PICKLE": (bool, "would allow pickles; every command drops it"),
     "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": (bool, "would allow pickles; every command drops it"),
     "WORLD_SIZE": (lambda v: v != "1", "makes a run wait for other processes; unset it outside of torchrun"),
     "SLURM_NTASKS": (lambda v: v != "1", "announces several tasks; start runs with srun"),
 }
+"""Condition on a variable's value that deserves a warning, and the advice."""
 
 
-def diagnose(root: Path, *, data: Sequence[Path | str] = (), weights: Sequence[Path] = ()) -> list[Finding]:
-    """Look at everything that a run needs.
+def diagnose(root: Path, *, data: Sequence[Path | str] = (), weights: Sequence[Path] = ()) -> list[DoctorFinding]:
+    """Check everything that a run needs.
 
     Args:
-        root: Where ``runs/`` and ``data/`` are or will be.
-        data: Stores to open, and scans whose headers are looked at; the stores in ``root/data`` if none are given.
-        weights: Weights files to inspect; those in ``root/data/weights`` if none are given.
+        root: Folder in which ``runs/`` and ``data/`` are or will be.
+        data: Stores to open, and scans whose headers are checked. Empty takes the stores in ``root/data``.
+        weights: Weights files to inspect. Empty takes those in ``root/data/weights``.
 
     Returns:
         Findings without user, host or absolute path names.
@@ -88,60 +89,49 @@ def diagnose(root: Path, *, data: Sequence[Path | str] = (), weights: Sequence[P
     stores: list[Path | str] = list(data) or sorted((root / "data").glob("**/*.zarr"))
     files = list(weights) or sorted(p for p in (root / "data" / "weights").glob("*") if p.is_file())
     return [
-        *_environment(),
-        *_disk(root),
-        *_devices(),
-        *[finding for path in stores for finding in (_scans(path) if is_scans(path) else [_store(path)])],
-        *([] if stores else [_nothing("data", "no store in data/", "samgraft demo-data, or samgraft store build")]),
-        *[_weights(path) for path in files],
-        *([] if files else [_nothing("weights", "no file in data/weights/", "samgraft demo-data fetches LiteMedSAM")]),
+        *_check_environment(),
+        *_check_disk(root),
+        *_check_devices(),
+        *[finding for path in stores for finding in (_check_scans(path) if is_scans(path) else [_check_store(path)])],
+        *([] if stores else [_missing("data", "no store in data/", "samgraft demo-data, or samgraft store build")]),
+        *[_check_weights(path) for path in files],
+        *([] if files else [_missing("weights", "no file in data/weights/", "samgraft demo-data fetches LiteMedSAM")]),
     ]
 
 
-def exit_code(findings: Sequence[Finding]) -> ExitCode:
-    """Return the code of the first problem, or OK; warnings do not count."""
+def exit_code(findings: Sequence[DoctorFinding]) -> ExitCode:
+    """Return the exit code of the first problem, or OK. Warnings do not count."""
     return next((EXIT_CODES[f.area] for f in findings if f.status is Status.PROBLEM), ExitCode.OK)
 
 
-def _environment() -> list[Finding]:
+def _check_environment() -> list[DoctorFinding]:
     versions = software_versions()
     revision = code_revision()
-    findings = [
-        Finding(
+    own = f"{versions['samgraft']}" + (f", revision {revision[:12]}" if revision else "")
+    good = (3, 11) <= sys.version_info[:2] <= (3, 13)
+    return [
+        DoctorFinding(area="environment", name="samgraft", text=own),
+        DoctorFinding(
             area="environment",
-            name="samgraft",
-            text=f"{versions['samgraft']}" + (f", revision {revision[:12]}" if revision else ""),
+            name="python",
+            status=Status.OK if good else Status.PROBLEM,
+            text=".".join(map(str, sys.version_info[:3])),
+            advice="" if good else "use Python 3.11 to 3.13",
         ),
-        _python(),
-        *_requirements(),
-        Finding(
-            area="environment",
-            name="packages",
-            text=", ".join(
-                f"{name} {versions[name]}" for name in ("torch", "torchvision", "numpy", "pytorch-lightning")
-            ),
+        *_check_requirements(),
+        DoctorFinding(
+            area="environment", name="packages", text=", ".join(f"{name} {versions[name]}" for name in SHOWN_PACKAGES)
+        ),
+        *(
+            DoctorFinding(area="environment", name=name, status=Status.WARNING, text="is set", advice=advice)
+            for name, (matters, advice) in ENVIRONMENT_NOTES.items()
+            if name in os.environ and matters(os.environ[name])
         ),
     ]
-    for name, (matters, advice) in ENVIRONMENT_NOTES.items():
-        if name in os.environ and matters(os.environ[name]):
-            findings.append(Finding(area="environment", name=name, status=Status.WARNING, text="is set", advice=advice))
-    return findings
 
 
-def _python() -> Finding:
-    found = sys.version_info[:2]
-    good = (3, 11) <= found <= (3, 13)
-    return Finding(
-        area="environment",
-        name="python",
-        status=Status.OK if good else Status.PROBLEM,
-        text=".".join(map(str, sys.version_info[:3])),
-        advice="" if good else "use Python 3.11 to 3.13",
-    )
-
-
-def _requirements() -> list[Finding]:
-    """Compare what is installed with what the package declares."""
+def _check_requirements() -> list[DoctorFinding]:
+    """Compare the installed packages with the requirements of this one."""
     findings = []
     for text in requires("samgraft") or []:
         requirement = Requirement(text)
@@ -153,7 +143,7 @@ def _requirements() -> list[Finding]:
             found = "missing"
         if found == "missing" or not requirement.specifier.contains(found, prereleases=True):
             findings.append(
-                Finding(
+                DoctorFinding(
                     area="environment",
                     name=requirement.name,
                     status=Status.PROBLEM,
@@ -164,69 +154,56 @@ def _requirements() -> list[Finding]:
     return findings
 
 
-def _disk(root: Path) -> list[Finding]:
-    findings = [_space("working folder", root, enough=ENOUGH_DISK_BYTES, advice="free space before a long run")]
-    findings.append(_space("temporary folder", Path(tempfile.gettempdir()), enough=10**9, advice="set TMPDIR"))
-    shared_memory = Path("/dev/shm")
-    if shared_memory.is_dir():
-        advice = "trainer.num_workers=0, or mount a larger /dev/shm"
-        findings.append(_space("shared memory", shared_memory, enough=ENOUGH_SHARED_MEMORY_BYTES, advice=advice))
+def _check_disk(root: Path) -> list[DoctorFinding]:
+    places = [
+        ("working folder", root, ENOUGH_DISK_BYTES, "free space before a long run"),
+        ("temporary folder", Path(tempfile.gettempdir()), ENOUGH_TEMPORARY_BYTES, "set TMPDIR"),
+        # Loader workers pass their batches through shared memory. Containers often get 64 MB of it.
+        ("shared memory", Path("/dev/shm"), ENOUGH_SHARED_MEMORY_BYTES, "trainer.num_workers=0, or enlarge /dev/shm"),
+    ]
+    findings = []
+    for name, path, enough, advice in places:
+        if name == "shared memory" and not path.is_dir():
+            continue
+        if os.access(path, os.W_OK):
+            free = shutil.disk_usage(path).free
+            status = Status.OK if free >= enough else Status.WARNING
+            text, advice = f"{free / 1e9:.1f} GB free", "" if free >= enough else advice
+        else:
+            status, text, advice = Status.PROBLEM, "cannot be written", "check permissions"
+        findings.append(DoctorFinding(area="disk", name=name, status=status, text=text, advice=advice))
     return findings
 
 
-def _space(name: str, path: Path, *, enough: int, advice: str) -> Finding:
-    if not os.access(path, os.W_OK):
-        return Finding(
-            area="disk", name=name, status=Status.PROBLEM, text="cannot be written", advice="check permissions"
-        )
-    free = shutil.disk_usage(path).free
-    status = Status.OK if free >= enough else Status.WARNING
-    return Finding(
-        area="disk", name=name, status=status, text=f"{free / 1e9:.1f} GB free", advice="" if free >= enough else advice
-    )
-
-
-def _devices() -> list[Finding]:
-    choice = choose_device()
-    findings = [Finding(area="device", name="chosen", text=choice.reason)]
+def _check_devices() -> list[DoctorFinding]:
+    findings = [DoctorFinding(area="device", name="chosen", text=choose_device().reason)]
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         free, total = torch.cuda.mem_get_info(index)
         busy = free < 0.8 * total
         findings.append(
-            Finding(
+            DoctorFinding(
                 area="device",
                 name=f"GPU {index}",
                 status=Status.WARNING if busy else Status.OK,
                 text=f"{torch.cuda.get_device_name(index)}, {free / 1e9:.0f} of {total / 1e9:.0f} GB free",
-                advice="somebody else uses it; choose another with CUDA_VISIBLE_DEVICES" if busy else "",
+                advice="another process uses it; choose a free one with CUDA_VISIBLE_DEVICES" if busy else "",
             )
         )
     bf16 = "fast" if cpu_has_fast_bf16() else "slow, float32 is used"
-    findings.append(
-        Finding(
-            area="device",
-            name="CPU",
-            text=f"{granted_cores()} of {os.cpu_count()} cores, {thread_count()} threads, bf16 {bf16}",
-        )
-    )
+    cores = f"{granted_cores()} of {os.cpu_count()} cores, {thread_count()} threads, bf16 {bf16}"
+    findings.append(DoctorFinding(area="device", name="CPU", text=cores))
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
     if granted := granted_memory():
         memory = min(memory, granted[0]) if memory else granted[0]
     if memory:
         small = memory < ENOUGH_MEMORY_BYTES
-        findings.append(
-            Finding(
-                area="device",
-                name="memory",
-                status=Status.WARNING if small else Status.OK,
-                text=f"{memory / 1e9:.0f} GB",
-                advice="use a smaller batch_size" if small else "",
-            )
-        )
+        status, advice = (Status.WARNING, "use a smaller batch_size") if small else (Status.OK, "")
+        text = f"{memory / 1e9:.0f} GB"
+        findings.append(DoctorFinding(area="device", name="memory", status=status, text=text, advice=advice))
     return findings
 
 
-def _store(path: Path | str) -> Finding:
+def _check_store(path: Path | str) -> DoctorFinding:
     try:
         store = SliceStore.open(path)
     except SamgraftError as err:
@@ -237,64 +214,51 @@ def _store(path: Path | str) -> Finding:
         f"{store.modality.value}, {len(store.patient_ids)} patients, {len(store.series)} series "
         f"({labelled} labelled), {slices} slices"
     )
-    return Finding(area="data", name=store.path.name, text=text)
+    return DoctorFinding(area="data", name=store.path.name, text=text)
 
 
-def _scans(path: Path | str) -> list[Finding]:
-    """Say what could identify a person. Scans go unnamed: folders and files may be named after one."""
+def _check_scans(path: Path | str) -> list[DoctorFinding]:
+    """Report what could identify a person. Names of scans are left out, because they may be names of patients."""
     try:
         report = check_headers(Path(path))
     except SamgraftError:
-        text, advice = "cannot be sorted into scans", "samgraft store check FOLDER says why"
-        return [Finding(area="data", name="scans", status=Status.PROBLEM, text=text, advice=advice)]
+        text, advice = "cannot be read as scans", "samgraft store check FOLDER shows the reason"
+        return [DoctorFinding(area="data", name="scans", status=Status.PROBLEM, text=text, advice=advice)]
     reasons = ", ".join(f"{number} x {reason}" for reason, number in report.left_out.most_common())
-    findings = [
-        Finding(
-            area="data",
-            name="scans",
-            text=f"{report.num_scans} in {report.num_files} files ({report.layout})"
-            + (f"; left out: {reasons}" if reasons else "")
-            + ("" if report.kinds else "; nothing in headers and names points to a person"),
-        )
-    ]
+    text = f"{report.num_scans} in {report.num_files} files ({report.layout})"
+    text += f"; left out: {reasons}" if reasons else ""
+    text += "" if report.kinds else "; no personal data found in headers and names"
+    findings = [DoctorFinding(area="data", name="scans", text=text)]
     for kind, count in report.kinds.most_common():
-        burned_in = kind == BURNED_IN
-        findings.append(
-            Finding(
-                area="data",
-                name="privacy",
-                status=Status.PROBLEM if burned_in else Status.WARNING,
-                text=f"{count} of {report.num_scans} scans: {kind}",
-                advice="look at them; store build refuses them unless --accept-burned-in is given"
-                if burned_in
-                else "stays out of stores, pixels do not; de-identify before the scans go anywhere else",
-            )
-        )
+        if kind == BURNED_IN:
+            status = Status.PROBLEM
+            advice = "check their pixels; store build refuses them unless --accept-burned-in is given"
+        else:
+            status = Status.WARNING
+            advice = "stays out of stores, pixels do not; de-identify before the scans leave this machine"
+        text = f"{count} of {report.num_scans} scans: {kind}"
+        findings.append(DoctorFinding(area="data", name="privacy", status=status, text=text, advice=advice))
     for reason, count in report.refused.most_common():
-        findings.append(
-            Finding(
-                area="data",
-                name="scans",
-                status=Status.PROBLEM,
-                text=f"{count} of {report.num_scans} scans: {reason}",
-                advice="store build refuses them; samgraft store check FOLDER names them",
-            )
-        )
+        text = f"{count} of {report.num_scans} scans: {reason}"
+        advice = "store build refuses them; samgraft store check FOLDER names them"
+        findings.append(DoctorFinding(area="data", name="scans", status=Status.PROBLEM, text=text, advice=advice))
     return findings
 
 
-def _weights(path: Path) -> Finding:
+def _check_weights(path: Path) -> DoctorFinding:
     try:
         facts: Mapping[str, Any] = describe(path)
     except SamgraftError as err:
         return _refused("weights", path, err, advice="samgraft inspect shows more")
     parts = ", ".join(f"{part} {n['matched']}/{n['expected']}" for part, n in facts["parts"].items())
-    return Finding(area="weights", name=path.name, text=f"{facts['architecture']}, {facts['image_size']} px, {parts}")
+    text = f"{facts['architecture']}, {facts['image_size']} px, {parts}"
+    return DoctorFinding(area="weights", name=path.name, text=text)
 
 
-def _refused(area: str, path: Path, err: SamgraftError, *, advice: str) -> Finding:
-    return Finding(area=area, name=path.name, status=Status.PROBLEM, text=err.what, advice=err.next_command or advice)
+def _refused(area: str, path: Path, err: SamgraftError, *, advice: str) -> DoctorFinding:
+    advice = err.next_command or advice
+    return DoctorFinding(area=area, name=path.name, status=Status.PROBLEM, text=err.what, advice=advice)
 
 
-def _nothing(area: str, text: str, advice: str) -> Finding:
-    return Finding(area=area, name="none", status=Status.WARNING, text=text, advice=advice)
+def _missing(area: str, text: str, advice: str) -> DoctorFinding:
+    return DoctorFinding(area=area, name="none", status=Status.WARNING, text=text, advice=advice)

@@ -1,7 +1,7 @@
-"""Made-up scans with a label, so that a command can be tried, or a study rehearsed, without any data.
+"""Synthetic scans with a label, to try a command or rehearse a study without any data.
 
-Each is an ellipsoid with texture and noise in air, with a brighter lesion in it: easy on purpose. Scores on them say
-that the wiring works and nothing else.
+Each is an ellipsoid with texture and noise in air, and with a brighter lesion in it. They are easy on purpose, so
+their scores show that the software works, and nothing about a method.
 
 Axis letters: Z, Y, X = slices, rows, columns.
 """
@@ -27,11 +27,11 @@ from samgraft.shared.store.store import SliceStore
 
 Array = npt.NDArray[Any]
 SALT = "samgraft-synthetic"
-"""Public on purpose: nobody is behind these scans, and with a fixed salt every machine gets the same fingerprints."""
+"""Salt of the ids. It may be public, because the scans are of no person, and it makes fingerprints reproducible."""
 SHAPE_ZYX = (8, 64, 56)
 SPACING_ZYX_MM = (5.0, 1.5, 1.5)
 FRACTIONS = (0.4, 0.2, 0.4)
-"""Train, val, test: a large test part, because an interval needs six patients."""
+"""Fractions of train, val and test. The test part is large, because a confidence interval needs six patients."""
 
 
 def synthetic_scan(seed: int, *, shape_zyx: tuple[int, int, int] = SHAPE_ZYX) -> tuple[Array, Array]:
@@ -49,8 +49,8 @@ def synthetic_scan(seed: int, *, shape_zyx: tuple[int, int, int] = SHAPE_ZYX) ->
 
 
 def synthetic_store(out: Path, *, num_patients: int) -> Path:
-    """Build a labelled store and its split, unless a complete one is there; return its path."""
-    if not _is_there(out, num_patients):
+    """Build a labelled store and its split, unless a complete one exists. Return its path."""
+    if not _is_complete(out, num_patients):
         _build(out, num_patients)
     split = default_split_path(out)
     if not split.is_file():
@@ -58,7 +58,7 @@ def synthetic_store(out: Path, *, num_patients: int) -> Path:
     return out
 
 
-def _is_there(out: Path, num_patients: int) -> bool:
+def _is_complete(out: Path, num_patients: int) -> bool:
     try:
         return len(SliceStore.open(out).series) == num_patients
     except SamgraftError:

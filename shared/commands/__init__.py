@@ -1,1 +1,1 @@
-"""Commands that belong to no stage; light imports only."""
+"""Commands that belong to no stage. Their modules import nothing heavy at the top."""

@@ -1,4 +1,4 @@
-"""``samgraft demo-data``: fetch demo scans and base weights by hash, build the demo stores."""
+"""The command ``samgraft demo-data``."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from samgraft.shared.cli import Command
 log = logging.getLogger(__name__)
 
 EXCLUDED_LINE = (
-    "The unlabelled store leaves out the heads brain1 and brain2: they are the validation and test patients of the "
-    "labelled one."
+    "The unlabelled store leaves out the heads brain1 and brain2, the validation and test patients of the labelled one."
 )
 
 

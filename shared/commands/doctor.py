@@ -1,4 +1,4 @@
-"""``samgraft doctor``: is this machine ready for a run, and if not, what to do."""
+"""The command ``samgraft doctor``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from samgraft.shared.cli import Command
 from samgraft.shared.errors import UsageError
 
 if TYPE_CHECKING:
-    from samgraft.shared.diagnosis import Finding
+    from samgraft.shared.diagnosis import DoctorFinding
 
 MARKS = {"ok": "ok     ", "warning": "warning", "problem": "PROBLEM"}
 
@@ -24,7 +24,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         "--data",
         action="append",
         default=[],
-        help="store, or scans whose headers and names are looked at for people; default: the stores in data/",
+        help="store, or scans whose headers and names are searched for personal data; default: the stores in data/",
     )
     parser.add_argument(
         "--weights", type=Path, action="append", default=[], help="weights file; default: those in data/weights/"
@@ -34,12 +34,13 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _run(arguments: argparse.Namespace) -> int:
     try:
-        # Imported here: `samgraft --help` must not wait for torch; and a broken installation is a finding.
+        # Imported here, because `samgraft --help` must not wait for torch, and a broken installation is a finding.
         importlib.import_module("torchvision")  # fails with a torch that it was not built for
         from samgraft.shared.diagnosis import diagnose, exit_code
     except (ImportError, OSError, RuntimeError) as err:
         raise UsageError(
-            f"the installation is broken: {str(err).splitlines()[0]}", next_command="rm -r .venv && make install"
+            f"the installation is broken ({str(err).splitlines()[0]}). Install it again.",
+            next_command="rm -r .venv && make install",
         ) from err
     findings = diagnose(Path(), data=arguments.data, weights=arguments.weights)
     code = exit_code(findings)
@@ -51,7 +52,7 @@ def _run(arguments: argparse.Namespace) -> int:
     return int(code)
 
 
-def _render(findings: Sequence[Finding]) -> str:
+def _render(findings: Sequence[DoctorFinding]) -> str:
     lines: list[str] = []
     area = ""
     for finding in findings:
@@ -63,11 +64,13 @@ def _render(findings: Sequence[Finding]) -> str:
             lines.append(f"           -> {finding.advice}")
     problems = sum(finding.status.value == "problem" for finding in findings)
     warnings = sum(finding.status.value == "warning" for finding in findings)
-    verdict = f"{problems} problem{'s' * (problems != 1)}" if problems else "ready"
-    lines += ["", verdict + (f", {warnings} warning{'s' * (warnings != 1)}" if warnings else "")]
+    summary = f"{problems} problem{'s' * (problems != 1)}" if problems else "ready"
+    lines += ["", summary + (f", {warnings} warning{'s' * (warnings != 1)}" if warnings else "")]
     return "\n".join(lines) + "\n"
 
 
 COMMAND = Command(
-    help="environment, disk, devices, data, weights: is this machine ready", add_arguments=_add_arguments, run=_run
+    help="check whether this machine is ready for a run (environment, disk, devices, data, weights)",
+    add_arguments=_add_arguments,
+    run=_run,
 )

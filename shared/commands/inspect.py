@@ -1,4 +1,4 @@
-"""``samgraft inspect FILE``: what a weights file is, without running or trusting any of it."""
+"""The command ``samgraft inspect``, which describes a weights file without running any of it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    # Imported here: `samgraft --help` must not wait for torch.
+    # Imported here, because `samgraft --help` must not wait for torch.
     from samgraft.shared.fetch import OFFLINE_VARIABLE
     from samgraft.shared.weights.inspection import describe, extract_tensors
 
@@ -63,5 +63,5 @@ def _render(facts: dict[str, Any]) -> str:
 
 
 COMMAND = Command(
-    help="say what a weights file is: format, architecture, size, keys matched", add_arguments=_add_arguments, run=_run
+    help="describe a weights file (format, architecture, size, keys matched)", add_arguments=_add_arguments, run=_run
 )

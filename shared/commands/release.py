@@ -1,4 +1,4 @@
-"""``samgraft release``: weights that open elsewhere, with card and checksums, checked before they exist."""
+"""The command ``samgraft release``, which writes checked weights with card and checksums."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ log = logging.getLogger(__name__)
 
 FORMATS = ("sam", "transformers", "peft", "onnx", "monai")
 RESULT_OF_STAGE = {"model": "model/task.json", "encoder": "encoder/encoder.safetensors"}
-"""What a finished run of each stage holds; the key is the entry point that releases it."""
+"""File of a finished run, by the entry point that releases it."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments."""
+    """Declare the arguments of the command."""
     parser.add_argument("run", metavar="RUN", type=Path, help="a finished run of stage 1 (encoder) or stage 2 (model)")
     parser.add_argument("--out", type=Path, required=True, help="folder to create")
     parser.add_argument("--license", dest="licence", help="licence of the release, e.g. cc-by-4.0; there is no default")
@@ -36,17 +36,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--known-identifiers",
         type=Path,
-        help="text file, one per line: original ids and names that must not occur in any byte",
+        help="text file with one original id or name per line, none of which may occur in the release",
     )
     parser.add_argument(
         "--continuable",
         action="store_true",
-        help="stage 1: add decoder, teacher and optimizer, so that others can go on; prints a membership audit",
+        help="stage 1: add decoder, teacher and optimizer, so that others can continue; prints a membership audit",
     )
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Carry the command out."""
+    """Run the command."""
     from samgraft.shared.release.request import Released, ReleaseRequest
 
     request = ReleaseRequest(
@@ -75,7 +75,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _releaser(path: Path) -> Any:
-    """Return the stage's own function, by what the run folder holds."""
+    """Return the release function of the stage that the run folder belongs to."""
     if not path.exists():
         raise WeightsError("the run does not exist.", where=path.name, next_command="make finetune CKPT=runs/NAME")
     for stage, result in RESULT_OF_STAGE.items():
@@ -83,9 +83,9 @@ def _releaser(path: Path) -> Any:
             [point] = entry_points(group="samgraft.releases", name=stage)
             return point.load()
     raise WeightsError(
-        f"a finished run must hold {' or '.join(RESULT_OF_STAGE.values())}, and this has neither. Did it finish?",
+        f"a finished run must hold {' or '.join(RESULT_OF_STAGE.values())}, got neither. Finish the run.",
         where=path.name,
-        next_command="the run's own command again goes on with it",
+        next_command="the command that started the run; it resumes",
     )
 
 

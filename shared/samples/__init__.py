@@ -1,1 +1,1 @@
-"""Training samples: patient splits, datasets, samplers, augmentation and framing."""
+"""Training samples, from patient-level splits to batches in the input frame of the encoder."""

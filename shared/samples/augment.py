@@ -1,7 +1,7 @@
-"""Augmentation of slices, for both stages: crop, affine, flips that anatomy allows, and changes of intensity.
+"""Augmentation of slices by crops, affine motion, anatomically valid flips and changes of intensity.
 
-Everything is drawn from the generator of the sample: the same in any worker, after any resume. A part that is switched
-off draws nothing. The label follows geometry by nearest neighbour, so no id can appear that was not there.
+Everything is drawn from the generator of the sample, so it is equal in any worker and after any resume. A part that is
+switched off draws nothing. The label is moved by nearest neighbour, so that no new id can appear.
 
 Shape letters: C = channels (1, or the neighbours of a 2.5D sample), H, W = rows and columns of a slice.
 """
@@ -20,52 +20,55 @@ from samgraft.shared.scans.orientation import Plane, has_mirror_image
 from torch import Tensor
 
 MAX_LOG = 10.0
-"""Factors up to 22,000: beyond, a slice is black, white or gone."""
+"""Largest logarithm of a factor, 22,000. Beyond it a slice is only black or white."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentConfig:
-    """Strengths and probabilities. The stages have defaults of their own; a modality's preset comes on top of them."""
+    """Strengths and probabilities of the augmentation.
+
+    Each stage has its own defaults, and the preset of the modality overrides them.
+    """
 
     min_crop_fraction: float = 1.0
-    """Shortest side of a random crop, as a fraction of the slice's side; 1 takes whole slices."""
+    """Shortest side of a random crop, as a fraction of the slice's side. 1 takes whole slices."""
     affine_probability: float = 1.0
-    """Of rotation, scale, shear and shift together."""
+    """Probability of rotation, scale, shear and shift together."""
     max_rotation_deg: float = 0.0
-    """Uniform in both directions."""
+    """Largest rotation in degrees, uniform in both directions."""
     min_scale: float = 1.0
     """Smallest magnification, log-uniform up to ``max_scale``."""
     max_scale: float = 1.0
     """Largest magnification."""
     max_shear: float = 0.0
-    """Log ratio of the two axes' magnifications."""
+    """Largest logarithm of the ratio of both axes' magnifications."""
     max_shift: float = 0.0
-    """Share of the slice's side, both axes."""
+    """Largest shift along both axes, as a share of the slice's side."""
     flip_columns_probability: float = 0.5
-    """Left-right mirror of axial and coronal slices; 0 where sides differ (chest, abdomen). Sagittal slices, whose
-    columns run from front to back, are never mirrored."""
+    """Probability of a left-right flip of axial and coronal slices. Use 0 where the sides differ (chest, abdomen).
+    Sagittal slices, whose columns run from front to back, are never flipped."""
     flip_rows_probability: float = 0.0
-    """Top-bottom mirror: no patient is upside down, but lesions may be."""
+    """Probability of a top-bottom flip. No patient is upside down, but the appearance of a lesion may be."""
     gamma_probability: float = 1.0
-    """Of a change of contrast."""
+    """Probability of a gamma change."""
     max_log_gamma: float = 0.0
-    """Grey values are raised to exp(uniform(-x, x))."""
+    """Largest logarithm x of the exponent of the grey values, exp(uniform(-x, x))."""
     max_log_contrast: float = 0.0
-    """Grey values are multiplied by exp(uniform(-x, x))."""
+    """Largest logarithm x of the factor of the grey values, exp(uniform(-x, x))."""
     bias_field_probability: float = 0.0
-    """Of a smooth gain, as surface coils (MR) and depth (ultrasound) make."""
+    """Probability of a smooth gain, as it comes from surface coils (MR) and depth (ultrasound)."""
     bias_field: float = 0.3
     """Largest coefficient of the polynomial of degree 3 whose exponential is the gain."""
     blur_probability: float = 0.0
-    """Of a 3x3 mean."""
+    """Probability of a 3x3 mean."""
     low_resolution_probability: float = 0.0
-    """Of down- and upsampling, as old or fast scans have it."""
+    """Probability of down- and upsampling, which imitates the resolution of old or fast scans."""
     min_zoom: float = 0.5
     """Smallest factor of that downsampling."""
     noise_probability: float = 1.0
-    """Of Gaussian noise."""
+    """Probability of Gaussian noise."""
     noise_std: float = 0.0
-    """Largest standard deviation of the noise, uniform from 0; in units of the normalised image."""
+    """Largest standard deviation of the noise, uniform from 0, in units of the normalised image."""
 
     def __post_init__(self) -> None:
         for name in self.__dataclass_fields__:
@@ -74,10 +77,12 @@ class AugmentConfig:
                 raise ValueError(f"augment.{name} must not be negative (probabilities: at most 1), got {value}.")
         for name in ("max_log_gamma", "max_log_contrast", "max_shear"):
             if getattr(self, name) > MAX_LOG:
-                raise ValueError(f"augment.{name} must be at most {MAX_LOG:g}, got {getattr(self, name)}: a logarithm.")
+                raise ValueError(
+                    f"augment.{name} must be at most {MAX_LOG:g}, got {getattr(self, name)}. It is a logarithm."
+                )
         for name in ("min_crop_fraction", "min_zoom"):
             if not 0 < getattr(self, name) <= 1:
-                raise ValueError(f"augment.{name} must lie in (0, 1], got {getattr(self, name)}.")
+                raise ValueError(f"augment.{name} must be in (0, 1], got {getattr(self, name)}.")
         if not 0 < self.min_scale <= self.max_scale:
             raise ValueError(
                 f"scales must satisfy 0 < min_scale <= max_scale, got {self.min_scale} and {self.max_scale} (augment)."
@@ -85,13 +90,13 @@ class AugmentConfig:
 
     @property
     def has_affine(self) -> bool:
-        """Whether slices are moved at all."""
+        """True if slices are moved at all."""
         still = self.max_rotation_deg == self.max_shear == self.max_shift == 0 and self.min_scale == self.max_scale == 1
         return self.affine_probability > 0 and not still
 
 
 class SliceAugmentation:
-    """Callable for :class:`~samgraft.shared.samples.dataset.SliceDataset`; picklable, holds no random state."""
+    """Augmentation of the samples of a ``SliceDataset``. It is picklable and has no random state."""
 
     def __init__(self, config: AugmentConfig) -> None:
         self.config = config
@@ -111,8 +116,8 @@ class SliceAugmentation:
         Args:
             image_CHW: Float in [0, 1].
             label_HW: Label ids, or None.
-            generator: Of this sample; the only source of randomness.
-            plane: Of the slice: it decides which mirror images exist.
+            generator: Generator of this sample, the only source of randomness.
+            plane: Plane of the slice. It decides which flips are anatomically valid.
 
         Returns:
             The image, again in [0, 1] and smaller if it was cropped, and the label with a subset of its ids.
@@ -120,6 +125,7 @@ class SliceAugmentation:
         config = self.config
         if config.min_crop_fraction < 1:
             image_CHW, label_HW = _crop(image_CHW, label_HW, config.min_crop_fraction, generator)
+        # Motion and flips are drawn before either is applied, because they are one resampling.
         moves = config.has_affine and _happens(config.affine_probability, generator)
         motion = _draw_motion(config, generator) if moves else None
         flip_columns = _flips(config.flip_columns_probability, generator) and has_mirror_image(plane)
@@ -151,7 +157,7 @@ class SliceAugmentation:
             image_CHW = image_CHW + noise_std * torch.from_numpy(generator.standard_normal(image_CHW.shape, np.float32))
         return image_CHW.clamp(0, 1).to(torch.float32)
 
-    # MONAI is imported where it is used: it takes seconds, and most runs read slices without these two parts.
+    # MONAI is imported where it is used, because that takes seconds and most runs do not need these two parts.
     @cached_property
     def _bias_field(self) -> Any:
         from monai.transforms.intensity.array import RandBiasField
@@ -173,12 +179,12 @@ class _Motion:
     scale: float
     shear: float
     shift_x: float
-    """In ``affine_grid``'s units: the side of the slice is 2."""
+    """Shift in the units of ``affine_grid``, in which the side of the slice is 2."""
     shift_y: float
 
 
 def _happens(probability: float, generator: np.random.Generator) -> bool:
-    """Certain things draw nothing: adding a probability to a part does not change runs that have it always."""
+    # Probability 1 draws nothing. So runs from before a part had a probability keep their random numbers.
     return probability >= 1 or bool(generator.random() < probability)
 
 
@@ -194,7 +200,7 @@ def _seeded(transform: Any, image_CHW: Tensor, generator: np.random.Generator) -
 def _crop(
     image_CHW: Tensor, label_HW: Tensor | None, min_fraction: float, generator: np.random.Generator
 ) -> tuple[Tensor, Tensor | None]:
-    """Cut a random part at the slice's own resolution; resizing happens later, on the training device."""
+    """Cut a random part at the slice's own resolution. It is resized later, on the training device."""
     height, width = image_CHW.shape[-2:]
     fraction = float(generator.uniform(min_fraction, 1.0))
     rows, columns = max(1, round(height * fraction)), max(1, round(width * fraction))
@@ -215,10 +221,12 @@ def _draw_motion(config: AugmentConfig, generator: np.random.Generator) -> _Moti
 def _move(
     image_CHW: Tensor, label_HW: Tensor | None, motion: _Motion, *, flip_columns: bool, flip_rows: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Resample once; rotation keeps pixels square."""
+    """Resample image and label once."""
     height, width = image_CHW.shape[-2:]
     cosine, sine = math.cos(motion.angle_rad) / motion.scale, math.sin(motion.angle_rad) / motion.scale
     flip_x, flip_y = (-1.0 if flip else 1.0 for flip in (flip_columns, flip_rows))
+    # affine_grid works in units of half a side. The aspect ratio converts rows to columns, so that a rotation stays a
+    # rotation on slices that are not square.
     aspect = height / width
     rows = [
         [flip_x * motion.shear * cosine, -flip_x * motion.shear * sine * aspect, motion.shift_x],
@@ -228,7 +236,7 @@ def _move(
     grid = F.affine_grid(theta_123, [1, 1, height, width], align_corners=False)
     image_CHW = F.grid_sample(image_CHW[None], grid, mode="bilinear", align_corners=False)[0]
     if label_HW is not None:
-        # float32 holds every label id exactly up to 2^24.
+        # float32 represents every label id up to 2^24 exactly.
         moved = F.grid_sample(label_HW[None, None].float(), grid, mode="nearest", align_corners=False)
         label_HW = moved[0, 0].to(label_HW.dtype)
     return image_CHW, label_HW

@@ -21,19 +21,19 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 Augment = Callable[[Tensor, Tensor | None, np.random.Generator, Plane], tuple[Tensor, Tensor | None]]
-"""(image (C, H, W) in [0, 1], label (H, W) or None, generator of this sample, plane) -> image and label, changed."""
+"""Function of image (C, H, W) in [0, 1], label (H, W) or None, generator and plane that returns image and label."""
 
 MAX_NEIGHBOURS = 1
-"""On each side: SAM's encoders take three channels."""
+"""Largest number of neighbours on each side, because SAM's encoders have three input channels."""
 
 
 class SliceSample(TypedDict):
-    """One sample at the slice's own size."""
+    """Sample of one slice at its own size."""
 
     image: Tensor
-    """(C, H, W) float32 in [0, 1]."""
+    """Image (C, H, W), float32 in [0, 1]."""
     label: NotRequired[Tensor]
-    """(H, W) int64 label ids."""
+    """Label ids (H, W), int64."""
     series_index: int
     """Position of the series in ``store.series``."""
     slice_index: int
@@ -42,7 +42,7 @@ class SliceSample(TypedDict):
 
 
 class SliceBatch(TypedDict):
-    """Samples of one batch; sizes may differ between them."""
+    """Samples of one batch. Their sizes may differ."""
 
     images: list[Tensor]
     labels: NotRequired[list[Tensor]]
@@ -50,13 +50,13 @@ class SliceBatch(TypedDict):
     slice_index: Tensor
     sample_counter: Tensor
     planes: list[Plane]
-    """Of the slices: they decide which mirror images exist."""
+    """Planes of the slices. They decide which flips are anatomically valid."""
 
 
 class SliceDataset(Dataset[SliceSample]):
-    """Slices normalised by the statistics of their volume; augmentation seeded by the sample counter.
+    """Dataset of slices that are normalised by the statistics of their volume.
 
-    Items are asked for as ``(index, sample_counter)``, see ``StepBatchSampler``.
+    An item is requested as ``(index, sample_counter)``, see ``StepBatchSampler``. The counter seeds the augmentation.
     """
 
     def __init__(
@@ -70,16 +70,17 @@ class SliceDataset(Dataset[SliceSample]):
         with_label: bool = False,
         num_neighbours: int = 0,
     ) -> None:
-        """Keep the list; nothing is read.
+        """Keep the list of slices without reading any.
 
         Args:
             store: The store.
-            slices: What index i means.
+            slices: Slices by index.
             intensity: None takes the store's preset.
-            augment: Applied to every sample; None for evaluation.
-            seed: Of the run; with the sample counter it decides the augmentation.
-            with_label: Give the label too. A series without label is an error.
-            num_neighbours: Slices on each side that become extra channels (2.5D); the volume's edge is repeated.
+            augment: Augmentation of every sample. None for evaluation.
+            seed: Seed of the run. With the sample counter it decides the augmentation.
+            with_label: Read the label too. A series without label is an error.
+            num_neighbours: Slices on each side that become extra channels (2.5D). At the ends of the volume the last
+                slice is repeated.
 
         Raises:
             ValueError: If the channels would not fit an encoder.
@@ -95,7 +96,7 @@ class SliceDataset(Dataset[SliceSample]):
         self._series_index = {record.series_id: i for i, record in enumerate(store.series)}
 
     def without_augmentation(self) -> SliceDataset:
-        """Return the same slices as they are."""
+        """Return a dataset of the same slices without augmentation."""
         return SliceDataset(
             self.store,
             self.slices,
@@ -144,7 +145,10 @@ class SliceDataset(Dataset[SliceSample]):
 
 
 def neighbour_slices(slice_index: int, *, num_slices: int, num_neighbours: int) -> list[int]:
-    """Return the slices whose values become the channels of one 2.5D sample; the volume's edge is repeated."""
+    """Return the indices of the slices that become the channels of one 2.5D sample.
+
+    At the ends of the volume the last slice is repeated.
+    """
     offsets = range(-num_neighbours, num_neighbours + 1)
     return [min(max(slice_index + offset, 0), num_slices - 1) for offset in offsets]
 
@@ -156,20 +160,20 @@ def centre_channel(images_NCSS: Tensor) -> Tensor:
 
 
 def check_neighbours(num_neighbours: int) -> None:
-    """Refuse a number of neighbours for which the encoder has no channels.
+    """Check that the encoder has channels for the neighbours.
 
     Raises:
         ValueError: If it is negative or above ``MAX_NEIGHBOURS``.
     """
     if not 0 <= num_neighbours <= MAX_NEIGHBOURS:
         raise ValueError(
-            f"data.num_neighbours must lie in 0..{MAX_NEIGHBOURS}, got {num_neighbours}: SAM's encoders take three "
+            f"data.num_neighbours must be in 0..{MAX_NEIGHBOURS}, got {num_neighbours}. SAM's encoders take three "
             "channels, the slice and one neighbour on each side."
         )
 
 
 def collate_slices(samples: Sequence[SliceSample]) -> SliceBatch:
-    """Put samples of any sizes into one batch without resizing: that is done on the training device."""
+    """Put samples of any sizes into one batch. They are resized later, on the training device."""
     batch: SliceBatch = {
         "images": [sample["image"] for sample in samples],
         "series_index": torch.tensor([sample["series_index"] for sample in samples]),

@@ -1,4 +1,4 @@
-"""The input frame: a slice of any size in the encoder's square, and logits back on the slice's own pixels.
+"""Input frame, which places a slice of any size in the encoder's square and maps logits back.
 
 Shape letters: N = slices, C = classes, H, W = rows and columns of a slice, S = side of the encoder's input.
 """
@@ -14,11 +14,11 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class InputFrame:
-    """Where the pixels of a slice lie in the encoder's input; content begins top left, as in SAM."""
+    """Placement of a slice in the encoder's input. The content starts at the top left, as in SAM."""
 
     native_hw: tuple[int, int]
     content_hw: tuple[int, int]
-    """Rows and columns of the input that hold the slice; the rest is padding."""
+    """Rows and columns of the input that hold the slice. The rest is padding."""
     image_size: int
     """Side of the square input in pixels."""
 
@@ -30,13 +30,15 @@ def fit_frame(
     keep_aspect: bool,
     spacing_rc: tuple[float, float] | None = None,
 ) -> InputFrame:
-    """Decide how a slice fills the encoder's input.
+    """Compute the placement of a slice in the encoder's input.
 
     Args:
         native_hw: Rows and columns of the slice.
         image_size: Side of the input, pixels.
-        keep_aspect: Scale both axes alike and pad right and bottom (SAM's way); otherwise squash to the square.
-        spacing_rc: Distance of rows and of columns in mm; with it the aspect is the patient's, not the pixels'.
+        keep_aspect: Scale both axes by one factor and pad right and bottom, as SAM does. Otherwise stretch to the
+            square.
+        spacing_rc: Distance of rows and of columns in mm. With it the aspect ratio is that of the body, not of the
+            pixel grid.
     """
     if min(native_hw) < 1 or image_size < 1:
         raise ValueError(f"sizes must be positive, got native_hw {native_hw} and image_size {image_size}.")
@@ -52,27 +54,25 @@ def fit_frame(
 
 
 def image_to_frame(image_NCHW: Tensor, frame: InputFrame) -> Tensor:
-    """Resize float images (N, C, H, W) into the frame: bilinear with antialiasing, padding 0. Returns (N, C, S, S)."""
-    _expect(image_NCHW, frame)
+    """Resize float images (N, C, H, W) into the frame (N, C, S, S), bilinearly with antialiasing and padding 0."""
+    _check_size(image_NCHW, frame)
     if frame.content_hw != frame.native_hw:
         image_NCHW = F.interpolate(image_NCHW, size=frame.content_hw, mode="bilinear", antialias=True)
     return _pad(image_NCHW, frame)
 
 
 def label_to_frame(label_NHW: Tensor, frame: InputFrame) -> Tensor:
-    """Resize label ids (N, H, W) into the frame by nearest neighbour, padding 0: no new id can appear.
-
-    Pixel centres are sampled (``nearest-exact``); torch's ``nearest`` shifts by half a pixel against the image.
-    """
-    _expect(label_NHW[:, None], frame)
+    """Resize label ids (N, H, W) into the frame by nearest neighbour with padding 0, so that no new id can appear."""
+    _check_size(label_NHW[:, None], frame)
+    # nearest-exact samples pixel centres. torch's "nearest" would shift the label by half a pixel against the image.
     resized = F.interpolate(label_NHW[:, None].to(torch.float32), size=frame.content_hw, mode="nearest-exact")
     return _pad(resized, frame)[:, 0].to(label_NHW.dtype)
 
 
 def logits_to_native(logits_NCSS: Tensor, frame: InputFrame) -> Tensor:
-    """Take logits back to the slice's own pixels: crop the padding, resize bilinearly. Returns (N, C, H, W).
+    """Map logits (N, C, S, S) to the slice's own pixels (N, C, H, W), without the padding.
 
-    Logits may come at another side than ``image_size`` (SAM's decoder gives a quarter); content scales with it.
+    Logits may have another side than ``image_size``: SAM's decoder returns a quarter. They are enlarged first.
     """
     side = logits_NCSS.shape[-1]
     if logits_NCSS.ndim != 4 or logits_NCSS.shape[-2] != side:
@@ -92,6 +92,6 @@ def _pad(image_NCHW: Tensor, frame: InputFrame) -> Tensor:
     return F.pad(image_NCHW, (0, frame.image_size - width, 0, frame.image_size - height))
 
 
-def _expect(image_NCHW: Tensor, frame: InputFrame) -> None:
+def _check_size(image_NCHW: Tensor, frame: InputFrame) -> None:
     if image_NCHW.ndim != 4 or tuple(image_NCHW.shape[-2:]) != frame.native_hw:
         raise ValueError(f"the slice must have {frame.native_hw} pixels, got shape {tuple(image_NCHW.shape)}.")

@@ -1,4 +1,7 @@
-"""Order of samples: a pure function of seed, step, rank and world size, so that a resumed run sees the same slices."""
+"""Order of the samples of a run.
+
+It is a function of seed, step, rank and world size only, so that a resumed run sees the same slices.
+"""
 
 from __future__ import annotations
 
@@ -8,34 +11,35 @@ import numpy as np
 from torch.utils.data import Sampler
 
 MAX_SEED = 2**32 - 1
-"""NumPy's and torch's generators both take it, also as a part of other seeds."""
+"""Largest seed that the generators of NumPy and torch accept, also as a part of other seeds."""
 
 
 def check_seed(seed: int) -> None:
-    """Check that every generator takes the seed.
+    """Check that every generator accepts the seed.
 
     Raises:
         ValueError: If it is negative or too large.
     """
     if not 0 <= seed <= MAX_SEED:
-        raise ValueError(f"seed must lie in 0..{MAX_SEED}, got {seed}.")
+        raise ValueError(f"seed must be in 0..{MAX_SEED}, got {seed}.")
 
 
 class StepBatchSampler(Sampler[list[tuple[int, int]]]):
-    """Batches of ``(index, sample_counter)`` from a given micro-step on.
+    """Sampler of batches of ``(index, sample_counter)``, starting at any micro-step.
 
-    Samples stand in one endless line: a permutation of all indices per epoch, drawn from (seed, epoch), one after the
-    other. Micro-step ``m`` takes ``batch_size * world_size`` of them; rank ``r`` gets every ``world_size``-th. The tail
-    of an epoch that does not fill a global batch is dropped, alike on all ranks. ``sample_counter`` is the position in
-    the line: it seeds augmentation and masks, so nothing random depends on workers or on where a run was interrupted.
+    All samples of a run form one endless sequence, which joins a permutation of all indices per epoch, drawn from
+    (seed, epoch). Micro-step ``m`` takes ``batch_size * world_size`` samples, and rank ``r`` gets every
+    ``world_size``-th of them. All ranks drop the end of an epoch that does not fill a global batch. ``sample_counter``
+    is the position in the sequence. It seeds augmentation and masks, so nothing random depends on the number of
+    workers or on where a run was interrupted.
 
     Args:
         num_samples: Length of the dataset.
         batch_size: Samples per rank and micro-step.
-        seed: Of the run.
-        start_micro_step: First micro-step to yield: 0, or where a run was interrupted.
-        num_micro_steps: How many to yield; the iterator ends after them.
-        rank: Of this process.
+        seed: Seed of the run.
+        start_micro_step: First micro-step to yield, 0 or the one at which a run was interrupted.
+        num_micro_steps: Number of micro-steps to yield.
+        rank: Rank of this process.
         world_size: Number of processes.
 
     Raises:
@@ -82,16 +86,19 @@ class StepBatchSampler(Sampler[list[tuple[int, int]]]):
             epoch, batch = divmod(micro_step, self.batches_per_epoch)
             if epoch != epoch_of_order:
                 epoch_of_order, order = epoch, epoch_order(self.num_samples, seed=self.seed, epoch=epoch)
+            # The permutation is indexed within the epoch. The counter is not: it must be new in every epoch, or each
+            # epoch would repeat the augmentation of the one before.
             places = batch * global_batch + self.rank + self.world_size * np.arange(self.batch_size)
             counters = micro_step * global_batch + self.rank + self.world_size * np.arange(self.batch_size)
             yield [(int(order[place]), int(counter)) for place, counter in zip(places, counters, strict=True)]
 
 
 def epoch_order(num_samples: int, *, seed: int, epoch: int) -> np.ndarray:
-    """Return the permutation of one epoch."""
+    """Return the permutation of the samples in one epoch."""
+    # The middle number keeps this stream apart from those of samples (1), splits (2) and few-shot draws (3).
     return np.random.default_rng([seed, 0, epoch]).permutation(num_samples)
 
 
 def sample_generator(seed: int, sample_counter: int) -> np.random.Generator:
-    """Return the generator of one sample: the same in any worker, on any rank, after any resume."""
+    """Return the random generator of one sample, equal in any worker, on any rank and after any resume."""
     return np.random.default_rng([seed, 1, sample_counter])

@@ -1,4 +1,4 @@
-"""Lists of slices to train on: selection by patient, plane and content, and few-shot subsets of a split."""
+"""Selection of slices to train on, and few-shot subsets of a split."""
 
 from __future__ import annotations
 

@@ -121,7 +121,7 @@ def refuse_empty_parts(split: Split, fractions: Sequence[float], *, where: str) 
 
 
 def group_patients(store: SliceStore, *, by_site: bool = False) -> list[tuple[str, ...]]:
-    """Group patients that must stay in one part: those that share voxels, and on request those of one site."""
+    """Group patients that share voxels, and on request those of one site, which must stay in one part."""
     # Disjoint sets: every patient points towards the representative of its group.
     parent = {patient: patient for patient in store.patient_ids}
 
@@ -277,7 +277,7 @@ def refuse_leak(pretrain_manifest: Mapping[str, Any], split: Split, store: Slice
 
 
 def pretrain_manifest(store: SliceStore, patient_ids: Iterable[str]) -> dict[str, Any]:
-    """Return the pretraining set for a card: the store's fingerprint, hashed ids and content hashes."""
+    """Return fingerprint, hashed ids and content hashes of the pretraining set, for a card."""
     patients = set(patient_ids)
     return {
         "fingerprint": store.fingerprint,

@@ -1,4 +1,4 @@
-"""What a store holds, for people and as JSON."""
+"""Description of a store, as a table for people and as plain values for programs."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
-from samgraft.shared.samples.split import load_split_beside
-from samgraft.shared.store.build_report import spacing_ranges
+from samgraft.shared.samples.split import PARTS, load_split_beside
+from samgraft.shared.store.build_report import add_spacing_rows, spacing_ranges
 from samgraft.shared.store.store import SliceStore
 
 
@@ -35,7 +35,7 @@ def describe_store(store: SliceStore) -> dict[str, Any]:
             str(label): {"name": name, "voxels": sum(r.label_voxels.get(label, 0) for r in records)}
             for label, name in sorted(store.label_names.items())
         },
-        "split": None if split is None else {name: len(split.part(name)) for name in ("train", "val", "test")},
+        "split": None if split is None else {name: len(split.part(name)) for name in PARTS},
     }
 
 
@@ -51,11 +51,10 @@ def print_description(values: dict[str, Any], console: Console) -> None:
     )
     table.add_row("planes", ", ".join(f"{n} {p}" for p, n in values["planes"].items()))
     table.add_row("slices", ", ".join(f"{n} series of {s} px" for s, n in values["sizes_hw"].items()))
-    for axis, (low, high) in values["spacing_mm"].items():
-        table.add_row(f"{axis} mm", f"{low:g}" if low == high else f"{low:g} to {high:g}")
+    add_spacing_rows(table, values["spacing_mm"])
     table.add_row("intensity", f"{values['intensity']['name']} ({values['intensity']['kind']})")
     for label, entry in values["labels"].items():
         table.add_row(f"label {label}", f"{entry['name']}, {entry['voxels']:,} voxels")
     split = values["split"]
-    table.add_row("split", "none beside it" if split is None else ", ".join(f"{k} {v}" for k, v in split.items()))
+    table.add_row("split", "none" if split is None else ", ".join(f"{k} {v}" for k, v in split.items()))
     console.print(table, markup=False)

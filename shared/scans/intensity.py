@@ -29,6 +29,11 @@ AIR_HU = -500.0
 MAX_SAMPLES = 2_000_000
 """Number of voxels above which percentiles use every n-th voxel. The error is under 0.1 percentile."""
 
+MIN_FILL_SHARE = 0.001
+"""Smallest share of the voxels that a fill value has. Single defect pixels are not one."""
+FILL_DISTANCE = 4.0
+"""Smallest distance of a fill value from all other values, in multiples of their range."""
+
 
 class IntensityKind(Enum):
     """Rule by which native values become [0, 1]."""
@@ -117,21 +122,43 @@ class IntensityStats:
         return cls(**{**values, "percentiles": tuple(float(v) for v in values["percentiles"])})
 
 
+def find_fill_values(array_zyx: Array) -> tuple[float, ...]:
+    """Find extreme values that mark voxels without a measurement, as -32768 or 65535 outside the field of view.
+
+    Such a value is far from all others and frequent. Air of skull-stripped scans is much nearer to the tissue.
+    """
+    fill: list[float] = []
+    rest_zyx = np.ones(array_zyx.shape, dtype=bool)
+    for pick in (np.min, np.max):
+        value = pick(array_zyx)
+        others_zyx = rest_zyx & (array_zyx != value)
+        if np.count_nonzero(rest_zyx & ~others_zyx) < MIN_FILL_SHARE * array_zyx.size or not others_zyx.any():
+            continue
+        others = array_zyx[others_zyx]
+        low, high = float(others.min()), float(others.max())
+        if high > low and max(low - float(value), float(value) - high) > FILL_DISTANCE * (high - low):
+            fill.append(float(value))
+            rest_zyx = others_zyx
+    return tuple(fill)
+
+
 def measure_intensity(array_zyx: Array, *, modality: Modality) -> IntensityStats:
-    """Measure the intensities of a volume, once when its store is built.
+    """Measure the intensities of a volume, once when its store is built. Fill values are left out.
 
     Raises:
         DataError: If a voxel is not finite.
     """
+    if not (np.isfinite(array_zyx.min()) and np.isfinite(array_zyx.max())):
+        num_bad = int((~np.isfinite(array_zyx)).sum())
+        raise DataError(f"voxels must be finite, got {num_bad} of {array_zyx.size} that are not.")
+    if fill := find_fill_values(array_zyx):
+        array_zyx = array_zyx[~np.isin(array_zyx, fill)]
     # An odd stride visits all columns; a stride of 256 would only visit the left edge of slices 256 pixels wide.
     stride = (array_zyx.size // MAX_SAMPLES) | 1
     sample = array_zyx.reshape(-1)[::stride]
     if sample.dtype.kind == "f":  # integers are sorted several times faster without conversion
         sample = sample.astype(np.float64)
     low, high = float(array_zyx.min()), float(array_zyx.max())
-    if not (np.isfinite(low) and np.isfinite(high)):
-        num_bad = int((~np.isfinite(array_zyx)).sum())
-        raise DataError(f"voxels must be finite, got {num_bad} of {array_zyx.size} that are not.")
     air = air_threshold(sample, modality=modality)
     tissue = sample[sample > air]
     if tissue.size == 0:  # a constant volume: statistics of all voxels
@@ -158,9 +185,10 @@ def air_threshold(sample: Array, *, modality: Modality) -> float:
     return float(dark + AIR_FRACTION * (bright - dark))
 
 
-def foreground_fractions(array_zyx: Array, *, air: float) -> npt.NDArray[np.float64]:
-    """Return the share of non-air pixels of every slice, shape (Z,)."""
-    return np.array([np.count_nonzero(slice_HW > air) / slice_HW.size for slice_HW in array_zyx])
+def foreground_fractions(array_zyx: Array, stats: IntensityStats) -> npt.NDArray[np.float64]:
+    """Return the share of non-air pixels of every slice, shape (Z,). Fill values above the maximum do not count."""
+    air, top = stats.air_threshold, stats.maximum
+    return np.array([np.count_nonzero((slice_HW > air) & (slice_HW <= top)) / slice_HW.size for slice_HW in array_zyx])
 
 
 def intensity_range(stats: IntensityStats, preset: IntensityPreset) -> tuple[float, float]:

@@ -1,1 +1,1 @@
-"""The slice store: checked volumes written as zarr, and slices read from it."""
+"""Slice store, which holds checked volumes as zarr and is read slice by slice."""

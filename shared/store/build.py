@@ -1,4 +1,7 @@
-"""Building a store: every case is read, checked, cut into slices and written; in parallel, resumable, atomic."""
+"""Building of a store from cases, which are read, checked, cut into slices and written in parallel.
+
+A build can be interrupted at any time. The same command continues with the series that are missing.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,7 +26,7 @@ from samgraft.shared.errors import DataError, SamgraftError, StorageError, Usage
 from samgraft.shared.machine import exit_with_parent
 from samgraft.shared.scans.case import LabelGridError, SourceCase
 from samgraft.shared.scans.intensity import IntensityPreset
-from samgraft.shared.store.examine import BuildSettings, Finding, examine_case, series_id_of
+from samgraft.shared.store.examine import BuildSettings, CaseResult, Examined, examine_case, series_id_of
 from samgraft.shared.store.series import SeriesRecord
 from samgraft.shared.store.store import COMPLETE, SCHEMA, SERIES, SliceStore
 from samgraft.shared.store.write import PARTIAL, finish_store, read_record, start_store, write_series
@@ -30,43 +34,56 @@ from samgraft.shared.store.write import PARTIAL, finish_store, read_record, star
 log = logging.getLogger(__name__)
 
 LAYOUT_VERSION = 1
-"""Part of every build key: raise it when the same source would give other bytes."""
+"""Part of every build key. Raise it when the same source would give other bytes."""
+MAX_LISTED = 8
+
+Work = Callable[[SourceCase], CaseResult]
+OnProgress = Callable[[int, int], None]
+"""Function of the number of finished cases and of all cases."""
 
 
 @dataclass(kw_only=True)
 class BuildReport:
-    """What happened to every case."""
+    """Results of all cases of a build."""
 
     path: Path
-    findings: list[Finding] = field(default_factory=list)
+    results: list[CaseResult] = field(default_factory=list)
     already_complete: bool = False
 
     @property
     def records(self) -> list[SeriesRecord]:
         """Records of the cases that passed."""
-        return [finding.record for finding in self.findings if finding.record is not None]
+        return [result.record for result in self.results if result.record is not None]
 
     @property
     def num_kept(self) -> int:
-        """Series of an earlier, interrupted build that were used again."""
-        return sum(finding.kept for finding in self.findings)
+        """Number of series of an earlier, interrupted build that were used again."""
+        return sum(result.kept for result in self.results)
 
     @property
     def refused(self) -> dict[str, str]:
-        """Case name -> reason."""
-        return {finding.name: finding.refused for finding in self.findings if finding.refused is not None}
+        """Reasons of the refused cases, by case name."""
+        return {result.name: result.refused for result in self.results if result.refused is not None}
 
     @property
     def num_slices(self) -> int:
-        """Slices of all main stacks."""
+        """Number of slices of all main stacks."""
         return sum(record.shape_zyx[0] for record in self.records)
 
 
 class CasesRefused(DataError):
-    """Some cases are refused; ``report`` says which and why."""
+    """Refusal of a build because of some of its cases, with the report."""
 
-    def __init__(self, report: BuildReport, what: str, *, where: str, kept: str, next_command: str) -> None:
-        super().__init__(what, where=where, kept=kept, next_command=next_command)
+    def __init__(self, report: BuildReport, where: str) -> None:
+        lines = [f"{name}: {reason}" for name, reason in sorted(report.refused.items())]
+        if len(lines) > MAX_LISTED:
+            lines = [*lines[:MAX_LISTED], f"... and {len(lines) - MAX_LISTED} more"]
+        super().__init__(
+            f"{len(report.refused)} of {len(report.results)} cases are refused:\n    " + "\n    ".join(lines),
+            where=where,
+            kept=f"{len(report.records)} finished series; the store is marked incomplete",
+            next_command="repair them and run the same command again, or add --skip-refused",
+        )
         self.report = report
 
 
@@ -81,62 +98,53 @@ def build_store(
     skip_refused: bool = False,
     overwrite: bool = False,
     overlays: Path | None = None,
-    on_progress: Callable[[int, int], None] | None = None,
+    on_progress: OnProgress | None = None,
 ) -> BuildReport:
     """Build a store, or continue one that was interrupted.
 
     Args:
-        cases: What to put in.
-        out: The store's folder, ``NAME.zarr``.
-        settings: Modality, salt, planes.
-        label_names: Names of the label ids, without 0; None names them after the ids that are found. An id that has no
+        cases: Scans and labels for the store.
+        out: Folder of the store, ``NAME.zarr``.
+        settings: Modality, salt and planes.
+        label_names: Names of the label ids, without 0. None names them after the ids that are found. An id without a
             name is refused.
-        intensity: How slices of this store are normalised unless a run says otherwise.
-        num_workers: Processes; 1 works in this one.
-        skip_refused: Leave refused cases out and count them; otherwise nothing is finished when one is refused.
+        intensity: Normalisation of the slices of this store, unless a run sets another one.
+        num_workers: Number of processes. 1 works in this process.
+        skip_refused: Leave refused cases out and count them. Otherwise one refused case leaves the store incomplete.
         overwrite: Replace a complete store with other content.
-        overlays: Folder for a picture of every label that lies on another grid; None draws none.
-        on_progress: Called with finished and all cases.
+        overlays: Folder for a picture of every label that is on another grid. None draws none.
+        on_progress: Called after every case.
 
     Returns:
-        The report. Building again what is complete returns at once.
+        The report. Building a complete store again returns at once.
 
     Raises:
         UsageError: If ``out`` holds something else.
-        CasesRefused: If cases are refused; all of them in one message.
-        DataError: If no case is left.
-        StorageError: If the disk is full or not writable; finished series stay.
+        CasesRefused: If cases are refused, with all of them in one message, or no case is left.
+        StorageError: If the disk is full or not writable. Finished series are kept.
     """
-    if not cases:
-        raise DataError("a store needs at least one case, found 0 usable scans.", where=out.name)
-    _check_case_names(cases)
+    _check_case_names(cases, out)
     settings = _with_label_ids(settings, label_names)
+    head = _manifest_head(settings, label_names, intensity)
     keys = {case.name: _build_key(case, settings) for case in cases}
-    manifest_extra = _manifest_head(settings, label_names, intensity)
     report = BuildReport(path=out)
-    ids = {series_id_of(case, settings): keys[case.name] for case in cases}
     try:
-        with _only_builder(out):
-            if _is_complete(out, ids, manifest_extra, report, overwrite=overwrite):
+        with _lock_store(out):
+            report.results, todo = _find_finished(cases, keys, out, settings)
+            if _is_complete(report, todo, out, head, settings, skip_refused=skip_refused, overwrite=overwrite):
                 return report
-            _prepare(out, settings)
+            _prepare_folder(out, settings)
+            if report.num_kept:
+                log.info("resuming: %d of %d series are finished already", report.num_kept, len(cases))
             work = partial(_examine_and_write, out=out, settings=settings, keys=keys, overlays=overlays)
-            _collect(cases, keys, out, settings, report, work, num_workers=num_workers, on_progress=on_progress)
-            _judge(report, out, skip_refused=skip_refused)
-            _remove_strangers(out, report)
-            names = manifest_extra["label_names"] or {str(k): f"label {k}" for k in _found_ids(report.records)}
-            finish_store(
-                out, {**manifest_extra, "label_names": names, "series": [r.to_dict() for r in _sorted(report.records)]}
-            )
+            _collect(report, todo, work, num_workers=num_workers, on_progress=on_progress)
+            if report.refused and not (skip_refused and report.records):
+                raise CasesRefused(report, out.name)
+            _finish(out, head, report)
     except OSError as err:
         if isinstance(err, SamgraftError):
             raise
-        raise StorageError(
-            f"the store cannot be written: {err.strerror or err}.",
-            where=out.name,
-            kept=f"{len(report.records)} finished series; the store is marked incomplete and training refuses it",
-            next_command="free space or fix the permission, then run the same command again",
-        ) from err
+        raise _storage_error(err, out, report) from err
     return report
 
 
@@ -147,52 +155,97 @@ def examine_cases(
     label_names: Mapping[int, str] | None = None,
     num_workers: int = 1,
     overlays: Path | None = None,
-    on_progress: Callable[[int, int], None] | None = None,
+    on_progress: OnProgress | None = None,
 ) -> BuildReport:
-    """Read and check every case and write nothing but pictures in ``overlays``: the dry run of a build."""
-    _check_case_names(cases)
-    settings = _with_label_ids(settings, label_names)
+    """Read and check every case as a build does, but write nothing except pictures in ``overlays``."""
+    _check_case_names(cases, Path())
     report = BuildReport(path=Path())
-    work = partial(_examine_only, settings=settings, overlays=overlays)
-    for finding in _results(cases, work, num_workers=num_workers):
-        report.findings.append(finding)
-        if on_progress is not None:
-            on_progress(len(report.findings), len(cases))
+    work = partial(_examine_only, settings=_with_label_ids(settings, label_names), overlays=overlays)
+    _collect(report, cases, work, num_workers=num_workers, on_progress=on_progress)
     return report
 
 
-def _collect(
-    cases: Sequence[SourceCase],
-    keys: Mapping[str, str],
-    out: Path,
-    settings: BuildSettings,
-    report: BuildReport,
-    work: Callable[[SourceCase], Finding],
-    *,
-    num_workers: int,
-    on_progress: Callable[[int, int], None] | None,
-) -> None:
-    todo = []
+def _manifest_head(
+    settings: BuildSettings, label_names: Mapping[int, str] | None, intensity: IntensityPreset
+) -> dict[str, Any]:
+    return {
+        "schema": SCHEMA,
+        "modality": settings.modality.value,
+        "label_names": None if label_names is None else {str(k): v for k, v in sorted(label_names.items())},
+        "intensity": intensity.to_dict(),
+    }
+
+
+def _finish(out: Path, head: Mapping[str, Any], report: BuildReport) -> None:
+    """Remove the series of earlier builds, then write the table and the completion mark."""
+    records = sorted(report.records, key=lambda record: record.series_id)
+    wanted = {record.series_id for record in records}
+    for folder in (out / SERIES).iterdir():
+        if folder.is_dir() and folder.name not in wanted:
+            shutil.rmtree(folder)
+    ids = sorted({label for record in records for label in record.label_voxels})
+    names = head["label_names"] or {str(label): f"label {label}" for label in ids}
+    finish_store(out, {**head, "label_names": names, "series": [record.to_dict() for record in records]})
+
+
+def _storage_error(err: OSError, out: Path, report: BuildReport) -> StorageError:
+    return StorageError(
+        f"the store cannot be written: {err.strerror or err}.",
+        where=out.name,
+        kept=f"{len(report.records)} finished series; the store is marked incomplete and training refuses it",
+        next_command="free space or fix the permission, then run the same command again",
+    )
+
+
+def _find_finished(
+    cases: Sequence[SourceCase], keys: Mapping[str, str], out: Path, settings: BuildSettings
+) -> tuple[list[CaseResult], list[SourceCase]]:
+    """Return results of the cases whose series were finished by an earlier build, and the other cases."""
+    results, todo = [], []
     for case in cases:
         kept = read_record(out / SERIES / series_id_of(case, settings), build_key=keys[case.name])
-        if kept is not None:
-            report.findings.append(Finding(name=case.name, record=kept[0], privacy=kept[1], kept=True))
-        else:
+        if kept is None:
             todo.append(case)
-    if report.num_kept:
-        log.info("continuing: %d of %d series are already there", report.num_kept, len(cases))
-    for finding in _results(todo, work, num_workers=num_workers):
-        report.findings.append(finding)
+        else:
+            results.append(CaseResult(name=case.name, record=kept[0], privacy=kept[1], kept=True))
+    return results, todo
+
+
+def _collect(
+    report: BuildReport,
+    todo: Sequence[SourceCase],
+    work: Work,
+    *,
+    num_workers: int,
+    on_progress: OnProgress | None,
+) -> None:
+    num_cases = len(report.results) + len(todo)
+    for result in _run_cases(todo, work, num_workers=num_workers):
+        report.results.append(result)
         if on_progress is not None:
-            on_progress(len(report.findings), len(cases))
+            on_progress(len(report.results), num_cases)
 
 
-def _results(
-    todo: Sequence[SourceCase], work: Callable[[SourceCase], Finding], *, num_workers: int
-) -> Iterator[Finding]:
+def _run_cases(todo: Sequence[SourceCase], work: Work, *, num_workers: int) -> Iterator[CaseResult]:
     if num_workers <= 1 or len(todo) <= 1:
         yield from map(work, todo)
         return
+    unfinished = {case.name: case for case in todo}
+    try:
+        for result in _run_in_pool(todo, work, num_workers=num_workers):
+            del unfinished[result.name]
+            yield result
+    except BrokenProcessPool:
+        # A worker was killed, which ends the whole pool and does not show by which case. So every case that is left
+        # gets a pool of its own, and only the one that kills it again is refused.
+        for case in unfinished.values():
+            try:
+                yield from _run_in_pool([case], work, num_workers=1)
+            except BrokenProcessPool:
+                yield CaseResult(name=case.name, refused="the process that read it was killed (out of memory?)")
+
+
+def _run_in_pool(todo: Sequence[SourceCase], work: Work, *, num_workers: int) -> Iterator[CaseResult]:
     # Spawned, not forked: codecs run threads, and a forked thread pool deadlocks.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(num_workers, len(todo)), mp_context=context, initializer=exit_with_parent) as pool:
@@ -204,52 +257,62 @@ def _results(
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _examine_only(case: SourceCase, *, settings: BuildSettings, overlays: Path | None) -> Finding:
-    try:
-        examined = examine_case(case, settings)
-    except DataError as err:
-        return Finding(name=case.name, refused=_reason(err, case, settings, overlays))
-    return Finding(name=case.name, record=examined.record, privacy=examined.privacy)
+def _examine_only(case: SourceCase, *, settings: BuildSettings, overlays: Path | None) -> CaseResult:
+    examined = _examine_or_refuse(case, settings, overlays)
+    if isinstance(examined, CaseResult):
+        return examined
+    return CaseResult(name=case.name, record=examined.record, privacy=examined.privacy)
 
 
 def _examine_and_write(
     case: SourceCase, *, out: Path, settings: BuildSettings, keys: Mapping[str, str], overlays: Path | None
-) -> Finding:
+) -> CaseResult:
+    examined = _examine_or_refuse(case, settings, overlays)
+    if isinstance(examined, CaseResult):
+        return examined
+    key, privacy = keys[case.name], examined.privacy
+    record = write_series(out, examined.record, examined.images, examined.labels, build_key=key, privacy=privacy)
+    return CaseResult(name=case.name, record=record, privacy=privacy)
+
+
+def _examine_or_refuse(case: SourceCase, settings: BuildSettings, overlays: Path | None) -> Examined | CaseResult:
+    """Examine one case. A failure of any kind refuses this case and leaves the others alone."""
     try:
-        examined = examine_case(case, settings)
-    except DataError as err:
-        return Finding(name=case.name, refused=_reason(err, case, settings, overlays))
-    record = write_series(
-        out,
-        examined.record,
-        examined.images,
-        examined.labels,
-        build_key=keys[case.name],
-        privacy=examined.privacy,
-    )
-    return Finding(name=case.name, record=record, privacy=examined.privacy)
+        return examine_case(case, settings)
+    except StorageError:
+        raise  # the drive does not respond, so every other case would be refused as well
+    except SamgraftError as err:
+        reason = err.what + (f" [{err.where}]" if err.where and err.where not in (case.name, case.scan.name) else "")
+        if isinstance(err, LabelGridError):
+            reason += f" {_draw_overlay(err, case, settings, overlays)}"
+    except OSError as err:
+        reason = f"a file of the case cannot be read: {err.strerror or err}."
+    except MemoryError:
+        reason = "the scan does not fit into memory."
+    except Exception as err:  # readers meet damage in forms that their authors did not foresee
+        log.debug("%s: unexpected error", case.name, exc_info=True)
+        first_line = str(err).strip().split("\n")[0]
+        reason = f"reading it failed unexpectedly ({type(err).__name__}: {first_line}). Is a file damaged?"
+    return CaseResult(name=case.name, refused=reason)
 
 
-def _reason(err: DataError, case: SourceCase, settings: BuildSettings, overlays: Path | None) -> str:
-    text = err.what + (f" [{err.where}]" if err.where and err.where not in (case.name, case.scan.name) else "")
-    if not isinstance(err, LabelGridError):
-        return text
+def _draw_overlay(err: LabelGridError, case: SourceCase, settings: BuildSettings, overlays: Path | None) -> str:
     if overlays is None:
-        return f"{text} --overlays FOLDER draws it."
+        return "--overlays FOLDER draws it."
     from samgraft.shared.scans.grid_picture import write_grid_picture
 
     path = write_grid_picture(overlays / f"{series_id_of(case, settings)}.png", err.scan, err.label)
-    return f"{text} See {path}"
+    return f"See {path}"
 
 
 def _build_key(case: SourceCase, settings: BuildSettings) -> str:
-    """Identity of a case's files (path, size, time) and of the settings, hashed with the salt."""
+    """Return the identity of a case's files (path, size, time) and of the settings, hashed with the salt."""
     files = []
     for path in (*case.scan.paths, *(p for label in case.labels for p in label.scan.paths)):
         try:
             stat = path.stat()
         except OSError:
-            continue  # the reader will say it by name
+            continue  # the reader refuses it by name
         files.append([str(path.resolve()), stat.st_size, stat.st_mtime_ns])
     parts: list[Any] = [
         LAYOUT_VERSION,
@@ -268,36 +331,42 @@ def _build_key(case: SourceCase, settings: BuildSettings) -> str:
 
 
 def _is_complete(
-    out: Path, keys: Mapping[str, str], extra: Mapping[str, Any], report: BuildReport, *, overwrite: bool
+    report: BuildReport,
+    todo: Sequence[SourceCase],
+    out: Path,
+    head: Mapping[str, Any],
+    settings: BuildSettings,
+    *,
+    skip_refused: bool,
+    overwrite: bool,
 ) -> bool:
+    """Return whether a complete store with exactly this content exists. Remove the mark of any other store."""
     if not (out / COMPLETE).is_file():
         return False
-    store: SliceStore | None
     try:
         store = SliceStore.open(out)
     except DataError as err:
         log.info("%s: %s Building it again.", out.name, err.what)
-        store = None
-    if store is not None:
-        same_content = {r.series_id for r in store.series} == set(keys) and all(
-            read_record(out / SERIES / series_id, build_key=key) is not None for series_id, key in keys.items()
+    else:
+        same_head = (
+            store.modality.value == head["modality"]
+            and head["label_names"] in (None, {str(k): v for k, v in store.label_names.items()})
+            and store.intensity.to_dict() == head["intensity"]
         )
-        same_extra = (
-            store.modality.value == extra["modality"]
-            and extra["label_names"] in (None, {str(k): v for k, v in store.label_names.items()})
-            and store.intensity.to_dict() == extra["intensity"]
-        )
-        if same_content and same_extra:
-            report.findings = [Finding(name=r.series_id, record=r, kept=True) for r in store.series]
-            report.already_complete = True
-            return True
+        if same_head and {r.series_id for r in store.series} == {r.series_id for r in report.records}:
+            # A store without the refused cases is complete too, if they are refused again.
+            refused = [_examine_only(case, settings=settings, overlays=None) for case in todo] if skip_refused else []
+            if not todo or (refused and all(result.refused for result in refused)):
+                report.results += refused
+                report.already_complete = True
+                return True
         if not overwrite:
             raise UsageError(
-                "a complete store with other content is there. Give another --out, or --overwrite.",
+                "a complete store with other content exists. Give another --out, or --overwrite.",
                 where=out.name,
-                kept="the store that is there",
+                kept="the existing store",
             )
-    (out / COMPLETE).unlink()  # from here on it is a store under construction
+    (out / COMPLETE).unlink()  # from here on the store is under construction
     return False
 
 
@@ -307,24 +376,9 @@ def _with_label_ids(settings: BuildSettings, label_names: Mapping[int, str] | No
     return dataclasses.replace(settings, label_ids=tuple(sorted(label_names)))
 
 
-def _manifest_head(
-    settings: BuildSettings, label_names: Mapping[int, str] | None, intensity: IntensityPreset
-) -> dict[str, Any]:
-    return {
-        "schema": SCHEMA,
-        "modality": settings.modality.value,
-        "label_names": None if label_names is None else {str(k): v for k, v in sorted(label_names.items())},
-        "intensity": intensity.to_dict(),
-    }
-
-
-def _found_ids(records: Sequence[SeriesRecord]) -> list[int]:
-    return sorted({label for record in records for label in record.label_voxels})
-
-
 @contextmanager
-def _only_builder(out: Path) -> Iterator[None]:
-    """Hold the folder of a store against a second build; the lock ends with the process, however that ends."""
+def _lock_store(out: Path) -> Iterator[None]:
+    """Lock the folder of a store against a second build. The lock ends with the process, even if it is killed."""
     if out.exists() and not out.is_dir():
         raise UsageError("the store must be a folder, a file has this name.", where=out.name)
     out.mkdir(parents=True, exist_ok=True)
@@ -336,53 +390,26 @@ def _only_builder(out: Path) -> Iterator[None]:
             raise UsageError(
                 "another process is building this store. Wait for it, or give another --out.", where=out.name
             ) from err
-        except OSError as err:  # some network drives lock no folders
+        except OSError as err:  # some network drives do not lock folders
             log.debug("no lock on %s: %s", out.name, err)
         yield
     finally:
         os.close(descriptor)
 
 
-def _prepare(out: Path, settings: BuildSettings) -> None:
+def _prepare_folder(out: Path, settings: BuildSettings) -> None:
     if not (out / "zarr.json").is_file():
-        if out.is_dir() and any(out.iterdir()):
-            raise UsageError("the folder holds something else than a store. Give another --out.", where=out.name)
+        if any(out.iterdir()):
+            raise UsageError("the folder holds something other than a store. Give another --out.", where=out.name)
         start_store(out, modality=settings.modality)
     shutil.rmtree(out / PARTIAL, ignore_errors=True)
 
 
-def _judge(report: BuildReport, out: Path, *, skip_refused: bool) -> None:
-    if report.refused and not skip_refused:
-        lines = [f"{name}: {reason}" for name, reason in sorted(report.refused.items())]
-        more = f"\n    ... and {len(lines) - 8} more" if len(lines) > 8 else ""
-        raise CasesRefused(
-            report,
-            f"{len(lines)} of {len(lines) + len(report.records)} cases are refused:\n    "
-            + "\n    ".join(lines[:8])
-            + more,
-            where=out.name,
-            kept=f"{len(report.records)} finished series; the store is marked incomplete",
-            next_command="repair them and run the same command again, or add --skip-refused",
-        )
-    if not report.records:
-        raise DataError("0 usable scans are left.", where=out.name)
-
-
-def _remove_strangers(out: Path, report: BuildReport) -> None:
-    """Remove series of an earlier build that are not among the cases of this one."""
-    wanted = {record.series_id for record in report.records}
-    for folder in (out / SERIES).iterdir():
-        if folder.is_dir() and folder.name not in wanted:
-            shutil.rmtree(folder)
-
-
-def _sorted(records: Sequence[SeriesRecord]) -> list[SeriesRecord]:
-    return sorted(records, key=lambda record: record.series_id)
-
-
-def _check_case_names(cases: Sequence[SourceCase]) -> None:
+def _check_case_names(cases: Sequence[SourceCase], out: Path) -> None:
+    if not cases:
+        raise DataError("a store needs at least one case, found 0 usable scans.", where=out.name)
     names: set[str] = set()
     for case in cases:
         if case.name in names:
-            raise UsageError(f"every case needs its own name, {case.name!r} comes twice.")
+            raise UsageError(f"every case needs its own name, {case.name!r} occurs twice.")
         names.add(case.name)

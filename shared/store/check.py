@@ -1,4 +1,4 @@
-"""Verify every byte of a store: sizes, hashes, checksums, and that decoded voxels are those of the table."""
+"""Verification of every byte of a store against its table, and comparison of a store with its scans."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from samgraft.shared.store.series import SeriesRecord
 from samgraft.shared.store.store import COMPLETE, MANIFEST, SERIES, SliceStore, read_table
 from samgraft.shared.store.write import RECORD
 
+MAX_LISTED = 10
+
 
 @dataclass(kw_only=True)
 class StoreCheck:
@@ -29,13 +31,12 @@ class StoreCheck:
 
 
 def check_store(path: Path, *, on_progress: Callable[[int, int], None] | None = None) -> StoreCheck:
-    """Read every byte of a store and list all that is wrong with it, instead of stopping at the first.
+    """Read every byte of a store and list all problems.
 
     Raises:
-        DataError: If the folder is no store, or its table cannot be trusted.
+        DataError: If the folder is no store, or its table does not match its checksum.
     """
-    manifest = json.loads(read_table(path))
-    store = SliceStore.from_manifest(path, manifest)
+    store = SliceStore.from_manifest(path, json.loads(read_table(path)))
     check = StoreCheck(path=path, num_series=len(store))
     for number, record in enumerate(store.series, start=1):
         _check_series(store, record, check)
@@ -45,10 +46,9 @@ def check_store(path: Path, *, on_progress: Callable[[int, int], None] | None = 
     for folder in sorted((path / SERIES).iterdir()):
         if folder.is_dir() and folder.name not in known:
             check.problems.append(f"{folder.name}: not in the table of series")
-    known_names = {COMPLETE, MANIFEST, SERIES, "zarr.json"}
     for entry in sorted(path.iterdir()):
-        if entry.name not in known_names:
-            check.problems.append(f"{entry.name}: does not belong into a store")
+        if entry.name not in {COMPLETE, MANIFEST, SERIES, "zarr.json"}:
+            check.problems.append(f"{entry.name}: unexpected file in a store")
     return check
 
 
@@ -56,16 +56,16 @@ def refuse_problems(check: StoreCheck) -> None:
     """Raise one error with the first problems, if there are any.
 
     Raises:
-        DataError: If the check found something.
+        DataError: If the check found problems.
     """
     if check.problems:
-        lines = "\n    ".join(check.problems[:10])
-        more = f"\n    ... and {len(check.problems) - 10} more" if len(check.problems) > 10 else ""
+        lines = "\n    ".join(check.problems[:MAX_LISTED])
+        more = f"\n    ... and {len(check.problems) - MAX_LISTED} more" if len(check.problems) > MAX_LISTED else ""
         raise DataError(
             f"{len(check.problems)} problems in {check.num_series} series:\n    {lines}{more}",
             where=check.path.name,
             kept="the source scans",
-            next_command="build the store again: series that are whole are kept",
+            next_command="build the store again; undamaged series are kept",
         )
 
 
@@ -84,40 +84,37 @@ def compare_with_scans(path: Path, report: BuildReport) -> list[str]:
 
 def _check_series(store: SliceStore, record: SeriesRecord, check: StoreCheck) -> None:
     folder = store.path / SERIES / record.series_id
-    sound = True
+    problems = []
     for name, (size, digest) in record.files.items():
         file = folder / name
         check.num_files += 1
         if not file.is_file():
-            check.problems.append(f"{record.series_id}/{name}: missing")
-            sound = False
+            problems.append(f"{record.series_id}/{name}: missing")
             continue
-        found = file_sha256(file)
         found_size = file.stat().st_size
         check.num_bytes += found_size
         if found_size != size:
-            check.problems.append(f"{record.series_id}/{name}: must have {size} bytes, got {found_size}")
-            sound = False
-        elif found != digest:
-            check.problems.append(f"{record.series_id}/{name}: sha256 differs, a byte was changed")
-            sound = False
-    extra = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()} if folder.is_dir() else set()
-    check.problems += [
-        f"{record.series_id}/{name}: not in the table" for name in sorted(extra - set(record.files) - {RECORD})
-    ]
-    if sound:
-        _check_voxels(store, record, check)
+            problems.append(f"{record.series_id}/{name}: must have {size} bytes, got {found_size}")
+        elif file_sha256(file) != digest:
+            problems.append(f"{record.series_id}/{name}: sha256 differs, the file was changed")
+    # The hashes cover the bytes on the disk. Decoding covers the path from there to the voxels that training sees.
+    check.problems += problems or _check_voxels(store, record)
+    found = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()} if folder.is_dir() else set()
+    extra = sorted(found - set(record.files) - {RECORD})
+    check.problems += [f"{record.series_id}/{name}: not in the table" for name in extra]
 
 
-def _check_voxels(store: SliceStore, record: SeriesRecord, check: StoreCheck) -> None:
+def _check_voxels(store: SliceStore, record: SeriesRecord) -> list[str]:
+    problems = []
     try:
-        volume = store.read_volume(record.series_id)
-        if content_sha256(volume) != record.content_sha256:
-            check.problems.append(f"{record.series_id}/image: voxels differ from those of the table")
+        volume_ZHW = store.read_volume(record.series_id)
+        if content_sha256(volume_ZHW) != record.content_sha256:
+            problems.append(f"{record.series_id}/image: voxels differ from those of the table")
         if record.has_label:
-            label = store.read_label_volume(record.series_id)
-            counts = {int(v): int((label == v).sum()) for v in np.unique(label) if v != 0}
-            if label.shape != volume.shape or counts != record.label_voxels:
-                check.problems.append(f"{record.series_id}/label: voxels differ from those of the table")
+            label_ZHW = store.read_label_volume(record.series_id)
+            counts = {int(v): int((label_ZHW == v).sum()) for v in np.unique(label_ZHW) if v != 0}
+            if label_ZHW.shape != volume_ZHW.shape or counts != record.label_voxels:
+                problems.append(f"{record.series_id}/label: voxels differ from those of the table")
     except DataError as err:
-        check.problems.append(f"{record.series_id}: {err.what}")
+        problems.append(f"{record.series_id}: {err.what}")
+    return problems

@@ -1,12 +1,14 @@
-"""One case read, checked and cut into slices; nothing is written here, so a dry run and a build judge alike.
+"""Examination of one case, which is read, checked and cut into slices.
+
+Nothing is written here, so a dry run and a build refuse the same cases.
 
 Shape letters: Z = slices, H, W = rows and columns of a slice.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+import dataclasses
+from dataclasses import dataclass
 
 import numpy as np
 from samgraft.shared.errors import DataError
@@ -18,7 +20,7 @@ from samgraft.shared.scans.volume import Array, Modality, RawScan, Volume, conte
 from samgraft.shared.store.series import PlaneTable, SeriesRecord
 
 MIN_SIDE_PX = 8
-"""Slices with a shorter side are refused: half a ViT token is not a picture, and 3 x 3 means swapped axes."""
+"""Shortest side of a slice. Half a ViT token is not a picture, and 3 x 3 means swapped axes."""
 MAX_SIDE_PX = 16384
 MODALITY_TAGS = {
     Modality.MRI: {"MR"},
@@ -26,27 +28,28 @@ MODALITY_TAGS = {
     Modality.XRAY: {"CR", "DX", "MG", "XA", "RF", "PX", "IO", "RG"},
     Modality.ULTRASOUND: {"US", "IVUS"},
 }
+"""Values of DICOM (0008,0060) that fit each modality."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BuildSettings:
-    """What decides the bytes of a store besides its sources."""
+    """Settings that decide the bytes of a store, together with its sources."""
 
     modality: Modality
     salt: str
     planes: tuple[Plane, ...] = ()
-    """Planes to store; the first is the main one. Empty: the acquired plane only."""
+    """Planes to store, the main one first. Empty means the acquired plane only."""
     label_ids: tuple[int, ...] | None = None
-    """Label ids with a name; others are refused. None takes all."""
+    """Label ids with a name. Others are refused. None accepts all."""
     zero_non_finite: bool = False
     """Replace NaN and Inf by 0 instead of refusing them."""
     accept_burned_in: bool = False
-    """Take scans whose header says that text is burned into the pixels."""
+    """Accept scans whose header declares text burned into the pixels."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Examined:
-    """A case that passed: its record without file hashes, and its arrays."""
+    """A case that passed, with its record without file hashes and its arrays."""
 
     record: SeriesRecord
     images: dict[Plane, Array]
@@ -54,18 +57,18 @@ class Examined:
     privacy: tuple[str, ...]
 
 
-@dataclass(kw_only=True)
-class Finding:
-    """What is said about one case in the report."""
+@dataclass(frozen=True, kw_only=True)
+class CaseResult:
+    """Result of one case for the report."""
 
     name: str
     refused: str | None = None
-    """Reason, or None for a case that passed."""
+    """Reason of the refusal, or None for a case that passed."""
     privacy: tuple[str, ...] = ()
+    """Kinds of identifying content in the source."""
     record: SeriesRecord | None = None
     kept: bool = False
-    """Found finished from an earlier build."""
-    extra: dict[str, Any] = field(default_factory=dict)
+    """True for a series that an earlier build finished."""
 
 
 def examine_case(case: SourceCase, settings: BuildSettings) -> Examined:
@@ -74,22 +77,26 @@ def examine_case(case: SourceCase, settings: BuildSettings) -> Examined:
     Raises:
         DataError: For everything that would corrupt a training run.
     """
+    where = case.name
     scan = read_case(case)
-    privacy = _privacy(case, scan, settings)
-    _check_modality(scan, settings, where=case.name)
-    scan, notes = _finite(scan, settings, where=case.name)
+    privacy = _check_privacy(case, scan, settings)
+    _check_modality(scan, settings, where=where)
+    scan, notes = _replace_non_finite(scan, settings, where=where)
     main = settings.planes[0] if settings.planes else None
-    volume = volume_from_scan(scan, modality=settings.modality, plane=main, where=case.name)
+    volume = volume_from_scan(scan, modality=settings.modality, plane=main, where=where)
     if main is not None and volume.plane is main and not is_near_isotropic(volume.affine):
-        volume = volume_from_scan(scan, modality=settings.modality, where=case.name)
-    _check_slice_size(volume, where=case.name)
+        # Thick slices are never resliced, whatever planes were requested.
+        volume = volume_from_scan(scan, modality=settings.modality, where=where)
+    _check_slice_size(volume, where=where)
     stats = measure_intensity(volume.array_zyx, modality=settings.modality)
+    fill = [v for v in (volume.array_zyx.min(), volume.array_zyx.max()) if not stats.minimum <= v <= stats.maximum]
+    notes += tuple(f"voxels with the fill value {value:g} are left out of the statistics" for value in fill)
     if stats.maximum <= stats.minimum:
-        raise DataError(f"a scan must have contrast, every voxel is {stats.minimum:g}.", where=case.name)
+        raise DataError(f"a scan must have contrast, every voxel is {stats.minimum:g}.", where=where)
     label_ijk, label_digest = read_label(case, scan) if case.labels else (None, None)
     if label_ijk is not None:
-        _check_named(label_ijk, settings, where=case.name)
-    images, labels, tables = _cut(scan, volume, label_ijk, stats, settings, where=case.name)
+        _check_label_ids(label_ijk, settings, where=where)
+    images, labels, tables = _cut_planes(scan, volume, label_ijk, stats, settings, where=where)
     record = SeriesRecord(
         series_id=series_id_of(case, settings),
         patient_id=pseudonym("p", case.patient_key, salt=settings.salt),
@@ -115,7 +122,7 @@ def series_id_of(case: SourceCase, settings: BuildSettings) -> str:
     return pseudonym("s", f"{case.patient_key}/{case.study_key}/{case.name}", salt=settings.salt)
 
 
-def _cut(
+def _cut_planes(
     scan: RawScan,
     volume: Volume,
     label_ijk: Array | None,
@@ -134,11 +141,11 @@ def _cut(
         images[plane] = cut.array_zyx
         if label_ijk is not None:
             labels[plane] = label_on_plane(label_ijk, cut)
-        tables[plane] = _table(cut, labels.get(plane), air=stats.air_threshold)
+        tables[plane] = _slice_table(cut, labels.get(plane), stats)
     return images, labels, tables
 
 
-def _table(volume: Volume, label_ZHW: Array | None, *, air: float) -> PlaneTable:
+def _slice_table(volume: Volume, label_ZHW: Array | None, stats: IntensityStats) -> PlaneTable:
     z, y, x = volume.array_zyx.shape
     label_pixels: dict[int, tuple[int, ...]] = {}
     if label_ZHW is not None:
@@ -147,15 +154,15 @@ def _table(volume: Volume, label_ZHW: Array | None, *, air: float) -> PlaneTable
     return PlaneTable(
         shape_zyx=(z, y, x),
         affine=tuple(tuple(float(v) for v in row) for row in volume.affine),
-        foreground_fraction=tuple(float(v) for v in foreground_fractions(volume.array_zyx, air=air)),
+        foreground_fraction=tuple(float(v) for v in foreground_fractions(volume.array_zyx, stats)),
         label_pixels=label_pixels,
     )
 
 
-def _privacy(case: SourceCase, scan: RawScan, settings: BuildSettings) -> tuple[str, ...]:
+def _check_privacy(case: SourceCase, scan: RawScan, settings: BuildSettings) -> tuple[str, ...]:
     if BURNED_IN in scan.privacy and not settings.accept_burned_in:
         raise DataError(
-            "the header says that text is burned into the pixels: remove it, or pass --accept-burned-in after looking.",
+            "the header declares text burned into the pixels. Remove it, or pass --accept-burned-in.",
             where=case.name,
         )
     return (*scan.privacy, *path_findings(case.name))
@@ -164,10 +171,10 @@ def _privacy(case: SourceCase, scan: RawScan, settings: BuildSettings) -> tuple[
 def _check_modality(scan: RawScan, settings: BuildSettings, *, where: str) -> None:
     tag = (scan.modality_tag or "").upper()
     if tag and tag != "OT" and tag not in MODALITY_TAGS[settings.modality]:
-        raise DataError(f"the modality must be {settings.modality.value}, the DICOM header says {tag}.", where=where)
+        raise DataError(f"the modality must be {settings.modality.value}, got {tag} in the DICOM header.", where=where)
 
 
-def _finite(scan: RawScan, settings: BuildSettings, *, where: str) -> tuple[RawScan, tuple[str, ...]]:
+def _replace_non_finite(scan: RawScan, settings: BuildSettings, *, where: str) -> tuple[RawScan, tuple[str, ...]]:
     array = scan.array_ijk
     if array.dtype.kind != "f":
         return scan, ()
@@ -177,12 +184,13 @@ def _finite(scan: RawScan, settings: BuildSettings, *, where: str) -> tuple[RawS
         return scan, ()
     share = f"{num_bad} of {array.size} voxels ({100 * num_bad / array.size:.2g} %)"
     if not settings.zero_non_finite:
-        raise DataError(f"voxels must be finite, {share} are NaN or Inf. Repair, or --nan-policy zero.", where=where)
+        raise DataError(
+            f"voxels must be finite, {share} are NaN or Inf. Repair the file, or pass --nan-policy zero.", where=where
+        )
     if num_bad == array.size:
         raise DataError("every voxel is NaN or Inf.", where=where)
     cleaned = np.where(bad, array.dtype.type(0), array)
-    values = {name: getattr(scan, name) for name in scan.__dataclass_fields__ if name != "array_ijk"}
-    return RawScan(array_ijk=cleaned, **values), (f"{share} were NaN or Inf and are 0",)
+    return dataclasses.replace(scan, array_ijk=cleaned), (f"{share} were NaN or Inf and are 0",)
 
 
 def _check_slice_size(volume: Volume, *, where: str) -> None:
@@ -193,7 +201,7 @@ def _check_slice_size(volume: Volume, *, where: str) -> None:
         )
 
 
-def _check_named(label_ijk: Array, settings: BuildSettings, *, where: str) -> None:
+def _check_label_ids(label_ijk: Array, settings: BuildSettings, *, where: str) -> None:
     if settings.label_ids is None:
         return
     found = [int(value) for value in np.unique(label_ijk) if value != 0]

@@ -1,6 +1,6 @@
-"""Where the files of a store lie: a local folder, or an object store (s3://, gs://, az://, http://; obstore).
+"""Readers of the files of a store in a local folder or an object store (s3://, gs://, az://, http://).
 
-Reading only. Every method takes a name below the store, with forward slashes.
+Every method takes a name below the store, with forward slashes.
 """
 
 from __future__ import annotations
@@ -13,31 +13,29 @@ from typing import Any, Protocol
 from samgraft.shared.errors import StorageError, UsageError
 from samgraft.shared.files import NUM_ATTEMPTS, read_with_retry, retry
 
-"""Doubled after every failure: 0.2, 0.4, 0.8 s; servers answer 503 when they want to be asked more slowly."""
-
 
 class StoreFiles(Protocol):
-    """What reading a store needs."""
+    """Interface for reading the files of a store."""
 
     def read(self, name: str) -> bytes:
-        """Return a whole file; FileNotFoundError if there is none."""
+        """Return a whole file, or raise FileNotFoundError."""
         ...
 
     def read_range(self, name: str, start: int, length: int) -> bytes:
-        """Return bytes of a file; fewer if it ends before."""
+        """Return bytes of a file, fewer if the file ends before."""
         ...
 
     def size(self, name: str) -> int | None:
-        """Return the size of a file; None if there is none, or asking would cost a round trip."""
+        """Return the size of a file, or None if it is missing or a request would be needed."""
         ...
 
     def read_beside(self, name: str) -> bytes:
-        """Return a whole file that lies beside the store; FileNotFoundError if there is none."""
+        """Return a whole file that is beside the store, or raise FileNotFoundError."""
         ...
 
 
 class LocalFiles:
-    """A folder."""
+    """Reader of a store in a local folder."""
 
     def __init__(self, root: Path) -> None:
         self._root = str(root)
@@ -58,7 +56,7 @@ class LocalFiles:
             os.close(descriptor)
 
     def size(self, name: str) -> int | None:
-        """Return the size of a file, None if there is none."""
+        """Return the size of a file, or None if it is missing."""
         try:
             info = os.stat(f"{self._root}/{name}")
         except (FileNotFoundError, NotADirectoryError):
@@ -66,14 +64,15 @@ class LocalFiles:
         return info.st_size
 
     def read_beside(self, name: str) -> bytes:
-        """Return a whole file that lies beside the folder."""
+        """Return a whole file that is beside the folder."""
         return LocalFiles(Path(self._root).absolute().parent).read(name)
 
 
 class RemoteFiles:
-    """An object store. The connection is made at the first use in each process, and never pickled.
+    """Reader of a store in an object store.
 
-    Credentials and endpoint come from the environment, as everywhere: ``AWS_ACCESS_KEY_ID``, ``AWS_SECRET_ACCESS_KEY``,
+    The connection is made at the first use in each process and is never pickled. Credentials and endpoint come from
+    the environment: ``AWS_ACCESS_KEY_ID``, ``AWS_SECRET_ACCESS_KEY``,
     ``AWS_ENDPOINT_URL`` (MinIO, Ceph), ``AWS_REGION``, ``AWS_SKIP_SIGNATURE=true`` (public buckets).
     """
 
@@ -86,21 +85,21 @@ class RemoteFiles:
 
     def read(self, name: str) -> bytes:
         """Return a whole file."""
-        return self._ask(lambda obstore, store: obstore.get(store, name).bytes(), name)
+        return self._request(lambda obstore, store: obstore.get(store, name).bytes(), name)
 
     def read_range(self, name: str, start: int, length: int) -> bytes:
         """Return bytes of a file."""
-        return self._ask(lambda obstore, store: obstore.get_range(store, name, start=start, length=length), name)
+        return self._request(lambda obstore, store: obstore.get_range(store, name, start=start, length=length), name)
 
     def size(self, name: str) -> int | None:
-        """Return None: not asked."""
+        """Return None, because the size would cost a request."""
         return None
 
     def read_beside(self, name: str) -> bytes:
-        """Return a whole file that lies beside the store."""
+        """Return a whole file that is beside the store."""
         return RemoteFiles(self._url.rpartition("/")[0]).read(name)
 
-    def _ask(self, question: Callable[[Any, Any], Any], name: str) -> bytes:
+    def _request(self, call: Callable[[Any, Any], Any], name: str) -> bytes:
         store = self._connect()
         import obstore
         from obstore.exceptions import NotFoundError
@@ -109,14 +108,14 @@ class RemoteFiles:
         try:
             # 503, time-outs and expired keys come under many types: everything but a missing file is repeated.
             return retry(
-                lambda: bytes(question(obstore, store)), is_worth_repeating=lambda err: not isinstance(err, missing)
+                lambda: bytes(call(obstore, store)), is_worth_repeating=lambda err: not isinstance(err, missing)
             )
         except missing as err:
             raise FileNotFoundError(name) from err
         except Exception as err:
             raise StorageError(
-                f"the object store does not answer ({type(err).__name__}) after {NUM_ATTEMPTS} attempts: "
-                "check network, AWS_ENDPOINT_URL and credentials.",
+                f"the object store does not respond ({type(err).__name__}) after {NUM_ATTEMPTS} attempts. "
+                "Check network, AWS_ENDPOINT_URL and credentials.",
                 where=name,
                 kept="every saved training state",
                 next_command="run the same command again",
@@ -128,27 +127,27 @@ class RemoteFiles:
                 from obstore.store import from_url
             except ImportError as err:
                 raise UsageError(
-                    f"an address ({self._url.partition('://')[0]}://) needs another package.",
+                    f"addresses ({self._url.partition('://')[0]}://) need the package obstore.",
                     next_command="pip install 'samgraft[s3]'",
                 ) from err
             try:
-                # Attempts are ours: one rule for every kind of store, and a message at the end.
+                # The library does not retry, so that one rule and one message hold for every kind of store.
                 self._connection = from_url(
                     self._url, client_options={"allow_http": True, "timeout": "60s"}, retry_config={"max_retries": 0}
                 )
             except Exception as err:  # unknown schemes and impossible addresses come under several types
                 raise UsageError(
-                    f"the address cannot be used: {str(err).splitlines()[0]}. Known are s3://, gs://, az:// and http://."
+                    f"the address cannot be used ({str(err).splitlines()[0]}). Use s3://, gs://, az:// or http://."
                 ) from err
         return self._connection
 
 
 def is_address(path: Path | str) -> bool:
-    """Return whether a store is named by an address instead of a folder."""
+    """Return whether a path is the address of a remote store."""
     return isinstance(path, str) and "://" in path
 
 
 def is_scans(data: Path | str) -> bool:
-    """Return whether DATA is there and no store, hence scans that must be built first."""
+    """Return whether DATA exists and is not a store, so that a store must be built from it."""
     path = Path(data)
     return not is_address(data) and path.exists() and path.suffix != ".zarr" and not (path / "zarr.json").is_file()

@@ -1,4 +1,4 @@
-"""What a store knows about each series: one line of its table, written when the series is complete."""
+"""Record of one series in the table of a store, written when the series is complete."""
 
 from __future__ import annotations
 
@@ -15,31 +15,34 @@ from samgraft.shared.scans.volume import Modality
 
 @dataclass(frozen=True, kw_only=True)
 class PlaneTable:
-    """One stack of slices of a series: its grid and what is known per slice without reading it."""
+    """Grid and facts per slice of one stack of slices of a series."""
 
     shape_zyx: tuple[int, int, int]
     affine: tuple[tuple[float, ...], ...]
-    """Voxel (x, y, z) of this stack to RAS+ mm, 4x4."""
+    """Affine from voxels (x, y, z) of this stack to RAS+ mm, 4x4."""
     foreground_fraction: tuple[float, ...]
-    """Share of non-air pixels, per slice."""
+    """Share of non-air pixels of every slice, 0 to 1."""
     label_pixels: dict[int, tuple[int, ...]]
-    """Pixels of each label id except 0, per slice; empty without label."""
+    """Number of pixels of each label id except 0, per slice. Empty without label."""
 
     @property
     def spacing_mm(self) -> tuple[float, float, float]:
-        """Distance between slices, rows and columns (z, row, col)."""
+        """Distance between slices, rows and columns (z, row, col), in mm."""
         x, y, z = voxel_sizes(self.affine_matrix)
         return float(z), float(y), float(x)
 
     @property
     def affine_matrix(self) -> npt.NDArray[np.float64]:
-        """The affine as an array."""
+        """Affine as an array."""
         return np.asarray(self.affine, dtype=np.float64)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SeriesRecord:
-    """One series of a store. Ids are salted hashes; nothing here names a patient, a file or a site."""
+    """One series of a store.
+
+    Ids are salted hashes. Nothing here identifies a patient, a file or a site.
+    """
 
     series_id: str
     patient_id: str
@@ -50,39 +53,39 @@ class SeriesRecord:
     planes: dict[Plane, PlaneTable]
     has_label: bool
     source_sha256: str
-    """sha256 over the bytes of the source file or files."""
+    """sha256 over the bytes of the source files."""
     label_sha256: str | None = None
-    """The same for the label files."""
+    """sha256 over the bytes of the label files."""
     content_sha256: str
-    """sha256 over shape and voxel values of the main stack, equal for equal pixels in any format."""
+    """sha256 over shape and voxel values of the main stack. Equal pixels have equal hashes in any file format."""
     stats: IntensityStats
     grid: NativeGrid
     """Grid of the source file."""
     dtype: str
     site_id: str | None = None
-    """Salted hash of site or scanner, for splits by site."""
+    """Salted hash of the site or scanner, for splits by site."""
     notes: tuple[str, ...] = ()
     files: dict[str, tuple[int, str]] = field(default_factory=dict)
     """Size and sha256 of every file of the series, by path relative to its folder."""
 
     @property
     def shape_zyx(self) -> tuple[int, int, int]:
-        """Slices, rows, columns of the main stack."""
+        """Numbers of slices, rows and columns of the main stack."""
         return self.planes[self.plane].shape_zyx
 
     @property
     def spacing_mm(self) -> tuple[float, float, float]:
-        """Spacing of the main stack (z, row, col)."""
+        """Spacing of the main stack (z, row, col), in mm."""
         return self.planes[self.plane].spacing_mm
 
     @property
     def affine(self) -> npt.NDArray[np.float64]:
-        """Voxel (x, y, z) of the main stack to RAS+ mm."""
+        """Affine from voxels (x, y, z) of the main stack to RAS+ mm."""
         return self.planes[self.plane].affine_matrix
 
     @property
     def label_voxels(self) -> dict[int, int]:
-        """Voxels per label id except 0."""
+        """Number of voxels of every label id except 0."""
         return {label: sum(pixels) for label, pixels in self.planes[self.plane].label_pixels.items()}
 
     def to_dict(self) -> dict[str, Any]:
@@ -112,7 +115,7 @@ class SeriesRecord:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> SeriesRecord:
-        """Read what :meth:`to_dict` wrote."""
+        """Create a record from the values of ``to_dict``."""
         grid = values["grid"]
         i, j, k = (int(n) for n in grid["shape_ijk"])
         plain = {

@@ -1,8 +1,10 @@
-"""Fast reading of single slices from the shards of a store: one index read per file, one byte range per slice.
+"""Fast reader of single slices from the shards of a store.
 
-zarr itself needs about a millisecond per slice, most of it event loop and bookkeeping. Arrays of a store have exactly
-one layout (see ``store_write``), and :func:`check_layout` refuses every other before a byte is decoded: no codec named
-by a file is ever looked up, no size announced by a file is allocated unchecked.
+The index of a shard is read once, and then one byte range per slice. zarr itself needs about a millisecond per slice,
+most of it for its event loop and its own records.
+
+Arrays of a store have exactly one layout (see ``write.py``). :func:`check_layout` refuses every other layout before a
+byte is decoded, so a crafted file can neither choose a codec nor announce a size that is allocated unchecked.
 
 Source of the shard layout: zarr v3 specification, sharding-indexed codec, version 1.0.
 """
@@ -22,33 +24,34 @@ from samgraft.shared.store.files import StoreFiles
 
 MAX_SLICE_BYTES = 2**30
 _MISSING = 2**64 - 1
+"""Offset and size in the index of a chunk that was never written."""
 _DTYPES = {"uint8", "int8", "uint16", "int16", "uint32", "int32", "float32"}
 _ZSTD_LEVELS = range(1, 20)
-"""Any: it matters to the writer only. Stores have been written with 3 and 1."""
+"""Levels of any writer. Stores have been written with 3 and 1, and reading does not depend on it."""
 _INDEX = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
 
 
 class ShardedArray:
-    """One array (Z, H, W) of a store, open for reading slices."""
+    """Array (Z, H, W) of a store, open for reading slices."""
 
     def __init__(
         self, files: StoreFiles, folder: str, *, shape_zyx: tuple[int, int, int], sizes: Mapping[str, int], where: str
     ) -> None:
-        """Read and check the metadata.
+        """Read and check the metadata of the array.
 
         Args:
-            files: The store.
+            files: Reader of the store's files.
             folder: Name of the array's folder in the store.
-            shape_zyx: Shape that the table of series announces.
-            sizes: Size of every file of the array, by name below ``folder``, from the table.
-            where: Name for messages.
+            shape_zyx: Shape of the array in the table of series.
+            sizes: Size in bytes of every file of the array, by name below ``folder``, from the table.
+            where: Name of the array in messages.
         """
         try:
             metadata = json.loads(files.read(f"{folder}/zarr.json"))
         except (OSError, ValueError) as err:
             if isinstance(err, SamgraftError):
                 raise
-            raise DataError("the metadata of an array cannot be read: the store is damaged.", where=where) from err
+            raise DataError("the metadata of an array cannot be read. The store is damaged.", where=where) from err
         self.dtype, self.shard_slices = check_layout(metadata, shape_zyx=shape_zyx, where=where)
         self.shape_zyx = shape_zyx
         self._files = files
@@ -58,8 +61,8 @@ class ShardedArray:
         self._indices: dict[int, npt.NDArray[np.uint64]] = {}
         self._decoder = Zstd()
 
-    def read(self, slice_index: int) -> npt.NDArray[Any]:
-        """Return one slice (H, W); its checksum is verified.
+    def read_slice(self, slice_index: int) -> npt.NDArray[Any]:
+        """Return one slice (H, W) after verifying its checksum.
 
         Raises:
             DataError: If the file is damaged or missing.
@@ -67,31 +70,41 @@ class ShardedArray:
         """
         num_slices, height, width = self.shape_zyx
         if not 0 <= slice_index < num_slices:
-            raise IndexError(f"slice_index must lie in 0..{num_slices - 1}, got {slice_index}.")
+            raise IndexError(f"slice_index must be in 0..{num_slices - 1}, got {slice_index}.")
         shard, inner = divmod(slice_index, self.shard_slices)
-        out = np.empty((height, width), dtype=self.dtype)
+        slice_HW = np.empty((height, width), dtype=self.dtype)
         try:
             if shard not in self._indices:
                 self._indices[shard] = self._read_index(shard)
             offset, size = (int(v) for v in self._indices[shard][inner])
-            if offset == _MISSING or size > 2 * out.nbytes + 1024:
+            # zstd expands incompressible data by well under a percent. A larger chunk cannot be one slice, and its size
+            # must not be trusted before it is read into memory.
+            if offset == _MISSING or size > 2 * slice_HW.nbytes + 1024:
                 raise ValueError("chunk missing or of an impossible size")
             data = self._files.read_range(f"{self._folder}/c/{shard}/0/0", offset, size)
             if len(data) != size:
                 raise ValueError("chunk cut short")
-            self._decoder.decode(data, out)
+            # Decoding into a buffer of known size: a frame that announces more raises instead of allocating. zstd
+            # verifies the checksum at the end of the frame.
+            self._decoder.decode(data, slice_HW)
         except (OSError, ValueError, RuntimeError) as err:
             if isinstance(err, SamgraftError):
                 raise
             raise DataError(
-                f"slice {slice_index} could not be decoded ({err}): the store is damaged.",
+                f"slice {slice_index} cannot be decoded ({err}). The store is damaged.",
                 where=self._where,
                 kept="the source scans",
                 next_command="samgraft store check STORE",
             ) from err
-        return out
+        return slice_HW
+
+    def read_all(self) -> npt.NDArray[Any]:
+        """Return all slices (Z, H, W)."""
+        return np.stack([self.read_slice(index) for index in range(self.shape_zyx[0])])
 
     def _read_index(self, shard: int) -> npt.NDArray[np.uint64]:
+        # The index is at the end of the shard: offset and size of every chunk as two uint64, then a CRC32C. Its place
+        # follows from the size in the table, so a file that changed after opening must be noticed here.
         name = f"c/{shard}/0/0"
         size = self._files.size(f"{self._folder}/{name}")
         if size is not None and size != self._sizes.get(name):
@@ -107,13 +120,13 @@ class ShardedArray:
 
 
 def check_layout(metadata: Any, *, shape_zyx: tuple[int, int, int], where: str) -> tuple[np.dtype[Any], int]:
-    """Refuse an array that :mod:`store_write` would not have written.
+    """Refuse an array that ``write.py`` would not have written.
 
     Returns:
-        The dtype, and how many slices a shard holds.
+        The dtype, and the number of slices of a shard.
 
     Raises:
-        DataError: For another shape than the table's, an unknown type or codec, or slices of absurd size.
+        DataError: For a shape that differs from the table, an unknown type or codec, or slices of implausible size.
     """
     try:
         shape = tuple(metadata["shape"])
@@ -122,7 +135,7 @@ def check_layout(metadata: Any, *, shape_zyx: tuple[int, int, int], where: str) 
         sharding = metadata["codecs"][0]["configuration"]
         codecs = [metadata["codecs"][0]["name"], len(metadata["codecs"]), sharding["index_location"]]
     except (KeyError, TypeError, IndexError) as err:
-        raise DataError("the metadata of an array is not that of a store.", where=where) from err
+        raise DataError("the metadata of an array are not those of a store.", where=where) from err
     if metadata.get("zarr_format") != 3 or metadata.get("node_type") != "array":
         raise DataError("an array of a store must be zarr format 3.", where=where)
     if shape != shape_zyx:
@@ -133,7 +146,7 @@ def check_layout(metadata: Any, *, shape_zyx: tuple[int, int, int], where: str) 
     level = inner[0].get("configuration", {}).get("level") if len(inner) == 1 else None
     is_zstd = inner == [{"name": "zstd", "configuration": {"level": level, "checksum": True}}]
     byte_codecs = [codec for codec in sharding["codecs"] if codec.get("name") == "bytes"]
-    # Types of one byte have no endianness: zarr then leaves the configuration out.
+    # zarr leaves the configuration out for types of one byte, which have no endianness.
     expected = codecs == ["sharding_indexed", 1, "end"] and is_zstd and level in _ZSTD_LEVELS and len(byte_codecs) == 1
     endian = byte_codecs[0].get("configuration", {}).get("endian", "little") if byte_codecs else None
     if not expected or endian != "little" or sharding["index_codecs"] != _INDEX:
@@ -143,5 +156,5 @@ def check_layout(metadata: Any, *, shape_zyx: tuple[int, int, int], where: str) 
     if list(sharding["chunk_shape"]) != [1, height, width] or list(grid[1:]) != [height, width] or grid[0] < 1:
         raise DataError("an array of a store must have one chunk per slice.", where=where)
     if dtype.itemsize * height * width > MAX_SLICE_BYTES:
-        raise DataError(f"a slice of {height} x {width} pixels is too large to be real.", where=where)
+        raise DataError(f"a slice of {height} x {width} pixels is implausibly large.", where=where)
     return dtype, int(grid[0])

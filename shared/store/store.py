@@ -1,17 +1,18 @@
-"""The slice store: a zarr v3 group with one group per series, a table of series, and a completion mark.
+"""Slice store, a zarr v3 group with one group per series, a table of series and a completion mark.
 
 Layout::
 
     NAME.zarr/
       zarr.json                      group; attributes: schema, modality, label names
       series/<series_id>/image       (z, y, x), native dtype, one chunk per slice, sharded, zstd with checksum
-      series/<series_id>/label       the same grid; absent without label
+      series/<series_id>/label       same grid; absent without label
       series/<series_id>/image_coronal, ...   other planes, when built with them
-      series/<series_id>/record.json one line of the table
+      series/<series_id>/record.json record of this series in the table
       manifest.json                  the table: every record, label names, intensity preset
       complete.json                  sha256 of the table, written last
 
-A store without the mark, with a file missing or of another size, or with a failed checksum is refused by name.
+A store without the mark, with a missing file, a file of another size or a wrong checksum is refused, and the message
+names what is wrong.
 Shape letters: Z = slices, H, W = rows and columns of a slice.
 """
 
@@ -23,7 +24,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 from samgraft.shared.errors import DataError
 from samgraft.shared.scans.intensity import IntensityPreset
@@ -42,7 +42,7 @@ SERIES = "series"
 
 
 class SliceStore:
-    """A complete store, open for reading. Picklable: every process opens its own arrays."""
+    """Complete store, open for reading. A pickled copy opens its own arrays in each process."""
 
     def __init__(
         self, path: Path, manifest: Mapping[str, Any], *, fingerprint: str, files: StoreFiles | None = None
@@ -62,13 +62,13 @@ class SliceStore:
         """Open a complete store.
 
         Args:
-            path: A folder, or an address like ``s3://bucket/NAME.zarr``. Remote files are not
-                listed when the store is opened; a missing one is named when it is read.
+            path: A folder, or an address like ``s3://bucket/NAME.zarr``. Remote files are not listed when the store is
+                opened. A missing one is an error when it is read.
 
         Raises:
             DataError: If the folder is not a store, the completion mark is missing, the table does not match the
-                mark, or a file of a series is missing or of another size. Bytes are verified by checksum when they
-                are read; ``samgraft store check`` reads them all.
+                mark, or a file of a series is missing or of another size. Checksums are verified when slices are read;
+                ``samgraft store check`` reads all of them.
         """
         files: StoreFiles = RemoteFiles(str(path)) if is_address(path) else LocalFiles(Path(path))
         path = Path(str(path).rstrip("/"))
@@ -79,7 +79,7 @@ class SliceStore:
 
     @classmethod
     def from_manifest(cls, path: Path, manifest: Mapping[str, Any], *, files: StoreFiles | None = None) -> SliceStore:
-        """Make a store from its table without looking at its files; :meth:`open` is what everybody else wants."""
+        """Create a store from its table without checking its files. Most callers need ``open``."""
         if manifest.get("schema") != SCHEMA:
             raise DataError(
                 f"the store must have schema {SCHEMA}, got {manifest.get('schema')!r}. Build it again.", where=path.name
@@ -104,39 +104,37 @@ class SliceStore:
 
     @property
     def patient_ids(self) -> tuple[str, ...]:
-        """Every patient once, sorted."""
+        """Ids of all patients, sorted."""
         return tuple(sorted({record.patient_id for record in self.series}))
 
     def read_slice(self, series_id: str, slice_index: int, *, plane: Plane | None = None) -> Array:
-        """Return one slice (H, W) in native units and dtype; None takes the main plane."""
-        return self._array(self.record(series_id), plane, label=False).read(slice_index)
+        """Return one slice (H, W) in native units and dtype. Plane None is the main plane."""
+        return self._open_array(self.record(series_id), plane, label=False).read_slice(slice_index)
 
     def read_label_slice(self, series_id: str, slice_index: int, *, plane: Plane | None = None) -> Array:
         """Return the label ids (H, W) of one slice."""
-        return self._array(self._labelled(series_id), plane, label=True).read(slice_index)
+        return self._open_array(self._labelled_record(series_id), plane, label=True).read_slice(slice_index)
 
     def read_volume(self, series_id: str, *, plane: Plane | None = None) -> Array:
         """Return all slices (Z, H, W) in native units and dtype."""
-        array = self._array(self.record(series_id), plane, label=False)
-        return np.stack([array.read(index) for index in range(array.shape_zyx[0])])
+        return self._open_array(self.record(series_id), plane, label=False).read_all()
 
     def read_label_volume(self, series_id: str, *, plane: Plane | None = None) -> Array:
         """Return the label ids (Z, H, W) of all slices."""
-        array = self._array(self._labelled(series_id), plane, label=True)
-        return np.stack([array.read(index) for index in range(array.shape_zyx[0])])
+        return self._open_array(self._labelled_record(series_id), plane, label=True).read_all()
 
-    def _labelled(self, series_id: str) -> SeriesRecord:
+    def _labelled_record(self, series_id: str) -> SeriesRecord:
         record = self.record(series_id)
         if not record.has_label:
             raise DataError(f"series {series_id} has no label.", where=self.path.name)
         return record
 
-    def _array(self, record: SeriesRecord, plane: Plane | None, *, label: bool) -> ShardedArray:
+    def _open_array(self, record: SeriesRecord, plane: Plane | None, *, label: bool) -> ShardedArray:
         plane = plane or record.plane
         if plane not in record.planes:
-            have = ", ".join(p.value for p in record.planes)
+            planes = ", ".join(p.value for p in record.planes)
             raise DataError(
-                f"series {record.series_id} has no {plane.value} slices, only {have}.", where=self.path.name
+                f"series {record.series_id} has no {plane.value} slices, only {planes}.", where=self.path.name
             )
         name = label_name(plane, record.plane) if label else image_name(plane, record.plane)
         key = (record.series_id, name)
@@ -167,22 +165,22 @@ class SliceStore:
 
 
 def content_fingerprint(manifest: Mapping[str, Any]) -> str:
-    """Return the identity of a store's content: its table without file sizes and hashes.
+    """Return the identity of a store's content, a hash of its table without file sizes and file hashes.
 
-    Those depend on the versions of zarr and zstd; the same scans must have one fingerprint on every machine.
+    Those depend on the versions of zarr and zstd, and the same scans must have one fingerprint on every machine.
     """
     series = [{key: value for key, value in record.items() if key != "files"} for record in manifest["series"]]
     return hashlib.sha256(json.dumps({**manifest, "series": series}, sort_keys=True).encode()).hexdigest()
 
 
 def read_table(path: Path, files: StoreFiles | None = None) -> bytes:
-    """Return the bytes of the table after comparing them with the completion mark.
+    """Return the bytes of the table after checking them against the completion mark.
 
     Raises:
         DataError: If the folder is no store, has no mark, or the table does not match it.
     """
     files = files or LocalFiles(path)
-    if not _is_ours(_read_or_none(files, "zarr.json")):
+    if not _is_slice_store(_read_or_none(files, "zarr.json")):
         what = "is not a slice store" if path.exists() or not isinstance(files, LocalFiles) else "does not exist"
         raise DataError(
             f"the store {what}. Give a folder that `samgraft store build` wrote.",
@@ -192,7 +190,7 @@ def read_table(path: Path, files: StoreFiles | None = None) -> bytes:
     mark = _read_or_none(files, COMPLETE)
     if mark is None:
         raise DataError(
-            "the store has no completion mark: its building was interrupted. Run the same build command again.",
+            "the store has no completion mark, because its build was interrupted. Run the same build command again.",
             where=path.name,
             kept="every series that was complete",
         )
@@ -208,8 +206,8 @@ def read_table(path: Path, files: StoreFiles | None = None) -> bytes:
     return manifest_bytes
 
 
-def _is_ours(group: bytes | None) -> bool:
-    """Tell a store from zarr of other programs by the attributes of its group."""
+def _is_slice_store(group: bytes | None) -> bool:
+    """Return whether a zarr group was written by this program."""
     if group is None:
         return False
     try:

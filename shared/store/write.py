@@ -1,4 +1,4 @@
-"""Writing one series of a store, atomically: a hidden folder first, one rename at the end.
+"""Atomic writing of the series of a store, in a hidden folder that is renamed at the end.
 
 Shape letters: Z = slices, H, W = rows and columns of a slice.
 """
@@ -12,7 +12,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 import zarr
 from samgraft.shared.files import file_sha256, move, sync_file, write_json
@@ -25,9 +24,10 @@ from zarr.codecs import ZstdCodec
 Array = npt.NDArray[Any]
 
 SHARD_SLICES = 64
-"""Slices per file: 20,000 slices in 313 files, and a reader fetches one slice of it by byte range."""
+"""Slices per file. 20,000 slices need 313 files, and a reader fetches one slice by its byte range."""
 ZSTD_LEVEL = 1
-"""Writes twice as fast as 3; real scans take 1 to 3 % more space, noisy thick slices up to 8 % (measured)."""
+"""Compression level. It writes twice as fast as level 3. Real scans take 1 to 3 % more space, noisy thick slices up to
+8 % (measured)."""
 RECORD = "record.json"
 PARTIAL = ".partial"
 
@@ -41,15 +41,15 @@ def write_series(
     build_key: str,
     privacy: tuple[str, ...] = (),
 ) -> SeriesRecord:
-    """Write one series; it appears under its final name in one rename or not at all.
+    """Write one series atomically.
 
     Args:
-        store_path: The store; its ``series`` group must exist.
+        store_path: Folder of the store. Its ``series`` group must exist.
         record: The record without ``files``.
         images: (Z, H, W) per plane.
-        labels: Label ids (Z, H, W) per plane; empty without label.
-        build_key: Identity of source files and settings. It stands in ``record.json`` only: times of source files
-            must not change the fingerprint of the store.
+        labels: Label ids (Z, H, W) per plane. Empty without label.
+        build_key: Identity of source files and settings. It is in ``record.json`` only, because the times of source
+            files must not change the fingerprint of the store.
         privacy: Kinds of identifying content of the source, for the report of a resumed build.
 
     Returns:
@@ -84,7 +84,7 @@ def start_store(path: Path, *, modality: Modality) -> None:
 
 
 def finish_store(path: Path, manifest: dict[str, Any]) -> str:
-    """Write the table and then, last, the completion mark; return the fingerprint."""
+    """Write the table and then the completion mark. Return the sha256 of the table."""
     shutil.rmtree(path / PARTIAL, ignore_errors=True)
     fingerprint = write_json(path / MANIFEST, manifest, allow_nan=False).sha256
     write_json(path / COMPLETE, {"schema": SCHEMA, "manifest_sha256": fingerprint})
@@ -92,7 +92,10 @@ def finish_store(path: Path, manifest: dict[str, Any]) -> str:
 
 
 def read_record(folder: Path, *, build_key: str) -> tuple[SeriesRecord, tuple[str, ...]] | None:
-    """Return record and privacy findings of a finished series with this key whose files are all there, else None."""
+    """Return record and privacy findings of a finished series, or None.
+
+    A series is finished if it has this build key and all its files have the size in the record.
+    """
     path = folder / RECORD
     if not path.is_file():
         return None
@@ -119,12 +122,13 @@ def _write_array(path: Path, array_ZHW: Array, record: SeriesRecord, plane: Plan
         dtype=array_ZHW.dtype,
         chunks=(1, height, width),
         shards=(min(num_slices, SHARD_SLICES), height, width),
-        # Of zarr's codecs the one whose checksum every reader verifies, sharded or not.
+        # The one codec of zarr whose checksum every reader verifies, sharded or not.
         compressors=ZstdCodec(level=ZSTD_LEVEL, checksum=True),
         fill_value=0,
         dimension_names=("z", "y", "x"),
         attributes={"samgraft": _grid_attributes(record, plane)},
-        # A slice that is all zero must exist on disk: zarr reads a missing chunk as zeros, without an error.
+        # All-zero slices are written too. zarr reads a missing chunk as zeros without an error, so a lost file would
+        # look like an empty slice.
         config={"write_empty_chunks": True},
     )
     array[...] = array_ZHW
@@ -153,8 +157,3 @@ def _file_table(folder: Path) -> dict[str, tuple[int, str]]:
             sync_file(path)
             table[path.relative_to(folder).as_posix()] = (path.stat().st_size, file_sha256(path))
     return table
-
-
-def label_dtype(highest: int) -> np.dtype[Any]:
-    """Return the smallest unsigned type for label ids up to ``highest``."""
-    return np.dtype(np.min_scalar_type(highest))

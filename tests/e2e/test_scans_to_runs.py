@@ -127,7 +127,7 @@ def test_refused_scans__end_the_command_before_a_run_begins(workplace, capsys):
 def test_modality__of_the_scans_is_compared_with_the_headers(workplace, capsys):
     write_dicom_folder(workplace / FOLDER, labelled=False)
     assert pretrain(FOLDER, "--modality", "ct") == 3
-    assert "the modality must be ct, the DICOM header says MR" in capsys.readouterr().err
+    assert "the modality must be ct, got MR in the DICOM header" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "finetune"])

@@ -116,7 +116,7 @@ def test_base__without_decoder_is_refused(place):
         ),
         (["--ckpt", "base.safetensors", "--data", "store.zarr", "--method", "lorra"], 2, "lora"),
         (["--ckpt", "base.safetensors", "--data", "store.zarr", "--model", "vit_x"], 2, "model must be one of vit_t"),
-        (["--ckpt", "base.safetensors", "--data", "store.zarr", "seed=-1"], 2, "seed must lie in 0..4294967295"),
+        (["--ckpt", "base.safetensors", "--data", "store.zarr", "seed=-1"], 2, "seed must be in 0..4294967295"),
         (["--ckpt", "base.safetensors", "--data", "store.zarr", "--preset", "gpu"], 2, "cpu, default"),
     ],
 )

@@ -113,7 +113,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 ("masked_image", "probe.every_n_steps=0", "probe.every_n_steps must be at least 1, got 0"),
                 ("masked_image", "data.min_foreground_fraction=2", "data.min_foreground_fraction must lie in [0, 1)"),
                 ("masked_image", "data.augment.max_log_gamma=1000", "max_log_gamma must be at most 10, got 1000.0"),
-                ("masked_image", "seed=-1", "seed must lie in 0..4294967295, got -1"),
+                ("masked_image", "seed=-1", "seed must be in 0..4294967295, got -1"),
             )
         ),
         pytest.param(

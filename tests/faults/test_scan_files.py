@@ -335,7 +335,7 @@ def test_read_dicom_series__missing_codec_is_named(tmp_path):
 def test_examine_case__modality_of_the_header_must_fit(tmp_path):
     write_series(tmp_path / "ct", IMAGE, Modality="CT")
     case = discover(tmp_path).cases[0]
-    with pytest.raises(DataError, match="must be mri, the DICOM header says CT"):
+    with pytest.raises(DataError, match="must be mri, got CT in the DICOM header"):
         examine_case(case, SETTINGS)
     examine_case(case, BuildSettings(modality=Modality.CT, salt=""))
 

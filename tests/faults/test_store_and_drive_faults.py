@@ -226,7 +226,7 @@ def test_read_slice__chunk_larger_than_its_slice_is_refused(tmp_path):
     shard.write_bytes(bytes(body) + bomb + table + google_crc32c.value(table).to_bytes(4, "little"))
     reader = SliceStore.from_manifest(store.path, json.loads((store.path / "manifest.json").read_text()))
     reader.series[0].files["image/c/0/0/0"] = (shard.stat().st_size, "")
-    with pytest.raises(DataError, match="could not be decoded"):
+    with pytest.raises(DataError, match="cannot be decoded"):
         reader.read_slice(record.series_id, 0)
 
 
@@ -235,8 +235,8 @@ def test_read_slice__chunk_larger_than_its_slice_is_refused(tmp_path):
 HOLD = """
 import sys
 from pathlib import Path
-from samgraft.shared.store.build import _only_builder
-with _only_builder(Path(sys.argv[1])):
+from samgraft.shared.store.build import _lock_store
+with _lock_store(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()
 """
@@ -268,9 +268,9 @@ def test_read_slice__rebuilt_store_is_an_error_for_its_old_reader(tmp_path):
     assert series_new.series_id == series_id
     with pytest.raises(DataError, match="the file changed after the store was opened"):
         opened.read_slice(series_id, 3)
-    with pytest.raises(DataError, match="could not be decoded"):
+    with pytest.raises(DataError, match="cannot be decoded"):
         used.read_slice(series_id, 3)
-    with pytest.raises(UsageError, match="other content is there"):
+    with pytest.raises(UsageError, match="other content exists"):
         build(make_cases(tmp_path / "third", num_patients=1, seed=6), path)
 
 

@@ -24,7 +24,7 @@ from samgraft.shared.store.examine import BuildSettings, examine_case
 from store_factory import make_scan, make_store, write_nifti
 
 
-def by_name(root: Path) -> dict[str, diagnosis.Finding]:
+def by_name(root: Path) -> dict[str, diagnosis.DoctorFinding]:
     return {finding.name: finding for finding in diagnose(root)}
 
 
@@ -120,7 +120,7 @@ def test_scans__clean_ones_are_said_to_be_clean(tmp_path: Path) -> None:
     write_series(tmp_path / "in", make_scan(shape_zyx=(3, 24, 20))[0])
     findings = [finding for finding in diagnose(tmp_path, data=[tmp_path / "in"]) if finding.area == "data"]
     assert [(f.status, f.text) for f in findings] == [
-        (Status.OK, "1 in 3 files (plain folder); nothing in headers and names points to a person")
+        (Status.OK, "1 in 3 files (plain folder); no personal data found in headers and names")
     ]
 
 
@@ -131,7 +131,7 @@ def test_scans__damaged_headers_and_folders_without_scans(tmp_path: Path, capsys
     assert check_headers(tmp_path / "in").refused == {"the file is too short for NIfTI (0 bytes)": 1}
     path.unlink()
     assert main(["doctor", "--data", str(tmp_path / "in")]) == 3
-    assert "PROBLEM  scans: cannot be sorted into scans" in capsys.readouterr().out
+    assert "PROBLEM  scans: cannot be read as scans" in capsys.readouterr().out
 
 
 def test_scans__names_nobody(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

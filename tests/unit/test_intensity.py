@@ -1,5 +1,7 @@
 """Intensity presets at known points, with air, and for degenerate volumes."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from samgraft.shared.errors import DataError
@@ -111,7 +113,27 @@ def test_normalise__non_finite_slice_is_refused():
 def test_foreground_fractions__known_share():
     volume = np.zeros((2, 10, 10))
     volume[1, :5] = 100
-    np.testing.assert_allclose(foreground_fractions(volume, air=1.0), [0, 0.5])
+    stats = dataclasses.replace(measure_intensity(volume, modality=Modality.MRI), air_threshold=1.0)
+    np.testing.assert_allclose(foreground_fractions(volume, stats), [0, 0.5])
+
+
+@pytest.mark.parametrize("fill", [-32768, 32767])
+def test_measure_intensity__fill_values_are_left_out(fill):
+    volume = np.random.default_rng(0).integers(0, 900, size=(4, 20, 20)).astype(np.int16)
+    filled = np.concatenate([volume, np.full_like(volume, fill)], axis=2)
+    expected = measure_intensity(volume, modality=Modality.MRI)
+    stats = measure_intensity(filled, modality=Modality.MRI)
+    assert stats == expected
+    np.testing.assert_allclose(foreground_fractions(filled, stats), foreground_fractions(volume, expected) / 2)
+
+
+@pytest.mark.parametrize("background", [0, 800])
+def test_measure_intensity__air_and_rare_outliers_are_no_fill_values(background):
+    volume = np.random.default_rng(0).integers(1000, 1400, size=(4, 20, 40)).astype(np.int16)
+    volume[:, :10] = background
+    volume[0, -1, -1] = 32767
+    stats = measure_intensity(volume, modality=Modality.MRI)
+    assert (stats.minimum, stats.maximum) == (background, 32767)
 
 
 def test_preset__round_trip_and_refusals():

@@ -203,5 +203,5 @@ def test_inference__batches_and_chosen_slices_see_the_same_neighbours(lab):
 @pytest.mark.parametrize("make", [pretrain_config, finetune_config])
 @pytest.mark.parametrize("value", [2, -1])
 def test_keys__refuse_what_the_encoder_has_no_channels_for(lab, make, value):
-    with pytest.raises(UsageError, match=r"num_neighbours must lie in 0\.\.1"):
+    with pytest.raises(UsageError, match=r"num_neighbours must be in 0\.\.1"):
         make(lab, f"data.num_neighbours={value}")

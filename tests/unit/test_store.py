@@ -15,9 +15,10 @@ from samgraft.shared.errors import DataError, StorageError, UsageError
 from samgraft.shared.scans.case import SourceCase
 from samgraft.shared.scans.intensity import IntensityPreset
 from samgraft.shared.scans.orientation import Plane
+from samgraft.shared.scans.readers.scan import read_scan
 from samgraft.shared.scans.volume import Modality
-from samgraft.shared.store.build import build_store
-from samgraft.shared.store.examine import BuildSettings
+from samgraft.shared.store.build import CasesRefused, _run_cases, build_store
+from samgraft.shared.store.examine import BuildSettings, CaseResult
 from samgraft.shared.store.store import COMPLETE, SliceStore
 from store_factory import make_cases, make_scan, make_store, nifti_files, write_nifti
 
@@ -274,6 +275,80 @@ def test_build__refused_cases_are_collected_and_nothing_is_finished(tmp_path):
     assert len(SliceStore.open(tmp_path / "s.zarr")) == 2
 
 
+class Surprise:
+    """Reader that fails as damaged files make libraries fail."""
+
+    def __init__(self, error):
+        self.error = error
+
+    def __call__(self, files, **options):
+        if files.name.startswith("case01"):
+            raise self.error
+        return read_scan(files, **options)
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (TypeError("float() argument must be a number\nmore"), r"\(TypeError: float\(\) argument must be a number\)"),
+        (PermissionError(13, "Permission denied"), "cannot be read: Permission denied"),
+        (MemoryError(), "does not fit into memory"),
+        (UsageError("the scan has 3 volumes."), "the scan has 3 volumes"),
+        (RecursionError("maximum recursion depth exceeded"), "RecursionError"),
+    ],
+)
+def test_build__any_failure_of_one_case_refuses_this_case_only(tmp_path, monkeypatch, error, reason):
+    monkeypatch.setattr("samgraft.shared.store.examine.read_scan", Surprise(error))
+    cases = make_cases(tmp_path / "scans", num_patients=3)
+    with pytest.raises(CasesRefused, match=f"1 of 3 cases are refused(?s:.*)case01_0: .*{reason}"):
+        build(cases, tmp_path / "s.zarr")
+    report = build(cases, tmp_path / "s.zarr", skip_refused=True)
+    assert list(report.refused) == ["case01_0"]
+    assert len(SliceStore.open(tmp_path / "s.zarr")) == 2
+
+
+def test_build__drive_that_does_not_respond_ends_the_build(tmp_path, monkeypatch):
+    """Otherwise every case after the fault would count as damaged and be left out."""
+    monkeypatch.setattr("samgraft.shared.store.examine.read_scan", Surprise(StorageError("no response.")))
+    with pytest.raises(StorageError, match="no response"):
+        build(make_cases(tmp_path / "scans"), tmp_path / "s.zarr", skip_refused=True)
+
+
+def test_build__all_cases_refused_are_named_even_if_they_may_be_skipped(tmp_path, monkeypatch):
+    monkeypatch.setattr("samgraft.shared.store.examine.read_scan", Surprise(ValueError("damage")))
+    cases = [case for case in make_cases(tmp_path / "scans") if case.name == "case01_0"]
+    with pytest.raises(CasesRefused, match=r"case01_0: .*damage"):
+        build(cases, tmp_path / "s.zarr", skip_refused=True)
+
+
+def test_build__again_without_the_refused_cases_is_complete(tmp_path, monkeypatch):
+    monkeypatch.setattr("samgraft.shared.store.examine.read_scan", Surprise(ValueError("damage")))
+    cases = make_cases(tmp_path / "scans")
+    build(cases, tmp_path / "s.zarr", skip_refused=True)
+    again = build(cases, tmp_path / "s.zarr", skip_refused=True)
+    assert again.already_complete
+    assert list(again.refused) == ["case01_0"]
+    monkeypatch.undo()
+    with pytest.raises(UsageError, match="other content"):
+        build(cases, tmp_path / "s.zarr", skip_refused=True)
+
+
+def _examine_or_die(case, **options):
+    if case.name == "case01_0":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return CaseResult(name=case.name)
+
+
+@pytest.mark.slow
+def test_run_cases__a_killed_worker_refuses_its_own_case_only(tmp_path):
+    """The pool of a killed worker is lost with everything in it, e.g. when a huge scan exhausts the memory."""
+    cases = make_cases(tmp_path / "scans", num_patients=4)
+    results = {result.name: result.refused for result in _run_cases(cases, _examine_or_die, num_workers=2)}
+    assert len(results) == 4
+    assert [name for name, reason in results.items() if reason] == ["case01_0"]
+    assert "was killed" in results["case01_0"]
+
+
 def test_build__full_disk_keeps_what_is_finished(tmp_path, monkeypatch):
     import samgraft.shared.store.build as module
 
@@ -319,13 +394,13 @@ def test_build__refusals(tmp_path):
     cases = make_cases(tmp_path / "scans", num_patients=1)
     with pytest.raises(DataError, match="0 usable scans"):
         build([], tmp_path / "s.zarr")
-    with pytest.raises(UsageError, match="comes twice"):
+    with pytest.raises(UsageError, match="occurs twice"):
         build([*cases, *cases], tmp_path / "s.zarr")
     (tmp_path / "file").write_text("x")
     with pytest.raises(UsageError, match="a file has this name"):
         build(cases, tmp_path / "file")
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "thesis.docx").write_text("x")
-    with pytest.raises(UsageError, match="something else"):
+    with pytest.raises(UsageError, match="something other than a store"):
         build(cases, tmp_path / "folder")
     assert (tmp_path / "folder" / "thesis.docx").read_text() == "x"
