@@ -212,8 +212,8 @@ def _show_report(request: ScanRequest, found: Discovery, report: BuildReport) ->
 
 def _refusal(report: BuildReport, *, where: Path, kept: str | None = None) -> DataError:
     return DataError(
-        f"{len(report.refused)} of {len(report.findings)} cases are refused (reasons above).",
+        f"{len(report.refused)} of {len(report.results)} cases are refused (reasons above).",
         where=str(where),
         kept=kept,
-        next_command="repair them and run the same command again, or add --skip-refused",
+        next_command="repair them and run the same command again, or build with --skip-refused",
     )
