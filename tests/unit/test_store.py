@@ -298,7 +298,7 @@ class Surprise:
     ],
 )
 def test_build__any_failure_of_one_case_refuses_this_case_only(tmp_path, monkeypatch, error, reason):
-    monkeypatch.setattr("samgraft.shared.store.examine.read_scan", Surprise(error))
+    monkeypatch.setattr("samgraft.shared.scans.case.read_scan", Surprise(error))
     cases = make_cases(tmp_path / "scans", num_patients=3)
     with pytest.raises(CasesRefused, match=f"1 of 3 cases are refused(?s:.*)case01_0: .*{reason}"):
         build(cases, tmp_path / "s.zarr")
@@ -309,20 +309,20 @@ def test_build__any_failure_of_one_case_refuses_this_case_only(tmp_path, monkeyp
 
 def test_build__drive_that_does_not_respond_ends_the_build(tmp_path, monkeypatch):
     """Otherwise every case after the fault would count as damaged and be left out."""
-    monkeypatch.setattr("samgraft.shared.store.examine.read_scan", Surprise(StorageError("no response.")))
+    monkeypatch.setattr("samgraft.shared.scans.case.read_scan", Surprise(StorageError("no response.")))
     with pytest.raises(StorageError, match="no response"):
         build(make_cases(tmp_path / "scans"), tmp_path / "s.zarr", skip_refused=True)
 
 
 def test_build__all_cases_refused_are_named_even_if_they_may_be_skipped(tmp_path, monkeypatch):
-    monkeypatch.setattr("samgraft.shared.store.examine.read_scan", Surprise(ValueError("damage")))
+    monkeypatch.setattr("samgraft.shared.scans.case.read_scan", Surprise(ValueError("damage")))
     cases = [case for case in make_cases(tmp_path / "scans") if case.name == "case01_0"]
     with pytest.raises(CasesRefused, match=r"case01_0: .*damage"):
         build(cases, tmp_path / "s.zarr", skip_refused=True)
 
 
 def test_build__again_without_the_refused_cases_is_complete(tmp_path, monkeypatch):
-    monkeypatch.setattr("samgraft.shared.store.examine.read_scan", Surprise(ValueError("damage")))
+    monkeypatch.setattr("samgraft.shared.scans.case.read_scan", Surprise(ValueError("damage")))
     cases = make_cases(tmp_path / "scans")
     build(cases, tmp_path / "s.zarr", skip_refused=True)
     again = build(cases, tmp_path / "s.zarr", skip_refused=True)
