@@ -149,7 +149,7 @@ def test_row_104_busy_server_is_asked_again_and_then_named(server, url, status):
     np.testing.assert_array_equal(remote.read_slice(series_id, 1), local.read_slice(series_id, 1))
     server.failures = 10_000
     with pytest.raises(
-        StorageError, match="after 4 attempts. Check network, AWS_ENDPOINT_URL and credentials"
+        StorageError, match=r"after 4 attempts\. Check network, AWS_ENDPOINT_URL and credentials"
     ) as caught:
         remote.read_slice(series_id, 2)
     assert caught.value.next_command == "run the same command again"

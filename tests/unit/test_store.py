@@ -15,7 +15,7 @@ from samgraft.shared.errors import DataError, StorageError, UsageError
 from samgraft.shared.scans.case import SourceCase
 from samgraft.shared.scans.intensity import IntensityPreset
 from samgraft.shared.scans.orientation import Plane
-from samgraft.shared.scans.readers.scan import read_scan
+from samgraft.shared.scans.readers.registry import read_scan
 from samgraft.shared.scans.volume import Modality
 from samgraft.shared.store.build import CasesRefused, _run_cases, build_store
 from samgraft.shared.store.examine import BuildSettings, CaseResult
