@@ -59,6 +59,13 @@ def test_docs__links_and_pictures_exist(page: Path) -> None:
             assert (page.parent / target).exists(), target
 
 
+def test_architecture__every_file_and_folder_it_names_exists() -> None:
+    text = (DOCS / "architecture.md").read_text(encoding="utf-8")
+    named = re.findall(r"`((?:shared|ssl|finetune|configs|tests)/[\w./-]*)`", text)
+    assert len(named) > 50
+    assert [name for name in named if not (ROOT / name).exists()] == []
+
+
 def test_docs__pictures_are_small_used_and_readable() -> None:
     used = {name for page in PAGES for name in re.findall(r"pictures/([\w.-]+)", page.read_text(encoding="utf-8"))}
     pictures = sorted((DOCS / "pictures").iterdir())
