@@ -20,9 +20,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from samgraft.finetune.classes import ClassTable
-from samgraft.finetune.evaluation.evaluate import Evaluation, write_evaluation
+from samgraft.finetune.evaluation.evaluate import Evaluation, PackedLabels, write_evaluation
 from samgraft.finetune.evaluation.evaluation_report import Pictured, write_evaluation_report
-from samgraft.finetune.evaluation.packed import PackedLabels
 from samgraft.finetune.evaluation.scores import case_rows
 from samgraft.finetune.evaluation.viewer import find_bundle
 from samgraft.shared.scans.case import LabelFiles, SourceCase

@@ -24,13 +24,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Carry the command out."""
-    from samgraft.finetune.evaluation.comparison import compare, read_run, render_pair, write_comparison
+    from samgraft.finetune.evaluation.comparison import compare_runs, read_evaluated_run, render_pair, write_comparison
     from samgraft.finetune.evaluation.comparison_report import write_comparison_report
     from samgraft.finetune.evaluation.scores import METRIC_BY_KEY, interval_of
 
     metrics = [name.strip() for name in arguments.metrics.split(",") if name.strip()]
-    runs = [read_run(path, part=arguments.split) for path in arguments.runs]
-    results = compare(runs, metrics=metrics)
+    runs = [read_evaluated_run(path, part=arguments.split) for path in arguments.runs]
+    results = compare_runs(runs, metrics=metrics)
     for metric in metrics:
         for one in runs:
             interval = interval_of(one.rows, metric)

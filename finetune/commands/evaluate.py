@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.add_argument("model", metavar="RUN_OR_RELEASE", help="a finished stage-2 run or a release")
     parser.add_argument("--data", help="labelled slice store, folder or address; default the run's")
-    parser.add_argument("--split-file", type=Path, help="split by patient; default the one beside the store")
+    parser.add_argument("--split-file", type=Path, help="split by patient; default the one of the run")
     parser.add_argument("--split", default="test", choices=("train", "val", "test"), help="part (default test)")
     parser.add_argument("--out", type=Path, help="folder; default RUN/evaluation/PART")
     parser.add_argument("--tolerance-mm", type=float, default=2.0, help="of the surface Dice (default 2)")
@@ -51,6 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Carry the command out."""
     from samgraft.finetune.evaluation.evaluate import evaluate, write_evaluation
     from samgraft.finetune.evaluation.evaluation_report import Pictured, write_evaluation_report
+    from samgraft.finetune.evaluation.run_inputs import read_run_inputs, split_for_evaluation
     from samgraft.finetune.model_folder import read_model
     from samgraft.shared.samples.split import load_split
     from samgraft.shared.store.store import SliceStore
@@ -60,8 +61,18 @@ def run(arguments: argparse.Namespace) -> int:
     retain_freed_memory()
     path = Path(arguments.model)
     model = read_model(path)
-    store = SliceStore.open(arguments.data or _store_of_run(path))
-    split = load_split(arguments.split_file, store)
+    inputs = read_run_inputs(path)
+    data = arguments.data or inputs.store
+    if not data:
+        raise UsageError(
+            "a release does not contain the path of its data.", next_command="add --data STORE.zarr (DATA=)"
+        )
+    store = SliceStore.open(data)
+    if arguments.split_file:
+        split = load_split(arguments.split_file, store)
+        split_sha256 = split.sha256
+    else:
+        split, split_sha256 = split_for_evaluation(path, model, store)
     subgroups = _subgroups(arguments, store, split)
     device = choose_device(arguments.device, precision=arguments.precision)
     model.segmenter.to(device.torch_device)
@@ -82,12 +93,12 @@ def run(arguments: argparse.Namespace) -> int:
     provenance = {
         "weights_sha256": model.card.weights_sha256,
         "store_fingerprint": store.fingerprint,
-        "split_sha256": split.sha256,
+        "split_sha256": split_sha256,
         "precision": "bf16" if is_bf16 else "fp32",
         "prompts": _prompts(model),
     }
     write_evaluation(evaluation, folder, provenance=provenance, subgroups=subgroups)
-    shareable = arguments.log_images or (arguments.data is None and _may_show_images(path))
+    shareable = arguments.log_images or (arguments.data is None and inputs.log_images)
     task = model.task
     pictured = Pictured(store=store, intensity=task.inference().intensity, classes=task.classes) if shareable else None
     write_evaluation_report(
@@ -162,27 +173,6 @@ def _say_result(evaluation: Evaluation) -> None:
     if one_sided := count_one_sided(evaluation.rows):
         log.info("%d of %d rows are one-sided (missed or invented): Dice 0, distances the scan's diagonal", one_sided,
                  len(evaluation.rows))  # fmt: skip
-
-
-def _may_show_images(path: Path) -> bool:
-    """Tell whether the run's own data was declared shareable; a release does not say so."""
-    config = path / "config.yaml"
-    if not config.is_file():
-        return False
-    import yaml
-
-    watch = yaml.safe_load(config.read_text(encoding="utf-8")).get("watch") or {}
-    return bool(watch.get("log_images", False))
-
-
-def _store_of_run(path: Path) -> str:
-    """Read the store from the run's configuration; a release does not know where data lies."""
-    config = path / "config.yaml"
-    if not config.is_file():
-        raise UsageError("a release does not know where the data lies.", next_command="add --data STORE.zarr (DATA=)")
-    import yaml
-
-    return str(yaml.safe_load(config.read_text(encoding="utf-8"))["data"]["store"])
 
 
 COMMAND = Command(help="scores per case and class, with intervals over patients", add_arguments=add_arguments, run=run)

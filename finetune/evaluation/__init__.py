@@ -1,1 +1,1 @@
-"""Scores on the scans' own grid, their intervals, comparisons and the report."""
+"""Scores on the scans' own grids with intervals, comparisons and reports."""

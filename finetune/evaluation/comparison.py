@@ -1,6 +1,6 @@
-"""Two or more evaluated models on the same patients: paired differences, tests corrected for their number, as files.
+"""Comparison of evaluated models on the same patients, with paired tests corrected for their number.
 
-Works on ``cases.csv`` files alone, so that models that need different software can be compared too.
+Only ``cases.csv`` and ``summary.json`` are read, so that models that need different software can be compared too.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from samgraft.finetune.evaluation.evaluate import plain
+from samgraft.finetune.evaluation.evaluate import interval_to_json
 from samgraft.finetune.evaluation.scores import (
     METRIC_BY_KEY,
     Row,
@@ -24,38 +24,47 @@ from samgraft.finetune.evaluation.scores import (
 )
 from samgraft.finetune.evaluation.statistics import PairedComparison, compare_paired, holm
 from samgraft.shared.errors import DataError, UsageError
-from samgraft.shared.files import write_text
+from samgraft.shared.files import write_json, write_text
 
 DEFAULT_METRICS = ("dice", "nsd", "hd95_mm")
 ALL_CLASSES = "all"
 SAME_KEYS = ("store_fingerprint", "split_sha256", "part", "surface_tolerance_mm")
-"""What must be equal for two tables to speak of the same patients and the same measure."""
+"""Keys of ``summary.json`` that must be equal, so that two tables have the same patients and measures."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluatedRun:
-    """One evaluation read back."""
+    """Evaluation of a run as read from its files."""
 
     name: str
+    """Name of the run."""
     rows: list[dict[str, Any]]
+    """Rows of ``cases.csv``."""
     summary: Mapping[str, Any]
+    """Content of ``summary.json``."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PairResult:
-    """Two runs in one metric and class."""
+    """Comparison of two runs in one metric and class."""
 
     metric: str
+    """Column of ``cases.csv``."""
     class_name: str
+    """Name of the class, or ``all`` for the mean over classes."""
     first: str
+    """Name of the first run."""
     second: str
+    """Name of the second run."""
     paired: PairedComparison | None
+    """Differences of second minus first, None without a patient in both."""
     p_holm: float | None
-    num_cases_dropped: int
-    """Patients that one of the runs could not be measured on (n/a) and the pair therefore lacks."""
+    """P-value after Holm's correction."""
+    num_patients_dropped: int
+    """Number of patients that have a value (not n/a) in one of the runs only."""
 
     def to_row(self) -> dict[str, Any]:
-        """Return a line of ``comparison.csv``."""
+        """Return the row of ``comparison.csv``."""
         pair = self.paired
         return {
             "metric": self.metric,
@@ -71,12 +80,12 @@ class PairResult:
             "p_wilcoxon": pair.p_value if pair else None,
             "p_holm": self.p_holm,
             "num_patients": pair.difference.num_patients if pair else 0,
-            "num_patients_dropped": self.num_cases_dropped,
+            "num_patients_dropped": self.num_patients_dropped,
         }
 
 
-def read_run(path: Path, *, part: str) -> EvaluatedRun:
-    """Read the evaluation of a run, of a release, or a folder that holds ``cases.csv`` itself.
+def read_evaluated_run(path: Path, *, part: str) -> EvaluatedRun:
+    """Read the evaluation of a run or release, or of a folder with ``cases.csv``.
 
     Raises:
         DataError: If there is none or it is damaged.
@@ -84,7 +93,7 @@ def read_run(path: Path, *, part: str) -> EvaluatedRun:
     folder = path if (path / "cases.csv").is_file() else path / "evaluation" / part
     if not (folder / "cases.csv").is_file():
         raise DataError(
-            f"the run must have been evaluated on {part}, it has no cases.csv.",
+            f"the run must be evaluated on {part} before a comparison, it has no cases.csv.",
             where=path.name,
             next_command=f"samgraft evaluate {path} --split {part}",
         )
@@ -94,31 +103,35 @@ def read_run(path: Path, *, part: str) -> EvaluatedRun:
         name = path.name if folder != path or path.parent.name != "evaluation" else path.parent.parent.name
         found = EvaluatedRun(name=name, rows=rows, summary=dict(summary))
     except (OSError, ValueError, TypeError) as err:
-        raise DataError("an evaluation must have a readable summary.json. Evaluate again.", where=path.name) from err
-    if summary.get("num_cases") != len({row["series_id"] for row in rows}):
         raise DataError(
-            f"cases.csv must hold every scan of the evaluation, {summary.get('num_cases')}, got "
-            f"{len({row['series_id'] for row in rows})}. Evaluate again.",
+            "summary.json of the evaluation is missing or damaged. Evaluate again.", where=path.name
+        ) from err
+    num_cases = len({row["series_id"] for row in rows})
+    if found.summary.get("num_cases") != num_cases:
+        raise DataError(
+            f"cases.csv must have every scan of the evaluation ({found.summary.get('num_cases')}), got {num_cases}. "
+            "Evaluate again.",
             where=path.name,
         )
     return found
 
 
-def compare(runs: Sequence[EvaluatedRun], *, metrics: Sequence[str] = DEFAULT_METRICS) -> list[PairResult]:
+def compare_runs(runs: Sequence[EvaluatedRun], *, metrics: Sequence[str] = DEFAULT_METRICS) -> list[PairResult]:
     """Compare every pair of runs, patient by patient.
 
     Args:
-        runs: Two or more; the order says what is first and second.
-        metrics: Columns of cases.csv.
+        runs: Two or more; of each pair the earlier one is first.
+        metrics: Columns of ``cases.csv``.
 
     Returns:
-        Per metric: the mean over classes, then every class. Holm's correction runs over all tests of one metric.
+        Results per metric, for the mean over classes and then for every class. Holm's correction uses all tests of one
+        metric.
 
     Raises:
         UsageError: With fewer than two runs, equal names, or an unknown metric.
         DataError: If the runs were not evaluated on the same scans.
     """
-    _refuse_unequal(runs, metrics)
+    _check_comparable(runs, metrics)
     results: list[PairResult] = []
     for metric in metrics:
         family: list[tuple[str, str, str, PairedComparison | None, int]] = []
@@ -126,6 +139,7 @@ def compare(runs: Sequence[EvaluatedRun], *, metrics: Sequence[str] = DEFAULT_ME
             values = {run.name: per_patient(run.rows, metric, class_name=class_name) for run in runs}
             for first, second in combinations(values, 2):
                 a, b = values[first], values[second]
+                # Paired by patient: the rows of two tables may be in different orders.
                 both = sorted(set(a) & set(b))
                 paired = compare_paired([a[p] for p in both], [b[p] for p in both])
                 family.append((class_name or ALL_CLASSES, first, second, paired, len(set(a) | set(b)) - len(both)))
@@ -138,7 +152,7 @@ def compare(runs: Sequence[EvaluatedRun], *, metrics: Sequence[str] = DEFAULT_ME
                 second=second,
                 paired=paired,
                 p_holm=p_holm,
-                num_cases_dropped=dropped,
+                num_patients_dropped=dropped,
             )
             for (class_name, first, second, paired, dropped), p_holm in zip(family, corrected, strict=True)
         ]
@@ -162,17 +176,17 @@ def write_comparison(
         "runs": {
             run.name: {
                 "weights_sha256": run.summary.get("weights_sha256"),
-                **{metric: plain(interval_of(run.rows, metric)) for metric in metrics},
+                **{metric: interval_to_json(interval_of(run.rows, metric)) for metric in metrics},
             }
             for run in runs
         },
         "pairs": [{k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()} for row in rows],
     }
-    write_text(folder / "comparison.json", json.dumps(values, indent=2, sort_keys=True) + "\n")
+    write_json(folder / "comparison.json", values, indent=2)
 
 
 def render_pair(result: PairResult) -> str:
-    """Return one line for people."""
+    """Return a result as one line of text."""
     title = METRIC_BY_KEY[result.metric].title
     head = f"{title}, {result.class_name}: {result.second} - {result.first} = "
     pair = result.paired
@@ -183,14 +197,15 @@ def render_pair(result: PairResult) -> str:
         text += f" ({_signed(pair.difference.low)} to {_signed(pair.difference.high)})"
     text += f", effect {_signed(pair.effect.mean)}"
     text += ", too few patients for a test" if result.p_holm is None else f", p (Holm) {result.p_holm:.3g}"
-    dropped = f", {result.num_cases_dropped} without a value in one run" if result.num_cases_dropped else ""
+    num_dropped = result.num_patients_dropped
+    dropped = f", {num_dropped} without a value in one run" if num_dropped else ""
     return f"{text}, {pair.difference.num_patients} patients{dropped}"
 
 
-def _refuse_unequal(runs: Sequence[EvaluatedRun], metrics: Sequence[str]) -> None:
+def _check_comparable(runs: Sequence[EvaluatedRun], metrics: Sequence[str]) -> None:
     if len(runs) < 2 or len({run.name for run in runs}) != len(runs):
         raise UsageError(
-            f"a comparison must have two or more runs of different names, got {[run.name for run in runs]}.",
+            f"a comparison must have two or more runs with different names, got {[run.name for run in runs]}.",
             next_command="samgraft compare runs/A runs/B --split test",
         )
     if unknown := [metric for metric in metrics if metric not in METRIC_BY_KEY]:
@@ -200,19 +215,19 @@ def _refuse_unequal(runs: Sequence[EvaluatedRun], metrics: Sequence[str]) -> Non
         for key in SAME_KEYS:
             if run.summary.get(key) != first.summary.get(key):
                 raise DataError(
-                    f"runs must be evaluated on the same data, {key} of {run.name} differs from {first.name}'s.",
+                    f"runs must be evaluated on the same data, {key} of {run.name} differs from that of {first.name}.",
                     where=run.name,
                     next_command=f"samgraft evaluate runs/{run.name} with the store and split of {first.name}",
                 )
-        _refuse_other_cases(run.rows, first.rows, name=run.name, first=first.name)
+        _check_same_cases(run.rows, first.rows, name=run.name, first=first.name)
 
 
-def _refuse_other_cases(rows: Sequence[Row], reference: Sequence[Row], *, name: str, first: str) -> None:
+def _check_same_cases(rows: Sequence[Row], reference: Sequence[Row], *, name: str, first: str) -> None:
     ours, theirs = ({(r["series_id"], r["class"]) for r in table} for table in (rows, reference))
     if ours != theirs:
         raise DataError(
             f"runs must have the same scans and classes, {len(ours - theirs)} are only in {name} and "
-            f"{len(theirs - ours)} only in {first}. Averages over different cases do not compare.",
+            f"{len(theirs - ours)} only in {first}. Averages over different cases cannot be compared.",
             where=name,
         )
 

@@ -1,4 +1,4 @@
-"""report.html of a comparison: the runs side by side, every paired difference, what was tested."""
+"""HTML report of a comparison with the runs, all paired differences and the tests."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from samgraft.shared.report.page import (
 def write_comparison_report(
     runs: Sequence[EvaluatedRun], results: Sequence[PairResult], folder: Path, *, metrics: Sequence[str]
 ) -> Path:
-    """Write ``report.html`` into the folder of a comparison; return its path."""
+    """Write ``report.html`` into the folder of a comparison and return its path."""
     sections = [
         Section(title="Runs", parts=[_runs_table(runs, metrics)]),
         *(
@@ -43,28 +43,18 @@ def write_comparison_report(
 
 
 def _runs_table(runs: Sequence[EvaluatedRun], metrics: Sequence[str]) -> Table:
-    lines: list[list[Any]] = []
-    for run in runs:
-        intervals = [interval_of(run.rows, metric) for metric in metrics]
-        lines.append([run.name, *(interval.render() if interval else None for interval in intervals)])
+    lines = [
+        [run.name, *(interval.render() if (interval := interval_of(run.rows, m)) else None for m in metrics)]
+        for run in runs
+    ]
     columns = ["run", *(METRIC_BY_KEY[metric].title for metric in metrics)]
     return Table(columns=columns, rows=lines, caption="Means over patients with 95 % bootstrap intervals.")
 
 
 def _pairs_table(results: Sequence[PairResult], metric: str) -> Table:
-    lines = []
-    for result in (one for one in results if one.metric == metric):
-        row = result.to_row()
-        lines.append(
-            [
-                result.class_name,
-                f"{result.second} - {result.first}",
-                *(row[key] for key in ("difference", "low", "high", "effect", "effect_low", "effect_high")),
-                row["p_wilcoxon"],
-                row["p_holm"],
-                row["num_patients"],
-            ]
-        )
+    keys = ("difference", "low", "high", "effect", "effect_low", "effect_high", "p_wilcoxon", "p_holm", "num_patients")
+    rows = [one.to_row() for one in results if one.metric == metric]
+    lines = [[row["class"], f"{row['second']} - {row['first']}", *(row[key] for key in keys)] for row in rows]
     columns = ["class", "pair", "difference", "low", "high", "effect", "low", "high", "p", "p (Holm)", "patients"]
     return Table(columns=columns, rows=lines, sortable=True, caption=f"{METRIC_BY_KEY[metric].better} is better.")
 
@@ -91,8 +81,8 @@ def _forest(results: Sequence[PairResult], metric: str) -> Picture:
 def _facts(runs: Sequence[EvaluatedRun]) -> dict[str, Any]:
     first = runs[0].summary
     return {
-        "test": "two-sided Wilcoxon signed-rank test over patients; Holm's correction over all pairs and classes of "
-        "a metric",
+        "test": "two-sided Wilcoxon signed-rank test over patients, with Holm's correction over all pairs and classes "
+        "of a metric",
         "effect": "matched-pairs rank-biserial correlation: 1 if every patient gains, -1 if every patient loses",
         "patients": first.get("num_patients"),
         "store": first.get("store_fingerprint"),

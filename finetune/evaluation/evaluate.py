@@ -1,9 +1,9 @@
-"""Scores of a finished model on one part of a split, as files; nothing about the model changes."""
+"""Evaluation of a finished model on one part of a split, written as tables."""
 
 from __future__ import annotations
 
-import json
 import logging
+import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from samgraft.finetune.classes import ClassTable
-from samgraft.finetune.evaluation.metrics import mean_or_none
-from samgraft.finetune.evaluation.packed import PackedLabels
+from samgraft.finetune.evaluation.metrics import Labels, mean_or_none
 from samgraft.finetune.evaluation.postprocess import PostProcessing, apply_postprocessing, choose_postprocessing
 from samgraft.finetune.evaluation.scores import (
     AVERAGING,
@@ -33,31 +32,56 @@ from samgraft.finetune.evaluation.validation import CaseResult, labelled_series
 from samgraft.finetune.inference import segment_series
 from samgraft.finetune.model_folder import FinishedModel
 from samgraft.shared.errors import DataError
-from samgraft.shared.files import write_text
+from samgraft.shared.files import write_json, write_text
 from samgraft.shared.samples.split import Split
 from samgraft.shared.store.store import SliceStore
 
 log = logging.getLogger(__name__)
 
 OnCase = Callable[[int, int, Sequence[Mapping[str, Any]]], None]
-"""Called with the number of finished scans, of all scans, and the rows of the last one."""
+"""Callback with the number of finished scans, of all scans, and the rows of the last one."""
+
+
+@dataclass(frozen=True)
+class PackedLabels:
+    """Compressed label volume, about a hundredth of its size, so that all predictions of a part fit in memory."""
+
+    content: bytes
+    """Compressed label ids."""
+    shape: tuple[int, ...]
+    """Shape of the volume."""
+    dtype: str
+    """NumPy type of the label ids."""
+
+    @classmethod
+    def pack(cls, labels: Labels) -> PackedLabels:
+        """Compress label ids losslessly, in the smallest type that holds them."""
+        small = np.ascontiguousarray(labels, dtype=np.min_scalar_type(int(labels.max(initial=0))))
+        return cls(content=zlib.compress(small.tobytes(), level=1), shape=small.shape, dtype=small.dtype.str)
+
+    def unpack(self) -> Labels:
+        """Return the label ids."""
+        return np.frombuffer(zlib.decompress(self.content), dtype=self.dtype).reshape(self.shape)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """All cases of one part of the split and what they amount to."""
+    """Scores of all cases of one part of the split."""
 
     part: str
+    """Part of the split, train, val or test."""
     rows: list[dict[str, Any]]
-    """One per case and class, keys ``scores.CASE_COLUMNS``; None where a value cannot be measured."""
+    """Rows per case and class with the keys ``scores.CASE_COLUMNS``, None for what cannot be measured."""
     tolerance_mm: float
+    """Tolerance of the surface Dice, mm."""
     postprocessing: str = "none"
+    """Description of the post-processing."""
     predictions: Mapping[str, PackedLabels] = field(default_factory=dict)
-    """Predicted label ids by series, on the scans' own grids; empty when nobody asked for them."""
+    """Predicted label ids by series on the scans' own grids, for pictures."""
 
     @property
     def overall(self) -> Interval | None:
-        """Dice: mean over classes per scan, over scans per patient, over patients."""
+        """Mean Dice over classes per scan, over scans per patient, over patients."""
         return interval_of(self.rows, "dice")
 
     @property
@@ -67,7 +91,7 @@ class Evaluation:
 
     @property
     def num_cases(self) -> int:
-        """Scans."""
+        """Number of scans."""
         return len({row["series_id"] for row in self.rows})
 
 
@@ -83,28 +107,25 @@ def evaluate(
     bf16: bool = False,
     on_case: OnCase | None = None,
 ) -> Evaluation:
-    """Segment and score every labelled scan of one part of the split, on the scans' own grids.
+    """Segment and score every labelled scan of one part of the split on its own grid.
 
     Args:
-        model: Left as it is: parameters, buffers and modes, and the generators too.
+        model: Model; its parameters, buffers and modes do not change, nor do random generators.
         store: Labelled scans.
-        split: By patient.
+        split: Split by patient.
         part: ``train``, ``val`` or ``test``.
         batch_size: Slices per forward pass; changes speed and memory only.
-        tolerance_mm: Of the surface Dice.
-        postprocessing: Chosen earlier on validation patients.
-        bf16: Compute in bf16; the reference is float32.
-        on_case: Told after each scan.
+        tolerance_mm: Tolerance of the surface Dice.
+        postprocessing: Steps chosen earlier on validation patients; None applies none.
+        bf16: Compute in bf16 instead of the reference, float32.
+        on_case: Called after every scan.
 
     Raises:
-        DataError: If the model's training patients are in the part, the store lacks its classes, or it is empty.
+        DataError: If training patients of the model are in the part, the store lacks its classes, or it is empty.
+        NumericalError: If the model gives NaN or Inf.
     """
     classes = model.task.classes
-    refuse_foreign_store(model, store)
-    refuse_training_cases(model, store, split, part)
-    series_ids = labelled_series(store, split.part(part))
-    if not series_ids:
-        raise DataError("0 labelled scans to measure in this part of the split.", where=store.path.name)
+    series_ids = _series_to_score(model, store, split, part)
     config = model.task.inference(batch_size=batch_size)
     device = next(model.segmenter.parameters()).device
     rows: list[dict[str, Any]] = []
@@ -134,7 +155,7 @@ def summarise(
     part: str,
     tolerance_mm: float = DEFAULT_TOLERANCE_MM,
 ) -> Evaluation:
-    """Score scans that are segmented already, as validation leaves them."""
+    """Score scans that validation has segmented."""
     rows: list[dict[str, Any]] = []
     for result in results:
         true = store.read_label_volume(result.series_id).astype(np.int32)
@@ -144,7 +165,7 @@ def summarise(
 
 
 def dice_per_class(results: Sequence[CaseResult]) -> dict[str, float]:
-    """Return the mean Dice over patients of every class that can be measured; cheap enough for every round."""
+    """Return the mean Dice over patients of every class that can be measured."""
     values: dict[str, dict[str, list[float | None]]] = {}
     for result in results:
         for score in result.scores:
@@ -156,13 +177,12 @@ def dice_per_class(results: Sequence[CaseResult]) -> dict[str, float]:
 def choose_on_validation(
     model: FinishedModel, store: SliceStore, split: Split, *, batch_size: int = 8
 ) -> PostProcessing:
-    """Segment the validation scans and choose the post-processing by them; test patients play no part.
+    """Choose the post-processing by the validation scans without reading test scans.
 
     Raises:
-        DataError: As ``evaluate``.
+        DataError: For the reasons of ``evaluate``.
     """
-    refuse_foreign_store(model, store)
-    refuse_training_cases(model, store, split, "val")
+    series_ids = _series_to_score(model, store, split, "val")
     config = model.task.inference(batch_size=batch_size)
     cases = [
         (
@@ -170,10 +190,8 @@ def choose_on_validation(
             segment_series(model.segmenter, store, series_id, model.task.classes, config),
             store.read_label_volume(series_id).astype(np.int32),
         )
-        for series_id in labelled_series(store, split.val)
+        for series_id in series_ids
     ]
-    if not cases:
-        raise DataError("0 labelled scans in the validation part of the split.", where=store.path.name)
     return choose_postprocessing(
         cases, model.task.classes, weights_sha256=model.card.weights_sha256 or "", split_sha256=split.sha256
     )
@@ -186,7 +204,10 @@ def write_evaluation(
     provenance: dict[str, Any],
     subgroups: Sequence[Subgroups] = (),
 ) -> None:
-    """Write ``cases.csv`` and ``summary.json``, and ``subgroups.csv`` where asked; equal inputs give equal bytes."""
+    """Write ``cases.csv``, ``summary.json`` and, with subgroups, ``subgroups.csv``.
+
+    Equal inputs give equal bytes.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "cases.csv", render_csv(evaluation.rows, CASE_COLUMNS))
     rows = evaluation.rows
@@ -200,51 +221,64 @@ def write_evaluation(
         "surface_tolerance_mm": evaluation.tolerance_mm,
         "postprocessing": evaluation.postprocessing,
         "num_one_sided": {name: count_one_sided(_of_class(rows, name)) for name in class_names(rows)},
-        "dice": plain(evaluation.overall),
-        "dice_per_class": {name: plain(interval) for name, interval in evaluation.per_class.items()},
+        "dice": interval_to_json(evaluation.overall),
+        "dice_per_class": {name: interval_to_json(interval) for name, interval in evaluation.per_class.items()},
         "metrics": {
             metric.key: {
                 "better": metric.better,
-                "overall": plain(interval_of(rows, metric.key)),
+                "overall": interval_to_json(interval_of(rows, metric.key)),
                 "per_class": {
-                    name: plain(interval_of(rows, metric.key, class_name=name)) for name in class_names(rows)
+                    name: interval_to_json(interval_of(rows, metric.key, class_name=name)) for name in class_names(rows)
                 },
             }
             for metric in METRICS
         },
         "subgroups": {one.attribute: one.counts(rows) for one in subgroups},
     }
-    write_text(folder / "summary.json", json.dumps(summary, indent=2, sort_keys=True) + "\n")
+    write_json(folder / "summary.json", summary, indent=2)
     if subgroups:
         table = [row for one in subgroups for row in one.table(rows)]
         write_text(folder / "subgroups.csv", render_csv(table, tuple(table[0])))
 
 
-def refuse_foreign_store(model: FinishedModel, store: SliceStore) -> None:
-    """Refuse a store without the model's classes; warn about another kind of scan."""
+def _series_to_score(model: FinishedModel, store: SliceStore, split: Split, part: str) -> list[str]:
+    check_store(model, store)
+    check_patients(model, store, split, part)
+    series_ids = labelled_series(store, split.part(part))
+    if not series_ids:
+        raise DataError(
+            f"part {part} of the split must have at least one labelled scan, got none. Make another split.",
+            where=store.path.name,
+        )
+    return series_ids
+
+
+def check_store(model: FinishedModel, store: SliceStore) -> None:
+    """Refuse a store without the model's classes and warn about another modality."""
     known = {label for record in store.series for label in record.label_voxels}
     classes = model.task.classes
     wanted = sorted({label for channel in range(classes.num_classes) for label in classes.store_ids(channel)})
     if missing := [label for label in wanted if label not in known]:
         raise DataError(
-            f"the store must hold the model's classes, label ids {missing} do not occur; it has {sorted(known)}.",
+            f"the store must have the model's classes, label ids {missing} do not occur; it has {sorted(known)}.",
             where=store.path.name,
         )
     if store.modality.value != model.task.modality:
         log.warning(
-            "the model was trained on %s, this store is %s: expect low scores.",
+            "the model was trained on %s, this store has %s. Expect low scores.",
             model.task.modality,
             store.modality.value,
         )
 
 
-def refuse_training_cases(model: FinishedModel, store: SliceStore, split: Split, part: str) -> None:
-    """Refuse to call patients new that the model was trained on."""
+def check_patients(model: FinishedModel, store: SliceStore, split: Split, part: str) -> None:
+    """Refuse a validation or test part with patients that the model was trained on."""
     if part == "train":
-        log.warning("these are training cases: the scores say nothing about new patients.")
+        log.warning("these are training cases. Their scores do not estimate those of new patients.")
         return
     patients = set(split.part(part))
     trained_ids = set(model.task.split.get("train", ()))
+    # Patient ids differ between stores built with other salts. Equal voxels show the same scan all the same.
     trained_content = set(model.card.data_manifest.get("content_sha256", ()))
     leaked = {
         record.patient_id
@@ -255,13 +289,13 @@ def refuse_training_cases(model: FinishedModel, store: SliceStore, split: Split,
     if leaked:
         raise DataError(
             f"{len(leaked)} patients of {part} were trained on ({', '.join(sorted(leaked)[:3])}). "
-            "Use the split the model was trained with.",
+            "Use the split that the model was trained with.",
             where=f"{store.path.name}, part {part}",
         )
 
 
-def plain(interval: Interval | None) -> dict[str, Any] | None:
-    """Return an interval for JSON."""
+def interval_to_json(interval: Interval | None) -> dict[str, Any] | None:
+    """Return an interval as plain values, rounded to four decimals."""
     if interval is None:
         return None
     return {k: round(v, 4) if isinstance(v, float) else v for k, v in asdict(interval).items()}

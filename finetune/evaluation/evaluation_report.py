@@ -1,4 +1,4 @@
-"""report.html of an evaluation: numbers with intervals, every case, pictures of worst and best, how it was measured."""
+"""HTML report of an evaluation with intervals, all cases and pictures of the worst and best ones."""
 
 from __future__ import annotations
 
@@ -47,28 +47,32 @@ from samgraft.shared.store.store import SliceStore
 
 SLICES_PER_CASE = 4
 MAX_CASE_ROWS = 4000
+METRIC_TITLES = {metric.key: metric.title for metric in METRICS}
 CASE_METRICS = ("dice", "nsd", "hd95_mm", "mean_surface_distance_mm", "volume_error_ml", "sensitivity", "precision")
 NO_PICTURES = (
-    "Pictures of patients are left out: they are shown only for data that was declared shareable "
+    "Pictures of patients are left out. They are shown only for data that was declared shareable "
     "(watch.log_images of the run, or --log-images here)."
 )
-NO_VIEWER = "The 3D viewer is left out: niivue is not installed. `make install` fetches it where npm is online."
+NO_VIEWER = "The 3D viewer is left out, because niivue is not installed. `make install` downloads it with npm."
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pictured:
-    """What pictures need; without it a report has none."""
+    """Data for pictures of patients."""
 
     store: SliceStore
+    """Store with the scans."""
     intensity: IntensityPreset
+    """Conversion of native units to grey values."""
     classes: ClassTable
+    """Classes of the model."""
 
     def true_labels(self, series_id: str) -> npt.NDArray[np.int32]:
-        """Return the truth in the terms of a prediction: the model's ids (or bits), everything else background."""
+        """Return the truth as the model's ids or bits, with other labels as background."""
         label = self.store.read_label_volume(series_id)
         true = np.zeros(label.shape, dtype=np.int32)
         for channel, label_id in enumerate(self.classes.ids):
-            # Ids of exclusive classes never meet in a voxel, bits of overlapping ones add up.
+            # A voxel has one id of exclusive classes, or several bits of overlapping ones.
             true[self.classes.true_mask(label, channel)] |= label_id
         return true
 
@@ -82,15 +86,15 @@ def write_evaluation_report(
     subgroups: Sequence[Subgroups] = (),
     pictured: Pictured | None = None,
 ) -> Path:
-    """Write ``report.html`` beside the tables; return its path.
+    """Write ``report.html`` next to the tables and return its path.
 
     Args:
-        evaluation: With predictions if there shall be pictures.
-        folder: Of ``cases.csv``.
-        title: Name of the model; escaped.
-        provenance: What was evaluated: hashes.
-        subgroups: One table each.
-        pictured: None leaves pictures of patients out.
+        evaluation: Scores, with predictions for pictures.
+        folder: Folder of ``cases.csv``.
+        title: Name of the model; it is escaped.
+        provenance: Hashes of model, store and split.
+        subgroups: Subgroups with a table each.
+        pictured: Data for pictures; None leaves them out.
     """
     rows = evaluation.rows
     sections = [
@@ -102,19 +106,20 @@ def write_evaluation_report(
     if pictured is None:
         sections.append(Section(title="Pictures", parts=[Text(text=NO_PICTURES)]))
     else:
-        chosen = choose_cases(rows)
+        chosen = choose_pictured_cases(rows)
         parts, scripts = _viewer(evaluation, chosen, pictured)
         pictures = _pictures(evaluation, chosen, pictured)
         sections.append(Section(title="Worst, median, best", parts=[*pictures, *parts]))
     sections.append(Section(title="How it was measured", parts=[KeyValues(items=_facts(evaluation, provenance))]))
-    page = render_report(title, sections, subtitle=_subtitle(evaluation), scripts=scripts)
+    subtitle = f"evaluation on {evaluation.part}, {evaluation.num_cases} scans"
+    page = render_report(title, sections, subtitle=subtitle, scripts=scripts)
     path = folder / "report.html"
     write_text(path, page)
     return path
 
 
-def choose_cases(rows: Sequence[Row]) -> dict[str, str]:
-    """Return the scans to look at: ``worst``, ``median`` and ``best`` by mean Dice over classes; fewer if there are."""
+def choose_pictured_cases(rows: Sequence[Row]) -> dict[str, str]:
+    """Return the series with the worst, median and best mean Dice over classes."""
     values: dict[str, list[float]] = {}
     for row in rows:
         if row["dice"] is not None:
@@ -136,15 +141,19 @@ def _headline(evaluation: Evaluation) -> list[SectionPart]:
         text += f" HD95 {distance.render()} mm."
     parts: list[SectionPart] = [Text(text=text, kind="good")]
     if evaluation.part == "train":
-        parts.append(Text(kind="warning", text="These are training cases: they say nothing about new patients."))
+        parts.append(
+            Text(kind="warning", text="These are training cases. Their scores do not estimate those of new patients.")
+        )
     if evaluation.part == "val":
-        parts.append(Text(kind="warning", text="The model was chosen on these patients: only test estimates new ones."))
+        parts.append(
+            Text(kind="warning", text="The model was chosen on these patients. Only the test part estimates new ones.")
+        )
     if one_sided := count_one_sided(rows):
         parts.append(
             Text(
                 kind="warning",
-                text=f"{one_sided} of {len(rows)} times a class was only true (missed) or only predicted (invented): "
-                "Dice is 0 and distances are the diagonal of the scan there.",
+                text=f"In {one_sided} of {len(rows)} rows a class is only true (missed) or only predicted (invented). "
+                "Dice is 0 and distances are the diagonal of the scan in these rows.",
             )
         )
     if overall and overall.low is None:
@@ -154,28 +163,28 @@ def _headline(evaluation: Evaluation) -> list[SectionPart]:
 
 def _metric_table(rows: Sequence[Row]) -> Table:
     names = class_names(rows)
-    columns = ["metric", "better", "all classes", *(names if len(names) > 1 else [])]
-    lines = []
-    for metric in METRICS:
-        line: list[Any] = [metric.title, metric.better, _short(interval_of(rows, metric.key))]
-        if len(names) > 1:
-            line += [_short(interval_of(rows, metric.key, class_name=name)) for name in names]
-        lines.append(line)
+    shown = [None, *(names if len(names) > 1 else [])]
+    columns = ["metric", "better", *(name or "all classes" for name in shown)]
+    lines = [
+        [m.title, m.better, *(_short(interval_of(rows, m.key, class_name=name)) for name in shown)] for m in METRICS
+    ]
     return Table(columns=columns, rows=lines, caption=f"{AVERAGING[0].upper()}{AVERAGING[1:]}.")
 
 
 def _subgroup_table(subgroups: Subgroups, rows: Sequence[Row]) -> Table:
     lines = [
-        [line["group"], line["class"], METRIC_TITLES[line["metric"]], *_bounds(line), line["num_patients"]]
+        [
+            line["group"],
+            line["class"],
+            METRIC_TITLES[line["metric"]],
+            *(line[k] for k in ("mean", "low", "high", "num_patients")),
+        ]
         for line in subgroups.table(rows)
         if line["metric"] in {"dice", "nsd", "hd95_mm"}
     ]
     columns = ["group", "class", "metric", "mean", "low", "high", "patients"]
     caption = "Means over the patients of each group with 95 % bootstrap intervals; n/a: too few patients."
     return Table(columns=columns, rows=lines, caption=caption, sortable=True, max_rows=MAX_CASE_ROWS)
-
-
-METRIC_TITLES = {metric.key: metric.title for metric in METRICS}
 
 
 def _case_table(rows: Sequence[Row]) -> Table:
@@ -190,7 +199,7 @@ def _case_table(rows: Sequence[Row]) -> Table:
 
 
 def _strip_plot(rows: Sequence[Row]) -> Picture:
-    """One dot per patient and class, the mean as a line."""
+    """Draw a dot per patient and class, and the mean as a line."""
     names = class_names(rows)
     with mpl.rc_context(FIGURE_STYLE):
         figure = Figure(figsize=(7.2, 0.9 + 0.45 * len(names)), layout="constrained")
@@ -211,10 +220,9 @@ def _strip_plot(rows: Sequence[Row]) -> Picture:
 def _pictures(evaluation: Evaluation, chosen: Mapping[str, str], pictured: Pictured) -> list[SectionPart]:
     parts: list[SectionPart] = []
     for name, series_id in chosen.items():
-        store = pictured.store
         predicted, true = evaluation.predictions[series_id].unpack(), pictured.true_labels(series_id)
         indexes = choose_slices(np.maximum(true > 0, predicted > 0), number=SLICES_PER_CASE)
-        pictures = slice_pictures(store, series_id, indexes, intensity=pictured.intensity)
+        pictures = slice_pictures(pictured.store, series_id, indexes, intensity=pictured.intensity)
         tiles = [
             overlay(image, true_HW=true[index], predicted_HW=predicted[index])
             for index, (image, _) in zip(indexes, pictures, strict=True)
@@ -257,11 +265,11 @@ def _facts(evaluation: Evaluation, provenance: Mapping[str, Any]) -> dict[str, A
     return {
         "part": evaluation.part,
         "cases": f"{evaluation.num_cases} scans of {len({row['patient_id'] for row in evaluation.rows})} patients",
-        "grid": "the scans' own; nothing was resampled before measuring",
+        "grid": "the scans' own, nothing was resampled before measuring",
         "averages": AVERAGING,
         "empty cases": EMPTY_RULE,
         "surface Dice": f"share of both surfaces within {evaluation.tolerance_mm:g} mm of the other",
-        "HD95": "larger of the two directed distances below which 95 % of the surface area lies",
+        "HD95": "larger of the two directed distances that 95 % of the surface area stay below",
         "post-processing": evaluation.postprocessing,
         **provenance,
     }
@@ -272,17 +280,9 @@ def _case_title(rows: Sequence[Row], series_id: str) -> str:
     return f"scan {series_id}, Dice {np.mean(scores):.3f}"
 
 
-def _subtitle(evaluation: Evaluation) -> str:
-    return f"evaluation on {evaluation.part}, {evaluation.num_cases} scans"
-
-
 def _short(interval: Interval | None) -> str | None:
     if interval is None:
         return None
     if interval.low is None or interval.high is None:
         return f"{interval.mean:.3f}"
     return f"{interval.mean:.3f} ({interval.low:.3f} to {interval.high:.3f})"
-
-
-def _bounds(line: Mapping[str, Any]) -> list[Any]:
-    return [line["mean"], line["low"], line["high"]]

@@ -1,8 +1,8 @@
-"""Overlap of a predicted and a true label volume, per class, with stated rules for empty cases.
+"""Overlap of a predicted and a true label volume per class, with rules for empty cases.
 
-Rules: neither has the class: nothing to measure, every value is n/a and does not enter a mean (1 would reward scans
-without a lesion, 0 would punish them). One of the two has it: Dice and IoU are 0. Sensitivity needs a true voxel,
-precision a predicted one, a relative volume error a true volume; otherwise they are n/a.
+If neither volume has the class, there is nothing to measure: every value is n/a and enters no mean (1 would reward
+scans without a lesion, 0 would punish them). If only one of them has it, Dice and IoU are 0. Sensitivity needs a true
+voxel, precision a predicted one and a relative volume error a true volume; otherwise they are n/a.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Labels = npt.NDArray[Any]
 
 @dataclass(frozen=True, kw_only=True)
 class ClassScore:
-    """One class of one case."""
+    """Overlap of one class in one case."""
 
     label_id: int
     class_name: str
@@ -29,44 +29,44 @@ class ClassScore:
 
     @property
     def dice(self) -> float | None:
-        """2 |A and B| / (|A| + |B|); None when both are empty."""
+        """Dice 2 |A and B| / (|A| + |B|), None when both are empty."""
         total = self.true_voxels + self.predicted_voxels
         return 2 * self.intersection_voxels / total if total else None
 
     @property
     def iou(self) -> float | None:
-        """|A and B| / |A or B|; None when both are empty."""
+        """Jaccard index |A and B| / |A or B|, None when both are empty."""
         union = self.true_voxels + self.predicted_voxels - self.intersection_voxels
         return self.intersection_voxels / union if union else None
 
     @property
     def sensitivity(self) -> float | None:
-        """Share of the true voxels that were found; None without a true voxel."""
+        """Share of the true voxels that were found, None without a true voxel."""
         return self.intersection_voxels / self.true_voxels if self.true_voxels else None
 
     @property
     def precision(self) -> float | None:
-        """Share of the predicted voxels that are true; None without a predicted voxel."""
+        """Share of the predicted voxels that are true, None without a predicted voxel."""
         return self.intersection_voxels / self.predicted_voxels if self.predicted_voxels else None
 
     @property
     def relative_volume_error(self) -> float | None:
-        """(predicted - true) / true volume, signed; None without a true voxel."""
+        """Signed ratio (predicted - true) / true volume, None without a true voxel."""
         return (self.predicted_voxels - self.true_voxels) / self.true_voxels if self.true_voxels else None
 
     @property
     def is_one_sided(self) -> bool:
-        """Whether exactly one of prediction and truth has the class."""
+        """True if exactly one of prediction and truth has the class."""
         return bool(self.true_voxels) != bool(self.predicted_voxels)
 
 
 def class_scores(predicted: Labels, true: Labels, classes: ClassTable) -> list[ClassScore]:
-    """Count voxels per class.
+    """Count the voxels of every class.
 
     Args:
         predicted: Label ids of any shape.
         true: Label ids of the same shape.
-        classes: Which ids to score.
+        classes: Classes to score.
 
     Raises:
         ValueError: If the shapes differ.
@@ -89,6 +89,6 @@ def class_scores(predicted: Labels, true: Labels, classes: ClassTable) -> list[C
 
 
 def mean_or_none(values: list[float | None]) -> float | None:
-    """Return the mean of the values that exist; None when there is none."""
+    """Return the mean of the values that are not None, or None without any."""
     known = [value for value in values if value is not None]
     return float(np.mean(known)) if known else None

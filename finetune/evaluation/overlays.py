@@ -1,4 +1,4 @@
-"""Pictures of slices with outlines: truth and predictions, for TensorBoard and the report.
+"""Pictures of slices with outlines of truth and prediction, for TensorBoard and reports.
 
 Shape letters: Z = slices, H, W = rows and columns of a slice.
 """
@@ -19,10 +19,11 @@ Rgb = npt.NDArray[np.float32]
 TRUTH_COLOR = (0.20, 0.85, 0.35)
 PREDICTION_COLOR = (1.0, 0.35, 0.25)
 MIN_SIDE = 256
+"""Smallest length of the longer side of a picture, pixels."""
 
 
 def choose_slices(true_ZHW: Array, *, number: int) -> list[int]:
-    """Return slices to show, in order: those with foreground evenly spread, else evenly from the whole scan."""
+    """Choose slices to show, evenly spread over those with foreground, or over the scan without any."""
     foreground = np.flatnonzero((true_ZHW > 0).any(axis=(1, 2)))
     pool = foreground if foreground.size else np.arange(len(true_ZHW))
     places = np.linspace(0, pool.size - 1, min(number, pool.size)).round().astype(int)
@@ -30,23 +31,23 @@ def choose_slices(true_ZHW: Array, *, number: int) -> list[int]:
 
 
 def overlay(image_HW: Array, *, true_HW: Array | None = None, predicted_HW: Array | None = None) -> Rgb:
-    """Draw outlines on one slice: truth green, prediction red, half filled.
+    """Draw the truth as green outline and the prediction as red, half filled area on a slice.
 
     Args:
-        image_HW: In [0, 1].
-        true_HW: Label ids; None draws none.
-        predicted_HW: Label ids; None draws none.
+        image_HW: Slice, values in [0, 1].
+        true_HW: True label ids; None draws none.
+        predicted_HW: Predicted label ids; None draws none.
 
     Returns:
-        (H', W', 3) in [0, 1]; small slices are magnified by a whole number so that outlines stay thin.
+        Picture (H', W', 3) in [0, 1]. Small slices are enlarged by a whole number so that outlines stay thin.
     """
     factor = max(1, MIN_SIDE // max(image_HW.shape))
-    image = _magnify(np.asarray(image_HW, dtype=np.float32), factor)
+    image = _enlarge(np.asarray(image_HW, dtype=np.float32), factor)
     picture = np.repeat(image[..., None], 3, axis=-1)
     for label, color, alpha in ((predicted_HW, PREDICTION_COLOR, 0.35), (true_HW, TRUTH_COLOR, 0.0)):
         if label is None:
             continue
-        big = _magnify(np.asarray(label), factor)
+        big = _enlarge(np.asarray(label), factor)
         for label_id in np.unique(big[big > 0]):
             inside = big == label_id
             picture[inside] = (1 - alpha) * picture[inside] + alpha * np.asarray(color, dtype=np.float32)
@@ -58,7 +59,7 @@ def overlay(image_HW: Array, *, true_HW: Array | None = None, predicted_HW: Arra
 def slice_pictures(
     store: SliceStore, series_id: str, slice_indexes: list[int], *, intensity: IntensityPreset
 ) -> list[tuple[Array, Array]]:
-    """Return (image in [0, 1], true label ids) of some slices."""
+    """Return image in [0, 1] and true label ids of some slices."""
     stats = store.record(series_id).stats
     return [
         (
@@ -69,5 +70,5 @@ def slice_pictures(
     ]
 
 
-def _magnify(array: Array, factor: int) -> Array:
+def _enlarge(array: Array, factor: int) -> Array:
     return np.kron(array, np.ones((factor, factor), dtype=array.dtype)) if factor > 1 else array

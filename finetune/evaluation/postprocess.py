@@ -1,4 +1,4 @@
-"""What is done to a segmented volume afterwards, and how that is chosen: on validation patients, never on test ones.
+"""Post-processing of segmented volumes and its choice by validation patients, never by test patients.
 
 Shape letters: Z = slices, H, W = rows and columns of a slice.
 """
@@ -23,49 +23,51 @@ from scipy import ndimage
 Labels = npt.NDArray[Any]
 
 SCHEMA = 1
+"""Version of the file."""
 POSTPROCESSING_FILE = "postprocessing.json"
 MIN_PATIENTS = 3
-"""Below, a step that helps one patient by chance would be kept for all."""
+"""Smallest number of patients for a choice. With fewer, one patient could decide by chance."""
 MIN_GAIN = 0.002
-"""Rise of the mean Dice below which a step is not worth its risk of removing a second, real structure."""
+"""Smallest rise of the mean Dice that justifies the risk of removing a second, real structure."""
 STEPS = ("largest_component", "fill_holes")
 CANDIDATES: tuple[tuple[str, ...], ...] = (("largest_component",), ("fill_holes",), ("largest_component", "fill_holes"))
 
 
 @dataclass(frozen=True, kw_only=True)
 class PostProcessing:
-    """Steps per class, and on what grounds they were chosen."""
+    """Steps per class and the measurement that they were chosen by."""
 
     steps: dict[int, list[str]] = field(default_factory=dict)
-    """Label id to steps, in order; a class that is not listed stays as segmented."""
+    """Steps in order by label id. A class that is not listed has none."""
     weights_sha256: str = ""
-    """Model it was chosen for."""
+    """Hash of the model that it was chosen for."""
     split_sha256: str = ""
-    """Split whose validation part it was chosen on."""
+    """Hash of the split whose validation part was used."""
     num_patients: int = 0
-    """Validation patients that decided."""
+    """Number of validation patients."""
     dice: dict[int, dict[str, float | None]] = field(default_factory=dict)
-    """Label id to mean validation Dice ``before`` and ``after``."""
+    """Mean validation Dice ``before`` and ``after`` by label id."""
     schema: int = SCHEMA
+    """Version of the file."""
 
     def describe(self, classes: ClassTable) -> str:
-        """Return e.g. ``lesion: largest component, fill holes``; ``none`` without steps."""
+        """Return the names of classes and steps as text, ``none`` without steps."""
         names = dict(zip(classes.ids, classes.names, strict=True))
         parts = [f"{names[i]}: {', '.join(s.replace('_', ' ') for s in steps)}" for i, steps in self.steps.items()]
         return "; ".join(parts) or "none"
 
     def write(self, folder: Path) -> Path:
-        """Write ``postprocessing.json`` through a temporary neighbour."""
+        """Write ``postprocessing.json`` and return its path."""
         path = folder / POSTPROCESSING_FILE
         write_json(path, dataclasses.asdict(self), indent=2)
         return path
 
 
 def read_postprocessing(folder: Path, *, weights_sha256: str | None, classes: ClassTable) -> PostProcessing:
-    """Read what was chosen for a model; nothing chosen gives no steps.
+    """Read the post-processing chosen for a model, no steps if none was chosen.
 
     Raises:
-        WeightsError: If the file is damaged, chosen for other weights, or names what does not exist.
+        WeightsError: If the file is damaged, chosen for other weights, or has unknown steps or classes.
     """
     path = folder / POSTPROCESSING_FILE
     if not path.is_file():
@@ -81,13 +83,17 @@ def read_postprocessing(folder: Path, *, weights_sha256: str | None, classes: Cl
     except (ValueError, TypeError, AttributeError, KeyError) as err:
         if isinstance(err, WeightsError):
             raise
-        raise WeightsError(f"{POSTPROCESSING_FILE} is damaged.", where=folder.parent.name) from err
+        raise WeightsError(
+            f"{POSTPROCESSING_FILE} is damaged. Delete it, or choose again.",
+            where=folder.parent.name,
+            next_command="samgraft evaluate RUN --choose-postprocessing",
+        ) from err
     found = PostProcessing(**{**values, "steps": steps, "dice": dice})
-    strangers = sorted({step for chosen in steps.values() for step in chosen} - set(STEPS))
-    if strangers or not set(steps) <= set(classes.ids):
+    unknown = sorted({step for chosen in steps.values() for step in chosen} - set(STEPS))
+    if unknown or not set(steps) <= set(classes.ids):
         raise WeightsError(
             f"{POSTPROCESSING_FILE} must name steps among {', '.join(STEPS)} for classes {list(classes.ids)}, got "
-            f"{', '.join(strangers) or sorted(steps)}.",
+            f"{', '.join(unknown) or sorted(steps)}.",
             where=folder.parent.name,
         )
     if found.weights_sha256 != weights_sha256:
@@ -102,16 +108,15 @@ def read_postprocessing(folder: Path, *, weights_sha256: str | None, classes: Cl
 def apply_postprocessing(
     labels_ZHW: Labels, steps: Mapping[int, Sequence[str]], *, is_overlapping: bool = False
 ) -> Labels:
-    """Return the label volume after the steps of every class.
+    """Apply the steps of every class to a label volume.
+
+    Voxels are connected if they share a face, in three dimensions. A hole is background that a structure encloses
+    within one slice. Filling never changes a voxel of another class.
 
     Args:
         labels_ZHW: Predicted label ids, or bits of overlapping classes.
-        steps: Label id (or bit) to steps.
-        is_overlapping: Whether they are bits.
-
-    Connected means sharing a face (in three dimensions), a hole is background of a slice that its structure encloses
-    in that slice: scans with thick slices leave a cavity open at the top or bottom. Filling never takes a voxel of
-    another class.
+        steps: Steps by label id or bit.
+        is_overlapping: True for bits.
     """
     result = labels_ZHW.copy()
     for label_id, chosen in steps.items():
@@ -124,6 +129,7 @@ def apply_postprocessing(
             result[removed] = result[removed] & ~label_id if is_overlapping else 0
             mask = kept
         if "fill_holes" in chosen:
+            # Slice by slice, because thick slices leave a cavity open at its top or bottom.
             filled = np.stack([ndimage.binary_fill_holes(slice_HW) for slice_HW in mask])
             if is_overlapping:
                 result[filled] |= label_id
@@ -139,16 +145,19 @@ def choose_postprocessing(
 
     Args:
         cases: Patient, predicted and true label volume of every validation scan.
-        classes: Of the model.
-        weights_sha256: Recorded.
-        split_sha256: Recorded.
+        classes: Classes of the model.
+        weights_sha256: Hash of the model, for the record.
+        split_sha256: Hash of the split, for the record.
 
     Returns:
-        A class gets the steps with the best mean if they raise it by ``MIN_GAIN``; all stay as segmented below
+        Steps with the best mean for every class whose mean they raise by ``MIN_GAIN``, and no steps below
         ``MIN_PATIENTS`` patients.
     """
     if classes.is_overlapping:
-        raise UsageError("post-processing is for exclusive classes, the model has regions that overlap.")
+        raise UsageError(
+            "post-processing can be chosen for exclusive classes only, the model has overlapping regions. Leave "
+            "--choose-postprocessing out."
+        )
     num_patients = len({patient for patient, _, _ in cases})
     steps: dict[int, list[str]] = {}
     dice: dict[int, dict[str, float | None]] = {}

@@ -1,7 +1,7 @@
-"""The table of an evaluation: one row per case and class, what each column means, and how rows become one number.
+"""Table of an evaluation with one row per case and class, its columns and its averages.
 
-A row is a plain mapping with the keys ``CASE_COLUMNS``, so that a table read back from ``cases.csv`` is as good as a
-fresh one: comparisons and reports work on tables, never on models.
+A row is a plain mapping with the keys ``CASE_COLUMNS``. A table read from ``cases.csv`` can therefore replace a new
+one. Comparisons and reports use tables, never models.
 """
 
 from __future__ import annotations
@@ -26,17 +26,21 @@ Labels = npt.NDArray[Any]
 Row = Mapping[str, Any]
 
 MISSING = "n/a"
+"""Text of a value that cannot be measured."""
+FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
+"""First characters that make a spreadsheet run the text of a cell as a formula."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Metric:
-    """One number per case and class."""
+    """Measured number of a case and class."""
 
     key: str
-    """Column of cases.csv."""
+    """Name of the column in cases.csv."""
     title: str
-    """For tables and reports, with its unit."""
+    """Title in tables and reports, with the unit."""
     better: Literal["higher", "lower", "near 0"]
+    """Direction of better values."""
 
 
 METRICS = (
@@ -66,9 +70,9 @@ _TEXT = {"patient_id", "series_id", "class"}
 _WHOLE = {"label_id", "true_voxels", "predicted_voxels"}
 
 EMPTY_RULE = (
-    "neither true nor predicted: every value is n/a and enters no mean; only one of the two: Dice, IoU, surface Dice "
-    "are 0, HD95 and mean surface distance are the diagonal of the scan; sensitivity needs a true voxel, precision a "
-    "predicted one, a relative volume error a true volume"
+    "a class that is neither true nor predicted has n/a in every column and enters no mean; one that is only true or "
+    "only predicted has Dice, IoU and surface Dice 0, and the diagonal of the scan as HD95 and mean surface distance; "
+    "sensitivity needs a true voxel, precision a predicted one, a relative volume error a true volume"
 )
 AVERAGING = "mean over classes per scan, over scans per patient, over patients; 95 % bootstrap over patients"
 
@@ -81,9 +85,9 @@ def case_rows(
     Args:
         predicted: Label ids (Z, H, W) on the scan's own grid.
         true: Label ids of the same shape.
-        record: The scan.
-        classes: Which ids to score.
-        tolerance_mm: Of the surface Dice.
+        record: Scan with its spacing.
+        classes: Classes to score.
+        tolerance_mm: Tolerance of the surface Dice.
     """
     rows = []
     for channel, score in enumerate(class_scores(predicted, true, classes)):
@@ -124,12 +128,12 @@ def _row(score: ClassScore, surface: SurfaceScore | None, record: SeriesRecord) 
 
 
 def per_patient(rows: Iterable[Row], metric: str, *, class_name: str | None = None) -> dict[str, float]:
-    """Return one value per patient: mean over classes per scan, then over the patient's scans.
+    """Return the mean over classes per scan, then over the scans of every patient.
 
     Args:
-        rows: Of any number of patients.
-        metric: Column.
-        class_name: One class only; None takes the mean over classes.
+        rows: Rows of any number of patients.
+        metric: Name of the column.
+        class_name: Class to use; None uses the mean over classes.
     """
     scans: dict[str, dict[str, list[float | None]]] = {}
     for row in rows:
@@ -150,12 +154,12 @@ def class_names(rows: Iterable[Row]) -> list[str]:
 
 
 def count_one_sided(rows: Iterable[Row]) -> int:
-    """Return how many rows have a class that is only true or only predicted; their distances are diagonals."""
+    """Count rows whose class is only true or only predicted, so that distances are diagonals."""
     return sum(bool(row["true_voxels"]) != bool(row["predicted_voxels"]) for row in rows)
 
 
 def render_csv(rows: Sequence[Row], columns: Sequence[str] = CASE_COLUMNS) -> str:
-    """Return CSV text; equal tables give equal text."""
+    """Return a table as CSV text, equal text for equal tables."""
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, fieldnames=list(columns), lineterminator="\n", extrasaction="raise")
     writer.writeheader()
@@ -164,10 +168,10 @@ def render_csv(rows: Sequence[Row], columns: Sequence[str] = CASE_COLUMNS) -> st
 
 
 def read_cases(path: Path) -> list[dict[str, Any]]:
-    """Read a ``cases.csv`` back.
+    """Read a ``cases.csv`` that ``evaluate`` wrote.
 
     Raises:
-        DataError: If it is missing or not what ``evaluate`` writes.
+        DataError: If it is missing, damaged or has other columns.
     """
     if not path.is_file():
         raise DataError(
@@ -194,7 +198,7 @@ def read_cases(path: Path) -> list[dict[str, Any]]:
 
 def _parse(column: str, text: str) -> Any:
     if column in _TEXT:
-        return text
+        return text[1:] if text.startswith("'") and text[1:].startswith(FORMULA_STARTS) else text
     if text == MISSING:
         return None
     convert: Callable[[str], Any] = int if column in _WHOLE else float
@@ -204,4 +208,7 @@ def _parse(column: str, text: str) -> Any:
 def _cell(value: object) -> object:
     if value is None:
         return MISSING
+    # Texts come from scans, folders and label files. An apostrophe keeps spreadsheets from running them as formulas.
+    if isinstance(value, str) and value.startswith(FORMULA_STARTS):
+        return f"'{value}"
     return f"{value:.4f}" if isinstance(value, float | np.floating) else value

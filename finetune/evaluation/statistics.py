@@ -1,8 +1,11 @@
-"""Intervals and paired tests over patients: scans of one patient are not independent, so patients are the unit."""
+"""Bootstrap intervals and paired tests over patients.
+
+Patients are the unit, because scans of one patient are not independent.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,25 +13,32 @@ import numpy.typing as npt
 from scipy import stats
 
 MIN_PATIENTS = 6
-"""Below, a 95 % percentile interval is the range of the values: with 5 patients the most extreme resample (one patient
-five times) alone has probability 5 * (1/5)^5 = 0.0016 on each side, and the tails hold a handful of distinct means."""
+"""Smallest number of patients with an interval. With 5 patients a 95 % percentile interval is hardly more than the
+range of the values: the most extreme resample (one patient five times) alone has probability (1/5)^5 = 0.0003 on each
+side, and the tails consist of a handful of distinct means."""
 NUM_RESAMPLES = 10_000
+"""Number of bootstrap resamples of a mean."""
 EFFECT_RESAMPLES = 2_000
-"""Of the effect size, whose ranks are found anew in every resample."""
+"""Number of resamples of the effect size, which needs new ranks for each of them."""
+MAX_DRAWN = 4_000_000
+"""Largest number of patients drawn at once, 32 MB of indices."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Interval:
-    """A mean over patients with its percentile bootstrap interval."""
+    """Mean over patients with its percentile bootstrap interval."""
 
     mean: float
+    """Mean over patients."""
     low: float | None
-    """None when there are too few patients for an interval."""
+    """Lower bound, None with too few patients for an interval."""
     high: float | None
+    """Upper bound, None with too few patients for an interval."""
     num_patients: int
+    """Number of patients with a value."""
 
     def render(self) -> str:
-        """Return e.g. ``0.812 (0.774 to 0.846, 40 patients)``."""
+        """Return a text such as ``0.812 (0.774 to 0.846, 40 patients)``."""
         patients = f"{self.num_patients} patient{'s' * (self.num_patients != 1)}"
         if self.low is None or self.high is None:
             return f"{self.mean:.3f} ({patients}: too few for an interval)"
@@ -39,9 +49,9 @@ def bootstrap_mean(per_patient: Sequence[float], *, seed: int = 0, confidence: f
     """Return the mean over patients with a percentile bootstrap interval.
 
     Args:
-        per_patient: One value per patient (the mean over that patient's scans).
-        seed: Of the resampling; global generators are not touched.
-        confidence: Coverage aimed at.
+        per_patient: One value per patient, the mean over that patient's scans.
+        seed: Seed of the resampling; global generators are not used.
+        confidence: Nominal coverage of the interval.
 
     Returns:
         None without any value; an interval without bounds below ``MIN_PATIENTS``.
@@ -52,22 +62,22 @@ def bootstrap_mean(per_patient: Sequence[float], *, seed: int = 0, confidence: f
     mean, number = float(values.mean()), int(values.size)
     if number < MIN_PATIENTS:
         return Interval(mean=mean, low=None, high=None, num_patients=number)
-    means = values[_resamples(number, seed=seed)].mean(axis=1)
+    means = np.concatenate([values[rows].mean(axis=1) for rows in _resamples(number, NUM_RESAMPLES, seed=seed)])
     low, high = _bounds(means, confidence)
     return Interval(mean=mean, low=low, high=high, num_patients=number)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PairedComparison:
-    """Two models on the same patients; positive means that the second one's values are larger."""
+    """Comparison of two models on the same patients. Positive values favour larger values of the second one."""
 
     difference: Interval
     """Mean over patients of second minus first, with its bootstrap interval."""
     effect: Interval
-    """Matched-pairs rank-biserial correlation in [-1, 1]: 1 if every patient's value is larger in the second, 0 if the
-    ranks of gains and losses balance; with its bootstrap interval."""
+    """Matched-pairs rank-biserial correlation in [-1, 1] with its bootstrap interval. It is 1 if every patient's value
+    is larger in the second, and 0 if the ranks of gains and losses balance."""
     p_value: float | None
-    """Two-sided Wilcoxon signed-rank test; None below ``MIN_PATIENTS``, where it cannot fall below 0.05 anyway."""
+    """P-value of the two-sided Wilcoxon signed-rank test. None below ``MIN_PATIENTS``, where it cannot reach 0.05."""
 
 
 def compare_paired(first: Sequence[float], second: Sequence[float], *, seed: int = 0) -> PairedComparison | None:
@@ -76,7 +86,7 @@ def compare_paired(first: Sequence[float], second: Sequence[float], *, seed: int
     Args:
         first: One value per patient.
         second: The same patients in the same order.
-        seed: Of the resampling.
+        seed: Seed of the resampling.
 
     Returns:
         None without any patient.
@@ -90,7 +100,7 @@ def compare_paired(first: Sequence[float], second: Sequence[float], *, seed: int
     if len(first) != len(second):
         raise ValueError(f"paired values must be one per patient in both, got {len(first)} and {len(second)}.")
     values = np.asarray(second, dtype=np.float64) - np.asarray(first, dtype=np.float64)
-    # Tables hold four decimals: a smaller difference is rounding, and must tie.
+    # Tables have four decimals. Smaller differences are rounding errors, which must count as ties.
     values = np.round(values, 6)
     difference = bootstrap_mean(values.tolist(), seed=seed)
     if difference is None:
@@ -103,7 +113,8 @@ def compare_paired(first: Sequence[float], second: Sequence[float], *, seed: int
             effect=Interval(mean=effect, low=None, high=None, num_patients=number),
             p_value=None,
         )
-    effects = np.array([rank_biserial(sample) for sample in values[_resamples(number, seed=seed)[:EFFECT_RESAMPLES]]])
+    samples = (values[row] for rows in _resamples(number, EFFECT_RESAMPLES, seed=seed) for row in rows)
+    effects = np.array([rank_biserial(sample) for sample in samples])
     low, high = _bounds(effects, 0.95)
     p_value = float(stats.wilcoxon(values).pvalue) if values.any() else 1.0
     return PairedComparison(
@@ -114,7 +125,10 @@ def compare_paired(first: Sequence[float], second: Sequence[float], *, seed: int
 
 
 def rank_biserial(differences: npt.NDArray[np.float64]) -> float:
-    """Return (ranks of gains - ranks of losses) / all ranks of the differences that are not 0; 0 if all are."""
+    """Return (ranks of gains - ranks of losses) / (all ranks) of the differences other than 0.
+
+    The result is 0 if all differences are 0.
+    """
     known = differences[differences != 0]
     if known.size == 0:
         return 0.0
@@ -123,7 +137,9 @@ def rank_biserial(differences: npt.NDArray[np.float64]) -> float:
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
-    """Correct a family of p-values for their number by Holm's step-down rule; None stays None and does not count.
+    """Correct a family of p-values for their number by Holm's step-down rule.
+
+    None stays None and does not count.
 
     Source:
         Holm, "A simple sequentially rejective multiple test procedure" (1979).
@@ -137,8 +153,13 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
     return corrected
 
 
-def _resamples(number: int, *, seed: int) -> npt.NDArray[np.int64]:
-    return np.random.default_rng([seed, 3]).integers(0, number, size=(NUM_RESAMPLES, number))
+def _resamples(number: int, num_resamples: int, *, seed: int) -> Iterator[npt.NDArray[np.int64]]:
+    """Yield blocks of rows of patient indices, the same rows whatever the size of a block."""
+    # All rows at once would need 800 MB for 10,000 patients.
+    rng = np.random.default_rng([seed, 3])
+    block = max(1, MAX_DRAWN // number)
+    for start in range(0, num_resamples, block):
+        yield rng.integers(0, number, size=(min(block, num_resamples - start), number))
 
 
 def _bounds(values: npt.NDArray[np.float64], confidence: float) -> tuple[float, float]:

@@ -1,4 +1,4 @@
-"""Scores per subgroup of patients or scans: by site, plane or orientation of the store, or by a table of one's own."""
+"""Scores per subgroup of patients or scans, by attributes of the store or by a table of the user."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ ATTRIBUTES: dict[str, Callable[[SeriesRecord], str]] = {
     "orientation": lambda record: record.grid.orientation,
     "slice_spacing": lambda record: f"{record.spacing_mm[0]:.1f} mm",
 }
-"""What a store knows of a scan; ``site`` is site or scanner, as a salted hash."""
+"""Attributes of a scan in a store. ``site`` is site or scanner, as a salted hash."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Subgroups:
-    """Which group every scan belongs to."""
+    """Assignment of every scan to a group."""
 
     attribute: str
-    """What the groups differ in."""
+    """Name of the attribute in which the groups differ."""
     group_of: Mapping[str, str]
-    """Series to group."""
+    """Group of every series id."""
 
     def table(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
-        """Return one line per group, class and metric, with intervals over the group's patients."""
+        """Return a row per group, class and metric, with intervals over the group's patients."""
         lines = []
         for group, members in self._groups(rows).items():
             for name in (None, *class_names(rows)):
@@ -54,7 +54,7 @@ class Subgroups:
         return lines
 
     def counts(self, rows: Sequence[Row]) -> dict[str, int]:
-        """Return the scans of every group."""
+        """Return the number of scans in every group."""
         return {g: len({row["series_id"] for row in members}) for g, members in self._groups(rows).items()}
 
     def _groups(self, rows: Sequence[Row]) -> dict[str, list[Row]]:
@@ -65,18 +65,18 @@ class Subgroups:
 
 
 def subgroups_by(attribute: str, store: SliceStore) -> Subgroups:
-    """Group scans by what the store knows.
+    """Group scans by an attribute of the store.
 
     Raises:
-        UsageError: If it does not know that.
-        DataError: If it does not know it for any scan.
+        UsageError: If there is no such attribute.
+        DataError: If the store has it for no scan.
     """
     if attribute not in ATTRIBUTES:
         raise UsageError(f"groups must be by one of {', '.join(ATTRIBUTES)}, got {attribute!r}.", where="--by")
     group_of = {record.series_id: ATTRIBUTES[attribute](record) for record in store.series}
     if set(group_of.values()) == {UNKNOWN}:
         raise DataError(
-            f"the store does not know the {attribute} of any scan. Build it with --site-pattern or give --groups.",
+            f"the store has the {attribute} of no scan. Build it with --site-pattern, or give --groups.",
             where=store.path.name,
         )
     return Subgroups(attribute=attribute, group_of=group_of)
@@ -86,12 +86,12 @@ def read_subgroups(path: Path, store: SliceStore, *, patients: Sequence[str]) ->
     """Read a CSV with the columns patient_id and group.
 
     Args:
-        path: The table; the name of its file names the groups.
-        store: Scans to group.
-        patients: Patients that must be in it; others may be.
+        path: Table; the name of its file becomes the name of the attribute.
+        store: Store with the scans to group.
+        patients: Patients that must be in the table; others may be.
 
     Raises:
-        DataError: If columns are missing, a patient is listed twice or is missing.
+        DataError: If columns are missing, or a patient is missing or in two groups.
     """
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:

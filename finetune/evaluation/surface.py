@@ -1,12 +1,12 @@
-"""Distances between the surfaces of a predicted and a true structure, in millimetres, weighted by surface area.
+"""Distances between the surfaces of a predicted and a true structure in millimetres.
 
 Surfaces are the marching-cubes surfaces of the two masks; every surface element counts with its area in mm^2 (its
 length in mm for a single slice), so that anisotropic voxels do not distort the result. Elements and areas come from
 MONAI.
 
-Rules for empty cases: neither has the structure: nothing to measure, every value is n/a. One of the two has it:
+If neither mask has the structure, there is nothing to measure and every value is n/a. If only one of them has it, the
 surface Dice is 0 and both distances are the diagonal of the scan, the largest error that its grid allows: a miss must
-not look better than a bad hit, and dropping the case would reward it.
+not score better than a bad hit, and dropping the case would reward it.
 
 Source: Nikolov et al., "Deep learning to achieve clinically applicable segmentation of head and neck anatomy for
 radiotherapy" (2018), and its reference implementation, package ``surface-distance``.
@@ -23,8 +23,11 @@ import numpy.typing as npt
 import torch
 
 DEFAULT_TOLERANCE_MM = 2.0
-"""The tolerance of the FLARE challenges and of MedSAM's evaluation. Better: how far your own readers disagree."""
+"""Tolerance of the surface Dice, mm, from the FLARE challenges and MedSAM's evaluation.
+
+The typical disagreement of your own readers is a better value."""
 HAUSDORFF_PERCENT = 95.0
+"""Percentile of the Hausdorff distance."""
 
 Mask = npt.NDArray[np.bool_]
 Values = npt.NDArray[np.float64]
@@ -35,9 +38,9 @@ class SurfaceScore:
     """Agreement of two surfaces."""
 
     nsd: float
-    """Normalised surface Dice: share of both surfaces that lies within the tolerance of the other."""
+    """Normalised surface Dice, the share of both surfaces that is within the tolerance of the other."""
     hd95_mm: float
-    """Larger of the two directed distances below which 95 % of a surface lies, mm."""
+    """Larger of the two directed distances that 95 % of a surface stay below, mm."""
     mean_surface_distance_mm: float
     """Area-weighted mean of the distances in both directions, mm."""
 
@@ -48,11 +51,11 @@ def surface_score(
     """Compare the surfaces of two masks.
 
     Args:
-        predicted: Shape (Z, H, W). With one slice, contours are compared instead of surfaces: the flat caps above and
+        predicted: Mask (Z, H, W). With one slice, contours are compared instead of surfaces: the flat caps above and
             below a slice would otherwise be most of its surface.
-        true: The same shape.
+        true: Mask of the same shape.
         spacing_mm: Distance of slices, rows and columns.
-        tolerance_mm: What still counts as agreement in ``nsd``.
+        tolerance_mm: Largest distance that counts as agreement in ``nsd``.
 
     Returns:
         None when both are empty.
@@ -83,17 +86,18 @@ def _distances(
     predicted: Mask, true: Mask, spacing_mm: tuple[float, float, float]
 ) -> tuple[tuple[Values, Values], tuple[Values, Values]]:
     """Return (distance, area) of every surface element of the prediction and of the truth."""
-    # MONAI takes seconds to import, which studies, comparisons and releases would pay although they only read scores.
+    # Imported here, because MONAI takes seconds and studies, comparisons and releases only read scores.
     from monai.metrics.utils import get_edge_surface_distance
 
     box = _bounding_box(predicted | true)
-    # MONAI pads what it crops; cutting here keeps its copies small on large scans with small structures.
+    # MONAI copies the whole masks. Cropping first keeps the copies small on large scans with small structures, and the
+    # border of one voxel closes surfaces at the edge of the scan.
     pair = [np.pad(mask[box], 1) for mask in (predicted, true)]
     spacing: tuple[float, ...] = spacing_mm
     if predicted.shape[0] == 1:
         pair, spacing = [mask[1] for mask in pair], spacing_mm[1:]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # MONAI 1.6 warns of an argument that it passes itself
+        warnings.simplefilter("ignore", FutureWarning)  # MONAI 1.6 warns about an argument that it passes itself
         edges, distances, areas = get_edge_surface_distance(
             torch.from_numpy(pair[0]), torch.from_numpy(pair[1]), spacing=spacing, use_subvoxels=True, symmetric=True
         )
@@ -104,7 +108,7 @@ def _distances(
 
 
 def _percentile(distances: Values, areas: Values) -> float:
-    """Return the distance below which 95 % of the area lies."""
+    """Return the distance that 95 % of the area stay below."""
     order = np.argsort(distances)
     share = np.cumsum(areas[order]) / areas.sum()
     place = min(int(np.searchsorted(share, HAUSDORFF_PERCENT / 100)), len(order) - 1)

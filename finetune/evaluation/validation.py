@@ -1,4 +1,4 @@
-"""Dice of a model on whole scans of one part of the split; used while training and by ``evaluate``."""
+"""Dice of a model on whole scans of a part of the split, during training."""
 
 from __future__ import annotations
 
@@ -20,33 +20,35 @@ Labels = npt.NDArray[Any]
 
 @dataclass(frozen=True, kw_only=True)
 class CaseResult:
-    """One scan: its scores and the predicted label ids on its own grid."""
+    """Scores of one scan and its predicted label ids."""
 
     series_id: str
     patient_id: str
     scores: tuple[ClassScore, ...]
+    """Score of every class, in the order of the model's classes."""
     predicted: Labels
+    """Predicted label ids on the scan's own grid."""
 
     @property
     def dice(self) -> float | None:
-        """Mean over the classes that can be measured."""
+        """Mean Dice over the classes that can be measured."""
         return mean_or_none([score.dice for score in self.scores])
 
 
 def labelled_series(store: SliceStore, patient_ids: Iterable[str]) -> list[str]:
-    """Return the labelled series of some patients, in the store's order."""
+    """Return the labelled series of some patients in the order of the store."""
     patients = set(patient_ids)
     return [record.series_id for record in store.series if record.patient_id in patients and record.has_label]
 
 
-def measure(
+def score_scans(
     segmenter: Segmenter,
     store: SliceStore,
     series_ids: Iterable[str],
     classes: ClassTable,
     config: InferenceConfig,
 ) -> list[CaseResult]:
-    """Segment and score whole scans; the model and all generators are left as they were."""
+    """Segment and score whole scans without changing the model or any random generator."""
     results = []
     for series_id in series_ids:
         predicted = segment_series(segmenter, store, series_id, classes, config)
@@ -65,20 +67,20 @@ def measure(
 
 
 def mean_dice(results: Iterable[CaseResult]) -> float | None:
-    """Return foreground Dice: mean over classes per scan, over scans per patient, then over patients."""
+    """Return the mean Dice over classes per scan, over scans per patient, then over patients."""
     per_patient: dict[str, list[float | None]] = {}
     for result in results:
         per_patient.setdefault(result.patient_id, []).append(result.dice)
     return mean_or_none([mean_or_none(values) for values in per_patient.values()])
 
 
-def telling_cases(results: Sequence[CaseResult]) -> dict[str, list[str]]:
-    """Return the scans to look at: the best, the median and the worst of every class, by series.
+def select_example_cases(results: Sequence[CaseResult]) -> dict[str, list[str]]:
+    """Return the series with the best, median and worst Dice of every class, for pictures.
 
     Returns:
-        Series id -> what it is, e.g. ``["worst lesion"]``; a scan without a class has no rank in it.
+        Series id to its ranks, e.g. ``["worst lesion"]``. A scan without a class has no rank in it.
     """
-    told: dict[str, list[str]] = {}
+    ranks: dict[str, list[str]] = {}
     for place in range(len(results[0].scores) if results else 0):
         measured = [(r.scores[place].dice, r.series_id) for r in results]
         ranked = sorted((dice, series_id) for dice, series_id in measured if dice is not None)
@@ -87,5 +89,5 @@ def telling_cases(results: Sequence[CaseResult]) -> dict[str, list[str]]:
         name = results[0].scores[place].class_name
         chosen = {"worst": ranked[0], "median": ranked[(len(ranked) - 1) // 2], "best": ranked[-1]}
         for rank, (_, series_id) in chosen.items():
-            told.setdefault(series_id, []).append(f"{rank} {name}")
-    return told
+            ranks.setdefault(series_id, []).append(f"{rank} {name}")
+    return ranks

@@ -1,7 +1,8 @@
-"""Scans in a report's own 3D and multiplanar viewer: niivue, pinned by version and sha256, put inside the page.
+"""Viewer for scans in a report, with three planes and a 3D view.
 
-niivue is not part of the repository. ``python -m samgraft.finetune.evaluation.viewer`` puts it beside this file
-(``make install`` and ``make wheel`` do); without it reports say so and have everything else.
+The viewer is niivue, pinned by version and sha256 and embedded in the page. It is not part of the repository:
+``make install`` and ``make wheel`` run ``python -m samgraft.finetune.evaluation.viewer``, which downloads it next to
+this file. Reports without it contain a note instead.
 
 Shape letters: Z = slices, H, W = rows and columns of a slice.
 """
@@ -39,7 +40,7 @@ LICENCE_FILE = Path(__file__).parent / "niivue_licence.txt"
 VENDOR_FOLDER = Path(__file__).parent / "vendor"
 
 MAX_VOXELS = 1_500_000
-"""Of an embedded scan: about 1 MB of compressed grey values. Larger scans are thinned out evenly."""
+"""Largest number of voxels of an embedded scan, about 1 MB of compressed grey values. Larger scans are subsampled."""
 FOUND, MISSED, EXTRA, CONFUSED = 1, 2, 3, 4
 KEY = (
     {"name": "found (true and predicted)", "rgb": [47, 143, 91]},
@@ -51,32 +52,33 @@ KEY = (
 
 @dataclass(frozen=True, kw_only=True)
 class ViewedCase:
-    """One scan to look at."""
+    """Scan with truth and prediction for the viewer."""
 
     title: str
+    """Title in the list of cases."""
     image_ZHW: Array
     """Grey values in [0, 1]."""
     true_ZHW: Array
-    """Label ids."""
+    """True label ids."""
     predicted_ZHW: Array
-    """Label ids."""
+    """Predicted label ids."""
     affine: npt.NDArray[np.float64]
     """Voxel (x, y, z) to RAS+ mm."""
 
 
 def find_bundle() -> str | None:
-    """Return niivue's script if it was vendored and is the pinned one, else None."""
+    """Return niivue's script if the pinned version was downloaded, else None."""
     path = VENDOR_FOLDER / BUNDLE_FILE
     if not path.is_file():
         return None
     if file_sha256(path) != BUNDLE_SHA256:
-        log.warning("%s is not the pinned niivue %s: not used.", BUNDLE_FILE, VERSION)
+        log.warning("%s is not used, it is not the pinned niivue %s. Run make install.", BUNDLE_FILE, VERSION)
         return None
     return path.read_text(encoding="utf-8")
 
 
 def download_bundle(cache: Path) -> None:
-    """Put niivue beside this file.
+    """Download niivue into the folder next to this file.
 
     Raises:
         StorageError: If npm is missing or fails.
@@ -88,7 +90,7 @@ def download_bundle(cache: Path) -> None:
 
 
 def fetch_bundle() -> str | None:
-    """Return niivue's script, downloading it if needed, or None with a warning that gives the reason."""
+    """Return niivue's script, downloaded if needed, or None after a warning with the reason."""
     if find_bundle() is None:
         try:
             download_bundle(cache_folder())
@@ -98,7 +100,7 @@ def fetch_bundle() -> str | None:
 
 
 def viewer_html(cases: Sequence[ViewedCase]) -> str:
-    """Return the viewer's part of the page; scripts come with :func:`viewer_scripts`."""
+    """Return the HTML of the viewer, without its scripts."""
     options, data = [], []
     for place, case in enumerate(cases):
         scan, marks, center = _embed(case)
@@ -122,12 +124,12 @@ def viewer_html(cases: Sequence[ViewedCase]) -> str:
 
 
 def viewer_scripts(bundle: str) -> list[str]:
-    """Return the scripts that :func:`viewer_html` needs."""
+    """Return the scripts that the HTML of the viewer needs."""
     return [bundle, (Path(__file__).parent / "viewer.js").read_text(encoding="utf-8")]
 
 
 def agreement(true: Array, predicted: Array) -> npt.NDArray[np.uint8]:
-    """Return per voxel 0 for background in both, else ``FOUND``, ``MISSED``, ``EXTRA`` or ``CONFUSED``."""
+    """Mark every voxel as ``FOUND``, ``MISSED``, ``EXTRA`` or ``CONFUSED``, or 0 for background in both."""
     marks = np.zeros(true.shape, dtype=np.uint8)
     marks[(true > 0) & (predicted == true)] = FOUND
     marks[(true > 0) & (predicted == 0)] = MISSED
@@ -137,8 +139,8 @@ def agreement(true: Array, predicted: Array) -> npt.NDArray[np.uint8]:
 
 
 def _embed(case: ViewedCase) -> tuple[str, str, list[float]]:
-    """Return scan and marks as base64 NIfTI, and where to look first as fractions of x, y, z."""
-    step = thinning(case.image_ZHW.shape)
+    """Return scan and marks as base64 NIfTI, and the first position as fractions of x, y, z."""
+    step = subsampling_steps(case.image_ZHW.shape)
     cut = tuple(slice(None, None, s) for s in step)
     grey = np.rint(np.clip(case.image_ZHW[cut], 0, 1) * 255).astype(np.uint8)
     marks = agreement(case.true_ZHW, case.predicted_ZHW)[cut]
@@ -146,13 +148,14 @@ def _embed(case: ViewedCase) -> tuple[str, str, list[float]]:
     affine[:3, :3] = affine[:3, :3] * np.asarray(step[::-1])
     places = np.argwhere(marks)
     middle = places[len(places) // 2] if len(places) else np.asarray(marks.shape) // 2
-    # niivue turns axes so that they grow to the right, front and head.
+    # niivue reorders the axes so that they grow to the right, front and head.
     fractions = [(int(n) + 0.5) / size for n, size in zip(middle[::-1], marks.shape[::-1], strict=True)]
     return _nifti(grey, affine), _nifti(marks, affine), _canonical(fractions, affine)
 
 
-def thinning(shape_zyx: tuple[int, ...]) -> tuple[int, int, int]:
-    """Return every how-many-th slice, row and column to keep: rows and columns first, they are the finer ones."""
+def subsampling_steps(shape_zyx: tuple[int, ...]) -> tuple[int, int, int]:
+    """Return the steps between kept slices, rows and columns."""
+    # Rows and columns are thinned first, because they are usually finer than the distance of slices.
     step = [1, 1, 1]
     while np.prod([-(-n // s) for n, s in zip(shape_zyx, step, strict=True)]) > MAX_VOXELS:
         kept = [-(-n // s) for n, s in zip(shape_zyx, step, strict=True)]
@@ -163,7 +166,7 @@ def thinning(shape_zyx: tuple[int, ...]) -> tuple[int, int, int]:
 
 
 def _canonical(fractions: list[float], affine: npt.NDArray[np.float64]) -> list[float]:
-    """Reorder fractions along x, y, z of the array to fractions along right, front, head."""
+    """Convert fractions along x, y, z of the array to fractions along right, front, head."""
     result = [0.5, 0.5, 0.5]
     for axis, fraction in enumerate(fractions):
         column = affine[:3, axis]
@@ -176,12 +179,12 @@ def _nifti(array_ZHW: Array, affine: npt.NDArray[np.float64]) -> str:
     import nibabel as nib
 
     image = nib.Nifti1Image(np.ascontiguousarray(array_ZHW.transpose(2, 1, 0)), affine)
-    # A fixed time keeps equal reports equal to the byte.
+    # With a fixed time in the gzip header equal reports have equal bytes.
     return base64.b64encode(gzip.compress(image.to_bytes(), mtime=0)).decode()
 
 
 def main() -> int:
-    """Download niivue. A machine without npm or network gets a warning and reports without the viewer."""
+    """Download niivue, or print a warning that reports have no viewer yet."""
     try:
         if find_bundle() is None:
             download_bundle(cache_folder())

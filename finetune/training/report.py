@@ -9,7 +9,7 @@ from typing import Any
 from samgraft.finetune.adapters import TensorGroup
 from samgraft.finetune.config import FinetuneConfig
 from samgraft.finetune.evaluation.overlays import choose_slices, overlay, slice_pictures
-from samgraft.finetune.evaluation.validation import CaseResult, telling_cases
+from samgraft.finetune.evaluation.validation import CaseResult, select_example_cases
 from samgraft.finetune.inference import segment_volume
 from samgraft.finetune.segmenter import Segmenter
 from samgraft.finetune.start import StartingPoint
@@ -110,7 +110,7 @@ def _pictures(config: FinetuneConfig, prepared: Prepared, results: Sequence[Case
         if prepared.start.is_continued:
             models["start"] = Segmenter(prepared.start.build()[0], num_classes=prepared.segmenter.num_classes)
     parts: list[Text | Picture] = []
-    told = telling_cases(results)
+    told = select_example_cases(results)
     for result in [result for result in results if result.series_id in told][:MAX_PICTURED_SCANS]:
         rows, indexes = _rows(prepared, result, models, number=config.watch.num_overlays)
         parts.append(

@@ -25,7 +25,7 @@ from samgraft.finetune.baselines.volume_patches import VolumePatches
 from samgraft.finetune.config import FinetuneConfig, Schedule
 from samgraft.finetune.evaluation.evaluate import dice_per_class, summarise, write_evaluation
 from samgraft.finetune.evaluation.overlays import choose_slices, overlay, slice_pictures
-from samgraft.finetune.evaluation.validation import CaseResult, mean_dice, measure
+from samgraft.finetune.evaluation.validation import CaseResult, mean_dice, score_scans
 from samgraft.finetune.few_shot import may_end
 from samgraft.finetune.model_folder import ADAPTER_FOLDER, write_model
 from samgraft.finetune.segmenter import Segmenter
@@ -108,7 +108,7 @@ def finetune(config: FinetuneConfig, run: RunFolder, device: DeviceChoice, prepa
         return run.path / "model"
     sam = restore_best(prepared, rounds, device.torch_device)
     trainable, groups = trainable_table(sam), trainable_groups(sam)
-    results = measure(prepared.segmenter, prepared.store, prepared.val_series, prepared.classes, prepared.inference)
+    results = score_scans(prepared.segmenter, prepared.store, prepared.val_series, prepared.classes, prepared.inference)
     # Merged and written in float32 on a CPU: reduced precision of a GPU would look like a fault of the merge.
     prepared.segmenter.cpu()
     folder = write_finished(sam, prepared, config, run, rounds, trainable=trainable, result=result)
@@ -178,7 +178,7 @@ def measure_zero_shot(prepared: Prepared, start: StartingPoint, device: torch.de
     """Measure the base weights in automatic mode on the validation scans."""
     sam = start.build_base()
     segmenter = Segmenter(sam, num_classes=min(prepared.classes.num_classes, sam.mask_decoder.num_multimask_outputs))
-    return measure(segmenter.to(device), prepared.store, prepared.val_series, prepared.classes, prepared.inference)
+    return score_scans(segmenter.to(device), prepared.store, prepared.val_series, prepared.classes, prepared.inference)
 
 
 def restore_best(prepared: Prepared, rounds: ValidationRounds, device: torch.device) -> nn.Module:
@@ -309,7 +309,9 @@ def _validation(prepared: Prepared, config: FinetuneConfig, rounds: ValidationRo
         results = []
         for series_id in prepared.val_series:
             boundary.check_stop()
-            results += measure(prepared.segmenter, prepared.store, [series_id], prepared.classes, prepared.inference)
+            results += score_scans(
+                prepared.segmenter, prepared.store, [series_id], prepared.classes, prepared.inference
+            )
         if boundary.step == 0:
             dice = rounds.set_reference("start", results)
             log.info("validation Dice before training: %.3f", dice)

@@ -4,9 +4,8 @@ import numpy as np
 import pytest
 from browser import CHROMIUM, open_page
 from samgraft.finetune.classes import ClassTable
-from samgraft.finetune.evaluation.evaluate import Evaluation
+from samgraft.finetune.evaluation.evaluate import Evaluation, PackedLabels
 from samgraft.finetune.evaluation.evaluation_report import NO_PICTURES, NO_VIEWER, Pictured, write_evaluation_report
-from samgraft.finetune.evaluation.packed import PackedLabels
 from samgraft.finetune.evaluation.scores import case_rows
 from samgraft.finetune.evaluation.viewer import find_bundle
 from samgraft.shared.store.store import SliceStore

@@ -1,4 +1,4 @@
-"""``evaluate`` and ``compare`` from the command line: files, post-processing on validation only, refusals by code."""
+"""``evaluate`` and ``compare`` on the command line: files, splits, post-processing and refusals."""
 
 import json
 import random
@@ -6,12 +6,14 @@ import random
 import numpy as np
 import pytest
 import torch
+import yaml
 from finished_factory import make_lab, write_finished
 from samgraft.finetune.evaluation.evaluate import evaluate
 from samgraft.finetune.evaluation.postprocess import PostProcessing
 from samgraft.finetune.evaluation.scores import read_cases
 from samgraft.finetune.model_folder import read_model
 from samgraft.shared.cli import main
+from samgraft.shared.samples.split import make_split
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +24,7 @@ def lab(tmp_path_factory):
     return lab
 
 
-def test_evaluate__writes_tables_and_a_report_without_patients(lab, capsys):
+def test_evaluate__default_writes_tables_and_a_report_without_pictures(lab, capsys):
     assert main(["evaluate", str(lab.run), "--by", "plane"]) == 0
     folder = lab.run / "evaluation" / "test"
     rows = read_cases(folder / "cases.csv")
@@ -38,7 +40,61 @@ def test_evaluate__writes_tables_and_a_report_without_patients(lab, capsys):
     assert "HD95 (mm)" in capsys.readouterr().err
 
 
-def test_evaluate__tolerance_changes_the_surface_dice_only(lab, tmp_path):
+@pytest.fixture(scope="module")
+def filed(lab):
+    """A run made with ``data.split=FILE``; another split is next to the store."""
+    split = make_split(lab.store, fractions=(0.5, 0.2, 0.3), seed=11)
+    assert set(split.test) != set(lab.split.test)
+    split.save(lab.root / "own.json")
+    run = lab.root / "runs" / "filed"
+    write_finished(run, lab.store, split)
+    values = yaml.safe_load((lab.run / "config.yaml").read_text())
+    values["data"]["split"] = str(lab.root / "own.json")
+    (run / "config.yaml").write_text(yaml.safe_dump(values))
+    return run, split
+
+
+def scored(run, out, *more):
+    assert main(["evaluate", str(run), "--out", str(out), *more]) == 0
+    summary = json.loads((out / "summary.json").read_text())
+    return {row["patient_id"] for row in read_cases(out / "cases.csv")}, summary["split_sha256"]
+
+
+def test_evaluate__run_with_a_split_file_is_scored_on_its_patients(filed, tmp_path):
+    run, split = filed
+    assert scored(run, tmp_path / "out") == (set(split.test), split.sha256)
+
+
+@pytest.mark.parametrize("change", ["deleted", "replaced"])
+def test_evaluate__missing_split_file_uses_the_patients_recorded_with_the_model(lab, filed, tmp_path, change):
+    run, split = filed
+    content = (lab.root / "own.json").read_bytes()
+    (lab.root / "own.json").unlink()
+    if change == "replaced":
+        lab.split.save(lab.root / "own.json")
+    try:
+        assert scored(run, tmp_path / "out") == (set(split.test), split.sha256)
+    finally:
+        (lab.root / "own.json").write_bytes(content)
+
+
+def test_evaluate__release_on_the_store_of_its_run_uses_the_recorded_patients(lab, filed, tmp_path):
+    run, split = filed
+    found = scored(run / "model", tmp_path / "out", "--data", str(lab.store.path))
+    assert found == (set(split.test), split.sha256)
+
+
+def test_evaluate__drawn_split_is_kept_with_the_run(lab, tmp_path):
+    """The split next to the store was made again after the run, which has a copy of its own."""
+    split = make_split(lab.store, fractions=(0.5, 0.2, 0.3), seed=11)
+    run = lab.root / "runs" / "kept"
+    write_finished(run, lab.store, split)
+    (run / "config.yaml").write_bytes((lab.run / "config.yaml").read_bytes())
+    split.save(run / "split.json")
+    assert scored(run, tmp_path / "out") == (set(split.test), split.sha256)
+
+
+def test_evaluate__larger_tolerance_raises_the_surface_dice_only(lab, tmp_path):
     for name, tolerance in (("a", "1"), ("b", "30")):
         arguments = ["--tolerance-mm", tolerance, "--out", str(tmp_path / name), "--log-images"]
         assert main(["evaluate", str(lab.run), *arguments]) == 0
@@ -49,7 +105,7 @@ def test_evaluate__tolerance_changes_the_surface_dice_only(lab, tmp_path):
     assert (tmp_path / "a" / "report.html").read_text().count("<img") > 1
 
 
-def test_postprocessing__is_chosen_on_validation_and_used_later(lab, tmp_path, capsys):
+def test_evaluate__chosen_postprocessing_is_used_in_later_evaluations(lab, tmp_path, capsys):
     assert main(["evaluate", str(lab.run), "--choose-postprocessing", "--out", str(tmp_path / "x")]) == 0
     chosen = json.loads((lab.run / "model" / "postprocessing.json").read_text())
     assert chosen["split_sha256"] == lab.split.sha256
@@ -66,7 +122,7 @@ def test_postprocessing__is_chosen_on_validation_and_used_later(lab, tmp_path, c
     (lab.run / "model" / "postprocessing.json").unlink()
 
 
-def test_postprocessing__changes_what_is_scored(lab):
+def test_evaluate__postprocessing_changes_the_scores(lab):
     model = read_model(lab.run)
     bare = evaluate(model, lab.store, lab.split, part="test")
     cut = evaluate(
@@ -75,7 +131,7 @@ def test_postprocessing__changes_what_is_scored(lab):
     assert sum(r["predicted_voxels"] for r in cut.rows) < sum(r["predicted_voxels"] for r in bare.rows)
 
 
-def test_precision__reaches_the_model(lab, monkeypatch, tmp_path):
+def test_evaluate__precision_bf16_runs_the_model_under_autocast(lab, monkeypatch, tmp_path):
     from samgraft.finetune.evaluation import evaluate as module
 
     seen = []
@@ -91,7 +147,7 @@ def test_precision__reaches_the_model(lab, monkeypatch, tmp_path):
     assert json.loads((tmp_path / "x" / "summary.json").read_text())["precision"] == "bf16"
 
 
-def test_compare__two_runs(lab, tmp_path, capsys):
+def test_compare__two_runs_write_tables_and_a_report(lab, tmp_path, capsys):
     for name in ("seg", "other"):
         assert main(["evaluate", str(lab.root / "runs" / name)]) == 0
     runs = [str(lab.root / "runs" / name) for name in ("seg", "other")]
@@ -113,18 +169,18 @@ def test_compare__two_runs(lab, tmp_path, capsys):
         (["evaluate", "{run}", "--tolerance-mm", "nan"], 2, "positive length"),
         (["evaluate", "{run}", "--batch-size", "0"], 2, "at least 1"),
         (["evaluate", "{run}", "--by", "hospital"], 2, "by one of site"),
-        (["evaluate", "{run}", "--by", "site"], 3, "does not know the site"),
+        (["evaluate", "{run}", "--by", "site"], 3, "has the site of no scan"),
         (["evaluate", "{run}", "--groups", "gone.csv"], 3, "does not exist"),
         (["evaluate", "{run}", "--choose-postprocessing", "--no-postprocessing"], 2, "contradict"),
         (["evaluate", "{root}/nothing"], 4, "does not exist"),
         (["evaluate", "{run}", "--data", "{root}/no.zarr"], 3, "does not exist"),
-        (["evaluate", "{run}/model"], 2, "where the data lies"),
+        (["evaluate", "{run}/model"], 2, "path of its data"),
         (["compare", "{run}"], 3, "evaluated on"),
         (["compare", "{root}/nothing", "{run}"], 3, "evaluated on"),
         (["compare", "{run}", "{run}", "--split", "test"], 2, "different names"),
     ],
 )
-def test_refusals__one_screen_and_their_code(lab, capsys, arguments, code, text):
+def test_command__bad_request_is_refused_with_its_exit_code(lab, capsys, arguments, code, text):
     if arguments[-1] == "test":
         assert main(["evaluate", str(lab.run)]) == 0
     elif arguments[0] == "compare":
@@ -136,7 +192,7 @@ def test_refusals__one_screen_and_their_code(lab, capsys, arguments, code, text)
     assert "Traceback" not in shown
 
 
-def test_evaluate__leaves_model_and_generators_alone(lab):
+def test_evaluate__model_and_generators_are_unchanged(lab):
     model = read_model(lab.run)
     model.segmenter.train()
     model.segmenter.sam.mask_decoder.eval()
@@ -153,7 +209,7 @@ def test_evaluate__leaves_model_and_generators_alone(lab):
     assert random.getstate() == states[2]
 
 
-def test_postprocessing__sees_validation_scans_only(lab, monkeypatch):
+def test_choose_on_validation__segments_validation_scans_only(lab, monkeypatch):
     from samgraft.finetune.evaluation import evaluate as module
 
     seen = []

@@ -142,7 +142,7 @@ def test_last_validation__runs_on_the_device_before_the_model_leaves_it(lab, mon
     """On a CPU every scan of a vit_b takes minutes: a GPU would wait for hours after its training."""
     events = []
     measure, cpu = train.measure, Segmenter.cpu
-    monkeypatch.setattr(train, "measure", lambda *args: events.append("measured") or measure(*args))
+    monkeypatch.setattr(train, "score_scans", lambda *args: events.append("measured") or measure(*args))
     monkeypatch.setattr(Segmenter, "cpu", lambda self: events.append("off the device") or cpu(self))
     run(lab, "order")
     assert events[-2:] == ["measured", "off the device"]

@@ -9,7 +9,7 @@ from samgraft.finetune.classes import ClassTable, choose_classes, clean_class_na
 from samgraft.finetune.evaluation.metrics import ClassScore, class_scores
 from samgraft.finetune.evaluation.postprocess import choose_postprocessing
 from samgraft.finetune.evaluation.scores import case_rows
-from samgraft.finetune.evaluation.validation import CaseResult, telling_cases
+from samgraft.finetune.evaluation.validation import CaseResult, select_example_cases
 from samgraft.finetune.loss import LossConfig, MaskLoss, Overlap, PixelTerm, SegmentationLoss
 from samgraft.finetune.training.sampling import balance_foreground, has_foreground
 from samgraft.shared.errors import DataError, NumericalError, UsageError
@@ -292,7 +292,7 @@ def test_loss_config__class_weights_must_fit_the_classes():
         LossConfig(class_weights=[1.0, 2.0]).check_classes(3)
 
 
-def test_telling_cases__best_median_and_worst_of_every_class():
+def test_select_example_cases__best_median_and_worst_of_every_class():
     def case(name, *dice):
         scores = tuple(
             ClassScore(
@@ -304,9 +304,9 @@ def test_telling_cases__best_median_and_worst_of_every_class():
         return CaseResult(series_id=name, patient_id=name, scores=scores, predicted=np.zeros(1))
 
     cases = [case("a", 0.9, 0.2), case("b", 0.5, None), case("c", 0.1, 0.4), case("d", 0.6, 0.9)]
-    told = telling_cases(cases)
+    told = select_example_cases(cases)
     assert told["a"] == ["best c1", "worst c2"]
     assert told["b"] == ["median c1"]
     assert told["c"] == ["worst c1", "median c2"]
     assert told["d"] == ["best c2"]
-    assert telling_cases([]) == {}
+    assert select_example_cases([]) == {}

@@ -6,10 +6,9 @@ import json
 import numpy as np
 import pytest
 from samgraft.finetune.classes import ClassTable
-from samgraft.finetune.evaluation.comparison import compare, read_run, render_pair, write_comparison
-from samgraft.finetune.evaluation.evaluate import Evaluation, write_evaluation
+from samgraft.finetune.evaluation.comparison import compare_runs, read_evaluated_run, render_pair, write_comparison
+from samgraft.finetune.evaluation.evaluate import Evaluation, PackedLabels, write_evaluation
 from samgraft.finetune.evaluation.metrics import class_scores
-from samgraft.finetune.evaluation.packed import PackedLabels
 from samgraft.finetune.evaluation.postprocess import (
     PostProcessing,
     apply_postprocessing,
@@ -185,10 +184,10 @@ def test_compare__three_runs(tmp_path):
     rng = np.random.default_rng(0)
     base = rng.uniform(0.4, 0.6, size=12)
     runs = [
-        read_run(write_run(tmp_path / name, table(base + gain)), part="test")
+        read_evaluated_run(write_run(tmp_path / name, table(base + gain)), part="test")
         for name, gain in (("a", 0), ("b", rng.uniform(0.1, 0.3, size=12)), ("c", rng.normal(0, 0.1, size=12)))
     ]
-    results = {(r.first, r.second): r for r in compare(runs, metrics=["dice"]) if r.class_name == "all"}
+    results = {(r.first, r.second): r for r in compare_runs(runs, metrics=["dice"]) if r.class_name == "all"}
     assert set(results) == {("a", "b"), ("a", "c"), ("b", "c")}
     winner = results["a", "b"]
     assert winner.paired.effect.mean == 1.0
@@ -205,23 +204,25 @@ def test_compare__three_runs(tmp_path):
 
 
 def test_compare__refuses_what_does_not_compare(tmp_path):
-    a = read_run(write_run(tmp_path / "a", table([0.5, 0.6])), part="test")
+    a = read_evaluated_run(write_run(tmp_path / "a", table([0.5, 0.6])), part="test")
     with pytest.raises(UsageError, match="two or more runs"):
-        compare([a])
+        compare_runs([a])
     with pytest.raises(UsageError, match="metrics must be among"):
-        compare([a, read_run(write_run(tmp_path / "b", table([0.5, 0.6])), part="test")], metrics=["dicee"])
-    other = read_run(write_run(tmp_path / "c", table([0.5, 0.6]), store_fingerprint="g"), part="test")
+        compare_runs(
+            [a, read_evaluated_run(write_run(tmp_path / "b", table([0.5, 0.6])), part="test")], metrics=["dicee"]
+        )
+    other = read_evaluated_run(write_run(tmp_path / "c", table([0.5, 0.6]), store_fingerprint="g"), part="test")
     with pytest.raises(DataError, match="store_fingerprint of c differs"):
-        compare([a, other])
-    fewer = read_run(write_run(tmp_path / "d", table([0.5])), part="test")
+        compare_runs([a, other])
+    fewer = read_evaluated_run(write_run(tmp_path / "d", table([0.5])), part="test")
     with pytest.raises(DataError, match="0 are only in d and 1 only in a"):
-        compare([a, fewer])
+        compare_runs([a, fewer])
     with pytest.raises(DataError, match="evaluated on val"):
-        read_run(tmp_path / "a", part="val")
+        read_evaluated_run(tmp_path / "a", part="val")
     cases = tmp_path / "a" / "evaluation" / "test" / "cases.csv"
     cases.write_text("".join(cases.read_text().splitlines(keepends=True)[:-1]))
     with pytest.raises(DataError, match="every scan of the evaluation, 2, got 1"):
-        read_run(tmp_path / "a", part="test")
+        read_evaluated_run(tmp_path / "a", part="test")
 
 
 # --- subgroups --------------------------------------------------------------------------------------------------------
