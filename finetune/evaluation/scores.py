@@ -27,7 +27,7 @@ Row = Mapping[str, Any]
 
 MISSING = "n/a"
 """Text of a value that cannot be measured."""
-FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
+FORMULA_STARTS = ("=", "+", "-", "@", "\t")
 """First characters that make a spreadsheet run the text of a cell as a formula."""
 
 
@@ -209,6 +209,7 @@ def _cell(value: object) -> object:
     if value is None:
         return MISSING
     # Texts come from scans, folders and label files. An apostrophe keeps spreadsheets from running them as formulas.
-    if isinstance(value, str) and value.startswith(FORMULA_STARTS):
-        return f"'{value}"
+    if isinstance(value, str):
+        text = value.replace("\r", " ")  # the csv module does not quote it, and readers would end the row there
+        return f"'{text}" if text.startswith(FORMULA_STARTS) else text
     return f"{value:.4f}" if isinstance(value, float | np.floating) else value

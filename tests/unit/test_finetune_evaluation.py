@@ -1,6 +1,8 @@
-"""The table of an evaluation, its averages, comparisons, subgroups and post-processing against hand-made cases."""
+"""Tables of evaluations, averages, comparisons, subgroups and post-processing against cases worked out by hand."""
 
 import csv
+import dataclasses
+import io
 import json
 
 import numpy as np
@@ -66,7 +68,7 @@ def write_run(folder, rows, **facts):
     return folder
 
 
-def test_overlap__by_hand():
+def test_class_scores__overlap_worked_out_by_hand():
     predicted = np.array([1, 1, 1, 0, 4, 0])
     true = np.array([1, 1, 0, 1, 0, 0])
     core, rim = class_scores(predicted, true, CLASSES)
@@ -81,14 +83,14 @@ def test_overlap__by_hand():
     assert (missed.sensitivity, missed.precision, missed.relative_volume_error) == (0.0, None, -1.0)
 
 
-def test_rows__perfect_and_missed(store):
+def test_case_rows__perfect_and_missed_scans_have_known_values(store):
     perfect = rows_of(store)
     core = [row for row in perfect if row["class"] == "core"]
     assert all(row["dice"] == row["iou"] == row["nsd"] == row["precision"] == 1 for row in core)
     assert all(row["hd95_mm"] == row["volume_error_ml"] == 0 for row in core)
     # Spacing 5 x 1 x 1 mm: a voxel is 0.005 ml.
     assert all(row["true_ml"] == pytest.approx(row["true_voxels"] * 0.005) for row in core)
-    # The store has no rim: nothing can be said of it.
+    # No scan of the store has the class rim, so nothing can be measured.
     assert all(row[metric.key] is None for row in perfect if row["class"] == "rim" for metric in METRICS)
     missed = rows_of(store, lambda label, number: label * (number > 0))
     assert count_one_sided(missed) == 1
@@ -97,15 +99,36 @@ def test_rows__perfect_and_missed(store):
     assert missed[0]["volume_error_ml"] == pytest.approx(-missed[0]["true_ml"])
 
 
-def test_averages__scans_then_patients(store):
-    """One of eight scans of four patients is missed: its patient has 1/2, the mean over patients is 7/8."""
+def test_per_patient__scans_are_averaged_within_patients(store):
+    """One of eight scans of four patients is missed. Its patient has 1/2 and the mean over patients is 7/8."""
     rows = rows_of(store, lambda label, number: label * (number > 0))
     assert sorted(per_patient(rows, "dice").values()) == [0.5, 1, 1, 1]
     assert interval_of(rows, "dice").mean == pytest.approx(7 / 8)
     assert interval_of(rows, "dice", class_name="rim") is None
 
 
-def test_files__come_back_and_equal_inputs_give_equal_bytes(store, tmp_path):
+def test_interval_of__patient_with_three_scans_counts_once():
+    """Three scans of Dice 0.9 and one of 0.1: 0.5 over patients, where the mean over scans would be 0.7."""
+    rows = table([0.9, 0.9, 0.9, 0.1])
+    for row in rows[:3]:
+        row["patient_id"] = "p0"
+    assert interval_of(rows, "dice").mean == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("text", ["=1+1", "+1", "-1", "@SUM(A1)", "\t=1"])
+def test_render_csv__formula_in_a_text_cell_is_quoted_and_read_back(tmp_path, text):
+    """A spreadsheet would run the text. Names of patients, scans and classes come from files."""
+    rows = table([0.5], name=text)
+    rows[0]["volume_error_ml"] = -0.25
+    content = render_csv(rows)
+    cells = next(csv.DictReader(io.StringIO(content, newline="")))
+    assert cells["class"] == f"'{text}"
+    assert cells["volume_error_ml"] == "-0.2500"
+    (tmp_path / "cases.csv").write_text(content, newline="")
+    assert read_cases(tmp_path / "cases.csv")[0]["class"] == text
+
+
+def test_write_evaluation__tables_are_read_back_and_reproducible(store, tmp_path):
     rows = rows_of(store, lambda label, number: np.roll(label, number, axis=2))
     evaluation = Evaluation(part="test", rows=rows, tolerance_mm=1.0)
     for name in ("a", "b"):
@@ -127,7 +150,7 @@ def test_files__come_back_and_equal_inputs_give_equal_bytes(store, tmp_path):
     ("content", "text"),
     [("", "columns"), ("a,b\n1,2\n", "columns"), (",".join(CASE_COLUMNS) + "\np,s,x" + ",1" * 14 + "\n", "damaged")],
 )
-def test_cases_csv__damaged_is_refused(tmp_path, content, text):
+def test_read_cases__damaged_file_is_refused(tmp_path, content, text):
     (tmp_path / "cases.csv").write_text(content)
     with pytest.raises(DataError, match=text):
         read_cases(tmp_path / "cases.csv")
@@ -135,7 +158,7 @@ def test_cases_csv__damaged_is_refused(tmp_path, content, text):
         read_cases(tmp_path / "nothing" / "cases.csv")
 
 
-def test_packed__is_lossless_and_small():
+def test_packed_labels__are_lossless_and_small():
     labels = np.zeros((20, 64, 64), dtype=np.int32)
     labels[3:9, 10:40, 20:50] = 300
     packed = PackedLabels.pack(labels)
@@ -146,8 +169,8 @@ def test_packed__is_lossless_and_small():
 # --- statistics -------------------------------------------------------------------------------------------------------
 
 
-def test_paired__by_hand():
-    """Gains 1, 2, 3, 4, 5 and a loss of 6 tenths: ranks 15 against 6 of 21."""
+def test_compare_paired__ranks_worked_out_by_hand():
+    """Gains of 1 to 5 and a loss of 6 hundredths have rank sums of 15 and 6, of 21."""
     first = np.full(6, 0.2)
     second = first + np.array([0.01, 0.02, 0.03, 0.04, 0.05, -0.06])
     pair = compare_paired(first, second)
@@ -160,7 +183,7 @@ def test_paired__by_hand():
     assert back.effect.mean == pytest.approx(-pair.effect.mean)
 
 
-def test_paired__equal_models_and_few_patients():
+def test_compare_paired__equal_models_or_few_patients_give_no_evidence():
     same = compare_paired([0.5] * 8, [0.5] * 8)
     assert (same.p_value, same.effect.mean, same.difference.mean) == (1.0, 0.0, 0.0)
     few = compare_paired([0.1, 0.2], [0.2, 0.3])
@@ -173,14 +196,14 @@ def test_paired__equal_models_and_few_patients():
     assert rank_biserial(np.array([1.0, 2.0, 0.0])) == 1.0
 
 
-def test_holm__by_hand():
-    """0.01 * 4, then 0.02 * 3 = 0.06, then 0.03 * 2 = 0.06, then 0.9: never falling, at most 1."""
+def test_holm__corrected_values_worked_out_by_hand():
+    """0.01 * 4, 0.02 * 3 and 0.03 * 2 = 0.06, and 0.9: they never fall and are at most 1."""
     corrected = holm([0.02, None, 0.01, 0.9, 0.03])
     assert corrected == [pytest.approx(0.06), None, pytest.approx(0.04), pytest.approx(0.9), pytest.approx(0.06)]
     assert holm([0.6, 0.7]) == [1.0, 1.0]
 
 
-def test_compare__three_runs(tmp_path):
+def test_compare_runs__three_runs_give_three_corrected_pairs(tmp_path):
     rng = np.random.default_rng(0)
     base = rng.uniform(0.4, 0.6, size=12)
     runs = [
@@ -192,7 +215,7 @@ def test_compare__three_runs(tmp_path):
     winner = results["a", "b"]
     assert winner.paired.effect.mean == 1.0
     assert winner.paired.difference.low > 0.1
-    # Six tests: three pairs, over all classes and in the only class.
+    # Six tests, of three pairs over all classes and in the only class.
     assert winner.p_holm == pytest.approx(winner.paired.p_value * 6)
     assert results["a", "c"].p_holm > 0.05
     assert "p (Holm)" in render_pair(winner)
@@ -203,7 +226,33 @@ def test_compare__three_runs(tmp_path):
     assert float(lines[0]["difference"]) == pytest.approx(winner.paired.difference.mean, abs=1e-4)
 
 
-def test_compare__refuses_what_does_not_compare(tmp_path):
+def test_compare_runs__rows_in_another_order_are_paired_by_patient(tmp_path):
+    """Every patient gains 0.1. Paired by row, the differences would have both signs."""
+    dice = [0.1, 0.3, 0.5, 0.7, 0.2, 0.6]
+    first = read_evaluated_run(write_run(tmp_path / "a", table(dice)), part="test")
+    second = read_evaluated_run(write_run(tmp_path / "b", table([d + 0.1 for d in dice])[::-1]), part="test")
+    result = compare_runs([first, second], metrics=["dice"])[0]
+    assert result.paired.difference.mean == pytest.approx(0.1)
+    assert result.paired.effect.mean == 1.0
+
+
+def test_compare_runs__patient_without_a_value_in_one_run_is_dropped(tmp_path):
+    first = read_evaluated_run(write_run(tmp_path / "a", table([None, 0.3, 0.5])), part="test")
+    second = read_evaluated_run(write_run(tmp_path / "b", table([0.9, 0.4, 0.6])), part="test")
+    result = compare_runs([first, second], metrics=["dice"])[0]
+    assert result.paired.difference.mean == pytest.approx(0.1)
+    assert result.num_patients_dropped == 1
+
+
+@pytest.mark.parametrize("key", ["store_fingerprint", "split_sha256", "surface_tolerance_mm"])
+def test_compare_runs__other_data_or_measure_is_refused(tmp_path, key):
+    a, b = (read_evaluated_run(write_run(tmp_path / n, table([0.5, 0.6])), part="test") for n in "ab")
+    other = dataclasses.replace(b, summary={**b.summary, key: "other"})
+    with pytest.raises(DataError, match=f"{key} of b differs from that of a"):
+        compare_runs([a, other])
+
+
+def test_compare_runs__unequal_evaluations_are_refused(tmp_path):
     a = read_evaluated_run(write_run(tmp_path / "a", table([0.5, 0.6])), part="test")
     with pytest.raises(UsageError, match="two or more runs"):
         compare_runs([a])
@@ -221,14 +270,14 @@ def test_compare__refuses_what_does_not_compare(tmp_path):
         read_evaluated_run(tmp_path / "a", part="val")
     cases = tmp_path / "a" / "evaluation" / "test" / "cases.csv"
     cases.write_text("".join(cases.read_text().splitlines(keepends=True)[:-1]))
-    with pytest.raises(DataError, match="every scan of the evaluation, 2, got 1"):
+    with pytest.raises(DataError, match=r"every scan of the evaluation \(2\), got 1"):
         read_evaluated_run(tmp_path / "a", part="test")
 
 
 # --- subgroups --------------------------------------------------------------------------------------------------------
 
 
-def test_subgroups__by_table_and_by_store(store, tmp_path):
+def test_subgroups__table_and_store_give_scores_per_group(store, tmp_path):
     patients = store.patient_ids
     path = tmp_path / "scanner.csv"
     path.write_text("patient_id,group\n" + "".join(f"{p},{'AB'[n % 2]}\n" for n, p in enumerate(patients)))
@@ -245,7 +294,7 @@ def test_subgroups__by_table_and_by_store(store, tmp_path):
     assert set(subgroups_by("slice_spacing", store).group_of.values()) == {"5.0 mm"}
     with pytest.raises(UsageError, match="by one of site"):
         subgroups_by("hospital", store)
-    with pytest.raises(DataError, match="does not know the site"):
+    with pytest.raises(DataError, match="has the site of no scan"):
         subgroups_by("site", store)
 
 
@@ -253,7 +302,7 @@ def test_subgroups__by_table_and_by_store(store, tmp_path):
     ("content", "text"),
     [("patient,group\n", "columns patient_id"), ("patient_id,group\n", "have none"), (None, "does not exist")],
 )
-def test_subgroups__bad_tables(store, tmp_path, content, text):
+def test_read_subgroups__bad_table_is_refused(store, tmp_path, content, text):
     path = tmp_path / "groups.csv"
     if content is not None:
         path.write_text(content)
@@ -261,7 +310,7 @@ def test_subgroups__bad_tables(store, tmp_path, content, text):
         read_subgroups(path, store, patients=store.patient_ids)
 
 
-def test_subgroups__a_patient_in_two_groups(store, tmp_path):
+def test_read_subgroups__patient_in_two_groups_is_refused(store, tmp_path):
     path = tmp_path / "groups.csv"
     patient = store.patient_ids[0]
     path.write_text(f"patient_id,group\n{patient},A\n{patient},B\n")
@@ -272,8 +321,8 @@ def test_subgroups__a_patient_in_two_groups(store, tmp_path):
 # --- post-processing --------------------------------------------------------------------------------------------------
 
 
-def spotty():
-    """A 6x6x3 block with a hole in its middle slice, a small piece elsewhere, and another class inside a ring."""
+def make_spotty_labels():
+    """Return a block with a hole in its middle slice, a separate voxel and a voxel of another class, and the truth."""
     true = np.zeros((5, 20, 20), dtype=np.int32)
     true[1:4, 2:8, 2:8] = 1
     predicted = true.copy()
@@ -283,23 +332,23 @@ def spotty():
     return predicted, true
 
 
-def test_postprocessing__by_hand():
-    predicted, true = spotty()
+def test_apply_postprocessing__steps_worked_out_by_hand():
+    predicted, true = make_spotty_labels()
     largest = apply_postprocessing(predicted, {1: ["largest_component"]})
     assert largest[1, 15, 15] == 0
     assert largest[2, 4, 4] == 0
     filled = apply_postprocessing(predicted, {1: ["fill_holes"]})
     assert filled[2, 4, 4] == 1
     assert filled[1, 15, 15] == 1
-    assert filled[3, 4, 4] == 4, "filling takes no voxel of another class"
+    assert filled[3, 4, 4] == 4, "filling must not change a voxel of another class"
     both = apply_postprocessing(predicted, {1: ["largest_component", "fill_holes"]})
     assert (both != true).sum() == 1
     assert np.array_equal(apply_postprocessing(predicted, {}), predicted)
-    assert predicted[1, 15, 15] == 1, "the input stays as it is"
+    assert predicted[1, 15, 15] == 1, "the input must not change"
 
 
-def test_postprocessing__is_chosen_only_where_it_helps_enough_patients(tmp_path):
-    predicted, true = spotty()
+def test_choose_postprocessing__steps_need_a_gain_in_enough_patients(tmp_path):
+    predicted, true = make_spotty_labels()
     facts = {"weights_sha256": "w", "split_sha256": "s"}
     cases = [(f"p{n}", predicted, true) for n in range(3)]
     chosen = choose_postprocessing(cases, CLASSES, **facts)

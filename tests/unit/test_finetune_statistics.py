@@ -1,8 +1,9 @@
-"""Intervals and overlap against numbers worked out by hand."""
+"""Overlap, averages and bootstrap intervals against numbers worked out by hand."""
 
 import numpy as np
 import pytest
 from samgraft.finetune.classes import ClassTable
+from samgraft.finetune.evaluation import statistics
 from samgraft.finetune.evaluation.metrics import class_scores, mean_or_none
 from samgraft.finetune.evaluation.statistics import MIN_PATIENTS, bootstrap_mean
 from samgraft.finetune.evaluation.validation import CaseResult, mean_dice
@@ -16,40 +17,40 @@ def case(patient, predicted, true):
     return CaseResult(series_id=f"s{patient}{predicted.sum()}", patient_id=patient, scores=scores, predicted=predicted)
 
 
-def test_dice__by_hand_with_every_empty_case():
+def test_class_scores__dice_and_empty_cases_worked_out_by_hand():
     predicted = np.array([2, 2, 0, 0, 5, 0])
     true = np.array([2, 0, 2, 2, 0, 0])
     a, b = class_scores(predicted, true, CLASSES)
     assert a.dice == pytest.approx(2 * 1 / (2 + 3))
-    assert b.dice == 0.0  # predicted, not there
+    assert b.dice == 0.0  # predicted only
     nothing = class_scores(np.zeros(3), np.zeros(3), CLASSES)
     assert [score.dice for score in nothing] == [None, None]
     missed = class_scores(np.zeros(2), np.array([5, 5]), CLASSES)
     assert missed[1].dice == 0.0
 
 
-def test_dice__refuses_other_shapes():
+def test_class_scores__other_shape_is_refused():
     with pytest.raises(ValueError, match="shape of true"):
         class_scores(np.zeros(3), np.zeros(4), CLASSES)
 
 
-def test_mean_dice__classes_then_scans_then_patients():
-    """Patient p has two scans of Dice 1 and 0, q one of Dice 1: 0.75, where a mean over scans would say 2/3."""
+def test_mean_dice__scans_are_averaged_within_patients():
+    """Patient p has scans of Dice 1 and 0, q one of Dice 1: 0.75, where the mean over scans would be 2/3."""
     results = [case("p", [2], [2]), case("p", [0], [2]), case("q", [2], [2])]
     assert mean_dice(results) == pytest.approx(0.75)
     assert mean_dice([case("p", [0], [0])]) is None
     assert mean_or_none([None, 0.5, None, 1.0]) == 0.75
 
 
-def test_bootstrap__too_few_patients_give_no_interval():
+def test_bootstrap_mean__few_patients_give_no_interval():
     interval = bootstrap_mean([0.2, 0.4])
     assert (interval.mean, interval.low, interval.high) == (pytest.approx(0.3), None, None)
     assert "too few" in interval.render()
     assert bootstrap_mean([]) is None
 
 
-def test_bootstrap__covers_as_it_should():
-    """Normal values: the interval's half width is near 1.96 s / sqrt(n)."""
+def test_bootstrap_mean__normal_values_have_the_known_width():
+    """The half width for normal values is close to 1.96 s / sqrt(n)."""
     values = np.random.default_rng(0).normal(0.8, 0.1, size=40)
     interval = bootstrap_mean(values)
     half = 1.96 * values.std() / 40**0.5
@@ -59,8 +60,19 @@ def test_bootstrap__covers_as_it_should():
     assert len(values) > MIN_PATIENTS
 
 
-def test_bootstrap__leaves_global_generators_alone():
+def test_bootstrap_mean__global_generators_are_unchanged():
     np.random.seed(0)
     before = np.random.get_state()[1].copy()
     bootstrap_mean([0.1] * 10)
     assert np.array_equal(before, np.random.get_state()[1])
+
+
+def test_bootstrap_mean__blocks_of_resamples_do_not_change_the_interval(monkeypatch):
+    """Resamples are drawn in blocks, because 10,000 patients at once would need 800 MB."""
+    values = np.random.default_rng(0).normal(size=50)
+    whole = bootstrap_mean(values)
+    indices = np.random.default_rng([0, 3]).integers(0, 50, size=(statistics.NUM_RESAMPLES, 50))
+    low, high = np.percentile(values[indices].mean(axis=1), [2.5, 97.5])
+    monkeypatch.setattr(statistics, "MAX_DRAWN", 1234)
+    assert bootstrap_mean(values) == whole
+    assert (whole.low, whole.high) == (pytest.approx(low), pytest.approx(high))

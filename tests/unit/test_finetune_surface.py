@@ -1,4 +1,4 @@
-"""Surface distances against shapes worked out by hand, and against the reference implementation."""
+"""Surface distances against shapes worked out by hand and the reference implementation."""
 
 import numpy as np
 import pytest
@@ -20,14 +20,14 @@ def blobs(seed, shape=(12, 40, 36)):
     return field > np.quantile(field, 0.85)
 
 
-def test_equal_masks__have_no_distance():
+def test_surface_score__equal_masks_have_distance_0():
     score = surface_score(cube(), cube(), spacing_mm=SPACING)
     assert (score.nsd, score.hd95_mm, score.mean_surface_distance_mm) == (1.0, 0.0, 0.0)
 
 
 @pytest.mark.parametrize(("axis", "shift_mm"), [(0, 5.0), (1, 0.7), (2, 0.9)])
-def test_shifted_cube__moves_its_faces_by_the_spacing_of_the_axis(axis, shift_mm):
-    """Two of six faces move: more than 5 % of the surface, so that HD95 is the shift itself."""
+def test_surface_score__shifted_cube_has_the_spacing_of_the_axis(axis, shift_mm):
+    """Two of six faces move. They are more than 5 % of the surface, so that HD95 is the shift itself."""
     shifted = np.roll(cube(), 1, axis=axis)
     score = surface_score(cube(), shifted, spacing_mm=SPACING, tolerance_mm=0.01)
     assert score.hd95_mm == pytest.approx(shift_mm)
@@ -36,20 +36,22 @@ def test_shifted_cube__moves_its_faces_by_the_spacing_of_the_axis(axis, shift_mm
     assert score.nsd < 0.9
 
 
-def test_shifted_cube__large_cube_by_hand():
-    """A 40 mm cube moved by 2 mm: both faces across the shift are 2 mm off, of each of the four others a 2 mm strip on
-    one end hangs over, on average 1 mm. Per cube 1/6 of the area on each side is off by 2: the mean is near
-    (2 + 2 + 4 * strip) / 6 with a strip's mean 2/40 * 1 = 0.05 on every second end."""
+def test_surface_score__large_shifted_cube_worked_out_by_hand():
+    """A cube of 40 mm is moved by 2 mm.
+
+    The two faces across the shift have a distance of 2 mm. Each of the four others has a strip of 2 mm that overhangs,
+    with a mean distance of 1 mm. The mean over the six faces is close to (2 + 2 + 4 * 2/40 * 1) / 6.
+    """
     mask = cube(shape=(48, 48, 48), start=(4, 4, 4), side=40)
     moved = np.roll(mask, 2, axis=2)
     score = surface_score(mask, moved, spacing_mm=(1.0, 1.0, 1.0), tolerance_mm=1.5)
     assert score.hd95_mm == 2.0
     assert score.mean_surface_distance_mm == pytest.approx(4.2 / 6, abs=0.05)
-    # Within 1.5 mm are the four other faces but for a strip of half a millimetre of 40.
+    # Within 1.5 mm are the four other faces, without a strip of half a millimetre of 40.
     assert score.nsd == pytest.approx(4 / 6, abs=0.03)
 
 
-def test_distances__double_when_the_spacing_doubles():
+def test_surface_score__double_spacing_doubles_distances():
     one = surface_score(blobs(0), blobs(1), spacing_mm=SPACING, tolerance_mm=2.0)
     two = surface_score(blobs(0), blobs(1), spacing_mm=tuple(2 * s for s in SPACING), tolerance_mm=4.0)
     assert two.hd95_mm == pytest.approx(2 * one.hd95_mm)
@@ -57,7 +59,7 @@ def test_distances__double_when_the_spacing_doubles():
     assert two.nsd == pytest.approx(one.nsd)
 
 
-def test_empty_cases():
+def test_surface_score__empty_masks_follow_the_stated_rules():
     nothing, something = np.zeros((4, 6, 8), dtype=bool), cube((4, 6, 8), (1, 1, 1), 2)
     assert surface_score(nothing, nothing, spacing_mm=(2.0, 1.0, 1.0)) is None
     diagonal = np.sqrt(8.0**2 + 6**2 + 8**2)
@@ -68,7 +70,7 @@ def test_empty_cases():
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_blobs__equal_the_reference_implementation(seed):
+def test_surface_score__random_shapes_equal_the_reference_implementation(seed):
     surface_distance = pytest.importorskip("surface_distance", reason="the oracle is a development dependency")
     predicted, true = blobs(seed), blobs(seed + 10)
     found = surface_score(predicted, true, spacing_mm=SPACING, tolerance_mm=1.5)
@@ -81,8 +83,8 @@ def test_blobs__equal_the_reference_implementation(seed):
     assert found.mean_surface_distance_mm == pytest.approx(mean, abs=1e-4)
 
 
-def test_structure_at_the_border__is_closed_there():
-    """A structure cut by the edge of the scan has a surface there, in the prediction as in the truth."""
+def test_surface_score__structure_at_the_border_is_closed():
+    """A structure that the edge of the scan cuts has a surface at the edge."""
     touching = np.zeros((6, 10, 10), dtype=bool)
     touching[:3, :4, :4] = True
     inner = np.zeros((8, 12, 12), dtype=bool)
@@ -94,17 +96,17 @@ def test_structure_at_the_border__is_closed_there():
     assert at_border == inside
 
 
-def test_one_slice__contours_not_caps():
-    """A 2D disc in one slice: with caps its flat sides would make the surface Dice 1 for any thickness."""
+def test_surface_score__one_slice_compares_contours():
+    """The flat caps above and below a slice would be most of the surface and hide the error."""
     a, b = np.zeros((1, 30, 30), dtype=bool), np.zeros((1, 30, 30), dtype=bool)
     a[0, 5:15, 5:15], b[0, 5:15, 9:19] = True, True
     score = surface_score(a, b, spacing_mm=(5.0, 1.0, 1.0), tolerance_mm=0.5)
     assert score.hd95_mm == 4.0
-    # Of each square's 40 mm outline, 12 mm of the upper and lower side lie on the other's: a little over 0.3.
+    # 12 mm of the upper and lower side of each outline of 40 mm are on the other one, a little over 0.3.
     assert 0.25 < score.nsd < 0.4
 
 
-def test_refusals():
+def test_surface_score__other_shape_or_spacing_0_is_refused():
     with pytest.raises(ValueError, match="one shape"):
         surface_score(cube(), cube((4, 5, 6), (1, 1, 1), 1), spacing_mm=SPACING)
     with pytest.raises(ValueError, match="must be positive"):
