@@ -1,7 +1,7 @@
-"""A segmentation as DICOM-SEG, in the study of the series that it belongs to.
+"""Segmentation as DICOM-SEG, in the study of its source series.
 
-The standard makes a segmentation repeat the patient and study of its source: such a file identifies the patient exactly
-as its source does, and belongs where the source belongs.
+The standard requires that a segmentation repeats the patient and study of its source. Such a file identifies the
+patient exactly as the source does and needs the same protection.
 
 Letters: i, j, k = columns, rows, slices of the scan as its reader stacked it.
 """
@@ -22,11 +22,11 @@ from samgraft.shared.errors import DataError, UsageError
 from samgraft.shared.scans.readers.dicom import find_tag
 
 MAX_LABEL_LETTERS = 64
-"""Of a segment's label, value representation LO."""
+"""Largest length of a segment's label, value representation LO."""
 
 
 def is_available() -> bool:
-    """Tell whether highdicom is installed."""
+    """Return True if highdicom is installed."""
     from importlib.util import find_spec
 
     return find_spec("highdicom") is not None
@@ -35,19 +35,19 @@ def is_available() -> bool:
 def write_dicom_seg(
     path: Path, masks: NativeMasks, sources: Sequence[Path], *, model_name: str, weights_sha256: str, prompted: bool
 ) -> None:
-    """Write a binary segmentation, one segment per class, that refers to every source image.
+    """Write a binary segmentation with one segment per class that refers to every source image.
 
     Args:
         path: File to write.
-        masks: On the grid of the series.
+        masks: Segmentation on the grid of the series.
         sources: Files of the series, in any order.
-        model_name: Recorded as algorithm.
-        weights_sha256: Its beginning is the device's serial number: it tells models apart.
-        prompted: Whether a person prompted it: semi-automatic.
+        model_name: Name of the algorithm.
+        weights_sha256: Hash of the model. Its beginning becomes the device's serial number, which identifies the model.
+        prompted: True records the algorithm as semi-automatic.
 
     Raises:
         UsageError: If highdicom is not installed.
-        DataError: If the series lacks what a segmentation must repeat, or no voxel was segmented.
+        DataError: If the series lacks attributes that a segmentation must repeat, or no voxel was segmented.
     """
     if not is_available():
         raise UsageError("DICOM-SEG needs highdicom.", next_command="pip install 'samgraft[dicom]'")
@@ -61,7 +61,7 @@ def write_dicom_seg(
     )
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # odd values in tags of the source that are repeated as they are
+            warnings.simplefilter("ignore")  # about unusual values of the source, which are repeated unchanged
             segmentation = hd.seg.Segmentation(
                 source_images=images,
                 pixel_array=segments.astype(np.uint8),
@@ -82,7 +82,7 @@ def write_dicom_seg(
     except (AttributeError, KeyError, ValueError, TypeError) as err:
         first = (str(err).splitlines() or [type(err).__name__])[0].rstrip(".")
         raise DataError(
-            f"the series lacks what a DICOM-SEG must repeat from it: {first}. Use --formats nifti,nrrd.",
+            f"the series lacks attributes that a DICOM-SEG must repeat from it ({first}). Use --formats nifti,nrrd.",
             where=path.name,
         ) from err
 
@@ -102,7 +102,7 @@ def _descriptions(masks: NativeMasks, model_name: str, *, prompted: bool) -> lis
         hd.seg.SegmentDescription(
             segment_number=number,
             segment_label=name[:MAX_LABEL_LETTERS],
-            # What a class means anatomically only its name says: the most general code is not wrong.
+            # The anatomy of a class is only in its name, so the most general code is used.
             segmented_property_category=codes.SCT.Tissue,
             segmented_property_type=codes.SCT.Tissue,
             algorithm_type=kind.SEMIAUTOMATIC if prompted else kind.AUTOMATIC,
@@ -117,25 +117,24 @@ def _descriptions(masks: NativeMasks, model_name: str, *, prompted: bool) -> lis
 def _in_order_of_images(
     sources: Sequence[Path], num_slices: int, *, where: str
 ) -> tuple[list[Any], npt.NDArray[np.intp]]:
-    """Return the source images, and which slice of the stack every one of their frames is."""
+    """Return the source images and the slice number of each of their frames."""
     images = [pydicom.dcmread(path, stop_before_pixels=True) for path in sources]
-    places = [_frame_places(image) for image in images]
-    positions = [position for image in places for position in image]
+    positions = [position for image in images for position in _frame_positions(image)]
     if len(positions) != num_slices or any(position is None for position in positions):
         raise DataError(
             f"every slice must have its position in the source series, got {len(positions)} for "
             f"{num_slices} slices. Use --formats nifti,nrrd.",
             where=where,
         )
-    # The reader stacks frames along their common normal: slice k is the k-th frame in that order.
+    # The reader stacks frames along their common normal, so slice k is the k-th frame in that order.
     order = np.argsort(np.asarray(positions, dtype=np.float64), kind="stable")
     slice_of_frame = np.empty(len(order), dtype=np.intp)
     slice_of_frame[order] = np.arange(len(order))
     return images, slice_of_frame
 
 
-def _frame_places(image: pydicom.Dataset) -> list[float | None]:
-    """Return where the frames of a file lie along their normal, mm."""
+def _frame_positions(image: pydicom.Dataset) -> list[float | None]:
+    """Return the position of every frame of a file along its normal, mm, or None without geometry."""
     shared = list(image.get("SharedFunctionalGroupsSequence", []))[:1]
     groups = image.get("PerFrameFunctionalGroupsSequence")
     frames = [[image]] if groups is None else [[group, *shared, image] for group in groups]

@@ -1,4 +1,7 @@
-"""Scans in, masks in their own geometry out; finished ones are verified and skipped, unfinished ones never appear."""
+"""Prediction of masks for a list of scans, in the scans' own geometry.
+
+Finished scans are verified and skipped. Results of a scan appear when all of them are written.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ from samgraft.finetune.prediction.prediction_files import (
     write_nifti,
     write_seg_nrrd,
 )
-from samgraft.finetune.prediction.prediction_inputs import InputScan
+from samgraft.finetune.prediction.prediction_inputs import InputScan, make_unique
 from samgraft.finetune.prediction.predictor import OnSlices, Predictor
 from samgraft.finetune.prompting.prompt_file import PromptFile, SlicePrompt, slice_prompts
 from samgraft.shared.errors import DataError, SamgraftError, StorageError
@@ -38,49 +41,43 @@ from samgraft.shared.store.examine import BuildSettings, Examined, examine_case
 log = logging.getLogger(__name__)
 
 SCHEMA = 1
+"""Version of the record next to the masks of a scan."""
 ENDINGS = {"nifti": ".nii.gz", "nrrd": ".seg.nrrd", "dicom-seg": ".dcm"}
-"""Format to the end of the file's name."""
+"""End of the file name by format."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PredictSettings:
-    """What decides the bytes of masks besides model and scan."""
+    """Settings that change the files of a mask."""
 
     formats: tuple[str, ...] = ("nifti", "nrrd", "dicom-seg")
-    """Of ``ENDINGS``; dicom-seg applies to DICOM input."""
+    """Formats among ``ENDINGS``. For dicom-seg the input must be DICOM."""
     zero_non_finite: bool = False
-    """Replace NaN and Inf by 0 instead of refusing them."""
+    """True replaces NaN and Inf by 0 instead of refusing them."""
 
 
 @dataclass(kw_only=True)
 class PredictReport:
-    """What became of every scan."""
+    """Result of every scan, by name."""
 
     written: list[str] = field(default_factory=list)
+    """Scans that were segmented."""
     skipped: list[str] = field(default_factory=list)
-    """Finished before, with equal scan, model and settings, and every file intact."""
+    """Scans finished before, with equal scan, model and settings and all files intact."""
     unprompted: list[str] = field(default_factory=list)
-    """Without a prompt in the prompts file."""
+    """Scans without a prompt in the prompts file."""
     refused: dict[str, str] = field(default_factory=dict)
-    """Name to reason."""
+    """Reason of every scan that could not be segmented."""
 
 
 class ScanProgress(Protocol):
-    """Hears what happens; the command line shows it."""
+    """Display of progress on the command line."""
 
     def begin(self, number: int, total: int, name: str) -> OnSlices | None:
-        """Be told that a scan begins; may return a callback for its slices."""
+        """Show that a scan begins and return a callback for its slices."""
 
     def end(self, name: str, text: str) -> None:
-        """Be told how it ended."""
-
-
-class _Silent:
-    def begin(self, number: int, total: int, name: str) -> OnSlices | None:
-        return None
-
-    def end(self, name: str, text: str) -> None:
-        pass
+        """Show the result of a scan."""
 
 
 def predict_scans(
@@ -92,25 +89,26 @@ def predict_scans(
     prompts: PromptFile | None = None,
     progress: ScanProgress | None = None,
 ) -> PredictReport:
-    """Segment scans one by one into a folder; a scan that cannot be segmented is reported, the others go on.
+    """Segment scans one by one into a folder.
+
+    A scan that cannot be segmented is reported and the next one follows.
 
     Args:
-        predictor: The model.
-        scans: From ``find_inputs``.
-        out: Folder; created. Files of others in it are never overwritten.
-        settings: Formats and repairs.
-        prompts: Segment what it points at only; None segments automatically.
-        progress: Told about every scan.
+        predictor: Model.
+        scans: Scans from ``find_inputs``.
+        out: Folder for the results. Files that this command did not write are never overwritten.
+        settings: Formats and the treatment of NaN and Inf.
+        prompts: Prompts; None segments automatically.
+        progress: Display of progress.
 
     Raises:
         UsageError: If the prompts do not fit the scans.
         StorageError: If a file would be overwritten that this command did not write, or cannot be written.
     """
-    progress = progress or _Silent()
     if prompts is not None:
         prompts.check_cases([scan.name for scan in scans])
     if out.exists() and not out.is_dir():
-        raise StorageError("--out must be a folder, it is a file.", where=out.name, kept="that file")
+        raise StorageError("--out must be a folder, got a file.", where=out.name, kept="that file")
     out.mkdir(parents=True, exist_ok=True)
     report = PredictReport()
     if not predictor.classes.is_overlapping:
@@ -119,7 +117,7 @@ def predict_scans(
         if prompts is not None and not prompts.for_case(scan.name, is_only=len(scans) == 1):
             report.unprompted.append(scan.name)
             continue
-        on_slices = progress.begin(number, len(scans), scan.name)
+        on_slices = progress.begin(number, len(scans), scan.name) if progress else None
         start = time.monotonic()
         try:
             record = _predict_one(predictor, scan, out, settings, prompts, len(scans) == 1, on_slices)
@@ -127,15 +125,15 @@ def predict_scans(
             if not _concerns_one_scan(error) or len(scans) == 1:
                 raise
             report.refused[scan.name] = error.what
-            progress.end(scan.name, f"refused: {error.what}")
-            continue
-        if record is None:
-            report.skipped.append(scan.name)
-            progress.end(scan.name, "finished before, verified")
+            text = f"refused: {error.what}"
         else:
-            report.written.append(scan.name)
-            counts = ", ".join(f"{name} {voxels}" for name, voxels in record["voxels"].items())
-            progress.end(scan.name, f"voxels {counts}; {time.monotonic() - start:.1f} s")
+            (report.written if record else report.skipped).append(scan.name)
+            text = "finished before, verified"
+            if record is not None:
+                counts = ", ".join(f"{name} {voxels}" for name, voxels in record["voxels"].items())
+                text = f"voxels {counts}; {time.monotonic() - start:.1f} s"
+        if progress:
+            progress.end(scan.name, text)
     return report
 
 
@@ -148,7 +146,7 @@ def _predict_one(
     is_only: bool,
     on_slices: OnSlices | None,
 ) -> dict[str, Any] | None:
-    """Segment and write one scan; return its record, or None if it was finished before."""
+    """Segment a scan and return its record, or None if it was finished before."""
     build = BuildSettings(
         modality=predictor.modality, salt="", zero_non_finite=settings.zero_non_finite, accept_burned_in=True
     )
@@ -159,9 +157,10 @@ def _predict_one(
     expected = _identity(predictor, examined, settings, prompts, formats)
     if is_finished(stem, expected):
         return None
-    _refuse_foreign_files(stem, names)
+    _refuse_to_overwrite(stem, names)
     record = examined.record
-    placed = _place_prompts(prompts, scan, examined, is_only=is_only)
+    notes = list(record.notes)
+    placed = _slice_prompts(prompts, scan, examined, notes, is_only=is_only)
     labels_zyx = predictor(examined.images[record.plane], prompts=placed, stats=record.stats, on_slices=on_slices)
     masks = NativeMasks(
         labels_ijk=to_native(labels_zyx, record.grid, record.plane),
@@ -169,13 +168,13 @@ def _predict_one(
         classes=predictor.classes,
         form_codes=_form_codes(scan),
     )
-    values = {**expected, "input": scan.name, "voxels": masks.voxels(), "notes": list(record.notes)}
-    with _whole_or_nothing(stem) as folder:
+    values = {**expected, "input": scan.name, "voxels": masks.count_voxels(), "notes": notes}
+    with _written_together(stem) as folder:
         for name in formats:
             _write(name, folder, stem.name, masks, scan, predictor, prompted=prompts is not None)
         files = {path.name: file_sha256(path) for path in sorted(folder.iterdir())}
         text = json.dumps({**values, "files": files}, indent=2, sort_keys=True) + "\n"
-        # Moved last: the record is the mark of a finished scan.
+        # The record marks a finished scan, so it is moved last.
         _record_path(folder / stem.name).write_text(text, encoding="utf-8")
     return values
 
@@ -186,7 +185,7 @@ def _form_codes(scan: InputScan) -> tuple[int, int]:
 
 
 def is_finished(stem: Path, expected: dict[str, Any]) -> bool:
-    """Tell whether a scan's masks are there, made from equal scan, model and settings, and intact."""
+    """Return True if a scan's masks exist, are intact, and were made from equal scan, model and settings."""
     try:
         record = json.loads(_record_path(stem).read_text(encoding="utf-8"))
         files = dict(record["files"])
@@ -205,7 +204,7 @@ def _identity(
     prompts: PromptFile | None,
     formats: Sequence[str],
 ) -> dict[str, Any]:
-    """Return everything that decides the masks."""
+    """Return everything that the masks depend on."""
     return {
         "schema": SCHEMA,
         "source_sha256": examined.record.source_sha256,
@@ -221,11 +220,16 @@ def _identity(
     }
 
 
-def _place_prompts(
-    prompts: PromptFile | None, scan: InputScan, examined: Examined, *, is_only: bool
+def _slice_prompts(
+    prompts: PromptFile | None, scan: InputScan, examined: Examined, notes: list[str], *, is_only: bool
 ) -> list[SlicePrompt] | None:
     if prompts is None:
         return None
+
+    def add_note(text: str) -> None:
+        notes.append(text)
+        log.warning("%s: %s", scan.name, text)
+
     record = examined.record
     return slice_prompts(
         prompts.for_case(scan.name, is_only=is_only),
@@ -233,14 +237,19 @@ def _place_prompts(
         native_affine=np.asarray(record.grid.affine, dtype=np.float64),
         affine=record.affine,
         shape_zyx=record.shape_zyx,
+        on_note=add_note,
     )
 
 
 def file_names(stem: str, formats: Sequence[str], classes: ClassTable) -> list[str]:
-    """Return the files of a scan. A label map cannot hold classes that overlap: each gets a NIfTI file of its own."""
+    """Return the names of a scan's files, with a NIfTI file for each overlapping class."""
     names = []
     for name in formats:
-        parts = [f"-{_slug(one)}" for one in classes.names] if name == "nifti" and classes.is_overlapping else [""]
+        parts = [""]
+        if name == "nifti" and classes.is_overlapping:
+            # "tumour core" and "tumour-core" would have one name, and the second mask would replace the first.
+            slugs = [re.sub(r"[^\w]+", "_", one).strip("_") or "class" for one in classes.names]
+            parts = [f"-{slug}" for slug in make_unique(slugs)]
         names += [f"{stem}{part}{ENDINGS[name]}" for part in parts]
     return names
 
@@ -267,19 +276,15 @@ def _write(
         )
 
 
-def _slug(name: str) -> str:
-    return re.sub(r"[^\w]+", "_", name).strip("_") or "class"
-
-
 def model_name(folder: Path) -> str:
-    """Return what a run or release is called."""
+    """Return the name of a run or release."""
     folder = folder.resolve()
     return folder.parent.name if folder.name == "model" else folder.name
 
 
 @contextmanager
-def _whole_or_nothing(stem: Path) -> Iterator[Path]:
-    """Give a folder to write into; its files move to their places when all are written, the record last."""
+def _written_together(stem: Path) -> Iterator[Path]:
+    """Yield a folder whose files are moved to their places when all are written, the record last."""
     stem.parent.mkdir(parents=True, exist_ok=True)
     folder = stem.with_name(f".{hashlib.sha256(stem.name.encode()).hexdigest()[:12]}.partial-{os.getpid()}")
     shutil.rmtree(folder, ignore_errors=True)
@@ -287,7 +292,8 @@ def _whole_or_nothing(stem: Path) -> Iterator[Path]:
     try:
         yield folder
         record = _record_path(folder / stem.name)
-        # Says whose the files are if the move is cut off half way; without hashes it does not count as finished.
+        # This record without hashes marks the files as written by this command, in case the moves are interrupted.
+        # The scan does not count as finished then, and its files may be overwritten.
         write_text(_record_path(stem), json.dumps({"schema": SCHEMA, "unfinished": True}) + "\n")
         for path in sorted(folder.iterdir(), key=lambda path: path == record):
             move(path, stem.with_name(path.name))
@@ -299,8 +305,8 @@ def _record_path(stem: Path) -> Path:
     return stem.with_name(f"{stem.name}.samgraft.json")
 
 
-def _refuse_foreign_files(stem: Path, names: Sequence[str]) -> None:
-    """Never overwrite what this command did not write: it may be somebody's manual segmentation."""
+def _refuse_to_overwrite(stem: Path, names: Sequence[str]) -> None:
+    # A file that this command did not write may be a manual segmentation.
     if _record_path(stem).is_file():
         return
     for path in (stem.with_name(name) for name in names):
@@ -319,5 +325,5 @@ def _write_label_list(out: Path, predictor: Predictor) -> None:
 
 
 def _concerns_one_scan(error: SamgraftError) -> bool:
-    """A bad scan or a file in its way is that scan's; a full disk or a stop concerns all."""
+    """Return True for errors that other scans do not have, unlike a full disk or a stop."""
     return isinstance(error, DataError) or (isinstance(error, StorageError) and "was not written by" in error.what)

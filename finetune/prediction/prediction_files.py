@@ -1,6 +1,6 @@
-"""Masks as files in a scan's own geometry: NIfTI, Slicer's .seg.nrrd, ITK-SNAP's label list.
+"""Mask files in a scan's own geometry, for NIfTI readers, 3D Slicer and ITK-SNAP.
 
-Headers are built anew: nothing of the scan's header but its grid gets into them.
+Headers are new. They contain nothing of the scan's header except its grid.
 
 Letters: i, j, k = voxel axes of the scan's file.
 """
@@ -27,31 +27,32 @@ COLORS = (
     (230, 97, 1), (26, 133, 255), (0, 158, 115), (204, 121, 167), (240, 228, 66), (86, 180, 233), (213, 94, 0),
     (148, 103, 189), (140, 86, 75), (127, 127, 127),
 )  # fmt: skip
-"""Told apart by readers with any colour vision (Wong, and Tableau for the rest); repeated beyond."""
+"""Colours of classes, distinct for any colour vision (Wong, then Tableau), repeated for more classes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class NativeMasks:
-    """A segmentation on the grid of the scan's file."""
+    """Segmentation on the grid of the scan's file."""
 
     labels_ijk: Labels
-    """Label ids; bits of overlapping classes."""
+    """Label ids, or bits of overlapping classes."""
     affine: npt.NDArray[np.float64]
     """Voxel (i, j, k) to RAS+ mm."""
     classes: ClassTable
+    """Classes of the model."""
     form_codes: tuple[int, int] = (1, 1)
     """NIfTI (qform_code, sform_code) of the scan's file, (1, 1) for other formats."""
 
-    def voxels(self) -> dict[str, int]:
-        """Return the voxels of every class."""
+    def count_voxels(self) -> dict[str, int]:
+        """Return the number of voxels of every class."""
         return {name: int(self.mask(channel).sum()) for channel, name in enumerate(self.classes.names)}
 
     def mask(self, channel: int) -> npt.NDArray[np.bool_]:
-        """Return the voxels of a class, counted from 0."""
+        """Return the mask of the class with this index."""
         return self.classes.predicted_mask(self.labels_ijk, channel)
 
     def single(self, channel: int) -> NativeMasks:
-        """Return one class alone, as label 1."""
+        """Return a segmentation with one class only, as label 1."""
         only = ClassTable(ids=(1,), names=(self.classes.names[channel],))
         return replace(self, labels_ijk=self.mask(channel).astype(np.uint8), classes=only)
 
@@ -64,13 +65,13 @@ class NativeMasks:
 
 
 def write_nifti(path: Path, masks: NativeMasks) -> None:
-    """Write a label map and read it back.
+    """Write a label map and verify it by reading.
 
     Raises:
-        StorageError: If what was written does not come back equal.
+        StorageError: If the file does not have the labels and the grid that were written.
     """
     labels = masks.labels_ijk.astype(np.min_scalar_type(max(masks.classes.ids)))
-    # Each program has its own rule for files without codes: only equal codes put the mask on its scan everywhere.
+    # Every program has its own rule for files without codes, so only equal codes put the mask on its scan everywhere.
     qform_code, sform_code = masks.form_codes
     if masks.form_codes == (0, 0):
         image = nib.Nifti1Image(labels, None)
@@ -81,11 +82,14 @@ def write_nifti(path: Path, masks: NativeMasks) -> None:
         image.set_sform(masks.affine, code=sform_code)
         image.set_qform(masks.affine, code=qform_code)
     image.header.set_xyzt_units("mm")
-    # A fixed time in the gzip header: equal masks are equal files.
+    # With a fixed time in the gzip header equal masks give equal files.
     path.write_bytes(gzip.compress(image.to_bytes(), compresslevel=6, mtime=0))
     back: Any = nib.load(path)
     if not np.array_equal(np.asanyarray(back.dataobj), labels) or not np.allclose(back.affine, masks.affine, atol=1e-4):
-        raise StorageError("a written mask must come back equal, it does not.", where=path.name)
+        raise StorageError(
+            "the mask on disk differs from the one that was written. Check the disk and run the command again.",
+            where=path.name,
+        )
 
 
 def write_seg_nrrd(path: Path, masks: NativeMasks) -> None:
@@ -99,7 +103,7 @@ def write_seg_nrrd(path: Path, masks: NativeMasks) -> None:
     affine = masks.viewer_affine
     directions = (to_lps @ affine[:3, :3]).T
     labels = masks.labels_ijk.astype(np.min_scalar_type(max(classes.ids)))
-    if classes.is_overlapping:  # one layer per class, along the first axis
+    if classes.is_overlapping:  # one layer per class along the first axis
         labels = np.stack([masks.mask(channel) for channel in range(classes.num_classes)]).astype(np.uint8)
         directions = np.vstack([np.full(3, np.nan), directions])
     header: dict[str, Any] = {
@@ -130,7 +134,7 @@ def write_seg_nrrd(path: Path, masks: NativeMasks) -> None:
 
 
 def write_label_list(path: Path, classes: ClassTable) -> None:
-    """Write ITK-SNAP's label descriptions, which it loads beside any of the label maps."""
+    """Write label descriptions that ITK-SNAP loads together with a label map."""
     lines = [
         "################################################",
         "# ITK-SnAP Label Description File",
@@ -152,9 +156,9 @@ def _label_line(label_id: int, color: Sequence[int], shown: int, name: str) -> s
 
 
 def _extent(mask: npt.NDArray[np.bool_]) -> str:
-    """Return the bounding box as Slicer writes it; an empty one ends before it begins."""
+    """Return the bounding box in Slicer's format."""
     if not mask.any():
-        return "0 -1 0 -1 0 -1"
+        return "0 -1 0 -1 0 -1"  # Slicer's own value for an empty segment
     bounds = []
     for axis in range(3):
         places = np.flatnonzero(mask.any(axis=tuple(other for other in range(3) if other != axis)))

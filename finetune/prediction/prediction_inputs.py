@@ -1,4 +1,4 @@
-"""What is to be segmented: a file, a folder in any known layout, or DICOM series; and what the results are called."""
+"""Scans to segment, from a file, a folder or DICOM series, and the names of their results."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 
 from samgraft.shared.errors import DataError
@@ -16,44 +17,48 @@ from samgraft.shared.scans.readers.scan import ScanFiles, ScanFormat
 from samgraft.shared.scans.sources import discover
 
 SUFFIX = "_seg"
-"""Added to the name of a scan: recognised as a label by ``store build``, and never the name of the scan itself."""
+"""Suffix of results. ``store build`` recognises it as a label, and no scan itself has it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class InputScan:
-    """One scan to segment."""
+    """Scan to segment."""
 
     name: str
-    """Path below the folder, or the file's name; what a prompts file calls it."""
+    """Path below the folder, or the file's name, as prompts files use it."""
     case: SourceCase
+    """Files of the scan."""
     out_stem: str
-    """Path of the results below the output folder, without suffix."""
+    """Path of the results below the output folder, without the end of the format."""
 
     @property
     def is_dicom(self) -> bool:
-        """Whether a DICOM segmentation can refer to it."""
+        """True if a DICOM segmentation can refer to it."""
         return self.case.scan.format == ScanFormat.DICOM
 
 
 @dataclass(kw_only=True)
 class Inputs:
-    """Scans and what was not taken."""
+    """Scans to segment and files that were left out."""
 
     scans: list[InputScan]
+    """Scans in the order of the folder."""
     left_out: Counter[str] = field(default_factory=Counter)
+    """Number of files that were left out, by reason."""
     notes: list[str] = field(default_factory=list)
+    """Notes about the folder, for the terminal."""
 
 
 def find_inputs(source: Path, *, frame: int | None = None, allow_gaps: bool = False) -> Inputs:
-    """List the scans of a file or folder; labels beside them are left out.
+    """List the scans of a file or folder without their labels.
 
     Args:
         source: A scan file, a folder (plain, nnU-Net, Decathlon, BIDS, DICOM series), or a CSV list.
-        frame: Which volume of 4D files.
+        frame: Number of the volume of 4D files, from 0.
         allow_gaps: Accept missing DICOM slices.
 
     Raises:
-        DataError: If nothing is there, or the file is no known scan.
+        DataError: If there is no scan, or the file has no known format.
     """
     if source.is_file() and scan_suffix(source) not in {".csv", ".tsv"}:
         return _single_file(source, frame=frame, allow_gaps=allow_gaps)
@@ -61,7 +66,7 @@ def find_inputs(source: Path, *, frame: int | None = None, allow_gaps: bool = Fa
     inputs = Inputs(scans=[], left_out=found.left_out, notes=list(found.notes))
     if num := sum(len(case.labels) for case in found.cases) + len(found.labels_without_image):
         inputs.left_out["label file (not a scan)"] += num
-    stems = _unique([_stem(case, source) for case in found.cases])
+    stems = make_unique([_stem(case, source) for case in found.cases])
     inputs.scans = [
         InputScan(name=_name(case, source), case=_without_labels(case), out_stem=f"{stem}{SUFFIX}")
         for case, stem in zip(found.cases, stems, strict=True)
@@ -86,7 +91,7 @@ def _without_labels(case: SourceCase) -> SourceCase:
 
 
 def _name(case: SourceCase, source: Path) -> str:
-    """A series directly in the folder is named after the folder."""
+    """Return the name of a scan, the folder's name for a series directly in the folder."""
     first, *rest = case.name.split(" ", 1)
     return " ".join([source.resolve().name, *rest]) if first == "." else case.name
 
@@ -95,7 +100,7 @@ def _stem(case: SourceCase, source: Path) -> str:
     name = _name(case, source)
     is_file = len(case.scan.paths) == 1 and case.scan.format not in (ScanFormat.DICOM, ScanFormat.IMAGES)
     parts = [part for part in (_file_stem(name) if is_file else name).split("/") if part not in {"", ".", ".."}]
-    # Names become files on systems with other rules too; what cannot be kept becomes a line.
+    # Results must have valid names on Windows too, which allows fewer characters than other systems.
     return "/".join(re.sub(r'[\x00-\x1f<>:"|?*\\]', "_", part) for part in parts)
 
 
@@ -104,12 +109,14 @@ def _file_stem(name: str) -> str:
     return name[: len(name) - len(suffix)] if suffix else name
 
 
-def _unique(stems: Sequence[str]) -> list[str]:
-    """Number the names that several scans share, e.g. ``a.nii`` and ``a.nrrd``."""
-    seen: Counter[str] = Counter()
+def make_unique(names: Sequence[str]) -> list[str]:
+    """Add numbers to repeated names, e.g. those of ``a.nii`` and ``a.nrrd``."""
+    # Compared without case, because Windows and macOS would write "A" and "a" into one file.
+    used: set[str] = set()
     result = []
-    for stem in stems:
-        seen[stem.casefold()] += 1
-        count = seen[stem.casefold()]
-        result.append(stem if count == 1 else f"{stem}-{count}")
+    for name in names:
+        candidates = (name if number == 1 else f"{name}-{number}" for number in count(1))
+        free = next(one for one in candidates if one.casefold() not in used)
+        used.add(free.casefold())
+        result.append(free)
     return result

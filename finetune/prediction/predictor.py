@@ -34,7 +34,7 @@ from samgraft.shared.training.device import Device, Precision, choose_device
 
 Volume = npt.NDArray[Any]
 OnSlices = Callable[[int, int], None]
-"""Callback with the numbers of slices done and slices to do; may raise to stop."""
+"""Callback with the numbers of slices done and slices to do. It may raise to stop."""
 
 
 class Predictor:

@@ -71,7 +71,7 @@ class FilePrompt:
     where: str
     """File and number of the entry, for messages."""
     case: str | None
-    """Name of the scan; None means the only one."""
+    """Name of the scan, None for the only one."""
     channel: int
     """Index of the class, from 0."""
     corners: Coordinates3 | None = None
@@ -119,7 +119,7 @@ class PromptFile:
     """Name of the file without its folder."""
 
     def for_case(self, name: str, *, is_only: bool) -> tuple[FilePrompt, ...]:
-        """Return the prompts of a scan; entries without a case belong to the only one."""
+        """Return the prompts of a scan, with entries without a case for the only one."""
         return tuple(p for p in self.prompts if p.case == name or (p.case is None and is_only))
 
     def check_cases(self, names: Sequence[str]) -> None:

@@ -152,9 +152,9 @@ class ClassPrompt:
     channel: int
     """Index of the class, from 0."""
     prompt: Prompt
-    """Box and points in pixels of the slice; ``image`` is the index of the slice in the batch."""
+    """Prompt in pixels of the slice, whose ``image`` is the index of the slice in the batch."""
     true_HW: Bools | None = None
-    """Object that the prompt was drawn from; needed for correction clicks only."""
+    """Object that the prompt was drawn from, for correction clicks."""
     rng: np.random.Generator | None = None
     """Generator for correction clicks, shared by the prompts of a slice."""
 
@@ -197,7 +197,7 @@ def draw_prompts(
     to_mask: Callable[[Bools], Tensor],
     central: bool,
 ) -> list[ClassPrompt]:
-    """Draw the first prompt of every object of a slice; the arguments are those of ``draw_prompt``."""
+    """Draw the first prompt of every object of a slice, with the arguments of ``draw_prompt``."""
     return [
         ClassPrompt(
             channel=one.channel,

@@ -48,7 +48,7 @@ class PromptSource:
     prompts_of: Callable[[Sequence[int], InputFrame], list[ClassPrompt]]
     """Function from slice numbers of a batch and their frame to prompts."""
     num_corrections: int = 0
-    """Number of correction clicks after the first mask; needs the true objects."""
+    """Number of correction clicks after the first mask. They need the true objects."""
 
 
 def label_prompts(segmenter: Segmenter, label_ZHW: Labels, series_id: str, classes: ClassTable, config: PromptConfig
@@ -111,7 +111,7 @@ def segment_prompted_slices(
 
 
 def prompt_to_frame(prompt: Prompt, frame: InputFrame) -> Prompt:
-    """Map box and points of a prompt to the input frame; a mask is in the frame already."""
+    """Map box and points of a prompt to the input frame, where a mask is already."""
     return dataclasses.replace(
         prompt,
         box=None if prompt.box is None else box_to_frame(prompt.box, frame),

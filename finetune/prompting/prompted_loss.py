@@ -27,7 +27,7 @@ from segment_anything.modeling import Sam
 from torch import Tensor, nn
 
 PROMPT_STREAM = 4
-"""Second number of the seed of a sample's prompts; its augmentation has 1."""
+"""Second number of the seed of a sample's prompts. Its augmentation has 1."""
 
 
 class PromptedLoss(nn.Module):

@@ -1,9 +1,10 @@
-"""``predict``: geometry that other readers agree on, formats that other programs open, resume, prompts, refusals."""
+"""``predict``: geometry and formats checked with other readers, resume, prompts and refusals."""
 
 import dataclasses
 import json
 import os
 import re
+import shutil
 import signal
 
 import nibabel as nib
@@ -11,15 +12,17 @@ import numpy as np
 import pytest
 import torch
 from dicom_factory import write_series
-from finished_factory import make_lab
+from finished_factory import make_lab, write_finished
 from samgraft.finetune.classes import ClassTable
+from samgraft.finetune.evaluation.postprocess import PostProcessing, apply_postprocessing
 from samgraft.finetune.prediction import predict as predict_module
 from samgraft.finetune.prediction.predict import PredictSettings, predict_scans
 from samgraft.finetune.prediction.prediction_files import NativeMasks, write_label_list, write_nifti, write_seg_nrrd
-from samgraft.finetune.prediction.prediction_inputs import find_inputs
+from samgraft.finetune.prediction.prediction_inputs import find_inputs, make_unique
 from samgraft.finetune.prediction.predictor import Predictor
+from samgraft.finetune.prompting.prompt_file import SlicePrompt
 from samgraft.shared.cli import main
-from samgraft.shared.errors import UsageError
+from samgraft.shared.errors import NumericalError, UsageError
 from samgraft.shared.scans.readers.nifti import read_nifti
 from store_factory import make_scan
 from store_factory import write_nifti as write_scan
@@ -67,7 +70,7 @@ def masks_with_marker(codes, shape=(9, 10, 11), voxel=(2, 7, 4)):
 
 
 @pytest.mark.parametrize("codes", ORIENTATIONS)
-def test_marker_voxel__lies_at_one_physical_point_for_nibabel_simpleitk_and_slicer(tmp_path, codes):
+def test_write_mask__marker_voxel_has_one_physical_point_for_three_readers(tmp_path, codes):
     sitk = pytest.importorskip("SimpleITK", reason="the second reader is a development dependency")
     masks, voxel = masks_with_marker(codes)
     wanted = (masks.affine @ [*voxel, 1])[:3]
@@ -86,7 +89,7 @@ def test_marker_voxel__lies_at_one_physical_point_for_nibabel_simpleitk_and_slic
         assert (array == 300).sum() == (masks.labels_ijk == 300).sum()
 
 
-def test_nifti__is_new_small_and_the_same_every_time(tmp_path):
+def test_write_nifti__header_is_new_and_bytes_are_reproducible(tmp_path):
     masks, _ = masks_with_marker("RAS")
     for name in "ab":
         write_nifti(tmp_path / f"{name}.nii.gz", masks)
@@ -95,11 +98,11 @@ def test_nifti__is_new_small_and_the_same_every_time(tmp_path):
     assert header.get_data_dtype() == np.uint16
     assert header.get_xyzt_units()[0] == "mm"
     assert header["descrip"].item() == b""
-    # Our own reader, which checks every byte, takes it too.
+    # The strict reader of this package accepts it too.
     assert np.array_equal(read_nifti(tmp_path / "a.nii.gz", where="a").array_ijk, masks.labels_ijk)
 
 
-def test_seg_nrrd__opens_in_slicer_with_names_and_colours(tmp_path):
+def test_write_seg_nrrd__slicer_reads_names_and_colours(tmp_path):
     slicerio = pytest.importorskip("slicerio", reason="the second reader is a development dependency")
     masks, _ = masks_with_marker("LPS")
     write_seg_nrrd(tmp_path / "m.seg.nrrd", masks)
@@ -110,7 +113,7 @@ def test_seg_nrrd__opens_in_slicer_with_names_and_colours(tmp_path):
     assert np.array_equal(found["voxels"], masks.labels_ijk)
 
 
-def test_label_list__is_what_itk_snap_reads(tmp_path):
+def test_write_label_list__itk_snap_format_is_complete(tmp_path):
     write_label_list(tmp_path / "labels.txt", CLASSES)
     rows = [line for line in (tmp_path / "labels.txt").read_text().splitlines() if not line.startswith("#")]
     pattern = re.compile(r'^\s*(\d+)\s+(\d+)\s+(\d+)\s+(\d+)\s+(\d)\s+(\d)\s+(\d)\s+"([^"]*)"$')
@@ -121,7 +124,7 @@ def test_label_list__is_what_itk_snap_reads(tmp_path):
 # --- python -----------------------------------------------------------------------------------------------------------
 
 
-def test_predictor__from_python_equals_what_evaluate_segments(lab):
+def test_predictor__python_call_equals_the_segmentation_of_evaluate(lab):
     from samgraft.finetune.inference import segment_series
 
     predictor = Predictor(lab.run, device="cpu", precision="fp32")
@@ -137,8 +140,8 @@ def test_predictor__from_python_equals_what_evaluate_segments(lab):
     assert np.array_equal(one_by_one(lab.store.read_volume(record.series_id)), labels)
 
 
-def test_flips__average_mirrored_slices(lab):
-    """With flips a mirrored volume gives the mirrored mask, to the voxel; without it does not."""
+def test_predictor__flips_average_mirrored_slices(lab):
+    """With flips a mirrored volume gives the mirrored mask; without them it gives another one."""
     volume = lab.store.read_volume(lab.store.series[0].series_id)
     mirrored = volume[:, :, ::-1].copy()
     plain, flips = (Predictor(lab.run, device="cpu", precision="fp32", flips=f) for f in (False, True))
@@ -147,7 +150,44 @@ def test_flips__average_mirrored_slices(lab):
     assert (flips(mirrored)[:, :, ::-1] != flips(volume)).sum() <= 2
 
 
-def test_predictor__leaves_model_and_generators_alone(lab):
+def test_predictor__postprocessing_changes_automatic_masks_only(lab):
+    volume = lab.store.read_volume(lab.store.series[0].series_id)
+    predictor = Predictor(lab.run, device="cpu", precision="fp32")
+    bare = predictor(volume)
+    predictor.postprocessing = PostProcessing(steps={1: ["largest_component"]})
+    assert np.array_equal(predictor(volume), apply_postprocessing(bare, {1: ["largest_component"]}))
+    assert 0 < (predictor(volume) == 1).sum() < (bare == 1).sum()
+    prompt = SlicePrompt(where="", slice_index=2, channel=0, box=(2.0, 2.0, 29.0, 29.0))
+    with_steps = predictor(volume, prompts=[prompt])
+    predictor.postprocessing = PostProcessing()
+    assert np.array_equal(predictor(volume, prompts=[prompt]), with_steps)
+
+
+def test_predictor__only_negative_points_segment_nothing(lab):
+    """SAM itself predicts a mask around a negative point."""
+    volume = lab.store.read_volume(lab.store.series[0].series_id)
+    predictor = Predictor(lab.run, device="cpu", precision="fp32")
+    negative = SlicePrompt(where="", slice_index=1, channel=0, points=((16.0, 16.0),), labels=(0,))
+    box = SlicePrompt(where="", slice_index=2, channel=0, box=(2.0, 2.0, 29.0, 29.0))
+    assert not predictor(volume, prompts=[negative]).any()
+    both = predictor(volume, prompts=[negative, box])
+    assert both[2].any()
+    assert not both[[0, 1, 3]].any()
+
+
+def test_predictor__logits_that_are_not_finite_are_refused(lab):
+    """NaN is not above 0, so that the result would be an empty mask."""
+    volume = lab.store.read_volume(lab.store.series[0].series_id)
+    predictor = Predictor(lab.run, device="cpu", precision="fp32")
+    with torch.no_grad():
+        predictor.model.segmenter.sam.mask_decoder.mask_tokens.weight[0, 0] = torch.nan
+    box = SlicePrompt(where="", slice_index=2, channel=0, box=(2.0, 2.0, 29.0, 29.0))
+    for prompts in (None, [box]):
+        with pytest.raises(NumericalError, match="logits must be finite"):
+            predictor(volume, prompts=prompts)
+
+
+def test_predictor__model_and_generators_are_unchanged(lab):
     predictor = Predictor(lab.run, device="cpu", precision="fp32", flips=True)
     predictor.model.segmenter.train()
     weights = {k: v.clone() for k, v in predictor.model.segmenter.state_dict().items()}
@@ -165,12 +205,12 @@ def run(lab, source, out, *more):
     return main(["predict", str(lab.run), str(source), "--out", str(out), "--device", "cpu", *more])
 
 
-def test_folder__masks_beside_each_other_labels_left_out(lab, scans, tmp_path, capsys):
+def test_predict__folder_gives_a_mask_per_scan_and_leaves_labels_out(lab, scans, tmp_path, capsys):
     before = {p: p.read_bytes() for p in scans.rglob("*") if p.is_file()}
     assert run(lab, scans, tmp_path / "out") == 0
-    said = capsys.readouterr().err
-    assert "3 scans: 3 segmented" in said
-    assert "left out: 1 x label file" in said
+    printed = capsys.readouterr().err
+    assert "3 scans: 3 segmented" in printed
+    assert "left out: 1 x label file" in printed
     names = sorted(p.relative_to(tmp_path / "out").as_posix() for p in (tmp_path / "out").rglob("*") if p.is_file())
     assert names == sorted(
         ["labels.txt", *(f"{stem}{end}" for stem in ("a_seg", "b_seg", "deep er/c_seg") for end in ENDS)]
@@ -183,7 +223,7 @@ def test_folder__masks_beside_each_other_labels_left_out(lab, scans, tmp_path, c
     assert {p: p.read_bytes() for p in before} == before
 
 
-def test_resume__skips_verified_redoes_damaged_and_changed(lab, scans, tmp_path, capsys):
+def test_predict__second_call_repeats_only_damaged_and_changed_scans(lab, scans, tmp_path, capsys):
     out = tmp_path / "out"
     assert run(lab, scans, out) == 0
     stamps = {name: (out / f"{name}_seg.nii.gz").stat().st_mtime_ns for name in ("a", "b", "deep er/c")}
@@ -199,7 +239,41 @@ def test_resume__skips_verified_redoes_damaged_and_changed(lab, scans, tmp_path,
     assert "3 scans: 3 segmented" in capsys.readouterr().err
 
 
-def test_interruption__leaves_whole_scans_only_and_goes_on(lab, scans, tmp_path, capfd, monkeypatch):
+def test_predict__other_weights_under_the_same_name_are_not_taken_for_finished(lab, scans, tmp_path, capsys):
+    model = tmp_path / "seg"
+    write_finished(model, lab.store, lab.split, seed=0)
+    assert main(["predict", str(model), str(scans), "--out", str(tmp_path / "out"), "--device", "cpu"]) == 0
+    before = (tmp_path / "out" / "b_seg.nii.gz").read_bytes()
+    shutil.rmtree(model)
+    write_finished(model, lab.store, lab.split, seed=3)
+    capsys.readouterr()
+    assert main(["predict", str(model), str(scans), "--out", str(tmp_path / "out"), "--device", "cpu"]) == 0
+    assert "3 scans: 3 segmented" in capsys.readouterr().err
+    assert (tmp_path / "out" / "b_seg.nii.gz").read_bytes() != before
+
+
+def test_predict__card_with_pixel_std_0_is_refused(lab, scans, tmp_path, capsys):
+    model = tmp_path / "seg"
+    write_finished(model, lab.store, lab.split)
+    card = model / "model" / "card.json"
+    card.write_text(json.dumps({**json.loads(card.read_text()), "pixel_std": [0.0, 0.0, 0.0]}))
+    code = main(["predict", str(model), str(scans / "b.nii.gz"), "--out", str(tmp_path / "out"), "--device", "cpu"])
+    assert code in {4, 6}, capsys.readouterr().err
+    assert not list((tmp_path / "out").glob("*.nii.gz"))
+
+
+@pytest.mark.parametrize("names", [("tumour core", "tumour-core", "TUMOUR CORE"), ("+", "*", "?")])
+def test_file_names__classes_with_similar_names_have_different_files(names):
+    classes = ClassTable.of_regions({name: [number] for number, name in enumerate(names, start=1)})
+    found = predict_module.file_names("a_seg", ["nifti", "nrrd"], classes)
+    assert len({name.casefold() for name in found}) == len(found) == 4
+
+
+def test_make_unique__number_that_is_a_name_already_is_not_used():
+    assert make_unique(["a", "A", "a-2", "b"]) == ["a", "A-2", "a-2-2", "b"]
+
+
+def test_predict__interruption_leaves_finished_scans_only_and_resumes(lab, scans, tmp_path, capfd, monkeypatch):
     out = tmp_path / "out"
     write = predict_module.write_seg_nrrd
 
@@ -210,16 +284,16 @@ def test_interruption__leaves_whole_scans_only_and_goes_on(lab, scans, tmp_path,
 
     monkeypatch.setattr(predict_module, "write_seg_nrrd", stop_in_the_second)
     assert run(lab, scans, out) == 75
-    said = capfd.readouterr().err
-    assert "SIGTERM after 2 of 3 scans" in said
+    printed = capfd.readouterr().err
+    assert "SIGTERM after 2 of 3 scans" in printed
     assert not list(out.rglob(".*partial*"))
     monkeypatch.undo()
     assert run(lab, scans, out) == 0
     assert "1 segmented, 2 finished before" in capfd.readouterr().err
 
 
-def test_crash_while_files_move__is_redone_not_refused(lab, scans, tmp_path, monkeypatch, capsys):
-    """Cut off between moving masks and the record, the scan is neither finished nor somebody else's."""
+def test_predict__crash_while_files_move_is_repeated_not_refused(lab, scans, tmp_path, monkeypatch, capsys):
+    """Between the moves of masks and record the scan is neither finished nor written by another program."""
     from pathlib import Path
 
     out = tmp_path / "out"
@@ -239,17 +313,17 @@ def test_crash_while_files_move__is_redone_not_refused(lab, scans, tmp_path, mon
     assert "1 segmented" in capsys.readouterr().err
 
 
-def test_bad_scan__is_reported_and_the_others_go_on(lab, scans, tmp_path, capsys):
+def test_predict__bad_scan_is_reported_and_the_others_are_segmented(lab, scans, tmp_path, capsys):
     (scans / "b.nii.gz").write_bytes((scans / "b.nii.gz").read_bytes()[:-40])
     assert run(lab, scans, tmp_path / "out") == 3
-    said = capsys.readouterr().err
-    assert "1 of 3 scans could not be segmented. b.nii.gz" in said
-    assert "kept   2 masks" in said
+    printed = capsys.readouterr().err
+    assert "1 of 3 scans could not be segmented. b.nii.gz" in printed
+    assert "kept   2 masks" in printed
     assert (tmp_path / "out" / "deep er" / "c_seg.nii.gz").is_file()
 
 
-def test_foreign_mask__is_never_overwritten(lab, scans, capsys):
-    """The output folder is the input folder: the label beside scan a is somebody's work."""
+def test_predict__file_of_another_program_is_never_overwritten(lab, scans, capsys):
+    """The output folder is the input folder, where scan a has a manual label."""
     label = (scans / "a_seg.nii.gz").read_bytes()
     assert run(lab, scans, scans) == 3
     assert "was not written by `samgraft predict`" in capsys.readouterr().err
@@ -258,8 +332,8 @@ def test_foreign_mask__is_never_overwritten(lab, scans, capsys):
 
 
 @pytest.mark.parametrize("codes", ORIENTATIONS)
-def test_orientation__one_scan_stored_in_any_way_gets_one_mask(lab, scans, tmp_path, codes):
-    """Permuted and flipped axes describe the same scan: its mask must be the same at every physical point."""
+def test_predict__scan_stored_in_any_orientation_has_one_mask(lab, scans, tmp_path, codes):
+    """Permuted and flipped axes describe the same scan, so the mask must be equal at every physical point."""
     source = nib.load(scans / "a.nii.gz")
     start = nib.io_orientation(source.affine)
     there = nib.orientations.ornt_transform(start, nib.orientations.axcodes2ornt(tuple(codes)))
@@ -278,7 +352,7 @@ def test_orientation__one_scan_stored_in_any_way_gets_one_mask(lab, scans, tmp_p
 # --- prompts ----------------------------------------------------------------------------------------------------------
 
 
-def test_prompts__segment_only_where_they_point(lab, scans, tmp_path, capsys):
+def test_predict__prompts_segment_their_slices_only(lab, scans, tmp_path, capsys):
     prompts = tmp_path / "prompts.yaml"
     prompts.write_text(
         "version: 1\ncoordinates: voxel\nprompts:\n"
@@ -291,26 +365,35 @@ def test_prompts__segment_only_where_they_point(lab, scans, tmp_path, capsys):
     assert set(np.flatnonzero(a.any(axis=(0, 1)))) <= {1, 2}
     assert set(np.flatnonzero(b.any(axis=(0, 1)))) <= {3}
     assert a.any() or b.any(), "the random model must segment something"
+    prompts.write_text(prompts.read_text().replace("labels: [1, 0]", "labels: [0, 0]"))
+    assert run(lab, scans, tmp_path / "negative", "--prompts", str(prompts)) == 0
+    assert "has only negative points, it stays empty (prompts.yaml, prompt 2)" in capsys.readouterr().err
+    assert not np.asarray(nib.load(tmp_path / "negative" / "b_seg.nii.gz").dataobj).any()
+    record = json.loads((tmp_path / "negative" / "b_seg.samgraft.json").read_text())
+    assert "only negative points" in record["notes"][-1]
     prompts.write_text(prompts.read_text().replace("a.nii.gz", "z.nii.gz"))
     assert run(lab, scans, tmp_path / "out2", "--prompts", str(prompts)) == 2
     assert "got 'z.nii.gz'" in capsys.readouterr().err
 
 
-def test_prompts__must_fit_the_model(lab):
+def test_predictor__prompts_that_do_not_fit_the_model_are_refused(lab):
     predictor = Predictor(lab.run, device="cpu")
     task = predictor.model.task
     volume = lab.store.read_volume(lab.store.series[0].series_id)
     predictor.model = dataclasses.replace(predictor.model, task=dataclasses.replace(task, prompt={"mode": "box"}))
     with pytest.raises(UsageError, match=r"trained with prompts \(box\)"):
         predictor(volume)
+    predictor.flips = True
+    with pytest.raises(UsageError, match="automatic segmentation only"):
+        predictor(volume, prompts=[])
+    predictor.flips = False
     predictor.model = dataclasses.replace(predictor.model, task=dataclasses.replace(task, network={"name": "unet"}))
     with pytest.raises(UsageError, match="network without prompts"):
         predictor(volume, prompts=[])
 
 
-def test_prompts__equal_segment_anythings_predictor(lab):
+def test_predictor__box_in_a_slice_equals_segment_anything(lab):
     """One box on one slice gives SamPredictor's mask."""
-    from samgraft.finetune.prompting.prompt_file import SlicePrompt
     from samgraft.shared.scans.intensity import normalise
 
     predictor = Predictor(lab.run, device="cpu", precision="fp32")
@@ -339,15 +422,15 @@ PATIENT = {
 }  # fmt: skip
 
 
-def test_dicom__segmentation_reads_back_with_the_right_geometry(lab, tmp_path, capsys):
+def test_predict__dicom_seg_has_the_geometry_of_its_series(lab, tmp_path, capsys):
     hd = pytest.importorskip("highdicom", reason="highdicom is a development dependency")
     image, _ = make_scan(shape_zyx=(5, 32, 32), seed=1)
     volume = image.astype(np.uint16)
     write_series(tmp_path / "scan" / "series", volume, step=3.0, **PATIENT)
     assert run(lab, tmp_path / "scan", tmp_path / "out") == 0
-    said = capsys.readouterr().err
-    assert "1 segmented" in said
-    assert "attributes from dataset" not in said, "highdicom logs UIDs, which identify a study"
+    printed = capsys.readouterr().err
+    assert "1 segmented" in printed
+    assert "attributes from dataset" not in printed, "highdicom logs UIDs, which identify a study"
     (path,) = (tmp_path / "out").rglob("*.dcm")
     seg = hd.seg.segread(path)
     assert [seg.get_segment_description(n).segment_label for n in seg.segment_numbers] == ["lesion"]
@@ -357,14 +440,14 @@ def test_dicom__segmentation_reads_back_with_the_right_geometry(lab, tmp_path, c
     lps = back.affine @ np.array([*np.argwhere(back.array == 1)[0], 1.0])
     ijk = np.linalg.inv(nifti.affine) @ (lps * [-1, -1, 1, 1])
     assert labels[tuple(np.rint(ijk[:3]).astype(int))] == 1
-    # Every voxel, through the files' own geometry.
+    # All voxels, through the geometry of both files.
     places = np.argwhere(back.array == 1)
     world = (back.affine @ np.c_[places, np.ones(len(places))].T) * np.array([[-1], [-1], [1], [1]])
     native = np.rint(np.linalg.inv(nifti.affine) @ world)[:3].astype(int)
     found = np.zeros_like(labels)
     found[tuple(native)] = 1
     assert np.array_equal(found, labels)
-    # And our own reader takes it as a label of the series.
+    # The reader of this package accepts it as a label of the series.
     from samgraft.shared.scans.readers.dicom import read_dicom_series
     from samgraft.shared.scans.readers.dicom_seg import read_dicom_seg
 
@@ -373,7 +456,7 @@ def test_dicom__segmentation_reads_back_with_the_right_geometry(lab, tmp_path, c
     assert path.read_bytes()[:128] == b"\0" * 128
 
 
-def test_dicom__series_without_what_a_segmentation_repeats(lab, tmp_path, capsys):
+def test_predict__series_without_required_attributes_is_refused(lab, tmp_path, capsys):
     pytest.importorskip("highdicom", reason="highdicom is a development dependency")
     image, _ = make_scan(shape_zyx=(4, 32, 32), seed=1)
     write_series(tmp_path / "scan", image.astype(np.uint16))
@@ -383,7 +466,7 @@ def test_dicom__series_without_what_a_segmentation_repeats(lab, tmp_path, capsys
     assert run(lab, tmp_path / "scan", tmp_path / "out", "--formats", "nifti,nrrd") == 0
 
 
-def test_dicom__without_highdicom(lab, tmp_path, capsys, monkeypatch):
+def test_predict__missing_highdicom_is_refused_or_noted(lab, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("samgraft.finetune.prediction.dicom_seg_file.is_available", lambda: False)
     image, _ = make_scan(shape_zyx=(4, 32, 32), seed=1)
     write_series(tmp_path / "scan", image.astype(np.uint16), **PATIENT)
@@ -413,7 +496,7 @@ def test_dicom__without_highdicom(lab, tmp_path, capsys, monkeypatch):
         (["{run}", "{scan}", "--out", "{scan}"], 5, "must be a folder"),
     ],
 )
-def test_refusals__one_screen_and_their_code(lab, tmp_path, capsys, arguments, code, text):
+def test_predict__bad_request_is_refused_with_its_exit_code(lab, tmp_path, capsys, arguments, code, text):
     if "cuda" in arguments and torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
     image, _ = make_scan(shape_zyx=(4, 32, 32))
@@ -432,7 +515,7 @@ def test_refusals__one_screen_and_their_code(lab, tmp_path, capsys, arguments, c
     assert "Traceback" not in shown
 
 
-def test_nan_policy__zero_is_recorded(lab, tmp_path):
+def test_predict__nan_policy_zero_is_recorded(lab, tmp_path):
     image, _ = make_scan(shape_zyx=(4, 32, 32))
     broken = image.astype(np.float32)
     broken[0, 0, 0] = np.nan
@@ -443,7 +526,7 @@ def test_nan_policy__zero_is_recorded(lab, tmp_path):
     assert "were NaN or Inf and are 0" in record["notes"][0]
 
 
-def test_names__odd_ones_become_files(lab, tmp_path):
+def test_find_inputs__unusual_names_become_valid_files(lab, tmp_path):
     image, _ = make_scan(shape_zyx=(4, 32, 32))
     folder = tmp_path / "dä ta 患者"
     write_scan(folder / 'we"ird: name.nii.gz', image)
