@@ -32,11 +32,11 @@ def run(arguments: argparse.Namespace) -> int:
     """Carry the command out."""
     if arguments.slurm_option and not arguments.slurm:
         raise UsageError("--slurm-option needs --slurm.")
-    from samgraft.finetune.study.study import plan_study, read_slurm_options, run_study, say_plan
+    from samgraft.finetune.study.study import log_plan, plan_study, read_slurm_options, run_study
 
     plan = plan_study(arguments.file, root=arguments.studies, make_inputs=not arguments.dry_run)
     if arguments.dry_run:
-        say_plan(plan)
+        log_plan(plan)
         for cell in plan.grid.cells:
             log.info("%s  %s", cell.key, cell.title)
         return int(ExitCode.OK)

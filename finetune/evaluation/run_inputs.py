@@ -11,7 +11,7 @@ from pathlib import Path
 import yaml
 from samgraft.finetune.model_folder import FinishedModel
 from samgraft.shared.errors import DataError
-from samgraft.shared.runs.inputs import kept_split
+from samgraft.shared.runs.inputs import load_run_split
 from samgraft.shared.samples.split import PARTS, Split, load_split
 from samgraft.shared.store.store import SliceStore
 
@@ -68,7 +68,14 @@ def split_for_evaluation(path: Path, model: FinishedModel, store: SliceStore) ->
     # which is part of the hash: the recorded one is used.
     recorded = {name: tuple(model.task.split.get(name, ())) for name in PARTS}
     log.info("split as recorded with the model: the split file of its training is missing or has changed")
-    return Split(**recorded, seed=0, store_fingerprint=store.fingerprint), model.task.split_sha256
+    split = Split(
+        train=recorded["train"],
+        val=recorded["val"],
+        test=recorded["test"],
+        seed=0,
+        store_fingerprint=store.fingerprint,
+    )
+    return split, model.task.split_sha256
 
 
 def _candidates(path: Path, store: SliceStore) -> Iterator[Split]:
@@ -79,7 +86,7 @@ def _candidates(path: Path, store: SliceStore) -> Iterator[Split]:
     # The copy in a few-shot run lists the drawn patients only. Its hash would differ from those of runs with other
     # shots, although all of them are scored on the same patients and may be compared.
     if not inputs.is_few_shot:
-        sources.append(partial(kept_split, path, store))
+        sources.append(partial(load_run_split, path, store))
     sources.append(partial(load_split, None, store))
     for source in sources:
         try:

@@ -163,7 +163,7 @@ def render_csv(rows: Sequence[Row], columns: Sequence[str] = CASE_COLUMNS) -> st
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, fieldnames=list(columns), lineterminator="\n", extrasaction="raise")
     writer.writeheader()
-    writer.writerows([{column: _cell(row[column]) for column in columns} for row in rows])
+    writer.writerows([{column: csv_cell(row[column]) for column in columns} for row in rows])
     return text.getvalue()
 
 
@@ -205,7 +205,8 @@ def _parse(column: str, text: str) -> Any:
     return convert(text)
 
 
-def _cell(value: object) -> object:
+def csv_cell(value: object) -> object:
+    """Return a value for a CSV file, with four decimals and without formulas."""
     if value is None:
         return MISSING
     # Texts come from scans, folders and label files. An apostrophe keeps spreadsheets from running them as formulas.

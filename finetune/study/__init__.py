@@ -1,1 +1,1 @@
-"""Studies: a grid of fine-tunings over data sets, starts, methods, shots and seeds, and the table it gives."""
+"""Grids of fine-tunings over data sets, initial weights, methods, shots and seeds."""

@@ -1,4 +1,7 @@
-"""One cell: fine-tune and evaluate in processes of their own, under a lock, with a result that is written last."""
+"""Run of one cell, fine-tuning and evaluation in processes of their own.
+
+The cell is locked while it runs, and its result is written last.
+"""
 
 from __future__ import annotations
 
@@ -22,41 +25,46 @@ from samgraft.shared.files import write_json
 
 log = logging.getLogger(__name__)
 
+# Not submitit's local executor: its jobs survive a killed study and would train on beside the next one, all of them
+# start at once whatever --parallel is, their output and exit codes go through pickles, and peak memory is not measured.
 PROGRAM = (sys.executable, "-m", "samgraft.finetune.study.child")
+"""Command of a cell's processes."""
 WAIT_FOR_ORPHAN_S = 180.0
-"""How long a child of a killed study may take to save and end before its cell is taken up again."""
+"""Seconds for a child of a killed study to save and end before its cell is resumed."""
 KIB = 1024 if sys.platform != "darwin" else 1
+"""Bytes in the unit of ``ru_maxrss``, which is bytes on macOS."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CellFolder:
-    """Where a study keeps its cells."""
+    """Files of a study's cells."""
 
     root: Path
+    """Folder of the study."""
 
     @property
     def runs(self) -> Path:
-        """Run folders of the fine-tunings, named by key."""
+        """Folder with the runs, named by the keys of their cells."""
         return self.root / "runs"
 
     def result(self, key: str) -> Path:
-        """Scores and cost; exists when the cell is complete."""
+        """Return the file with scores and cost, which exists when the cell is complete."""
         return self.root / "cells" / f"{key}.json"
 
     def log(self, key: str) -> Path:
-        """What the processes of the cell print."""
+        """Return the file with the output of the cell's processes."""
         return self.root / "cells" / f"{key}.log"
 
     def cost(self, key: str) -> Path:
-        """Seconds and memory of sessions that ended; a resumed cell adds to it."""
+        """Return the file with seconds and memory so far, to which a resumed cell adds."""
         return self.root / "cells" / f"{key}.cost.json"
 
     def lock(self, key: str) -> Path:
-        """Held while the cell runs."""
+        """Return the file that is locked while the cell runs."""
         return self.root / "cells" / f"{key}.lock"
 
-    def read(self, key: str) -> dict[str, Any] | None:
-        """Return a complete cell's result; a damaged one counts as none."""
+    def read_result(self, key: str) -> dict[str, Any] | None:
+        """Return the result of a complete cell, None if it is missing or damaged."""
         try:
             values = json.loads(self.result(key).read_text(encoding="utf-8"))
         except (FileNotFoundError, ValueError):
@@ -66,25 +74,29 @@ class CellFolder:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """How a cell ended."""
+    """End of a cell."""
 
     key: str
+    """Key of the cell."""
     status: str
-    """done, failed, stopped (everything saved), busy (another process has it)."""
+    """Status, one of done, failed, stopped (everything saved) and busy (another process runs it)."""
     exit_code: int = 0
+    """Exit code of the last process."""
     last_line: str = ""
-    """Of its log, for a failed cell."""
+    """Error or last line in the log of a failed cell."""
 
 
 @dataclass(kw_only=True)
 class Processes:
-    """Child processes that a stop signal must reach."""
+    """Running processes of a study."""
 
     running: set[int] = field(default_factory=set)
+    """Process ids."""
     stopping: bool = False
+    """True after a request to stop."""
 
     def stop(self) -> None:
-        """Ask every child to save and end."""
+        """Send SIGTERM to every process, which then saves and ends."""
         self.stopping = True
         for pid in list(self.running):
             try:
@@ -93,23 +105,25 @@ class Processes:
                 continue
 
 
-Run = Callable[[Sequence[str], Path, int, Processes], tuple[int, float, float]]
-"""Runs ``samgraft`` with arguments, a log file and a number of threads; returns exit code, seconds and peak MiB."""
+Runner = Callable[[Sequence[str], Path, int, Processes], tuple[int, float, float]]
+"""Function from arguments, log file, number of threads and processes to exit code, seconds and peak MiB."""
 
 
 def run_samgraft(
     arguments: Sequence[str], log_file: Path, num_threads: int, processes: Processes
 ) -> tuple[int, float, float]:
-    """Run one command in a process of its own and measure it."""
+    """Run one command in a process of its own and return exit code, seconds and peak MiB."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(num_threads), "PYTHONUNBUFFERED": "1"}
     started = time.monotonic()
     with log_file.open("a", encoding="utf-8") as out:
-        # The pipe is never written to: it ends when this process does, in whatever way, and the child then stops.
+        # Nothing is written to the pipe. The system closes it when this process ends for any reason, even SIGKILL, and
+        # the child then stops.
         child = subprocess.Popen(
             [*PROGRAM, *arguments], stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.PIPE, env=environment
         )
         processes.running.add(child.pid)
         try:
+            # wait4 instead of Popen.wait, because it also returns the peak memory of this child alone.
             _, status, usage = os.wait4(child.pid, 0)
         finally:
             processes.running.discard(child.pid)
@@ -125,25 +139,25 @@ def run_cell(
     *,
     num_threads: int = 1,
     processes: Processes | None = None,
-    run: Run = run_samgraft,
+    run: Runner = run_samgraft,
 ) -> Outcome:
-    """Bring one cell to its end, from wherever it stands.
+    """Run one cell from its last saved step to its end.
 
-    A killed fine-tuning goes on from its last saved step; a complete cell is not touched.
+    A killed fine-tuning is resumed; a complete cell is left as it is.
     """
     processes = processes or Processes()
     folder.result(cell.key).parent.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(folder.lock(cell.key), timeout=0):
-            if folder.read(cell.key) is not None:
+            if folder.read_result(cell.key) is not None:
                 return Outcome(key=cell.key, status="done")
             _wait_for_orphan(folder.runs / cell.key)
             return _run_locked(cell, folder, num_threads, processes, run)
     except Timeout:
-        return Outcome(key=cell.key, status="busy", last_line="another process has it")
+        return Outcome(key=cell.key, status="busy", last_line="another process runs it")
 
 
-def _run_locked(cell: Cell, folder: CellFolder, num_threads: int, processes: Processes, run: Run) -> Outcome:
+def _run_locked(cell: Cell, folder: CellFolder, num_threads: int, processes: Processes, run: Runner) -> Outcome:
     log_file = folder.log(cell.key)
     for arguments in (cell.finetune_arguments(folder.runs), cell.evaluate_arguments(folder.runs)):
         if processes.stopping:
@@ -154,19 +168,20 @@ def _run_locked(cell: Cell, folder: CellFolder, num_threads: int, processes: Pro
         if code == ExitCode.STOPPED_SAVED or (code != 0 and processes.stopping):
             return Outcome(key=cell.key, status="stopped", exit_code=ExitCode.STOPPED_SAVED)
         if code != 0:
-            return Outcome(key=cell.key, status="failed", exit_code=code, last_line=_refusal(log_file))
+            return Outcome(key=cell.key, status="failed", exit_code=code, last_line=_find_error(log_file))
     write_json(folder.result(cell.key), read_scores(cell, folder), sort_keys=False)
     return Outcome(key=cell.key, status="done")
 
 
 def _wait_for_orphan(run: Path) -> None:
+    # A fine-tuning of a killed study may still be saving its state. It holds the lock of its run until then.
     if (run / ".lock").exists():
         with FileLock(run / ".lock", timeout=WAIT_FOR_ORPHAN_S):
             return
 
 
 def read_scores(cell: Cell, folder: CellFolder) -> dict[str, Any]:
-    """Return what a finished cell measured: Dice per patient, validation, cost."""
+    """Return Dice per patient, validation scores and cost of a finished cell."""
     run = folder.runs / cell.key
     task = json.loads((run / "model" / "task.json").read_text(encoding="utf-8"))
     cost = json.loads(folder.cost(cell.key).read_text(encoding="utf-8"))
@@ -188,8 +203,8 @@ def _add_cost(path: Path, *, seconds: float, peak_mib: float) -> None:
     write_json(path, total, sort_keys=False)
 
 
-def _refusal(log_file: Path) -> str:
-    """Return the last refusal in a log, else its last line."""
+def _find_error(log_file: Path) -> str:
+    """Return the last error in a log, or else its last line."""
     lines = [
         line.strip() for line in log_file.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()
     ]

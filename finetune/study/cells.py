@@ -1,4 +1,4 @@
-"""The grid expanded into cells; equal work is one cell, whatever its names."""
+"""Cells of a study's grid, one for each different fine-tuning."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from samgraft.finetune.study.config import ALL, DataSet, Initialisation, StudyConfig, Variant
+from samgraft.finetune.study.config import ALL, StudyConfig
 from samgraft.shared.errors import UsageError
 
 SETTING_AXES = ("initialisation", "architecture", "scope", "method", "variant")
-"""What a row of the result table is; data set, shots and seed are what it is measured over."""
+"""Axes of a compared setting. Its scores are measured over data sets, shots and seeds."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """One fine-tuning with its evaluation."""
+    """Fine-tuning with its evaluation."""
 
     data_set: str
     initialisation: str
@@ -40,19 +40,20 @@ class Cell:
 
     @property
     def setting(self) -> tuple[str, ...]:
-        """The compared setting: a value per ``SETTING_AXES``."""
+        """Compared setting, with a value for each of ``SETTING_AXES``."""
         return tuple(str(getattr(self, axis)) for axis in SETTING_AXES)
 
     @property
     def key(self) -> str:
-        """Identity of the work: names of data set, start and variant do not count, what they stand for does."""
+        """Identity of the work, which does not depend on names that the study file chose."""
+        # Equal work under two names, e.g. of a variant, is run once.
         work = {k: v for k, v in dataclasses.asdict(self).items() if k not in {"data_set", "initialisation", "variant"}}
         work["shot_unit"] = None if self.shots == ALL else self.shot_unit
         return hashlib.sha256(json.dumps(work, sort_keys=True).encode()).hexdigest()[:12]
 
     @property
     def title(self) -> str:
-        """For progress lines."""
+        """Description for progress lines."""
         shots = "all" if self.shots == ALL else f"{self.shots} {self.shot_unit}"
         return f"{self.data_set}, {', '.join(self.setting)}, {shots}, seed {self.seed}"
 
@@ -65,7 +66,7 @@ class Cell:
         overrides = [f"adapter.scope={self.scope}", f"seed={self.seed}", *self.settings]
         overrides += [f"data.split={self.split}"] if self.split else []
         if self.shots != ALL:
-            # The draw follows the seed and is the same for every setting.
+            # The draw depends on the seed only, so all settings are trained on the same shots.
             overrides += [f"data.few_shot.num={self.shots}", f"data.few_shot.unit={self.shot_unit}"]
             overrides += [f"data.few_shot.repeat={self.seed}"]
         return [*arguments, *overrides]
@@ -78,20 +79,21 @@ class Cell:
 
 @dataclass(frozen=True, kw_only=True)
 class Grid:
-    """Every cell of a study."""
+    """All cells of a study."""
 
     cells: tuple[Cell, ...]
+    """Different cells in the order of the axes."""
     num_duplicates: int
-    """Combinations that are the same work as an earlier one."""
+    """Number of combinations that are the same work as an earlier one."""
     num_skipped: int
-    """Combinations that ``skip`` leaves out."""
+    """Number of combinations that ``skip`` leaves out."""
 
 
 def expand(config: StudyConfig, *, stores: dict[str, str]) -> Grid:
     """Return the cells of a study in the order of its axes.
 
     Args:
-        config: The study.
+        config: Settings of the study.
         stores: Path of the store by name of the data set.
 
     Raises:
@@ -109,58 +111,37 @@ def expand(config: StudyConfig, *, stores: dict[str, str]) -> Grid:
         config.shots,
         config.seeds,
     )
-    for data_set, start, architecture, scope, method, variant, shots, seed in axes:
-        names = {
-            "data_set": data_set.name, "initialisation": start.name, "architecture": architecture, "scope": scope,
-            "method": method, "variant": variant.name, "shots": str(shots), "seed": str(seed),
+    for data_set, weights, architecture, scope, method, variant, shots, seed in axes:
+        named = {
+            "data_set": data_set.name, "initialisation": weights.name, "architecture": architecture, "scope": scope,
+            "method": method, "variant": variant.name,
         }  # fmt: skip
-        if any(all(names[axis] == value for axis, value in rule.items()) for rule in config.skip):
+        values = {**named, "shots": str(shots), "seed": str(seed)}
+        if any(all(values[axis] == value for axis, value in rule.items()) for rule in config.skip):
             skipped += 1
             continue
-        cell = _cell(config, data_set, start, architecture, scope, method, variant, shots, seed, stores[data_set.name])
-        if cell.key in found:
-            duplicates += 1
-        else:
-            found[cell.key] = cell
-    if not found:
-        raise UsageError("a study must have at least one cell; skip leaves out all of them.", where="skip")
-    return Grid(cells=tuple(found.values()), num_duplicates=duplicates, num_skipped=skipped)
-
-
-def _cell(
-    config: StudyConfig,
-    data_set: DataSet,
-    start: Initialisation,
-    architecture: str,
-    scope: str,
-    method: str,
-    variant: Variant,
-    shots: int,
-    seed: int,
-    store: str,
-) -> Cell:
-    if architecture not in start.ckpt:
-        raise UsageError(
-            f"initialisation {start.name!r} must have weights for every architecture, {architecture} is missing. Name "
-            "them in ckpt, or leave the combination out with skip.",
-            where=f"initialisations, {start.name}",
+        if architecture not in weights.ckpt:
+            raise UsageError(
+                f"initialisation {weights.name!r} must have weights for every architecture, {architecture} is missing. "
+                "Name them in ckpt, or leave the combination out with skip.",
+                where=f"initialisations, {weights.name}",
+            )
+        cell = Cell(
+            **named,
+            shots=shots,
+            seed=seed,
+            store=stores[data_set.name],
+            split=data_set.split,
+            modality=data_set.modality,
+            ckpt=weights.ckpt[architecture],
+            base=weights.base.get(architecture),
+            preset=config.preset,
+            part=config.part,
+            shot_unit=config.shot_unit,
+            settings=(*config.settings, *config.method_settings.get(method, ()), *variant.settings),
         )
-    return Cell(
-        data_set=data_set.name,
-        initialisation=start.name,
-        architecture=architecture,
-        scope=scope,
-        method=method,
-        variant=variant.name,
-        shots=shots,
-        seed=seed,
-        store=store,
-        split=data_set.split,
-        modality=data_set.modality,
-        ckpt=start.ckpt[architecture],
-        base=start.base.get(architecture),
-        preset=config.preset,
-        part=config.part,
-        shot_unit=config.shot_unit,
-        settings=(*config.settings, *config.method_settings.get(method, ()), *variant.settings),
-    )
+        duplicates += cell.key in found
+        found.setdefault(cell.key, cell)
+    if not found:
+        raise UsageError("a study must have at least one cell, skip leaves out all of them.", where="skip")
+    return Grid(cells=tuple(found.values()), num_duplicates=duplicates, num_skipped=skipped)

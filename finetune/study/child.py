@@ -1,8 +1,9 @@
-"""``samgraft`` as a child of a study: it saves and ends when the study is gone.
+"""Process of a study that runs one ``samgraft`` command and stops with the study.
 
     python -m samgraft.finetune.study.child COMMAND ...
 
-A killed study cannot tell its children to stop. It holds the other end of their standard input, so they see it end.
+A killed study cannot send a signal to its children. It holds the other end of their standard input, which the system
+closes with the study, and the child then saves and ends.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from samgraft.shared.cli import main
 
 
 def stop_with_parent() -> None:
-    """Send this process SIGTERM, as a scheduler would, when standard input ends."""
+    """Send SIGTERM to this process when its standard input ends, as a scheduler would."""
 
     def watch() -> None:
         while os.read(sys.stdin.fileno(), 1024):

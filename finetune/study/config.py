@@ -1,27 +1,27 @@
-"""What a study is: the axes of its grid, in one YAML file."""
+"""Settings of a study, the axes of its grid, in one YAML file."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
 ALL = 0
-"""In ``shots``: every training patient or slice."""
+"""Value in ``shots`` for every training patient or slice."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataSet:
-    """One labelled slice store."""
+    """Labelled slice store."""
 
     name: str
-    """In tables."""
+    """Name in tables."""
     store: str = ""
-    """Path of the store; may be left out for ``synthetic_patients``."""
+    """Path of the store. Leave it out with ``synthetic_patients``."""
     split: str | None = None
-    """Split file by patient. None takes <store>.split.json beside the store, else draws one with seed 0."""
+    """Split file by patient. None uses <store>.split.json next to the store, or draws one with seed 0."""
     modality: str = "mri"
-    """Kind of scan."""
+    """Modality of the scans."""
     synthetic_patients: int = 0
-    """Make the store, unless it is there, from this many made-up scans: shows that a study runs, proves nothing."""
+    """Number of synthetic scans to make the store from. They show that a study runs and prove nothing."""
 
     def __post_init__(self) -> None:
         if bool(self.store) == bool(self.synthetic_patients):
@@ -30,59 +30,61 @@ class DataSet:
 
 @dataclass(frozen=True, kw_only=True)
 class Initialisation:
-    """Where the weights of a fine-tuning come from."""
+    """Initial weights and base weights of a fine-tuning."""
 
     name: str
-    """In tables."""
+    """Name in tables."""
     ckpt: dict[str, str]
-    """Weights per architecture: a stage-1 run, a file, or an official name such as sam_vit_b."""
+    """Initial weights per architecture, as a stage-1 run, a file or an official name such as sam_vit_b."""
     base: dict[str, str] = field(default_factory=dict)
-    """SAM that gives prompt encoder and mask decoder, per architecture; needed where ckpt is an encoder alone."""
+    """Base SAM weights per architecture. They supply what ckpt lacks, e.g. the decoder if ckpt is an encoder alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    """Further settings that are compared, e.g. automatic and box prompts."""
+    """Further settings to compare, e.g. automatic and box prompts."""
 
     name: str
-    """In tables."""
+    """Name in tables."""
     settings: list[str] = field(default_factory=list)
-    """key=value of the fine-tuning's configuration."""
+    """Settings of the fine-tuning as key=value."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StudyConfig:
-    """A grid; every combination is one cell: fine-tune, evaluate."""
+    """Grid of fine-tunings. Every combination is one cell, a fine-tuning with its evaluation."""
 
     name: str
-    """Folder under studies/."""
+    """Name of the folder under studies/."""
     question: str = ""
-    """What the study asks; printed at the top of its report."""
+    """Question of the study, printed at the top of its report."""
     data_sets: list[DataSet]
+    """Data sets."""
     initialisations: list[Initialisation]
+    """Initial weights."""
     architectures: list[str]
-    """Of vit_t, vit_b, vit_l, vit_h."""
+    """Architectures among vit_t, vit_b, vit_l and vit_h."""
     scopes: list[str] = field(default_factory=lambda: ["encoder_decoder"])
     """Values of adapter.scope."""
     methods: list[str] = field(default_factory=lambda: ["lora"])
     """Values of adapter.method."""
     variants: list[Variant] = field(default_factory=lambda: [Variant(name="automatic")])
     shots: list[int] = field(default_factory=lambda: [ALL])
-    """Training patients or slices per cell; 0 takes all."""
+    """Numbers of training patients or slices, 0 for all."""
     shot_unit: str = "patients"
-    """patients or slices."""
+    """Unit of ``shots``, patients or slices."""
     seeds: list[int] = field(default_factory=lambda: [0])
-    """Of training, and of the draw of the shots."""
+    """Seeds of training and of the draw of the shots."""
     settings: list[str] = field(default_factory=list)
-    """key=value for every cell."""
+    """Settings as key=value for every cell."""
     method_settings: dict[str, list[str]] = field(default_factory=dict)
-    """key=value for the cells of one method, e.g. a lower learning rate for full."""
+    """Settings as key=value for the cells of one method, e.g. a lower learning rate for full."""
     skip: list[dict[str, str]] = field(default_factory=list)
-    """Combinations to leave out, by axis: {method: full, architecture: vit_h}."""
+    """Combinations to leave out, by axis, e.g. {method: full, architecture: vit_h}."""
     preset: str = "auto"
-    """A file of configs/finetune; auto takes cpu without a GPU."""
+    """File of configs/finetune. ``auto`` uses cpu without a GPU."""
     part: str = "test"
-    """Part of the split that is scored."""
+    """Part of the split to score, val or test."""
 
     def __post_init__(self) -> None:
         axes = {
@@ -103,7 +105,7 @@ class StudyConfig:
         if self.part not in {"val", "test"}:
             raise ValueError(f"part must be val or test, got {self.part!r}.")
         if unknown := set(self.method_settings) - set(self.methods):
-            raise ValueError(f"method_settings must be of methods of this study, got {sorted(unknown)}.")
+            raise ValueError(f"method_settings must be for methods of this study, got {sorted(unknown)}.")
         known = {"data_set", "initialisation", "architecture", "scope", "method", "variant", "shots", "seed"}
         if unknown := {key for rule in self.skip for key in rule} - known:
             raise ValueError(f"skip must name axes of {sorted(known)}, got {sorted(unknown)}.")

@@ -1,4 +1,4 @@
-"""Table and report of a study: quality with intervals beside its cost, ranks, few-shot curves."""
+"""Table and report of a study with quality, cost, ranks and few-shot curves."""
 
 from __future__ import annotations
 
@@ -10,9 +10,17 @@ from typing import Any
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
+from samgraft.finetune.evaluation.scores import csv_cell
 from samgraft.finetune.study.cells import SETTING_AXES, Cell
 from samgraft.finetune.study.config import ALL, StudyConfig
-from samgraft.finetune.study.results import Ranking, Row, indistinct_groups, rank, rows_of, short_names
+from samgraft.finetune.study.results import (
+    Ranking,
+    SettingScore,
+    group_similar_settings,
+    rank_settings,
+    score_settings,
+    short_names,
+)
 from samgraft.shared.files import write_text
 from samgraft.shared.report.page import (
     FIGURE_STYLE,
@@ -40,15 +48,15 @@ def write_results(
     folder: Path,
     *,
     failed: Mapping[str, str],
-) -> list[Row]:
-    """Write ``table.csv`` and ``report.html`` from whatever cells are complete; return the rows of the table."""
-    rows = rows_of(cells, results)
+) -> list[SettingScore]:
+    """Write ``table.csv`` and ``report.html`` of the complete cells and return the rows of the table."""
+    rows = score_settings(cells, results)
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(TABLE_COLUMNS)
     writer.writerows([[_plain(v) for v in _values(row)] for row in rows])
     write_text(folder / "table.csv", text.getvalue())
-    ranking = rank(cells, results)
+    ranking = rank_settings(cells, results)
     sections = [
         Section(title="Summary", parts=_summary(config, cells, results, failed)),
         Section(title="Results", parts=[_table(rows)]),
@@ -64,13 +72,11 @@ def write_results(
     return rows
 
 
-_COST = (
-    "Mean Dice against trainable parameters and wall minutes of training. Minutes depend on what else the machine did."
-)
+_COST = "Mean Dice against trainable parameters and wall minutes of training, which depend on the load of the machine."
 
 
-def table_lines(rows: Sequence[Row]) -> list[str]:
-    """Return the result table for a terminal, best first within a data set."""
+def table_lines(rows: Sequence[SettingScore]) -> list[str]:
+    """Return the lines of the result table for a terminal, best first within a data set."""
     names = short_names([row.setting for row in rows])
     cells = [["data set", "setting", "shots", "seeds", "Dice (95 % interval)", "min", "GiB", "M trained"]]
     ordered = sorted(rows, key=lambda r: (r.data_set, r.shots, -(r.dice.mean if r.dice else -1.0)))
@@ -87,10 +93,10 @@ def table_lines(rows: Sequence[Row]) -> list[str]:
 
 
 def rank_figure(ranking: Ranking) -> bytes:
-    """Draw mean ranks, best on the left, with bars over settings that are not told apart."""
+    """Draw mean ranks, best on the left, with bars over settings without a significant difference."""
     names = short_names(list(ranking.mean_ranks))
     ordered = sorted(ranking.mean_ranks.items(), key=lambda item: item[1])
-    groups = indistinct_groups(ranking)
+    groups = group_similar_settings(ranking)
     with mpl.rc_context(FIGURE_STYLE):
         figure = Figure(figsize=(7.2, 0.9 + 0.32 * len(ordered) + 0.18 * len(groups)), layout="constrained")
         axes = figure.add_subplot()
@@ -109,7 +115,7 @@ def rank_figure(ranking: Ranking) -> bytes:
         return figure_png(figure)
 
 
-def cost_figure(rows: Sequence[Row]) -> bytes:
+def cost_figure(rows: Sequence[SettingScore]) -> bytes:
     """Draw Dice against trainable parameters and training minutes."""
     names = short_names([row.setting for row in rows])
     settings = list(names)
@@ -139,7 +145,7 @@ def _summary(
     done = sum(cell.key in results for cell in cells)
     parts: list[Text | KeyValues] = []
     if done < len(cells):
-        text = f"{done} of {len(cells)} cells are complete: tables and ranks below hold those only."
+        text = f"{done} of {len(cells)} cells are complete. Tables and ranks below contain only these."
         parts.append(Text(text=text, kind="warning"))
     titles = {cell.key: cell.title for cell in cells}
     parts += [
@@ -147,11 +153,11 @@ def _summary(
         for key, line in failed.items()
     ]
     if any(data_set.synthetic_patients for data_set in config.data_sets):
-        text = "Made-up scans take part: this shows that a study runs, and says nothing about real scans."
+        text = "Some scans are synthetic. The scores show that the study runs, and nothing about real scans."
         parts.append(Text(text=text, kind="warning"))
     facts = {
         "Data sets": ", ".join(d.name for d in config.data_sets),
-        "Starts": ", ".join(i.name for i in config.initialisations),
+        "Initial weights": ", ".join(i.name for i in config.initialisations),
         "Architectures": ", ".join(config.architectures),
         "Scopes": ", ".join(config.scopes),
         "Methods": ", ".join(config.methods),
@@ -164,9 +170,9 @@ def _summary(
     return [*parts, KeyValues(items=facts)]
 
 
-def _table(rows: Sequence[Row]) -> Table:
+def _table(rows: Sequence[SettingScore]) -> Table:
     values = [_values(row) for row in rows]
-    # What never varies is in the summary; with it the table is too wide for a page. table.csv has every column.
+    # Names that never vary are in the summary and would make the table too wide. table.csv has every column.
     names = 1 + len(SETTING_AXES)
     different = [len({row[i] for row in values}) > 1 for i in range(len(TABLE_COLUMNS))]
     measured = [any(row[i] is not None for row in values) for i in range(len(TABLE_COLUMNS))]
@@ -176,8 +182,8 @@ def _table(rows: Sequence[Row]) -> Table:
         rows=[[_shown(row[i]) for i in shown] for row in values],
         caption=(
             "Dice on the scans' own grids, seeds averaged per patient; low and high are a 95 % bootstrap interval over "
-            "patients (none below six). Peak memory is the resident memory of the training process. Names that all "
-            "rows share are left out; table.csv has them."
+            "patients (none below six). Peak memory is the resident memory of the training process. Columns with one "
+            "value are left out; table.csv has them."
         ),
         max_rows=2000,
     )
@@ -185,21 +191,21 @@ def _table(rows: Sequence[Row]) -> Table:
 
 def _ranks(ranking: Ranking | None) -> list[Text | Picture]:
     if ranking is None:
-        return [Text(text="Ranks need at least two settings with a score on the same patient.")]
+        return [Text(text="Ranks need at least two settings with scores of the same patient.")]
     test = (
-        "Friedman's test is not given: it needs three settings and ten patients."
+        "Friedman's test needs three settings and ten patients, so it is left out."
         if ranking.p_value is None
-        else f"Friedman's test that all settings are equal: p = {ranking.p_value:.2g}."
+        else f"Friedman's test of equal settings has p = {ranking.p_value:.2g}."
     )
     caption = (
         f"{test} Orange bars join settings whose mean ranks differ by less than the Nemenyi critical difference "
         f"{ranking.critical_difference:.2f} at 5 %. A block is a patient of one data set and one number of shots; the "
-        "same patient at several numbers of shots is not independent: the true difference is larger."
+        "same patient at several numbers of shots is not independent, so the true critical difference is larger."
     )
     return [Picture(png=rank_figure(ranking), caption=caption)]
 
 
-def _curves(rows: Sequence[Row], unit: str) -> list[Text | Picture]:
+def _curves(rows: Sequence[SettingScore], unit: str) -> list[Text | Picture]:
     names = short_names([row.setting for row in rows])
     pictures: list[Text | Picture] = []
     for data_set in dict.fromkeys(row.data_set for row in rows):
@@ -227,7 +233,7 @@ def _curves(rows: Sequence[Row], unit: str) -> list[Text | Picture]:
     return pictures or [Text(text="No setting is complete at two numbers of shots yet.")]
 
 
-def _values(row: Row) -> list[Any]:
+def _values(row: SettingScore) -> list[Any]:
     dice = row.dice
     return [
         row.data_set, *row.setting, _shots(row.shots), row.num_seeds,
@@ -241,7 +247,7 @@ def _shots(shots: int) -> str:
 
 
 def _plain(value: Any) -> Any:
-    return "" if value is None else f"{value:.4f}" if isinstance(value, float) else value
+    return "" if value is None else csv_cell(value)
 
 
 def _shown(value: Any) -> Any:

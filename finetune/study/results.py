@@ -1,7 +1,8 @@
-"""What the cells of a study add up to: a row per setting with intervals, ranks with a critical difference.
+"""Scores of a study's settings with intervals, and ranks with a critical difference.
 
-A setting is a combination of start, architecture, scope, method and variant. Its score on one patient is the mean over
-seeds; patients are what is resampled and ranked, because scans and seeds of one patient are not independent.
+A setting is a combination of initialisation, architecture, scope, method and variant. Its score on one patient is the
+mean over seeds. Patients are the unit of resampling and ranking, because scans and seeds of one patient are not
+independent.
 """
 
 from __future__ import annotations
@@ -19,52 +20,61 @@ from samgraft.finetune.study.cells import SETTING_AXES, Cell
 from scipy.stats import friedmanchisquare, rankdata, studentized_range
 
 Setting = tuple[str, ...]
+"""Values of a setting in the order of ``SETTING_AXES``."""
 CONFIDENCE = 0.95
+"""Confidence of the critical difference."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
-    """One setting on one data set with one number of shots."""
+class SettingScore:
+    """Score and cost of one setting on one data set with one number of shots."""
 
     setting: Setting
+    """Compared setting."""
     data_set: str
+    """Name of the data set."""
     shots: int
+    """Number of training patients or slices, 0 for all."""
     dice: Interval | None
+    """Mean Dice over patients, None if no patient has a score."""
     num_seeds: int
+    """Number of complete cells."""
     seed_std: float | None
-    """Standard deviation of the seeds' means; None for one seed."""
+    """Standard deviation of the seeds' means, None for one seed."""
     train_minutes: float
-    """Mean over seeds."""
+    """Wall time of training, mean over seeds."""
     peak_gib: float
-    """Largest over seeds: resident memory of the training process."""
+    """Resident memory of the training process, largest over seeds."""
     trainable_millions: float
+    """Trainable parameters, millions."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ranking:
-    """Mean ranks of settings over patients; rank 1 is best."""
+    """Mean ranks of settings over patients, with rank 1 for the best."""
 
     mean_ranks: Mapping[Setting, float]
+    """Mean rank of every setting."""
     num_patients: int
-    """Blocks in which every setting has a score."""
+    """Number of blocks in which every setting has a score."""
     p_value: float | None
-    """Friedman's test; None below three settings or ten blocks, where its approximation is poor."""
+    """P-value of Friedman's test. None below three settings or ten blocks, where its approximation is poor."""
     critical_difference: float
-    """Mean ranks that differ by less are not told apart (Nemenyi, 5 %)."""
+    """Smallest difference of mean ranks that is significant (Nemenyi, 5 %)."""
 
 
-def rows_of(cells: Sequence[Cell], results: Mapping[str, Mapping[str, Any]]) -> list[Row]:
-    """Return a row per setting, data set and number of shots, in the order of the grid, without unfinished cells."""
+def score_settings(cells: Sequence[Cell], results: Mapping[str, Mapping[str, Any]]) -> list[SettingScore]:
+    """Return the scores of every setting, data set and number of shots, without unfinished cells."""
     groups: dict[tuple[Setting, str, int], list[Mapping[str, Any]]] = {}
     for cell in cells:
         if cell.key in results:
             groups.setdefault((cell.setting, cell.data_set, cell.shots), []).append(results[cell.key])
-    rows = []
+    scores = []
     for (setting, data_set, shots), found in groups.items():
         patients = _seed_means(found)
         means = [m for m in (mean_or_none(list(r["dice_per_patient"].values())) for r in found) if m is not None]
-        rows.append(
-            Row(
+        scores.append(
+            SettingScore(
                 setting=setting,
                 data_set=data_set,
                 shots=shots,
@@ -76,7 +86,7 @@ def rows_of(cells: Sequence[Cell], results: Mapping[str, Mapping[str, Any]]) -> 
                 trainable_millions=float(found[0]["trainable_millions"]),
             )
         )
-    return rows
+    return scores
 
 
 def _seed_means(results: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -87,10 +97,11 @@ def _seed_means(results: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     return {patient: float(np.mean(values)) for patient, values in sorted(patients.items())}
 
 
-def rank(cells: Sequence[Cell], results: Mapping[str, Mapping[str, Any]]) -> Ranking | None:
-    """Rank the settings patient by patient; None with fewer than two settings or no patient that all have.
+def rank_settings(cells: Sequence[Cell], results: Mapping[str, Mapping[str, Any]]) -> Ranking | None:
+    """Rank the settings patient by patient.
 
-    A block is one patient of one data set with one number of shots. Ties share their mean rank.
+    A block is one patient of one data set with one number of shots. Ties share their mean rank. The result is None with
+    fewer than two settings, or without a block in which all of them have a score.
 
     Source:
         Demsar, Statistical Comparisons of Classifiers over Multiple Data Sets, JMLR 7 (2006): Friedman's test, and the
@@ -115,7 +126,7 @@ def rank(cells: Sequence[Cell], results: Mapping[str, Mapping[str, Any]]) -> Ran
 
 
 def rank_table(table_NK: npt.NDArray[np.float64], names: Sequence[Setting]) -> Ranking:
-    """Rank columns K within rows N, highest value first."""
+    """Rank the K columns within each of N rows, the highest value first."""
     number, count = table_NK.shape
     ranks = rankdata(-table_NK, axis=1)
     quantile = float(studentized_range.ppf(CONFIDENCE, count, np.inf)) / math.sqrt(2)
@@ -131,13 +142,13 @@ def rank_table(table_NK: npt.NDArray[np.float64], names: Sequence[Setting]) -> R
 
 
 def short_names(settings: Sequence[Setting]) -> dict[Setting, str]:
-    """Name settings by the axes on which they differ."""
+    """Return names of settings with the axes on which they differ."""
     varying = [i for i in range(len(SETTING_AXES)) if len({s[i] for s in settings}) > 1]
     return {s: ", ".join(s[i] for i in varying) or "the only setting" for s in settings}
 
 
-def indistinct_groups(ranking: Ranking) -> list[tuple[Setting, ...]]:
-    """Return the largest groups of settings whose mean ranks lie within the critical difference."""
+def group_similar_settings(ranking: Ranking) -> list[tuple[Setting, ...]]:
+    """Return the largest groups of settings whose mean ranks are within the critical difference."""
     ordered = sorted(ranking.mean_ranks.items(), key=lambda item: item[1])
     groups: list[tuple[Setting, ...]] = []
     for start, (_, low) in enumerate(ordered):

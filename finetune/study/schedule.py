@@ -1,4 +1,4 @@
-"""Running the cells of a study: N at a time on this machine, or as jobs of SLURM through submitit."""
+"""Scheduling of a study's cells, N at a time on this machine or as jobs of SLURM through submitit."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from samgraft.finetune.study.cell_run import CellFolder, Outcome, Processes, Run, run_cell, run_samgraft
+from samgraft.finetune.study.cell_run import CellFolder, Outcome, Processes, Runner, run_cell, run_samgraft
 from samgraft.finetune.study.cells import Cell
 from samgraft.shared.errors import UsageError
 from samgraft.shared.files import write_text
@@ -22,21 +22,24 @@ from samgraft.shared.machine import granted_cores
 
 log = logging.getLogger(__name__)
 
-Report = Callable[[Outcome, int, int], None]
-"""Called with an outcome, the number of cells that ended and of all cells."""
+OnEnd = Callable[[Outcome, int, int], None]
+"""Callback with an outcome, the number of cells that ended and of all cells."""
 POLL_S = 5.0
+"""Seconds between queries of SLURM jobs."""
 
 
 def run_locally(
-    cells: Sequence[Cell], folder: CellFolder, *, num_parallel: int, on_end: Report, run: Run = run_samgraft
+    cells: Sequence[Cell], folder: CellFolder, *, num_parallel: int, on_end: OnEnd, run: Runner = run_samgraft
 ) -> list[Outcome]:
-    """Run cells N at a time, each in processes of its own; SIGTERM and Ctrl-C let them save.
+    """Run cells N at a time, each in processes of its own.
 
-    Cells that are complete are not started; a failed cell does not stop the others.
+    SIGTERM and Ctrl-C let running cells save and end. Complete cells are not started, and a failed cell does not stop
+    the others.
     """
     if num_parallel < 1:
         raise UsageError(f"--parallel must be at least 1, got {num_parallel}.")
     processes = Processes()
+    # The cores are shared out, because N processes with all cores each would slow each other down.
     num_threads = max(1, granted_cores() // num_parallel)
     outcomes: list[Outcome] = []
     with _stop_signals(processes), ThreadPoolExecutor(max_workers=num_parallel) as pool:
@@ -55,20 +58,20 @@ def run_locally(
 
 @contextmanager
 def _stop_signals(processes: Processes) -> Iterator[None]:
-    """Pass a stop on to the children instead of ending at once; outside the main thread signals are not ours."""
-    if threading.current_thread() is not threading.main_thread():
+    """Forward stop signals to the child processes while a block runs."""
+    if threading.current_thread() is not threading.main_thread():  # Python handles signals in the main thread only
         yield
         return
 
     def handle(number: int, _: object) -> None:
-        log.warning("stopping: running cells save and end; the same command goes on.")
+        log.warning("stopping. Running cells save and end; run the same command to resume.")
         processes.stop()
 
-    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    handlers = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
     finally:
-        for number, handler in before.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)
 
 
@@ -78,18 +81,18 @@ def run_on_slurm(
     *,
     num_parallel: int,
     parameters: dict[str, Any],
-    on_end: Report,
+    on_end: OnEnd,
     cluster: str | None = None,
 ) -> list[Outcome]:
-    """Submit one array job, at most N cells at a time, and wait for it.
+    """Submit one array job of at most N cells at a time and wait for it.
 
     Args:
-        cells: What to run.
-        folder: On a file system that the nodes see.
+        cells: Cells to run.
+        folder: Files of the cells, on a file system that the nodes share.
         num_parallel: Cells at a time.
-        parameters: Of submitit: ``slurm_partition``, ``timeout_min``, ``mem_gb``, ``gpus_per_node``, ...
-        on_end: Called as cells end.
-        cluster: None finds SLURM; ``local`` runs the same path in processes here, for tests.
+        parameters: Parameters of submitit: ``slurm_partition``, ``timeout_min``, ``mem_gb``, ``gpus_per_node``, ...
+        on_end: Called after every cell.
+        cluster: None uses SLURM; ``local`` and ``debug`` run the jobs on this machine, for tests.
     """
     try:
         import submitit
@@ -123,7 +126,7 @@ def _outcome_of_job(key: str, job: Any) -> Outcome:
 
 
 def write_cell(cell: Cell, folder: CellFolder) -> str:
-    """Store a cell for a job to read; return its file's name."""
+    """Write a cell to a file for a job and return the file's name."""
     path = folder.root / "cells" / f"{cell.key}.cell.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(dataclasses.asdict(cell)) + "\n")
@@ -131,7 +134,7 @@ def write_cell(cell: Cell, folder: CellFolder) -> str:
 
 
 def run_stored_cell(root: str, name: str) -> dict[str, Any]:
-    """Run one cell inside a job; returns the outcome as plain values."""
+    """Run a stored cell inside a job and return its outcome as plain values."""
     folder = CellFolder(root=Path(root))
     values = json.loads((folder.root / "cells" / name).read_text(encoding="utf-8"))
     cell = Cell(**{**values, "settings": tuple(values["settings"])})

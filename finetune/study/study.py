@@ -1,4 +1,4 @@
-"""A study from top to bottom: read the grid, make sure of its inputs, run what is missing, write table and report."""
+"""Plan and run of a study, from its YAML file to table and report."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 from filelock import FileLock, Timeout
-from samgraft.finetune.study.cell_run import CellFolder, Outcome, Run, run_samgraft
+from samgraft.finetune.study.cell_run import CellFolder, Outcome, Runner, run_samgraft
 from samgraft.finetune.study.cells import Cell, Grid, expand
 from samgraft.finetune.study.config import StudyConfig
 from samgraft.finetune.study.report import table_lines, write_results
@@ -24,40 +24,46 @@ from samgraft.shared.synthetic import synthetic_store
 log = logging.getLogger(__name__)
 
 SYNTHETIC = Path("data") / "synthetic"
+"""Folder of synthetic stores."""
 
 
 class StudyIncomplete(SamgraftError):
-    """Some cells failed; the others are kept."""
+    """Failure of some cells of a study; the others are kept."""
 
     exit_code = ExitCode.DATA
 
 
 @dataclass(frozen=True, kw_only=True)
 class StudyPlan:
-    """A study ready to run."""
+    """Study that is ready to run."""
 
     config: StudyConfig
+    """Settings."""
     grid: Grid
+    """Cells."""
     folder: CellFolder
+    """Files of the cells."""
     missing: list[Cell] = field(default_factory=list)
     """Cells without a result."""
 
 
 def plan_study(file: Path, *, root: Path, make_inputs: bool = True) -> StudyPlan:
-    """Read a study and find out what is left to do.
+    """Read a study and list the cells without a result.
 
     Args:
-        file: The YAML file.
+        file: YAML file of the study.
         root: Folder of all studies.
-        make_inputs: Make synthetic stores and fetch the demo's weights where the study names them.
+        make_inputs: Make synthetic stores and download the demo's weights that the study names.
 
     Raises:
-        UsageError: If the file is wrong, or the folder holds a study of this name with other axes.
+        UsageError: If the file is wrong.
         DataError: If a store does not exist.
     """
     config = load_config(StudyConfig, layers=[file])
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", config.name):
-        raise UsageError(f"name must be a plain folder name, got {config.name!r}.", where=file.name)
+        raise UsageError(
+            f"name must be a plain folder name of letters, digits and _.-, got {config.name!r}.", where=file.name
+        )
     stores = {}
     for data_set in config.data_sets:
         path = Path(data_set.store) if data_set.store else SYNTHETIC / f"{data_set.synthetic_patients}.zarr"
@@ -75,33 +81,33 @@ def plan_study(file: Path, *, root: Path, make_inputs: bool = True) -> StudyPlan
         _fetch_demo_weights(grid)
     folder = CellFolder(root=root / config.name)
     return StudyPlan(
-        config=config, grid=grid, folder=folder, missing=[c for c in grid.cells if folder.read(c.key) is None]
+        config=config, grid=grid, folder=folder, missing=[c for c in grid.cells if folder.read_result(c.key) is None]
     )
 
 
 def run_study(
-    plan: StudyPlan, *, num_parallel: int = 1, slurm: dict[str, Any] | None = None, run: Run = run_samgraft
+    plan: StudyPlan, *, num_parallel: int = 1, slurm: dict[str, Any] | None = None, run: Runner = run_samgraft
 ) -> Path:
-    """Run every cell that has no result, then write ``table.csv`` and ``report.html``; return the report.
+    """Run every cell without a result, write ``table.csv`` and ``report.html``, and return the report.
 
     Raises:
         UsageError: If another process runs this study.
-        StoppedAndSaved: If it was asked to stop.
-        StudyIncomplete: If cells failed; they are tried again next time.
+        StoppedAndSaved: If a signal stopped the study.
+        StudyIncomplete: If cells failed; the next call runs them again.
     """
     folder = plan.folder
     folder.root.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(folder.root / ".lock", timeout=0):
             write_text(folder.root / "study.yaml", config_to_yaml(plan.config))
-            say_plan(plan)
+            log_plan(plan)
             outcomes = _run_missing(plan, num_parallel=num_parallel, slurm=slurm, run=run)
             return _finish(plan, outcomes)
     except Timeout as err:
         raise UsageError("another process runs this study. Wait for it or stop it.", where=folder.root.name) from err
 
 
-def _run_missing(plan: StudyPlan, *, num_parallel: int, slurm: dict[str, Any] | None, run: Run) -> list[Outcome]:
+def _run_missing(plan: StudyPlan, *, num_parallel: int, slurm: dict[str, Any] | None, run: Runner) -> list[Outcome]:
     if not plan.missing:
         return []
     titles = {cell.key: cell.title for cell in plan.missing}
@@ -119,7 +125,7 @@ def _run_missing(plan: StudyPlan, *, num_parallel: int, slurm: dict[str, Any] | 
 
 def _finish(plan: StudyPlan, outcomes: list[Outcome]) -> Path:
     cells, folder = plan.grid.cells, plan.folder
-    results = {cell.key: found for cell in cells if (found := folder.read(cell.key)) is not None}
+    results = {cell.key: found for cell in cells if (found := folder.read_result(cell.key)) is not None}
     failed = {o.key: o.last_line for o in outcomes if o.status in {"failed", "busy"}}
     rows = write_results(plan.config, cells, results, folder.root, failed=failed)
     for line in table_lines(rows):
@@ -132,30 +138,30 @@ def _finish(plan: StudyPlan, outcomes: list[Outcome]) -> Path:
         raise StoppedAndSaved(
             f"the study was stopped with {len(results)} of {len(cells)} cells complete.",
             kept="every complete cell and the last states of the others",
-            next_command="the same command goes on",
+            next_command="run the same command to resume",
         )
     if failed:
         first = next(iter(failed))
         raise StudyIncomplete(
-            f"{len(failed)} of {len(cells)} cells did not end well, the first: {failed[first]}",
+            f"{len(failed)} of {len(cells)} cells failed, the first one with: {failed[first]}",
             where=str(folder.log(first)),
-            kept=f"{len(results)} complete cells; table and report hold those",
-            next_command="mend the cause and give the same command: complete cells are not run again",
+            kept=f"{len(results)} complete cells, which are in table and report",
+            next_command="fix the cause and run the same command: complete cells are not run again",
         )
     return report
 
 
-def say_plan(plan: StudyPlan) -> None:
-    """Print what the study will do."""
+def log_plan(plan: StudyPlan) -> None:
+    """Print the number of cells to run."""
     grid, num = plan.grid, len(plan.grid.cells)
-    notes = [f"{grid.num_duplicates} the same work as another"] if grid.num_duplicates else []
+    notes = [f"{grid.num_duplicates} more with equal work"] if grid.num_duplicates else []
     notes += [f"{grid.num_skipped} left out by skip"] if grid.num_skipped else []
     extra = f" ({', '.join(notes)})" if notes else ""
     log.info("study %s: %d cells%s, %d complete already", plan.config.name, num, extra, num - len(plan.missing))
 
 
 def _fetch_demo_weights(grid: Grid) -> None:
-    # Brings the networks along, seconds that a study itself does not need.
+    # Imported here, because the networks take seconds that a study itself does not need.
     from samgraft.finetune.start import BASE_OF_DEMO
 
     named = {cell.ckpt for cell in grid.cells} | {cell.base for cell in grid.cells}
@@ -167,10 +173,10 @@ def _fetch_demo_weights(grid: Grid) -> None:
 
 
 def read_slurm_options(texts: list[str]) -> dict[str, Any]:
-    """Return ``key=value`` options of submitit with YAML's types.
+    """Convert ``key=value`` options of submitit to values of YAML's types.
 
     Raises:
-        UsageError: If one has no value.
+        UsageError: If an option has no key or no value.
     """
     values: dict[str, Any] = {}
     for text in texts:

@@ -1,4 +1,4 @@
-"""A study whose process is killed: its children see it and stop, complete cells stay, the same command goes on."""
+"""Kill of a study: its children stop, complete cells stay, and the same command resumes the others."""
 
 import json
 import os
@@ -12,7 +12,7 @@ import pytest
 import yaml
 from samgraft.finetune.evaluation.scores import CASE_COLUMNS
 
-# Stands for `samgraft finetune` and `evaluate`, with the real watch on the study's process.
+# Replacement of `samgraft finetune` and `evaluate` with the real detection of the study's end.
 CHILD = """
 import json, signal, sys, time
 from pathlib import Path
@@ -55,13 +55,13 @@ GRID = {
 def wait_for(condition, *, seconds=600):
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, "waited in vain"
+        assert time.monotonic() < end, "the condition did not become true"
         time.sleep(0.05)
 
 
 @pytest.mark.timeout(1500)
 @pytest.mark.slow  # three interpreters that import the whole package
-def test_study__killed_goes_on_where_it_was(tmp_path: Path) -> None:
+def test_study__killed_process_is_resumed_cell_by_cell(tmp_path: Path) -> None:
     (tmp_path / "a.zarr").mkdir()
     (tmp_path / "s.yaml").write_text(yaml.safe_dump(GRID))
     (tmp_path / "child.py").write_text(CHILD)

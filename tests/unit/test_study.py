@@ -1,4 +1,4 @@
-"""A study: the grid and its cells, what runs and what does not run again, tables that can be checked by hand."""
+"""Studies: cells of the grid, runs and resumed runs, and tables worked out by hand."""
 
 import csv
 import json
@@ -18,7 +18,13 @@ from samgraft.finetune.study.cell_run import CellFolder, Processes, run_cell
 from samgraft.finetune.study.cells import expand
 from samgraft.finetune.study.config import StudyConfig
 from samgraft.finetune.study.report import rank_figure
-from samgraft.finetune.study.results import indistinct_groups, rank, rank_table, rows_of, short_names
+from samgraft.finetune.study.results import (
+    group_similar_settings,
+    rank_settings,
+    rank_table,
+    score_settings,
+    short_names,
+)
 from samgraft.finetune.study.schedule import run_locally, run_on_slurm
 from samgraft.finetune.study.study import StudyIncomplete, plan_study, read_slurm_options, run_study
 from samgraft.shared.config import load_config
@@ -44,7 +50,7 @@ def cells(**values):
 
 
 class FakeSamgraft:
-    """Stands for ``samgraft finetune`` and ``evaluate``: writes what they leave, by rule."""
+    """Replacement of ``samgraft finetune`` and ``evaluate`` that writes their files with fixed scores."""
 
     def __init__(self, *, codes=()):
         self.calls = []
@@ -94,7 +100,7 @@ def plan(study):
     return plan_study(study, root=Path("studies"))
 
 
-def test_expand__is_the_product_without_duplicates_and_skipped():
+def test_expand__product_has_no_duplicate_or_skipped_cells():
     grid = expand(config(), stores=STORES)
     assert len(grid.cells) == 4
     same = [{"name": "base", "ckpt": {"vit_t": "base.pth"}}, {"name": "again", "ckpt": {"vit_t": "base.pth"}}]
@@ -106,7 +112,7 @@ def test_expand__is_the_product_without_duplicates_and_skipped():
         expand(config(architectures=["vit_b"]), stores=STORES)
 
 
-def test_cell__key_is_the_work_and_reaches_the_commands():
+def test_cell__key_depends_on_the_settings_of_its_commands():
     first, *_, last = cells(shots=[0, 5], shot_unit="slices", settings=["trainer.max_steps=3"],
                             method_settings={"full": ["optim.lr=1e-4"]})  # fmt: skip
     assert first.key == cells(settings=["trainer.max_steps=3"])[0].key
@@ -127,17 +133,17 @@ def test_cell__key_is_the_work_and_reaches_the_commands():
         ({"shot_unit": "voxels"}, "shot_unit must be patients or slices"),
         ({"part": "train"}, "part must be val or test"),
         ({"skip": [{"colour": "red"}]}, "skip must name axes"),
-        ({"method_settings": {"dora": []}}, "method_settings must be of methods"),
+        ({"method_settings": {"dora": []}}, "method_settings must be for methods"),
         ({"data_sets": [{"name": "a"}]}, "exactly one of store and synthetic_patients"),
         ({"sedes": [1]}, "Did you mean 'seeds'"),
     ],
 )
-def test_config__refuses_what_makes_no_sense(values, match):
+def test_study_config__contradictory_values_are_refused(values, match):
     with pytest.raises(UsageError, match=match):
         config(**values)
 
 
-def test_study__runs_every_cell_once_and_writes_table_and_report(study, caplog):
+def test_run_study__every_cell_runs_once_and_is_in_table_and_report(study, caplog):
     caplog.set_level(logging.INFO)
     samgraft = FakeSamgraft()
     report = run_study(plan(study), num_parallel=2, run=samgraft)
@@ -157,14 +163,23 @@ def test_study__runs_every_cell_once_and_writes_table_and_report(study, caplog):
     assert len(samgraft.calls) == 8, "complete cells ran again"
 
 
-def test_study__few_shot_curves_have_a_picture_per_data_set(study):
+def test_table_csv__formula_in_a_name_is_quoted(study):
+    """A spreadsheet would run the name of a variant as a formula."""
+    variants = [{"name": "=1+1"}, {"name": "plain", "settings": ["seed=7"]}]
+    study.write_text(yaml.safe_dump(GRID | {"variants": variants, "methods": ["lora"], "seeds": [0]}))
+    report = run_study(plan(study), run=FakeSamgraft())
+    with (report.parent / "table.csv").open() as file:
+        assert {row["variant"] for row in csv.DictReader(file)} == {"'=1+1", "plain"}
+
+
+def test_run_study__few_shots_give_a_picture_per_data_set(study):
     study.write_text(yaml.safe_dump(GRID | {"shots": [2, 0], "seeds": [0]}))
     page = run_study(plan(study), run=FakeSamgraft()).read_text()
     assert page.count("data:image/png") == 3
     assert "The right-most point uses all training data." in page
 
 
-def test_report__leaves_out_what_never_varies_and_marks_the_shots(study, monkeypatch):
+def test_write_results__constant_columns_are_left_out_and_shots_are_marked(study, monkeypatch):
     drawn = {}
     monkeypatch.setattr(report, "curve_figure", lambda curves, **values: drawn.update(values) or b"")
     study.write_text(yaml.safe_dump(GRID | {"shots": [5, 0, 2], "seeds": [0]}))
@@ -176,8 +191,8 @@ def test_report__leaves_out_what_never_varies_and_marks_the_shots(study, monkeyp
     assert not {"data set", "initialisation", "architecture", "scope", "variant", "seed std"} & set(headings)
 
 
-def test_study__runs_as_many_cells_at_a_time_as_asked(study):
-    """A barrier that opens for two, and a third that would be counted."""
+def test_run_study__parallel_2_runs_two_cells_at_a_time(study):
+    """The barrier opens for two cells, and a third one would be counted."""
     barrier, inside, most, fake = threading.Barrier(2, timeout=20), [], [], FakeSamgraft()
 
     def run(arguments, log_file, num_threads, processes):
@@ -191,8 +206,8 @@ def test_study__runs_as_many_cells_at_a_time_as_asked(study):
     assert max(most) == 2
 
 
-def test_study__failed_cells_do_not_stop_the_others_and_are_tried_again(study):
-    with pytest.raises(StudyIncomplete, match=r"1 of 4 cells did not end well, the first: error: no such thing\."):
+def test_run_study__failed_cell_does_not_stop_the_others_and_is_run_again(study):
+    with pytest.raises(StudyIncomplete, match=r"1 of 4 cells failed, the first one with: error: no such thing\."):
         run_study(plan(study), run=FakeSamgraft(codes=[4]))
     page = (Path("studies/s") / "report.html").read_text()
     assert "3 of 4 cells are complete" in page
@@ -202,7 +217,7 @@ def test_study__failed_cells_do_not_stop_the_others_and_are_tried_again(study):
     assert [a[0] for a in again.calls] == ["finetune", "evaluate"]
 
 
-def test_study__stopped_cells_go_on(study):
+def test_run_study__stopped_cells_are_resumed(study):
     with pytest.raises(StoppedAndSaved, match="stopped with 1 of 4 cells complete"):
         run_study(plan(study), run=FakeSamgraft(codes=[0, 0, 75, 75, 75]))
     again = FakeSamgraft()
@@ -212,7 +227,7 @@ def test_study__stopped_cells_go_on(study):
     assert cost["seconds"] in (60.0, 120.0)
 
 
-def test_study__a_damaged_result_runs_again_and_a_locked_cell_is_left_to_its_holder(tmp_path):
+def test_run_cell__damaged_result_is_repeated_and_a_locked_cell_is_busy(tmp_path):
     [cell, *_] = cells()
     folder = CellFolder(root=tmp_path)
     assert run_cell(cell, folder, run=FakeSamgraft()).status == "done"
@@ -234,7 +249,7 @@ def test_study__a_damaged_result_runs_again_and_a_locked_cell_is_left_to_its_hol
     assert busy == ["busy"]
 
 
-def test_study__refuses_what_is_not_there(study):
+def test_plan_study__missing_store_or_bad_name_is_refused(study):
     Path("a.zarr").rmdir()
     with pytest.raises(DataError, match="store of a data set must exist"):
         plan(study)
@@ -245,7 +260,7 @@ def test_study__refuses_what_is_not_there(study):
         run_locally([], CellFolder(root=Path("x")), num_parallel=0, on_end=lambda *_: None)
 
 
-def test_slurm__cells_go_through_submitit(tmp_path, monkeypatch):
+def test_run_on_slurm__cells_run_as_jobs_of_submitit(tmp_path, monkeypatch):
     pytest.importorskip("submitit")
     monkeypatch.setattr(schedule, "run_cell", lambda cell, folder, **_: run_cell(cell, folder, run=FakeSamgraft()))
     found = cells()
@@ -256,7 +271,7 @@ def test_slurm__cells_go_through_submitit(tmp_path, monkeypatch):
     assert sorted(ended) == sorted(c.key for c in found)
 
 
-def test_slurm_options__are_typed():
+def test_read_slurm_options__values_have_yaml_types():
     assert read_slurm_options(["timeout_min=240", "slurm_partition=gpu"]) == {
         "timeout_min": 240,
         "slurm_partition": "gpu",
@@ -265,7 +280,7 @@ def test_slurm_options__are_typed():
         read_slurm_options(["gpu"])
 
 
-def test_processes__stop_reaches_children(monkeypatch):
+def test_processes__stop_sends_a_signal_to_every_child(monkeypatch):
     sent = []
     monkeypatch.setattr("os.kill", lambda pid, number: sent.append(pid))
     processes = Processes(running={4, 5})
@@ -274,7 +289,7 @@ def test_processes__stop_reaches_children(monkeypatch):
     assert sorted(sent) == [4, 5]
 
 
-def test_rank_table__hand_computed():
+def test_rank_table__ranks_and_critical_difference_worked_out_by_hand():
     names = [("base", "vit_t", "decoder", method, "automatic") for method in "abcd"]
     table = np.tile([0.9, 0.8, 0.7, 0.7], (10, 1))
     ranking = rank_table(table, names)
@@ -282,12 +297,12 @@ def test_rank_table__hand_computed():
     # Demsar 2006, table 5: q_0.05 for 4 classifiers is 2.569.
     assert ranking.critical_difference == pytest.approx(2.569 * math.sqrt(4 * 5 / (6 * 10)), abs=1e-3)
     assert ranking.p_value < 1e-5
-    assert [[name[3] for name in group] for group in indistinct_groups(ranking)] == [["a", "b"], ["c", "d"]]
+    assert [[name[3] for name in group] for group in group_similar_settings(ranking)] == [["a", "b"], ["c", "d"]]
     assert rank_table(table[:3], names).p_value is None
     assert rank_figure(ranking).startswith(b"\x89PNG")
 
 
-def test_rows_and_ranks__seeds_are_averaged_per_patient_before_anything_else():
+def test_score_settings__seeds_are_averaged_within_patients_first():
     found = cells()
     lora = [c for c in found if c.method == "lora"]
     common = {"train_seconds": 60.0, "peak_mib": 1024.0, "trainable_millions": 1.5}
@@ -295,14 +310,14 @@ def test_rows_and_ranks__seeds_are_averaged_per_patient_before_anything_else():
         lora[0].key: {"dice_per_patient": {"p": 0.2, "q": 0.4}} | common,
         lora[1].key: {"dice_per_patient": {"p": 0.6, "q": 0.4}} | common,
     }
-    [row] = rows_of(found, results)
+    [row] = score_settings(found, results)
     assert row.dice.mean == pytest.approx(0.4)
     assert row.dice.num_patients == 2
     assert row.seed_std == pytest.approx(np.std([0.3, 0.5], ddof=1))
-    assert rank(found, results) is None, "one setting has no rank"
+    assert rank_settings(found, results) is None, "one setting alone must have no rank"
     full = [c for c in found if c.method == "full"]
     results[full[0].key] = {"dice_per_patient": {"p": 0.5}} | common
-    ranking = rank(found, results)
-    assert ranking.num_patients == 1, "q has no score with full"
+    ranking = rank_settings(found, results)
+    assert ranking.num_patients == 1, "q has no score with full and must not count"
     assert sorted(ranking.mean_ranks.values()) == [1.0, 2.0]
     assert short_names([c.setting for c in found]) == {lora[0].setting: "lora", full[0].setting: "full"}
