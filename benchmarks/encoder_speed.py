@@ -23,9 +23,11 @@ from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from original_encoders import plain_twin
+from samgraft.shared.encoders import attention
 from samgraft.shared.encoders.registry import arch_spec
 from samgraft.shared.encoders.vit import ViTEncoder, ViTSpec
 from samgraft.shared.training.device import retain_freed_memory
@@ -154,10 +156,7 @@ def measure(sides: list[Side], *, repeats: int, device: str) -> list[Taken]:
 
 def full_sides(ours: ViTEncoder, stock: ImageEncoderViT, images: torch.Tensor, hidden: float) -> list[Side]:
     """Every weight trained. The baseline of masked training is the same dense encoder, with mask tokens in place."""
-    total = ours.grid**2
-    kept = round(total * (1 - hidden))
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.stack([torch.randperm(total, generator=generator)[:kept] for _ in images]).to(images.device)
+    ids = random_ids(ours, images, hidden)
     return [
         Side(name="original", run=partial(stock, images), module=stock),
         Side(name="dense", run=partial(plain, ours, images), module=ours),
@@ -198,6 +197,29 @@ def checkpointed(encoder: ViTEncoder, images: torch.Tensor) -> torch.Tensor:
 def visible(encoder: ViTEncoder, images: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     encoder.activation_checkpointing = False
     return encoder.forward_visible(images, ids)
+
+
+def engine_sides(ours: ViTEncoder, images: torch.Tensor, ids: torch.Tensor | None) -> list[Side]:
+    """Both attention engines on the same weights: the one of CPUs (the baseline) and the one of GPUs."""
+
+    def run(*, in_blocks: bool) -> torch.Tensor:
+        ours._last_plan = None  # made for the other engine
+        with patch.object(attention, "computes_in_blocks", lambda device: in_blocks):
+            return plain(ours, images) if ids is None else visible(ours, images, ids)
+
+    what = "dense" if ids is None else f"{ids.shape[1]} of {ours.grid**2} tokens kept"
+    return [
+        Side(name=f"blocked engine, {what}", run=partial(run, in_blocks=True), module=ours),
+        Side(name=f"fused engine against blocked, {what}", run=partial(run, in_blocks=False), module=ours),
+    ]
+
+
+def random_ids(ours: ViTEncoder, images: torch.Tensor, hidden: float) -> torch.Tensor:
+    """Raster numbers of the tokens that each image keeps."""
+    total = ours.grid**2
+    generator = torch.Generator().manual_seed(0)
+    kept = [torch.randperm(total, generator=generator)[: round(total * (1 - hidden))] for _ in images]
+    return torch.stack(kept).to(images.device)
 
 
 def rows_of(sides: list[Side], taken: list[Taken], *, image_size: int, dtype: str) -> list[Row]:
@@ -263,7 +285,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--depth", type=int, help="only the first blocks (a quick look; ratios are of these blocks)")
     parser.add_argument("--sizes", type=int, nargs="+", default=[256, 512, 1024])
     parser.add_argument("--types", nargs="+", default=["float32"], choices=["float32", "bfloat16"])
-    parser.add_argument("--cases", nargs="+", default=["full"], choices=["full", "lora", "lora_last"])
+    parser.add_argument(
+        "--cases", nargs="+", default=["full"], choices=["full", "lora", "lora_last", "engines", "engines_kept"]
+    )
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--hidden", type=float, default=0.75)
     parser.add_argument("--repeats", type=int, default=3)
@@ -297,6 +321,9 @@ def main() -> None:
                         torch.testing.assert_close(ours(images), stock(images), atol=1e-4, rtol=1e-4)
                 if case == "full":
                     sides = full_sides(ours, stock, images, arguments.hidden)
+                elif case.startswith("engines"):
+                    kept = random_ids(ours, images, arguments.hidden) if case == "engines_kept" else None
+                    sides = engine_sides(ours, images, kept)
                 else:
                     depth = len(ours.blocks)
                     sides = lora_sides(ours, stock, images, depth if case == "lora" else min(4, depth))

@@ -1,1 +1,1 @@
-"""SAM image encoders: architectures, attention and the full SAM model."""
+"""Image encoders of SAM, their attention, and the full SAM model."""

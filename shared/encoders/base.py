@@ -1,8 +1,8 @@
-"""Base classes of all image encoders and of their shapes.
+"""Base classes of image encoders and of their shapes.
 
-An encoder family is one file in this folder: a subclass of :class:`EncoderSpec` that declares everything that the rest
-of the code needs to know about the family, a subclass of :class:`ImageEncoder` that it builds, and one line in
-``registry.FAMILIES``. No code outside ``encoders/`` and ``weights/`` tests for a family.
+An encoder family is one file in this folder and one line in ``registry.FAMILIES``. The file contains a subclass of
+:class:`EncoderSpec`, which declares every fact about the family that other code uses, and a subclass of
+:class:`ImageEncoder`, which it builds. No code outside ``encoders/`` and ``weights/`` tests for a family.
 
 An encoder of several scales (Hiera of SAM 2) fits in as follows. ``forward_features`` returns its maps at ``stride``
 and coarser, upsampled to ``stride`` and concatenated along the channels, which its neck reduces to the image
@@ -66,11 +66,11 @@ class EncoderSpec(ABC):
     """
 
     arch: str
-    """Name of the architecture on the command line, in configurations and on cards, such as ``vit_b``."""
+    """Name of the architecture in commands, configurations and cards, such as ``vit_b``."""
     native_image_size: int
     """Side of the input in pixels at which the published weights were trained."""
     neck_dim: int = 256
-    """Channels of the image embeddings; also the width of prompt encoder and mask decoder."""
+    """Channels of the image embeddings and width of prompt encoder and mask decoder."""
     pixel_mean: tuple[float, float, float] = SAM_PIXEL_MEAN
     """Mean that is subtracted from pixels on the 0..255 scale."""
     pixel_std: tuple[float, float, float] = SAM_PIXEL_STD
@@ -86,14 +86,14 @@ class EncoderSpec(ABC):
     default_objective: ClassVar[str]
     """Objective of stage 1 when none is given."""
     release_formats: ClassVar[frozenset[str]] = frozenset({"sam", "onnx"})
-    """Formats in which an encoder of this family can be released; formats of a whole run are not listed here."""
+    """Release formats that this family supports, among ``sam``, ``transformers`` and ``onnx``."""
 
     # ---- the published shapes and the shape of a file
 
     @classmethod
     @abstractmethod
     def published(cls) -> tuple[Self, ...]:
-        """Return the shapes of published weights; of one architecture the default variant comes first."""
+        """Return the shapes of published weights, the default variant of each architecture first."""
 
     @classmethod
     def recognises(cls, tensors: Mapping[str, Tensor]) -> bool:
@@ -111,7 +111,7 @@ class EncoderSpec(ABC):
         """
 
     def image_size_of(self, tensors: Mapping[str, Tensor]) -> int:
-        """Return the input side in pixels that tensors were made for; the native one if they do not show it."""
+        """Return the input side in pixels of tensors, by default the native one."""
         return self.native_image_size
 
     @abstractmethod
@@ -142,7 +142,7 @@ class EncoderSpec(ABC):
 
     @property
     def natural_mask_unit_px(self) -> int | None:
-        """Side in pixels of the natural hidden square; None if any multiple of the stride is as good."""
+        """Side in pixels of the natural hidden square, or None if every multiple of the stride is equal."""
         return None
 
     @property
@@ -152,7 +152,7 @@ class EncoderSpec(ABC):
 
     @property
     def variant(self) -> str | None:
-        """Variant within the architecture (the stem of vit_t); None if there is only one."""
+        """Variant within the architecture, such as the stem of vit_t. None if there is only one."""
         return None
 
     # ---- where adapters go
@@ -202,11 +202,11 @@ class EncoderSpec(ABC):
 
     @property
     def registry_name(self) -> str | None:
-        """Name under which segment_anything's ``sam_model_registry`` builds this shape; None if it cannot."""
+        """Name of this shape in segment_anything's ``sam_model_registry``, or None if it is not there."""
         return None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values for JSON; :func:`registry.spec_from_dict` reads them."""
+        """Return plain values for JSON, which ``registry.spec_from_dict`` reads."""
         # The two oldest families are always listed: released bundles have contained both keys from the beginning.
         shapes: dict[str, Any] = {"plain": None, "tiny": None}
         shapes[self.family] = {name: str(v) if isinstance(v, str) else v for name, v in self.shape.items()}
@@ -247,36 +247,18 @@ class ImageEncoder(nn.Module, ABC):
 
     neck: nn.Sequential
     entry_points: ClassVar[tuple[str, ...]] = ("forward_features",)
-    """Methods beside ``forward`` that are called from outside; sharded parameters are gathered for them."""
+    """Methods besides ``forward`` that callers use. Sharded parameters are gathered for them."""
 
     def __init__(self, spec: EncoderSpec, *, image_size: int) -> None:
         super().__init__()
         spec.check_image_size(image_size)
         self.spec = spec
+        self.arch, self.stride = spec.arch, spec.stride
+        self.feature_dim, self.mask_token_dim = spec.feature_dim, spec.mask_token_dim
         self.image_size = image_size
         self.img_size = image_size  # segment_anything's name, which Sam.preprocess and postprocess_masks read
         self.activation_checkpointing = False
         self.batch_norm_frozen = True
-
-    @property
-    def arch(self) -> str:
-        """Name of the architecture."""
-        return self.spec.arch
-
-    @property
-    def stride(self) -> int:
-        """Pixels per position of the image embeddings."""
-        return self.spec.stride
-
-    @property
-    def feature_dim(self) -> int:
-        """Channels before the neck."""
-        return self.spec.feature_dim
-
-    @property
-    def mask_token_dim(self) -> int:
-        """Channels of a mask token."""
-        return self.spec.mask_token_dim
 
     def forward(self, images_B3SS: Tensor) -> Tensor:
         """Return image embeddings of shape (B, neck_dim, S/stride, S/stride)."""
@@ -311,7 +293,7 @@ class ImageEncoder(nn.Module, ABC):
         """Yield the repeated parts (blocks or stages) that are sharded and recomputed one at a time."""
 
     def run_unit(self, unit: nn.Module, *inputs: Any) -> Tensor:
-        """Run one unit; with activation checkpointing keep only its inputs for the backward pass."""
+        """Run one unit, keeping only its inputs for the backward pass if activations are checkpointed."""
         if self.activation_checkpointing and torch.is_grad_enabled():
             out: Tensor = checkpoint(unit, *inputs, use_reentrant=False, context_fn=partial(_recompute_contexts, unit))
         else:
@@ -323,7 +305,7 @@ class ImageEncoder(nn.Module, ABC):
         return self
 
     def train(self, mode: bool = True) -> Self:
-        """Set the mode; frozen BatchNorm layers stay in eval mode."""
+        """Set the mode, except that frozen BatchNorm layers stay in eval mode."""
         super().train(mode)
         if self.batch_norm_frozen:
             for module in self.modules():

@@ -18,7 +18,7 @@ FAMILIES: tuple[type[EncoderSpec], ...] = (
 """Encoder families. A new one is a file beside this one and a line here."""
 
 DEFAULT_ARCH = "vit_t"
-"""Architecture when none is given; its base weights are part of the demo data."""
+"""Architecture when none is given. Its base weights are part of the demo data."""
 
 ENCODER_PREFIX = "image_encoder."
 
@@ -34,7 +34,7 @@ def arch_names() -> list[str]:
 
 
 def arch_spec(arch: EncoderSpec | str, variant: str | None = None) -> EncoderSpec:
-    """Return the published shape of an architecture; an ``EncoderSpec`` is returned as it is.
+    """Return the published shape of an architecture. An ``EncoderSpec`` is returned as it is.
 
     Args:
         arch: Name of the architecture, or a shape.
@@ -68,10 +68,12 @@ def spec_from_tensors(tensors: Mapping[str, Tensor]) -> EncoderSpec:
         if family.recognises(encoder):
             try:
                 return family.from_tensors(encoder)
-            except (KeyError, IndexError) as err:
+            except KeyError as err:
                 raise WeightsError(
                     f"image encoder must be complete, {ENCODER_PREFIX}{err.args[0]} is missing."
                 ) from err
+            except IndexError as err:
+                raise WeightsError("image encoder has tensors with too few dimensions. The file is damaged.") from err
     anchors = " or ".join(f"{ENCODER_PREFIX}{family.anchors[0]}" for family in FAMILIES)
     raise WeightsError(f"weights contain no image encoder of a known family (expected a tensor {anchors}).")
 
@@ -82,14 +84,14 @@ def image_size_from_tensors(tensors: Mapping[str, Tensor], spec: EncoderSpec) ->
 
 
 def encoder_anchors() -> list[str]:
-    """Return the tensors by which encoders are found in a file, the most telling of each family first."""
+    """Return the tensors by which encoders are found in a file, the most specific of each family first."""
     columns = [family.anchors for family in FAMILIES]
     ordered = [anchors[i] for i in range(max(map(len, columns))) for anchors in columns if i < len(anchors)]
     return list(dict.fromkeys(ordered))
 
 
 def spec_from_dict(values: Mapping[str, Any]) -> EncoderSpec:
-    """Read a shape that :meth:`EncoderSpec.to_dict` wrote, also one of an earlier version.
+    """Read a shape that ``EncoderSpec.to_dict`` wrote, in this or an earlier version.
 
     Raises:
         WeightsError: If the family is not known here.

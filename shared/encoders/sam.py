@@ -1,4 +1,4 @@
-"""SAM around our image encoders: building it at any size, feeding it slices, decoding batches.
+"""SAM models around the image encoders, their pixel scale, and their mask decoder.
 
 Shape letters: B = images; S = image side (pixels); h, w = embedding grid; C = embedding channels; N = prompt tokens;
 M = masks per prompt.
@@ -22,10 +22,10 @@ def build_sam(
     """Build a SAM with fresh weights, in eval mode.
 
     Args:
-        arch: Architecture, its name, or a shape of one's own.
+        arch: Name of the architecture, or a shape.
         image_size: Side of the square input in pixels; default the size of the published weights.
-        stem: vit_t only: LiteMedSAM's (default) or MobileSAM's.
-        num_multimask_outputs: Mask tokens beside the first one; 3 in every published SAM.
+        stem: Stem of vit_t, LiteMedSAM's (default) or MobileSAM's. None for all others.
+        num_multimask_outputs: Mask tokens besides the first one; 3 in every published SAM.
 
     Returns:
         ``segment_anything.modeling.Sam`` whose ``image_encoder`` is ours; every key as in segment_anything.
@@ -62,20 +62,20 @@ def to_pixels(
     pixel_mean: tuple[float, float, float] | None = None,
     pixel_std: tuple[float, float, float] | None = None,
 ) -> torch.Tensor:
-    """Turn slices in [0, 1] into what an image encoder was trained on.
+    """Convert slices in [0, 1] to the pixel scale that an image encoder was trained on.
 
     Args:
-        images_N1SS: Float, one channel (or three), in [0, 1].
-        spec: Architecture; gives the pixel statistics unless a card says otherwise.
-        pixel_mean: On the 0..255 scale; default the architecture's.
-        pixel_std: On the 0..255 scale; default the architecture's.
+        images_N1SS: Slices in [0, 1], float, with one channel or three.
+        spec: Shape of the encoder, with its pixel statistics.
+        pixel_mean: Mean on the 0..255 scale; default that of the shape.
+        pixel_std: Standard deviation on the 0..255 scale; default that of the shape.
 
     Returns:
         Shape (N, 3, S, S): (255 x - mean) / std per channel. For LiteMedSAM that is x itself.
     """
     mean = images_N1SS.new_tensor(pixel_mean or spec.pixel_mean).view(1, 3, 1, 1)
     std = images_N1SS.new_tensor(pixel_std or spec.pixel_std).view(1, 3, 1, 1)
-    # One multiply-add: exact for mean 0, std 255, where the scale is 1.
+    # One multiplication and one addition are exact for mean 0 and std 255, where the scale is 1.
     return images_N1SS * (255.0 / std) - mean / std
 
 
@@ -84,18 +84,18 @@ def decode_automatic(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Decode a batch of images without any prompt.
 
-    segment_anything's decoder repeats the image embeddings per prompt, so B images with B prompts raise; one empty
-    prompt against B embeddings broadcasts and equals the loop over images.
+    segment_anything's decoder repeats the image embeddings for each prompt, so it fails for B images with B prompts.
+    One empty prompt broadcasts against B embeddings and equals the loop over images.
 
     Args:
-        sam: The model; prompt encoder and mask decoder are used.
-        image_embeddings_BChw: From ``sam.image_encoder``.
-        multimask: False: the first mask token only (1 mask). True: all others.
+        sam: Model whose prompt encoder and mask decoder are used.
+        image_embeddings_BChw: Output of ``sam.image_encoder``.
+        multimask: True decodes all mask tokens but the first, False only the first (1 mask).
 
     Returns:
         ``low_res_logits`` (B, M, 4h, 4w) and ``iou_predictions`` (B, M).
     """
-    # Under bf16 autocast the prompt encoder computes positions in bf16, an error of 0.1.
+    # Under bf16 autocast the prompt encoder would compute positions in bf16, with an error of 0.1.
     with torch.autocast(image_embeddings_BChw.device.type, enabled=False):
         sparse_1NC, dense_1Chw = sam.prompt_encoder(points=None, boxes=None, masks=None)
         image_pe_1Chw = sam.prompt_encoder.get_dense_pe()
@@ -115,10 +115,10 @@ def decode_boxes(
     """Decode a batch of images with one box each.
 
     Args:
-        sam: The model.
-        image_embeddings_BChw: From ``sam.image_encoder``.
-        boxes_B4: XYXY in input-frame pixels.
-        multimask: As in ``decode_automatic``.
+        sam: Model whose prompt encoder and mask decoder are used.
+        image_embeddings_BChw: Output of ``sam.image_encoder``.
+        boxes_B4: Boxes as XYXY in input-frame pixels.
+        multimask: As in :func:`decode_automatic`.
 
     Returns:
         ``low_res_logits`` (B, M, 4h, 4w) and ``iou_predictions`` (B, M).

@@ -1,18 +1,16 @@
-"""vit_t: TinyViT as an image encoder for SAM, at any size, for masked training too.
+"""TinyViT (vit_t) as an image encoder for SAM at any image size.
 
-Built from timm's TinyViT blocks, arranged and named as in the published weights of LiteMedSAM and MobileSAM, so that
-``state_dict()`` has their keys and their files load strictly without translation.
+The encoder consists of timm's TinyViT blocks, arranged and named as in the published weights of LiteMedSAM and
+MobileSAM, so that their files load strictly without translation.
 
-Shape letters: B = images; S = image side (pixels); h, w = grid of ``token_mask``; C = channels.
+The window attention returns timm's outputs with less of its padding. timm pads the grid with zeros to whole windows
+before the norm, and real tokens attend to the padding. A grid of 16 with windows of 14 becomes 28, which is four
+windows of 196 tokens for 256 real ones. All padding tokens have the same key and the same value. On a CPU their share
+of a softmax is therefore computed exactly by one extra key whose bias is the log-sum-exp of theirs. On a GPU, where few
+large operations are faster, only the attention itself runs on padding, while norm and linear layers do not.
 
-TinyViT's window attention: timm's outputs with less of its padding.
-
-timm pads the grid with zeros to whole windows, before the norm, and lets real tokens attend to the padding. A grid of
-16 with windows of 14 becomes 28: four windows of 196 tokens for 256 real ones. All padding tokens have one key and one
-value, so that on a CPU their share of a softmax is a single extra key whose bias is the log-sum-exp of theirs: exact.
-On a GPU, where few large operations are faster, only the attention itself sees padding: norm and products do not.
-
-Shape letters: B = images; H, W = grid; C = channels; h = heads; n, m = queries and keys of a window; d = head width.
+Shape letters: B = images; S = image side (pixels); h, w = grid of ``token_mask``; H, W = grid; C = channels;
+n, m = queries and keys of a window; d = channels per head.
 """
 
 from __future__ import annotations
@@ -40,17 +38,17 @@ class Stem(StrEnum):
     """Convolutions by which vit_t turns pixels into its first feature map."""
 
     conv1x1 = "conv1x1"
-    """LiteMedSAM: two 1x1 convolutions of stride 1; 256 px become a 64x64 embedding (total stride 4)."""
+    """Two 1x1 convolutions of stride 1 (LiteMedSAM). 256 px become a 64x64 embedding, a total stride of 4."""
     conv3x3 = "conv3x3"
-    """MobileSAM: two 3x3 convolutions of stride 2; 1024 px become a 64x64 embedding (total stride 16)."""
+    """Two 3x3 convolutions of stride 2 (MobileSAM). 1024 px become a 64x64 embedding, a total stride of 16."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TinyViTSpec(EncoderSpec):
-    """Shape of TinyViT as MobileSAM and LiteMedSAM use it; one number per stage."""
+    """Shape of TinyViT as MobileSAM and LiteMedSAM use it, with one number per stage."""
 
     stem: str
-    """Value of :class:`Stem`."""
+    """Value of ``Stem``."""
     embed_dims: tuple[int, ...] = (64, 128, 160, 320)
     depths: tuple[int, ...] = (2, 2, 6, 2)
     num_heads: tuple[int, ...] = (2, 4, 5, 10)
@@ -87,7 +85,7 @@ class TinyViTSpec(EncoderSpec):
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> TinyViTSpec:
-        """Read the shape from tensors; input size and pixel statistics are those of the published stem."""
+        """Read the shape from tensors, and input size and pixel statistics from the published stem."""
         kernel = int(tensors["patch_embed.seq.0.c.weight"].shape[-1])
         stem = Stem.conv1x1 if kernel == 1 else Stem.conv3x3
         known = next(spec for spec in cls.published() if spec.stem == stem)
@@ -145,7 +143,7 @@ class TinyViTSpec(EncoderSpec):
         return str(self.stem)
 
     def block_names(self) -> list[str]:
-        """Return the transformer blocks by module name; the first stage has convolutions only."""
+        """Return the transformer blocks by module name, all but those of the convolutional first stage."""
         return [f"layers.{i}.blocks.{j}" for i, depth in enumerate(self.depths) if i for j in range(depth)]
 
     def convolution_stage(self) -> list[str]:
@@ -162,7 +160,7 @@ class TinyViTSpec(EncoderSpec):
 
 
 class TinyStage(nn.Module):
-    """Blocks of one resolution and the step to the next, under the published names ``blocks`` and ``downsample``."""
+    """Blocks of one resolution and the downsampling to the next, under their published names."""
 
     def __init__(self, blocks: nn.Sequential, downsample: nn.Module | None, *, is_conv: bool) -> None:
         super().__init__()
@@ -171,7 +169,7 @@ class TinyStage(nn.Module):
         self.is_conv = is_conv
 
     def forward(self, features_BCHW: torch.Tensor) -> torch.Tensor:
-        """Run the blocks, then the downsampling where there is one."""
+        """Run the blocks, then the downsampling if there is one."""
         if self.is_conv:
             features_BCHW = self.blocks(features_BCHW)
         else:
@@ -182,7 +180,7 @@ class TinyStage(nn.Module):
 
 
 class TinyPatchEmbed(nn.Module):
-    """The stem: two convolutions, of stride 1 (LiteMedSAM) or stride 2 (MobileSAM)."""
+    """Stem of two convolutions, each of stride 1 (LiteMedSAM) or 2 (MobileSAM)."""
 
     def __init__(self, embed_dim: int, *, stem: str) -> None:
         super().__init__()
@@ -244,7 +242,10 @@ class TinyViTEncoder(ImageEncoder):
         return features
 
     def layer_groups(self) -> Iterator[tuple[int, list[nn.Parameter]]]:
-        """Yield (depth, parameters) from the stem (0) to the neck; a downsampling belongs to the block before it."""
+        """Yield (depth, parameters) from the stem (0) to the neck.
+
+        A downsampling has the depth of the block before it.
+        """
         yield 0, list(self.patch_embed.parameters())
         depth = 0
         for stage in self.layers:
@@ -273,7 +274,7 @@ def _build_stage(spec: TinyViTSpec, index: int) -> TinyStage:
     if index < last:
         downsample = PatchMerging(dim, spec.embed_dims[index + 1], nn.GELU)
         if index + 1 == last:
-            # MobileSAM keeps the resolution at its last step, where TinyViT halves it.
+            # MobileSAM keeps the resolution at its last downsampling, where TinyViT halves it.
             downsample.conv2.conv.stride = (1, 1)
     return TinyStage(nn.Sequential(*blocks), downsample, is_conv=index == 0)
 
@@ -291,38 +292,39 @@ def _publish_names(root: nn.Module) -> None:
 class GridAttention(Attention):
     """timm's window attention with its parameters and names, on a whole grid instead of padded windows.
 
-    No bias cache: timm gathers the biases once in eval mode. They then stay stale after an in-place update (EMA
-    teacher, ``load_state_dict``), and a second backward in eval mode fails on the freed graph.
+    It has no bias cache. timm gathers the biases once in eval mode. They would then be stale after an in-place update
+    (EMA teacher, ``load_state_dict``), and a second backward pass in eval mode would fail on the freed graph.
     """
 
     def forward(self, features_BHWC: Tensor) -> Tensor:
-        """Attend within windows of ``resolution``; returns (B, H, W, C)."""
+        """Mix features by attention within windows, shape (B, H, W, C)."""
         height, width = features_BHWC.shape[1:3]
         side = self.resolution[0]
         qkv_BHWC = self.qkv(self.norm(features_BHWC))
         padding_1C = None
         if height % side or width % side:
             padding_1C = self.qkv(self.norm(features_BHWC.new_zeros(1, features_BHWC.shape[-1])))
-        if not attends_in_strips(features_BHWC.device):
-            mixed = self._attend(_pad(qkv_BHWC, padding_1C, side=side), None)[:, :height, :width]
+        if not splits_edges(features_BHWC.device):
+            mixed = self._mix_region(_pad(qkv_BHWC, padding_1C, side=side), None)[:, :height, :width]
             padded: Tensor = self.proj(mixed)
             return padded
+        # Up to four regions: whole windows, the strips at the right and at the bottom, and the corner.
         rows = []
         for top, bottom in _spans(height, side):
             parts = [
-                self._attend(qkv_BHWC[:, top:bottom, left:right], padding_1C) for left, right in _spans(width, side)
+                self._mix_region(qkv_BHWC[:, top:bottom, left:right], padding_1C) for left, right in _spans(width, side)
             ]
             rows.append(torch.cat(parts, dim=2) if len(parts) > 1 else parts[0])
         out: Tensor = self.proj(torch.cat(rows, dim=1) if len(rows) > 1 else rows[0])
         return out
 
     def get_attention_biases(self, device: torch.device) -> Tensor:
-        """Gather the biases afresh: (heads, N, N)."""
+        """Return the current biases of a window, shape (heads, n, n)."""
         index: Tensor = self.attention_bias_idxs  # type: ignore[assignment]  # a buffer
         return self.attention_biases.index_select(1, index.flatten()).view(-1, *index.shape)
 
-    def _attend(self, qkv_BHWC: Tensor, padding_1C: Tensor | None) -> Tensor:
-        """Attend in one region: whole windows, or the strip or corner that is left at the edge."""
+    def _mix_region(self, qkv_BHWC: Tensor, padding_1C: Tensor | None) -> Tensor:
+        """Mix one region, which is whole windows or a strip or corner left at the edge."""
         images, height, width, _ = qkv_BHWC.shape
         side = self.resolution[0]
         a, b = min(side, height), min(side, width)
@@ -337,6 +339,7 @@ class GridAttention(Attention):
             _, pad_k, pad_v = padding_1C.view(1, self.num_heads, 1, -1).split(
                 [self.key_dim, self.key_dim, self.val_dim], dim=-1
             )
+            # One more key and value stand for all padding tokens of the window.
             k = torch.cat([k, pad_k.expand(k.shape[0], -1, -1, -1)], dim=2)
             v = torch.cat([v, pad_v.expand(v.shape[0], -1, -1, -1)], dim=2)
         out = _attention(q, k, v, bias_hnm.to(q.dtype))
@@ -344,7 +347,7 @@ class GridAttention(Attention):
         return out.permute(0, 1, 4, 2, 5, 3, 6).reshape(images, height, width, self.out_dim)
 
     def _biases(self, a: int, b: int) -> Tensor:
-        """Return the biases among the first ``a`` x ``b`` tokens of a window, and that of its padding behind them."""
+        """Return the biases among the first ``a`` x ``b`` tokens of a window, followed by that of its padding."""
         side = self.resolution[0]
         bias_hNN = self.get_attention_biases(self.attention_biases.device)
         if a == side and b == side:
@@ -353,6 +356,7 @@ class GridAttention(Attention):
         real[:a, :b] = True
         bias_hnN = bias_hNN[:, real.flatten()]
         among, padding = bias_hnN[..., real.flatten()], bias_hnN[..., ~real.flatten()]
+        # Keys of equal content add up: the sum of exp(q k + bias_i) is exp(q k + logsumexp of the biases).
         return torch.cat([among, padding.logsumexp(dim=-1, keepdim=True)], dim=-1)
 
 
@@ -364,20 +368,21 @@ class GridBlock(TinyVitBlock):
         self.attn = GridAttention(dim, dim // num_heads, num_heads, attn_ratio=1, resolution=(window_size, window_size))
 
     def forward(self, features_BHWC: Tensor) -> Tensor:
-        """Run attention, local convolution and MLP; returns (B, H, W, C)."""
+        """Run attention, local convolution and MLP, shape (B, H, W, C)."""
         features_BHWC = features_BHWC + self.drop_path1(self.attn(features_BHWC))
         features_BHWC = self.local_conv(features_BHWC.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         out: Tensor = features_BHWC + self.drop_path2(self.mlp(features_BHWC))
         return out
 
 
-def attends_in_strips(device: torch.device) -> bool:
-    """Return whether the edge of a grid is attended to by itself; on a GPU four calls cost more than some padding."""
+def splits_edges(device: torch.device) -> bool:
+    """Return True if the edges of a grid are separate calls of the attention."""
+    # On a GPU four calls cost more than the padding that they avoid.
     return device.type == "cpu"
 
 
 def _pad(qkv_BHWC: Tensor, padding_1C: Tensor | None, *, side: int) -> Tensor:
-    """Fill up to whole windows with what timm's zero padding contributes."""
+    """Pad queries, keys and values to whole windows with those of timm's zero padding."""
     if padding_1C is None:
         return qkv_BHWC
     images, height, width, channels = qkv_BHWC.shape
@@ -393,12 +398,12 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, bias_hnm: Tensor) -> Tensor:
         scores = q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1) + bias_hnm
         out: Tensor = scores.softmax(dim=-1) @ v
         return out
-    # A mask of four dimensions lets torch use the fused kernel; with three it falls back to plain products.
+    # With a mask of four dimensions torch uses the fused kernel, with three it falls back to plain products.
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias_hnm[None])
 
 
 def _spans(length: int, side: int) -> Iterator[tuple[int, int]]:
-    """Yield the stretch of whole windows, then the rest, as far as there are any."""
+    """Yield the range of whole windows and the range of the rest, as far as they exist."""
     whole = length // side * side
     if whole:
         yield 0, whole

@@ -13,7 +13,7 @@ from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from samgraft.shared.encoders.attention import mix_tokens, plan_all, plan_visible
+from samgraft.shared.encoders.attention import Plan, mix_tokens, plan_all, plan_visible
 from samgraft.shared.encoders.base import (
     EncoderSpec,
     LayerNames,
@@ -23,7 +23,6 @@ from samgraft.shared.encoders.base import (
     cut_patches,
     upsample_token_mask,
 )
-from samgraft.shared.encoders.windows import Plan
 from segment_anything.modeling import ImageEncoderViT
 from segment_anything.modeling.common import MLPBlock
 from segment_anything.modeling.image_encoder import Attention, PatchEmbed
@@ -38,7 +37,7 @@ class ViTSpec(EncoderSpec):
     depth: int
     num_heads: int
     global_blocks: tuple[int, ...]
-    """Blocks that attend to the whole grid, counted from 0; all others attend within windows."""
+    """Blocks with global attention, counted from 0. All others attend within windows."""
     patch_size: int = 16
     attn_window_size: int = 14
 
@@ -74,7 +73,10 @@ class ViTSpec(EncoderSpec):
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> ViTSpec:
-        """Read the shape from tensors; of a ViT without relative positions it is guessed from width and depth."""
+        """Read the shape from tensors.
+
+        Without relative positions (MAE, DINO) it is guessed from width and depth.
+        """
         embed_dim, depth = int(tensors["pos_embed"].shape[-1]), count_blocks(tensors, "blocks.")
         grid = int(tensors["pos_embed"].shape[1])
         if not any("rel_pos" in key for key in tensors):
@@ -180,7 +182,10 @@ class RelPosAttention(Attention):
         self.windowed = windowed
 
     def forward(self, tokens_BNC: Tensor, plan: Plan | None) -> Tensor:
-        """Mix tokens within windows or globally; without a plan globally and without relative positions."""
+        """Mix tokens within the windows of a plan.
+
+        Without a plan attention is global and has no relative positions.
+        """
         if plan is None:
             query, key, value = (
                 part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
@@ -263,7 +268,7 @@ class ViTEncoder(TokenDroppingEncoder):
         return tokens_BNC.transpose(1, 2).reshape(len(images_B3SS), -1, self.grid, self.grid)
 
     def forward_visible(self, images_B3SS: Tensor, ids_keep_BN: Tensor, *, relative_positions: bool = True) -> Tensor:
-        """Encode the kept tokens only; hidden ones cost nothing and influence nothing.
+        """Encode the kept tokens only, so that hidden ones cost nothing and influence nothing.
 
         Equal to the dense encoder with hidden tokens removed from every softmax, and to the encoder itself if all
         tokens are kept. Arguments and result as in :class:`TokenDroppingEncoder`.
