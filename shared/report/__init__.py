@@ -1,1 +1,1 @@
-"""HTML reports in one file."""
+"""Single-file HTML reports with tables and figures."""

@@ -1,6 +1,7 @@
-"""Single-file HTML reports: no server, no network; readable on a laptop and on paper.
+"""Single-file HTML reports.
 
-Scripts are ours, inside the page and named by their hash in its content policy: nothing else can run in it.
+A report needs no server and no network. Its content security policy lists the hashes of its own scripts, so that no
+other script can run in it.
 """
 
 from __future__ import annotations
@@ -37,12 +38,12 @@ FIGURE_STYLE: dict[Any, Any] = {
     "lines.linewidth": 1.6,
 }
 FIGURE_COLORS = ("#1f5fa8", "#c4572b", "#2f8f5b", "#7b4fa3", "#a67c00", "#5f6b78")
-"""Told apart by readers with any colour vision, and in a grey print."""
+"""Colors that differ for readers with any color vision and in a grey print."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Text:
-    """Paragraphs, separated by empty lines; plain text, escaped."""
+    """Paragraphs of plain text, separated by empty lines."""
 
     text: str
     kind: Literal["plain", "good", "warning", "command"] = "plain"
@@ -50,27 +51,27 @@ class Text:
 
 @dataclass(frozen=True, kw_only=True)
 class KeyValues:
-    """A short list of facts."""
+    """List of names and values."""
 
     items: Mapping[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """Rows under headings; numbers are set right-aligned."""
+    """Table with headings, in which numbers are right-aligned."""
 
     columns: Sequence[str]
     rows: Sequence[Sequence[Any]]
     caption: str = ""
     max_rows: int = 200
-    """Further rows are left out and counted, so that a report of thousands of cases stays small."""
+    """Largest number of rows. Further rows are left out and counted, so that a report stays small."""
     sortable: bool = False
-    """A click on a heading sorts by its column; on paper and without scripts the order is that of ``rows``."""
+    """True to sort by a column when its heading is clicked."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Picture:
-    """A PNG with its caption; the caption also serves readers who cannot see it."""
+    """PNG image with a caption, which is also its alternative text."""
 
     png: bytes
     caption: str
@@ -79,7 +80,7 @@ class Picture:
 
 @dataclass(frozen=True, kw_only=True)
 class RawHtml:
-    """HTML written by this program; the only part that is not escaped, so that nothing from outside may be in it."""
+    """HTML that is not escaped and must not contain text from outside of this program."""
 
     html: str
 
@@ -89,25 +90,25 @@ SectionPart = Text | KeyValues | Table | Picture | RawHtml
 
 @dataclass(frozen=True, kw_only=True)
 class Section:
-    """A titled part of a report."""
+    """Titled section of a report."""
 
     title: str
     parts: Sequence[SectionPart] = field(default_factory=tuple)
 
 
 def render_report(title: str, sections: Sequence[Section], *, subtitle: str = "", scripts: Sequence[str] = ()) -> str:
-    """Return a complete HTML page; everything that comes from outside is escaped.
+    """Return a complete HTML page in which all text is escaped.
 
     Args:
-        title: Heading.
-        sections: In order.
-        subtitle: Under the heading.
-        scripts: JavaScript to run after the page, in order; sorting is added where a table asks for it.
+        title: Heading of the page.
+        sections: Sections in order.
+        subtitle: Line under the heading.
+        scripts: JavaScript to run after the page, in order. The script that sorts tables is added if needed.
     """
     scripts = list(scripts)
     if any(isinstance(part, Table) and part.sortable for section in sections for part in section.parts):
         scripts.append((Path(__file__).parent / "sort_tables.js").read_text(encoding="utf-8"))
-    # Inside a page "</script" ends a script wherever it stands; in JavaScript "<\\/script" is the same string.
+    # In HTML "</script" ends a script even inside a string. In JavaScript "<\\/script" is the same string.
     scripts = [script.replace("</script", "<\\/script") for script in scripts]
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
@@ -144,15 +145,15 @@ def curve_figure(
     """Draw curves over steps.
 
     Args:
-        curves: Name to (x, y).
-        ylabel: With its unit.
-        xlabel: With its unit.
-        log_y: Logarithmic ordinate.
-        smooth: Length of a running mean drawn over the pale raw curve; 1 draws the raw curve only.
-        baseline: Name and height of a dashed line: the value to beat.
-        min_span: Least height of the ordinate in its units, so that noise does not look like a result.
-        from_zero: Begin the ordinate at 0, where a curve must be seen against a collapse.
-        ticks: The only places marked on the abscissa, and their names.
+        curves: (x, y) of each curve by name.
+        ylabel: Name of the ordinate with its unit.
+        xlabel: Name of the abscissa with its unit.
+        log_y: True for a logarithmic ordinate.
+        smooth: Length of a running mean drawn over the pale raw curve. 1 draws the raw curve only.
+        baseline: Name and value of a dashed reference line.
+        min_span: Smallest range of the ordinate in its units, so that noise does not look like a result.
+        from_zero: True to begin the ordinate at 0, so that a collapse can be seen.
+        ticks: Names of the only ticks on the abscissa by position.
         size_in: Width and height in inches.
 
     Returns:
@@ -185,7 +186,7 @@ def curve_figure(
         axes.set_ylabel(ylabel)
         if len(curves) + (baseline is not None) > 1 or smooth > 1:
             axes.legend(loc="best")
-        # The first layout may change the ticks, and with them the room that the ordinate's name needs.
+        # The first layout may change the ticks, and with them the space that the name of the ordinate needs.
         figure.draw_without_rendering()
         return figure_png(figure)
 
@@ -193,12 +194,12 @@ def curve_figure(
 def image_grid(
     rows: Sequence[Sequence[npt.NDArray[Any]]], *, column_titles: Sequence[str] = (), cell_in: float = 1.6
 ) -> bytes:
-    """Draw pictures in rows and columns.
+    """Draw images in rows and columns.
 
     Args:
-        rows: Pictures (H, W) or (H, W, 3): floats in [0, 1] or bytes.
-        column_titles: Above the first row.
-        cell_in: Side of one picture in inches.
+        rows: Images (H, W) or (H, W, 3), as floats in [0, 1] or bytes.
+        column_titles: Titles above the first row.
+        cell_in: Side of one image in inches.
 
     Returns:
         A PNG.
@@ -221,15 +222,13 @@ def image_grid(
 
 
 def path_for_report(path: Path | str) -> str:
-    """Return a path as it may stand in a report: as it was typed, or its last name where it is absolute.
-
-    Reports travel with the results; the folders above say who works where, and mean nothing elsewhere.
-    """
+    """Return a relative path unchanged, and the last name of an absolute one."""
+    # Reports are published with the results, and the folders above may contain user and project names.
     return Path(path).name if Path(path).is_absolute() else str(path)
 
 
 def strip_folders(text: str) -> str:
-    """Return a text, such as a line of a log, whose absolute paths are cut down to their last names."""
+    """Return a text with every absolute path reduced to its last name."""
     return re.sub(r"(?<![\w.:/~-])/(?:[^\s/'\"]+/)+(?=[^\s/'\"])", "", text)
 
 
@@ -241,7 +240,7 @@ def figure_png(figure: Figure) -> bytes:
 
 
 def running_mean(values: npt.NDArray[np.floating], length: int) -> npt.NDArray[np.float64]:
-    """Return the centred running mean; shorter windows at the ends, so the result is as long as the input."""
+    """Return the centered running mean, with shorter windows at both ends."""
     total = np.concatenate([[0.0], np.cumsum(values, dtype=np.float64)])
     index = np.arange(len(values))
     low, high = np.maximum(index - length // 2, 0), np.minimum(index + (length + 1) // 2, len(values))
@@ -270,7 +269,7 @@ def _cell(value: Any) -> str:
 
 
 def _decimals(value: float) -> str:
-    """Show as many decimals all down a column as long as they say something."""
+    # A fixed number of decimals keeps a column aligned.
     if math.isnan(value):
         return "n/a"
     if 0 < abs(value) < 1e-3:

@@ -1,4 +1,4 @@
-"""Two gloo processes on this machine, as torchrun starts them."""
+"""Two processes of the gloo backend, started as torchrun does."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NEXT_PORTS = "SAMGRAFT_TEST_NEXT_PORTS"
 def run_pair(
     root: Path, case: str, *, worker: str = "two_processes.py", timeout_s: int = 150
 ) -> list[subprocess.CompletedProcess[str]]:
-    """Run ``tests/WORKER ROOT CASE`` as both processes; return how they ended."""
+    """Run a script of this folder as both processes and return their results."""
     first, *others = _free_ports(3)
     shared = {
         "WORLD_SIZE": "2",
@@ -52,11 +52,9 @@ def run_pair(
 
 
 def leave_group() -> None:
-    """Leave the process group as a killed process does, so that the same process can join a new one.
-
-    At another port: the faster process could otherwise still find the meeting point of the group that its slower
-    partner has not left yet, and both would wait for each other for ever.
-    """
+    """Leave the process group, so that this process can join a new one."""
+    # The new group uses another port. Otherwise the faster process could join the old group, which its slower partner
+    # has not left yet, and both would wait for each other without end.
     torch.distributed.destroy_process_group()
     os.environ["MASTER_PORT"], _, os.environ[NEXT_PORTS] = os.environ[NEXT_PORTS].partition(",")
 

@@ -1,4 +1,4 @@
-"""What it means that an encoder of ours and a published one train alike."""
+"""Comparison of outputs and gradients with a published encoder."""
 
 import torch
 from model_factory import randomise
@@ -9,7 +9,7 @@ from segment_anything.modeling import ImageEncoderViT
 from torch import nn
 
 
-def outputs_and_gradients(
+def compute_outputs_and_gradients(
     model: nn.Module, images: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
     model.zero_grad()
@@ -21,8 +21,8 @@ def outputs_and_gradients(
 
 
 def assert_same_training(ours: nn.Module, stock: nn.Module, images: torch.Tensor, *, tolerance: float) -> None:
-    out, grad_images, grads = outputs_and_gradients(ours, images)
-    expected, expected_images, expected_grads = outputs_and_gradients(stock, images)
+    out, grad_images, grads = compute_outputs_and_gradients(ours, images)
+    expected, expected_images, expected_grads = compute_outputs_and_gradients(stock, images)
     torch.testing.assert_close(out, expected, atol=tolerance, rtol=tolerance)
     torch.testing.assert_close(
         grad_images, expected_images, atol=tolerance * expected_images.abs().max().item(), rtol=0
@@ -30,7 +30,7 @@ def assert_same_training(ours: nn.Module, stock: nn.Module, images: torch.Tensor
     assert grads.keys() == expected_grads.keys()
     for name, expected_grad in expected_grads.items():
         scale = expected_grad.abs().max().item()
-        assert scale > 0, f"{name} gets no gradient: the test would not see a fault in it"
+        assert scale > 0, f"{name} has no gradient, so that the test could not detect an error in it"
         torch.testing.assert_close(
             grads[name], expected_grad, atol=tolerance * scale, rtol=0, msg=lambda m, n=name: f"{n}: {m}"
         )

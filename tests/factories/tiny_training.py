@@ -1,4 +1,4 @@
-"""A two-layer run with everything that makes exact resume hard: dropout, batch norm, an EMA teacher, random losses."""
+"""Two-layer training with dropout, batch norm, an EMA teacher and random losses."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class TinyConfig:
 
 
 class Killed(BaseException):
-    """Stands for SIGKILL in tests that stay in one process: nothing of ours catches it."""
+    """Replacement of SIGKILL within one process, which no code catches."""
 
 
 class TinyModule(pl.LightningModule):
@@ -50,7 +50,7 @@ class TinyModule(pl.LightningModule):
     def training_step(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         image = batch["image"]
         teach = (self.student[0](image) - self.teacher(image)).square().mean()
-        # All three global generators take part, as careless code does.
+        # All three global generators are used, as careless code would.
         shift = 0.01 * (torch.rand(()) + np.random.rand())
         loss = (self.student(image) + shift - image).square().mean() + 0.1 * teach
         if self.nan_at is not None and self.trainer.global_step + 1 == self.nan_at:
@@ -75,7 +75,7 @@ class TinyModule(pl.LightningModule):
 
 
 class At(pl.Callback):
-    """Does something right after the optimizer step of one step, before the engine's own boundary work."""
+    """Callback that acts after the optimizer step and before the step boundary."""
 
     def __init__(self, step: int, act: Callable[[], None]) -> None:
         self.step = step
@@ -90,12 +90,12 @@ def die() -> None:
     raise Killed
 
 
-def noisy_validation(boundary: TaskContext) -> dict[str, float]:
-    """Draws random numbers and ends in training mode: must not matter."""
-    boundary.check_stop()
+def noisy_validation(context: TaskContext) -> dict[str, float]:
+    """Draw random numbers and leave training mode on, which must not change the training."""
+    context.check_stop()
     torch.rand(3)
-    boundary.module.train()
-    return {"val/score": float(np.sin(boundary.step))}
+    context.module.train()
+    return {"val/score": float(np.sin(context.step))}
 
 
 def tiny_config(**settings: Any) -> TinyConfig:
@@ -140,13 +140,13 @@ def tiny_fit(
 
 
 def final_bytes(root: Path, name: str, step: int) -> dict[str, bytes]:
-    """Every byte of the last training state."""
+    """Return every byte of the last training state."""
     folder = root / name / "checkpoints" / f"step-{step:06d}"
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
 def curve(root: Path, name: str) -> list[tuple[int, dict[str, str]]]:
-    """Steps and values of metrics.jsonl, bit by bit, without timings."""
+    """Return steps and values of metrics.jsonl bit by bit, without timings."""
     lines = [json.loads(text) for text in (root / name / "metrics.jsonl").read_text().splitlines()]
     return [
         (line["step"], {k: float(v).hex() for k, v in line.items() if k != "step" and not k.startswith("perf/")})

@@ -1,4 +1,4 @@
-"""Run by tests/faults/test_two_processes.py as each of two processes."""
+"""Script that tests/faults/test_two_processes.py runs in each of two processes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tiny_training import At, Killed, TinyModule, curve, die, final_bytes, tiny_
 
 
 def resume(root: Path) -> None:
-    """Train whole, then killed and resumed; both ranks see the same files."""
+    """Train without interruption, then killed and resumed, and compare the files."""
     config = tiny_config(accumulate=2, num_workers=0)
     tiny_fit(root, "whole", config)
     for step in (6, 11):
@@ -35,16 +35,16 @@ def resume(root: Path) -> None:
 
 
 def stop(root: Path) -> None:
-    """Trouble in one process alone stops both, at the same step."""
+    """Cause a signal, a NaN and a full disk in one process and print the errors."""
     second = os.environ["RANK"] == "1"
     try:
         tiny_fit(root, "a", tiny_config(), callbacks=[At(6, lambda: second and os.kill(os.getpid(), signal.SIGTERM))])
-    except StoppedAndSaved as stopped:
-        sys.stdout.write(f"StoppedAndSaved at {re.search('step [0-9]+', str(stopped))[0]}\n")
+    except StoppedAndSaved as error:
+        sys.stdout.write(f"StoppedAndSaved at {re.search('step [0-9]+', str(error))[0]}\n")
     try:
         tiny_fit(root, "b", tiny_config(), nan_at=4 if second else None, module=TinyModule)
-    except NumericalError as stopped:
-        sys.stdout.write(f"NumericalError at {re.search('step [0-9]+', str(stopped))[0]}\n")
+    except NumericalError as error:
+        sys.stdout.write(f"NumericalError at {re.search('step [0-9]+', str(error))[0]}\n")
     if not second:
         write = os.write
 
@@ -56,8 +56,8 @@ def stop(root: Path) -> None:
         tensor_file.os.write = full
     try:
         tiny_fit(root, "a", tiny_config())
-    except StorageError as stopped:
-        sys.stdout.write(f"StorageError: {stopped}\n")
+    except StorageError as error:
+        sys.stdout.write(f"StorageError: {error}\n")
 
 
 if __name__ == "__main__":

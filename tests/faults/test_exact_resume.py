@@ -1,4 +1,4 @@
-"""A run that was killed and started again ends with the same bytes as one that was not."""
+"""Tests that a killed and resumed run ends with the same bytes as an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tiny_training import At, Killed, TinyModule, curve, die, final_bytes, tiny_
 TESTS = Path(__file__).parents[1] / "factories"
 
 
-def same(root: Path, step: int) -> bool:
+def has_same_results(root: Path, step: int) -> bool:
     return final_bytes(root, "whole", step) == final_bytes(root, "killed", step) and curve(root, "whole") == curve(
         root, "killed"
     )
@@ -44,7 +44,9 @@ def same(root: Path, step: int) -> bool:
         pytest.param({}, [2], id="before-first-save"),
     ],
 )
-def test_killed_and_resumed__same_bytes(tmp_path: Path, settings: dict[str, object], kills: list[int]) -> None:
+def test_fit__killed_and_resumed_gives_the_same_bytes(
+    tmp_path: Path, settings: dict[str, object], kills: list[int]
+) -> None:
     config = tiny_config(**settings)
     tiny_fit(tmp_path, "whole", config)
     for step in kills:
@@ -52,18 +54,18 @@ def test_killed_and_resumed__same_bytes(tmp_path: Path, settings: dict[str, obje
             tiny_fit(tmp_path, "killed", config, callbacks=[At(step, die)])
     result = tiny_fit(tmp_path, "killed", config)
     assert result.step == 15
-    assert same(tmp_path, 15)
+    assert has_same_results(tmp_path, 15)
 
 
-def test_workers__change_on_resume_keeps_the_bytes(tmp_path: Path) -> None:
+def test_fit__resumed_with_other_num_workers_gives_the_same_bytes(tmp_path: Path) -> None:
     tiny_fit(tmp_path, "whole", tiny_config())
     with pytest.raises(Killed):
         tiny_fit(tmp_path, "killed", tiny_config(), callbacks=[At(6, die)])
     tiny_fit(tmp_path, "killed", tiny_config(num_workers=1))
-    assert same(tmp_path, 15)
+    assert has_same_results(tmp_path, 15)
 
 
-def test_killed_inside_accumulation__same_bytes(tmp_path: Path) -> None:
+def test_fit__killed_between_micro_steps_gives_the_same_bytes(tmp_path: Path) -> None:
     class DieInSecondHalf(TinyModule):
         halves_of_step_10 = 0
 
@@ -78,27 +80,27 @@ def test_killed_inside_accumulation__same_bytes(tmp_path: Path) -> None:
     with pytest.raises(Killed):
         tiny_fit(tmp_path, "killed", config, module=DieInSecondHalf)
     tiny_fit(tmp_path, "killed", config)
-    assert same(tmp_path, 15)
+    assert has_same_results(tmp_path, 15)
 
 
-def test_other_seed_or_skipped_rng__would_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The comparison above can fail: without the generators' states the bytes differ."""
+def test_fit__resumed_without_the_generators_gives_other_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """This shows that the comparison of the other tests can fail."""
     tiny_fit(tmp_path, "whole", tiny_config())
     with pytest.raises(Killed):
         tiny_fit(tmp_path, "killed", tiny_config(), callbacks=[At(6, die)])
     monkeypatch.setattr("samgraft.shared.training.boundary.restore_rng", lambda _: None)
     tiny_fit(tmp_path, "killed", tiny_config())
-    assert not same(tmp_path, 15)
+    assert not has_same_results(tmp_path, 15)
 
 
-def test_accumulation__same_loss_scale(tmp_path: Path) -> None:
+def test_fit__with_accumulation_logs_the_loss_at_the_same_scale(tmp_path: Path) -> None:
     tiny_fit(tmp_path, "one", tiny_config(max_steps=3))
     tiny_fit(tmp_path, "two", tiny_config(max_steps=3, accumulate=2))
     one, two = (float.fromhex(curve(tmp_path, n)[1][1]["train/loss"]) for n in ("one", "two"))
-    assert two == pytest.approx(one, rel=0.3)  # other batches, same size; a factor of 2 would be a scaling mistake
+    assert two == pytest.approx(one, rel=0.3)  # The batches differ, but a missing division would give a factor of 2.
 
 
-def test_tensorboard__no_step_twice_after_resume(tmp_path: Path) -> None:
+def test_tensorboard__after_a_resume_has_every_step_once(tmp_path: Path) -> None:
     with pytest.raises(Killed):
         tiny_fit(tmp_path, "killed", tiny_config(log_every_steps=1), callbacks=[At(11, die)])
     tiny_fit(tmp_path, "killed", tiny_config(log_every_steps=1))
@@ -107,34 +109,34 @@ def test_tensorboard__no_step_twice_after_resume(tmp_path: Path) -> None:
     assert [e.step for e in events.Scalars("train/loss")] == list(range(1, 16))
     assert [e.step for e in events.Scalars("val/score")] == [0, 3, 6, 9, 12, 15]
     names = [p.name for p in tb.iterdir()]
-    assert names == ["events.out.tfevents.0000000002.samgraft"], "one file, no host name in it"
+    assert names == ["events.out.tfevents.0000000002.samgraft"], "one file without a host name"
 
 
-def test_finished_run__is_only_loaded(tmp_path: Path) -> None:
+def test_fit__of_a_finished_run_only_loads_the_weights(tmp_path: Path) -> None:
     config = tiny_config()
     tiny_fit(tmp_path, "whole", config)
     before = final_bytes(tmp_path, "whole", 15), curve(tmp_path, "whole")
     made = []
 
-    def remember(**settings: int) -> TinyModule:
+    def make_module(**settings: int) -> TinyModule:
         made.append(TinyModule(**settings))
         return made[0]
 
-    result = tiny_fit(tmp_path, "whole", config, module=remember)
+    result = tiny_fit(tmp_path, "whole", config, module=make_module)
     assert result.resumed_from_step == 15
     assert (final_bytes(tmp_path, "whole", 15), curve(tmp_path, "whole")) == before
     stored = load_file(tmp_path / "whole" / "checkpoints" / "step-000015" / "state.safetensors")
     assert torch.equal(made[0].teacher.weight, stored["model.teacher.weight"])
 
 
-def test_other_data__refused(tmp_path: Path) -> None:
+def test_fit__with_other_data_is_refused(tmp_path: Path) -> None:
     with pytest.raises(Killed):
         tiny_fit(tmp_path, "a", tiny_config(), callbacks=[At(6, die)], data_fingerprint="one")
     with pytest.raises(DataError, match="are not those that the run was started with"):
         tiny_fit(tmp_path, "a", tiny_config(), data_fingerprint="two")
 
 
-def test_other_world_size__refused_with_the_command(
+def test_check_resumable__with_another_number_of_processes_is_refused(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["samgraft", "pretrain", "--name", "my run"])
@@ -149,19 +151,19 @@ def test_other_world_size__refused_with_the_command(
     device = DeviceChoice(accelerator="cpu", devices=1, num_nodes=1, precision="32-true", reason="")
     with pytest.raises(UsageError, match=r"another number of processes \(got 1, expected 2\)") as refusal:
         check_resumable(
-            record, config=tiny_config().trainer, device=device, counters=counters, continue_command="go on"
+            record, config=tiny_config().trainer, device=device, counters=counters, continue_command="resume"
         )
     assert refusal.value.next_command == "torchrun --no-python --nproc-per-node 2 samgraft pretrain --name 'my run'"
     resized = tiny_config(allow_resize=True).trainer
     with caplog.at_level("WARNING"):
-        assert not check_resumable(record, config=resized, device=device, counters=counters, continue_command="go on")
+        assert not check_resumable(record, config=resized, device=device, counters=counters, continue_command="resume")
     assert "processes 2 -> 1: not bit-exact" in caplog.text
     assert f"threads {thread_count() + 1} -> {thread_count()}: not bit-exact" in caplog.text
     assert "torch 2.0.0 -> " in caplog.text
 
 
 class Slow(pl.Callback):
-    """Announces and lengthens every step, so that a kill can hit its middle as well as a save."""
+    """Callback that writes the step to a file and lengthens it, so that a kill can hit any moment of it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -174,24 +176,24 @@ class Slow(pl.Callback):
 def wait_for_step(path: Path, step: int) -> None:
     deadline = time.monotonic() + 60
     while not (path.exists() and (path.read_text() or "0").isdigit() and int(path.read_text() or "0") >= step):
-        assert time.monotonic() < deadline, "the training does not get on"
+        assert time.monotonic() < deadline, "the training does not progress"
         time.sleep(0.002)
 
 
-def test_sigkill__same_bytes(tmp_path: Path) -> None:
-    """Killed three times at random moments, saving at every step: between steps or in the middle of a save."""
+def test_fit__after_sigkill_at_random_moments_gives_the_same_bytes(tmp_path: Path) -> None:
+    """The run saves at every step, so that a kill hits it between steps or during a save."""
     config = tiny_config(max_steps=40, save_every_steps=1)
     tiny_fit(tmp_path, "whole", config)
-    chance = random.Random()
+    generator = random.Random()
     for step in (5, 15, 25):
-        child = os.fork()  # not a new interpreter: importing takes longer than all the rest
+        child = os.fork()  # A fork is faster than a new interpreter, which imports everything again.
         if child == 0:
             try:
                 tiny_fit(tmp_path, "killed", config, callbacks=[Slow(tmp_path / "step")])
             finally:
-                os._exit(1)  # never back into pytest
+                os._exit(1)  # The child must not continue in pytest.
         wait_for_step(tmp_path / "step", step)
-        time.sleep(chance.random() * 0.03)
+        time.sleep(generator.random() * 0.03)
         os.kill(child, signal.SIGKILL)
         assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
     result = tiny_fit(tmp_path, "killed", config)
@@ -201,8 +203,8 @@ def test_sigkill__same_bytes(tmp_path: Path) -> None:
     assert curve(tmp_path, "whole") == curve(tmp_path, "killed")
 
 
-def test_sigkill_early_in_a_resumed_session__no_line_lost(tmp_path: Path) -> None:
-    """Resumed at step 3 and killed before anything was logged again: the line of step 3 has a validation in it."""
+def test_metrics__after_sigkill_early_in_a_resumed_session_lose_no_line(tmp_path: Path) -> None:
+    """The run is resumed at step 3, whose line contains a validation, and killed before it logs anything."""
     config = tiny_config(save_every_steps=3)
     tiny_fit(tmp_path, "whole", config)
     with pytest.raises(Killed):
@@ -212,11 +214,11 @@ def test_sigkill_early_in_a_resumed_session__no_line_lost(tmp_path: Path) -> Non
         try:
             tiny_fit(tmp_path, "killed", config, callbacks=[At(4, lambda: os.kill(os.getpid(), signal.SIGKILL))])
         finally:
-            os._exit(1)  # never back into pytest
+            os._exit(1)  # The child must not continue in pytest.
     assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
     assert [step for step, _ in curve(tmp_path, "killed")] == [0, 1, 2, 3]
     tiny_fit(tmp_path, "killed", config)
-    assert same(tmp_path, 15)
+    assert has_same_results(tmp_path, 15)
 
 
 SCRIPT = """
@@ -224,15 +226,15 @@ import sys
 sys.path.insert(0, {tests!r})
 from pathlib import Path
 from tiny_training import *
-class Say(pl.Callback):
+class PrintSteps(pl.Callback):
     def on_train_batch_end(self, trainer, *_):
         print("step", trainer.global_step, flush=True)
-tiny_fit(Path({root!r}), "killed", tiny_config(max_steps=60, save_every_steps=1), callbacks=[Say()])
+tiny_fit(Path({root!r}), "killed", tiny_config(max_steps=60, save_every_steps=1), callbacks=[PrintSteps()])
 """
 
 
 @pytest.mark.slow
-def test_sigkill_of_another_interpreter__same_bytes(tmp_path: Path) -> None:
+def test_fit__after_sigkill_of_another_interpreter_gives_the_same_bytes(tmp_path: Path) -> None:
     config = tiny_config(max_steps=60, save_every_steps=1)
     tiny_fit(tmp_path, "whole", config)
     script = SCRIPT.format(tests=str(TESTS), root=str(tmp_path))

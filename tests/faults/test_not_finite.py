@@ -1,4 +1,4 @@
-"""A loss or gradient that is not finite stops the run before the update and leaves what is needed to look at it."""
+"""Tests of the stop before an update with a non-finite loss or gradient."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from samgraft.shared.training.numerics import find_suspect_batch
 from tiny_training import At, TinyModule, curve, final_bytes, tiny_config, tiny_fit
 
 
-def test_nan__stops_before_the_update_and_can_be_replayed(tmp_path: Path) -> None:
+def test_fit__with_a_nan_loss_stops_before_the_update_and_can_be_replayed(tmp_path: Path) -> None:
     with pytest.raises(NumericalError, match=r"loss is nan and gradient norm nan at step 7 ") as refusal:
         tiny_fit(tmp_path, "a", tiny_config(), nan_at=7)
     assert refusal.value.kept == "last good state: step-000004"
@@ -29,13 +29,13 @@ def test_nan__stops_before_the_update_and_can_be_replayed(tmp_path: Path) -> Non
     assert load_file(kept / "batch.safetensors")["batch.image"].shape == (4, 3, 6, 6)
     with pytest.raises(NumericalError, match="at step 7"):
         tiny_fit(tmp_path, "a", tiny_config(resume_from="nan-step-7"), nan_at=7)
-    # The replayable state is exact: without the NaN it leads to the same end as a run that never had one.
+    # The kept state is exact. Without the NaN it gives the same result as a run that never had one.
     tiny_fit(tmp_path, "a", tiny_config(resume_from="nan-step-7"))
     tiny_fit(tmp_path, "whole", tiny_config())
     assert final_bytes(tmp_path, "whole", 15) == final_bytes(tmp_path, "a", 15)
 
 
-def test_nan_in_one_micro_step__its_batch_is_kept(tmp_path: Path) -> None:
+def test_fit__with_nan_in_one_micro_step_saves_its_batch(tmp_path: Path) -> None:
     seen: list[torch.Tensor] = []
 
     class NanFirst(TinyModule):
@@ -53,11 +53,11 @@ def test_nan_in_one_micro_step__its_batch_is_kept(tmp_path: Path) -> None:
     assert torch.equal(load_file(tmp_path / "a/nan-step-2/batch.safetensors")["batch.image"], seen[0])
 
 
-def test_only_the_gradient_is_nan__all_micro_batches_are_kept(tmp_path: Path) -> None:
+def test_fit__with_a_nan_gradient_only_saves_all_micro_batches(tmp_path: Path) -> None:
     class Steep(TinyModule):
         def training_step(self, batch):
             result = super().training_step(batch)
-            result["loss"] = result["loss"] + (result["loss"] * 0).sqrt()  # 0, but of infinite slope
+            result["loss"] = result["loss"] + (result["loss"] * 0).sqrt()  # The value is 0, its derivative is infinite.
             return result
 
     with pytest.raises(NumericalError, match=r"loss is [0-9.]+ and gradient norm nan at step 1 ") as refusal:
@@ -67,31 +67,31 @@ def test_only_the_gradient_is_nan__all_micro_batches_are_kept(tmp_path: Path) ->
     assert {"batch.0.image", "batch.1.image"} <= set(kept)
 
 
-def test_nan_on_another_process__its_batch_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_find_suspect_batch__with_nan_in_another_process_returns_its_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     others = iter([1, {"batch": torch.ones(1)}])
     monkeypatch.setattr(numerics, "gather_from_processes", lambda own: [own, next(others)])
-    tensors, which = find_suspect_batch([torch.zeros(1)] * 2, torch.tensor([0.1, 0.2]), rank=0)
+    tensors, description = find_suspect_batch([torch.zeros(1)] * 2, torch.tensor([0.1, 0.2]), rank=0)
     assert tensors == {"batch": torch.ones(1)}
-    assert which == "the batch whose loss is not finite (micro-step 2 of 2, process 2 of 2)"
+    assert description == "the batch whose loss is not finite (micro-step 2 of 2, process 2 of 2)"
     monkeypatch.setattr(numerics, "gather_from_processes", lambda own: [own, None])
     assert find_suspect_batch([torch.zeros(1)], torch.tensor([0.1]), rank=0)[1] == "the batch of the first process"
 
 
-def test_gradient_clipping__limits_the_norm(tmp_path: Path) -> None:
+def test_fit__with_clip_grad_norm_limits_the_norm(tmp_path: Path) -> None:
     norms = []
 
-    class Watch(TinyModule):
+    class RecordNorms(TinyModule):
         def optimizer_step(self, *args, **kwargs):
             super().optimizer_step(*args, **kwargs)
             norms.append(
                 float(torch.nn.utils.get_total_norm([p.grad for p in self.parameters() if p.grad is not None]))
             )
 
-    tiny_fit(tmp_path, "a", tiny_config(max_steps=3, clip_grad_norm=0.25), module=Watch)
+    tiny_fit(tmp_path, "a", tiny_config(max_steps=3, clip_grad_norm=0.25), module=RecordNorms)
     assert norms == pytest.approx([0.25] * 3, rel=1e-4)
 
 
-def test_resume_from__the_same_command_again_keeps_what_the_replay_reached(tmp_path: Path, caplog) -> None:
+def test_resume_from__given_again_keeps_the_steps_after_the_replay(tmp_path: Path, caplog) -> None:
     with pytest.raises(NumericalError):
         tiny_fit(tmp_path, "a", tiny_config(), nan_at=7)
     replay = tiny_config(resume_from="nan-step-7", save_every_steps=1)
@@ -104,7 +104,7 @@ def test_resume_from__the_same_command_again_keeps_what_the_replay_reached(tmp_p
 
 
 @pytest.mark.parametrize("name", ["step-000004", "nan-step-9"])
-def test_resume_from__what_is_not_kept_is_answered_with_what_is(tmp_path: Path, name: str) -> None:
+def test_resume_from__unknown_state_is_refused_with_the_known_ones(tmp_path: Path, name: str) -> None:
     with pytest.raises(NumericalError):
         tiny_fit(tmp_path, "a", tiny_config(), nan_at=7)
     with pytest.raises(UsageError, match=r"kept state of the run \(nan-step-7\)") as refusal:

@@ -1,4 +1,4 @@
-"""A run folder belongs to one configuration and one process, and says so before anything is written."""
+"""Tests that a run folder accepts one configuration and one process only."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ def snapshot(root: Path) -> dict[str, bytes]:
     return {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file() and ".lock" not in p.name}
 
 
-def test_same_configuration__taken_up(tmp_path: Path) -> None:
+def test_open__with_the_same_configuration_changes_nothing(tmp_path: Path) -> None:
     open_run(tmp_path).close()
     before = snapshot(tmp_path)
     open_run(tmp_path, num_workers=3, save_every_steps=99).close()
     assert snapshot(tmp_path) == before
 
 
-def test_hash_of_the_configuration__is_that_of_config_yaml_also_after_a_resume(tmp_path: Path) -> None:
+def test_config_sha256__after_a_resume_is_that_of_config_yaml(tmp_path: Path) -> None:
     with open_run(tmp_path) as run:
         run.write_run_json()
     with open_run(tmp_path, num_workers=3, save_every_steps=99) as run:
@@ -43,7 +43,7 @@ def test_hash_of_the_configuration__is_that_of_config_yaml_also_after_a_resume(t
     assert recorded != config_sha256(tiny_config(max_steps=20))
 
 
-def test_other_configuration__refused_naming_the_keys(tmp_path: Path) -> None:
+def test_open__with_another_configuration_is_refused_with_the_keys(tmp_path: Path) -> None:
     open_run(tmp_path).close()
     before = snapshot(tmp_path)
     message = (
@@ -52,10 +52,10 @@ def test_other_configuration__refused_naming_the_keys(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=message):
         open_run(tmp_path, max_steps=20, clip_grad_norm=None)
     assert snapshot(tmp_path) == before
-    open_run(tmp_path).close()  # the refusal has let go of the lock
+    open_run(tmp_path).close()  # The refusal has released the lock.
 
 
-def test_setting_that_the_older_program_did_not_have__counts_as_its_default(tmp_path: Path) -> None:
+def test_open__of_an_older_run_takes_the_default_for_a_newer_setting(tmp_path: Path) -> None:
     open_run(tmp_path).close()
     record = tmp_path / "a" / "config.yaml"
     lines = record.read_text().splitlines()
@@ -63,19 +63,19 @@ def test_setting_that_the_older_program_did_not_have__counts_as_its_default(tmp_
     open_run(tmp_path).close()
     with pytest.raises(UsageError, match=r"1 difference: trainer\.accumulate: 1 -> 2"):
         open_run(tmp_path, accumulate=2)
-    # A required setting has no default to fall back on.
+    # A required setting has no default.
     record.write_text("\n".join(line for line in lines if "max_steps:" not in line) + "\n")
     with pytest.raises(UsageError, match=r"trainer\.max_steps: not set -> 15"):
         open_run(tmp_path)
 
 
-def test_other_stage__refused(tmp_path: Path) -> None:
+def test_open__with_another_stage_is_refused(tmp_path: Path) -> None:
     open_run(tmp_path).close()
     with pytest.raises(UsageError, match="another stage than finetune"):
         open_run(tmp_path, stage="finetune")
 
 
-def test_what_may_change__is_a_known_list() -> None:
+def test_keys_that_may_change__are_exactly_these() -> None:
     names = (
         "devices num_workers log_every_steps save_every_steps save_every_min keep_last keep_every_steps allow_resize "
         "resume_from"
@@ -84,38 +84,38 @@ def test_what_may_change__is_a_known_list() -> None:
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "a/b", "a\nb", "x" * 201])
-def test_bad_names__refused(tmp_path: Path, name: str) -> None:
+def test_open__with_an_invalid_name_is_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(UsageError, match="must be a plain folder name"):
         open_run(tmp_path, name)
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("name", ["dä ta", "患者 1", "-x", "it's"])
-def test_odd_names__work(tmp_path: Path, name: str) -> None:
+def test_open__with_an_unusual_name_works(tmp_path: Path, name: str) -> None:
     with open_run(tmp_path, name) as run:
         assert run.path == tmp_path / name
 
 
-def test_file_in_the_way__refused(tmp_path: Path) -> None:
+def test_open__where_a_file_exists_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a").write_text("x")
     with pytest.raises(UsageError, match="a is a file"):
         open_run(tmp_path)
 
 
-def test_foreign_folder__refused(tmp_path: Path) -> None:
+def test_open__of_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "scan.txt").write_text("x")
     with pytest.raises(UsageError, match=r"contains no run .*scan\.txt"):
         open_run(tmp_path)
 
 
-def test_file_above_the_folder_of_runs__refused(tmp_path: Path) -> None:
+def test_open__below_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a").write_text("x")
     with pytest.raises(UsageError, match="a is a file"):
         open_run(tmp_path / "a" / "runs")
 
 
-def test_check__refuses_as_opening_does_and_touches_nothing(tmp_path: Path) -> None:
+def test_check_run_folder__refuses_as_open_does_and_writes_nothing(tmp_path: Path) -> None:
     open_run(tmp_path).close()
     (tmp_path / "file").write_text("x")
     (tmp_path / "foreign").mkdir()
@@ -137,7 +137,7 @@ def test_check__refuses_as_opening_does_and_touches_nothing(tmp_path: Path) -> N
     assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")} == everything
 
 
-def test_unwritable_place__exit_5(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_open__in_an_unwritable_folder_is_a_storage_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise PermissionError(13, "Permission denied")
 
@@ -146,7 +146,7 @@ def test_unwritable_place__exit_5(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         open_run(tmp_path)
 
 
-def test_second_process__refused_with_the_holder(tmp_path: Path) -> None:
+def test_open__in_a_second_process_is_refused_with_the_first_one(tmp_path: Path) -> None:
     with open_run(tmp_path):
         script = (
             f"import sys; sys.path.insert(0, {str(Path(__file__).parents[1])!r})\n"
@@ -161,7 +161,7 @@ def test_second_process__refused_with_the_holder(tmp_path: Path) -> None:
     open_run(tmp_path).close()
 
 
-def test_run_json__has_versions_but_no_names_of_people_or_places(tmp_path: Path) -> None:
+def test_run_json__has_versions_but_no_user_host_or_path_names(tmp_path: Path) -> None:
     with open_run(tmp_path) as run:
         run.write_run_json(data_fingerprint="abc")
         run.mark_complete(encoder_sha256="def")
@@ -176,7 +176,7 @@ def test_run_json__has_versions_but_no_names_of_people_or_places(tmp_path: Path)
     assert [p.name for p in (tmp_path / "a").iterdir() if "holder" in p.name] == []
 
 
-def test_metrics__torn_last_line_and_later_steps_dropped(tmp_path: Path) -> None:
+def test_metrics_log__drops_an_incomplete_last_line_and_later_steps(tmp_path: Path) -> None:
     metrics = MetricsLog(tmp_path / "metrics.jsonl")
     for step in range(1, 6):
         metrics.append(step, {"train/loss": 1 / step})
@@ -193,7 +193,7 @@ def test_metrics__torn_last_line_and_later_steps_dropped(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(("whole", "torn_bytes"), [("", 4), ('{"step": 2}\n', 200_000)])
-def test_metrics__line_torn_by_a_full_disk_costs_no_other(tmp_path: Path, whole: str, torn_bytes: int) -> None:
+def test_metrics_log__with_an_incomplete_line_keeps_all_others(tmp_path: Path, whole: str, torn_bytes: int) -> None:
     metrics = MetricsLog(tmp_path / "metrics.jsonl")
     metrics.append(1, {})
     with metrics.path.open("a") as file:

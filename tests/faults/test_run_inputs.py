@@ -1,4 +1,4 @@
-"""A run goes on with the patients and files that it began with, whatever lies at their paths today."""
+"""Tests that a resumed run uses the patients and files of its first session."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from tiny_pretrain import act_after, config_of, make_lab
 
 @pytest.fixture
 def lab(tmp_path: Path) -> Path:
-    """Data and weights, and a labelled store of other patients for the probe."""
+    """Make data, weights and a labelled store of other patients for the linear probe."""
     make_lab(tmp_path)
     save_sam(make_sam(dataclasses.replace(TINY_VIT, neck_dim=32), image_size=32), tmp_path / "sam.safetensors")
-    labelled(tmp_path, seed=50)
+    make_labelled_store(tmp_path, seed=50)
     return tmp_path
 
 
-def labelled(lab: Path, *, seed: int) -> None:
+def make_labelled_store(lab: Path, *, seed: int) -> None:
     path = lab / "labelled.zarr"
     shutil.rmtree(path, ignore_errors=True)
     store = SliceStore.open(make_store(lab, num_patients=7, shape_zyx=(4, 24, 20), seed=seed, name="labelled.zarr"))
@@ -42,7 +42,7 @@ def labelled(lab: Path, *, seed: int) -> None:
     Split(**parts, seed=0, store_fingerprint=store.fingerprint).save(lab / "labelled.split.json")
 
 
-def go(lab: Path, *, dry_run: bool = False) -> Path:
+def run_pretrain(lab: Path, *, dry_run: bool = False) -> Path:
     overrides = (f"model.base={lab / 'sam.safetensors'}", f"probe.store={lab / 'labelled.zarr'}")
     config = config_of(lab, "masked_image", *overrides, "probe.every_n_steps=2", "probe.num_train_slices=2")
     weights = pretrain(config, name="run", runs=lab / "runs", device=choose_device("cpu"), dry_run=dry_run)
@@ -54,11 +54,11 @@ def stop_half_way(lab: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         act_after(3, lambda: os.kill(os.getpid(), signal.SIGTERM), patch)
         with pytest.raises(StoppedAndSaved):
-            go(lab)
+            run_pretrain(lab)
 
 
-def other_split(store: SliceStore, kept: Split) -> Split:
-    """A split beside the store that trains on other patients."""
+def make_other_split(store: SliceStore, kept: Split) -> Split:
+    """Return a split that trains on other patients."""
     for seed in range(50):
         split = make_split(store, fractions=(0.5, 0.25, 0.25), seed=seed)
         if set(split.train) - set(kept.train):
@@ -67,53 +67,53 @@ def other_split(store: SliceStore, kept: Split) -> Split:
 
 
 @pytest.mark.parametrize("finished", [False, True])
-def test_split__made_beside_the_store_later_changes_neither_patients_nor_card(lab: Path, finished: bool) -> None:
+def test_split__made_next_to_the_store_later_changes_neither_patients_nor_card(lab: Path, finished: bool) -> None:
     store = SliceStore.open(lab / "store.zarr")
-    _ = go(lab) if finished else stop_half_way(lab)
+    _ = run_pretrain(lab) if finished else stop_half_way(lab)
     kept = json.loads((lab / "runs" / "run" / "split.json").read_text())["train"]
     drawn = pretraining_split(config_of(lab, "masked_image").data, store, seed=0)
     assert kept == list(drawn.train)
-    other_split(store, drawn).save(default_split_path(store.path))
-    card = Card.read(go(lab).with_name("card.json"))
+    make_other_split(store, drawn).save(default_split_path(store.path))
+    card = Card.read(run_pretrain(lab).with_name("card.json"))
     assert card.data_manifest["patient_ids"] == sorted(kept)
     assert json.loads((lab / "runs" / "run" / "split.json").read_text())["train"] == kept
 
 
-def test_store__another_one_at_the_path_is_refused_and_the_run_kept(lab: Path) -> None:
+def test_store__replaced_by_another_is_refused(lab: Path) -> None:
     stop_half_way(lab)
     shutil.rmtree(lab / "store.zarr")
     make_store(lab, num_patients=4, shape_zyx=(4, 24, 20), labelled=False, seed=9)
     with pytest.raises(DataError, match="are not those that the run was started with") as refusal:
-        go(lab)
+        run_pretrain(lab)
     assert refusal.value.kept == "the run, unchanged"
 
 
-def test_base__another_file_at_the_path_is_refused(lab: Path) -> None:
+def test_base__replaced_by_another_file_is_refused(lab: Path) -> None:
     stop_half_way(lab)
     spec = dataclasses.replace(TINY_VIT, neck_dim=32)
     save_sam(make_sam(spec, image_size=32, seed=7), lab / "sam.safetensors")
     for dry_run in (True, False):
         with pytest.raises(UsageError, match=r"the base is not the one that the run was started with \("):
-            go(lab, dry_run=dry_run)
+            run_pretrain(lab, dry_run=dry_run)
 
 
-def test_probe__another_store_or_split_is_refused_not_compared(lab: Path) -> None:
+def test_probe__with_another_store_or_split_is_refused(lab: Path) -> None:
     stop_half_way(lab)
-    labelled(lab, seed=80)
+    make_labelled_store(lab, seed=80)
     with pytest.raises(UsageError, match=r"the probe store is not the one that the run was started with \("):
-        go(lab)
-    labelled(lab, seed=50)
+        run_pretrain(lab)
+    make_labelled_store(lab, seed=50)
     values = json.loads((lab / "labelled.split.json").read_text())
     parts = {"train": tuple(values["val"][:1]), "val": tuple(values["val"][1:]), "test": ()}
     Split(**parts, seed=0, store_fingerprint=values["store_fingerprint"]).save(lab / "labelled.split.json")
     with pytest.raises(UsageError, match=r"the probe split is not the one that the run was started with \("):
-        go(lab)
+        run_pretrain(lab)
     assert json.loads((lab / "runs" / "run" / "run.json").read_text())["probe_split_sha256"] == values["sha256"]
 
 
-def test_split__a_damaged_copy_is_named(lab: Path) -> None:
+def test_split__with_a_damaged_copy_is_refused(lab: Path) -> None:
     stop_half_way(lab)
     (lab / "runs" / "run" / "split.json").write_text("{")
     with pytest.raises(DataError, match="split file is damaged") as refusal:
-        go(lab)
+        run_pretrain(lab)
     assert refusal.value.where == "run/split.json"

@@ -1,4 +1,4 @@
-"""Signals: finish the step, save, exit 75; a second Ctrl-C ends at once; nobody else is disturbed."""
+"""Tests of stop signals and of failures of the loader workers."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ def send(number: int) -> None:
     os.kill(os.getpid(), number)
 
 
-def same(root: Path) -> bool:
+def has_same_results(root: Path) -> bool:
     return final_bytes(root, "whole", 15) == final_bytes(root, "killed", 15) and curve(root, "whole") == curve(
         root, "killed"
     )
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT])
-def test_signal__saves_this_step_and_exits_75(tmp_path: Path, number: signal.Signals) -> None:
+def test_fit__on_a_stop_signal_saves_the_step_and_exits_with_75(tmp_path: Path, number: signal.Signals) -> None:
     handlers = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
     with pytest.raises(
         StoppedAndSaved, match=rf"{number.name} requested a stop; everything is saved at step 6\."
@@ -55,14 +55,14 @@ def test_signal__saves_this_step_and_exits_75(tmp_path: Path, number: signal.Sig
     assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == handlers
     tiny_fit(tmp_path, "killed", tiny_config())
     tiny_fit(tmp_path, "whole", tiny_config())
-    assert same(tmp_path)
+    assert has_same_results(tmp_path)
 
 
-def test_signal_in_validation__dropped_and_made_up_for(tmp_path: Path) -> None:
-    def interrupted(boundary: TaskContext) -> dict[str, float]:
-        if boundary.step == 9:
+def test_fit__stopped_in_a_validation_repeats_it_after_the_resume(tmp_path: Path) -> None:
+    def interrupted(context: TaskContext) -> dict[str, float]:
+        if context.step == 9:
             send(signal.SIGTERM)
-        return noisy_validation(boundary) if boundary.step != 9 else (boundary.check_stop() or {})
+        return noisy_validation(context) if context.step != 9 else (context.check_stop() or {})
 
     tasks = [PeriodicTask(name="validation", every_steps=3, run=interrupted, at_start=True)]
     with pytest.raises(StoppedAndSaved, match="at step 9"):
@@ -70,24 +70,24 @@ def test_signal_in_validation__dropped_and_made_up_for(tmp_path: Path) -> None:
     assert "val/score" not in dict(curve(tmp_path, "killed"))[9]
     tiny_fit(tmp_path, "killed", tiny_config())
     tiny_fit(tmp_path, "whole", tiny_config())
-    assert same(tmp_path)
+    assert has_same_results(tmp_path)
 
 
-def test_stop_of_another_process_in_validation__dropped_here_too(
+def test_check_stop__on_a_stop_in_another_process_ends_the_task_in_this_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Only the other process hears the signal; a validation in which all take part must not go on in this one."""
-    heard_elsewhere, went_on = False, []
+    """Only the other process receives the signal, but all processes take part in the validation."""
+    is_stopped_elsewhere, finished = False, []
 
     def any_across_processes(*flags: bool) -> tuple[bool, ...]:
-        return tuple(flag or heard_elsewhere for flag in flags)
+        return tuple(flag or is_stopped_elsewhere for flag in flags)
 
-    def validation(boundary: TaskContext) -> dict[str, float]:
-        nonlocal heard_elsewhere
-        heard_elsewhere = boundary.step == 9
-        boundary.check_stop()
-        went_on.append(boundary.step)
-        return noisy_validation(boundary)
+    def validation(context: TaskContext) -> dict[str, float]:
+        nonlocal is_stopped_elsewhere
+        is_stopped_elsewhere = context.step == 9
+        context.check_stop()
+        finished.append(context.step)
+        return noisy_validation(context)
 
     tasks = [PeriodicTask(name="validation", every_steps=3, run=validation, at_start=True)]
     with monkeypatch.context() as patch:
@@ -95,41 +95,43 @@ def test_stop_of_another_process_in_validation__dropped_here_too(
             patch.setattr(module, "any_across_processes", any_across_processes)
         with pytest.raises(StoppedAndSaved, match="another process requested a stop; everything is saved at step 9"):
             tiny_fit(tmp_path, "killed", tiny_config(), periodic=tasks)
-    assert went_on == [0, 3, 6]
+    assert finished == [0, 3, 6]
     assert "val/score" not in dict(curve(tmp_path, "killed"))[9]
     tiny_fit(tmp_path, "killed", tiny_config())
     tiny_fit(tmp_path, "whole", tiny_config())
-    assert same(tmp_path)
+    assert has_same_results(tmp_path)
 
 
-def test_signal_in_the_last_validation__made_up_for_without_training(tmp_path: Path) -> None:
-    def interrupted(boundary: TaskContext) -> dict[str, float]:
-        if boundary.step == 15:
+def test_fit__stopped_in_the_last_validation_repeats_it_without_training(tmp_path: Path) -> None:
+    def interrupted(context: TaskContext) -> dict[str, float]:
+        if context.step == 15:
             send(signal.SIGTERM)
-            boundary.check_stop()
-        return noisy_validation(boundary)
+            context.check_stop()
+        return noisy_validation(context)
 
     tasks = [PeriodicTask(name="validation", every_steps=3, run=interrupted, at_start=True)]
     with pytest.raises(StoppedAndSaved, match="at step 15"):
         tiny_fit(tmp_path, "killed", tiny_config(), periodic=tasks)
     tiny_fit(tmp_path, "killed", tiny_config())
     tiny_fit(tmp_path, "whole", tiny_config())
-    assert same(tmp_path)
+    assert has_same_results(tmp_path)
 
 
-def test_made_up_for_by_every_process__under_its_own_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without training there is no group of processes; still only the first one may write what a look leaves."""
+def test_fit__repeats_a_task_without_training_under_the_rank_of_the_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without training there is no process group, but only the first process may write the results of a task."""
     ranks = []
 
-    def look(boundary: TaskContext) -> dict[str, float]:
-        if boundary.step == 15 and not ranks:
-            ranks.append(boundary.rank)
+    def run_task(context: TaskContext) -> dict[str, float]:
+        if context.step == 15 and not ranks:
+            ranks.append(context.rank)
             send(signal.SIGTERM)
-            boundary.check_stop()
-        ranks.append(boundary.rank)
+            context.check_stop()
+        ranks.append(context.rank)
         return {}
 
-    tasks = [PeriodicTask(name="look", every_steps=15, run=look)]
+    tasks = [PeriodicTask(name="task", every_steps=15, run=run_task)]
     with pytest.raises(StoppedAndSaved, match="at step 15"):
         tiny_fit(tmp_path, "killed", tiny_config(), periodic=tasks)
     monkeypatch.setattr("samgraft.shared.training.trainer.process_rank", lambda: 1)
@@ -137,22 +139,22 @@ def test_made_up_for_by_every_process__under_its_own_rank(tmp_path: Path, monkey
     assert ranks == [0, 1]
 
 
-def test_fifty_signals_at_random_times__state_is_whole(tmp_path: Path) -> None:
+def test_fit__with_fifty_signals_at_random_times_saves_a_valid_state(tmp_path: Path) -> None:
     finished = threading.Event()
 
-    def pester() -> None:
-        chance = random.Random(1)
+    def send_signals() -> None:
+        generator = random.Random(1)
         for _ in range(50):
-            time.sleep(chance.random() * 0.004)
+            time.sleep(generator.random() * 0.004)
             if finished.is_set():
                 return
             send(signal.SIGUSR1)
 
     def start() -> None:
-        threading.Thread(target=pester, daemon=True).start()
+        threading.Thread(target=send_signals, daemon=True).start()
 
     def train() -> None:
-        with handle_stop_signals(StopRequest()):  # the last ones may come after the training has ended
+        with handle_stop_signals(StopRequest()):  # The last signals may arrive after the training has ended.
             try:
                 tiny_fit(tmp_path, "killed", tiny_config(max_steps=100), callbacks=[At(2, start)])
             finally:
@@ -166,12 +168,12 @@ def test_fifty_signals_at_random_times__state_is_whole(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2])
-def test_signal_outside_of_training__is_exit_75_too(number: signal.Signals) -> None:
+def test_exit_on_stop_signals__outside_of_training_exits_with_75(number: signal.Signals) -> None:
     handlers = [signal.getsignal(n) for n in (number, signal.SIGINT)]
 
     def stopped() -> None:
         with exit_on_stop_signals("samgraft pretrain"), handle_stop_signals(StopRequest()):
-            pass  # training: its handlers go away again
+            pass  # Training installs handlers of its own and removes them.
         with exit_on_stop_signals("samgraft pretrain"):
             send(number)
 
@@ -182,9 +184,7 @@ def test_signal_outside_of_training__is_exit_75_too(number: signal.Signals) -> N
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "finetune"])
-def test_command__stopped_in_its_pre_flight_can_be_requeued(
-    stage: str, monkeypatch: pytest.MonkeyPatch, capsys
-) -> None:
+def test_main__stopped_in_the_pre_flight_exits_with_75(stage: str, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     def stopped(*_: object, **__: object) -> None:
         send(signal.SIGUSR1)
 
@@ -207,7 +207,7 @@ with handle_stop_signals(stop):
 """
 
 
-def test_second_ctrl_c__ends_at_once_with_130() -> None:
+def test_stop_request__second_ctrl_c_exits_at_once_with_130() -> None:
     done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=60, env=os.environ)
     assert done.returncode == 130
     assert "SIGINT: stopping after this step, saving everything (Ctrl-C again ends at once)" in done.stderr
@@ -215,12 +215,12 @@ def test_second_ctrl_c__ends_at_once_with_130() -> None:
     assert "still here" not in done.stdout
 
 
-def test_workers__ignore_signals_of_the_group(tmp_path: Path) -> None:
-    """A scheduler signals every process of the job; the workers must live until the parent has its last batch."""
+def test_workers__ignore_signals_to_the_process_group(tmp_path: Path) -> None:
+    """A scheduler signals every process of the job, but the parent still needs batches from its workers."""
 
     signalled: list[int] = []
 
-    def whole_group() -> None:
+    def signal_workers() -> None:
         forkservers = _children(os.getpid())
         signalled.extend(worker for server in forkservers for worker in _children(server))
         for pid in signalled:
@@ -229,23 +229,23 @@ def test_workers__ignore_signals_of_the_group(tmp_path: Path) -> None:
 
     config = tiny_config(num_workers=2)
     with pytest.raises(StoppedAndSaved, match="at step 12"):
-        tiny_fit(tmp_path, "killed", config, callbacks=[At(6, whole_group), At(12, lambda: send(signal.SIGTERM))])
+        tiny_fit(tmp_path, "killed", config, callbacks=[At(6, signal_workers), At(12, lambda: send(signal.SIGTERM))])
     assert len(signalled) == 2
 
 
-def test_worker_killed__said_in_words(tmp_path: Path) -> None:
+def test_fit__with_a_killed_worker_explains_it_and_keeps_the_last_step(tmp_path: Path) -> None:
     message = r"a data worker died \((signal Killed|unexpectedly), probably because memory ran out\)"
     with pytest.raises(SamgraftError, match=message) as refusal:
         tiny_fit(tmp_path, "killed", tiny_config(num_workers=2), dataset=FatalDataset(at_sample=40))
     assert refusal.value.next_command == "the same with trainer.num_workers=1"
-    # Sample 40 belongs to step 11; the workers are up to four batches ahead. The last whole step was saved.
+    # Sample 40 belongs to step 11, and the workers are up to four batches ahead. The last finished step was saved.
     assert re.fullmatch(r"the verified state step-0000(0[6-9]|10)", str(refusal.value.kept))
     tiny_fit(tmp_path, "killed", tiny_config())
     tiny_fit(tmp_path, "whole", tiny_config())
-    assert same(tmp_path)
+    assert has_same_results(tmp_path)
 
 
-def test_worker_hangs__said_in_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fit__with_a_hung_worker_explains_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("samgraft.shared.training.loader.WORKER_TIMEOUT_S", 1)
     with pytest.raises(SamgraftError, match="no data worker delivered a batch in time"):
         tiny_fit(tmp_path, "a", tiny_config(num_workers=1), dataset=PatientDataset(at_sample=8))
@@ -258,8 +258,8 @@ def worker_batches(dataset: TinyDataset) -> list[Any]:
     return list(loader)
 
 
-def test_worker_starts_slowly__does_not_count_as_hanging(monkeypatch: pytest.MonkeyPatch) -> None:
-    worker_batches(TinyDataset())  # the fork server is up
+def test_step_loader__with_slow_start_does_not_time_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    worker_batches(TinyDataset())  # This starts the fork server.
     monkeypatch.setattr("samgraft.shared.training.loader.WORKER_TIMEOUT_S", 1)
     monkeypatch.setattr("samgraft.shared.training.loader.POLL_S", 0.05)
     assert len(worker_batches(SlowStart(seconds=1.5))) == 3
@@ -268,15 +268,15 @@ def test_worker_starts_slowly__does_not_count_as_hanging(monkeypatch: pytest.Mon
         worker_batches(SlowStart(seconds=0.5))
 
 
-def load_and_report(tell: int) -> None:
-    """In a child: load with two workers, say which processes that took, wait to be killed."""
+def load_and_report(pipe: int) -> None:
+    """Load with two workers in a child process, report their process ids and wait to be killed."""
     loader = build_step_loader(
         TinyDataset(), batch_sampler=[[(0, 0)], [(1, 1)]], collate_fn=default_collate, num_workers=2
     )
     batches = iter(loader)
     next(batches)
     pids = [worker.pid for worker in multiprocessing.active_children()]
-    os.write(tell, repr([*pids, forkserver._forkserver._forkserver_pid]).encode())
+    os.write(pipe, repr([*pids, forkserver._forkserver._forkserver_pid]).encode())
     signal.pause()
 
 
@@ -288,10 +288,10 @@ def is_running(pid: int) -> bool:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_sigkill__workers_and_their_fork_server_end_too() -> None:
-    """They wait for each other: killed trainers left them all, and their memory, for ever."""
-    child, said = start_child(load_and_report)
-    pids = ast.literal_eval(said.decode())
+def test_exit_with_parent__after_sigkill_ends_workers_and_fork_server() -> None:
+    """They wait for each other and would otherwise keep running after the trainer was killed."""
+    child, reported = start_child(load_and_report)
+    pids = ast.literal_eval(reported.decode())
     assert len(pids) == 3
     assert all(map(is_running, pids))
     os.kill(child, signal.SIGKILL)
@@ -305,16 +305,14 @@ def test_sigkill__workers_and_their_fork_server_end_too() -> None:
     assert not left
 
 
-def test_worker_dies_at_its_start__said_at_once() -> None:
+def test_step_loader__with_a_worker_that_dies_at_its_start_fails_at_once() -> None:
     started = time.monotonic()
     with pytest.raises(RuntimeError, match=r"DataLoader worker \(pid.*\) exited unexpectedly"):
         worker_batches(NoStart())
-    assert time.monotonic() - started < 60  # the time-out of a batch is 120 s
+    assert time.monotonic() - started < 60  # The time-out of a batch is 120 s.
 
 
-def test_worker_dies_at_its_start__is_not_hidden_by_what_fails_afterwards(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_find_first_failure__is_not_hidden_by_the_teardown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def no_worker(_: StepLoader) -> None:
         raise RuntimeError("DataLoader worker (pid(s) 3) exited unexpectedly")
 
@@ -324,15 +322,15 @@ def test_worker_dies_at_its_start__is_not_hidden_by_what_fails_afterwards(
     assert refusal.value.kept == "nothing was saved yet"
 
 
-def test_out_of_memory__names_the_same_global_batch(tmp_path: Path) -> None:
-    class Greedy(TinyModule):
+def test_fit__out_of_memory_suggests_the_same_global_batch(tmp_path: Path) -> None:
+    class OutOfMemory(TinyModule):
         def training_step(self, batch: dict[str, Any]) -> dict[str, Any]:
             if self.trainer.global_step == 5:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
             return super().training_step(batch)
 
     with pytest.raises(SamgraftError, match=r"out of memory with batch_size 4 and trainer\.accumulate 1") as refusal:
-        tiny_fit(tmp_path, "a", tiny_config(), module=Greedy)
+        tiny_fit(tmp_path, "a", tiny_config(), module=OutOfMemory)
     assert refusal.value.exit_code == 2
     assert refusal.value.kept == "the verified state step-000004"
     assert (
@@ -349,13 +347,13 @@ def test_out_of_memory__names_the_same_global_batch(tmp_path: Path) -> None:
         ("unable to write to file </torch_1>: No space left on device (28), /dev/shm", "shared memory is full"),
     ],
 )
-def test_loader_failures__said_in_words(text: str, message: str) -> None:
+def test_explain_failure__of_a_loader_names_the_cause(text: str, message: str) -> None:
     error = explain_failure(RuntimeError(text), batch_size=4, accumulate=1, num_workers=4, kept="all")
     assert isinstance(error, SamgraftError)
     assert message in str(error)
 
 
-def test_other_failures__stay_themselves() -> None:
+def test_explain_failure__of_another_error_returns_it() -> None:
     error = KeyError("x")
     assert explain_failure(error, batch_size=4, accumulate=1, num_workers=0, kept="all") is error
 
@@ -364,11 +362,11 @@ def _children(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-def test_worker_dies_while_it_hands_a_batch_over__said_in_words(tmp_path: Path) -> None:
-    """The announced batch lies in the memory of a process that is gone: no word of torch's, only a broken socket."""
+def test_explain_failure__of_a_worker_that_died_with_a_batch_names_the_cause(tmp_path: Path) -> None:
+    """The announced batch is in the memory of a dead process, which appears only as a broken socket."""
     with pytest.raises(OSError, match=r"No such file|refused") as lost:
         resource_sharer._resource_sharer.get_connection((str(tmp_path / "socket"), 1))
-    said = explain_failure(lost.value, batch_size=4, accumulate=1, num_workers=2, kept="all")
-    assert re.search(r"a data worker died \(unexpectedly, probably because memory ran out\)", str(said))
+    explained = explain_failure(lost.value, batch_size=4, accumulate=1, num_workers=2, kept="all")
+    assert re.search(r"a data worker died \(unexpectedly, probably because memory ran out\)", str(explained))
     other = ConnectionResetError("of an object store")
     assert explain_failure(other, batch_size=4, accumulate=1, num_workers=2, kept="all") is other

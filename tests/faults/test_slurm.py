@@ -1,4 +1,4 @@
-"""The SLURM template: a signal before the time limit ends in a requeued job, a finished run does not."""
+"""Tests of the SLURM template."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SRUN = """#!/bin/bash
 shift            # --kill-on-bad-exit=1
 exec "$@"
 """
-SCANCEL = "#!/bin/bash\nexit 1\n"  # the template falls back to a plain kill
+SCANCEL = "#!/bin/bash\nexit 1\n"  # The template then uses a plain kill.
 SCONTROL = '#!/bin/bash\necho "$@" >> "$RECORD"\n'
 TRAINING = """#!/bin/bash
 printf '%s\\n' "$@" > "$RECORD.arguments"
@@ -47,7 +47,7 @@ def start(folder: Path, **environment: str) -> subprocess.Popen[bytes]:
     )
 
 
-def test_signal__saved_and_requeued(tmp_path: Path) -> None:
+def test_template__on_a_signal_requeues_the_job(tmp_path: Path) -> None:
     job = start(tmp_path)
     deadline = time.monotonic() + 10
     while not (tmp_path / "record.started").exists():
@@ -60,11 +60,11 @@ def test_signal__saved_and_requeued(tmp_path: Path) -> None:
     assert arguments == ["pretrain", "--modality", "mri", "--data", "my scans.zarr", "optim.lr=1e-4"]
 
 
-def test_finished__not_requeued(tmp_path: Path) -> None:
+def test_template__of_a_finished_run_does_not_requeue(tmp_path: Path) -> None:
     assert start(tmp_path, FINISH="1").wait(timeout=10) == 0
     assert not (tmp_path / "record").exists()
 
 
 @pytest.mark.parametrize("line", ["--signal=B:USR1@120", "--requeue", "--open-mode=append"])
-def test_template__asks_for_notice_and_requeue(line: str) -> None:
+def test_template__requests_an_early_signal_and_requeue(line: str) -> None:
     assert f"#SBATCH {line}" in TEMPLATE.read_text().splitlines()

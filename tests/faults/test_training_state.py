@@ -1,4 +1,4 @@
-"""Training states: a damaged one is never used, a full disk or a kill never costs an older one."""
+"""Tests of training states with damage, kills and full disks."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from samgraft.shared.runs.training_state import (
     unflatten_state,
     write_state,
 )
-from samgraft.shared.training import preflight as disk_need
+from samgraft.shared.training import preflight
 from samgraft.shared.training.periodic import PeriodicTask, TaskContext
 from samgraft.shared.training.preflight import LOGS_BYTES, check_disk
 from tiny_training import At, Killed, TinyModule, die, final_bytes, tiny_config, tiny_fit
 from torch import nn
 
 
-def write(parent: Path, step: int, *, size: int = 100) -> Path:
+def write_tiny_state(parent: Path, step: int, *, size: int = 100) -> Path:
     tensors = {"model.w": torch.arange(size, dtype=torch.float32) + step, "model.empty": torch.zeros(0, 3)}
     rng = [{"torch": torch.get_rng_state()}]
     return write_state(
@@ -43,7 +43,7 @@ def write(parent: Path, step: int, *, size: int = 100) -> Path:
     )
 
 
-def test_written_state__is_plain_safetensors(tmp_path: Path) -> None:
+def test_write_tensors__is_read_by_the_safetensors_library(tmp_path: Path) -> None:
     tensors = {
         "a": torch.tensor([1.5, float("nan"), float("inf")]),
         "b.bf16": torch.tensor([[1.0, 2.0]], dtype=torch.bfloat16),
@@ -61,7 +61,7 @@ def test_written_state__is_plain_safetensors(tmp_path: Path) -> None:
         assert torch.equal(loaded[name].nan_to_num(), tensor.nan_to_num()), name
 
 
-def test_nested_state__round_trip_keeps_types_and_bits() -> None:
+def test_flatten_state__round_trip_keeps_types_and_bits() -> None:
     state = {
         "state": {0: {"step": torch.tensor(3.0)}},
         "groups": [{"betas": (0.1, 1 / 3), "lr": float("inf"), "x": None}],
@@ -87,9 +87,11 @@ def test_nested_state__round_trip_keeps_types_and_bits() -> None:
         (lambda p: os.truncate(p / "state.safetensors", 50), "state.safetensors has 50 of "),
     ],
 )
-def test_damaged_state__set_aside_and_older_one_used(tmp_path, damage, message, caplog) -> None:
-    write(tmp_path, 297)
-    damage(write(tmp_path, 300))
+def test_find_newest_state__with_a_damaged_state_renames_it_and_returns_an_older_one(
+    tmp_path, damage, message, caplog
+) -> None:
+    write_tiny_state(tmp_path, 297)
+    damage(write_tiny_state(tmp_path, 300))
     with caplog.at_level("WARNING"):
         chosen = find_newest_state(tmp_path)
     assert chosen == tmp_path / "step-000297"
@@ -97,23 +99,25 @@ def test_damaged_state__set_aside_and_older_one_used(tmp_path, damage, message, 
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-000297", "step-000300.corrupt"]
 
 
-def test_all_states_damaged__not_started_from_zero(tmp_path: Path) -> None:
+def test_find_newest_state__with_damaged_states_only_is_refused(tmp_path: Path) -> None:
     for step in (1, 2):
-        flip(write(tmp_path, step) / "state.safetensors")
-    for _ in range(2):  # the second time, they are already set aside
+        flip(write_tiny_state(tmp_path, step) / "state.safetensors")
+    for _ in range(2):  # The second time they are already renamed.
         with pytest.raises(WeightsError, match="all 2 training states of the run are damaged"):
             find_newest_state(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-000001.corrupt", "step-000002.corrupt"]
 
 
-def test_unfinished_states__deleted_once_another_verifies(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_find_newest_state__deletes_drafts_once_a_state_verifies(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     for step in (300, 303):
-        write(tmp_path, step).rename(tmp_path / f"step-{step:06d}.tmp")
+        write_tiny_state(tmp_path, step).rename(tmp_path / f"step-{step:06d}.tmp")
     (tmp_path / "card.tmp").mkdir()
     with caplog.at_level("INFO"):
         assert find_newest_state(tmp_path) is None
     assert "step-000300.tmp is incomplete" in caplog.text
-    write(tmp_path, 297)
+    write_tiny_state(tmp_path, 297)
     caplog.clear()
     with caplog.at_level("INFO"):
         assert find_newest_state(tmp_path, set_aside=False) == tmp_path / "step-000297"
@@ -125,7 +129,7 @@ def test_unfinished_states__deleted_once_another_verifies(tmp_path: Path, caplog
     assert sorted(p.name for p in tmp_path.iterdir()) == ["card.tmp", "step-000297"]
 
 
-def test_killed_save_of_a_nan_step__its_draft_goes_too(tmp_path: Path) -> None:
+def test_fit__deletes_the_draft_of_an_interrupted_nan_step(tmp_path: Path) -> None:
     tiny_fit(tmp_path, "a", tiny_config(max_steps=3))
     (tmp_path / "a/nan-step-7.tmp").mkdir()
     tiny_fit(tmp_path, "a", tiny_config(max_steps=3))
@@ -133,11 +137,11 @@ def test_killed_save_of_a_nan_step__its_draft_goes_too(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("die_at", range(3))
-def test_same_step_again__a_state_stands_at_every_moment(
+def test_rewrite_record__killed_at_any_moment_keeps_a_valid_state(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, die_at: int
 ) -> None:
-    """As after a validation that a stop had dropped; it is the only state of the run."""
-    write(tmp_path, 300)
+    """This happens after an interrupted validation, when the state is the only one of the run."""
+    write_tiny_state(tmp_path, 300)
     act, calls = Path.rename, iter(range(100))
 
     def dying_rename(self: Path, target: Path) -> Path:
@@ -159,10 +163,10 @@ def test_same_step_again__a_state_stands_at_every_moment(
     assert [p.name for p in tmp_path.iterdir()] == ["step-000300"]
 
 
-def test_same_step_again__a_failing_disk_gives_the_old_one_back(
+def test_write_state__of_the_same_step_on_a_failing_disk_restores_the_old_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write(tmp_path, 300)
+    write_tiny_state(tmp_path, 300)
     act = Path.rename
 
     def failing_rename(self: Path, target: Path) -> Path:
@@ -172,19 +176,19 @@ def test_same_step_again__a_failing_disk_gives_the_old_one_back(
 
     monkeypatch.setattr(Path, "rename", failing_rename)
     with pytest.raises(StorageError) as refusal:
-        write(tmp_path, 300)
+        write_tiny_state(tmp_path, 300)
     assert refusal.value.kept == "the verified state step-000300"
     assert find_damage(tmp_path / "step-000300") is None
 
 
-def test_newest__by_step_not_by_time(tmp_path: Path) -> None:
+def test_find_newest_state__compares_steps_and_not_times(tmp_path: Path) -> None:
     for step in (9, 1000000, 100):
-        os.utime(write(tmp_path, step), (1, 1) if step == 1000000 else None)
+        os.utime(write_tiny_state(tmp_path, step), (1, 1) if step == 1000000 else None)
     assert [p.name for p in finished_states(tmp_path)] == ["step-000009", "step-000100", "step-1000000"]
     assert find_newest_state(tmp_path) == tmp_path / "step-1000000"
 
 
-def test_files_are_flushed_before_the_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_write_state__flushes_all_files_before_the_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     events: list[str] = []
     fsync, rename = os.fsync, Path.rename
 
@@ -198,17 +202,17 @@ def test_files_are_flushed_before_the_rename(tmp_path: Path, monkeypatch: pytest
 
     monkeypatch.setattr(os, "fsync", note_fsync)
     monkeypatch.setattr(Path, "rename", note_rename)
-    write(tmp_path, 3)
+    write_tiny_state(tmp_path, 3)
     files = ("state.safetensors", "state.json", "rng-0000.safetensors", "manifest.json")
     flushed = [event for name in files for event in (f"sync {name}.tmp", "sync step-000003.tmp")]
     assert events == [*flushed, "rename step-000003.tmp", f"sync {tmp_path.name}"]
 
 
 @pytest.mark.parametrize("die_at", range(9))
-def test_killed_while_writing__older_state_survives(
+def test_write_state__killed_at_any_moment_keeps_the_older_state(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, die_at: int
 ) -> None:
-    older = write(tmp_path, 297)
+    older = write_tiny_state(tmp_path, 297)
     calls = iter(range(100))
 
     def dying_fsync(_: int) -> None:
@@ -217,30 +221,30 @@ def test_killed_while_writing__older_state_survives(
 
     monkeypatch.setattr(os, "fsync", dying_fsync)
     with pytest.raises(Killed):
-        write(tmp_path, 300)
-    expected = "step-000300" if die_at == 8 else older.name  # 8: renamed, only its name not yet flushed
+        write_tiny_state(tmp_path, 300)
+    expected = "step-000300" if die_at == 8 else older.name  # At 8 only the new name is not flushed.
     assert find_newest_state(tmp_path) == tmp_path / expected
     assert find_damage(older) is None
-    assert find_damage(write(tmp_path, 300)) is None, "the leftovers are no hindrance"
+    assert find_damage(write_tiny_state(tmp_path, 300)) is None
 
 
 def test_prune_states__keeps_the_newest_two_and_milestones(tmp_path: Path) -> None:
     for step in range(10, 80, 10):
-        write(tmp_path, step)
+        write_tiny_state(tmp_path, step)
     prune_states(tmp_path, keep_last=2, keep_every=30)
     assert [p.name for p in finished_states(tmp_path)] == [f"step-0000{n}" for n in (30, 60, 70)]
     prune_states(tmp_path, keep_last=0, keep_every=None)
     assert [p.name for p in finished_states(tmp_path)] == ["step-000060", "step-000070"]
 
 
-def test_full_disk__exit_5_and_older_state_kept(tmp_path: Path) -> None:
-    write(tmp_path, 297)
+def test_write_state__on_a_full_disk_keeps_the_older_state(tmp_path: Path) -> None:
+    write_tiny_state(tmp_path, 297)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
     try:
         with pytest.raises(StorageError, match="step-000300 could not be written: File too large") as refusal:
-            write(tmp_path, 300, size=1000)
+            write_tiny_state(tmp_path, 300, size=1000)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, handler)
@@ -251,7 +255,7 @@ def test_full_disk__exit_5_and_older_state_kept(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("code", "tries"), [(errno.ENOSPC, 1), (errno.EDQUOT, 1), (errno.EIO, 4), (errno.ESTALE, 4)])
-def test_failing_disk__network_errors_are_tried_again(tmp_path, monkeypatch, code, tries) -> None:
+def test_write_state__repeats_writes_after_network_errors(tmp_path, monkeypatch, code, tries) -> None:
     calls = []
 
     def failing(_: int, __: memoryview) -> int:
@@ -261,11 +265,11 @@ def test_failing_disk__network_errors_are_tried_again(tmp_path, monkeypatch, cod
     monkeypatch.setattr(tensor_file.os, "write", failing)
     monkeypatch.setattr(tensor_file.time, "sleep", lambda _: None)
     with pytest.raises(StorageError, match=os.strerror(code)):
-        write(tmp_path, 1)
+        write_tiny_state(tmp_path, 1)
     assert len(calls) == tries
 
 
-def test_full_disk_in_training__older_state_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fit__on_a_full_disk_resumes_from_the_older_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = os.write
     armed: list[bool] = []
 
@@ -285,11 +289,11 @@ def test_full_disk_in_training__older_state_goes_on(tmp_path: Path, monkeypatch:
 
 
 @pytest.mark.parametrize(("step", "kept"), [(3, "nothing was saved yet"), (6, "the verified state step-000004")])
-def test_full_disk_outside_a_state__names_what_is_kept_and_the_command(tmp_path: Path, step: int, kept: str) -> None:
-    """A validation that keeps its best weights, a log that is shortened at a resume, the results at the end."""
+def test_fit__on_a_full_disk_in_a_periodic_task_names_the_kept_state(tmp_path: Path, step: int, kept: str) -> None:
+    """Validation writes weights too, and a resume and the end of a run write further files."""
 
-    def keep_best(boundary: TaskContext) -> dict[str, float]:
-        if boundary.step == step:
+    def keep_best(context: TaskContext) -> dict[str, float]:
+        if context.step == step:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs/killed/best/step.safetensors")
         return {"val/score": 0.0}
 
@@ -301,11 +305,13 @@ def test_full_disk_outside_a_state__names_what_is_kept_and_the_command(tmp_path:
     assert refusal.value.next_command == "free space, then: make pretrain NAME=killed"
 
 
-def test_full_disk_at_a_nan_step__names_the_state_that_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_write_state__of_a_nan_step_on_a_full_disk_names_the_kept_state(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    write(tmp_path / "a" / "checkpoints", 4)
+    write_tiny_state(tmp_path / "a" / "checkpoints", 4)
     monkeypatch.setattr(training_state, "write_tensors", full)
     with pytest.raises(StorageError, match="nan-step-7 could not be written: No space") as refusal:
         write_state(tmp_path / "a", "nan-step-7", step=6, record={}, tensors={}, rng_per_rank=[])
@@ -313,7 +319,7 @@ def test_full_disk_at_a_nan_step__names_the_state_that_is_kept(tmp_path: Path, m
     assert refusal.value.where == "a"
 
 
-def test_disk_need__refused_before_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fit__without_enough_disk_is_refused_before_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=10**6)
     monkeypatch.setattr("samgraft.shared.training.preflight.shutil.disk_usage", lambda _: usage)
     with pytest.raises(StorageError, match=r"needs 0\.07 GB for its training states"):
@@ -321,44 +327,44 @@ def test_disk_need__refused_before_the_start(tmp_path: Path, monkeypatch: pytest
     assert not (tmp_path / "a" / "checkpoints").exists()
 
 
-def test_disk_need__what_is_there_is_not_needed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run that just fits its disk fits it at every resume, and needs none when nothing is left to train."""
+def test_check_disk__of_a_resumed_run_counts_existing_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that just fits on its disk fits at every resume, and a finished run needs no space."""
     trainer = tiny_config(keep_every_steps=5).trainer
     module, run_path, size = nn.Linear(1000, 100), tmp_path / "a", 300_300
     whole = 4 * size * (trainer.keep_last + 3 + 2) + LOGS_BYTES
 
     def set_free(num_bytes: int) -> None:
         usage = SimpleNamespace(free=num_bytes)
-        monkeypatch.setattr(disk_need, "shutil", SimpleNamespace(disk_usage=lambda _: usage))
+        monkeypatch.setattr(preflight, "shutil", SimpleNamespace(disk_usage=lambda _: usage))
 
     set_free(whole)
     assert check_disk(module, trainer, run_path).startswith("up to 0.08 GB for training states")
     set_free(whole - 1)
     with pytest.raises(StorageError, match=r"needs 0\.08 GB for its training states \(0\.00 GB each"):
         check_disk(module, trainer, run_path)
-    write(run_path / "checkpoints", 12, size=size).rename(run_path / "checkpoints" / "step-000012.tmp")
-    with pytest.raises(StorageError):  # a draft is kept while there is nothing else
+    write_tiny_state(run_path / "checkpoints", 12, size=size).rename(run_path / "checkpoints" / "step-000012.tmp")
+    with pytest.raises(StorageError):  # A draft is not deleted while there is no state.
         check_disk(module, trainer, run_path)
     for step in (5, 9, 10):
-        write(run_path / "checkpoints", step, size=size)
+        write_tiny_state(run_path / "checkpoints", step, size=size)
     (run_path / "metrics.jsonl").write_bytes(bytes(1000))
     set_free(whole - 4 * 4 * size - 1000)
     assert check_disk(module, trainer, run_path).startswith("up to 0.07 GB more for training states")
-    set_free(whole - 4 * 4 * size - 100_000)  # beyond the few kB of generators and manifest in each state
+    set_free(whole - 4 * 4 * size - 100_000)  # This is more than generators and manifest of each state.
     with pytest.raises(StorageError, match="GB more for its training states") as refusal:
         check_disk(module, trainer, run_path)
     assert refusal.value.kept == "the training states up to step-000010"
-    write(run_path / "checkpoints", 15)
+    write_tiny_state(run_path / "checkpoints", 15)
     set_free(0)
     assert check_disk(module, trainer, run_path) == "nothing more to train after step-000015"
     with pytest.raises(StorageError):
         check_disk(module, tiny_config(resume_from="nan-step-7").trainer, run_path)
 
 
-def test_full_disk_in_the_logs__training_goes_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_fit__with_unwritable_logs_continues(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     def lose_logs() -> None:
         (tmp_path / "a" / "metrics.jsonl").unlink(missing_ok=True)
-        (tmp_path / "a" / "metrics.jsonl").mkdir()  # as unwritable as a full disk
+        (tmp_path / "a" / "metrics.jsonl").mkdir()  # A folder cannot be written, like a file on a full disk.
 
     with caplog.at_level("WARNING"):
         result = tiny_fit(tmp_path, "a", tiny_config(), callbacks=[At(6, lose_logs)])
@@ -366,16 +372,16 @@ def test_full_disk_in_the_logs__training_goes_on(tmp_path: Path, caplog: pytest.
     assert caplog.text.count("metrics.jsonl cannot be written") == 1
 
 
-def test_module_hook_after_the_save__refused(tmp_path: Path) -> None:
-    class Late(TinyModule):
+def test_fit__with_a_hook_after_the_save_is_refused(tmp_path: Path) -> None:
+    class LateHook(TinyModule):
         def on_train_batch_end(self, *_):
-            """Would run after the state was saved."""
+            """Run after the state was saved."""
 
-    with pytest.raises(TypeError, match="Late must not define on_train_batch_end"):
-        tiny_fit(tmp_path, "a", tiny_config(), module=Late)
+    with pytest.raises(TypeError, match="LateHook must not define on_train_batch_end"):
+        tiny_fit(tmp_path, "a", tiny_config(), module=LateHook)
 
 
-def test_killed__leaves_the_file_permissions_of_the_folder(tmp_path: Path) -> None:
+def test_write_state__uses_the_umask_for_its_files(tmp_path: Path) -> None:
     before = os.umask(0o007)
     try:
         with pytest.raises(Killed):

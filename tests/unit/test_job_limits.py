@@ -1,4 +1,4 @@
-"""Cores and memory of a job: quotas of containers and schedulers, in both versions of the kernel's files."""
+"""Tests of the cores and memory granted to a job, and of OpenMP's settings."""
 
 import os
 import subprocess
@@ -13,7 +13,7 @@ GIB = 2**30
 
 @pytest.fixture
 def groups(tmp_path, monkeypatch):
-    """A machine of 64 cores; returns a function that writes its control groups."""
+    """Simulate 64 cores and return a function that writes control groups."""
     monkeypatch.setattr(os, "cpu_count", lambda: 64)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)), raising=False)
 
@@ -28,12 +28,12 @@ def groups(tmp_path, monkeypatch):
     return write
 
 
-def test_granted_cores__version_2__the_tightest_group_above_counts(groups):
+def test_granted_cores__version_2_takes_the_tightest_group(groups):
     files = {"job/cpu.max": "350000 100000\n", "job/step/cpu.max": "max 100000\n", "cpu.max": "max 100000\n"}
-    assert granted_cores(groups("0::/job/step\n", files)) == 4  # 3.5 cores, rounded up
+    assert granted_cores(groups("0::/job/step\n", files)) == 4  # This is 3.5 cores, rounded up.
 
 
-def test_granted_cores__version_1__and_the_hosts_path_inside_a_container(groups):
+def test_granted_cores__version_1_inside_a_container_ignores_the_path_of_the_host(groups):
     files = {"cpu/cpu.cfs_quota_us": "200000\n", "cpu/cpu.cfs_period_us": "100000\n"}
     membership = "4:memory:/docker/a1\n3:cpu,cpuacct:/docker/a1\n0::/\n"
     assert granted_cores(groups(membership, files)) == 2
@@ -41,11 +41,11 @@ def test_granted_cores__version_1__and_the_hosts_path_inside_a_container(groups)
     assert granted_cores(groups(membership, unlimited)) == 64
 
 
-def test_granted_cores__a_group_outside_the_namespace(groups):
+def test_granted_cores__with_a_group_outside_the_namespace_takes_the_mount(groups):
     assert granted_cores(groups("0::/../../other\n", {"cpu.max": "150000 100000\n"})) == 2
 
 
-def test_granted_cores__pinned_cores_and_no_groups_at_all(groups, monkeypatch, tmp_path):
+def test_granted_cores__without_groups_counts_pinned_cores(groups, monkeypatch, tmp_path):
     nothing = ControlGroups(mounted=tmp_path / "no", membership=tmp_path / "no")
     assert granted_cores(nothing) == 64
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3, 5}, raising=False)
@@ -54,7 +54,7 @@ def test_granted_cores__pinned_cores_and_no_groups_at_all(groups, monkeypatch, t
     assert granted_cores(nothing) == 64
 
 
-def test_granted_memory__cached_files_are_left_and_the_tightest_group_counts(groups):
+def test_granted_memory__counts_cached_files_as_free(groups):
     files = {
         "job/memory.max": f"{8 * GIB}\n",
         "job/memory.current": f"{7 * GIB}\n",
@@ -65,7 +65,7 @@ def test_granted_memory__cached_files_are_left_and_the_tightest_group_counts(gro
     assert granted_memory(groups("0::/job\n", files)) == (8 * GIB, 4 * GIB)
 
 
-def test_granted_memory__version_1__a_huge_number_is_no_limit(groups):
+def test_granted_memory__version_1_with_a_huge_number_has_no_limit(groups):
     at = "memory/slurm/job_7/memory"
     files = {f"{at}.limit_in_bytes": f"{6 * GIB}\n", f"{at}.usage_in_bytes": f"{GIB}\n"}
     files |= {"memory/memory.limit_in_bytes": "9223372036854771712\n", "memory/memory.usage_in_bytes": "5\n"}

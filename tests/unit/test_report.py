@@ -1,4 +1,4 @@
-"""Reports: one file, no network, nothing executed, nothing of the machine in it."""
+"""Tests of the single-file HTML reports."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from samgraft.shared.report.page import (
 EVIL = '"><script>alert(1)</script>'
 
 
-def test_report__escapes_everything_from_outside() -> None:
+def test_render_report__escapes_all_text() -> None:
     parts = [
         Text(text=EVIL),
         Text(text=EVIL, kind="command"),
@@ -40,15 +40,15 @@ def test_report__escapes_everything_from_outside() -> None:
     assert html.count("&lt;script&gt;") == 13
 
 
-def test_report__is_one_file_without_addresses() -> None:
+def test_render_report__contains_no_addresses() -> None:
     png = curve_figure({"loss": (range(5), range(5))}, ylabel="loss", baseline=("start", 2.0))
     html = render_report("Run", [Section(title="Curves", parts=[Picture(png=png, caption="Loss.")])])
     assert not re.search(r"https?:", html)
     assert re.findall(r'src="([^"]{0,22})', html) == ["data:image/png;base64,"]
-    assert b"tEXt" not in png, "no software or path names in the picture"
+    assert b"tEXt" not in png, "the PNG must not contain metadata"
 
 
-def test_table__numbers_right_missing_said_long_ones_cut() -> None:
+def test_table__aligns_numbers_and_counts_left_out_rows() -> None:
     rows = [["case", 0.123456, None, float("nan"), 7], ["case", 2e-5, None, 12345.6, 7], ["left out", 1.0, 1.0, 1.0, 1]]
     html = render_report("T", [Section(title="s", parts=[Table(columns=list("abcde"), rows=rows, max_rows=2)])])
     shown = re.findall(r'<td class="n">([^<]*)</td>', html)
@@ -57,25 +57,21 @@ def test_table__numbers_right_missing_said_long_ones_cut() -> None:
     assert "1 of 3 rows left out." in html
 
 
-def test_thousands_of_cases__stay_small() -> None:
+def test_table__with_thousands_of_rows_stays_small() -> None:
     rows = [[f"case {i}", i / 2000] for i in range(2000)]
     html = render_report("T", [Section(title="s", parts=[Table(columns=["case", "Dice"], rows=rows)])])
     assert len(html) < 100_000
 
 
-def test_image_grid__shows_grey_values_where_they_belong() -> None:
-    from io import BytesIO
-
-    from PIL import Image
-
+def test_image_grid__shows_each_image_in_its_column() -> None:
     black, white = np.zeros((8, 8)), np.ones((8, 8))
-    picture = np.asarray(Image.open(BytesIO(image_grid([[black, white]], column_titles=["a", "b"]))).convert("L"))
+    picture = np.asarray(Image.open(io.BytesIO(image_grid([[black, white]], column_titles=["a", "b"]))).convert("L"))
     row = picture[picture.shape[0] * 2 // 3]
     assert row[len(row) // 4] == 0
     assert row[3 * len(row) // 4] == 255
 
 
-def test_curve__axes_that_do_not_make_noise_look_like_a_result() -> None:
+def test_curve_figure__min_span_and_from_zero_change_the_ordinate() -> None:
     flat = {"dice": (range(3), [0.50, 0.51, 0.50])}
     plain = curve_figure(flat, ylabel="Dice")
     assert curve_figure(flat, ylabel="Dice", min_span=0.001) == plain
@@ -83,8 +79,8 @@ def test_curve__axes_that_do_not_make_noise_look_like_a_result() -> None:
     assert curve_figure(flat, ylabel="Dice", from_zero=True) != plain
 
 
-def test_curve__the_ordinates_name_stays_whole_beside_long_numbers() -> None:
-    """Its left edge was cut off: the first layout changes the ticks, and with them the room that is left."""
+def test_curve_figure__with_long_tick_labels_shows_the_whole_ordinate_name() -> None:
+    """The name was cut off when the first layout changed the ticks and with them the free space."""
     spread = [0.01988176256418228, 0.020064570009708405, 0.01764027588069439, 0.017218083143234253, 0.0170596782118082]
     png = curve_figure(
         {"a": ([0, 20, 40, 60, 80], spread)}, ylabel="feature std", from_zero=True, baseline=("start", spread[0])
@@ -94,21 +90,21 @@ def test_curve__the_ordinates_name_stays_whole_beside_long_numbers() -> None:
     assert (grey_HW[:, :40] < 128).any()
 
 
-def test_report__the_contents_may_break_between_sections() -> None:
+def test_render_report__navigation_can_wrap_between_sections() -> None:
     html = render_report("t", [Section(title=name, parts=[]) for name in ("One", "Two", "Three")])
     assert re.search(r">One</a>\s+<a [^>]*>Two</a>", html)
 
 
-def test_paths__relative_ones_as_typed_absolute_ones_by_name() -> None:
+def test_path_for_report__absolute_path_loses_its_folders() -> None:
     assert path_for_report("runs/a b") == "runs/a b"
     assert path_for_report("/vol/name/runs/a") == "a"
     line = "No such file: '/vol/name/scans/pat 1.nii', 0.5 s/step, runs/a/tb, https://host/x/y, see /mnt/c/log.txt"
-    told = "No such file: 'pat 1.nii', 0.5 s/step, runs/a/tb, https://host/x/y, see log.txt"
-    assert strip_folders(line) == told
+    expected = "No such file: 'pat 1.nii', 0.5 s/step, runs/a/tb, https://host/x/y, see log.txt"
+    assert strip_folders(line) == expected
 
 
 @pytest.mark.parametrize(("runs", "shown"), [("/vol/name/runs", "'a b'"), ("other", "'other/a b'")])
-def test_finetune_report__names_the_run_but_not_where_it_lies(runs: str, shown: str) -> None:
+def test_finetune_report__names_the_run_without_its_folders(runs: str, shown: str) -> None:
     text = _next(SimpleNamespace(path=Path(runs) / "a b")).text
     assert f"RUN={shown} SPLIT=test" in text
     assert f"RUN={shown} OUT='releases/a b'" in text

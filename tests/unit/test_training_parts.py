@@ -1,8 +1,9 @@
-"""Schedules, parameter groups, devices, generators: the parts of the engine that are plain functions."""
+"""Tests of schedules, parameter groups, devices, generators and the progress meter."""
 
 from __future__ import annotations
 
 import os
+import platform
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -36,17 +37,17 @@ from torch import nn
 
 
 @pytest.mark.parametrize(("step", "expected"), [(0, 0.25), (3, 1.0), (4, 1.0), (8, 0.55), (12, 0.1), (99, 0.1)])
-def test_warmup_cosine__known_points(step: int, expected: float) -> None:
+def test_warmup_cosine__returns_known_points(step: int, expected: float) -> None:
     assert warmup_cosine(step, warmup_steps=4, max_steps=12, final_factor=0.1) == pytest.approx(expected)
 
 
-def test_cosine__from_start_to_end() -> None:
+def test_cosine_value__runs_from_start_to_end() -> None:
     assert [cosine_value(s, start=0.996, end=1.0, last_step=10) for s in (0, 5, 10, 20)] == pytest.approx(
         [0.996, 0.998, 1.0, 1.0]
     )
 
 
-def test_warmup_longer_than_run__refused() -> None:
+def test_learning_rate__with_a_warmup_longer_than_the_run_is_refused() -> None:
     with pytest.raises(ValueError, match="warmup_steps must be at least 0 and below max_steps, got 10 of 10"):
         LearningRate(warmup_steps=10, max_steps=10)
 
@@ -66,7 +67,7 @@ class Encoder(nn.Module):
         return [(0, first), (1, list(self.blocks[0].parameters())), (2, list(self.blocks[1].parameters()))]
 
 
-def test_parameter_groups__every_parameter_once_with_its_rate_and_decay() -> None:
+def test_parameter_groups__contain_every_parameter_once_with_rate_and_decay() -> None:
     module = Encoder()
     config = OptimizerConfig(lr=1e-3, weight_decay=0.1, layer_decay=0.5)
     groups = parameter_groups(module, config, layer_groups=module.layer_groups())
@@ -88,7 +89,7 @@ def test_parameter_groups__every_parameter_once_with_its_rate_and_decay() -> Non
     assert sum(len(g["params"]) for g in groups) == len(found)
 
 
-def test_nothing_trainable__refused() -> None:
+def test_build_optimizer__without_trainable_parameters_is_refused() -> None:
     with pytest.raises(UsageError, match="at least one parameter must be trainable"):
         build_optimizer(nn.Linear(2, 2).requires_grad_(False), OptimizerConfig())
 
@@ -103,7 +104,7 @@ def test_nothing_trainable__refused() -> None:
         ({"beta2": 1.0}, "optim.beta1 and beta2 must be"),
     ],
 )
-def test_optimizer_ranges(settings: dict[str, float], message: str) -> None:
+def test_optimizer_config__outside_its_ranges_is_refused(settings: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         OptimizerConfig(**settings)
 
@@ -119,18 +120,18 @@ def test_optimizer_ranges(settings: dict[str, float], message: str) -> None:
         ({"devices": 0}, "trainer.devices must be at least 1"),
     ],
 )
-def test_trainer_ranges(settings: dict[str, int], message: str) -> None:
+def test_trainer_config__outside_its_ranges_is_refused(settings: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         TrainerConfig(**{"max_steps": 5, **settings})
 
 
-def test_state_bytes__weights_buffers_and_two_moments() -> None:
+def test_state_bytes__counts_weights_buffers_and_two_moments() -> None:
     module = nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5), nn.Linear(5, 2).requires_grad_(False))
     weights, trainable = 20 + 10 + 12, 20 + 10
     assert state_bytes(module) == 4 * (weights + 2 * trainable) + 4 * (5 + 5) + 8
 
 
-def test_device__auto_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_choose_device__auto_reports_why_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.setattr(torch.version, "cuda", "13.0")
@@ -141,7 +142,7 @@ def test_device__auto_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
         choose_device("cuda")
 
 
-def test_device__torchrun_decides_the_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_choose_device__under_torchrun_takes_its_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (("WORLD_SIZE", "4"), ("LOCAL_WORLD_SIZE", "2"), ("RANK", "3"), ("LOCAL_RANK", "1")):
         monkeypatch.setenv(name, value)
     choice = choose_device("cpu")
@@ -151,7 +152,7 @@ def test_device__torchrun_decides_the_processes(monkeypatch: pytest.MonkeyPatch)
 ONE_TASK = {"SLURM_JOB_ID": "77", "SLURM_JOB_NAME": "samgraft", "SLURM_NTASKS": "1", "SLURM_NTASKS_PER_NODE": "1"} | {
     "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_NODELIST": "localhost", "SLURM_NNODES": "1"
 }  # fmt: skip
-"""Of a batch script; ``STEP`` makes it a task of srun."""
+"""Variables of a batch script. With ``STEP`` they are those of a task of srun."""
 STEP = {"SLURM_STEP_ID": "0"}
 FOUR_TASKS = {**ONE_TASK, **STEP, "SLURM_NTASKS": "4", "SLURM_NNODES": "2", "SLURM_PROCID": "3", "SLURM_LOCALID": "1"}
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "t", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}
@@ -160,7 +161,7 @@ CHILD_OF_LIGHTNING = {"WORLD_SIZE": "2", "LOCAL_RANK": "1", "NODE_RANK": "0"}
 
 @pytest.fixture
 def started_with(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[dict[str, str]], None]]:
-    """Put exactly these variables of launchers into the environment."""
+    """Set exactly these variables of launchers in the environment."""
     ours = ("SLURM_", "TORCHELASTIC_", "RANK", "WORLD_SIZE", "LOCAL_", "NODE_RANK", "MASTER_")
     with monkeypatch.context() as patch:
         clean = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
@@ -189,8 +190,10 @@ def started_with(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[dict[str
         "srun", "srun without --ntasks-per-node",
     ],
 )  # fmt: skip
-def test_processes__who_started_them(started_with, variables, devices, shape, rank, cluster) -> None:
-    """torchrun comes before SLURM, and SLURM only counts where srun started several tasks."""
+def test_choose_cluster_environment__detects_the_launcher(
+    started_with, variables, devices, shape, rank, cluster
+) -> None:
+    """torchrun comes before SLURM, and SLURM counts only if srun started several tasks."""
     started_with({name: value for name, value in variables.items() if value})
     choice = choose_device("cpu", devices=devices)
     assert (choice.devices, choice.num_nodes) == shape
@@ -211,7 +214,9 @@ def test_processes__who_started_them(started_with, variables, devices, shape, ra
         ({}, 4, "devices must be the 2 processes that torchrun or SLURM started on this machine, got 4. Leave it out"),
     ],
 )
-def test_processes__uneven_or_other_than_started_refused(started_with, variables, devices, message) -> None:
+def test_choose_device__with_uneven_or_unexpected_processes_is_refused(
+    started_with, variables, devices, message
+) -> None:
     tasks = FOUR_TASKS | variables
     started_with({k: v for k, v in tasks.items() if k != "SLURM_NTASKS_PER_NODE" or k in variables})
     with pytest.raises(UsageError, match=message):
@@ -260,14 +265,12 @@ def test_measure_bf16_speedup__leaves_the_generators_unchanged() -> None:
 
 
 def test_retain_freed_memory__is_accepted_by_glibc() -> None:
-    import platform
-
     assert retain_freed_memory() is (platform.system() == "Linux" and platform.libc_ver()[0] == "glibc")
 
 
-def test_generators__captured_and_restored() -> None:
+def test_capture_rng__restores_all_generators() -> None:
     seed_process(3, rank=1)
-    np.random.standard_normal()  # leaves a cached second value behind
+    np.random.standard_normal()  # This caches a second value.
     before = capture_rng()
     first = torch.rand(2).tolist(), random.random(), np.random.standard_normal(3).tolist()
     with preserve_rng():
@@ -291,14 +294,14 @@ def test_preserve_rng__after_an_error_restores_the_generators() -> None:
     assert torch.equal(before["torch"], capture_rng()["torch"])
 
 
-def test_evaluating__gives_every_part_its_own_mode_back() -> None:
+def test_evaluation_mode__restores_the_mode_of_each_submodule() -> None:
     module = nn.Sequential(nn.BatchNorm1d(2).eval(), nn.Dropout())
     with evaluation_mode(module):
         assert [m.training for m in module.modules()] == [False, False, False]
     assert [m.training for m in module.modules()] == [True, False, True]
 
 
-def test_periodic__due_steps() -> None:
+def test_periodic_task__is_due_at_its_interval_and_at_the_end() -> None:
     task = PeriodicTask(name="p", every_steps=4, run=lambda _: {}, at_start=True)
     assert [s for s in range(11) if task.is_due(s, max_steps=10)] == [0, 4, 8, 10]
     with pytest.raises(ValueError, match="every_steps of p must be at least 1"):
@@ -308,18 +311,18 @@ def test_periodic__due_steps() -> None:
 @pytest.mark.parametrize(
     ("seconds", "text"), [(45, "45 s"), (720, "12 min"), (12000, "3 h 20 min"), (187200, "2 d 4 h")]
 )
-def test_durations(seconds: float, text: str) -> None:
+def test_format_duration__uses_two_units(seconds: float, text: str) -> None:
     assert format_duration(seconds) == text
 
 
-def test_running_mean__shorter_at_the_ends() -> None:
+def test_running_mean__has_shorter_windows_at_both_ends() -> None:
     np.testing.assert_allclose(running_mean(np.array([1.0, 2.0, 6.0, 3.0]), 3), [1.5, 3.0, 11 / 3, 4.5])
 
 
-def test_eta__what_comes_once_before_the_first_batch_is_not_counted_per_step(
+def test_progress_meter__eta_does_not_count_the_time_before_the_first_batch(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A minute of looks and workers, then 2 s a step: 9 steps more take 18 s, not 9 minutes."""
+    """After a minute of validation and 2 s for the first step, 9 more steps take 18 s."""
     clock = [100.0]
     monkeypatch.setattr(progress_module, "time", SimpleNamespace(monotonic=lambda: clock[0]))
     step_log = SimpleNamespace(every_steps=1, record=lambda step, values: None)
@@ -337,7 +340,7 @@ def test_eta__what_comes_once_before_the_first_batch_is_not_counted_per_step(
     assert "ETA 18 s" in caplog.text
 
 
-def test_data_wait__micro_steps_of_one_step_are_work_not_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_meter__counts_micro_steps_of_one_step_as_work(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [100.0]
     monkeypatch.setattr(progress_module, "time", SimpleNamespace(monotonic=lambda: clock[0]))
     progress = ProgressMeter(
