@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,7 +35,7 @@ def check_store(path: Path, *, on_progress: Callable[[int, int], None] | None = 
     Raises:
         DataError: If the folder is no store, or its table does not match its checksum.
     """
-    store = SliceStore.from_manifest(path, json.loads(read_table(path)))
+    store = SliceStore.from_manifest(path, read_table(path))
     check = StoreCheck(path=path, num_series=len(store))
     for number, record in enumerate(store.series, start=1):
         _check_series(store, record, check)

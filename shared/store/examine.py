@@ -154,7 +154,7 @@ def _slice_table(volume: Volume, label_ZHW: Array | None, stats: IntensityStats)
     return PlaneTable(
         shape_zyx=(z, y, x),
         affine=tuple(tuple(float(v) for v in row) for row in volume.affine),
-        foreground_fraction=tuple(float(v) for v in foreground_fractions(volume.array_zyx, stats)),
+        foreground_fraction=tuple(round(float(v), 4) for v in foreground_fractions(volume.array_zyx, stats)),
         label_pixels=label_pixels,
     )
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import TypeAdapter
 from samgraft.shared.scans.intensity import IntensityStats
 from samgraft.shared.scans.orientation import NativeGrid, Plane, voxel_sizes
 from samgraft.shared.scans.volume import Modality
@@ -90,50 +92,22 @@ class SeriesRecord:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""
-        return {
-            "series_id": self.series_id,
-            "patient_id": self.patient_id,
-            "study_id": self.study_id,
-            "site_id": self.site_id,
-            "modality": self.modality.value,
-            "plane": self.plane.value,
-            "planes": {plane.value: _table_to_dict(table) for plane, table in self.planes.items()},
-            "has_label": self.has_label,
-            "source_sha256": self.source_sha256,
-            "label_sha256": self.label_sha256,
-            "content_sha256": self.content_sha256,
-            "stats": self.stats.to_dict(),
-            "grid": {
-                "shape_ijk": list(self.grid.shape_ijk),
-                "affine": [list(row) for row in self.grid.affine],
-                "orientation": self.grid.orientation,
-            },
-            "dtype": self.dtype,
-            "notes": list(self.notes),
-            "files": {name: list(entry) for name, entry in sorted(self.files.items())},
-        }
+        values: dict[str, Any] = _adapter().dump_python(self, mode="json")
+        return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> SeriesRecord:
-        """Create a record from the values of ``to_dict``."""
-        grid = values["grid"]
-        i, j, k = (int(n) for n in grid["shape_ijk"])
-        plain = {
-            key: values[key]
-            for key in ("series_id", "patient_id", "study_id", "site_id", "has_label", "source_sha256", "label_sha256")
-        }
-        return cls(
-            **plain,
-            content_sha256=values["content_sha256"],
-            dtype=values["dtype"],
-            modality=Modality(values["modality"]),
-            plane=Plane(values["plane"]),
-            planes={Plane(name): _table_from_dict(table) for name, table in values["planes"].items()},
-            stats=IntensityStats.from_dict(values["stats"]),
-            grid=NativeGrid(shape_ijk=(i, j, k), affine=_rows(grid["affine"]), orientation=grid["orientation"]),
-            notes=tuple(values["notes"]),
-            files={name: (int(size), str(digest)) for name, (size, digest) in values["files"].items()},
-        )
+        """Create a record from the values of ``to_dict``.
+
+        Raises:
+            ValueError: If a value is missing or has another type.
+        """
+        return _adapter().validate_python(values)
+
+
+@cache
+def _adapter() -> TypeAdapter[SeriesRecord]:
+    return TypeAdapter(SeriesRecord)
 
 
 def image_name(plane: Plane, main: Plane) -> str:
@@ -144,26 +118,3 @@ def image_name(plane: Plane, main: Plane) -> str:
 def label_name(plane: Plane, main: Plane) -> str:
     """Return the name of the label array of a plane inside a series group."""
     return "label" if plane is main else f"label_{plane.value}"
-
-
-def _table_to_dict(table: PlaneTable) -> dict[str, Any]:
-    return {
-        "shape_zyx": list(table.shape_zyx),
-        "affine": [list(row) for row in table.affine],
-        "foreground_fraction": [round(value, 4) for value in table.foreground_fraction],
-        "label_pixels": {str(label): list(pixels) for label, pixels in sorted(table.label_pixels.items())},
-    }
-
-
-def _table_from_dict(values: Mapping[str, Any]) -> PlaneTable:
-    z, y, x = (int(n) for n in values["shape_zyx"])
-    return PlaneTable(
-        shape_zyx=(z, y, x),
-        affine=_rows(values["affine"]),
-        foreground_fraction=tuple(float(v) for v in values["foreground_fraction"]),
-        label_pixels={int(label): tuple(int(n) for n in pixels) for label, pixels in values["label_pixels"].items()},
-    )
-
-
-def _rows(matrix: list[list[float]]) -> tuple[tuple[float, ...], ...]:
-    return tuple(tuple(float(v) for v in row) for row in matrix)

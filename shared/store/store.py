@@ -72,7 +72,7 @@ class SliceStore:
         """
         files: StoreFiles = RemoteFiles(str(path)) if is_address(path) else LocalFiles(Path(path))
         path = Path(str(path).rstrip("/"))
-        store = cls.from_manifest(path, json.loads(read_table(path, files)), files=files)
+        store = cls.from_manifest(path, read_table(path, files), files=files)
         if isinstance(files, LocalFiles):
             store._check_files(files)
         return store
@@ -80,11 +80,19 @@ class SliceStore:
     @classmethod
     def from_manifest(cls, path: Path, manifest: Mapping[str, Any], *, files: StoreFiles | None = None) -> SliceStore:
         """Create a store from its table without checking its files. Most callers need ``open``."""
-        if manifest.get("schema") != SCHEMA:
+        try:
+            if manifest["schema"] != SCHEMA:
+                raise DataError(
+                    f"the store must have schema {SCHEMA}, got {manifest['schema']!r}. Build it again.", where=path.name
+                )
+            return cls(path, manifest, fingerprint=content_fingerprint(manifest), files=files)
+        except (ValueError, KeyError, TypeError, AttributeError) as err:
+            if isinstance(err, DataError):
+                raise
+            # Its checksum is right, so another program wrote it.
             raise DataError(
-                f"the store must have schema {SCHEMA}, got {manifest.get('schema')!r}. Build it again.", where=path.name
-            )
-        return cls(path, manifest, fingerprint=content_fingerprint(manifest), files=files)
+                f"the table of series is invalid ({type(err).__name__}). Build the store again.", where=path.name
+            ) from err
 
     def __len__(self) -> int:
         return len(self.series)
@@ -173,8 +181,8 @@ def content_fingerprint(manifest: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps({**manifest, "series": series}, sort_keys=True).encode()).hexdigest()
 
 
-def read_table(path: Path, files: StoreFiles | None = None) -> bytes:
-    """Return the bytes of the table after checking them against the completion mark.
+def read_table(path: Path, files: StoreFiles | None = None) -> Any:
+    """Return the content of the table after checking it against the completion mark.
 
     Raises:
         DataError: If the folder is no store, has no mark, or the table does not match it.
@@ -194,16 +202,18 @@ def read_table(path: Path, files: StoreFiles | None = None) -> bytes:
             where=path.name,
             kept="every series that was complete",
         )
-    manifest_bytes = _read_or_none(files, MANIFEST) or b""
+    table = _read_or_none(files, MANIFEST) or b""
     try:
         expected = json.loads(mark)["manifest_sha256"]
-    except (ValueError, KeyError, TypeError) as err:
+    except (ValueError, KeyError, TypeError, RecursionError) as err:
         raise DataError("the completion mark is damaged. Build the store again.", where=path.name) from err
-    if hashlib.sha256(manifest_bytes).hexdigest() != expected:
-        raise DataError(
-            "the table of series does not match its checksum. Build the store again.", where=f"{path.name}/{MANIFEST}"
-        )
-    return manifest_bytes
+    where = f"{path.name}/{MANIFEST}"
+    if hashlib.sha256(table).hexdigest() != expected:
+        raise DataError("the table of series does not match its checksum. Build the store again.", where=where)
+    try:
+        return json.loads(table)
+    except (ValueError, RecursionError) as err:
+        raise DataError("the table of series is not JSON. Build the store again.", where=where) from err
 
 
 def _is_slice_store(group: bytes | None) -> bool:

@@ -1,4 +1,4 @@
-"""Small stores for tests: deterministic scans with a bright ellipsoid that is the label."""
+"""Small stores of deterministic scans, in which a bright ellipsoid is the label."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def make_scan(*, shape_zyx=(6, 32, 32), seed=0):
 
 
 def write_nifti(path: Path, array_zyx, *, spacing_mm=(5.0, 1.0, 1.0), affine=None) -> Path:
-    """Write (Z, H, W) as a NIfTI file whose canonical axial slices are these."""
+    """Write (Z, H, W) as a NIfTI file with these canonical axial slices."""
     if affine is None:
         affine = np.diag([-spacing_mm[2], -spacing_mm[1], spacing_mm[0], 1.0])
     path.parent.mkdir(parents=True, exist_ok=True)

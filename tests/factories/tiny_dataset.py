@@ -1,4 +1,4 @@
-"""Samples for the tiny run; apart from it because loader workers import this module, and Lightning takes seconds."""
+"""Samples for the tiny run, in a module of their own that loader workers import without Lightning."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ BATCH_SIZE = 4  # 6 batches per epoch, 2 samples dropped
 
 
 class TinyDataset(Dataset[dict[str, Any]]):
-    """Noise that depends on the sample counter alone."""
+    """Dataset of noise that depends on the sample counter alone."""
 
     def __len__(self) -> int:
         return NUM_SAMPLES
@@ -27,7 +27,7 @@ class TinyDataset(Dataset[dict[str, Any]]):
 
 
 class FatalDataset(TinyDataset):
-    """Is killed like a worker that ran out of memory."""
+    """Dataset whose worker is killed as if it ran out of memory."""
 
     def __init__(self, *, at_sample: int) -> None:
         self.at_sample = at_sample
@@ -39,7 +39,7 @@ class FatalDataset(TinyDataset):
 
 
 class PatientDataset(FatalDataset):
-    """Hangs."""
+    """Dataset that hangs at one sample."""
 
     def __getitem__(self, item: tuple[int, int]) -> dict[str, Any]:
         if item[1] == self.at_sample:
@@ -48,7 +48,7 @@ class PatientDataset(FatalDataset):
 
 
 class SlowStart(TinyDataset):
-    """Takes its time to arrive in a worker, as imports on a loaded machine do."""
+    """Dataset that takes long to arrive in a worker, as imports on a loaded machine do."""
 
     def __init__(self, *, seconds: float) -> None:
         self.seconds = seconds
@@ -59,7 +59,7 @@ class SlowStart(TinyDataset):
 
 
 class NoStart(TinyDataset):
-    """Kills the worker that it arrives in."""
+    """Dataset that kills the worker that it arrives in."""
 
     def __getstate__(self) -> dict[str, Any]:
         return {"kill": True}

@@ -1,4 +1,4 @@
-"""Stores behind an address: a local server that speaks S3 and HTTP, is slow to answer, or loses files (row 104)."""
+"""Stores behind an address, read from a local S3 and HTTP server that is slow or loses files."""
 
 import argparse
 import pickle
@@ -37,7 +37,7 @@ KEY = "local-key"
 
 
 class Server:
-    """Files of a folder under ``/bucket/``: GET with ranges, path style, signed requests only."""
+    """Server of the files of a folder under ``/bucket/``, for signed GET requests with ranges."""
 
     def __init__(self, root):
         self.root = root
@@ -110,7 +110,7 @@ def url(request, server):
     return "s3://bucket/store.zarr" if request.param == "s3" else f"{server.endpoint}/bucket/store.zarr"
 
 
-def test_remote_store_reads_the_same_slices_by_range(server, url):
+def test_remote_store__slices_are_read_by_range_and_equal_local_ones(server, url):
     local, remote = SliceStore.open(server.root / "store.zarr"), SliceStore.open(url)
     assert remote.fingerprint == local.fingerprint
     series_id = local.series[0].series_id
@@ -140,7 +140,7 @@ def test_s3__samples_for_training_equal_local_ones(server):
 
 
 @pytest.mark.parametrize("status", [503, 403])
-def test_row_104_busy_server_is_asked_again_and_then_named(server, url, status):
+def test_remote_store__busy_server_is_retried_and_then_named(server, url, status):
     server.failures, server.status = 2, status
     remote = SliceStore.open(url)
     series_id = remote.series[0].series_id
@@ -156,7 +156,7 @@ def test_row_104_busy_server_is_asked_again_and_then_named(server, url, status):
     assert caught.value.exit_code == 5
 
 
-def test_remote_store_with_a_lost_file_or_no_mark(server, url):
+def test_remote_store__lost_file_or_missing_mark_is_refused(server, url):
     path = server.root / "store.zarr"
     remote = SliceStore.open(url)
     next(p for p in path.rglob("image/c/0/0/0")).unlink()
@@ -167,7 +167,7 @@ def test_remote_store_with_a_lost_file_or_no_mark(server, url):
         SliceStore.open(url)
 
 
-def test_remote_store_with_a_changed_byte(server, url):
+def test_remote_store__changed_byte_is_refused(server, url):
     shard = next(p for p in (server.root / "store.zarr").rglob("image/c/0/0/0"))
     data = bytearray(shard.read_bytes())
     data[40] ^= 1
@@ -177,12 +177,12 @@ def test_remote_store_with_a_changed_byte(server, url):
         remote.read_volume(remote.series[0].series_id)
 
 
-def test_unknown_address():
+def test_remote_store__unknown_address_is_refused():
     with pytest.raises(UsageError, match=r"the address cannot be used.*Use s3://"):
         SliceStore.open("nosuchprotocol://bucket/x.zarr")
 
 
-def test_missing_package_is_named(monkeypatch):
+def test_remote_store__missing_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "obstore.store", None)
     with pytest.raises(UsageError, match=r"addresses \(s3://\) need the package obstore") as caught:
         SliceStore.open("s3://bucket/x.zarr")
@@ -213,7 +213,7 @@ def test_s3__the_split_beside_the_store_is_found(server, lab):
 
 @pytest.mark.parametrize("given", [("--data", LAB), ()], ids=["--data", "the store of the run"])
 def test_s3__evaluate_scores_the_same(lab, tmp_path, monkeypatch, given):
-    """The page of the report, which costs seconds, is not what depends on the place of the store."""
+    """The report page is left out, because it takes seconds and does not depend on the place of the store."""
     monkeypatch.setattr("samgraft.finetune.evaluation.evaluation_report.write_evaluation_report", lambda *_, **__: None)
     (lab.run / "config.yaml").write_text(f"data: {{store: '{'nowhere' if given else LAB}'}}\n")
     assert main(["evaluate", str(lab.run), "--out", str(tmp_path / "out"), *given]) == 0
@@ -261,12 +261,12 @@ def test_s3__finetune_prepares_the_same_samples(lab):
         ("store split s3://bucket/store.zarr", "--out is missing: the store is not on this machine"),
     ],
 )
-def test_commands_that_need_files_on_this_machine_refuse_addresses(server, capsys, command, message):
+def test_commands__addresses_are_refused_where_local_files_are_needed(server, capsys, command, message):
     assert main(command.split()) == 2
     assert message in capsys.readouterr().err
 
 
-def test_s3__split_is_written_where_it_is_told(server, tmp_path):
+def test_s3__split_is_written_to_out(server, tmp_path):
     path = tmp_path / "mine.split.json"
     assert main(["store", "split", "s3://bucket/store.zarr", "--out", str(path), "--fractions", "1,0,0"]) == 0
     assert load_split(path, SliceStore.open("s3://bucket/store.zarr")).train

@@ -1,4 +1,4 @@
-"""Damaged, crafted and unfinished stores: rows 33, 55, 85-103 of the catalogue; `store check` finds each damage."""
+"""Damaged, crafted and unfinished stores are refused, and ``store check`` finds every damage."""
 
 import hashlib
 import json
@@ -41,7 +41,7 @@ def metadata(store):
 
 
 def rewrite_table(store, change):
-    """Change records of the table and sign it again, as a forger would."""
+    """Change records of the table and update its checksum, as an attacker would."""
     path = store.path / "manifest.json"
     values = json.loads(path.read_text())
     for record in values["series"]:
@@ -51,7 +51,7 @@ def rewrite_table(store, change):
     (store.path / "complete.json").write_text(json.dumps({"manifest_sha256": digest}))
 
 
-def test_check__a_whole_store_is_right(store, capsys):
+def test_check_store__undamaged_store_has_no_problems(store, capsys):
     check = check_store(store.path)
     assert check.problems == []
     assert check.num_bytes == sum(p.stat().st_size for p in store.path.rglob("series/s_*/**/*") if p.is_file()) - sum(
@@ -110,7 +110,7 @@ def changed_metadata(store):
         (changed_metadata, "image/zarr.json: sha256 differs"),
     ],
 )
-def test_rows_85_to_90__check_names_the_damage(store, damage, message, capsys):
+def test_check_store__damage_is_named(store, damage, message, capsys):
     damage(store)
     problems = check_store(store.path).problems
     assert len(problems) == 1
@@ -119,7 +119,7 @@ def test_rows_85_to_90__check_names_the_damage(store, damage, message, capsys):
     assert "1 problems in 2 series" in capsys.readouterr().err
 
 
-def test_row_90_every_bit_of_a_shard_index(store):
+def test_read_slice__damaged_shard_index_is_refused(store):
     path = shards(store)[0]
     good = path.read_bytes()
     index = range(len(good) - (16 * 64 + 4), len(good))
@@ -131,7 +131,7 @@ def test_row_90_every_bit_of_a_shard_index(store):
             SliceStore.open(store.path).read_slice(store.series[0].series_id, 5)
 
 
-def test_check__source_truncated_and_label_shifted_are_found_in_the_scans(tmp_path, capsys):
+def test_check__truncated_scan_and_shifted_label_are_found_in_the_source(tmp_path, capsys):
     image, label = make_scan()
     source = tmp_path / "in"
     path = write_nifti(source / "a.nii.gz", image)
@@ -148,7 +148,7 @@ def test_check__source_truncated_and_label_shifted_are_found_in_the_scans(tmp_pa
     assert set(json.loads((tmp_path / "r.json").read_text())["refused"]) == {"a.nii.gz", "b.nii.gz"}
 
 
-def test_row_85_zarr_reads_a_missing_shard_as_zeros_and_we_do_not(store):
+def test_read_slice__missing_shard_is_refused_where_zarr_returns_zeros(store):
     deleted_shard(store)
     record = store.series[0]
     foreign = zarr.open_array(store.path / "series" / record.series_id / "image", mode="r")
@@ -171,7 +171,7 @@ def test_row_85_zarr_reads_a_missing_shard_as_zeros_and_we_do_not(store):
         ("{", "{{", "cannot be read"),
     ],
 )
-def test_rows_93_to_95__crafted_metadata_is_refused_before_decoding(store, old, new, message):
+def test_read_slice__crafted_metadata_is_refused_before_decoding(store, old, new, message):
     path = metadata(store)
     text = path.read_text()
     assert old in text
@@ -188,7 +188,7 @@ def test_rows_93_to_95__crafted_metadata_is_refused_before_decoding(store, old, 
         SliceStore.open(store.path).read_slice(store.series[0].series_id, 0)
 
 
-def test_row_92_absurd_slices_are_refused_before_allocating(store):
+def test_read_slice__implausibly_large_slices_are_refused_before_allocating(store):
     side = 400_000
 
     def enlarge(record):
@@ -202,8 +202,34 @@ def test_row_92_absurd_slices_are_refused_before_allocating(store):
         SliceStore.open(store.path).read_slice(store.series[0].series_id, 0)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda record: record.pop("planes"),
+        lambda record: record.update(plane="diagonal"),
+        lambda record: record.update(files=[1, 2]),
+        lambda record: record["stats"].update(mean="bright"),
+        lambda record: record["planes"]["axial"].update(shape_zyx=[70, 16]),
+    ],
+)
+def test_open__table_of_another_program_is_refused(store, change):
+    """Its checksum is right, so reading the values is the only check."""
+    rewrite_table(store, change)
+    with pytest.raises(DataError, match="table of series is invalid"):
+        SliceStore.open(store.path)
+
+
+@pytest.mark.parametrize("content", ["[1, 2]", "{}", "null", "not JSON"])
+def test_open__table_without_records_is_refused(store, content):
+    (store.path / "manifest.json").write_text(content)
+    digest = hashlib.sha256(content.encode()).hexdigest()
+    (store.path / "complete.json").write_text(json.dumps({"manifest_sha256": digest}))
+    with pytest.raises(DataError, match=r"table of series is (invalid|not JSON)"):
+        SliceStore.open(store.path)
+
+
 @pytest.mark.parametrize("make", ["v2", "v3", "zip", "empty"])
-def test_rows_94_96_103__foreign_zarr_is_no_store(tmp_path, make):
+def test_open__zarr_of_other_programs_is_refused(tmp_path, make):
     path = tmp_path / "x.zarr"
     if make == "zip":
         path.write_bytes(b"PK\x05\x06" + b"\0" * 18)
@@ -216,7 +242,7 @@ def test_rows_94_96_103__foreign_zarr_is_no_store(tmp_path, make):
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 3), (1, 1, 200), (2, 4, 17)])
-def test_row_101_slices_too_small(tmp_path, shape):
+def test_examine_case__small_slices_are_refused(tmp_path, shape):
     image = np.arange(np.prod(shape)).reshape(shape).astype(np.int16)
     cases = make_cases(tmp_path, num_patients=1, labelled=False)
     write_nifti(cases[0].scan.paths[0], image)
@@ -224,7 +250,7 @@ def test_row_101_slices_too_small(tmp_path, shape):
         examine_case(cases[0], SETTINGS)
 
 
-def test_row_101_extreme_aspect_is_kept(tmp_path):
+def test_examine_case__extreme_aspect_ratio_is_kept(tmp_path):
     cases = make_cases(tmp_path, num_patients=1, labelled=False)
     image = np.arange(17 * 4096).reshape(1, 17, 4096).astype(np.int32)
     write_nifti(cases[0].scan.paths[0], image)
@@ -232,7 +258,7 @@ def test_row_101_extreme_aspect_is_kept(tmp_path):
     np.testing.assert_array_equal(examined.images[examined.record.plane], image)
 
 
-def test_row_100_constant_scan_is_refused_with_its_value(tmp_path):
+def test_examine_case__constant_scan_is_refused_with_its_value(tmp_path):
     cases = make_cases(tmp_path, num_patients=1, labelled=False)
     write_nifti(cases[0].scan.paths[0], np.full((4, 16, 16), 7, dtype=np.int16))
     with pytest.raises(DataError, match="must have contrast, every voxel is 7"):
@@ -240,7 +266,7 @@ def test_row_100_constant_scan_is_refused_with_its_value(tmp_path):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_FSIZE with a catchable signal")
-def test_row_33_disk_full_leaves_an_unfinished_store(tmp_path):
+def test_build__full_disk_leaves_an_incomplete_store(tmp_path):
     cases = make_cases(tmp_path / "scans", num_patients=2, shape_zyx=(4, 64, 64))
     noise = np.random.default_rng(0).integers(0, 30000, size=(64, 64, 64)).astype(np.int16)
     write_nifti(cases[1].scan.paths[0], noise)
@@ -263,7 +289,7 @@ def test_row_33_disk_full_leaves_an_unfinished_store(tmp_path):
     assert check_store(out).problems == []
 
 
-def test_row_55_umask_decides_the_bits(tmp_path):
+def test_build__umask_decides_the_permissions(tmp_path):
     previous = os.umask(0o027)
     try:
         path = make_store(tmp_path, num_patients=1)
@@ -273,7 +299,7 @@ def test_row_55_umask_decides_the_bits(tmp_path):
     assert modes <= {0o640, 0o600}
 
 
-def test_salt_is_private_and_beside_the_store(tmp_path):
+def test_build__salt_is_private_and_beside_the_store(tmp_path):
     write_nifti(tmp_path / "in" / "a.nii", make_scan()[0])
     for name in ("one", "two"):
         out = tmp_path / "data" / f"{name}.zarr"

@@ -1,4 +1,4 @@
-"""Augmentation: seeded per sample, labels follow geometry, values stay in range, float safe, anatomy respected."""
+"""Augmentation is seeded per sample, moves labels with the image and keeps values in range."""
 
 import argparse
 import pickle
@@ -52,14 +52,14 @@ def augmented(config, image, label, counter=0, **options):
     return SliceAugmentation(config)(image, label, sample_generator(0, counter), **options)
 
 
-def test_all_off_is_the_identity():
+def test_augmentation__everything_off_is_the_identity():
     image, label = sample()
     out, out_label = augmented(AugmentConfig(**STILL), image, label)
     assert torch.equal(out, image)
     assert torch.equal(out_label, label)
 
 
-def test_same_generator_same_result_also_after_pickling():
+def test_augmentation__same_generator_gives_the_same_result_after_pickling():
     image, label = sample()
     augment = SliceAugmentation(EVERYTHING)
     clone = pickle.loads(pickle.dumps(augment))
@@ -70,7 +70,7 @@ def test_same_generator_same_result_also_after_pickling():
     assert not torch.equal(outs[2][0], outs[0][0])
 
 
-def test_global_generators_are_neither_read_nor_moved():
+def test_augmentation__global_generators_are_not_used():
     image, label = sample()
     before = torch.get_rng_state(), np.random.get_state()[1].copy()
     first = augmented(EVERYTHING, image, label)
@@ -82,7 +82,7 @@ def test_global_generators_are_neither_read_nor_moved():
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_values_stay_in_range_and_ids_a_subset(channels):
+def test_augmentation__values_stay_in_range_and_ids_are_a_subset(channels):
     image, label = sample(channels=channels)
     for counter in range(6):
         out, out_label = augmented(EVERYTHING, image, label, counter)
@@ -96,8 +96,8 @@ def test_values_stay_in_range_and_ids_a_subset(channels):
 
 
 @pytest.mark.parametrize("part", sorted(PARTS))
-def test_each_part_changes_something(part):
-    """Its value decides what comes out; the label moves with geometry and with nothing else."""
+def test_augmentation__each_setting_changes_the_result(part):
+    """The label changes with geometric settings only."""
     image, label = sample()
     config = AugmentConfig(**{**STILL, **PARTS[part]})
     outs = [augmented(config, image, label, counter) for counter in range(4)]
@@ -107,7 +107,7 @@ def test_each_part_changes_something(part):
 
 
 @pytest.mark.parametrize("part", ["rotation", "gamma", "noise"])
-def test_probability_of_a_part(part):
+def test_augmentation__probability_is_the_share_of_changed_samples(part):
     name = {"rotation": "affine_probability", "gamma": "gamma_probability", "noise": "noise_probability"}[part]
     image, label = sample()
     config = AugmentConfig(**{**STILL, **PARTS[part], name: 0.5})
@@ -115,7 +115,7 @@ def test_probability_of_a_part(part):
     assert 10 < changed < 30
 
 
-def test_label_moves_with_the_image():
+def test_augmentation__label_moves_with_the_image():
     _, label = sample()
     image = (label[None] == 300).float()
     config = AugmentConfig(max_rotation_deg=30, max_shift=0.1, min_scale=0.8, max_scale=1.2)
@@ -125,7 +125,7 @@ def test_label_moves_with_the_image():
         assert overlap > 0.85
 
 
-def test_rotation_keeps_pixels_square():
+def test_augmentation__rotation_keeps_pixels_square():
     """A disc stays a disc on a slice that is wider than high."""
     rows, columns = torch.meshgrid(torch.arange(40.0), torch.arange(96.0), indexing="ij")
     disc = ((rows - 19.5).square() + (columns - 47.5).square() < 100).float()[None]
@@ -135,8 +135,8 @@ def test_rotation_keeps_pixels_square():
         assert ((out > 0.5) != (disc > 0.5)).float().mean() < 0.01
 
 
-def test_sagittal_slices_are_never_mirrored():
-    """Their columns run from front to back: a mirror image is no patient. The other draws stay the same."""
+def test_augmentation__sagittal_slices_are_never_flipped():
+    """Their columns run from front to back, and no patient looks like the flipped slice. Other draws are unchanged."""
     image, label = sample()
     config = AugmentConfig(flip_columns_probability=1.0, max_log_gamma=0.3)
     sagittal, _ = augmented(config, image, label, plane=Plane.SAGITTAL)
@@ -145,7 +145,7 @@ def test_sagittal_slices_are_never_mirrored():
     assert sagittal[0, 0, 0] < sagittal[0, 0, -1]
 
 
-def test_without_label():
+def test_augmentation__works_without_label():
     image, _ = sample()
     assert augmented(EVERYTHING, image, None)[1] is None
 
@@ -161,7 +161,7 @@ def test_without_label():
         ("min_scale", 2.0),
     ],
 )
-def test_config_refuses_nonsense(name, value):
+def test_augment_config__impossible_values_are_refused(name, value):
     with pytest.raises(ValueError, match=name):
         AugmentConfig(**{name: value})
 
@@ -183,7 +183,7 @@ def stage_augment(schema, modality, *, layered=True, overrides=()):
 
 @pytest.mark.parametrize("schema", [PretrainConfig, FinetuneConfig])
 @pytest.mark.parametrize("modality", [m.value for m in Modality])
-def test_modality_reaches_both_stages(schema, modality):
+def test_modality_layer__reaches_both_stages(schema, modality):
     own, plain = stage_augment(schema, modality), stage_augment(schema, modality, layered=False)
     wanted = load_preset(modality).augment
     changed = {name for name in AugmentConfig.__dataclass_fields__ if getattr(own, name) != getattr(plain, name)}
@@ -193,14 +193,14 @@ def test_modality_reaches_both_stages(schema, modality):
 
 
 @pytest.mark.parametrize("schema", [PretrainConfig, FinetuneConfig])
-def test_users_have_the_last_word(schema):
+def test_modality_layer__overrides_of_the_user_win(schema):
     assert stage_augment(schema, "ct", overrides=["data.augment.flip_columns_probability=0.25"]) == stage_augment(
         schema, "mri", overrides=["data.augment.flip_columns_probability=0.25", "data.augment.gamma_probability=0.1"]
     )
 
 
-def test_commands__both_ask_the_modality(tmp_path):
-    """What CT says about mirroring arrives through the commands, not only through the function they share."""
+def test_commands__both_stages_apply_the_modality_preset(tmp_path):
+    """The flip setting of CT arrives through the commands, not only through the function they share."""
     store = str(make_store(tmp_path, num_patients=2, shape_zyx=(2, 16, 16), modality="ct"))
     config, _ = prepare(TypedSettings(options={"data.store": store, "model.base": "random"}), has_gpu=False)
     assert config.data.augment.flip_columns_probability == 0.0

@@ -1,4 +1,4 @@
-"""Slices as samples: which are chosen, what they hold, and that randomness belongs to the sample alone."""
+"""Slices become samples, and the randomness of a sample depends on nothing but the sample."""
 
 import logging
 
@@ -28,7 +28,7 @@ def jitter(image, label, generator, plane):
     return image + float(generator.random()), label
 
 
-def test_select_slices__filters_and_says_so(store, caplog):
+def test_select_slices__filters_are_applied_and_logged(store, caplog):
     caplog.set_level(logging.INFO)
     everything = select_slices(store, store.patient_ids)
     assert len(everything) == 18
@@ -46,14 +46,14 @@ def test_select_slices__filters_and_says_so(store, caplog):
     assert {store.record(ref.series_id).patient_id for ref in one} == {store.patient_ids[0]}
 
 
-def test_select_slices__nothing_left_is_an_error(store):
+def test_select_slices__no_usable_slice_is_an_error(store):
     with pytest.raises(DataError, match="0 usable slices: 18 air"):
         select_slices(store, store.patient_ids, min_foreground_fraction=0.999)
     with pytest.raises(DataError, match="18 other plane"):
         select_slices(store, store.patient_ids, planes=["coronal"])
 
 
-def test_item__is_the_normalised_slice_and_its_label(store):
+def test_getitem__returns_the_normalised_slice_and_its_label(store):
     record = store.series[1]
     dataset = SliceDataset(store, [SliceRef(record.series_id, 2)], with_label=True)
     sample = dataset[0, 41]
@@ -65,7 +65,7 @@ def test_item__is_the_normalised_slice_and_its_label(store):
     assert "label" not in SliceDataset(store, [SliceRef(record.series_id, 2)])[0, 0]
 
 
-def test_item__intensity_of_the_run_beats_the_store(store):
+def test_getitem__intensity_of_the_run_overrides_the_store(store):
     ref = SliceRef(store.series[0].series_id, 2)
     preset = IntensityPreset(kind=IntensityKind.MINMAX)
     assert not torch.equal(
@@ -73,7 +73,7 @@ def test_item__intensity_of_the_run_beats_the_store(store):
     )
 
 
-def test_item__neighbours_become_channels_and_edges_repeat(store):
+def test_getitem__neighbours_become_channels_and_end_slices_repeat(store):
     record = store.series[0]
     dataset = SliceDataset(store, [SliceRef(record.series_id, z) for z in range(6)], num_neighbours=1)
     plain = SliceDataset(store, dataset.slices)
@@ -115,14 +115,14 @@ def test_loader__resumed_batches_equal_uninterrupted_ones(store):
 
 
 @pytest.mark.slow
-def test_loader__number_of_workers_changes_nothing(store):
+def test_loader__number_of_workers_does_not_change_batches(store):
     for (ca, ia, la), (cb, ib, lb) in zip(_batches(store, num_workers=0), _batches(store, num_workers=2), strict=True):
         assert ca == cb
         assert torch.equal(ia, ib)
         assert torch.equal(la, lb)
 
 
-def test_batch_to_input__mixed_sizes(tmp_path):
+def test_batch_to_input__mixed_sizes_share_one_frame_size(tmp_path):
     small = SliceStore.open(make_store(tmp_path / "a", num_patients=1, shape_zyx=(2, 20, 30)))
     large = SliceStore.open(make_store(tmp_path / "b", num_patients=1, shape_zyx=(2, 64, 40)))
     samples = [SliceDataset(s, [SliceRef(s.series[0].series_id, 0)], with_label=True)[0, 0] for s in (small, large)]
@@ -134,8 +134,8 @@ def test_batch_to_input__mixed_sizes(tmp_path):
     assert (images[0, :, 21:] == 0).all()
 
 
-def test_select_slices__several_planes_of_a_series(tmp_path):
-    """What `store build --planes` stored is used where a run asks for it, and only what a series has."""
+def test_select_slices__requested_planes_are_used_where_a_series_has_them(tmp_path):
+    """Planes from `store build --planes` are used where a run requests them and a series has them."""
     cases = make_cases(tmp_path / "scans", num_patients=1, labelled=False)
     image = make_scan(shape_zyx=(12, 16, 20))[0]
     write_nifti(cases[0].scan.paths[0], image, spacing_mm=(1.0, 1.0, 1.0))

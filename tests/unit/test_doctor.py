@@ -1,4 +1,4 @@
-"""``samgraft doctor``: finds what is wrong, names nobody."""
+"""The doctor command finds what is wrong and prints no personal data."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def by_name(root: Path) -> dict[str, diagnosis.DoctorFinding]:
     return {finding.name: finding for finding in diagnose(root)}
 
 
-def test_empty_folder__warns_and_says_what_to_do(tmp_path: Path) -> None:
+def test_diagnose__empty_folder_gives_warnings_with_advice(tmp_path: Path) -> None:
     findings = diagnose(tmp_path)
     assert diagnosis.exit_code(findings) == 0
     advice = {finding.area: finding.advice for finding in findings if finding.name == "none"}
@@ -36,7 +36,7 @@ def test_empty_folder__warns_and_says_what_to_do(tmp_path: Path) -> None:
     assert {finding.area for finding in findings} == {"environment", "disk", "device", "data", "weights"}
 
 
-def test_store_and_broken_weights__described(tmp_path: Path) -> None:
+def test_diagnose__store_and_broken_weights_are_described(tmp_path: Path) -> None:
     (tmp_path / "data" / "weights").mkdir(parents=True)
     store = make_store(tmp_path, num_patients=3)
     shutil.move(store, tmp_path / "data" / store.name)
@@ -47,7 +47,7 @@ def test_store_and_broken_weights__described(tmp_path: Path) -> None:
     assert diagnosis.exit_code(list(found.values())) == 4
 
 
-def test_old_package__is_a_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_diagnose__old_package_is_a_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = diagnosis.version
     monkeypatch.setattr(diagnosis, "version", lambda name: "2.5.0" if name == "torch" else real(name))
     finding = by_name(tmp_path)["torch"]
@@ -56,7 +56,7 @@ def test_old_package__is_a_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert diagnosis.exit_code([finding]) == 2
 
 
-def test_full_disk__is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_diagnose__full_disk_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=10**9 // 2)
     monkeypatch.setattr(diagnosis.shutil, "disk_usage", lambda _: usage)
     finding = by_name(tmp_path)["working folder"]
@@ -67,7 +67,7 @@ def test_full_disk__is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ("name", "value", "warned"),
     [("CUDA_VISIBLE_DEVICES", "", True), ("CUDA_VISIBLE_DEVICES", "0", False), ("PYTHONPATH", "/x", True)],
 )
-def test_leftover_variables__named(
+def test_diagnose__leftover_variables_are_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: str, warned: bool
 ) -> None:
     monkeypatch.setenv(name, value)
@@ -75,7 +75,7 @@ def test_leftover_variables__named(
 
 
 def clinic(folder: Path) -> Path:
-    """Three scans: a DICOM series full of names, a clean one, and NIfTI with free text under a patient's name."""
+    """Write a DICOM series full of names, a clean one, and NIfTI with free text under a patient's name."""
     volume = make_scan(shape_zyx=(3, 24, 20))[0]
     paths = write_series(
         folder / "a", volume, PatientName="Roe^Jane", PatientIdentityRemoved="NO", BurnedInAnnotation="YES"
@@ -91,7 +91,7 @@ def clinic(folder: Path) -> Path:
     return folder
 
 
-def test_scans__identifying_tags_burned_in_flags_and_private_tags_are_counted(tmp_path: Path) -> None:
+def test_diagnose__identifying_content_of_scans_is_counted(tmp_path: Path) -> None:
     findings = [finding for finding in diagnose(tmp_path, data=[clinic(tmp_path / "in")]) if finding.area == "data"]
     assert findings[0].text == "3 in 7 files (plain folder); left out: 1 x text or description"
     assert [finding.name for finding in findings] == ["scans", *["privacy"] * 6]
@@ -107,7 +107,7 @@ def test_scans__identifying_tags_burned_in_flags_and_private_tags_are_counted(tm
     assert diagnosis.exit_code(findings) == 3
 
 
-def test_scans__doctor_and_build_find_the_same(tmp_path: Path) -> None:
+def test_check_headers__finds_the_same_content_as_a_build(tmp_path: Path) -> None:
     folder = clinic(tmp_path / "in")
     settings = BuildSettings(modality=Modality.MRI, salt="", accept_burned_in=True)
     built: Counter[str] = Counter()
@@ -116,7 +116,7 @@ def test_scans__doctor_and_build_find_the_same(tmp_path: Path) -> None:
     assert check_headers(folder).kinds == built
 
 
-def test_scans__clean_ones_are_said_to_be_clean(tmp_path: Path) -> None:
+def test_diagnose__clean_scans_are_reported_as_clean(tmp_path: Path) -> None:
     write_series(tmp_path / "in", make_scan(shape_zyx=(3, 24, 20))[0])
     findings = [finding for finding in diagnose(tmp_path, data=[tmp_path / "in"]) if finding.area == "data"]
     assert [(f.status, f.text) for f in findings] == [
@@ -124,7 +124,9 @@ def test_scans__clean_ones_are_said_to_be_clean(tmp_path: Path) -> None:
     ]
 
 
-def test_scans__damaged_headers_and_folders_without_scans(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_diagnose__damaged_headers_and_empty_folders_are_problems(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     volume = make_scan(shape_zyx=(3, 24, 20))[0]
     path = write_nifti(tmp_path / "in" / "scan.nii.gz", volume)
     path.write_bytes(path.read_bytes()[:20])
@@ -134,7 +136,7 @@ def test_scans__damaged_headers_and_folders_without_scans(tmp_path: Path, capsys
     assert "PROBLEM  scans: cannot be read as scans" in capsys.readouterr().out
 
 
-def test_scans__names_nobody(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_doctor__output_on_scans_has_no_personal_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", "--json", "--data", str(clinic(tmp_path / "Smith Anna"))]) == 3
     text = capsys.readouterr().out
     assert "PatientName" in text
@@ -142,7 +144,7 @@ def test_scans__names_nobody(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         assert secret not in text
 
 
-def test_json__names_nobody(
+def test_doctor__json_has_no_user_host_or_path(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -153,7 +155,9 @@ def test_json__names_nobody(
         assert len(secret) < 5 or secret not in text
 
 
-def test_text__one_verdict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_doctor__text_ends_with_a_summary(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "no.zarr").mkdir()
     assert main(["doctor", "--data", "no.zarr"]) == 3

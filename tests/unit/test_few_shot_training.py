@@ -1,4 +1,4 @@
-"""Few-shot runs: draws that reach the split, and an end that waits for warm-up."""
+"""Few-shot draws reach the split, and early stopping waits for the warm-up."""
 
 import pytest
 from samgraft.finetune.few_shot import FewShotConfig, Unit, draw_few_shot, may_end
@@ -14,7 +14,7 @@ def store(tmp_path_factory):
     return SliceStore.open(make_store(tmp_path_factory.mktemp("store"), num_patients=6))
 
 
-def test_draw__patients_and_repeats(store):
+def test_draw_few_shot__patients_are_drawn_anew_per_repeat(store):
     split = make_split(store)
     assert draw_few_shot(split, store, FewShotConfig()) is split
     draws = [draw_few_shot(split, store, FewShotConfig(num=2, repeat=r)) for r in range(4)]
@@ -25,14 +25,14 @@ def test_draw__patients_and_repeats(store):
         draw_few_shot(split, store, FewShotConfig(num=99))
 
 
-def test_draw__slices_are_all_that_is_trained_on(store):
+def test_draw_few_shot__only_the_drawn_slices_are_trained_on(store):
     drawn = draw_few_shot(make_split(store), store, FewShotConfig(num=3, unit=Unit.SLICES))
     kept = keep_train_slices(select_slices(store, drawn.train), drawn)
     assert len(kept) == 3
 
 
 @pytest.mark.parametrize("values", [{"num": 0}, {"repeat": -1}])
-def test_config__refuses(values):
+def test_few_shot_config__impossible_values_are_refused(values):
     with pytest.raises(ValueError, match=r"data\.few_shot"):
         FewShotConfig(**values)
 
@@ -51,7 +51,7 @@ def test_may_end__after_patience_rounds_without_gain():
 
 
 def test_may_end__never_inside_warm_up_or_below_the_floor():
-    """The study's code stops few-shot runs inside warm-up: 5 slices, 67 epochs of warm-up, patience 22."""
+    """Early stopping inside the warm-up would end such a run (5 slices, 67 epochs of warm-up, patience 22)."""
     flat = {step: 0.0 for step in range(10, 210, 10)}
     assert end(flat)
     assert not end(flat, warmup_steps=200)

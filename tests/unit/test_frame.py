@@ -1,4 +1,4 @@
-"""Input frame: geometry known by hand, labels keep their ids, logits come back where they were."""
+"""The input frame has a known geometry, keeps label ids and maps logits back to their pixels."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ from samgraft.shared.samples.frame import fit_frame, image_to_frame, label_to_fr
         ((128, 128), True, None, (128, 128)),
     ],
 )
-def test_fit_frame__content(native, keep, spacing, content):
+def test_fit_frame__content_size_is_known(native, keep, spacing, content):
     assert fit_frame(native, image_size=128, keep_aspect=keep, spacing_rc=spacing).content_hw == content
 
 
@@ -45,7 +45,7 @@ def test_label_to_frame__ids_stay_a_subset_and_large_ids_survive():
         assert 65535 in out
 
 
-def test_label_and_image_are_aligned():
+def test_label_to_frame__is_aligned_with_the_image():
     # A label doubled by nearest neighbour must lie on the image's doubled pixels, not half a pixel beside.
     label = torch.zeros(1, 8, 8, dtype=torch.int64)
     label[0, 2:4, 4:6] = 1
@@ -73,7 +73,7 @@ def test_logits_to_native__undoes_image_to_frame(side, native, keep):
     torch.testing.assert_close(back[inner], ramp[inner], atol=0.03, rtol=0)
 
 
-def test_frame__refuses_other_sizes():
+def test_frame__slices_of_another_size_are_refused():
     frame = fit_frame((10, 10), image_size=32, keep_aspect=True)
     with pytest.raises(ValueError, match=r"must have \(10, 10\) pixels"):
         image_to_frame(torch.zeros(1, 1, 11, 10), frame)

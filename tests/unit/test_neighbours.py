@@ -1,4 +1,4 @@
-"""Slice neighbourhood (2.5D): the keys of both stages reach the encoder's input, the card and inference."""
+"""Neighbouring slices (2.5D) reach the encoder's input, the card and inference in both stages."""
 
 import json
 
@@ -55,7 +55,7 @@ def small_lab(tmp_path_factory):
     return make_lab(tmp_path_factory.mktemp("small"))
 
 
-def test_neighbour_slices__edges_repeat():
+def test_neighbour_slices__end_slices_repeat():
     assert neighbour_slices(2, num_slices=5, num_neighbours=0) == [2]
     assert [neighbour_slices(z, num_slices=3, num_neighbours=1) for z in range(3)] == [[0, 0, 1], [0, 1, 2], [1, 2, 2]]
     assert neighbour_slices(0, num_slices=1, num_neighbours=1) == [0, 0, 0]
@@ -91,7 +91,7 @@ def test_pretrain__neighbours_reach_the_encoder_and_the_card(lab, monkeypatch, n
         assert any(not torch.equal(images[:, 0], images[:, 1]) for images in seen)
 
 
-def test_probe__sees_the_neighbours_that_training_sees(lab):
+def test_probe__uses_the_neighbours_of_training(lab):
     config = pretrain_config(lab, f"probe.store={lab / 'store.zarr'}", "data.num_neighbours=1")
     probe = load_probe(open_probe_store(config.probe), config, preset=load_preset("mri"))
     assert probe.train.images_N1SS.shape[1:] == (3, 32, 32)
@@ -111,8 +111,8 @@ def test_probe__sees_the_neighbours_that_training_sees(lab):
         pytest.param(lambda: Feature(plain_encoder(), FeatureConfig(decoder_dim=16), seed=0), id="feature plain"),
     ],
 )
-def test_objectives__show_the_slice_and_look_at_its_neighbours(objective):
-    """Three equal channels are one slice three times; other neighbours change the loss, not what pictures show."""
+def test_objectives__neighbours_change_the_loss_but_not_the_pictures(objective):
+    """Three equal channels are one slice three times. Other neighbours change the loss, but not the pictures."""
     model = objective().eval()
     randomise(model, scale=1.0)  # decoders start by answering zero
     size = model.encoder.image_size
@@ -130,8 +130,8 @@ def test_objectives__show_the_slice_and_look_at_its_neighbours(objective):
 
 
 @pytest.mark.parametrize("objective", list(OBJECTIVES))
-def test_pretrain__every_objective_learns_from_neighbours(small_lab, monkeypatch, objective):
-    """Two steps, a look at held-out slices before and after them, and a hand-over."""
+def test_pretrain__every_objective_trains_with_neighbours(small_lab, monkeypatch, objective):
+    """Two steps with a monitoring round before and after them, and an export of the encoder."""
     shapes = []
     forward = PretrainModule.training_step
 
@@ -161,19 +161,19 @@ def finetune_config(lab, *overrides):
 
 
 @pytest.mark.parametrize(("given", "expected"), [("null", 1), ("0", 0), ("1", 1)])
-def test_finetune__takes_the_encoders_neighbours_unless_told(lab, given, expected):
+def test_finetune__neighbours_default_to_those_of_the_encoder(lab, given, expected):
     prepared = prepare(finetune_config(lab, f"data.num_neighbours={given}"))
     assert prepared.inference.num_neighbours == expected
     assert prepared.dataset[0, 0]["image"].shape[0] == 1 + 2 * expected
 
 
-def test_neighbours_of__none_takes_the_cards():
+def test_neighbours_of__none_takes_the_number_of_the_card():
     card = Card(arch="vit_t", image_size=32, pixel_mean=[0.0] * 3, pixel_std=[1.0] * 3, num_neighbours=1)
     assert [neighbours_of(wanted, card) for wanted in (None, 0, 1)] == [1, 0, 1]
 
 
-def test_inference__batches_and_chosen_slices_see_the_same_neighbours(lab):
-    """Neighbours cross the borders of batches, and are there when only some slices are wanted."""
+def test_inference__neighbours_do_not_depend_on_batches_or_selected_slices(lab):
+    """Neighbours are read across the borders of batches, and also when only some slices are predicted."""
     store = SliceStore.open(lab / "store.zarr")
     series_id = store.series[0].series_id
     volume, stats = store.read_volume(series_id), store.record(series_id).stats
@@ -202,6 +202,6 @@ def test_inference__batches_and_chosen_slices_see_the_same_neighbours(lab):
 
 @pytest.mark.parametrize("make", [pretrain_config, finetune_config])
 @pytest.mark.parametrize("value", [2, -1])
-def test_keys__refuse_what_the_encoder_has_no_channels_for(lab, make, value):
+def test_num_neighbours__more_than_the_encoder_has_channels_is_refused(lab, make, value):
     with pytest.raises(UsageError, match=r"num_neighbours must be in 0\.\.1"):
         make(lab, f"data.num_neighbours={value}")

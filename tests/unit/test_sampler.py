@@ -1,4 +1,4 @@
-"""Order of samples: a pure function of seed, step, rank and world size."""
+"""The order of samples is a function of seed, step, rank and world size only."""
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ def test_sampler__resumed_equals_uninterrupted_across_epochs():
         assert batches(start_micro_step=start, num_micro_steps=20 - start) == whole[start:]
 
 
-def test_sampler__epoch_has_no_repeats_and_next_epoch_another_order():
+def test_sampler__epoch_has_no_repeats_and_the_next_one_another_order():
     whole = batches(num_micro_steps=14)  # 7 batches of 3 per epoch, 2 dropped
     first, second = ([i for b in whole[s : s + 7] for i, _ in b] for s in (0, 7))
     assert len(set(first)) == 21
@@ -32,7 +32,7 @@ def test_sampler__counters_are_the_global_position():
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 4), st.integers(1, 5), st.integers(20, 60), st.integers(0, 30))
-def test_sampler__ranks_share_one_line(world, batch, num, start):
+def test_sampler__ranks_divide_one_sequence(world, batch, num, start):
     options = {"batch_size": batch, "seed": 1, "start_micro_step": start, "num_micro_steps": 6}
     ranks = [list(StepBatchSampler(num, rank=r, world_size=world, **options)) for r in range(world)]
     one = list(StepBatchSampler(num, **{**options, "batch_size": batch * world}))
@@ -41,20 +41,20 @@ def test_sampler__ranks_share_one_line(world, batch, num, start):
         assert merged == one[step]
 
 
-def test_sampler__seed_decides():
+def test_sampler__another_seed_gives_another_order():
     assert batches() == batches()
     assert batches() != batches(seed=6)
     assert sorted(epoch_order(50, seed=0, epoch=3)) == list(range(50))
 
 
-def test_sample_generator__pure_and_distinct():
+def test_sample_generator__depends_on_seed_and_counter_only():
     draws = {float(sample_generator(0, c).random()) for c in range(100)}
     assert len(draws) == 100
     assert sample_generator(3, 9).random() == sample_generator(3, 9).random()
     assert sample_generator(3, 9).random() != np.random.default_rng([3, 0, 9]).random()
 
 
-def test_sampler__refusals():
+def test_sampler__impossible_sizes_are_refused():
     with pytest.raises(ValueError, match="must not exceed the 23 slices"):
         batches(batch_size=12, world_size=2)
     with pytest.raises(ValueError, match="rank"):

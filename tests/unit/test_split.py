@@ -1,4 +1,4 @@
-"""Splits by patient: disjoint, seeded, stratified, hashed; leaks are refused by id and by content."""
+"""Splits are by patient, seeded, stratified and hashed. Leaks are refused by id and by content."""
 
 import dataclasses
 import json
@@ -31,7 +31,7 @@ def store(tmp_path_factory):
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 10_000), st.sampled_from([(0.7, 0.15, 0.15), (0.5, 0.5, 0.0), (0.8, 0.0, 0.2), (1.0, 0, 0)]))
-def test_make_split__disjoint_complete_and_sized(store, seed, fractions):
+def test_make_split__parts_are_disjoint_complete_and_of_the_right_size(store, seed, fractions):
     split = make_split(store, fractions=fractions, seed=seed)
     assert sorted((*split.train, *split.val, *split.test)) == list(store.patient_ids)
     assert len(split.val) == round(10 * fractions[1])
@@ -40,11 +40,11 @@ def test_make_split__disjoint_complete_and_sized(store, seed, fractions):
     assert split == make_split(store, fractions=fractions, seed=seed)
 
 
-def test_make_split__seed_changes_it(store):
+def test_make_split__another_seed_gives_another_split(store):
     assert len({make_split(store, seed=s).test for s in range(20)}) > 5
 
 
-def test_make_split__stratified_by_labels(tmp_path):
+def test_make_split__parts_are_stratified_by_labels(tmp_path):
     labelled = make_cases(tmp_path / "a", num_patients=10, shape_zyx=(3, 16, 16))
     plain = make_cases(tmp_path / "b", num_patients=10, shape_zyx=(3, 16, 16), labelled=False, seed=7)
     plain = [dataclasses.replace(c, name=f"b{c.name}", patient_key=f"b{c.patient_key}") for c in plain]
@@ -64,7 +64,7 @@ def test_make_split__stratified_by_labels(tmp_path):
         assert 1 <= len(with_label & set(split.val)) <= 3
 
 
-def test_split__file_round_trip_and_tampering(store, tmp_path):
+def test_load_split__saved_file_is_equal_and_an_edited_one_is_refused(store, tmp_path):
     split = make_split(store, seed=3)
     path = tmp_path / "x.split.json"
     split.save(path)
@@ -97,15 +97,15 @@ def test_save__killed_before_the_flush_keeps_the_old_file(store, tmp_path, monke
     assert not (tmp_path / "new.json").exists()
 
 
-def test_load_split__a_file_that_leaks_is_refused(store, tmp_path):
-    """Its own hash is right: it is the content that must not be used."""
+def test_load_split__leaking_file_is_refused(store, tmp_path):
+    """Its own hash is right, so only the check of the content can find the leak."""
     split = make_split(store)
     dataclasses.replace(split, val=(*split.val, split.train[0])).save(tmp_path / "s.json")
     with pytest.raises(DataError, match="1 patients are in both train and val"):
         load_split(tmp_path / "s.json", store)
 
 
-def test_load_split__none_takes_the_file_beside_the_store(store):
+def test_load_split__without_path_takes_the_file_beside_the_store(store):
     default = load_split(None, store)
     assert default == make_split(store)
     beside = default_split_path(store.path)
@@ -118,14 +118,14 @@ def test_load_split__none_takes_the_file_beside_the_store(store):
         beside.unlink()
 
 
-def test_check_split__refuses_a_patient_in_two_parts(store):
+def test_check_split__patient_in_two_parts_is_refused(store):
     split = make_split(store)
     leaking = dataclasses.replace(split, val=(*split.val, split.train[0], split.train[1]))
     with pytest.raises(DataError, match=r"2 patients are in both train and val \(p_[0-9a-f]{12}, p_"):
         check_split(leaking, store)
 
 
-def test_check_split__refuses_strangers_other_stores_and_no_train(store):
+def test_check_split__unknown_patients_other_stores_and_empty_train_are_refused(store):
     split = make_split(store)
     with pytest.raises(DataError, match="does not have"):
         check_split(dataclasses.replace(split, test=("p_000000000000",)), store)
@@ -135,7 +135,7 @@ def test_check_split__refuses_strangers_other_stores_and_no_train(store):
         check_split(dataclasses.replace(split, train=()), store)
 
 
-def test_check_split__refuses_equal_voxels_under_two_ids(tmp_path):
+def test_check_split__equal_voxels_under_two_ids_are_refused(tmp_path):
     cases = make_cases(tmp_path, num_patients=3, shape_zyx=(2, 16, 16), labelled=False)
     twin = dataclasses.replace(cases[0], name="copy", patient_key="somebody else")
     path = tmp_path / "s.zarr"
@@ -158,7 +158,7 @@ def test_check_split__refuses_equal_voxels_under_two_ids(tmp_path):
     check_split(dataclasses.replace(split, train=(first, second, *others), val=()), store)
 
 
-def test_refuse_leak__by_id_and_by_content(store, tmp_path):
+def test_refuse_leak__pretraining_patients_are_found_by_id_and_by_content(store, tmp_path):
     split = make_split(store)
     refuse_leak(pretrain_manifest(store, split.train), split, store)
     with pytest.raises(DataError, match=r"2 test patients were in the pretraining set.*by id"):
@@ -176,6 +176,6 @@ def test_make_split__small_sets_keep_a_training_patient(tmp_path):
         assert (len(split.train), len(split.val), len(split.test)) == expected
 
 
-def test_make_split__bad_fractions(store):
+def test_make_split__wrong_fractions_are_refused(store):
     with pytest.raises(DataError, match="sum to 1"):
         make_split(store, fractions=(0.5, 0.1, 0.1))

@@ -1,4 +1,4 @@
-"""The slice store: what goes in comes out; a half-built or damaged store never opens."""
+"""The slice store returns what was written, and a half-built or damaged store never opens."""
 
 import dataclasses
 import json
@@ -64,7 +64,7 @@ def test_round_trip__dtypes(tmp_path, dtype):
     np.testing.assert_array_equal(store.read_volume(store.series[0].series_id), image)
 
 
-def test_blank_slices_are_stored(tmp_path):
+def test_round_trip__all_zero_slices_are_stored(tmp_path):
     image = make_scan()[0]
     image[2:4] = 0
     case = SourceCase(name="a", patient_key="a", scan=nifti_files(write_nifti(tmp_path / "a.nii", image)))
@@ -72,7 +72,7 @@ def test_blank_slices_are_stored(tmp_path):
     assert (store.read_slice(store.series[0].series_id, 2) == 0).all()
 
 
-def test_fingerprint__is_of_content_not_of_place_or_time(tmp_path):
+def test_fingerprint__depends_on_content_only(tmp_path):
     first = SliceStore.open(make_store(tmp_path / "here"))
     time.sleep(0.01)
     second = SliceStore.open(make_store(tmp_path / "there" / "deeper", name="other.zarr"))
@@ -80,7 +80,7 @@ def test_fingerprint__is_of_content_not_of_place_or_time(tmp_path):
     assert first.fingerprint == second.fingerprint != third.fingerprint
 
 
-def test_nothing_identifying_enters_the_store(tmp_path):
+def test_build__stores_nothing_that_identifies_a_person(tmp_path):
     image = make_scan()[0]
     path = write_nifti(tmp_path / "MRN4711" / "Jane_Roe.nii.gz", image)
     case = SourceCase(
@@ -94,7 +94,7 @@ def test_nothing_identifying_enters_the_store(tmp_path):
 
 
 @pytest.mark.slow
-def test_open__pickled_store_reads_in_a_spawned_process(store):
+def test_pickle__store_reads_in_a_spawned_process(store):
     record = store.series[0]
     store.read_slice(record.series_id, 0)
     clone = pickle.loads(pickle.dumps(store))
@@ -158,13 +158,13 @@ def damage_schema(store):
         (damage_schema, "schema 1, got 99"),
     ],
 )
-def test_open__refuses_by_name(store, damage, message):
+def test_open__damaged_store_is_refused_by_name(store, damage, message):
     damage(store)
     with pytest.raises(DataError, match=message):
         SliceStore.open(store.path)
 
 
-def test_read__a_flipped_bit_never_gives_wrong_values(store):
+def test_read_volume__flipped_bit_never_gives_wrong_values(store):
     record = store.series[0]
     path = first_shard(store)
     good, volume = path.read_bytes(), store.read_volume(record.series_id)
@@ -184,7 +184,7 @@ def test_read__a_flipped_bit_never_gives_wrong_values(store):
     np.testing.assert_array_equal(SliceStore.open(store.path).read_volume(record.series_id), volume)
 
 
-def test_build__again_returns_at_once_and_writes_nothing(tmp_path):
+def test_build__complete_store_is_not_written_again(tmp_path):
     cases = make_cases(tmp_path / "scans")
     out = tmp_path / "s.zarr"
     build(cases, out)
@@ -233,7 +233,7 @@ def _build_slowly(cases, out):
     build(cases, out)
 
 
-def test_build__killed_store_does_not_open_and_continues(tmp_path):
+def test_build__killed_build_does_not_open_and_is_resumed(tmp_path):
     cases = make_cases(tmp_path / "scans", num_patients=4)
     out, whole = tmp_path / "s.zarr", tmp_path / "whole.zarr"
     build(cases, whole)
@@ -260,7 +260,7 @@ def test_build__two_workers_give_the_same_store(tmp_path):
     assert SliceStore.open(one.path).fingerprint == SliceStore.open(two.path).fingerprint
 
 
-def test_build__refused_cases_are_collected_and_nothing_is_finished(tmp_path):
+def test_build__refused_cases_are_all_named_and_the_store_stays_incomplete(tmp_path):
     cases = make_cases(tmp_path / "scans", num_patients=4)
     for case in cases[:2]:
         path = case.scan.paths[0]
@@ -384,13 +384,13 @@ def test_build__planes_of_near_isotropic_volumes(tmp_path):
     np.testing.assert_array_equal(store.read_slice(record.series_id, 4, plane=Plane.CORONAL), coronal[4])
 
 
-def test_build__thick_slices_keep_their_plane_only(tmp_path):
+def test_build__thick_slices_keep_only_their_plane(tmp_path):
     settings = dataclasses.replace(SETTINGS, planes=(Plane.AXIAL, Plane.CORONAL))
     store = SliceStore.open(build(make_cases(tmp_path, num_patients=1), tmp_path / "s.zarr", settings=settings).path)
     assert list(store.series[0].planes) == [Plane.AXIAL]
 
 
-def test_build__refusals(tmp_path):
+def test_build__unusable_arguments_are_refused(tmp_path):
     cases = make_cases(tmp_path / "scans", num_patients=1)
     with pytest.raises(DataError, match="0 usable scans"):
         build([], tmp_path / "s.zarr")

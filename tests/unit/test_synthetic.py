@@ -1,4 +1,4 @@
-"""Made-up scans: the same on every machine, with a lesion in each, and enough test patients for an interval."""
+"""Synthetic scans are equal on every machine, have a lesion each, and give enough test patients."""
 
 import numpy as np
 from samgraft.finetune.evaluation.statistics import MIN_PATIENTS

@@ -1,4 +1,4 @@
-"""A key in a configuration file or an override counts as much as the option of the same meaning, in both stages."""
+"""A key of a file or an override has the effect of the option with the same meaning, in both stages."""
 
 import argparse
 
@@ -14,10 +14,10 @@ from store_factory import make_store
 
 @pytest.fixture
 def store(tmp_path, monkeypatch):
-    """A store; the demo data must not be asked for."""
+    """Return a store. A test that would fetch the demo data fails."""
 
     def refuse(*_args, **_kwargs):
-        raise AssertionError("the demo data were asked for")
+        raise AssertionError("the demo data would be fetched")
 
     monkeypatch.setattr("samgraft.shared.stage_config.demo_data", refuse)
     monkeypatch.chdir(tmp_path)
@@ -30,7 +30,7 @@ def written(tmp_path, text):
     return path
 
 
-def test_pretrain__a_file_that_names_data_and_start_is_followed(store, tmp_path):
+def test_pretrain__file_with_data_and_weights_is_used(store, tmp_path):
     file = written(
         tmp_path,
         f"data: {{store: {store}, batch_size: 2}}\nmodel: {{base: random, arch: vit_b}}\nobjective: {{name: mae}}",
@@ -43,7 +43,7 @@ def test_pretrain__a_file_that_names_data_and_start_is_followed(store, tmp_path)
     assert name.endswith("vit_b-mae")
 
 
-def test_pretrain__an_override_of_the_store_brings_none_of_the_demos_settings(store):
+def test_pretrain__override_of_the_store_drops_the_demo_settings(store):
     config, _ = prepare(TypedSettings(overrides=(f"data.store={store}", "model.base=random")), has_gpu=False)
     assert config.data.store == str(store)
     assert not config.watch.log_images
@@ -51,7 +51,7 @@ def test_pretrain__an_override_of_the_store_brings_none_of_the_demos_settings(st
     assert config.probe.store is None
 
 
-def test_pretrain__options_win_over_the_file_and_overrides_over_both(store, tmp_path):
+def test_pretrain__options_override_files_and_overrides_override_both(store, tmp_path):
     file = written(tmp_path, "model: {base: random, arch: vit_l}\nobjective: {name: dino}\n")
     request = TypedSettings(
         options={"data.store": str(store), "model.arch": "vit_b", "objective.name": "mae"}, files=(file,)
@@ -67,7 +67,7 @@ def test_pretrain__options_win_over_the_file_and_overrides_over_both(store, tmp_
     assert (config.data.store, config.model.arch) == (str(store), "vit_b")
 
 
-def test_pretrain__the_demos_own_settings_stand_below_a_file(tmp_path, monkeypatch):
+def test_pretrain__file_overrides_the_demo_settings(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     demo = make_store(tmp_path / "data" / "demo", num_patients=3, name="mri.zarr")
     paths = demo_paths()
@@ -88,7 +88,7 @@ def typed(*words):
     return parser.parse_args(list(words))
 
 
-def test_finetune__a_file_or_an_override_that_names_the_store_is_followed(store, tmp_path):
+def test_finetune__store_of_a_file_or_an_override_is_used(store, tmp_path):
     file = written(tmp_path, f"data: {{store: {store}}}\nmodel: {{ckpt: runs/mine}}\n")
     for arguments in (typed("--config", str(file)), typed("--ckpt", "runs/mine", f"data.store={store}")):
         settings = typed_settings(arguments)
@@ -98,7 +98,7 @@ def test_finetune__a_file_or_an_override_that_names_the_store_is_followed(store,
         assert settings.by_key()["model.ckpt"] == "runs/mine"
 
 
-def test_read_settings__later_ones_win_and_null_is_not_given(tmp_path):
+def test_read_settings__later_values_win_and_null_counts_as_not_given(tmp_path):
     file = written(tmp_path, "a: {b: 1, c: null}\nd: [1, 2]\n")
     assert read_settings([file, {"a": {"b": 2}}], []) == {"a.b": "2"}
     assert read_settings([file], ["a.b=null", "e='x y'"]) == {"e": "x y"}
@@ -107,7 +107,7 @@ def test_read_settings__later_ones_win_and_null_is_not_given(tmp_path):
         read_settings([written(tmp_path, "a: !x 1\n")], [])
 
 
-def test_pretrain__a_mistyped_key_is_still_an_error(store):
+def test_pretrain__mistyped_key_is_an_error(store):
     with pytest.raises(UsageError, match=r"unknown key 'data\.stor'"):
         prepare(
             TypedSettings(options={"data.store": str(store), "model.base": "random"}, overrides=("data.stor=x",)),
