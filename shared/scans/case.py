@@ -20,6 +20,8 @@ LABEL_GRID_TOLERANCE_MM = 0.01
 MAX_LABEL_ID = 65535
 MAX_LABEL_MAP_VALUES = 1024
 """Largest number of different values of a label map. Atlases have a few hundred regions."""
+MAX_ODD_LABEL_VALUES = 16
+"""Largest number of values of a label map with negative or broken values, such as a mask scaled to 0.5."""
 MAX_SURE_LABEL_VALUES = 64
 """Number of values in a file called a label above which its voxels are checked too."""
 MIN_EQUAL_NEIGHBOURS = 0.7
@@ -90,7 +92,7 @@ def read_case(case: SourceCase) -> RawScan:
 def is_label_map(array_ijk: Array) -> bool:
     """Return whether an array looks like label ids and not like a scan.
 
-    Label maps hold few different whole numbers, 0 among them, in areas of one value. Two values alone are a mask.
+    Label maps hold few different values in areas of one value. Two values alone are a mask.
     """
     # A scan shows its many values in a few slices already. Only what looks like a label map there is searched whole,
     # because small lesions lie between the sampled slices.
@@ -98,9 +100,12 @@ def is_label_map(array_ijk: Array) -> bool:
     if array_ijk.dtype.kind not in "biuf" or len(np.unique(middle)) > MAX_LABEL_MAP_VALUES:
         return False
     values = np.unique(array_ijk)
-    if not 2 <= len(values) <= MAX_LABEL_MAP_VALUES or values[0] < 0 or not np.array_equal(values, np.rint(values)):
+    if not 2 <= len(values) <= MAX_LABEL_MAP_VALUES or not np.isfinite(values).all():
         return False
-    return len(values) == 2 or _share_of_equal_neighbours(array_ijk, background=values[0]) > MIN_EQUAL_NEIGHBOURS
+    are_ids = values[0] >= 0 and np.array_equal(values, np.rint(values))
+    if not are_ids and len(values) > MAX_ODD_LABEL_VALUES:
+        return False
+    return len(values) == 2 or _share_of_equal_neighbours(array_ijk, background=0) > MIN_EQUAL_NEIGHBOURS
 
 
 def read_label(case: SourceCase, scan: RawScan) -> tuple[Array, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
 from samgraft.shared.errors import DataError, UsageError
@@ -49,7 +49,8 @@ class Discovery:
     images_without_label: list[str] = field(default_factory=list)
 
     def finish(self) -> None:
-        """Sort the cases, and list images without label where others have one."""
+        """Sort the cases, refuse copies that contradict each other, and list images without label."""
+        self.cases = [_refuse_twin(case) for case in self.cases]
         self.cases.sort(key=lambda case: case.name)
         if any(case.labels for case in self.cases):
             self.images_without_label = [case.name for case in self.cases if not case.labels]
@@ -179,6 +180,16 @@ def _note_folders(by_folder: Mapping[str, str], found: Discovery) -> None:
             f"{len(many)} folders count as one patient each but hold more than three folders, e.g. {many[0]}: if those "
             "are the patients, give --patient-pattern"
         )
+
+
+def _refuse_twin(case: SourceCase) -> SourceCase:
+    """Refuse a scan that is there both plain and compressed, because either could be the newer one."""
+    path = case.scan.paths[0]
+    plain = path.with_name(path.name.removesuffix(".gz"))
+    packed = plain.with_name(f"{plain.name}.gz")
+    if plain.suffix != ".nii" or len(case.scan.paths) > 1 or not (plain.exists() and packed.exists()):
+        return case
+    return replace(case, refusal=f"{plain.name} and {packed.name} are both there, which is ambiguous. Remove one.")
 
 
 def _compile(pattern: str | None, option: str) -> re.Pattern[str] | None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from samgraft.shared.errors import DataError, StorageError
-from samgraft.shared.scans.readers.registry import READERS, format_by_content, format_by_suffix, scan_suffix
+from samgraft.shared.scans.readers.registry import READERS, format_by_content, format_by_suffix
 
 _UNREAD_KINDS = {
     "NRRD with detached data": ".nhdr",
@@ -64,7 +64,7 @@ def index_files(root: Path) -> FileIndex:
     """List the scans below a folder.
 
     Raises:
-        DataError: If the folder does not exist or holds an ambiguous pair ``A.nii`` and ``A.nii.gz``.
+        DataError: If the folder does not exist.
         StorageError: If a folder cannot be listed.
     """
     if not root.exists():
@@ -73,7 +73,6 @@ def index_files(root: Path) -> FileIndex:
     for path, size in _walk(root, index):
         _sort_in(path, size, index)
     index.files = dict(sorted(index.files.items(), key=lambda item: str(item[0])))
-    _refuse_ambiguous_pairs(index)
     _note_case_twins(index)
     return index
 
@@ -142,17 +141,6 @@ def _sort_in(path: Path, size: int, index: FileIndex) -> None:
         index.files[path] = found
     else:
         index.left_out["not a scan"] += 1
-
-
-def _refuse_ambiguous_pairs(index: FileIndex) -> None:
-    files = index.files
-    pairs = sorted(path for path in files if scan_suffix(path) == ".nii" and path.with_name(f"{path.name}.gz") in files)
-    if pairs:
-        raise DataError(
-            f"{len(pairs)} scans are there both plain and compressed, e.g. {pairs[0].name} and {pairs[0].name}.gz: "
-            "ambiguous. Remove one of each.",
-            where=str(index.root),
-        )
 
 
 def _note_case_twins(index: FileIndex) -> None:

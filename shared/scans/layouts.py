@@ -7,6 +7,7 @@ import json
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -147,7 +148,7 @@ def bids_cases(root: Path, options: SourceOptions) -> Discovery:
                 label_files(p, index.files[p], options, class_id=class_ids.get(_entity(p, "label")))
                 for p in chosen[path]
             ]
-            found.cases.append(_with_labels(case, parts_of, refusal=refusals.get(path)))
+            found.cases.append(replace(case, labels=tuple(parts_of), refusal=refusals.get(path)))
     found.labels_without_image = sorted(p.name for paths in labels.values() for p in paths)
     return found
 
@@ -168,14 +169,16 @@ def csv_cases(path: Path, options: SourceOptions) -> Discovery:
     for number, row in rows:
         if not row.get("image"):
             raise DataError(f"line {number} has no image.", where=path.name)
-        image = _listed(path.parent, row["image"], number, path.name)
-        scan = _scan_of_path(image, options, line=number, where=path.name)
+        relative, refusal = row["image"], None
         labels = []
-        for text in filter(None, (part.strip() for part in (row.get("label") or "").split(";"))):
-            label = _listed(path.parent, text, number, path.name)
-            part = _scan_of_path(label, options, line=number, where=path.name)
-            labels.append(LabelFiles(scan=part, ids=options.label_map, round_values=options.round_labels))
-        relative = row["image"]
+        scan = ScanFiles(format=ScanFormat.NIFTI, paths=(path.parent / relative,), name=relative)
+        try:
+            scan = _listed_scan(path.parent / relative, options)
+            for text in filter(None, (part.strip() for part in (row.get("label") or "").split(";"))):
+                part = _listed_scan(path.parent / text, options)
+                labels.append(LabelFiles(scan=part, ids=options.label_map, round_values=options.round_labels))
+        except DataError as err:  # one line of a long list must not keep the others out
+            refusal = f"line {number}: {err.what}"
         found.cases.append(
             SourceCase(
                 name=relative,
@@ -184,6 +187,7 @@ def csv_cases(path: Path, options: SourceOptions) -> Discovery:
                 site_key=row.get("site") or rules.site(relative),
                 scan=scan,
                 labels=tuple(labels),
+                refusal=refusal,
             )
         )
     return found
@@ -222,27 +226,22 @@ def _csv_rows(path: Path) -> list[tuple[int, dict[str, str]]]:
     return rows
 
 
-def _scan_of_path(path: Path, options: SourceOptions, *, line: int, where: str) -> ScanFiles:
+def _listed_scan(path: Path, options: SourceOptions) -> ScanFiles:
+    if not path.exists():
+        raise DataError(f"{path.name} is not there.")
     if path.is_dir():
         files = sorted(p for p in path.iterdir() if p.is_file() and reason_to_leave_out(p, p.stat().st_size) is None)
         for reader in (ScanFormat.IMAGES, ScanFormat.DICOM):
             chosen = tuple(p for p in files if (format_by_suffix(p) or format_by_content(p)) == reader)
             if chosen:
                 return ScanFiles(format=reader, paths=chosen, name=path.name, allow_gaps=options.allow_gaps)
-        raise DataError(f"line {line}: the folder holds neither pictures nor DICOM files.", where=where)
+        raise DataError(f"the folder {path.name} holds neither pictures nor DICOM files.")
     if (reason := reason_to_leave_out(path, path.stat().st_size)) is not None:
-        raise DataError(f"line {line}: {path.name} cannot be read ({reason}).", where=where)
+        raise DataError(f"{path.name} cannot be read ({reason}).")
     found = format_by_suffix(path) or format_by_content(path)
     if found is None:
-        raise DataError(f"line {line}: {path.suffix or 'a file without suffix'} is not a known format.", where=where)
+        raise DataError(f"{path.name} is not of a known format.")
     return ScanFiles(format=found, paths=(path,), name=path.name, frame=options.frame, allow_gaps=options.allow_gaps)
-
-
-def _listed(folder: Path, text: str, line: int, where: str) -> Path:
-    path = Path(text) if Path(text).is_absolute() else folder / text
-    if not path.exists():
-        raise DataError(f"line {line}: {text} is not there.", where=where)
-    return path
 
 
 def _named_case(
@@ -267,18 +266,6 @@ def _named_case(
         site_key=rules.site(relative),
         scan=ScanFiles(format=reader, paths=(path,), name=path.name, frame=chosen_frame),
         labels=(label_files(label, format_by_suffix(label) or ScanFormat.NIFTI, options),) if label is not None else (),
-    )
-
-
-def _with_labels(case: SourceCase, labels: Sequence[LabelFiles], *, refusal: str | None) -> SourceCase:
-    return SourceCase(
-        name=case.name,
-        patient_key=case.patient_key,
-        study_key=case.study_key,
-        site_key=case.site_key,
-        scan=case.scan,
-        labels=tuple(labels),
-        refusal=refusal,
     )
 
 

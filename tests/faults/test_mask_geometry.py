@@ -3,12 +3,12 @@
 import nibabel as nib
 import numpy as np
 import pytest
-import SimpleITK
 from samgraft.finetune.classes import ClassTable
 from samgraft.finetune.prediction.prediction_files import NativeMasks, write_nifti, write_seg_nrrd
 from samgraft.shared.scans.readers.nifti import nifti_form_codes, read_nifti
 from store_factory import make_scan
 
+SimpleITK = pytest.importorskip("SimpleITK", reason="the second reader is a development dependency")
 IMAGE, LABEL = make_scan(shape_zyx=(6, 24, 20))
 
 

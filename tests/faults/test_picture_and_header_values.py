@@ -155,6 +155,13 @@ def test_read_image_stack__white_is_zero_label_and_cmyk_are_refused(tmp_path):
         read(tmp_path / "b.jpg")
 
 
+def test_read_image_stack__lossy_tiff_label_is_refused(tmp_path):
+    Image.fromarray(np.zeros((40, 36), dtype=np.uint8)).save(tmp_path / "a.tif", compression="jpeg")
+    assert pixels(tmp_path / "a.tif").max() == 0
+    with pytest.raises(DataError, match="compressed with loss"):
+        read(tmp_path / "a.tif", as_label=True)
+
+
 def test_plain_cases__multi_page_tiffs_are_volumes_of_their_own(tmp_path):
     for name in ("a", "b"):
         for folder, volume in (("images", IMAGE.astype(np.uint16)), ("masks", LABEL)):

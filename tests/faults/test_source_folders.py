@@ -122,8 +122,10 @@ def test_discover__names_that_differ_in_case_are_noted(tmp_path):
 def test_discover__plain_and_compressed_copy_is_refused(tmp_path):
     write_nifti(tmp_path / "A.nii", IMAGE)
     write_nifti(tmp_path / "A.nii.gz", IMAGE + 1)
-    with pytest.raises(DataError, match=r"A\.nii and A\.nii\.gz: ambiguous"):
-        discover(tmp_path)
+    write_nifti(tmp_path / "B.nii", IMAGE)
+    report = examine_cases(discover(tmp_path).cases, settings=SETTINGS)
+    assert set(report.refused) == {"A.nii", "A.nii.gz"}
+    assert "A.nii and A.nii.gz are both there, which is ambiguous" in report.refused["A.nii"]
 
 
 def test_build_store__vanished_file_is_refused_by_name(tmp_path):
@@ -307,7 +309,6 @@ def test_csv_cases__every_dialect_is_read(tmp_path, text, encoding):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("image,label\na.nii,\nb.nii,\n", "line 3: b.nii is not there"),
         ("image\na.nii,extra,cells\n", "line 2 has 3 cells for 1 columns"),
         ('image\n"a.nii\n', "line 2 is not CSV"),
         ("image,patient\n,p\n", "line 2 has no image"),
@@ -318,6 +319,19 @@ def test_csv_cases__errors_have_line_numbers(tmp_path, text, message):
     (tmp_path / "list.csv").write_text(text)
     with pytest.raises(DataError, match=message):
         discover(tmp_path / "list.csv")
+
+
+def test_csv_cases__missing_file_refuses_its_line_only(tmp_path):
+    write_nifti(tmp_path / "a.nii", IMAGE)
+    (tmp_path / "b.txt").write_text("x")
+    (tmp_path / "list.csv").write_text("image,label\na.nii,\nc.nii,\nb.txt,\na.nii,none.nii\n")
+    found = discover(tmp_path / "list.csv")
+    assert [case.refusal for case in found.cases] == [
+        None,
+        "line 5: none.nii is not there.",
+        "line 4: b.txt is not of a known format.",
+        "line 3: c.nii is not there.",
+    ]
 
 
 # Layouts ------------------------------------------------------------------------------------------------------------

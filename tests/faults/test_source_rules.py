@@ -56,6 +56,7 @@ def examine(root, options=None):
         ("x.nii.gz", ["x_GT.nii.gz"]),
         ("P1/img.nii.gz", ["P1/contours.nii.gz"]),
         ("images_train/1.nii.gz", ["labels_train/1.nii.gz"]),
+        ("imagesTr/1.nii.gz", ["train_labels/1.nii.gz"]),
         ("train/images/1.nii.gz", ["train/masks/1.nii.gz"]),
         ("images/train/1.nii.gz", ["annotations/train/1.nii.gz"]),
         ("imagesTr/c_01.nii.gz", ["labelsTr/c_01_seg.nii.gz"]),
@@ -112,10 +113,10 @@ def test_read_label__ids_beside_one_class_per_file_are_refused(tmp_path):
 # Masks among scans ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("factor", [1, 255, 0.5 * 4])
+@pytest.mark.parametrize("factor", [1, 255, 0.5, -1])
 def test_examine_cases__label_map_without_a_telling_name_is_refused_as_scan(tmp_path, factor):
     write(tmp_path, "a.nii")
-    write_nifti(tmp_path / "a_liver.nii", (LABEL * factor).astype(np.float32))
+    write_nifti(tmp_path / "a_liver.nii", (LABEL * np.float32(factor)))
     assert "looks like a label map (2 values" in examine(tmp_path).refused["a_liver.nii"]
     (tmp_path / "list.csv").write_text("image\na.nii\na_liver.nii\n")
     assert not examine(tmp_path / "list.csv").refused

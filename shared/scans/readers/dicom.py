@@ -10,6 +10,7 @@ import io
 import math
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -293,14 +294,10 @@ def _plane(dataset: Dataset, places: Sequence[Any], *, where: str, name: str) ->
 def _cine_plane(dataset: Dataset, number: int, *, where: str) -> FramePlane:
     """Return the plane of a frame without a position, e.g. of an ultrasound loop, at one slice per mm."""
     plane = _plane(dataset, [dataset], where=where, name=f"frame {number + 1}")
-    return FramePlane(
-        shape_HW=plane.shape_HW,
+    return replace(
+        plane,
         origin=plane.normal * float(number),
-        row_direction=plane.row_direction,
-        column_direction=plane.column_direction,
-        spacing_rc=plane.spacing_rc,
         thickness_mm=1.0,
-        name=plane.name,
         has_position=False,
         notes=(*plane.notes, "frames without positions taken as slices 1 mm apart"),
     )

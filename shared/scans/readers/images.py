@@ -10,9 +10,10 @@ import io
 import json
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from PIL import Image, ImageOps, ImageSequence, UnidentifiedImageError
@@ -26,10 +27,18 @@ FORMATS = ("PNG", "TIFF", "JPEG")
 SPACING_FILE = "spacing.json"
 MAX_PIXELS = 64_000_000
 EXIF_ORIENTATION = 0x0112
-_PICTURE_ERRORS = (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombWarning)
+_PICTURE_ERRORS = (UnidentifiedImageError, OSError, SyntaxError, ValueError, UserWarning, RuntimeWarning)
 _COLOR_TYPES_OF_PNG = {2: "color", 4: "gray with transparency", 6: "color with transparency"}
 # TIFF tags, by their numbers in the TIFF 6.0 specification.
-_BITS_PER_SAMPLE, _PHOTOMETRIC, _DESCRIPTION, _SAMPLE_FORMAT = 258, 262, 270, 339
+_BITS_PER_SAMPLE, _COMPRESSION, _PHOTOMETRIC, _DESCRIPTION, _SAMPLES_PER_PIXEL, _SAMPLE_FORMAT = (
+    258,
+    259,
+    262,
+    270,
+    277,
+    339,
+)
+_LOSSY_COMPRESSIONS = {6, 7, 33003, 33005, 34712}
 
 
 def read_image_stack(paths: Sequence[Path], *, where: str, as_label: bool = False) -> RawScan:
@@ -77,8 +86,9 @@ def inspect_pictures(paths: Sequence[Path], *, where: str) -> tuple[str, ...]:
     """
     for path in paths:
         try:
-            with Image.open(path, formats=FORMATS) as image:
-                _check_header(image, path.open("rb").read(32), as_label=False, where=where)
+            with path.open("rb") as file, _open_picture(file) as image:
+                file.seek(0)
+                _check_header(image, file.read(32), as_label=False, where=where)
         except _PICTURE_ERRORS as err:
             if isinstance(err, DataError):
                 raise
@@ -91,7 +101,7 @@ def count_pages(path: Path) -> int:
     if path.suffix.lower() not in (".tif", ".tiff"):
         return 1
     try:
-        with Image.open(path, formats=FORMATS) as image:
+        with path.open("rb") as file, _open_picture(file) as image:
             return int(getattr(image, "n_frames", 1))
     except _PICTURE_ERRORS:
         return 1  # the reader refuses the file by name
@@ -119,16 +129,25 @@ def read_spacing_file(path: Path, *, where: str) -> tuple[tuple[float, float, fl
 
 def _pages(data: bytes, *, where: str, as_label: bool, notes: set[str]) -> list[Any]:
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-                _check_header(image, data[:32], as_label=as_label, where=where)
-                pages = ImageSequence.Iterator(image)
-                return [_pixels(page, data[:32], where=where, as_label=as_label, notes=notes) for page in pages]
+        with _open_picture(io.BytesIO(data)) as image:
+            _check_header(image, data[:32], as_label=as_label, where=where)
+            pages = ImageSequence.Iterator(image)
+            return [_pixels(page, data[:32], where=where, as_label=as_label, notes=notes) for page in pages]
     except _PICTURE_ERRORS as err:
         if isinstance(err, DataError):
             raise
         raise _damaged_picture(err, where=where) from err
+
+
+@contextmanager
+def _open_picture(file: IO[bytes]) -> Iterator[Image.Image]:
+    """Open a picture with Pillow's warnings about size and damage as errors."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # odd metadata that are not used here
+        warnings.filterwarnings("error", message="(?i).*(truncated|corrupt)")
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        with Image.open(file, formats=FORMATS) as image:
+            yield image
 
 
 def _damaged_picture(err: BaseException, *, where: str) -> DataError:
@@ -166,8 +185,12 @@ def _check_tiff(image: Any, *, as_label: bool, where: str) -> None:
     bits, samples = _tiff_type(image)
     if (bits, samples) not in {(1, 1), (8, 1), (8, 2), (16, 1), (16, 2), (32, 1), (32, 2), (32, 3)}:
         raise DataError(f"TIFF samples must have 1, 8, 16 or 32 bits, got {bits}. Convert the file.", where=where)
+    if bits > 8 and int(tags.get(_SAMPLES_PER_PIXEL, 1)) > 1:  # Pillow keeps only the upper 8 bits of these
+        raise DataError(f"TIFF of {bits} bits must be plain gray, got several channels. Save gray values.", where=where)
+    if as_label and tags.get(_COMPRESSION) in _LOSSY_COMPRESSIONS:
+        raise DataError("a label must not be compressed with loss: its ids change. Use PNG.", where=where)
     # WhiteIsZero pictures store bright as low. Pillow inverts those of 8 bits and not those of 16.
-    if tags.get(_PHOTOMETRIC) == 0 and (as_label or bits not in (1, 8)):
+    if tags.get(_PHOTOMETRIC) == 0:
         raise DataError("TIFF must store black as 0, got WhiteIsZero. Save it again as BlackIsZero.", where=where)
     text = tags.get(_DESCRIPTION, "")
     text = text.decode("utf-8", "replace") if isinstance(text, bytes) else str(text)

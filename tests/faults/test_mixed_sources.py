@@ -1,0 +1,156 @@
+"""Random mixtures of formats, layouts and faults, in which no file is lost without a trace."""
+
+import gzip
+import tempfile
+from pathlib import Path
+
+import nibabel as nib
+import nrrd
+import numpy as np
+import pytest
+from dicom_factory import write_enhanced, write_series
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from samgraft.shared.errors import DataError
+from samgraft.shared.scans.sources import discover
+from samgraft.shared.scans.volume import Modality
+from samgraft.shared.store.build import examine_cases
+from samgraft.shared.store.examine import BuildSettings, examine_case
+from store_factory import make_scan
+
+SimpleITK = pytest.importorskip("SimpleITK", reason="the second reader is a development dependency")
+
+SHAPE = (4, 18, 16)
+SETTINGS = BuildSettings(modality=Modality.MRI, salt="")
+FORMATS = ("nii", "nii.gz", "nrrd", "npy", "png", "tif", "dicom", "enhanced")
+FAULTS = ("none", "none", "cut", "emptied", "text", "pixel changed")
+LABEL_NAMES = ("", "{0}_seg", "masks/{0}", "{0}_mask_1", "segmentation_{0}", "liver_nothing")
+EXTRAS = (".hidden", "archive.tar.gz", "table.csv", "notes.gz", "broken", "pointer.nii.gz", "._copy.nii.gz", "x.mha")
+
+
+def write_volume(folder: Path, name: str, kind: str, volume: np.ndarray, flips: tuple[int, int, int]) -> None:
+    """Write (Z, H, W) in one format; ``flips`` are the signs of the voxel axes for formats with an orientation."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.{kind}"
+    directions = np.diag(np.array([-1.0, -1.0, 3.0]) * flips)
+    stored = volume.T[tuple(slice(None, None, sign) for sign in flips)]
+    origin = np.where(np.array(flips) < 0, -directions.sum(axis=0) * (np.array(volume.T.shape) - 1), 0)
+    if kind in ("nii", "nii.gz"):
+        affine = np.eye(4)
+        affine[:3, :3], affine[:3, 3] = directions, origin
+        nib.save(nib.Nifti1Image(stored, affine), path)
+    elif kind == "nrrd":
+        header = {"space": "right-anterior-superior", "space directions": directions, "space origin": origin}
+        nrrd.write(str(path), stored, header)
+    elif kind == "npy":
+        np.save(path, volume)
+    elif kind == "png":
+        for z, slice_HW in enumerate(volume):
+            # 16 bits, as labels may have them too
+            Image.fromarray(slice_HW.astype(np.uint16)).save(folder / f"{name}_{z:02d}.png")
+    elif kind == "tif":
+        first, *others = [Image.fromarray(page.astype(np.uint16)) for page in volume]
+        first.save(path, save_all=True, append_images=others)
+    elif kind == "dicom":
+        uid = f"1.2.{abs(hash(str(folder))) % 10**9}"
+        write_series(folder, volume, PatientID=folder.name, SeriesInstanceUID=uid)
+    else:
+        write_enhanced(folder / f"{name}.dcm", volume)
+
+
+def damage(path: Path, fault: str) -> None:
+    data = path.read_bytes()
+    if fault == "cut":
+        path.write_bytes(data[: len(data) // 2])
+    elif fault == "emptied":
+        path.write_bytes(b"")
+    elif fault == "text":
+        path.write_text("<html>not found</html>" * 40)
+    elif fault == "pixel changed" and path.suffix in (".nii", ".npy"):  # not compressed: another valid file
+        path.write_bytes(data[:-4] + bytes([data[-4] ^ 1]) + data[-3:])
+
+
+def write_extra(root: Path, name: str) -> None:
+    if name == "broken":
+        (root / "broken.nii.gz").symlink_to("nowhere.nii.gz")
+    elif name == "pointer.nii.gz":
+        (root / name).write_text("version https://git-lfs.github.com/spec/v1\n")
+    elif name == "notes.gz":
+        (root / name).write_bytes(gzip.compress(b"text" * 300))
+    else:
+        (root / name).write_bytes(b"\x00\x05\x16\x07" * 60)
+
+
+def independent_volume(paths: tuple[Path, ...]) -> np.ndarray:
+    """Read a scan as axial slices with other libraries than the readers use."""
+    suffix = paths[0].suffix
+    if suffix == ".npy":
+        return np.load(paths[0])
+    if suffix == ".png":
+        return np.stack([SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(path))) for path in sorted(paths)])
+    if suffix == ".tif" or (suffix in (".nii", ".gz", ".nrrd")):
+        image = SimpleITK.ReadImage(str(paths[0]))
+        return SimpleITK.GetArrayFromImage(image if suffix == ".tif" else SimpleITK.DICOMOrient(image, "LPS"))
+    if suffix == ".dcm":
+        image = SimpleITK.ReadImage(str(paths[0]))
+        return SimpleITK.GetArrayFromImage(SimpleITK.DICOMOrient(image, "LPS"))
+    names = SimpleITK.ImageSeriesReader.GetGDCMSeriesFileNames(str(paths[0].parent))
+    assert set(names) == {str(path) for path in paths}
+    return SimpleITK.GetArrayFromImage(SimpleITK.DICOMOrient(SimpleITK.ReadImage(names), "LPS"))
+
+
+ITEM = st.tuples(
+    st.sampled_from(FORMATS),
+    st.sampled_from(FAULTS),
+    st.sampled_from(LABEL_NAMES),
+    st.tuples(*[st.sampled_from([1, -1])] * 3),
+    st.sampled_from(["", "train/", "images/"]),
+)
+
+
+@settings(max_examples=10, deadline=None, derandomize=True)
+@given(items=st.lists(ITEM, min_size=1, max_size=4), extras=st.lists(st.sampled_from(EXTRAS), unique=True, max_size=4))
+def test_discover__every_file_is_stored_with_equal_voxels_or_named(items, extras):
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        for number, (kind, fault, label_name, flips, parent) in enumerate(items):
+            image, label = make_scan(shape_zyx=SHAPE, seed=number)
+            place = root / parent / f"P{number}"
+            write_volume(place, f"case{number}", kind, image, flips)
+            scan_files = sorted(place.iterdir())
+            if label_name and kind in ("nii", "nii.gz", "nrrd", "npy"):
+                target = place / label_name.format(f"case{number}")
+                write_volume(target.parent, target.name, kind, label, flips)
+            damage(scan_files[number % len(scan_files)], fault)
+        for name in extras:
+            write_extra(root, name)
+        check_accounting(root)
+
+
+def check_accounting(root: Path) -> None:
+    """Assert that every file below a folder is in a stored series, in a refused case, or counted."""
+    try:
+        found = discover(root)
+    except DataError as err:
+        if "no scan was found" not in err.what:
+            raise
+        return
+    report = examine_cases(found.cases, settings=SETTINGS, label_names=found.label_names)
+    names = {case.name for case in found.cases}
+    assert {finding.name for finding in report.findings} == names
+    in_cases = {path for case in found.cases for path in case.scan.paths}
+    in_labels = {path for case in found.cases for label in case.labels for path in label.scan.paths}
+    on_disk = {path for path in root.rglob("*") if path.is_symlink() or path.is_file()}
+    unpaired = {root / name for name in found.labels_without_image}
+    rest = on_disk - in_cases - in_labels - unpaired
+    counted = sum(n for reason, n in found.left_out.items() if not reason.startswith("note:"))
+    assert counted == len(rest), (found.left_out, sorted(rest))
+    assert unpaired <= on_disk
+    for case in found.cases:
+        if case.name in report.refused:
+            assert report.refused[case.name]
+            continue
+        examined = examine_case(case, SETTINGS)
+        expected = independent_volume(case.scan.paths)
+        np.testing.assert_array_equal(examined.images[examined.record.plane], expected)
