@@ -22,7 +22,7 @@ from samgraft.finetune.evaluation.scores import (
     read_cases,
     render_csv,
 )
-from samgraft.finetune.evaluation.statistics import PairedComparison, compare_paired, holm
+from samgraft.finetune.evaluation.statistics import compare_paired, holm
 from samgraft.shared.errors import DataError, UsageError
 from samgraft.shared.files import write_json, write_text
 
@@ -42,46 +42,6 @@ class EvaluatedRun:
     """Rows of ``cases.csv``."""
     summary: Mapping[str, Any]
     """Content of ``summary.json``."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PairResult:
-    """Comparison of two runs in one metric and class."""
-
-    metric: str
-    """Column of ``cases.csv``."""
-    class_name: str
-    """Name of the class, or ``all`` for the mean over classes."""
-    first: str
-    """Name of the first run."""
-    second: str
-    """Name of the second run."""
-    paired: PairedComparison | None
-    """Differences of second minus first, None without a patient in both."""
-    p_holm: float | None
-    """P-value after Holm's correction."""
-    num_patients_dropped: int
-    """Number of patients that have a value (not n/a) in one of the runs only."""
-
-    def to_row(self) -> dict[str, Any]:
-        """Return the row of ``comparison.csv``."""
-        pair = self.paired
-        return {
-            "metric": self.metric,
-            "class": self.class_name,
-            "first": self.first,
-            "second": self.second,
-            "difference": pair.difference.mean if pair else None,
-            "low": pair.difference.low if pair else None,
-            "high": pair.difference.high if pair else None,
-            "effect": pair.effect.mean if pair else None,
-            "effect_low": pair.effect.low if pair else None,
-            "effect_high": pair.effect.high if pair else None,
-            "p_wilcoxon": pair.p_value if pair else None,
-            "p_holm": self.p_holm,
-            "num_patients": pair.difference.num_patients if pair else 0,
-            "num_patients_dropped": self.num_patients_dropped,
-        }
 
 
 def read_evaluated_run(path: Path, *, part: str) -> EvaluatedRun:
@@ -116,7 +76,7 @@ def read_evaluated_run(path: Path, *, part: str) -> EvaluatedRun:
     return found
 
 
-def compare_runs(runs: Sequence[EvaluatedRun], *, metrics: Sequence[str] = DEFAULT_METRICS) -> list[PairResult]:
+def compare_runs(runs: Sequence[EvaluatedRun], *, metrics: Sequence[str] = DEFAULT_METRICS) -> list[dict[str, Any]]:
     """Compare every pair of runs, patient by patient.
 
     Args:
@@ -124,47 +84,52 @@ def compare_runs(runs: Sequence[EvaluatedRun], *, metrics: Sequence[str] = DEFAU
         metrics: Columns of ``cases.csv``.
 
     Returns:
-        Results per metric, for the mean over classes and then for every class. Holm's correction uses all tests of one
-        metric.
+        Rows of ``comparison.csv``: per metric the mean over classes (class ``all``), then every class, for every pair.
+        ``num_patients_dropped`` counts patients with a value in one of the runs only. Holm's correction uses all tests
+        of one metric.
 
     Raises:
         UsageError: With fewer than two runs, equal names, or an unknown metric.
         DataError: If the runs were not evaluated on the same scans.
     """
     _check_comparable(runs, metrics)
-    results: list[PairResult] = []
+    rows: list[dict[str, Any]] = []
     for metric in metrics:
-        family: list[tuple[str, str, str, PairedComparison | None, int]] = []
+        family: list[dict[str, Any]] = []
         for class_name in (None, *class_names(runs[0].rows)):
             values = {run.name: per_patient(run.rows, metric, class_name=class_name) for run in runs}
             for first, second in combinations(values, 2):
-                a, b = values[first], values[second]
-                # Paired by patient: the rows of two tables may be in different orders.
-                both = sorted(set(a) & set(b))
-                paired = compare_paired([a[p] for p in both], [b[p] for p in both])
-                family.append((class_name or ALL_CLASSES, first, second, paired, len(set(a) | set(b)) - len(both)))
-        corrected = holm([paired.p_value if paired else None for _, _, _, paired, _ in family])
-        results += [
-            PairResult(
-                metric=metric,
-                class_name=class_name,
-                first=first,
-                second=second,
-                paired=paired,
-                p_holm=p_holm,
-                num_patients_dropped=dropped,
-            )
-            for (class_name, first, second, paired, dropped), p_holm in zip(family, corrected, strict=True)
-        ]
-    return results
+                named = {"metric": metric, "class": class_name or ALL_CLASSES, "first": first, "second": second}
+                family.append({**named, **_compare_patients(values[first], values[second])})
+        for row, p_holm in zip(family, holm([row["p_wilcoxon"] for row in family]), strict=True):
+            row["p_holm"] = p_holm
+        rows += family
+    return rows
+
+
+def _compare_patients(first: Mapping[str, float], second: Mapping[str, float]) -> dict[str, Any]:
+    # Paired by patient, because the rows of two tables may be in different orders.
+    both = sorted(set(first) & set(second))
+    pair = compare_paired([first[p] for p in both], [second[p] for p in both])
+    return {
+        "difference": pair.difference.mean if pair else None,
+        "low": pair.difference.low if pair else None,
+        "high": pair.difference.high if pair else None,
+        "effect": pair.effect.mean if pair else None,
+        "effect_low": pair.effect.low if pair else None,
+        "effect_high": pair.effect.high if pair else None,
+        "p_wilcoxon": pair.p_value if pair else None,
+        "p_holm": None,
+        "num_patients": len(both),
+        "num_patients_dropped": len(set(first) | set(second)) - len(both),
+    }
 
 
 def write_comparison(
-    runs: Sequence[EvaluatedRun], results: Sequence[PairResult], folder: Path, *, metrics: Sequence[str]
+    runs: Sequence[EvaluatedRun], rows: Sequence[Row], folder: Path, *, metrics: Sequence[str]
 ) -> None:
     """Write ``comparison.csv`` and ``comparison.json``."""
     folder.mkdir(parents=True, exist_ok=True)
-    rows = [result.to_row() for result in results]
     write_text(folder / "comparison.csv", render_csv(rows, tuple(rows[0])))
     values = {
         "part": runs[0].summary.get("part"),
@@ -185,21 +150,18 @@ def write_comparison(
     write_json(folder / "comparison.json", values, indent=2)
 
 
-def render_pair(result: PairResult) -> str:
-    """Return a result as one line of text."""
-    title = METRIC_BY_KEY[result.metric].title
-    head = f"{title}, {result.class_name}: {result.second} - {result.first} = "
-    pair = result.paired
-    if pair is None:
-        return f"{head}n/a (no patient in both)"
-    text = f"{head}{_signed(pair.difference.mean)}"
-    if pair.difference.low is not None and pair.difference.high is not None:
-        text += f" ({_signed(pair.difference.low)} to {_signed(pair.difference.high)})"
-    text += f", effect {_signed(pair.effect.mean)}"
-    text += ", too few patients for a test" if result.p_holm is None else f", p (Holm) {result.p_holm:.3g}"
-    num_dropped = result.num_patients_dropped
-    dropped = f", {num_dropped} without a value in one run" if num_dropped else ""
-    return f"{text}, {pair.difference.num_patients} patients{dropped}"
+def render_pair(row: Row) -> str:
+    """Return a row of a comparison as one line of text."""
+    text = f"{METRIC_BY_KEY[row['metric']].title}, {row['class']}: {row['second']} - {row['first']} = "
+    if row["difference"] is None:
+        return f"{text}n/a (no patient in both)"
+    text += f"{row['difference']:+.3f}"
+    if row["low"] is not None:
+        text += f" ({row['low']:+.3f} to {row['high']:+.3f})"
+    text += f", effect {row['effect']:+.3f}"
+    text += ", too few patients for a test" if row["p_holm"] is None else f", p (Holm) {row['p_holm']:.3g}"
+    dropped = f", {row['num_patients_dropped']} without a value in one run" if row["num_patients_dropped"] else ""
+    return f"{text}, {row['num_patients']} patients{dropped}"
 
 
 def _check_comparable(runs: Sequence[EvaluatedRun], metrics: Sequence[str]) -> None:
@@ -230,7 +192,3 @@ def _check_same_cases(rows: Sequence[Row], reference: Sequence[Row], *, name: st
             f"{len(theirs - ours)} only in {first}. Averages over different cases cannot be compared.",
             where=name,
         )
-
-
-def _signed(value: float) -> str:
-    return f"{value:+.3f}"

@@ -8,8 +8,8 @@ from typing import Any
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
-from samgraft.finetune.evaluation.comparison import EvaluatedRun, PairResult
-from samgraft.finetune.evaluation.scores import METRIC_BY_KEY, interval_of
+from samgraft.finetune.evaluation.comparison import EvaluatedRun
+from samgraft.finetune.evaluation.scores import METRIC_BY_KEY, Row, interval_of
 from samgraft.shared.files import write_text
 from samgraft.shared.report.page import (
     FIGURE_COLORS,
@@ -24,13 +24,13 @@ from samgraft.shared.report.page import (
 
 
 def write_comparison_report(
-    runs: Sequence[EvaluatedRun], results: Sequence[PairResult], folder: Path, *, metrics: Sequence[str]
+    runs: Sequence[EvaluatedRun], rows: Sequence[Row], folder: Path, *, metrics: Sequence[str]
 ) -> Path:
     """Write ``report.html`` into the folder of a comparison and return its path."""
     sections = [
         Section(title="Runs", parts=[_runs_table(runs, metrics)]),
         *(
-            Section(title=METRIC_BY_KEY[metric].title, parts=[_forest(results, metric), _pairs_table(results, metric)])
+            Section(title=METRIC_BY_KEY[metric].title, parts=[_forest(rows, metric), _pairs_table(rows, metric)])
             for metric in metrics
         ),
         Section(title="How it was compared", parts=[KeyValues(items=_facts(runs))]),
@@ -51,27 +51,25 @@ def _runs_table(runs: Sequence[EvaluatedRun], metrics: Sequence[str]) -> Table:
     return Table(columns=columns, rows=lines, caption="Means over patients with 95 % bootstrap intervals.")
 
 
-def _pairs_table(results: Sequence[PairResult], metric: str) -> Table:
+def _pairs_table(rows: Sequence[Row], metric: str) -> Table:
     keys = ("difference", "low", "high", "effect", "effect_low", "effect_high", "p_wilcoxon", "p_holm", "num_patients")
-    rows = [one.to_row() for one in results if one.metric == metric]
-    lines = [[row["class"], f"{row['second']} - {row['first']}", *(row[key] for key in keys)] for row in rows]
+    chosen = [row for row in rows if row["metric"] == metric]
+    lines = [[row["class"], f"{row['second']} - {row['first']}", *(row[key] for key in keys)] for row in chosen]
     columns = ["class", "pair", "difference", "low", "high", "effect", "low", "high", "p", "p (Holm)", "patients"]
     return Table(columns=columns, rows=lines, sortable=True, caption=f"{METRIC_BY_KEY[metric].better} is better.")
 
 
-def _forest(results: Sequence[PairResult], metric: str) -> Picture:
-    chosen = [one for one in results if one.metric == metric and one.paired is not None]
+def _forest(rows: Sequence[Row], metric: str) -> Picture:
+    chosen = [row for row in rows if row["metric"] == metric and row["difference"] is not None]
     with mpl.rc_context(FIGURE_STYLE):
         figure = Figure(figsize=(7.2, 0.9 + 0.32 * max(1, len(chosen))), layout="constrained")
         axes = figure.add_subplot()
-        for place, result in enumerate(chosen):
-            assert result.paired is not None
-            difference = result.paired.difference
-            if difference.low is not None and difference.high is not None:
-                axes.plot([difference.low, difference.high], [place, place], color=FIGURE_COLORS[0])
-            axes.plot([difference.mean], [place], "o", color=FIGURE_COLORS[0], markersize=5)
+        for place, row in enumerate(chosen):
+            if row["low"] is not None:
+                axes.plot([row["low"], row["high"]], [place, place], color=FIGURE_COLORS[0])
+            axes.plot([row["difference"]], [place], "o", color=FIGURE_COLORS[0], markersize=5)
         axes.axvline(0, color="#55606b", linestyle="--", linewidth=1.1)
-        axes.set_yticks(range(len(chosen)), [f"{r.class_name}: {r.second} - {r.first}" for r in chosen])
+        axes.set_yticks(range(len(chosen)), [f"{r['class']}: {r['second']} - {r['first']}" for r in chosen])
         axes.set_ylim(max(1, len(chosen)) - 0.5, -0.5)
         axes.set_xlabel(f"difference in {METRIC_BY_KEY[metric].title}")
         caption = "Mean paired difference over patients with its 95 % bootstrap interval."

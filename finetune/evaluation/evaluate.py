@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from samgraft.finetune.classes import ClassTable
-from samgraft.finetune.evaluation.metrics import Labels, mean_or_none
+from samgraft.finetune.evaluation.metrics import Labels, mean_over_patients
 from samgraft.finetune.evaluation.postprocess import PostProcessing, apply_postprocessing, choose_postprocessing
 from samgraft.finetune.evaluation.scores import (
     AVERAGING,
@@ -166,11 +166,11 @@ def summarise(
 
 def dice_per_class(results: Sequence[CaseResult]) -> dict[str, float]:
     """Return the mean Dice over patients of every class that can be measured."""
-    values: dict[str, dict[str, list[float | None]]] = {}
+    dice: dict[str, list[tuple[str, float | None]]] = {}
     for result in results:
         for score in result.scores:
-            values.setdefault(score.class_name, {}).setdefault(result.patient_id, []).append(score.dice)
-    means = {name: mean_or_none([mean_or_none(v) for v in patients.values()]) for name, patients in values.items()}
+            dice.setdefault(score.class_name, []).append((result.patient_id, score.dice))
+    means = {name: mean_over_patients(values) for name, values in dice.items()}
     return {name: mean for name, mean in means.items() if mean is not None}
 
 

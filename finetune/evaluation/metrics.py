@@ -7,6 +7,7 @@ voxel, precision a predicted one and a relative volume error a true volume; othe
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,6 +87,14 @@ def class_scores(predicted: Labels, true: Labels, classes: ClassTable) -> list[C
             )
         )
     return scores
+
+
+def mean_over_patients(values: Iterable[tuple[str, float | None]]) -> float | None:
+    """Return the mean over patients of (patient, value) pairs, averaged within each patient first."""
+    of_patient: dict[str, list[float | None]] = {}
+    for patient, value in values:
+        of_patient.setdefault(patient, []).append(value)
+    return mean_or_none([mean_or_none(own) for own in of_patient.values()])
 
 
 def mean_or_none(values: list[float | None]) -> float | None:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from samgraft.finetune.classes import ClassTable
-from samgraft.finetune.evaluation.metrics import mean_or_none
+from samgraft.finetune.evaluation.metrics import mean_over_patients
 from samgraft.shared.errors import UsageError, WeightsError
 from samgraft.shared.files import write_json
 from scipy import ndimage
@@ -180,7 +180,7 @@ def choose_postprocessing(
 def _mean_dice(
     cases: Sequence[tuple[str, Labels, Labels]], classes: ClassTable, channel: int, steps: Sequence[str]
 ) -> float | None:
-    per_patient: dict[str, list[float | None]] = {}
+    scores: list[tuple[str, float | None]] = []
     for patient, predicted, true in cases:
         after = predicted
         if steps:
@@ -188,8 +188,8 @@ def _mean_dice(
             after = apply_postprocessing(predicted, wanted, is_overlapping=classes.is_overlapping)
         found, truth = classes.predicted_mask(after, channel), classes.true_mask(true, channel)
         total = int(found.sum()) + int(truth.sum())
-        per_patient.setdefault(patient, []).append(2 * int((found & truth).sum()) / total if total else None)
-    return mean_or_none([mean_or_none(values) for values in per_patient.values()])
+        scores.append((patient, 2 * int((found & truth).sum()) / total if total else None))
+    return mean_over_patients(scores)
 
 
 def _largest_component(mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from scipy import ndimage
 
 DEFAULT_TOLERANCE_MM = 2.0
 """Tolerance of the surface Dice, mm, from the FLARE challenges and MedSAM's evaluation.
@@ -89,7 +90,7 @@ def _distances(
     # Imported here, because MONAI takes seconds and studies, comparisons and releases only read scores.
     from monai.metrics.utils import get_edge_surface_distance
 
-    box = _bounding_box(predicted | true)
+    [box] = ndimage.find_objects((predicted | true).view(np.uint8))
     # MONAI copies the whole masks. Cropping first keeps the copies small on large scans with small structures, and the
     # border of one voxel closes surfaces at the edge of the scan.
     pair = [np.pad(mask[box], 1) for mask in (predicted, true)]
@@ -113,15 +114,6 @@ def _percentile(distances: Values, areas: Values) -> float:
     share = np.cumsum(areas[order]) / areas.sum()
     place = min(int(np.searchsorted(share, HAUSDORFF_PERCENT / 100)), len(order) - 1)
     return float(distances[order[place]])
-
-
-def _bounding_box(mask: Mask) -> tuple[slice, ...]:
-    box = []
-    for axis in range(mask.ndim):
-        others = tuple(other for other in range(mask.ndim) if other != axis)
-        places = np.flatnonzero(mask.any(axis=others))
-        box.append(slice(int(places[0]), int(places[-1]) + 1))
-    return tuple(box)
 
 
 def _values(tensor: Any) -> Values:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from samgraft.finetune.classes import ClassTable
-from samgraft.finetune.evaluation.metrics import ClassScore, class_scores, mean_or_none
+from samgraft.finetune.evaluation.metrics import ClassScore, class_scores, mean_or_none, mean_over_patients
 from samgraft.finetune.inference import InferenceConfig, segment_series
 from samgraft.finetune.segmenter import Segmenter
 from samgraft.shared.errors import DataError
@@ -68,10 +68,7 @@ def score_scans(
 
 def mean_dice(results: Iterable[CaseResult]) -> float | None:
     """Return the mean Dice over classes per scan, over scans per patient, then over patients."""
-    per_patient: dict[str, list[float | None]] = {}
-    for result in results:
-        per_patient.setdefault(result.patient_id, []).append(result.dice)
-    return mean_or_none([mean_or_none(values) for values in per_patient.values()])
+    return mean_over_patients((result.patient_id, result.dice) for result in results)
 
 
 def select_example_cases(results: Sequence[CaseResult]) -> dict[str, list[str]]:

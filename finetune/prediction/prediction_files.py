@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 from samgraft.finetune.classes import ClassTable
 from samgraft.shared.errors import StorageError
+from scipy import ndimage
 
 Labels = npt.NDArray[Any]
 
@@ -159,8 +160,5 @@ def _extent(mask: npt.NDArray[np.bool_]) -> str:
     """Return the bounding box in Slicer's format."""
     if not mask.any():
         return "0 -1 0 -1 0 -1"  # Slicer's own value for an empty segment
-    bounds = []
-    for axis in range(3):
-        places = np.flatnonzero(mask.any(axis=tuple(other for other in range(3) if other != axis)))
-        bounds += [int(places[0]), int(places[-1])]
-    return " ".join(map(str, bounds))
+    [box] = ndimage.find_objects(mask.view(np.uint8))
+    return " ".join(f"{axis.start} {axis.stop - 1}" for axis in box)

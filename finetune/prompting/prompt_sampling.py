@@ -22,6 +22,8 @@ from torch import Tensor
 
 Bools = npt.NDArray[np.bool_]
 Points = npt.NDArray[np.float32]
+ClassObject = tuple[int, Bools]
+"""Index of the class, from 0, and pixels of the object."""
 
 MASK_LOGIT = 8.0
 """Absolute logit of a mask prompt. SAM's own low-resolution logits are clamped at 32 and mostly below 20."""
@@ -136,16 +138,6 @@ class PromptConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PromptedObject:
-    """Object of a slice that gets a prompt."""
-
-    channel: int
-    """Index of the class, from 0."""
-    mask_HW: Bools
-    """Pixels of the object."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class ClassPrompt:
     """Prompt for one class in one slice of a batch."""
 
@@ -159,7 +151,7 @@ class ClassPrompt:
     """Generator for correction clicks, shared by the prompts of a slice."""
 
 
-def find_objects(masks_CHW: Bools, config: PromptConfig) -> list[PromptedObject]:
+def find_objects(masks_CHW: Bools, config: PromptConfig) -> list[ClassObject]:
     """List the objects of a slice, class by class.
 
     Args:
@@ -174,13 +166,11 @@ def find_objects(masks_CHW: Bools, config: PromptConfig) -> list[PromptedObject]
             # Diagonal neighbours are connected. Otherwise thin structures would fall into many pieces.
             labelled, number = ndimage.label(mask_HW, structure=np.ones((3, 3)))
             pieces = [labelled == piece for piece in range(1, number + 1)]
-        found += [
-            PromptedObject(channel=channel, mask_HW=piece) for piece in pieces if piece.sum() >= config.min_pixels
-        ]
+        found += [(channel, piece) for piece in pieces if piece.sum() >= config.min_pixels]
     return found
 
 
-def thin_out(objects: list[PromptedObject], config: PromptConfig, rng: np.random.Generator) -> list[PromptedObject]:
+def thin_out(objects: list[ClassObject], config: PromptConfig, rng: np.random.Generator) -> list[ClassObject]:
     """Return at most ``max_objects`` of the objects, drawn evenly, in their order."""
     if len(objects) <= config.max_objects:
         return objects
@@ -189,7 +179,7 @@ def thin_out(objects: list[PromptedObject], config: PromptConfig, rng: np.random
 
 
 def draw_prompts(
-    objects: Sequence[PromptedObject],
+    objects: Sequence[ClassObject],
     config: PromptConfig,
     rng: np.random.Generator,
     *,
@@ -198,14 +188,10 @@ def draw_prompts(
     central: bool,
 ) -> list[ClassPrompt]:
     """Draw the first prompt of every object of a slice, with the arguments of ``draw_prompt``."""
+    options: Any = {"image": image, "to_mask": to_mask, "central": central}
     return [
-        ClassPrompt(
-            channel=one.channel,
-            prompt=draw_prompt(one.mask_HW, config, rng, image=image, to_mask=to_mask, central=central),
-            true_HW=one.mask_HW,
-            rng=rng,
-        )
-        for one in objects
+        ClassPrompt(channel=c, prompt=draw_prompt(mask_HW, config, rng, **options), true_HW=mask_HW, rng=rng)
+        for c, mask_HW in objects
     ]
 
 

@@ -47,26 +47,18 @@ class CellFolder:
         """Folder with the runs, named by the keys of their cells."""
         return self.root / "runs"
 
-    def result(self, key: str) -> Path:
-        """Return the file with scores and cost, which exists when the cell is complete."""
-        return self.root / "cells" / f"{key}.json"
+    def file(self, key: str, end: str) -> Path:
+        """Return a file of a cell.
 
-    def log(self, key: str) -> Path:
-        """Return the file with the output of the cell's processes."""
-        return self.root / "cells" / f"{key}.log"
-
-    def cost(self, key: str) -> Path:
-        """Return the file with seconds and memory so far, to which a resumed cell adds."""
-        return self.root / "cells" / f"{key}.cost.json"
-
-    def lock(self, key: str) -> Path:
-        """Return the file that is locked while the cell runs."""
-        return self.root / "cells" / f"{key}.lock"
+        ``.json`` has scores and cost and exists when the cell is complete, ``.log`` the output of its processes,
+        ``.cost.json`` seconds and memory so far, and ``.lock`` is locked while the cell runs.
+        """
+        return self.root / "cells" / f"{key}{end}"
 
     def read_result(self, key: str) -> dict[str, Any] | None:
         """Return the result of a complete cell, None if it is missing or damaged."""
         try:
-            values = json.loads(self.result(key).read_text(encoding="utf-8"))
+            values = json.loads(self.file(key, ".json").read_text(encoding="utf-8"))
         except (FileNotFoundError, ValueError):
             return None
         return values if isinstance(values, dict) and values.get("key") == key else None
@@ -146,9 +138,9 @@ def run_cell(
     A killed fine-tuning is resumed; a complete cell is left as it is.
     """
     processes = processes or Processes()
-    folder.result(cell.key).parent.mkdir(parents=True, exist_ok=True)
+    (folder.root / "cells").mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(folder.lock(cell.key), timeout=0):
+        with FileLock(folder.file(cell.key, ".lock"), timeout=0):
             if folder.read_result(cell.key) is not None:
                 return Outcome(key=cell.key, status="done")
             _wait_for_orphan(folder.runs / cell.key)
@@ -158,18 +150,18 @@ def run_cell(
 
 
 def _run_locked(cell: Cell, folder: CellFolder, num_threads: int, processes: Processes, run: Runner) -> Outcome:
-    log_file = folder.log(cell.key)
+    log_file = folder.file(cell.key, ".log")
     for arguments in (cell.finetune_arguments(folder.runs), cell.evaluate_arguments(folder.runs)):
         if processes.stopping:
             return Outcome(key=cell.key, status="stopped", exit_code=ExitCode.STOPPED_SAVED)
         code, seconds, peak_mib = run(arguments, log_file, num_threads, processes)
         if arguments[0] == "finetune":
-            _add_cost(folder.cost(cell.key), seconds=seconds, peak_mib=peak_mib)
+            _add_cost(folder.file(cell.key, ".cost.json"), seconds=seconds, peak_mib=peak_mib)
         if code == ExitCode.STOPPED_SAVED or (code != 0 and processes.stopping):
             return Outcome(key=cell.key, status="stopped", exit_code=ExitCode.STOPPED_SAVED)
         if code != 0:
             return Outcome(key=cell.key, status="failed", exit_code=code, last_line=_find_error(log_file))
-    write_json(folder.result(cell.key), read_scores(cell, folder), sort_keys=False)
+    write_json(folder.file(cell.key, ".json"), read_scores(cell, folder), sort_keys=False)
     return Outcome(key=cell.key, status="done")
 
 
@@ -184,7 +176,7 @@ def read_scores(cell: Cell, folder: CellFolder) -> dict[str, Any]:
     """Return Dice per patient, validation scores and cost of a finished cell."""
     run = folder.runs / cell.key
     task = json.loads((run / "model" / "task.json").read_text(encoding="utf-8"))
-    cost = json.loads(folder.cost(cell.key).read_text(encoding="utf-8"))
+    cost = json.loads(folder.file(cell.key, ".cost.json").read_text(encoding="utf-8"))
     rows = read_cases(run / "evaluation" / cell.part / "cases.csv")
     return {
         "key": cell.key,

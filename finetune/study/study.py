@@ -144,7 +144,7 @@ def _finish(plan: StudyPlan, outcomes: list[Outcome]) -> Path:
         first = next(iter(failed))
         raise StudyIncomplete(
             f"{len(failed)} of {len(cells)} cells failed, the first one with: {failed[first]}",
-            where=str(folder.log(first)),
+            where=str(folder.file(first, ".log")),
             kept=f"{len(results)} complete cells, which are in table and report",
             next_command="fix the cause and run the same command: complete cells are not run again",
         )

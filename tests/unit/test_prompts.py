@@ -159,10 +159,10 @@ TWO_CLASSES = masks([(2, 2, 6, 6), (10, 12, 16, 20)], [(18, 3, 22, 9), (0, 20, 1
 def test_find_objects__units_give_components_or_classes_above_min_pixels():
     config = PromptConfig(mode=PromptMode.BOX, min_pixels=4)
     found = find_objects(TWO_CLASSES, config)
-    assert [o.channel for o in found] == [0, 0, 1]
-    assert [int(o.mask_HW.sum()) for o in found] == [16, 48, 24]
+    assert [channel for channel, _ in found] == [0, 0, 1]
+    assert [int(mask_HW.sum()) for _, mask_HW in found] == [16, 48, 24]
     whole = find_objects(TWO_CLASSES, dataclasses.replace(config, unit=PromptUnit.CLASS))
-    assert [int(o.mask_HW.sum()) for o in whole] == [64, 26]
+    assert [int(mask_HW.sum()) for _, mask_HW in whole] == [64, 26]
     kept = thin_out(found, dataclasses.replace(config, max_objects=2), np.random.default_rng(0))
     assert len(kept) == 2
     assert all(any(o is k for o in found) for k in kept)
@@ -170,8 +170,8 @@ def test_find_objects__units_give_components_or_classes_above_min_pixels():
 
 def test_find_objects__diagonal_neighbours_are_one_object():
     diagonal = np.eye(6, dtype=bool)[None]
-    [found] = find_objects(diagonal, PromptConfig(mode=PromptMode.BOX))
-    assert found.mask_HW.sum() == 6
+    [(_, found_HW)] = find_objects(diagonal, PromptConfig(mode=PromptMode.BOX))
+    assert found_HW.sum() == 6
 
 
 def test_draw_box__jitter_moves_edges_within_its_limit():

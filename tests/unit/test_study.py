@@ -231,7 +231,7 @@ def test_run_cell__damaged_result_is_repeated_and_a_locked_cell_is_busy(tmp_path
     [cell, *_] = cells()
     folder = CellFolder(root=tmp_path)
     assert run_cell(cell, folder, run=FakeSamgraft()).status == "done"
-    folder.result(cell.key).write_text("{")
+    folder.file(cell.key, ".json").write_text("{")
     (tmp_path / "runs" / cell.key / "model" / "task.json").unlink()
     again = FakeSamgraft()
     again.finetune = lambda runs, arguments: (runs / cell.key / "model" / "task.json").write_text(
@@ -244,7 +244,7 @@ def test_run_cell__damaged_result_is_repeated_and_a_locked_cell_is_busy(tmp_path
         return 75, 1.0, 1.0
 
     busy = []
-    folder.result(cell.key).unlink()
+    folder.file(cell.key, ".json").unlink()
     assert run_cell(cell, folder, run=while_running).status == "stopped"
     assert busy == ["busy"]
 
