@@ -37,7 +37,6 @@ class EvaluatedRun:
     """Evaluation of a run as read from its files."""
 
     name: str
-    """Name of the run."""
     rows: list[dict[str, Any]]
     """Rows of ``cases.csv``."""
     summary: Mapping[str, Any]

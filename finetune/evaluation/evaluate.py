@@ -47,15 +47,13 @@ class PackedLabels:
     """Compressed label volume, about a hundredth of its size, so that all predictions of a part fit in memory."""
 
     content: bytes
-    """Compressed label ids."""
     shape: tuple[int, ...]
-    """Shape of the volume."""
     dtype: str
-    """NumPy type of the label ids."""
 
     @classmethod
     def pack(cls, labels: Labels) -> PackedLabels:
         """Compress label ids losslessly, in the smallest type that holds them."""
+        # Label volumes are mostly runs of one value, which the fastest level compresses a hundredfold.
         small = np.ascontiguousarray(labels, dtype=np.min_scalar_type(int(labels.max(initial=0))))
         return cls(content=zlib.compress(small.tobytes(), level=1), shape=small.shape, dtype=small.dtype.str)
 
@@ -73,9 +71,7 @@ class Evaluation:
     rows: list[dict[str, Any]]
     """Rows per case and class with the keys ``scores.CASE_COLUMNS``, None for what cannot be measured."""
     tolerance_mm: float
-    """Tolerance of the surface Dice, mm."""
     postprocessing: str = "none"
-    """Description of the post-processing."""
     predictions: Mapping[str, PackedLabels] = field(default_factory=dict)
     """Predicted label ids by series on the scans' own grids, for pictures."""
 
@@ -135,6 +131,7 @@ def evaluate(
             predicted = segment_series(model.segmenter, store, series_id, classes, config)
         if postprocessing is not None:
             predicted = apply_postprocessing(predicted, postprocessing.steps, is_overlapping=classes.is_overlapping)
+        # int32, because unsigned labels of the store would wrap around in differences and bit operations.
         true = store.read_label_volume(series_id).astype(np.int32)
         new = case_rows(predicted, true, store.record(series_id), classes, tolerance_mm=tolerance_mm)
         rows += new
@@ -280,6 +277,7 @@ def check_patients(model: FinishedModel, store: SliceStore, split: Split, part: 
     trained_ids = set(model.task.split.get("train", ()))
     # Patient ids differ between stores built with other salts. Equal voxels show the same scan all the same.
     trained_content = set(model.card.data_manifest.get("content_sha256", ()))
+    # A patient leaks by id, or by voxels that were trained on under another id.
     leaked = {
         record.patient_id
         for record in store.series

@@ -61,11 +61,8 @@ class Pictured:
     """Data for pictures of patients."""
 
     store: SliceStore
-    """Store with the scans."""
     intensity: IntensityPreset
-    """Conversion of native units to grey values."""
     classes: ClassTable
-    """Classes of the model."""
 
     def true_labels(self, series_id: str) -> npt.NDArray[np.int32]:
         """Return the truth as the model's ids or bits, with other labels as background."""
@@ -124,6 +121,7 @@ def choose_pictured_cases(rows: Sequence[Row]) -> dict[str, str]:
     for row in rows:
         if row["dice"] is not None:
             values.setdefault(row["series_id"], []).append(row["dice"])
+    # The id breaks ties, so that equal tables choose equal cases.
     ranked = sorted(values, key=lambda series_id: (float(np.mean(values[series_id])), series_id))
     places = {"worst": 0, "median": len(ranked) // 2, "best": len(ranked) - 1}
     chosen: dict[str, str] = {}
@@ -139,26 +137,19 @@ def _headline(evaluation: Evaluation) -> list[SectionPart]:
     distance = interval_of(rows, "hd95_mm")
     if distance:
         text += f" HD95 {distance.render()} mm."
-    parts: list[SectionPart] = [Text(text=text, kind="good")]
+    warnings = []
     if evaluation.part == "train":
-        parts.append(
-            Text(kind="warning", text="These are training cases. Their scores do not estimate those of new patients.")
-        )
+        warnings.append("These are training cases. Their scores do not estimate those of new patients.")
     if evaluation.part == "val":
-        parts.append(
-            Text(kind="warning", text="The model was chosen on these patients. Only the test part estimates new ones.")
-        )
+        warnings.append("The model was chosen on these patients. Only the test part estimates new ones.")
     if one_sided := count_one_sided(rows):
-        parts.append(
-            Text(
-                kind="warning",
-                text=f"In {one_sided} of {len(rows)} rows a class is only true (missed) or only predicted (invented). "
-                "Dice is 0 and distances are the diagonal of the scan in these rows.",
-            )
+        warnings.append(
+            f"In {one_sided} of {len(rows)} rows a class is only true (missed) or only predicted (invented). "
+            "Dice is 0 and distances are the diagonal of the scan in these rows."
         )
     if overall and overall.low is None:
-        parts.append(Text(kind="warning", text=f"{overall.num_patients} patients are too few for intervals."))
-    return parts
+        warnings.append(f"{overall.num_patients} patients are too few for intervals.")
+    return [Text(text=text, kind="good"), *(Text(text=warning, kind="warning") for warning in warnings)]
 
 
 def _metric_table(rows: Sequence[Row]) -> Table:
@@ -172,13 +163,9 @@ def _metric_table(rows: Sequence[Row]) -> Table:
 
 
 def _subgroup_table(subgroups: Subgroups, rows: Sequence[Row]) -> Table:
+    keys = ("mean", "low", "high", "num_patients")
     lines = [
-        [
-            line["group"],
-            line["class"],
-            METRIC_TITLES[line["metric"]],
-            *(line[k] for k in ("mean", "low", "high", "num_patients")),
-        ]
+        [line["group"], line["class"], METRIC_TITLES[line["metric"]], *(line[key] for key in keys)]
         for line in subgroups.table(rows)
         if line["metric"] in {"dice", "nsd", "hd95_mm"}
     ]
@@ -188,6 +175,7 @@ def _subgroup_table(subgroups: Subgroups, rows: Sequence[Row]) -> Table:
 
 
 def _case_table(rows: Sequence[Row]) -> Table:
+    # Rows without a Dice are last, after every possible value.
     ranked = sorted(rows, key=lambda row: row["dice"] if row["dice"] is not None else 2.0)
     lines = [
         [row[key] for key in ("patient_id", "series_id", "class", *CASE_METRICS, "true_ml", "predicted_ml")]
@@ -206,6 +194,7 @@ def _strip_plot(rows: Sequence[Row]) -> Picture:
         axes = figure.add_subplot()
         for place, name in enumerate(names):
             values = np.array(list(per_patient(rows, "dice", class_name=name).values()))
+            # Dots are moved sideways so that equal values stay visible; the seed keeps reports reproducible.
             offsets = np.random.default_rng([place, 5]).uniform(-0.16, 0.16, size=len(values))
             axes.plot(values, place + offsets, "o", color=FIGURE_COLORS[0], alpha=0.55, markersize=4, markeredgewidth=0)
             if len(values):

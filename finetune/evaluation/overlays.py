@@ -41,6 +41,7 @@ def overlay(image_HW: Array, *, true_HW: Array | None = None, predicted_HW: Arra
     Returns:
         Picture (H', W', 3) in [0, 1]. Small slices are enlarged by a whole number so that outlines stay thin.
     """
+    # A whole factor keeps pixels square and outlines one pixel of the slice wide or less.
     factor = max(1, MIN_SIDE // max(image_HW.shape))
     image = _enlarge(np.asarray(image_HW, dtype=np.float32), factor)
     picture = np.repeat(image[..., None], 3, axis=-1)

@@ -23,7 +23,6 @@ from scipy import ndimage
 Labels = npt.NDArray[Any]
 
 SCHEMA = 1
-"""Version of the file."""
 POSTPROCESSING_FILE = "postprocessing.json"
 MIN_PATIENTS = 3
 """Smallest number of patients for a choice. With fewer, one patient could decide by chance."""
@@ -48,7 +47,6 @@ class PostProcessing:
     dice: dict[int, dict[str, float | None]] = field(default_factory=dict)
     """Mean validation Dice ``before`` and ``after`` by label id."""
     schema: int = SCHEMA
-    """Version of the file."""
 
     def describe(self, classes: ClassTable) -> str:
         """Return the names of classes and steps as text, ``none`` without steps."""
@@ -126,6 +124,7 @@ def apply_postprocessing(
         if "largest_component" in chosen:
             kept = _largest_component(mask)
             removed = mask & ~kept
+            # Only the bit of this class is cleared, because other classes may overlap there.
             result[removed] = result[removed] & ~label_id if is_overlapping else 0
             mask = kept
         if "fill_holes" in chosen:
@@ -158,6 +157,7 @@ def choose_postprocessing(
             "post-processing can be chosen for exclusive classes only, the model has overlapping regions. Leave "
             "--choose-postprocessing out."
         )
+    # The test part is never used here: its scores would be too good after a choice by them.
     num_patients = len({patient for patient, _, _ in cases})
     steps: dict[int, list[str]] = {}
     dice: dict[int, dict[str, float | None]] = {}
@@ -197,5 +197,5 @@ def _largest_component(mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
     if number <= 1:
         return mask
     sizes = np.bincount(parts.ravel())
-    sizes[0] = 0
+    sizes[0] = 0  # background
     return np.asarray(parts == int(sizes.argmax()))

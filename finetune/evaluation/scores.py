@@ -40,7 +40,6 @@ class Metric:
     title: str
     """Title in tables and reports, with the unit."""
     better: Literal["higher", "lower", "near 0"]
-    """Direction of better values."""
 
 
 METRICS = (
@@ -135,6 +134,7 @@ def per_patient(rows: Iterable[Row], metric: str, *, class_name: str | None = No
         metric: Name of the column.
         class_name: Class to use; None uses the mean over classes.
     """
+    # Scans with few classes, and patients with many scans, must not get another weight than the others.
     scans: dict[str, dict[str, list[float | None]]] = {}
     for row in rows:
         if class_name is None or row["class"] == class_name:
@@ -198,6 +198,7 @@ def read_cases(path: Path) -> list[dict[str, Any]]:
 
 def _parse(column: str, text: str) -> Any:
     if column in _TEXT:
+        # The apostrophe is removed again, so that patients of two tables still have equal ids.
         return text[1:] if text.startswith("'") and text[1:].startswith(FORMULA_STARTS) else text
     if text == MISSING:
         return None

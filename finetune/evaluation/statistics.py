@@ -29,13 +29,10 @@ class Interval:
     """Mean over patients with its percentile bootstrap interval."""
 
     mean: float
-    """Mean over patients."""
     low: float | None
-    """Lower bound, None with too few patients for an interval."""
+    """Lower bound. It and ``high`` are None with too few patients for an interval."""
     high: float | None
-    """Upper bound, None with too few patients for an interval."""
     num_patients: int
-    """Number of patients with a value."""
 
     def render(self) -> str:
         """Return a text such as ``0.812 (0.774 to 0.846, 40 patients)``."""
@@ -62,6 +59,7 @@ def bootstrap_mean(per_patient: Sequence[float], *, seed: int = 0, confidence: f
     mean, number = float(values.mean()), int(values.size)
     if number < MIN_PATIENTS:
         return Interval(mean=mean, low=None, high=None, num_patients=number)
+    # Percentiles of means of patients drawn with replacement: no assumption about the distribution of scores.
     means = np.concatenate([values[rows].mean(axis=1) for rows in _resamples(number, NUM_RESAMPLES, seed=seed)])
     low, high = _bounds(means, confidence)
     return Interval(mean=mean, low=low, high=high, num_patients=number)
@@ -116,6 +114,7 @@ def compare_paired(first: Sequence[float], second: Sequence[float], *, seed: int
     samples = (values[row] for rows in _resamples(number, EFFECT_RESAMPLES, seed=seed) for row in rows)
     effects = np.array([rank_biserial(sample) for sample in samples])
     low, high = _bounds(effects, 0.95)
+    # SciPy has no p-value for differences that are all 0; equal models are no evidence of a difference.
     p_value = float(stats.wilcoxon(values).pvalue) if values.any() else 1.0
     return PairedComparison(
         difference=difference,
@@ -144,6 +143,8 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
     Source:
         Holm, "A simple sequentially rejective multiple test procedure" (1979).
     """
+    # The smallest p-value is multiplied by the number of tests, the next one by one less, and so on. A corrected value
+    # is never smaller than the one before, so that the order of the tests stays.
     known = sorted((p, place) for place, p in enumerate(p_values) if p is not None)
     corrected: list[float | None] = [None] * len(p_values)
     largest = 0.0

@@ -61,7 +61,7 @@ class Subgroups:
         groups: dict[str, list[Row]] = {}
         for row in rows:
             groups.setdefault(self.group_of[row["series_id"]], []).append(row)
-        return dict(sorted(groups.items()))
+        return dict(sorted(groups.items()))  # the order of the scans must not change the table
 
 
 def subgroups_by(attribute: str, store: SliceStore) -> Subgroups:
@@ -74,6 +74,7 @@ def subgroups_by(attribute: str, store: SliceStore) -> Subgroups:
     if attribute not in ATTRIBUTES:
         raise UsageError(f"groups must be by one of {', '.join(ATTRIBUTES)}, got {attribute!r}.", where="--by")
     group_of = {record.series_id: ATTRIBUTES[attribute](record) for record in store.series}
+    # One group of all scans would look like a result.
     if set(group_of.values()) == {UNKNOWN}:
         raise DataError(
             f"the store has the {attribute} of no scan. Build it with --site-pattern, or give --groups.",
@@ -94,7 +95,7 @@ def read_subgroups(path: Path, store: SliceStore, *, patients: Sequence[str]) ->
         DataError: If columns are missing, or a patient is missing or in two groups.
     """
     try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
+        with path.open(newline="", encoding="utf-8-sig") as file:  # Excel writes a byte order mark
             reader = csv.DictReader(file)
             if not {"patient_id", "group"} <= set(reader.fieldnames or ()):
                 raise DataError(

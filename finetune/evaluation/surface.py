@@ -71,6 +71,7 @@ def surface_score(
     if not predicted.any() and not true.any():
         return None
     if not predicted.any() or not true.any():
+        # One-sided: there is no distance, so the largest one that the grid allows is used.
         diagonal = float(np.linalg.norm(np.asarray(predicted.shape) * np.asarray(spacing_mm)))
         return SurfaceScore(nsd=0.0, hd95_mm=diagonal, mean_surface_distance_mm=diagonal)
     (to_true, area_predicted), (to_predicted, area_true) = _distances(predicted, true, spacing_mm)
@@ -96,7 +97,7 @@ def _distances(
     pair = [np.pad(mask[box], 1) for mask in (predicted, true)]
     spacing: tuple[float, ...] = spacing_mm
     if predicted.shape[0] == 1:
-        pair, spacing = [mask[1] for mask in pair], spacing_mm[1:]
+        pair, spacing = [mask[1] for mask in pair], spacing_mm[1:]  # the slice between the two of the border
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # MONAI 1.6 warns about an argument that it passes itself
         edges, distances, areas = get_edge_surface_distance(
@@ -110,6 +111,8 @@ def _distances(
 
 def _percentile(distances: Values, areas: Values) -> float:
     """Return the distance that 95 % of the area stay below."""
+    # Every surface element has the weight of its area: on anisotropic grids the elements differ in size, and plain
+    # percentiles would count small ones too much.
     order = np.argsort(distances)
     share = np.cumsum(areas[order]) / areas.sum()
     place = min(int(np.searchsorted(share, HAUSDORFF_PERCENT / 100)), len(order) - 1)

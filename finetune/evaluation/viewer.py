@@ -55,13 +55,10 @@ class ViewedCase:
     """Scan with truth and prediction for the viewer."""
 
     title: str
-    """Title in the list of cases."""
     image_ZHW: Array
     """Grey values in [0, 1]."""
     true_ZHW: Array
-    """True label ids."""
     predicted_ZHW: Array
-    """Predicted label ids."""
     affine: npt.NDArray[np.float64]
     """Voxel (x, y, z) to RAS+ mm."""
 
@@ -144,8 +141,10 @@ def _embed(case: ViewedCase) -> tuple[str, str, list[float]]:
     cut = tuple(slice(None, None, s) for s in step)
     grey = np.rint(np.clip(case.image_ZHW[cut], 0, 1) * 255).astype(np.uint8)
     marks = agreement(case.true_ZHW, case.predicted_ZHW)[cut]
+    # Fewer voxels of the same extent: the columns of the affine grow with the steps.
     affine = case.affine.copy()
     affine[:3, :3] = affine[:3, :3] * np.asarray(step[::-1])
+    # The viewer opens at a voxel with a mark, or in the middle of the scan without one.
     places = np.argwhere(marks)
     middle = places[len(places) // 2] if len(places) else np.asarray(marks.shape) // 2
     # niivue reorders the axes so that they grow to the right, front and head.

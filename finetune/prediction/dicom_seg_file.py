@@ -76,7 +76,7 @@ def write_dicom_seg(
                 software_versions=version("samgraft"),
                 device_serial_number=weights_sha256[:16] or "0",
                 series_description=f"Segmentation: {', '.join(masks.classes.names)}"[:MAX_LABEL_LETTERS],
-                omit_empty_frames=True,
+                omit_empty_frames=True,  # a lesion is in a few slices of hundreds
             )
             segmentation.save_as(path)
     except (AttributeError, KeyError, ValueError, TypeError) as err:
@@ -136,6 +136,7 @@ def _in_order_of_images(
 def _frame_positions(image: pydicom.Dataset) -> list[float | None]:
     """Return the position of every frame of a file along its normal, mm, or None without geometry."""
     shared = list(image.get("SharedFunctionalGroupsSequence", []))[:1]
+    # An enhanced file has many frames, whose geometry is in a group per frame or in the shared one.
     groups = image.get("PerFrameFunctionalGroupsSequence")
     frames = [[image]] if groups is None else [[group, *shared, image] for group in groups]
     found: list[float | None] = []

@@ -61,13 +61,16 @@ class PredictReport:
     """Result of every scan, by name."""
 
     written: list[str] = field(default_factory=list)
-    """Scans that were segmented."""
     skipped: list[str] = field(default_factory=list)
     """Scans finished before, with equal scan, model and settings and all files intact."""
     unprompted: list[str] = field(default_factory=list)
     """Scans without a prompt in the prompts file."""
     refused: dict[str, str] = field(default_factory=dict)
     """Reason of every scan that could not be segmented."""
+
+
+class _FileInTheWay(StorageError):
+    """File with the name of a result that another program or person wrote."""
 
 
 class ScanProgress(Protocol):
@@ -150,6 +153,8 @@ def _predict_one(
     build = BuildSettings(
         modality=predictor.modality, salt="", zero_non_finite=settings.zero_non_finite, accept_burned_in=True
     )
+    # The checks of `store build` on geometry, missing slices and values apply here too. Burned-in text is accepted,
+    # because only masks are written.
     examined = examine_case(scan.case, build)
     stem = out / scan.out_stem
     formats = [name for name in settings.formats if name != "dicom-seg" or scan.is_dicom]
@@ -191,6 +196,7 @@ def is_finished(stem: Path, expected: dict[str, Any]) -> bool:
         files = dict(record["files"])
     except (OSError, ValueError, KeyError, TypeError):
         return False
+    # A scan is repeated when anything that its masks depend on has changed, above all the weights under an old name.
     if any(record.get(key) != value for key, value in expected.items()):
         return False
     paths = {stem.with_name(name): digest for name, digest in files.items()}
@@ -311,7 +317,7 @@ def _refuse_to_overwrite(stem: Path, names: Sequence[str]) -> None:
         return
     for path in (stem.with_name(name) for name in names):
         if path.exists():
-            raise StorageError(
+            raise _FileInTheWay(
                 "a file of this name exists and was not written by `samgraft predict`. Choose another --out.",
                 where=path.name,
                 kept="that file",
@@ -326,4 +332,4 @@ def _write_label_list(out: Path, predictor: Predictor) -> None:
 
 def _concerns_one_scan(error: SamgraftError) -> bool:
     """Return True for errors that other scans do not have, unlike a full disk or a stop."""
-    return isinstance(error, DataError) or (isinstance(error, StorageError) and "was not written by" in error.what)
+    return isinstance(error, DataError | _FileInTheWay)

@@ -40,7 +40,6 @@ class NativeMasks:
     affine: npt.NDArray[np.float64]
     """Voxel (i, j, k) to RAS+ mm."""
     classes: ClassTable
-    """Classes of the model."""
     form_codes: tuple[int, int] = (1, 1)
     """NIfTI (qform_code, sform_code) of the scan's file, (1, 1) for other formats."""
 
@@ -99,6 +98,7 @@ def write_seg_nrrd(path: Path, masks: NativeMasks) -> None:
     Source:
         3D Slicer developer guide, "Segmentations: segmentation file format (.seg.nrrd)".
     """
+    # NRRD files of Slicer count along left, posterior, superior; NIfTI along right, anterior, superior.
     to_lps = np.diag([-1.0, -1.0, 1.0])
     classes = masks.classes
     affine = masks.viewer_affine
@@ -152,7 +152,7 @@ def write_label_list(path: Path, classes: ClassTable) -> None:
 
 def _label_line(label_id: int, color: Sequence[int], shown: int, name: str) -> str:
     red, green, blue = color
-    text = name.replace('"', "'")
+    text = name.replace('"', "'")  # ITK-SNAP has no escape for quotes
     return f'{label_id:5d} {red:5d} {green:4d} {blue:4d} {shown:8d} {shown:2d} {shown:2d}    "{text}"'
 
 

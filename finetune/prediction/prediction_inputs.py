@@ -27,7 +27,6 @@ class InputScan:
     name: str
     """Path below the folder, or the file's name, as prompts files use it."""
     case: SourceCase
-    """Files of the scan."""
     out_stem: str
     """Path of the results below the output folder, without the end of the format."""
 
@@ -42,7 +41,6 @@ class Inputs:
     """Scans to segment and files that were left out."""
 
     scans: list[InputScan]
-    """Scans in the order of the folder."""
     left_out: Counter[str] = field(default_factory=Counter)
     """Number of files that were left out, by reason."""
     notes: list[str] = field(default_factory=list)
@@ -64,6 +62,7 @@ def find_inputs(source: Path, *, frame: int | None = None, allow_gaps: bool = Fa
         return _single_file(source, frame=frame, allow_gaps=allow_gaps)
     found = discover(source, SourceOptions(frame=frame, allow_gaps=allow_gaps))
     inputs = Inputs(scans=[], left_out=found.left_out, notes=list(found.notes))
+    # Labels next to scans, as in training folders, are not scans to segment.
     if num := sum(len(case.labels) for case in found.cases) + len(found.labels_without_image):
         inputs.left_out["label file (not a scan)"] += num
     stems = make_unique([_stem(case, source) for case in found.cases])

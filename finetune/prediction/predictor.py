@@ -117,8 +117,10 @@ class Predictor:
         self.check_mode(prompted=prompts is not None)
         stats = stats or measure_intensity(volume_ZHW, modality=self.modality)
         config = self.model.task.inference(batch_size=self.batch_size)
+        # Callers from Python may pass negative points alone, which must not become a mask either.
         marking = apply_negative_points(prompts or ())
         indexes = None if prompts is None else sorted({prompt.slice_index for prompt in marking})
+        # Slices without a prompt are not sent through the encoder.
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.is_bf16):
             segmented = segment_volume(
                 self.model.segmenter,

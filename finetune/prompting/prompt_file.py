@@ -110,13 +110,9 @@ class PromptFile:
     """Prompts file, checked as far as possible without the scans."""
 
     frame: Frame
-    """Coordinate system."""
     prompts: tuple[FilePrompt, ...]
-    """Entries in the order of the file."""
     sha256: str
-    """Hash of the file."""
     name: str
-    """Name of the file without its folder."""
 
     def for_case(self, name: str, *, is_only: bool) -> tuple[FilePrompt, ...]:
         """Return the prompts of a scan, with entries without a case for the only one."""
@@ -193,6 +189,8 @@ def slice_prompts(
         UsageError: If a box or point is outside the scan, or a point is both inside and outside a class.
     """
     found: list[SlicePrompt] = []
+    # Voxels of the file -> millimetres -> pixels of the slices. The model sees its slices in one plane and orientation,
+    # the user counts voxels as the file stores them.
     to_xyz = np.linalg.inv(affine) @ _to_world(frame, native_affine)
     for prompt in prompts:
         boxes = _boxes(prompt, to_xyz, shape_zyx)

@@ -174,6 +174,7 @@ def thin_out(objects: list[ClassObject], config: PromptConfig, rng: np.random.Ge
     """Return at most ``max_objects`` of the objects, drawn evenly, in their order."""
     if len(objects) <= config.max_objects:
         return objects
+    # Evenly over all objects, not the largest ones: small lesions must be trained too.
     kept = sorted(rng.choice(len(objects), size=config.max_objects, replace=False).tolist())
     return [objects[place] for place in kept]
 
@@ -239,6 +240,7 @@ def draw_box(mask_HW: Bools, config: PromptConfig, rng: np.random.Generator) -> 
     rows, columns = np.flatnonzero(mask_HW.any(axis=1)), np.flatnonzero(mask_HW.any(axis=0))
     box = np.array([columns[0], rows[0], columns[-1], rows[-1]], dtype=np.float32)
     sides = np.array([box[2] - box[0] + 1, box[3] - box[1] + 1] * 2, dtype=np.float32)
+    # Relative noise alone would move the edges of large objects by many pixels, so it has an absolute limit.
     limit = config.max_jitter * max(mask_HW.shape)
     noise = np.clip(rng.standard_normal(4) * config.box_jitter * sides, -limit, limit)
     height, width = mask_HW.shape
@@ -277,6 +279,7 @@ def add_correction_click(
     true_HW, rng = drawn.true_HW, drawn.rng
     if true_HW is None or rng is None:
         raise ValueError("a correction click needs the true object and its generator, this prompt has none.")
+    # Missed pixels get a positive click, wrongly added ones a negative click.
     wrong_HW = predicted_HW != true_HW
     if not wrong_HW.any():
         wrong_HW = true_HW
@@ -296,7 +299,7 @@ def roughen(mask_HW: Bools, config: PromptConfig, rng: np.random.Generator) -> B
 
     The result resembles the mask of a neighbouring slice or a quick sketch.
     """
-    side = float(np.sqrt(mask_HW.sum()))
+    side = float(np.sqrt(mask_HW.sum()))  # of a square with the object's area
     reach = config.mask_jitter * side
     steps = round(rng.uniform(-reach, reach))
     shift = np.rint(rng.uniform(-reach, reach, size=2)).astype(int)
@@ -311,6 +314,7 @@ def roughen(mask_HW: Bools, config: PromptConfig, rng: np.random.Generator) -> B
 
 def mask_prompt(mask_HW: Bools, *, side: int) -> Tensor:
     """Return a mask as low-resolution logits (side, side) for the prompt encoder."""
+    # The mean over the pixels of a cell gives soft edges, as in SAM's own low-resolution masks.
     share = torch.nn.functional.interpolate(
         torch.from_numpy(mask_HW.astype(np.float32))[None, None], size=(side, side), mode="area"
     )
@@ -319,6 +323,7 @@ def mask_prompt(mask_HW: Bools, *, side: int) -> Tensor:
 
 def center_of(mask_HW: Bools) -> tuple[float, float]:
     """Return the pixel (x, y) of an object that is farthest from its edge, the first of equals."""
+    # The centre of mass can be outside a curved object. The padding makes the border of the slice an edge.
     distance = ndimage.distance_transform_edt(np.pad(mask_HW, 1))[1:-1, 1:-1]
     row, column = np.unravel_index(int(distance.argmax()), distance.shape)
     return float(column), float(row)

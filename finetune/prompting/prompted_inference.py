@@ -69,6 +69,7 @@ def label_prompts(segmenter: Segmenter, label_ZHW: Labels, series_id: str, class
         found: list[ClassPrompt] = []
         for image, index in enumerate(slice_indexes):
             masks_CHW = np.stack([classes.true_mask(label_ZHW[index], c) for c in range(classes.num_classes)])
+            # One generator per slice: the prompts do not depend on the batch size or on other slices.
             rng = np.random.default_rng([EVALUATION_STREAM, zlib.crc32(series_id.encode()), int(index)])
             objects = find_objects(masks_CHW, config)
             found += draw_prompts(objects, config, rng, image=image, to_mask=to_mask, central=True)
@@ -138,7 +139,7 @@ def _prompt_logits(
         low_res_Phw, _ = predict_prompts(
             segmenter.sam, embeddings_NChw, [prompt_to_frame(prompt, frame) for prompt in current]
         )
-        low_res_Phw = low_res_Phw.float()
+        low_res_Phw = low_res_Phw.float()  # under bf16 autocast resizing and maxima would lose digits
         logits_PHW = logits_to_native(low_res_Phw[:, None], frame)[:, 0]
         if number == num_corrections:
             break

@@ -106,8 +106,10 @@ class PromptedLoss(nn.Module):
             true = true_PSS[chosen].repeat_interleave(masks, dim=0)
             loss_PM = self.mask_loss(logits_PMhw.flatten(0, 1), true).view(count, masks)
             losses.append(loss_PM.min(dim=1).values)
+            # The head learns the IoU of the masks as they are, so no gradient flows into them.
             true_iou_PM = _iou(logits_PMhw.detach().flatten(0, 1), true).view(count, masks)
             errors.append((iou_PM.float() - true_iou_PM).square().mean(dim=1))
+            # A user sees the mask with the best predicted IoU and corrects that one.
             best.append(best_masks(logits_PMhw.detach().float(), iou_PM.detach())[0])
             places += chosen
         back = torch.argsort(torch.tensor(places, device=true_PSS.device))

@@ -40,7 +40,6 @@ class CellFolder:
     """Files of a study's cells."""
 
     root: Path
-    """Folder of the study."""
 
     @property
     def runs(self) -> Path:
@@ -69,11 +68,9 @@ class Outcome:
     """End of a cell."""
 
     key: str
-    """Key of the cell."""
     status: str
     """Status, one of done, failed, stopped (everything saved) and busy (another process runs it)."""
     exit_code: int = 0
-    """Exit code of the last process."""
     last_line: str = ""
     """Error or last line in the log of a failed cell."""
 
@@ -83,7 +80,6 @@ class Processes:
     """Running processes of a study."""
 
     running: set[int] = field(default_factory=set)
-    """Process ids."""
     stopping: bool = False
     """True after a request to stop."""
 
@@ -93,7 +89,7 @@ class Processes:
         for pid in list(self.running):
             try:
                 os.kill(pid, signal.SIGTERM)
-            except ProcessLookupError:
+            except ProcessLookupError:  # it ended meanwhile
                 continue
 
 
@@ -141,6 +137,7 @@ def run_cell(
     (folder.root / "cells").mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(folder.file(cell.key, ".lock"), timeout=0):
+            # Read under the lock: another process may have completed the cell while this one waited for a core.
             if folder.read_result(cell.key) is not None:
                 return Outcome(key=cell.key, status="done")
             _wait_for_orphan(folder.runs / cell.key)
@@ -156,7 +153,9 @@ def _run_locked(cell: Cell, folder: CellFolder, num_threads: int, processes: Pro
             return Outcome(key=cell.key, status="stopped", exit_code=ExitCode.STOPPED_SAVED)
         code, seconds, peak_mib = run(arguments, log_file, num_threads, processes)
         if arguments[0] == "finetune":
+            # Counted for every session, so that the minutes of a resumed cell are those of its whole training.
             _add_cost(folder.file(cell.key, ".cost.json"), seconds=seconds, peak_mib=peak_mib)
+        # A child that did not start yet is killed by SIGTERM without saving. After a stop that is no failure.
         if code == ExitCode.STOPPED_SAVED or (code != 0 and processes.stopping):
             return Outcome(key=cell.key, status="stopped", exit_code=ExitCode.STOPPED_SAVED)
         if code != 0:
@@ -200,5 +199,6 @@ def _find_error(log_file: Path) -> str:
     lines = [
         line.strip() for line in log_file.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()
     ]
+    # Every refusal of `samgraft` starts with "error: "; a crash ends with the line of its exception.
     errors = [line for line in lines if line.startswith("error: ")]
     return (errors or lines or ["nothing was printed"])[-1][:300]

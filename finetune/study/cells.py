@@ -99,7 +99,7 @@ def expand(config: StudyConfig, *, stores: dict[str, str]) -> Grid:
     Raises:
         UsageError: If an initialisation has no weights for an architecture, or nothing is left.
     """
-    found: dict[str, Cell] = {}
+    found: dict[str, Cell] = {}  # by key: equal work occurs once, under its first names
     duplicates = skipped = 0
     axes = itertools.product(
         config.data_sets,

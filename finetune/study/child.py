@@ -19,6 +19,7 @@ from samgraft.shared.cli import main
 def stop_with_parent() -> None:
     """Send SIGTERM to this process when its standard input ends, as a scheduler would."""
 
+    # A thread, because the main thread trains. It only reads; the handler of SIGTERM does the rest.
     def watch() -> None:
         while os.read(sys.stdin.fileno(), 1024):
             pass

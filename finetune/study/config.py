@@ -80,7 +80,7 @@ class StudyConfig:
     method_settings: dict[str, list[str]] = field(default_factory=dict)
     """Settings as key=value for the cells of one method, e.g. a lower learning rate for full."""
     skip: list[dict[str, str]] = field(default_factory=list)
-    """Combinations to leave out, by axis, e.g. {method: full, architecture: vit_h}."""
+    """Combinations to leave out, as values by axis such as method and architecture."""
     preset: str = "auto"
     """File of configs/finetune. ``auto`` uses cpu without a GPU."""
     part: str = "test"

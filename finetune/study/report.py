@@ -127,6 +127,7 @@ def cost_figure(rows: Sequence[SettingScore]) -> bytes:
             if row.dice is None:
                 continue
             number = settings.index(row.setting)
+            # Ten colours, then the next marker: settings stay distinct beyond ten.
             marker = "osD^v<>p*h"[number // 10 % 10]
             for axes, x in zip(axes_pair, (row.trainable_millions, row.train_minutes), strict=True):
                 axes.plot([x], [row.dice.mean], marker, color=colors(number % 10), label=names[row.setting])
@@ -212,6 +213,7 @@ def _curves(rows: Sequence[SettingScore], unit: str) -> list[Text | Picture]:
         curves: dict[str, tuple[list[float], list[float]]] = {}
         ticks: dict[float, str] = {}
         mine = [row for row in rows if row.data_set == data_set and row.dice is not None]
+        # "All" is drawn at twice the largest number of shots, because its real number differs between data sets.
         last = max((row.shots for row in mine), default=0)
         for row in sorted(mine, key=lambda r: r.shots if r.shots != ALL else last + 1):
             assert row.dice is not None

@@ -30,15 +30,12 @@ class SettingScore:
     """Score and cost of one setting on one data set with one number of shots."""
 
     setting: Setting
-    """Compared setting."""
     data_set: str
-    """Name of the data set."""
     shots: int
     """Number of training patients or slices, 0 for all."""
     dice: Interval | None
     """Mean Dice over patients, None if no patient has a score."""
     num_seeds: int
-    """Number of complete cells."""
     seed_std: float | None
     """Standard deviation of the seeds' means, None for one seed."""
     train_minutes: float
@@ -54,7 +51,6 @@ class Ranking:
     """Mean ranks of settings over patients, with rank 1 for the best."""
 
     mean_ranks: Mapping[Setting, float]
-    """Mean rank of every setting."""
     num_patients: int
     """Number of blocks in which every setting has a score."""
     p_value: float | None
@@ -116,6 +112,7 @@ def rank_settings(cells: Sequence[Cell], results: Mapping[str, Mapping[str, Any]
         for patient, dice in results[cell.key]["dice_per_patient"].items():
             block = scores.setdefault((cell.data_set, cell.shots, patient), {})
             block.setdefault(cell.setting, []).append(float(dice))
+    # Only blocks with every setting count. Ranks within incomplete blocks could not be compared.
     names = list(settings)
     table = np.array(
         [[np.mean(block[name]) for name in names] for block in scores.values() if len(block) == len(names)]
@@ -129,6 +126,7 @@ def rank_table(table_NK: npt.NDArray[np.float64], names: Sequence[Setting]) -> R
     """Rank the K columns within each of N rows, the highest value first."""
     number, count = table_NK.shape
     ranks = rankdata(-table_NK, axis=1)
+    # SciPy has the studentised range; Nemenyi's q is that divided by the square root of 2.
     quantile = float(studentized_range.ppf(CONFIDENCE, count, np.inf)) / math.sqrt(2)
     p_value = None
     if count >= 3 and number >= 10 and not np.all(table_NK == table_NK[:, :1]):
@@ -153,6 +151,7 @@ def group_similar_settings(ranking: Ranking) -> list[tuple[Setting, ...]]:
     groups: list[tuple[Setting, ...]] = []
     for start, (_, low) in enumerate(ordered):
         group = tuple(name for name, value in ordered[start:] if value - low <= ranking.critical_difference)
+        # A group inside the one before adds nothing to the figure.
         if len(group) > 1 and not (groups and set(group) <= set(groups[-1])):
             groups.append(group)
     return groups

@@ -101,6 +101,7 @@ def run_on_slurm(
             "--slurm needs submitit.", next_command="pip install 'samgraft[slurm]', then the same command"
         ) from err
     executor = submitit.AutoExecutor(folder=folder.root / "slurm", cluster=cluster or "slurm")
+    # One array job with a limit instead of N jobs: the scheduler itself keeps at most N cells running.
     executor.update_parameters(name=folder.root.name, **parameters)
     if cluster is None:
         executor.update_parameters(slurm_array_parallelism=num_parallel)
@@ -108,6 +109,7 @@ def run_on_slurm(
     log.info("%d cells submitted as job %s", len(jobs), jobs[0].job_id.split("_")[0])
     outcomes: list[Outcome] = []
     waiting = dict(zip([c.key for c in cells], jobs, strict=True))
+    # Polled, because submitit has no call that waits for whichever job ends first.
     while waiting:
         for key in [key for key, job in waiting.items() if job.done()]:
             outcomes.append(_outcome_of_job(key, waiting.pop(key)))
@@ -138,6 +140,7 @@ def run_stored_cell(root: str, name: str) -> dict[str, Any]:
     folder = CellFolder(root=Path(root))
     values = json.loads((folder.root / "cells" / name).read_text(encoding="utf-8"))
     cell = Cell(**{**values, "settings": tuple(values["settings"])})
+    # SLURM sends SIGTERM at the time limit. The cell then saves, and the next call of the study resumes it.
     processes = Processes()
     with _stop_signals(processes):
         outcome = run_cell(cell, folder, num_threads=granted_cores(), processes=processes)

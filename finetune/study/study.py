@@ -28,7 +28,7 @@ SYNTHETIC = Path("data") / "synthetic"
 
 
 class StudyIncomplete(SamgraftError):
-    """Failure of some cells of a study; the others are kept."""
+    """Failure of some cells of a study. The others are kept."""
 
     exit_code = ExitCode.DATA
 
@@ -38,11 +38,8 @@ class StudyPlan:
     """Study that is ready to run."""
 
     config: StudyConfig
-    """Settings."""
     grid: Grid
-    """Cells."""
     folder: CellFolder
-    """Files of the cells."""
     missing: list[Cell] = field(default_factory=list)
     """Cells without a result."""
 
@@ -125,6 +122,7 @@ def _run_missing(plan: StudyPlan, *, num_parallel: int, slurm: dict[str, Any] | 
 
 def _finish(plan: StudyPlan, outcomes: list[Outcome]) -> Path:
     cells, folder = plan.grid.cells, plan.folder
+    # Table and report are written in every case, also after a stop, from the cells that are complete.
     results = {cell.key: found for cell in cells if (found := folder.read_result(cell.key)) is not None}
     failed = {o.key: o.last_line for o in outcomes if o.status in {"failed", "busy"}}
     rows = write_results(plan.config, cells, results, folder.root, failed=failed)
