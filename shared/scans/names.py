@@ -20,8 +20,8 @@ def _word_set(text: str) -> frozenset[str]:
 
 
 _LABEL_WORDS = _word_set(
-    "label labels labelmap labelmaps lbl lbls seg segs segm segmentation segmentations mask masks msk dseg gt "
-    "gts groundtruth groundtruths annotation annotations annot annots contour contours roi rois"
+    "label labels labelled labeled labelmap labelmaps lbl lbls seg segs segm segmentation segmentations mask masks msk "
+    "dseg gt gts groundtruth groundtruths annotation annotations annot annots contour contours roi rois"
 )
 _IMAGE_WORDS = _word_set(
     "image images imaging img imgs scan scans volume volumes vol vols data raw input inputs picture pictures"
@@ -52,6 +52,7 @@ _PLACEHOLDERS = _word_set(
     "noname noid id subject subj pseudonym redacted hidden empty default"
 )
 _JOINED = re.compile(r"(?i)(ground|label|time|follow)[-_. ]?(truth|maps?|point|up)s?(?![a-z])")
+_NUMBERED_ROLE = re.compile(r"^(?P<role>[A-Za-z]+)(?P<number>\d+)$")
 _CAMEL_PART = re.compile(r"^(?P<role>[A-Za-z]+?)(?P<part>Tr|Ts|Te|Val|Va|Train|Test|TR|TS|tr|ts)$")
 
 
@@ -69,6 +70,8 @@ class NamedFile:
     """True if the innermost role folder is one for labels."""
     original: tuple[str, ...]
     """Words of the file name in their own upper and lower case, for class names."""
+    loose_folders: tuple[str, ...]
+    """Words of the folders, where a folder with a role word gives no more than its part of the split."""
 
     @property
     def is_label(self) -> bool:
@@ -80,6 +83,11 @@ class NamedFile:
     def key(self) -> tuple[str, ...]:
         """Folders and the words that are left without role words."""
         return (*self.folders, *(word for word in self.words if word not in _ROLE_WORDS))
+
+    @property
+    def loose_key(self) -> tuple[str, ...]:
+        """Key in which folders such as ``Task1_Training_Input`` and ``Task1_GroundTruth_Training`` are equal."""
+        return (*self.loose_folders, *self.key[len(self.folders) :])
 
     def label_candidates(self) -> Iterator[tuple[tuple[str, ...], str | None]]:
         """Yield (key of an image, class name) pairs to which this label may belong, the most exact first."""
@@ -105,9 +113,12 @@ class NamedFile:
 def split_name(relative: PurePath) -> NamedFile:
     """Split a path below the root of a source into words."""
     folders: list[str] = []
+    loose: list[str] = []
     in_label_folder = False
     for folder in relative.parent.parts:
         words = _words(folder)
+        has_role = any(word in _ROLE_WORDS for word in words)
+        loose += [word for word in words if not has_role or word in _PART_WORDS.values()]
         # ``masks`` and ``labels_train`` are role folders; ``mask_study_07`` may be a patient's, its files decide.
         is_numbered = any(char.isdigit() for char in folder)
         if any(word in _LABEL_WORDS for word in words) and not is_numbered:
@@ -119,7 +130,7 @@ def split_name(relative: PurePath) -> NamedFile:
     original = _words(scan_stem(relative.name), lower=False)
     lowered = tuple(word.lower() for word in original)
     found = next((i for i, word in enumerate(lowered) if word in _LABEL_WORDS), None)
-    return NamedFile(tuple(folders), lowered, found, in_label_folder, tuple(original))
+    return NamedFile(tuple(folders), lowered, found, in_label_folder, tuple(original), tuple(loose))
 
 
 def patient_folder(relative: PurePath) -> str | None:
@@ -167,6 +178,8 @@ def _is_general(folder: str) -> bool:
     general = _ROLE_WORDS | _QUALIFIERS | _CONTRASTS | set(_PART_WORDS.values())
     if re.fullmatch(r"(?i)fold[-_ ]?\d+", folder):
         return True
+    if any(word in _ROLE_WORDS for word in words) and any(word in _PART_WORDS.values() for word in words):
+        return True  # Task1_Training_Input
     return all(word in general for word in words)
 
 
@@ -174,9 +187,11 @@ def _words(text: str, *, lower: bool = True) -> list[str]:
     text = _JOINED.sub(lambda m: m[1] + m[2], text)
     words: list[str] = []
     for word in filter(None, re.split(r"[-_. ]+", text)):
-        camel = _CAMEL_PART.match(word)
-        if camel and camel["role"].lower() in _LABEL_WORDS | _IMAGE_WORDS:
+        camel, numbered = _CAMEL_PART.match(word), _NUMBERED_ROLE.match(word)
+        if camel and camel["role"].lower() in _ROLE_WORDS:  # imagesTr
             words += [camel["role"], _PART_WORDS[camel["part"].lower()]]
+        elif numbered and numbered["role"].lower() in _ROLE_WORDS:  # img0001
+            words += [numbered["role"], numbered["number"]]
         else:
             words.append(_PART_WORDS.get(word.lower(), word))
     return [word.lower() for word in words] if lower else words

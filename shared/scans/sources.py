@@ -191,14 +191,16 @@ def _pair_labels(
 ) -> dict[str, list[LabelFiles]]:
     """Return the label files of every image by its name. List labels without an image."""
     by_key: dict[tuple[str, ...], list[FoundScan]] = defaultdict(list)
+    by_loose_key: dict[tuple[str, ...], list[FoundScan]] = defaultdict(list)
     by_folder: dict[tuple[str, ...], list[FoundScan]] = defaultdict(list)
     for image in images:
         by_key[image.name.key].append(image)
+        by_loose_key[image.name.loose_key].append(image)
         by_folder[image.name.folders].append(image)
     pairs: list[tuple[FoundScan, FoundScan, str | None]] = []
     shared = 0
     for label in labels:
-        owners, class_name = _owners(label, by_key, by_folder)
+        owners, class_name = _owners(label, by_key, by_loose_key, by_folder)
         if not owners:
             found.labels_without_image.append(label.files.name)
         shared += len(owners) > 1
@@ -255,6 +257,7 @@ def _refusal(labels: Sequence[LabelFiles], options: SourceOptions, found: Discov
 def _owners(
     label: FoundScan,
     by_key: Mapping[tuple[str, ...], Sequence[FoundScan]],
+    by_loose_key: Mapping[tuple[str, ...], Sequence[FoundScan]],
     by_folder: Mapping[tuple[str, ...], Sequence[FoundScan]],
 ) -> tuple[list[FoundScan], str | None]:
     """Return the images that a label belongs to, and the class that its name gives.
@@ -276,6 +279,8 @@ def _owners(
     channels = [one for other, group in by_key.items() if other[: len(key)] == key for one in group]
     if channels and len(key) > len(label.name.folders):
         return channels, None
+    if len(loose := by_loose_key.get(label.name.loose_key, ())) == 1:
+        return list(loose), None
     alone = by_folder.get(label.name.folders, ())
     if len(alone) == 1 and (label.name.folders or len(key) == 0):
         return list(alone), label.name.class_name

@@ -138,7 +138,7 @@ def check_accounting(root: Path) -> None:
         return
     report = examine_cases(found.cases, settings=SETTINGS, label_names=found.label_names)
     names = {case.name for case in found.cases}
-    assert {finding.name for finding in report.findings} == names
+    assert {result.name for result in report.results} == names
     in_cases = {path for case in found.cases for path in case.scan.paths}
     in_labels = {path for case in found.cases for label in case.labels for path in label.scan.paths}
     on_disk = {path for path in root.rglob("*") if path.is_symlink() or path.is_file()}
