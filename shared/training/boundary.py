@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytorch_lightning as pl
@@ -47,6 +48,7 @@ SLOW_SAVE_S = 30.0
 """Default time in seconds between SLURM's SIGTERM and SIGKILL."""
 
 
+@dataclass(eq=False, kw_only=True)
 class StepBoundary(Checkpoint):
     """Callback that acts after the last micro-step of each step.
 
@@ -56,43 +58,31 @@ class StepBoundary(Checkpoint):
 
     # Lightning calls subclasses of Checkpoint after all other callbacks, so that their work belongs to the saved step.
 
-    def __init__(
-        self,
-        *,
-        run: RunFolder,
-        config: TrainerConfig,
-        counters: RunCounters,
-        tasks: PeriodicTasks,
-        meter: ProgressMeter,
-        step_log: StepLog,
-        stop: StopRequest,
-        state: TrainingState | None,
-        is_exact: bool = True,
-    ) -> None:
-        self.run = run
-        self.config = config
-        self.counters = counters
-        self.tasks = tasks
-        self.meter = meter
-        self.step_log = step_log
-        self.stop = stop
-        self.is_exact = is_exact
-        """False after a change of the number of processes. Each process then gets new generators."""
-        self._state = state
-        self._rng_to_restore: dict[str, Tensor] | None = None
-        self._rng_of_step: dict[str, Tensor] = {}
-        self._buffers_of_step: dict[str, Tensor] = {}
-        self._batches: list[Any] = []
-        """Micro-batches of the current step so far."""
-        self._micro_steps = 0
-        self._is_at_boundary = False
-        self._last_save = time.monotonic()
+    run: RunFolder
+    config: TrainerConfig
+    counters: RunCounters
+    tasks: PeriodicTasks
+    meter: ProgressMeter
+    step_log: StepLog
+    stop: StopRequest
+    state: TrainingState | None
+    """Training state to restore, or None for a new run."""
+    is_exact: bool = True
+    """False after a change of the number of processes. Each process then gets new generators."""
+    _rng_to_restore: dict[str, Tensor] | None = field(default=None, init=False)
+    _rng_of_step: dict[str, Tensor] = field(default_factory=dict, init=False)
+    _buffers_of_step: dict[str, Tensor] = field(default_factory=dict, init=False)
+    _batches: list[Any] = field(default_factory=list, init=False)
+    """Micro-batches of the current step so far."""
+    _micro_steps: int = field(default=0, init=False)
+    _is_at_boundary: bool = field(default=False, init=False)
+    _last_save: float = field(default_factory=time.monotonic, init=False)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Restore the training state or seed a new run, then run the tasks due at this step."""
         # Lightning has just installed its own SIGTERM handler over ours.
         install_stop_handlers(self.stop)
-        state, self._state = self._state, None
+        state, self.state = self.state, None  # The state is released after the restore.
         step = state.step if state else 0
         # A shared disk may show the newest state to one process and not yet to another.
         if broadcast_first(step) != step:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytorch_lightning as pl
@@ -15,24 +16,19 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 
+@dataclass(eq=False, kw_only=True)
 class FiniteCheck(pl.Callback):
-    """Callback that checks losses and gradient before each update.
+    """Callback that checks losses and gradient before each update."""
 
-    Args:
-        clip_norm: Largest gradient norm, or None to clip nothing.
-        step_log: Log that receives ``train/grad_norm``.
-        on_bad: Function that must raise. It is called in every process before the update, with this process's losses by
-            micro-step and the gradient norm. The losses are those of the backward pass, each already divided by the
-            number of micro-steps.
-    """
-
-    def __init__(
-        self, *, clip_norm: float | None, step_log: StepLog, on_bad: Callable[[pl.Trainer, Tensor, float], None]
-    ) -> None:
-        self.clip_norm = clip_norm
-        self.step_log = step_log
-        self.on_bad = on_bad
-        self._losses: list[Tensor] = []
+    clip_norm: float | None
+    """Largest gradient norm, or None to clip nothing."""
+    step_log: StepLog
+    """Log that receives ``train/grad_norm``."""
+    on_bad: Callable[[pl.Trainer, Tensor, float], None]
+    """Function that must raise. It is called in every process before the update, with this process's losses by
+    micro-step and the gradient norm. The losses are those of the backward pass, each already divided by the number of
+    micro-steps."""
+    _losses: list[Tensor] = field(default_factory=list, init=False)
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
         """Keep the loss of a micro-step."""

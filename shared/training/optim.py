@@ -160,24 +160,20 @@ def cosine_value(step: int, *, start: float, end: float, first_step: int = 0, la
     return end + (start - end) * 0.5 * (1.0 + math.cos(math.pi * share))
 
 
+@dataclass(eq=False, kw_only=True)
 class LearningRate(pl.Callback):
-    """Callback that sets each group's learning rate to ``peak_lr * factor(step)``.
+    """Callback that sets each group's learning rate to ``peak_lr * factor(step)``."""
 
-    Args:
-        warmup_steps: Length of the warm-up in steps.
-        max_steps: Length of the run in steps.
-        final_factor: Fraction of the peak at the last step.
-        poly_power: Power of a polynomial decay, or None for the cosine.
-    """
+    warmup_steps: int
+    max_steps: int
+    final_factor: float = 0.0
+    """Fraction of the peak at the last step."""
+    poly_power: float | None = None
+    """Power of a polynomial decay, or None for the cosine."""
 
-    def __init__(
-        self, *, warmup_steps: int, max_steps: int, final_factor: float = 0.0, poly_power: float | None = None
-    ) -> None:
-        check_warmup(warmup_steps, max_steps)
-        self.warmup_steps = warmup_steps
-        self.max_steps = max_steps
-        self.final_factor = final_factor
-        self.poly_power = poly_power
+    def __post_init__(self) -> None:
+        """Check that the warm-up ends before the run does."""
+        check_warmup(self.warmup_steps, self.max_steps)
 
     def factor(self, step: int) -> float:
         """Return the factor for the update that follows ``step`` finished ones."""

@@ -87,36 +87,31 @@ class PeriodicTask:
         return step % self.every_steps == 0 or (self.at_end and step == max_steps)
 
 
+@dataclass(frozen=True, kw_only=True)
 class PeriodicTasks:
     """Runner of all periodic tasks. It records which of them a stop interrupted."""
 
-    def __init__(
-        self,
-        tasks: Sequence[PeriodicTask],
-        *,
-        counters: RunCounters,
-        stop: StopRequest,
-        step_log: StepLog,
-        max_steps: int,
-    ) -> None:
-        names = [task.name for task in tasks]
+    tasks: Sequence[PeriodicTask]
+    counters: RunCounters
+    stop: StopRequest
+    step_log: StepLog
+    max_steps: int
+
+    def __post_init__(self) -> None:
+        """Check that the names differ, because interrupted tasks are recorded by name."""
+        names = [task.name for task in self.tasks]
         if len(set(names)) < len(names):
             raise ValueError(f"periodic tasks must have different names, got {', '.join(names)}.")
-        self._tasks = tuple(tasks)
-        self._counters = counters
-        self._stop = stop
-        self._log = step_log
-        self._max_steps = max_steps
 
     def run_due(self, module: pl.LightningModule, step: int, *, rank: int = 0, world_size: int = 1) -> None:
         """Run the tasks that are due at a step."""
-        due = [task for task in self._tasks if task.is_due(step, max_steps=self._max_steps)]
+        due = [task for task in self.tasks if task.is_due(step, max_steps=self.max_steps)]
         self._run(due, module, step, rank=rank, world_size=world_size)
 
     def run_pending(self, module: pl.LightningModule, step: int, *, rank: int = 0, world_size: int = 1) -> None:
         """Run the tasks that a stop interrupted at the step of the resume."""
-        names, self._counters.pending = self._counters.pending, []
-        due = [task for task in self._tasks if task.name in names]
+        names, self.counters.pending = self.counters.pending, []
+        due = [task for task in self.tasks if task.name in names]
         self._run(due, module, step, rank=rank, world_size=world_size)
 
     def _run(
@@ -127,9 +122,9 @@ class PeriodicTasks:
             step=step,
             rank=rank,
             world_size=world_size,
-            stop=self._stop,
-            log=self._log,
-            counters=self._counters,
+            stop=self.stop,
+            log=self.step_log,
+            counters=self.counters,
         )
         values: dict[str, float] = {}
         for position, task in enumerate(tasks):
@@ -137,11 +132,11 @@ class PeriodicTasks:
                 values |= _run_one(task, context)
             except TaskStopped:
                 # check_stop raises in every process or in none, so that all have the same list of pending tasks.
-                self._counters.pending = [t.name for t in tasks[position:]]
+                self.counters.pending = [t.name for t in tasks[position:]]
                 break
-        self._counters.ended = broadcast_first(self._counters.ended)
+        self.counters.ended = broadcast_first(self.counters.ended)
         if values:
-            self._log.record(step, broadcast_first(values))
+            self.step_log.record(step, broadcast_first(values))
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import logging
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -28,36 +29,30 @@ BAR_EVERY_S = 0.5
 """Interval in seconds of updates on a terminal."""
 
 
+@dataclass(eq=False)
 class ProgressMeter(pl.Callback):
     """Callback that measures the speed and shows progress.
 
     A ``training_step`` returns ``{"loss": loss, "loss/part": ..., ...}``, scalars only. Their mean over the
     micro-steps of a step is logged under the names ``train/...``.
-
-    Args:
-        step_log: Log that receives the values.
-        config: Settings of the training loop.
-        slices_per_micro_step: Slices of all processes together.
     """
 
-    def __init__(self, step_log: StepLog, config: TrainerConfig, *, slices_per_micro_step: int) -> None:
-        self.step_log = step_log
-        self.config = config
-        self.slices_per_micro_step = slices_per_micro_step
-        self.wait_s = 0.0
-        """Seconds spent waiting for data so far."""
-        self.work_s = 0.0
-        """Seconds spent on training steps so far."""
-        self.startup_s = 0.0
-        """Seconds before the first batch."""
-        self.micro_steps = 0
-        self._sums: dict[str, float | Tensor] = {}
-        self._in_step = 0
-        self._mark: float | None = None
-        self._started = time.monotonic()
-        self._last_line = 0.0
-        self._window = (0.0, 0.0, 0)
-        self._bar: _BarLine | None = None
+    step_log: StepLog
+    config: TrainerConfig
+    slices_per_micro_step: int
+    """Slices of all processes together."""
+    wait_s: float = field(default=0.0, init=False)
+    """Seconds spent waiting for data so far."""
+    work_s: float = field(default=0.0, init=False)
+    """Seconds spent on training steps so far."""
+    micro_steps: int = field(default=0, init=False)
+    _sums: dict[str, float | Tensor] = field(default_factory=dict, init=False)
+    _in_step: int = field(default=0, init=False)
+    _mark: float = field(default_factory=time.monotonic, init=False)
+    _started: float = field(default_factory=time.monotonic, init=False)
+    _last_line: float = field(default=0.0, init=False)
+    _window: tuple[float, float, int] = field(default=(0.0, 0.0, 0), init=False)
+    _bar: _BarLine | None = field(default=None, init=False)
 
     @property
     def data_wait_share(self) -> float:
@@ -81,13 +76,11 @@ class ProgressMeter(pl.Callback):
     ) -> None:
         """Stop the waiting clock."""
         now = time.monotonic()
-        waited = now - self._mark if self._mark is not None else 0.0
         if self.micro_steps == 0:
-            self.startup_s = waited
             # Validation and the start of workers before the first batch happen once, so the ETA must not count them.
             self._started = now
         else:
-            self.wait_s += waited
+            self.wait_s += now - self._mark
         self._mark = now
 
     def on_train_batch_end(
@@ -95,8 +88,7 @@ class ProgressMeter(pl.Callback):
     ) -> None:
         """Collect the values. Log and show them after the last micro-step of a step."""
         now = time.monotonic()
-        if self._mark is not None:
-            self.work_s += now - self._mark
+        self.work_s += now - self._mark
         self._mark = now
         self.micro_steps += 1
         self._in_step += 1

@@ -127,7 +127,9 @@ def fit(module: pl.LightningModule, context: FitContext) -> FitResult:
         )
     stop = StopRequest()
     step_log = StepLog(run, every_steps=config.log_every_steps)
-    tasks = PeriodicTasks(context.periodic, counters=counters, stop=stop, step_log=step_log, max_steps=config.max_steps)
+    tasks = PeriodicTasks(
+        tasks=context.periodic, counters=counters, stop=stop, step_log=step_log, max_steps=config.max_steps
+    )
     meter = ProgressMeter(step_log, config, slices_per_micro_step=context.batch_size * device.world_size)
     boundary = StepBoundary(
         run=run,
