@@ -50,7 +50,7 @@ store: $(STAMP) ## build a slice store from scans | make store DATA=scans/ OUT=d
 
 pretrain: $(STAMP) ## stage 1: train SAM's encoder further on unlabelled slices | make pretrain MODALITY=mri
 	@$(SAMGRAFT) pretrain $${MODALITY:+--modality "$$MODALITY"} $${DATA:+--data "$$DATA"} $${MODEL:+--model "$$MODEL"} \
-	  $${METHOD:+--method "$$METHOD"} $${BASE:+--base "$$BASE"} $${NAME:+--name "$$NAME"} $${PRESET:+--preset "$$PRESET"} $(ARGS)
+	  $${METHOD:+--method "$$METHOD"} $${CKPT:+--ckpt "$$CKPT"} $${BASE:+--base "$$BASE"} $${NAME:+--name "$$NAME"} $${PRESET:+--preset "$$PRESET"} $(ARGS)
 
 finetune: $(STAMP) ## stage 2: tune encoder and decoder on labelled slices | make finetune CKPT=runs/NAME
 	@$(SAMGRAFT) finetune $${CKPT:+--ckpt "$$CKPT"} $${MODALITY:+--modality "$$MODALITY"} $${DATA:+--data "$$DATA"} $${MODEL:+--model "$$MODEL"} \

@@ -34,9 +34,13 @@ Schema = TypeVar("Schema")
 MAX_CONFIG_BYTES = 1_000_000
 MAX_LISTED_PROBLEMS = 20
 
-RENAMED_KEYS: Final[Mapping[str, str]] = MappingProxyType({})
+RENAMED_KEYS: Final[Mapping[str, str]] = MappingProxyType(
+    {"probe.decoder": "model.base", "model.rest": "model.base"}  # The later one wins where a stored run has both.
+)
 """Settings of earlier versions and their names today. A user's old name is refused with the new one; the stored
 configuration of an earlier run is translated."""
+RENAME_NOTES: Final = MappingProxyType({"model.base": " Initial encoder weights are model.ckpt."})
+"""Additions to the message about an old name, by new name."""
 
 MAY_CHANGE: Final = MappingProxyType({"may_change_on_resume": True})
 """Metadata of a field whose setting does not change the numbers, so that a resumed run may have another one."""
@@ -119,7 +123,36 @@ def load_config(
 
 def translate_renamed_keys(flat: Mapping[str, Any]) -> dict[str, Any]:
     """Return the dotted settings of an earlier version under their names of today."""
-    return {RENAMED_KEYS.get(key, key): value for key, value in flat.items()}
+    translated = {key: value for key, value in flat.items() if key not in RENAMED_KEYS}
+    for old, new in RENAMED_KEYS.items():
+        if flat.get(old) is None:
+            continue
+        if new == "model.base" and flat.get(new) is not None:
+            # `model.base` were the initial encoder weights of stage 1 as long as it had these two settings.
+            translated["model.ckpt"] = flat[new]
+        translated[new] = flat[old]
+    return translated
+
+
+def read_stored_config(path: Path) -> dict[str, Any]:
+    """Return the stored configuration of a run with the names of today, as a layer for ``load_config``."""
+    nested: dict[str, Any] = {}
+    stored = dict(_dotted(yaml.safe_load(path.read_text(encoding="utf-8")), ""))
+    for key, value in translate_renamed_keys(stored).items():
+        *sections, name = key.split(".")
+        section = nested
+        for part in sections:
+            section = section.setdefault(part, {})
+        section[name] = value
+    return nested
+
+
+def _dotted(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _dotted(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def read_settings(layers: Sequence[Path | Mapping[str, Any]], overrides: Sequence[str]) -> dict[str, str]:
@@ -485,7 +518,8 @@ class _Check:
 
     def _unknown(self, key: str) -> str:
         if key in RENAMED_KEYS:
-            return f"{key} is now called {RENAMED_KEYS[key]}. Use that name."
+            new = RENAMED_KEYS[key]
+            return f"{key} is now called {new}. Use that name.{RENAME_NOTES.get(new, '')}"
         return f"unknown key {key!r}.{_hint(key, dotted_keys(self.schema))}"
 
     def _member(self, kind: type[Enum], content: Setting, key: str) -> Any:

@@ -1,4 +1,7 @@
-"""``samgraft pretrain``: flags in, a finished stage-1 run out. Heavy imports wait until it runs."""
+"""The command ``samgraft pretrain``.
+
+Its imports are inside the functions, because ``samgraft --help`` must not wait for torch.
+"""
 
 from __future__ import annotations
 
@@ -15,23 +18,32 @@ log = logging.getLogger(__name__)
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--modality", default=None, help="mri, ct, xray or ultrasound (default: the store's, or mri)")
+    add("--modality", default=None, help="mri, ct, xray or ultrasound (default: that of the store, or mri)")
     add(
         "--data",
         default=None,
-        help="slice store (folder or s3:// address) or scans; default: the demo scans, fetched by hash",
+        help="slice store (folder or s3:// address) or scans (default: the demo scans)",
     )
-    add("--model", default=None, help="vit_t, vit_b, vit_l or vit_h (default: what BASE is, or vit_t)")
-    add("--method", default=None, help="objective (default: the one that suits the model)")
-    add("--base", default=None, help="weights to start from: a file, a run folder, or random")
-    add("--name", default=None, help="name of the run under runs/; the same name goes on with the same run")
+    add("--model", default=None, help="vit_t, vit_b, vit_l or vit_h (default: that of the weights, or vit_t)")
+    add("--method", default=None, help="objective (default: depends on the model)")
+    add(
+        "--ckpt",
+        default=None,
+        help="initial encoder weights: a stage-1 run, any encoder or SAM file (default: those of --base)",
+    )
+    add(
+        "--base",
+        default=None,
+        help="base SAM weights, which supply what --ckpt lacks; or random (default: the demo's for vit_t)",
+    )
+    add("--name", default=None, help="name of the run under runs/; the same name resumes the same run")
     add("--preset", default=None, help="cpu or gpu (default: what this machine has)")
     add("--config", type=Path, action="append", default=[], metavar="FILE", help="YAML on top of the preset")
     add("--runs", type=Path, default=Path("runs"), help="folder of all runs")
     add(
         "--dry-run",
         action="store_true",
-        help="stop after the pre-flight: no run is written (scans become a store first, demo data are fetched)",
+        help="stop after the pre-flight and write no run (scans become a store first, demo data are fetched)",
     )
     add("overrides", nargs="*", metavar="key=value", help="e.g. optim.lr=1e-4 trainer.max_steps=500")
 
@@ -44,7 +56,6 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _pretrain(arguments: argparse.Namespace) -> int:
-    # Imported here: `samgraft --help` must not wait for torch.
     from samgraft.shared.runs.run_folder import check_run_folder
     from samgraft.shared.stage_config import TypedSettings
     from samgraft.shared.store.from_data import describe_dry_run
@@ -57,6 +68,7 @@ def _pretrain(arguments: argparse.Namespace) -> int:
             "modality": arguments.modality,
             "data.store": arguments.data,
             "model.arch": arguments.model,
+            "model.ckpt": arguments.ckpt,
             "model.base": arguments.base,
             "objective.name": arguments.method,
         },
@@ -75,7 +87,7 @@ def _pretrain(arguments: argparse.Namespace) -> int:
 
 
 COMMAND = Command(
-    help="stage 1: go on training SAM's image encoder on unlabelled slices",
+    help="stage 1: train SAM's image encoder on unlabelled slices",
     add_arguments=_add_arguments,
     run=_run,
 )

@@ -1,4 +1,4 @@
-"""The configuration of stage 1; every part lives next to the code it configures or below."""
+"""Configuration of stage 1."""
 
 from __future__ import annotations
 
@@ -18,36 +18,40 @@ from samgraft.ssl.objectives.mae import Layout, MAEConfig
 from samgraft.ssl.scope import ScopeConfig
 from samgraft.ssl.ssl_state import StateUse
 
+RANDOM = "random"
+"""Value of ``model.base`` for an encoder with random weights."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Slices to learn from."""
+    """Unlabelled slices to train on."""
 
     store: str
-    """Slice store (``*.zarr``)."""
+    """Path or address of a slice store (``*.zarr``)."""
     split: str | None = None
-    """Split file by patient. None takes <store>.split.json beside the store, else holds out every fourth patient."""
+    """Split file by patient. None takes <store>.split.json next to the store, or holds out every fourth patient."""
     batch_size: int = 8
-    """Slices per micro-step and process."""
+    """Number of slices per micro-step and process."""
     min_foreground_fraction: float | None = None
-    """Leave out slices with a smaller share of non-air pixels. None takes the modality's preset."""
+    """Smallest share of non-air pixels that a slice must have. None takes the modality's preset."""
     keep_aspect: bool = True
-    """Pad to a square (right, bottom) instead of squashing."""
+    """True pads to a square (right, bottom), False stretches."""
     planes: list[str] = field(default_factory=list)
-    """axial, coronal, sagittal: learn from these planes of every series that was stored with them (``store build
-    --planes``). Empty takes each series in the plane it was acquired in."""
+    """Planes to train on, among axial, coronal and sagittal, of every series that was stored with them (``store build
+    --planes``). Empty takes each series in the plane in which it was acquired."""
     num_neighbours: int = 0
-    """1 gives the encoder the slices before and after as its other two channels (2.5D); 0 repeats the slice."""
+    """Neighbour slices per side. 1 puts the slices before and after into the other two channels (2.5D). 0 repeats the
+    slice."""
     augment: AugmentConfig = field(
         default_factory=lambda: AugmentConfig(min_crop_fraction=0.6, max_log_gamma=math.log(1.3))
     )
-    """Views: random crop, flip and contrast. A modality's preset may say otherwise."""
+    """Random crop, flip and contrast of the slices. The preset of a modality may change them."""
     num_held_out_slices: int = 16
-    """Slices of held-out patients for the held-out loss and the pictures, evenly spread; 0 switches both off."""
+    """Number of slices of held-out patients for the held-out loss and the pictures. 0 switches both off."""
     test_stores: list[str] = field(default_factory=list)
-    """Labelled stores whose validation and test patients must not be among the training slices (leak check)."""
+    """Labelled stores whose validation and test patients must not be among the training slices."""
     allow_transductive: bool = False
-    """Go on although patients of ``test_stores`` leak; the card then says so."""
+    """True trains although patients of ``test_stores`` leak, and the card then records it."""
 
     def __post_init__(self) -> None:
         if self.batch_size < 1 or self.num_held_out_slices < 0:
@@ -61,36 +65,45 @@ class DataConfig:
         if unknown := sorted(set(self.planes) - {plane.value for plane in Plane}):
             raise ValueError(f"data.planes must be among axial, coronal, sagittal, got {', '.join(unknown)}.")
 
-    def least_foreground(self, preset: ModalityPreset) -> float:
+    def minimum_foreground(self, preset: ModalityPreset) -> float:
         """Return the smallest share of non-air pixels that a slice must have."""
         return preset.min_foreground_fraction if self.min_foreground_fraction is None else self.min_foreground_fraction
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The encoder and what it starts from."""
+    """The encoder and its weights."""
 
     arch: str = DEFAULT_ARCH
-    """Architecture of the encoder: vit_t, vit_b, vit_l or vit_h."""
-    base: str
-    """Weights file or run folder to start from, or ``random``."""
-    rest: str | None = None
-    """SAM weights that give what the base lacks by nature: a plain ViT (MAE, DINO, MRI-CORE) has no relative positions
-    and no neck."""
+    """Architecture of the encoder, vit_t, vit_b, vit_l or vit_h."""
+    ckpt: str | None = None
+    """Initial encoder weights, a stage-1 run or any encoder or SAM file. None takes the encoder of ``base``."""
+    base: str | None = None
+    """Base SAM weights, a full SAM file. They supply what ``ckpt`` lacks (a plain ViT such as MAE, DINO or MRI-CORE has
+    no relative positions and no neck) and the decoder of the box-prompt check. ``random`` gives random weights."""
     ssl_state: StateUse = StateUse.AUTO
-    """auto, require or ignore: whether decoder, heads, teacher and AdamW's running means of the run that is the base
-    are taken up too."""
+    """Use of decoder, heads, teacher and optimizer state of the run that the initial weights are from, auto, require or
+    ignore, see ``StateUse``."""
     image_size: int = 256
     """Side of the square input in pixels."""
     num_frozen_depths: int = 0
-    """Depths, counted from the stem, that keep their weights: nothing is saved for backward below the first trained
-    one. 0 trains everything; 3 freezes stem, first stage and the step to the second of vit_t."""
+    """Number of frozen depths, counted from the stem. Below the first trained depth nothing is saved for backward. 0
+    trains everything; 3 freezes stem, first stage and the downsampling to the second of vit_t."""
     scope: ScopeConfig = field(default_factory=ScopeConfig)
-    """All weights, the last blocks, or LoRA that is merged when handed over."""
+    """Trained weights, which are all, the last blocks, or LoRA that is merged at export."""
+
+    @property
+    def initial_weights(self) -> str:
+        """Name of the initial encoder weights, or ``random``."""
+        return self.ckpt or self.base or RANDOM
 
     def __post_init__(self) -> None:
         if self.arch not in arch_names():
             raise ValueError(f"model.arch must be one of {', '.join(arch_names())}, got {self.arch!r}.")
+        if self.ckpt is None and self.base is None:
+            raise ValueError("model.ckpt or model.base must be given. Pass CKPT=FILE, BASE=FILE or BASE=random.")
+        if self.ckpt is not None and self.base == RANDOM:
+            raise ValueError("model.base must be SAM weights when model.ckpt is given, got random. Remove one of them.")
         if self.num_frozen_depths < 0:
             raise ValueError(f"model.num_frozen_depths must be at least 0, got {self.num_frozen_depths}.")
         if self.image_size < 1:
@@ -99,11 +112,11 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainOptimizerConfig(OptimizerConfig):
-    """AdamW and its schedule, with a rate of its own for what is thrown away afterwards."""
+    """AdamW and its schedule, with a separate learning rate for decoder and heads."""
 
     head_lr_factor: float = 10.0
-    """Learning rate of decoder, heads and mask token as a multiple of ``lr``: they start from random weights, the
-    encoder does not."""
+    """Learning rate of decoder, heads and mask token as a multiple of ``lr``. It is higher because they start from
+    random weights."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -113,15 +126,16 @@ class PretrainOptimizerConfig(OptimizerConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class WatchConfig:
-    """What a run shows of itself while it learns."""
+    """Monitoring rounds on held-out slices."""
 
     every_n_steps: int = 50
-    """Held-out loss, health measures and pictures; always at the start and at the end too."""
+    """Number of steps between two rounds of held-out loss, health measures and pictures. There is always one at the
+    start and one at the end."""
     num_panel_rows: int = 6
-    """Slices in the pictures."""
+    """Number of slices in the pictures."""
     log_images: bool = False
-    """Write pictures of slices to TensorBoard and the report. They are patient images: only the demo scans, which are
-    public, switch it on by themselves."""
+    """True writes pictures of slices to TensorBoard and the report. They are patient images, so that only the demo
+    settings switch them on, because the demo scans are public."""
 
     def __post_init__(self) -> None:
         for name in ("every_n_steps", "num_panel_rows"):
@@ -131,26 +145,24 @@ class WatchConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeConfig:
-    """Labelled slices that tell, while the encoder learns without labels, whether it gets better for segmentation."""
+    """Linear probe and box-prompt check, which measure segmentation on labelled slices during training."""
 
     store: str | None = None
-    """Labelled store (``*.zarr``); null switches probe and drift gauge off."""
+    """Path of a labelled store (``*.zarr``). null switches linear probe and box-prompt check off."""
     split: str | None = None
-    """Its split by patient: the head is fitted on ``train`` and scored on ``val``; ``test`` is never looked at. None
-    takes <store>.split.json beside the store, else draws one with seed 0, as stage 2 does."""
+    """Split of that store by patient. The head is fitted on ``train`` and scored on ``val``. ``test`` is never used.
+    None takes <store>.split.json next to the store, or else draws one with seed 0, as stage 2 does."""
     every_n_steps: int = 100
-    """Steps between two looks; always at the start, the value to beat, and at the end too."""
+    """Number of steps between two rounds. There is always one at the start, as the reference, and one at the end."""
     num_train_slices: int = 32
-    """Slices that show a label, spread evenly over the training patients. More steadies the value and costs a forward
-    pass each."""
+    """Number of labelled slices for fitting, spread evenly over the training patients. More slices give a steadier
+    value and cost a forward pass each."""
     num_test_slices: int = 32
-    """The same for the patients that are scored."""
+    """Number of labelled slices for scoring, spread evenly over the validation patients."""
     ridge: float = 0.01
     """Weight of the penalty on the linear head, as a share of the features' variance."""
-    decoder: str | None = None
-    """SAM whose untouched decoder the drift gauge asks; None takes ``model.base`` where that is a whole SAM."""
     num_boxes: int = 32
-    """Boxes of the drift gauge; 0 switches it off."""
+    """Number of boxes of the box-prompt check. 0 switches it off."""
 
     def __post_init__(self) -> None:
         counts = ("every_n_steps", "num_train_slices", "num_test_slices")
@@ -161,18 +173,18 @@ class ProbeConfig:
             raise ValueError(f"probe.num_boxes must be at least 0, got {self.num_boxes}.")
         if not self.ridge > 0:
             raise ValueError(f"probe.ridge must be positive, got {self.ridge}.")
-        if self.store is None and (self.split is not None or self.decoder is not None):
-            raise ValueError("probe.split and probe.decoder would be ignored without probe.store. Name the store too.")
+        if self.store is None and self.split is not None:
+            raise ValueError("probe.split would be ignored without probe.store. Set probe.store too.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainConfig:
-    """Everything a stage-1 run is decided by."""
+    """All settings of a stage-1 run."""
 
     modality: str
     """Name of a preset under configs/modality."""
     seed: int = 0
-    """Order of slices, views, masks and fresh weights."""
+    """Seed of the order of slices, the views, the masks and new weights."""
     data: DataConfig
     model: ModelConfig
     objective: ObjectiveConfig
@@ -183,13 +195,13 @@ class PretrainConfig:
 
     def __post_init__(self) -> None:
         check_seed(self.seed)
-        # Here, so that the configuration of every run holds the number that it used.
+        # Filled in here, so that the stored configuration of a run contains the value that was used.
         filled = set_flip_probability(self.objective, self.data.augment.flip_columns_probability)
         object.__setattr__(self, "objective", filled)
         settings = self.objective.settings
         is_plain = isinstance(settings, MAEConfig) and settings.layout is Layout.PLAIN_VIT
         if is_plain and self.trainer.strategy is Strategy.FSDP:
             raise ValueError(
-                "objective.mae.layout=plain_vit must not be combined with trainer.strategy=fsdp: it runs the parts of "
-                "a block one by one, which are not whole then. Use ddp."
+                "objective.mae.layout=plain_vit must not be combined with trainer.strategy=fsdp, because it runs the "
+                "parts of a block one by one, and FSDP gathers whole blocks. Use ddp."
             )

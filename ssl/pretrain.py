@@ -1,4 +1,4 @@
-"""Stage 1: go on training SAM's image encoder on unlabelled slices."""
+"""Stage 1, self-supervised training of SAM's image encoder on unlabelled slices."""
 
 from __future__ import annotations
 
@@ -22,16 +22,15 @@ from samgraft.shared.training.processes import full_state, is_sharded, load_full
 from samgraft.shared.training.resume import seed_process
 from samgraft.shared.training.trainer import FitContext, fit
 from samgraft.ssl.config import PretrainConfig
-from samgraft.ssl.export.encoder_weights import encoder_card, hand_over, write_card_of_states
+from samgraft.ssl.export.encoder_weights import encoder_card, export_encoder, write_training_state_card
+from samgraft.ssl.initial_weights import build_initial_objective
 from samgraft.ssl.module import PretrainModule
-from samgraft.ssl.moments import read_moments
 from samgraft.ssl.monitor.labelled import open_probe_store
-from samgraft.ssl.monitor.monitor import Watch, Watched, load_watched
+from samgraft.ssl.monitor.monitor import Monitor, MonitorData, load_monitor_data
 from samgraft.ssl.monitor.report import write_report
 from samgraft.ssl.objectives import Objective
-from samgraft.ssl.optimizer import build_schedule
-from samgraft.ssl.preflight import leak_check, preflight, pretraining_split
-from samgraft.ssl.start import start_objective
+from samgraft.ssl.optimizer import build_schedule, read_moments
+from samgraft.ssl.preflight import check_leaks, preflight, pretraining_split
 
 log = logging.getLogger(__name__)
 
@@ -39,92 +38,105 @@ log = logging.getLogger(__name__)
 def pretrain(
     config: PretrainConfig, *, name: str, runs: Path, device: DeviceChoice, dry_run: bool = False
 ) -> Path | None:
-    """Continue self-supervised training of the SAM image encoder; return the encoder weights file.
+    """Train the encoder on unlabelled slices and return the encoder weights file.
 
     Args:
-        config: Everything that decides the result.
-        name: Of the run; an interrupted run of this name and configuration goes on.
+        config: All settings that influence the result.
+        name: Name of the run. An interrupted run of this name and configuration is resumed.
         runs: Folder of all runs.
-        device: Where to train.
-        dry_run: Stop after the pre-flight, write nothing, return None.
+        device: Device to train on.
+        dry_run: True stops after the pre-flight, writes nothing and returns None.
     """
     check_warmup(config.optim.warmup_steps, config.trainer.max_steps)
     store = SliceStore.open(config.data.store)
     preset = load_preset(config.modality)
     split = pretraining_split(config.data, store, seed=config.seed, run_path=runs / name)
     probe_store = open_probe_store(config.probe)
-    leaks = leak_check(config.data, store, split.train, probe=probe_store)
-    dataset = training_set(config, store, split.train, preset)
+    leaks = check_leaks(config.data, store, split.train, probe=probe_store)
+    dataset = build_training_set(config, store, split.train, preset)
 
+    # Before the first weights are drawn; new heads must not depend on what ran earlier in this process.
     seed_process(config.seed)
-    objective, start_card, taken_up = start_objective(config)
-    stride = objective.encoder.stride
-    watched = load_watched(config, store, split, probe_store, preset=preset, stride=stride)
-    moments = read_moments(config.model.base) if taken_up else None
+    objective, initial_card, restored = build_initial_objective(config)
+    monitored = load_monitor_data(config, store, split, probe_store, preset=preset, stride=objective.encoder.stride)
+    # Moments fit only together with the decoder and heads that they were gathered for.
+    moments = read_moments(config.model.initial_weights) if restored else None
     module = PretrainModule(objective, config, moments=moments)
-    inputs = _inputs(store, split, probe_store, watched, base_sha256=start_card.base_sha256)
+    inputs = _input_hashes(store, split, probe_store, monitored, base_sha256=initial_card.base_sha256)
     check_run_inputs(runs / name, inputs)
-    preflight(config, objective, dataset, split, watched, leaks=leaks, device=device, run_path=runs / name)
+    preflight(config, objective, dataset, split, monitored, leaks=leaks, device=device, run_path=runs / name)
     if dry_run:
         return None
 
-    notes = [*leaks, *taken_up]
-    card = encoder_card(config, start_card, store=store, split=split, intensity=preset.intensity, notes=notes)
+    notes = [*leaks, *restored]
+    card = encoder_card(config, initial_card, store=store, split=split, intensity=preset.intensity, notes=notes)
     with RunFolder.open(runs, name, config=config, stage="pretrain") as run:
         record_run_inputs(run, inputs)
         save_run_split(run, split)
-        write_card_of_states(run, card)
-        whole = copy.deepcopy(objective) if config.trainer.strategy is Strategy.FSDP else objective
-        result = fit(
-            module,
-            FitContext(
-                config=config.trainer,
-                run=run,
-                device=device,
-                dataset=dataset,
-                collate_fn=collate_slices,
-                batch_size=config.data.batch_size,
-                seed=config.seed,
-                callbacks=[build_schedule(config.optim, max_steps=config.trainer.max_steps)],
-                periodic=Watch(watched=watched, config=config, run_path=run.path).tasks(),
-                data_fingerprint=store.fingerprint,
-            ),
-        )
-        objective = put_together(objective, whole)
-        weights = hand_over(objective, run, config, card, result)
-        write_report(run, config, objective, watched, result=result, notes=leaks)
-        _say_end(run, weights)
+        write_training_state_card(run, card)
+        # FSDP replaces the parameters by shards in place, so that export and report need a copy from before.
+        unsharded = copy.deepcopy(objective) if config.trainer.strategy is Strategy.FSDP else objective
+        result = fit(module, _fit_context(config, run, device, dataset, monitored))
+        objective = gather_objective(objective, unsharded)
+        weights = export_encoder(objective, run, config, card, result)
+        write_report(run, config, objective, monitored, result=result, notes=leaks)
+        # The report has printed what the run learned; these are the places of the results.
+        log.info("  encoder  %s", weights)
+        log.info("  report   %s", run.report)
+        log.info("  next     make finetune CKPT=%s", shlex.quote(str(run.path)))
     return weights
 
 
-def _inputs(
+def _fit_context(
+    config: PretrainConfig, run: RunFolder, device: DeviceChoice, dataset: SliceDataset, monitored: MonitorData
+) -> FitContext:
+    return FitContext(
+        config=config.trainer,
+        run=run,
+        device=device,
+        dataset=dataset,
+        collate_fn=collate_slices,
+        batch_size=config.data.batch_size,
+        seed=config.seed,
+        callbacks=[build_schedule(config.optim, max_steps=config.trainer.max_steps)],
+        periodic=Monitor(data=monitored, config=config, run_path=run.path).tasks(),
+        data_fingerprint=dataset.store.fingerprint,
+    )
+
+
+def _input_hashes(
     store: SliceStore,
     split: Split,
     probe: tuple[SliceStore, Split] | None,
-    watched: Watched,
+    monitored: MonitorData,
     *,
     base_sha256: str | None,
 ) -> dict[str, str | None]:
-    """Return the hashes of everything that is read by a path or drawn: what a run must go on with."""
+    """Return the hashes of all inputs, which a resumed run checks."""
     return {
         "data_fingerprint": store.fingerprint,
         "split_sha256": split.sha256,
         "base_sha256": base_sha256,
         "probe_store_fingerprint": probe[0].fingerprint if probe else None,
         "probe_split_sha256": probe[1].sha256 if probe else None,
-        "drift_decoder_sha256": watched.gauge.decoder_sha256 if watched.gauge else None,
+        "drift_decoder_sha256": monitored.box_check.decoder_sha256 if monitored.box_check else None,
     }
 
 
-def put_together(objective: Objective, whole: Objective) -> Objective:
-    """Return the trained objective with every parameter whole; ``whole`` is a copy from before it was sharded."""
+def gather_objective(objective: Objective, unsharded: Objective) -> Objective:
+    """Return the trained objective with unsharded parameters.
+
+    Args:
+        objective: The trained objective, sharded or not.
+        unsharded: A copy from before it was sharded, which receives the trained weights.
+    """
     if not is_sharded(objective):
         return objective
-    load_full_state(whole, full_state(objective.state_dict()))
-    return whole
+    load_full_state(unsharded, full_state(objective.state_dict()))
+    return unsharded
 
 
-def training_set(
+def build_training_set(
     config: PretrainConfig, store: SliceStore, patient_ids: Sequence[str], preset: ModalityPreset
 ) -> SliceDataset:
     """Return the augmented slices of the training patients."""
@@ -132,7 +144,7 @@ def training_set(
         store,
         patient_ids,
         planes=config.data.planes,
-        min_foreground_fraction=config.data.least_foreground(preset),
+        min_foreground_fraction=config.data.minimum_foreground(preset),
     )
     return SliceDataset(
         store,
@@ -142,10 +154,3 @@ def training_set(
         seed=config.seed,
         num_neighbours=config.data.num_neighbours,
     )
-
-
-def _say_end(run: RunFolder, weights: Path) -> None:
-    """Tell where the results are and what to do with them; the report has said what the run learned."""
-    log.info("  encoder  %s", weights)
-    log.info("  report   %s", run.report)
-    log.info("  next     make finetune CKPT=%s", shlex.quote(str(run.path)))

@@ -1,10 +1,10 @@
-"""What of the encoder trains: everything, the last blocks, or low-rank updates (LoRA) that are merged when handed over.
+"""Trained part of the encoder, which is everything, the last blocks, or low-rank updates (LoRA).
 
-Whatever the scope, the objective decides about the neck (its ``train_neck``) and trains its own decoder or heads whole.
+Whatever the scope, the objective decides about the neck (its ``train_neck``) and trains all of its decoder or heads.
 
-LoRA sits in the four linear layers of every attention block, named by a full regular expression and counted
-afterwards: peft ignores a name that matches nothing. While training, the encoder then has peft's layers inside; all
-that leaves a run (encoder weights, ``ssl_state``) is merged back to SAM's own names by :func:`merged_state`.
+LoRA is in the four linear layers of every attention block. They are named by a full regular expression and counted
+afterwards, because peft ignores a name that matches nothing. During training the encoder contains peft's layers.
+Encoder weights and ``ssl_state`` have SAM's own names, because :func:`merged_state` merges the updates.
 """
 
 from __future__ import annotations
@@ -28,30 +28,30 @@ _LORA_PART = re.compile(r"\.lora_[A-Za-z_]+\.")
 
 
 class Scope(Enum):
-    """Which weights of the encoder train."""
+    """Trained weights of the encoder."""
 
     ALL = "all"
-    """Every weight (down to ``num_frozen_depths``)."""
+    """Every weight above ``num_frozen_depths``."""
     LAST_BLOCKS = "last_blocks"
-    """The last ``num_last_blocks`` blocks: nothing is kept for backward below them, the cheapest way."""
+    """The last ``num_last_blocks`` blocks, which is cheapest because nothing below them is saved for backward."""
     LORA = "lora"
-    """Low-rank updates beside frozen weights: a hundredth of the optimizer's memory, and close to the start."""
+    """Low-rank updates of frozen weights, with a hundredth of the optimizer's memory and small changes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScopeConfig:
-    """What of the encoder trains."""
+    """Settings of the trained part of the encoder."""
 
     kind: Scope = Scope.ALL
-    """all, last_blocks or lora."""
+    """Trained weights, all, last_blocks or lora, see ``Scope``."""
     num_last_blocks: int | None = None
-    """For last_blocks: how many train."""
+    """Number of trained blocks for last_blocks."""
     lora_r: int = 8
-    """For lora: rank of each update."""
+    """Rank of each update for lora."""
     lora_alpha: int = 8
-    """For lora: updates are scaled by lora_alpha / lora_r."""
+    """Scale of the updates for lora, which are multiplied by lora_alpha / lora_r."""
     lora_dropout: float = 0.0
-    """For lora: dropout on the input of the update."""
+    """Dropout probability on the input of the updates for lora."""
 
     def __post_init__(self) -> None:
         if (self.kind is Scope.LAST_BLOCKS) != (self.num_last_blocks is not None):
@@ -65,47 +65,47 @@ class ScopeConfig:
         changed = [n for n in ("lora_r", "lora_alpha", "lora_dropout") if getattr(self, n) != defaults[n]]
         if changed and self.kind is not Scope.LORA:
             raise ValueError(
-                f"scope.{changed[0]} is set but scope.kind is {self.kind.value}: it would be ignored. Use scope.kind="
-                "lora, or remove it."
+                f"scope.{changed[0]} is set but scope.kind is {self.kind.value}, so it would be ignored. Use "
+                "scope.kind=lora, or remove it."
             )
         if self.lora_r < 1 or self.lora_alpha < 1 or not 0 <= self.lora_dropout < 1:
-            raise ValueError("scope.lora_r and lora_alpha must be positive and lora_dropout in [0, 1).")
+            raise ValueError("scope.lora_r and lora_alpha must be positive and lora_dropout must lie in [0, 1).")
 
 
 def apply_scope(encoder: ImageEncoder, scope: ScopeConfig, *, num_frozen_depths: int) -> list[str]:
-    """Make exactly the scope trainable, in place.
+    """Make exactly the configured part of the encoder trainable, in place.
 
     Returns:
-        Names of the encoder's trainable parameters, before an objective decides about the neck.
+        Names of the trainable parameters; an objective may freeze the neck later.
 
     Raises:
         UsageError: If nothing but the neck would train, or two settings contradict each other.
-        WeightsError: If LoRA did not land in exactly the layers it was meant for.
+        WeightsError: If peft placed LoRA in other layers than intended.
     """
     if num_frozen_depths and scope.kind is not Scope.ALL:
         raise UsageError(
-            f"num_frozen_depths goes with scope all, got {num_frozen_depths} with {scope.kind.value}. Set it to 0.",
+            f"num_frozen_depths must be 0 with scope.kind={scope.kind.value}, got {num_frozen_depths}. Set it to 0.",
             where="model.num_frozen_depths",
         )
     if scope.kind is Scope.LORA:
         add_lora(encoder, scope)
     else:
-        freeze_depths(encoder, num_frozen_depths + frozen_below(encoder, scope))
+        freeze_depths(encoder, num_frozen_depths + depths_below_last_blocks(encoder, scope))
     return [name for name, parameter in encoder.named_parameters() if parameter.requires_grad]
 
 
 def freeze_depths(encoder: ImageEncoder, num_frozen_depths: int) -> list[str]:
-    """Stop training the lowest depths; return the names of the parameters that keep their weights.
+    """Freeze the lowest depths and return the names of their parameters.
 
     Raises:
-        UsageError: If no depth but the neck would be left.
+        UsageError: If nothing but the neck would train.
     """
     groups = list(encoder.layer_groups())
     deepest = max(depth for depth, _ in groups)
     if num_frozen_depths >= deepest:
         raise UsageError(
-            f"num_frozen_depths must be below {deepest} for {encoder.spec.title}, got {num_frozen_depths}: nothing "
-            "would be trained.",
+            f"num_frozen_depths must be below {deepest} for {encoder.spec.title}, got {num_frozen_depths}, which "
+            "leaves nothing to train.",
             where="model.num_frozen_depths",
         )
     frozen = {id(p) for depth, parameters in groups if depth < num_frozen_depths for p in parameters}
@@ -115,8 +115,8 @@ def freeze_depths(encoder: ImageEncoder, num_frozen_depths: int) -> list[str]:
     return [name for name, parameter in encoder.named_parameters() if id(parameter) in frozen]
 
 
-def frozen_below(encoder: ImageEncoder, scope: ScopeConfig) -> int:
-    """Return how many depths, counted from the stem, lie below the last blocks.
+def depths_below_last_blocks(encoder: ImageEncoder, scope: ScopeConfig) -> int:
+    """Return the number of depths below the last blocks.
 
     Raises:
         UsageError: If the encoder has fewer blocks.
@@ -134,12 +134,13 @@ def frozen_below(encoder: ImageEncoder, scope: ScopeConfig) -> int:
 
 
 def add_lora(encoder: ImageEncoder, scope: ScopeConfig) -> None:
-    """Freeze the encoder and put LoRA beside its linear layers, in place; it starts by changing nothing.
+    """Freeze the encoder and add LoRA to its linear layers, in place, with updates of zero.
 
     Raises:
-        WeightsError: If peft adapted other layers than the expression names.
+        WeightsError: If peft adapted other layers than those that the expression names.
     """
-    from peft import LoraConfig, inject_adapter_in_model  # imports transformers: seconds
+    # Imported here because peft imports transformers, which takes seconds.
+    from peft import LoraConfig, inject_adapter_in_model
 
     pattern = encoder.spec.linear_pattern()
     expected = {name for name, module in encoder.named_modules() if re.fullmatch(pattern, name)}
@@ -151,8 +152,8 @@ def add_lora(encoder: ImageEncoder, scope: ScopeConfig) -> None:
     inject_adapter_in_model(config, encoder, adapter_name=ADAPTER)
     adapted = set(lora_layers(encoder))
     if adapted != expected or not expected:
-        raise WeightsError(f"LoRA must sit in {len(expected)} layers of the encoder, peft placed it in {len(adapted)}.")
-    # peft freezes what it does not adapt; the neck is the objective's to decide.
+        raise WeightsError(f"LoRA must be in {len(expected)} layers of the encoder, got {len(adapted)} from peft.")
+    # peft freezes all other layers, but the objective decides about the neck.
     for parameter, trains in zip(encoder.neck.parameters(), neck, strict=True):
         parameter.requires_grad_(trains)
     log.info("LoRA of rank %d in %d layers of the encoder", scope.lora_r, len(adapted))
@@ -164,28 +165,27 @@ def lora_layers(module: nn.Module) -> dict[str, Any]:
 
 
 def merged_state(module: nn.Module) -> dict[str, torch.Tensor]:
-    """Return the state under the names it has without LoRA, updates added to the weights they adapt.
+    """Return the state under the names without LoRA, with the updates added to the weights.
 
-    The module itself is not changed and trains on. Without LoRA this is ``state_dict()``.
+    The module itself is not changed. Without LoRA this is ``state_dict()``.
     """
-    targets = plain_names(module)
-    state = {name: tensor.detach() for name, tensor in targets.items()}
+    state = {name: tensor.detach() for name, tensor in unadapted_tensors(module).items()}
     for name, layer in lora_layers(module).items():
         weight = state[f"{name}.weight"]
         state[f"{name}.weight"] = weight + layer.get_delta_weight(ADAPTER).detach().to(weight)
     return state
 
 
-def plain_names(module: nn.Module) -> Mapping[str, torch.Tensor]:
-    """Return the module's own tensors (weights without their updates) under the names they have without LoRA."""
+def unadapted_tensors(module: nn.Module) -> Mapping[str, torch.Tensor]:
+    """Return the tensors of the module without the updates, under the names without LoRA."""
     state = module.state_dict(keep_vars=True)
     return {name.replace(".base_layer.", "."): tensor for name, tensor in state.items() if not _LORA_PART.search(name)}
 
 
 def learns_mask_token(encoder: Any) -> bool:
-    """Tell whether a mask token may train: if the stem or the depth above it does.
+    """Return True if the stem or the depth above it trains, so that a mask token may train too.
 
-    Above frozen depths it would cost a backward pass through all of them, which they are frozen to avoid.
+    With more frozen depths a trained token would need a backward pass through all of them, which freezing avoids.
     """
     groups = encoder.layer_groups()
     return any(parameter.requires_grad for depth, parameters in groups if depth < 2 for parameter in parameters)

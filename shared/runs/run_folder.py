@@ -19,7 +19,14 @@ from typing import Any
 
 import yaml
 from filelock import FileLock, Timeout
-from samgraft.shared.config import config_sha256, config_to_dict, config_to_yaml, default_settings, keys_that_may_change
+from samgraft.shared.config import (
+    config_sha256,
+    config_to_dict,
+    config_to_yaml,
+    default_settings,
+    keys_that_may_change,
+    translate_renamed_keys,
+)
 from samgraft.shared.errors import FULL_DISK, SamgraftError, StorageError, UsageError
 from samgraft.shared.files import write_text
 from samgraft.shared.runs.environment import (
@@ -246,7 +253,7 @@ def _check_same_run(path: Path, *, config: object, stage: str) -> None:
         return
     try:
         text = stored.read_text(encoding="utf-8")
-        before = _flat(yaml.safe_load(text))
+        before = translate_renamed_keys(_flat(yaml.safe_load(text)))
     except (yaml.YAMLError, UnicodeDecodeError, AttributeError) as err:
         raise UsageError("config.yaml of the run is damaged.", where=path.name) from err
     if f"stage: {stage}\n" not in text.split("\n", 1)[0] + "\n":

@@ -1,1 +1,1 @@
-"""What a stage-1 run leaves: encoder weights, membership audit and release."""
+"""Results of a stage-1 run, which are encoder weights, membership audit and release."""

@@ -1,4 +1,4 @@
-"""What a finished run hands on: the encoder for stage 2, and beside it the state of the objective for more SSL."""
+"""Export of a finished run, the encoder for stage 2 and the state of the objective for more pretraining."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from samgraft.shared.weights.card import Card
 from samgraft.shared.weights.save import save_encoder
 from samgraft.shared.weights.unfinished import CARD_FILE
 from samgraft.ssl.config import PretrainConfig
-from samgraft.ssl.moments import write_moments
-from samgraft.ssl.objectives.objective import Objective
+from samgraft.ssl.objectives import Objective
+from samgraft.ssl.optimizer import write_moments
 from samgraft.ssl.scope import merged_state
 from samgraft.ssl.ssl_state import STATE_FOLDER, write_ssl_state
 
@@ -26,7 +26,7 @@ ENCODER_FOLDER = "encoder"
 
 
 def write_encoder_weights(objective: Objective, run_path: Path, card: Card) -> Path:
-    """Write ``encoder/{encoder.safetensors,card.json}`` and ``ssl_state/``; return the encoder's file."""
+    """Write the folders ``encoder`` and ``ssl_state``, and return the encoder's file."""
     encoder = objective.exported_encoder
     path = save_encoder(merged_state(encoder), run_path / ENCODER_FOLDER, card)
     write_ssl_state(objective, run_path / STATE_FOLDER, objective_name=card.objective or "")
@@ -35,16 +35,16 @@ def write_encoder_weights(objective: Objective, run_path: Path, card: Card) -> P
 
 def encoder_card(
     config: PretrainConfig,
-    start: Card,
+    initial: Card,
     *,
     store: SliceStore,
     split: Split,
     intensity: IntensityPreset,
     notes: Sequence[str],
 ) -> Card:
-    """Return the card of what a run trains, before its first step."""
+    """Return the card of a run's encoder before its first step, from that of the initial weights."""
     return dataclasses.replace(
-        start,
+        initial,
         stage="encoder",
         objective=config.objective.name,
         steps=0,
@@ -54,26 +54,27 @@ def encoder_card(
         data_manifest=pretrain_manifest(store, split.train),
         config_sha256=config_sha256(config),
         code_revision=code_revision(),
-        notes=list(dict.fromkeys([*start.notes, *notes])),
+        notes=list(dict.fromkeys([*initial.notes, *notes])),
     )
 
 
-def write_card_of_states(run: RunFolder, card: Card) -> None:
-    """Write the card beside the training states: who starts from a stopped run needs its pixel statistics too."""
+def write_training_state_card(run: RunFolder, card: Card) -> None:
+    """Write the card next to the training states."""
+    # A stopped run can supply initial weights too, and these need its pixel statistics.
     if run.is_writer:
         run.checkpoints.mkdir(exist_ok=True)
         card.write(run.checkpoints / CARD_FILE)
 
 
-def hand_over(objective: Objective, run: RunFolder, config: PretrainConfig, card: Card, result: FitResult) -> Path:
-    """Write the results of a finished run, and mark it complete; return the encoder's file.
+def export_encoder(objective: Objective, run: RunFolder, config: PretrainConfig, card: Card, result: FitResult) -> Path:
+    """Write the results of a finished run, mark it as complete, and return the encoder's file.
 
     Args:
-        objective: Whole, as the run trained it.
-        run: Its folder.
-        config: Of the run.
-        card: From :func:`encoder_card`; the steps are filled in.
-        result: How the training went.
+        objective: The trained objective with unsharded parameters.
+        run: Folder of the run.
+        config: Settings of the run.
+        card: Card from :func:`encoder_card`, without the steps.
+        result: Result of the training.
     """
     card = dataclasses.replace(card, steps=config.trainer.max_steps, slices_seen=result.slices_seen)
     path = run.path / ENCODER_FOLDER / "encoder.safetensors"

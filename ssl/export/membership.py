@@ -1,9 +1,9 @@
-"""Does the self-supervised state give away who was trained on? The published attack, run before such a state leaves.
+"""Membership audit of a self-supervised state, run before such a state is released.
 
-Masked-image models reconstruct what they were trained on better than what they were not; an attacker who has encoder
-and decoder thresholds that error (arXiv 2408.06825). The audit gives the attacker's AUC on members against held-out
-patients, and, as a control, on two halves of the members: a difference between arbitrary groups of patients looks like
-an attack that works (arXiv 2212.01082).
+Masked-image models reconstruct their training slices better than other slices, and an attacker with encoder and decoder
+can threshold that error (arXiv 2408.06825). The audit runs this published attack and computes its AUC on members
+against held-out patients. As a control it computes the AUC on two halves of the members, because a difference between
+arbitrary groups of patients looks like a successful attack (arXiv 2212.01082).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
-from samgraft.shared.config import load_config
+from samgraft.shared.config import load_config, read_stored_config
 from samgraft.shared.errors import DataError, UsageError, WeightsError
 from samgraft.shared.samples.dataset import SliceDataset, batch_to_input, collate_slices
 from samgraft.shared.samples.slices import SliceRef, select_slices
@@ -26,45 +26,44 @@ from samgraft.shared.training.device import choose_device
 from samgraft.shared.weights.load import load_into, read_weights
 from samgraft.ssl.config import PretrainConfig
 from samgraft.ssl.export.encoder_weights import ENCODER_FOLDER
-from samgraft.ssl.monitor.held_out import spread
-from samgraft.ssl.objectives import build_objective
-from samgraft.ssl.objectives.objective import Objective
+from samgraft.ssl.monitor.held_out import spread_evenly
+from samgraft.ssl.objectives import Objective, build_objective
 from samgraft.ssl.preflight import pretraining_split
-from samgraft.ssl.ssl_state import StateUse, find_state, take_up_state
+from samgraft.ssl.ssl_state import StateUse, find_state, restore_ssl_state
 from scipy.stats import rankdata
 
 log = logging.getLogger(__name__)
 
 NUM_SLICES = 32
-"""Per group, evenly spread over its patients."""
+"""Number of slices per group, evenly spread over its patients."""
 NUM_MASKS = 4
-"""Masks per slice, averaged: the attacker would do so too."""
+"""Number of masks per slice, over which the error is averaged as an attacker would do."""
 AUDIT_COUNTER = 1 << 41
-"""Sample counters begin here: neither training's nor the held-out slices' masks."""
+"""First sample counter of the audit, so that its masks differ from those of training and monitoring."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MembershipAudit:
-    """How well reconstruction errors tell members from others; 0.5 is chance, 1 gives every member away."""
+    """AUC of the attack by reconstruction error. 0.5 is chance, 1 identifies every member."""
 
     auc_held_out: float
-    """Members against patients that were held out."""
+    """AUC of members against held-out patients."""
     auc_control: float
-    """One half of the members against the other: what chance and differing patients alone give."""
+    """AUC of one half of the members against the other, which shows chance and differences between patients."""
     num_member_patients: int
     num_held_out_patients: int
     num_slices: tuple[int, int]
-    """Slices of members and of held-out patients."""
+    """Number of slices of members and of held-out patients."""
 
     def render(self) -> str:
-        """Return the card's sentences."""
+        """Return the sentences for the card."""
         members, others = self.num_slices
         return (
             "Attack by reconstruction error, AUC (0.5 is chance): members against held-out patients "
             f"**{self.auc_held_out:.3f}**; control, one half of the members against the other "
             f"**{self.auc_control:.3f}**. {members} slices of {self.num_member_patients} member patients, {others} "
             f"slices of {self.num_held_out_patients} held-out patients, {NUM_MASKS} masks each. With few patients both "
-            "numbers say more about those patients than about the attack. No differential privacy was used."
+            "numbers depend more on those patients than on the attack. No differential privacy was used."
         )
 
 
@@ -72,22 +71,22 @@ def audit_membership(run: Path) -> MembershipAudit:
     """Attack a finished stage-1 run with the state that would be released.
 
     Args:
-        run: Needs its configuration, encoder, ssl_state, and the store it was trained on.
+        run: Folder of the run with configuration, encoder and ssl_state. Its store must still exist.
 
     Raises:
-        UsageError: If no patient was held out: there is nothing to compare with.
-        DataError: If the store is not the one of the run.
-        WeightsError: If the state does not fit the encoder.
+        UsageError: If no patient was held out.
+        DataError: If the store has changed since the run.
+        WeightsError: If the state does not match the encoder.
     """
-    config = load_config(PretrainConfig, layers=[run / "config.yaml"])
+    config = load_config(PretrainConfig, layers=[read_stored_config(run / "config.yaml")])
     store = SliceStore.open(config.data.store)
     objective, fingerprint = load_objective(run, config)
     if fingerprint not in (None, store.fingerprint):
-        raise DataError("the store must be the one the run was trained on, its fingerprint differs.", where=run.name)
+        raise DataError("the store must be that of the run, but its fingerprint differs.", where=run.name)
     split = pretraining_split(config.data, store, seed=config.seed, run_path=run)
     if not split.val:
         raise UsageError(
-            "an audit compares with held-out patients, and the run held none out. Release the encoder alone.",
+            "the membership audit needs held-out patients, and the run has none. Release the encoder alone.",
             next_command="the same command without --continuable",
         )
     device = choose_device().torch_device
@@ -95,7 +94,7 @@ def audit_membership(run: Path) -> MembershipAudit:
     halves = [split.train[0::2], split.train[1::2]]
     errors = [_errors(objective, config, store, patients, device=device) for patients in (*halves, split.val)]
     if any(len(e) == 0 for e in errors):
-        # One member patient: its slices stand on both sides of the control.
+        # With one member patient the control compares two halves of its slices.
         members = _errors(objective, config, store, split.train, device=device)
         errors = [members[0::2], members[1::2], errors[2]]
     members = np.concatenate(errors[:2])
@@ -109,23 +108,28 @@ def audit_membership(run: Path) -> MembershipAudit:
 
 
 def attack_auc(members: npt.NDArray[np.float64], others: npt.NDArray[np.float64]) -> float:
-    """Return the share of (member, other) pairs in which the member has the smaller error; ties count half."""
+    """Return the share of (member, other) pairs in which the member has the smaller error.
+
+    Raises:
+        UsageError: If one side has no slices.
+    """
+    # The rank sum of Mann and Whitney, in which ties count half.
     if len(members) == 0 or len(others) == 0:
-        raise UsageError("an attack needs slices on both sides, one side has none.")
+        raise UsageError("the membership audit needs slices of members and of held-out patients, one group has none.")
     ranks = rankdata(np.concatenate([members, others]))
     above = ranks[len(members) :].sum() - len(others) * (len(others) + 1) / 2
     return float(above / (len(members) * len(others)))
 
 
 def load_objective(run: Path, config: PretrainConfig) -> tuple[Objective, str | None]:
-    """Rebuild the objective of a finished run from its encoder and ssl_state; also the store's fingerprint."""
+    """Rebuild the objective of a finished run, and return it with the fingerprint of the run's store."""
     weights = read_weights(run / ENCODER_FOLDER / "encoder.safetensors")
     encoder = weights.spec.build(image_size=weights.image_size)
     load_into(encoder, weights, part="image_encoder")
     objective = build_objective(encoder, config.objective, seed=config.seed, max_steps=config.trainer.max_steps)
     if find_state(str(run)) is None:
-        raise WeightsError("the run has no ssl_state: nothing to continue from.", where=run.name)
-    take_up_state(objective, base=str(run), objective_name=config.objective.name, use=StateUse.REQUIRE)
+        raise WeightsError("the run must contain an ssl_state, and has none.", where=run.name)
+    restore_ssl_state(objective, initial_weights=str(run), objective_name=config.objective.name, use=StateUse.REQUIRE)
     fingerprint = weights.card.data_manifest.get("fingerprint") if weights.card else None
     return objective.eval(), fingerprint
 
@@ -142,9 +146,9 @@ def _errors(
             store,
             [patient],
             planes=config.data.planes,
-            min_foreground_fraction=config.data.least_foreground(preset),
+            min_foreground_fraction=config.data.minimum_foreground(preset),
         )
-        refs += [usable[i] for i in spread(len(usable), max(1, NUM_SLICES // len(patients)))]
+        refs += [usable[i] for i in spread_evenly(len(usable), max(1, NUM_SLICES // len(patients)))]
     dataset = SliceDataset(store, refs, intensity=preset.intensity, num_neighbours=config.data.num_neighbours)
     errors = []
     for index in range(len(refs)):

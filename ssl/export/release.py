@@ -1,4 +1,4 @@
-"""A release of a stage-1 run: the image encoder in every format that applies; the SSL state only when asked for."""
+"""Release of a stage-1 run, the image encoder in every format that applies, and on request its SSL state."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ MONAI = Format(
 
 
 def release_encoder(request: ReleaseRequest) -> Released:
-    """Write a release folder; it appears whole, checked and clean, or not at all.
+    """Write a checked release folder atomically.
 
     Raises:
         UsageError: Without a licence, or for a format that does not apply.
@@ -66,7 +66,7 @@ def release_encoder(request: ReleaseRequest) -> Released:
     card = weights.card
     if card is None or card.weights_sha256 != file_sha256(file):
         raise WeightsError(
-            f"{WEIGHTS_FILE} must be the file its card describes, and is not. It was changed or damaged.",
+            f"{WEIGHTS_FILE} must be the file that its card describes, but it was changed or damaged.",
             where=request.run.name,
             kept="the run's training states",
         )
@@ -93,7 +93,7 @@ def release_encoder(request: ReleaseRequest) -> Released:
         identifiers=[*request.identifiers, *_patient_ids(card.data_manifest)],
     )
     if audit is None:
-        left_out.append("ssl_state: left out, it gives away more about the training scans; --continuable adds it.")
+        left_out.append("ssl_state: left out, because it reveals more about the training scans; --continuable adds it.")
     else:
         log.info("membership audit: %s", audit.render())
     return Released(checked=build_release(request.out, contents), left_out=left_out)
@@ -132,7 +132,8 @@ def write_encoder_card(
 
 
 def _public_card(card: Card, *, licence: str, weights: Path) -> Card:
-    """Leave patient ids out, even pseudonymous ones; content hashes stay: others find leaks by them."""
+    """Return the card without patient ids, even pseudonymous ones."""
+    # Content hashes stay, because users of the release find leaks by them.
     manifest = {key: value for key, value in card.data_manifest.items() if key != "patient_ids"}
     return dataclasses.replace(card, data_manifest=manifest, license=licence, weights_sha256=file_sha256(weights))
 
@@ -152,7 +153,7 @@ def _learned(run: Path) -> str:
         float(line["held_out/loss"]) for line in MetricsLog(run / "metrics.jsonl").read() if "held_out/loss" in line
     ]
     if len(losses) < 2:
-        return "No patient was held out: the loss on unseen slices is not known."
+        return "No patient was held out, so the loss on unseen slices was not measured."
     return f"Loss on slices of held-out patients with fixed masks: {losses[0]:.4g} before, {losses[-1]:.4g} after."
 
 
@@ -184,18 +185,20 @@ def _data(card: Card) -> str:
 def _membership(audit: MembershipAudit | None) -> str:
     if audit is None:
         return (
-            "Decoder, teacher, optimizer and earlier states are not part of this release: with them, reconstruction "
-            "errors tell whether a scan was trained on (arXiv 2408.06825)."
+            "Decoder, teacher, optimizer and earlier states are not part of this release, because with them "
+            "reconstruction errors reveal whether a scan was trained on (arXiv 2408.06825)."
         )
     return audit.render()
 
 
 def _copy_state(source: Path, target: Path) -> None:
-    """Copy what is known to be harmless in kind; anything else stops the release."""
+    """Copy the files of the SSL state, and refuse any other kind of file."""
     target.mkdir()
     for path in sorted(source.iterdir()):
         if not path.is_file() or path.suffix not in ALLOWED_STATE:
-            raise WeightsError(f"ssl_state must hold {' and '.join(ALLOWED_STATE)} files only.", where=path.name)
+            raise WeightsError(
+                f"ssl_state must contain {' and '.join(ALLOWED_STATE)} files only, got another one.", where=path.name
+            )
         if path.suffix == ".json":
             json.loads(path.read_text(encoding="utf-8"))
         shutil.copyfile(path, target / path.name)

@@ -1,1 +1,1 @@
-"""What a stage-1 run measures while it trains: held-out loss, linear probe, box-prompt check, reports."""
+"""Monitoring of a stage-1 run, with held-out loss, linear probe, box-prompt check, warnings and report."""

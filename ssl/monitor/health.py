@@ -1,4 +1,4 @@
-"""Health: numbers that show a collapse before the budget is spent, and what they mean in words.
+"""Health measures and rules that warn of a collapse before the budget is spent.
 
 Shape letters: N = slices, C = channels.
 """
@@ -12,36 +12,54 @@ from statistics import median
 import torch
 
 ROUNDING = 1e-4
-"""Differences between slices below this share of the features are rounding, not content: collapsed."""
+"""Share of the features' size below which differences between slices are rounding, so that the encoder collapsed."""
 COLLAPSED_SHARE = 0.3
-"""Of the start's effective rank or deviation; healthy masked modelling of pretrained weights keeps more than half."""
+"""Share of the initial effective rank or deviation below which a run warns. Healthy masked modelling of pretrained
+weights keeps more than half."""
 LEARNED_SHARE = 0.98
-"""Of the start's held-out loss: above it nothing was learned."""
+"""Share of the initial held-out loss above which nothing was learned."""
 RISEN_SHARE = 1.1
-"""Of the best held-out loss: above it the run overfits or diverges."""
-PATIENT_LOOKS = 4
-"""Looks before a loss that does not fall is called dead: the warm-up comes first."""
+"""Multiple of the best held-out loss above which the run overfits or diverges."""
+PATIENT_ROUNDS = 4
+"""Monitoring rounds before a loss that does not fall is reported, because the warm-up comes first."""
 PROBE_NOISE = 0.02
-"""Dice by which the probe may lie below its start: with some dozen slices that is no more than chance."""
+"""Dice by which the linear probe may change by chance with some dozen slices."""
 DRIFTED_SHARE = 0.5
-"""Of the start's box-prompt Dice."""
+"""Share of the initial box-prompt Dice below which a run warns."""
 ONE_PROTOTYPE, ALL_PROTOTYPES = 0.01, 0.99
-"""Teacher entropy as a share of its maximum: outside, one prototype has won or all are alike."""
+"""Bounds of the teacher's entropy as a share of its maximum. Below, one prototype has all the probability. Above, all
+prototypes have the same."""
 GRADIENT_STEPS = 20
+"""Number of steps over which the gradient norm is compared."""
 EXPLODED = 20.0
-"""Times the norm just after the warm-up's first steps."""
+"""Multiple of the gradient norm after the first steps of the warm-up above which a run warns."""
 NO_GRADIENT = 1e-8
+"""Gradient norm below which nothing is learned."""
+
+Curves = Mapping[str, Sequence[float]]
+"""Values of each metric in the order of the steps, the first one before training. Metrics that were not measured are
+absent."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HealthWarning:
+    """A rule whose condition holds, explained to the user."""
+
+    rule: str
+    """Short name of the rule. A rule whose condition persists is not printed again."""
+    text: str
 
 
 def feature_health(features_NC: torch.Tensor) -> dict[str, float]:
-    """Measure how varied the features of different slices are.
+    """Measure the variety of the features of different slices.
 
     Args:
         features_NC: One vector per slice.
 
     Returns:
-        ``effective_rank``: how many directions the slices really spread over, between 1 and N; ``feature_std``: mean
-        standard deviation per channel between slices. Both fall towards their minimum when an encoder collapses.
+        ``effective_rank``, the number of directions over which the slices really spread, between 1 and N, and
+        ``feature_std``, the mean standard deviation per channel between slices. Both fall towards their minimum when
+        an encoder collapses.
 
     Source:
         Roy and Vetterli, The effective rank (EUSIPCO 2007): exp of the entropy of the normalised singular values.
@@ -49,6 +67,7 @@ def feature_health(features_NC: torch.Tensor) -> dict[str, float]:
     features_NC = features_NC.float()
     centred_NC = features_NC - features_NC.mean(dim=0)
     spread = float(centred_NC.std(dim=0, correction=0).mean())
+    # Singular values of pure rounding are about equal, and would look like a high rank.
     if spread <= ROUNDING * float(features_NC.abs().mean()):
         return {"effective_rank": 1.0, "feature_std": 0.0}
     values = torch.linalg.svdvals(centred_NC)
@@ -57,151 +76,128 @@ def feature_health(features_NC: torch.Tensor) -> dict[str, float]:
     return {"effective_rank": float(entropy.exp()), "feature_std": spread}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Worry:
-    """A rule that fired, in words for a person."""
-
-    rule: str
-    """Short name; a rule that goes on firing is not printed again."""
-    text: str
-
-
-Curves = Mapping[str, Sequence[float]]
-"""Values of a metric in the order of the steps, the first one before training; metrics that were not taken are absent.
-"""
-
-
-def target_moves(curves: Curves) -> bool:
-    """Tell whether the loss is measured against a teacher that moves: then its height means nothing over time."""
+def has_moving_target(curves: Curves) -> bool:
+    """Return True if the loss compares with a moving teacher, so that its height means nothing over time."""
     return "held_out/teacher_entropy" in curves
 
 
-def worries(curves: Curves, *, is_final: bool) -> list[Worry]:
-    """Say what a person should worry about.
+def health_warnings(curves: Curves, *, is_final: bool) -> list[HealthWarning]:
+    """Return a warning for every rule whose condition holds.
 
     Args:
         curves: ``held_out/loss``, ``held_out/effective_rank``, ``held_out/feature_std``, ``held_out/teacher_entropy``
             (share of its maximum), ``probe/dice``, ``drift/box_dice``, ``train/grad_norm``.
-        is_final: At the last step; before, rules that need patience wait for a few looks.
+        is_final: True at the last step. Before it, rules that need patience wait for a few rounds.
     """
-    found = [rule(curves, is_final) for rule in RULES]
-    return [worry for worry in found if worry is not None]
+    texts = {name: rule(curves, is_final) for name, rule in RULES.items()}
+    return [HealthWarning(rule=name, text=text) for name, text in texts.items() if text is not None]
 
 
-def _rank(curves: Curves, is_final: bool) -> Worry | None:
-    start, now = _ends(curves, "held_out/effective_rank")
-    if start is None or now >= COLLAPSED_SHARE * start:
+def _check_rank(curves: Curves, is_final: bool) -> str | None:
+    first, last = _first_and_last(curves, "held_out/effective_rank")
+    if first is None or last >= COLLAPSED_SHARE * first:
         return None
-    return Worry(
-        rule="rank",
-        text=f"Collapse: the features of different slices spread over {now:.1f} directions, {start:.1f} at the start. "
-        "Lower optim.lr; do not fine-tune from this encoder.",
+    return (
+        f"Collapse: the features of different slices spread over {last:.1f} directions ({first:.1f} before training). "
+        "Lower optim.lr, and do not fine-tune from this encoder."
     )
 
 
-def _spread(curves: Curves, is_final: bool) -> Worry | None:
-    start, now = _ends(curves, "held_out/feature_std")
-    if start is None or now >= COLLAPSED_SHARE * start:
+def _check_spread(curves: Curves, is_final: bool) -> str | None:
+    first, last = _first_and_last(curves, "held_out/feature_std")
+    if first is None or last >= COLLAPSED_SHARE * first:
         return None
-    return Worry(
-        rule="spread",
-        text=f"Collapse: slices differ by {now:.2g} in feature space, {start:.2g} at the start: the encoder answers "
-        "nearly the same for every slice.",
+    return (
+        f"Collapse: the features of different slices differ by {last:.2g} ({first:.2g} before training), so the "
+        "encoder returns nearly the same for every slice. Lower optim.lr."
     )
 
 
-def _dead(curves: Curves, is_final: bool) -> Worry | None:
-    start, now = _ends(curves, "held_out/loss")
-    looks = len(curves.get("held_out/loss", ()))
-    if start is None or target_moves(curves) or (looks < PATIENT_LOOKS and not is_final):
+def _check_learning(curves: Curves, is_final: bool) -> str | None:
+    first, last = _first_and_last(curves, "held_out/loss")
+    num_rounds = len(curves.get("held_out/loss", ()))
+    if first is None or has_moving_target(curves) or (num_rounds < PATIENT_ROUNDS and not is_final):
         return None
-    if now < LEARNED_SHARE * start:
+    if last < LEARNED_SHARE * first:
         return None
-    return Worry(
-        rule="dead loss",
-        text=f"Dead loss: {now:.4g} on held-out slices, {start:.4g} at the start: nothing was learned that carries "
-        "over to unseen patients. Use more slices, another optim.lr, or more steps.",
+    return (
+        f"Dead loss: {last:.4g} on held-out slices ({first:.4g} before training), so nothing was learned that applies "
+        "to unseen patients. Use more slices, another optim.lr, or more steps."
     )
 
 
-def _risen(curves: Curves, is_final: bool) -> Worry | None:
+def _check_overfitting(curves: Curves, is_final: bool) -> str | None:
     loss = curves.get("held_out/loss", ())
-    if len(loss) < 3 or target_moves(curves) or loss[-1] <= RISEN_SHARE * min(loss):
+    if len(loss) < 3 or has_moving_target(curves) or loss[-1] <= RISEN_SHARE * min(loss):
         return None
-    return Worry(
-        rule="risen loss",
-        text=f"The held-out loss rose from its best, {min(loss):.4g}, to {loss[-1]:.4g}: the run overfits or diverges. "
-        "Stop earlier, or use more patients.",
+    return (
+        f"The held-out loss rose from its best, {min(loss):.4g}, to {loss[-1]:.4g}, so the run overfits or diverges. "
+        "Stop earlier, or use more patients."
     )
 
 
-def _entropy(curves: Curves, is_final: bool) -> Worry | None:
+def _check_entropy(curves: Curves, is_final: bool) -> str | None:
     entropy = curves.get("held_out/teacher_entropy", ())
     if len(entropy) < 2 or ONE_PROTOTYPE < entropy[-1] < ALL_PROTOTYPES:
         return None
     if entropy[-1] <= ONE_PROTOTYPE:
-        text = "the teacher gives every slice the same prototype. Raise the teacher's temperature or check centring."
+        text = "the teacher gives every slice the same prototype. Raise the teacher's temperature."
     else:
-        text = "the teacher finds every prototype equally likely and teaches nothing. Lower its temperature."
-    return Worry(rule="entropy", text=f"Teacher entropy is {100 * entropy[-1]:.1f} % of its maximum: {text}")
+        text = "all prototypes are equally likely, so the student learns nothing. Lower the teacher's temperature."
+    return f"Teacher entropy is {100 * entropy[-1]:.1f} % of its maximum: {text}"
 
 
-def _probe(curves: Curves, is_final: bool) -> Worry | None:
-    start, now = _ends(curves, "probe/dice")
-    if start is None or now >= start - PROBE_NOISE:
+def _check_probe(curves: Curves, is_final: bool) -> str | None:
+    first, last = _first_and_last(curves, "probe/dice")
+    if first is None or last >= first - PROBE_NOISE:
         return None
-    return Worry(
-        rule="probe",
-        text=f"The frozen-feature probe fell to a Dice of {now:.3f}, {start:.3f} at the start: a linear head reads the "
-        "labelled structures less well than before. A sign, not a verdict: fine-tune from both and compare. A lower "
-        "optim.lr or fewer trained depths change less.",
+    return (
+        f"The linear probe fell to a Dice of {last:.3f} ({first:.3f} before training), so a linear head segments the "
+        "labelled structures less well than before. This is a sign only; fine-tune from both encoders and compare. A "
+        "lower optim.lr or fewer trained depths change the encoder less."
     )
 
 
-def _drift(curves: Curves, is_final: bool) -> Worry | None:
-    start, now = _ends(curves, "drift/box_dice")
-    if start is None or now >= DRIFTED_SHARE * start:
+def _check_box_prompts(curves: Curves, is_final: bool) -> str | None:
+    first, last = _first_and_last(curves, "drift/box_dice")
+    if first is None or last >= DRIFTED_SHARE * first:
         return None
-    return Worry(
-        rule="drift",
-        text=f"Drift: SAM's own decoder, asked with boxes, scores {now:.3f} on the new encoder, {start:.3f} at the "
-        "start: it no longer understands the embeddings. Fine-tuning must train the decoder too; to keep prompts "
-        "working, lower optim.lr or take the objective that keeps SAM's own embeddings.",
+    return (
+        f"Drift: with box prompts, SAM's own decoder has a Dice of {last:.3f} on the new encoder ({first:.3f} before "
+        "training). Fine-tuning must train the decoder too. If prompts have to keep working, lower optim.lr or use "
+        "METHOD=feature, which keeps SAM's own embeddings."
     )
 
 
-def _gradient(curves: Curves, is_final: bool) -> Worry | None:
+def _check_gradient(curves: Curves, is_final: bool) -> str | None:
     norms = curves.get("train/grad_norm", ())
     if len(norms) < 2 * GRADIENT_STEPS:
         return None
-    now, before = median(norms[-GRADIENT_STEPS:]), median(norms[GRADIENT_STEPS : 2 * GRADIENT_STEPS])
-    if now < NO_GRADIENT:
-        return Worry(
-            rule="gradient",
-            text=f"No gradient: its norm is {now:.1e} over the last {GRADIENT_STEPS} steps: nothing more is learned.",
-        )
-    if now > EXPLODED * before:
-        return Worry(
-            rule="gradient",
-            text=f"The gradient norm rose from {before:.2g} to {now:.2g}: the run is about to diverge. Lower optim.lr "
-            "or trainer.clip_grad_norm.",
+    # The very first steps of the warm-up are left out, because their gradients are not typical.
+    last, first = median(norms[-GRADIENT_STEPS:]), median(norms[GRADIENT_STEPS : 2 * GRADIENT_STEPS])
+    if last < NO_GRADIENT:
+        return f"No gradient: its norm is {last:.1e} over the last {GRADIENT_STEPS} steps, so nothing is learned."
+    if last > EXPLODED * first:
+        return (
+            f"The gradient norm rose from {first:.2g} to {last:.2g}, so the run is about to diverge. Lower optim.lr or "
+            "trainer.clip_grad_norm."
         )
     return None
 
 
-RULES: tuple[Callable[[Curves, bool], Worry | None], ...] = (
-    _rank,
-    _spread,
-    _dead,
-    _risen,
-    _entropy,
-    _probe,
-    _drift,
-    _gradient,
-)
+RULES: Mapping[str, Callable[[Curves, bool], str | None]] = {
+    "rank": _check_rank,
+    "spread": _check_spread,
+    "dead loss": _check_learning,
+    "risen loss": _check_overfitting,
+    "entropy": _check_entropy,
+    "probe": _check_probe,
+    "drift": _check_box_prompts,
+    "gradient": _check_gradient,
+}
+"""Rules by name. Each returns its warning, or None where its condition does not hold."""
 
 
-def _ends(curves: Curves, name: str) -> tuple[float, float] | tuple[None, float]:
-    """Return the start's value and the newest one; None where there are not two."""
+def _first_and_last(curves: Curves, name: str) -> tuple[float, float] | tuple[None, float]:
     values = curves.get(name, ())
     return (values[0], values[-1]) if len(values) > 1 else (None, 0.0)

@@ -1,9 +1,10 @@
-"""Held-out slices: fixed slices of patients that are never trained on, with fixed masks, looked at again and again.
+"""Held-out slices, which are fixed slices of patients outside the training set with fixed masks.
 
-The slices are spread evenly over each held-out patient by rule, not chosen by eye. The numbers and pictures that a
-run reports come from them.
+The slices are spread evenly over each held-out patient by rule, not chosen by eye. The held-out loss and the pictures
+of a run are computed on them.
 
-Shape letters: N = slices, 1 = channels (3 with neighbours, data.num_neighbours), S = side of the encoder's input.
+Shape letters: N = slices, 1 = channels (3 with neighbours, data.num_neighbours), S = side of the encoder's input, K =
+columns of a picture, H, W = its rows and columns in pixels.
 """
 
 from __future__ import annotations
@@ -24,34 +25,33 @@ from samgraft.ssl.monitor.health import feature_health
 from samgraft.ssl.objectives import Objective, Panel
 
 HELD_OUT_COUNTER = 1 << 40
-"""Sample counters of held-out slices begin here: training never gets that far, so masks differ from training's."""
-
-
+"""First sample counter of held-out slices. Training never gets that far, so that the masks differ from training's."""
 GAP_PX = 2
+"""Width in pixels of the white gaps between pictures."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class HeldOut:
-    """Slices on the CPU, ready for the encoder."""
+    """Held-out slices on the CPU at the size of the encoder's input."""
 
     images_N1SS: torch.Tensor
     sample_counters: tuple[int, ...]
     planes: tuple[Plane, ...]
     refs: tuple[SliceRef, ...]
     num_patients: int
-    """Whose slices these are; patients beyond ``num_held_out_slices`` give none."""
+    """Number of patients with at least one slice, at most ``num_held_out_slices``."""
 
     def panel_rows(self, num_rows: int) -> list[int]:
         """Return positions of ``num_rows`` slices, evenly spread."""
-        return spread(len(self.refs), num_rows)
+        return spread_evenly(len(self.refs), num_rows)
 
 
 def load_held_out(
     store: SliceStore, patient_ids: Sequence[str], *, config: DataConfig, model: ModelConfig, preset: ModalityPreset
 ) -> HeldOut | None:
-    """Read the held-out slices; None if there is no held-out patient.
+    """Read the held-out slices, or return None if there is no held-out patient.
 
-    Every patient contributes the same number, evenly spaced over its usable slices.
+    Every patient contributes the same number of slices, evenly spaced over its usable ones.
     """
     num_slices = config.num_held_out_slices
     if not patient_ids or num_slices < 1:
@@ -60,9 +60,9 @@ def load_held_out(
     refs: list[SliceRef] = []
     for patient_id in sorted(patient_ids)[:num_slices]:
         usable = select_slices(
-            store, [patient_id], planes=config.planes, min_foreground_fraction=config.least_foreground(preset)
+            store, [patient_id], planes=config.planes, min_foreground_fraction=config.minimum_foreground(preset)
         )
-        refs += [usable[i] for i in spread(len(usable), per_patient)]
+        refs += [usable[i] for i in spread_evenly(len(usable), per_patient)]
     dataset = SliceDataset(store, refs, intensity=preset.intensity, num_neighbours=config.num_neighbours)
     counters = tuple(HELD_OUT_COUNTER + i for i in range(len(refs)))
     batch = collate_slices([dataset[i, counter] for i, counter in enumerate(counters)])
@@ -76,8 +76,8 @@ def load_held_out(
     )
 
 
-def spread(num_items: int, num_wanted: int) -> list[int]:
-    """Return up to ``num_wanted`` different positions in ``range(num_items)``, evenly spaced, away from both ends."""
+def spread_evenly(num_items: int, num_wanted: int) -> list[int]:
+    """Return up to ``num_wanted`` positions in ``range(num_items)``, evenly spaced and away from both ends."""
     num_wanted = min(num_items, num_wanted)
     return [int((i + 0.5) * num_items / num_wanted) for i in range(num_wanted)]
 
@@ -86,7 +86,7 @@ def spread(num_items: int, num_wanted: int) -> list[int]:
 def held_out_loss(
     objective: Objective, held_out: HeldOut, *, batch_size: int, step: int, device: torch.device
 ) -> dict[str, float]:
-    """Return the mean loss and its parts over the held-out slices, and how varied their features are."""
+    """Return the mean loss, its parts, and the variety of the features over the held-out slices."""
     sums: dict[str, float] = {}
     features: list[torch.Tensor] = []
     for start in range(0, len(held_out.refs), batch_size):
@@ -105,14 +105,14 @@ def held_out_loss(
 
 @torch.no_grad()
 def held_out_panel(objective: Objective, held_out: HeldOut, *, num_rows: int, device: torch.device) -> Panel:
-    """Return pictures of the first, middle, ... held-out slices."""
+    """Return pictures of evenly spread held-out slices."""
     rows = held_out.panel_rows(num_rows)
     images_B1SS = held_out.images_N1SS[rows].to(device)
     return objective.panel(images_B1SS, sample_counters=[held_out.sample_counters[i] for i in rows])
 
 
 def panel_picture(panel: Panel) -> npt.NDArray[np.uint8]:
-    """Return one picture (H, W) in 0..255: a row per slice, a column per kind, with thin white gaps."""
+    """Return one picture (H, W) in 0..255 with a row per slice and a column per kind."""
     pictures_KBHW = (panel.images_KBHW.clamp(0, 1) * 255).round().to(torch.uint8)
     padded_KBHW = torch.nn.functional.pad(pictures_KBHW, (0, GAP_PX, 0, GAP_PX), value=255)
     columns, rows, height, width = padded_KBHW.shape
@@ -120,7 +120,7 @@ def panel_picture(panel: Panel) -> npt.NDArray[np.uint8]:
 
 
 def split_picture(picture_HW: npt.NDArray[np.uint8], *, num_columns: int, side: int) -> npt.NDArray[np.uint8]:
-    """Undo :func:`panel_picture`: return (K, B, side, side)."""
+    """Return the pictures (K, N, side, side) in a picture of ``panel_picture``."""
     cell = side + GAP_PX
     num_rows = picture_HW.shape[0] // cell
     cells = picture_HW.reshape(num_rows, cell, num_columns, cell).transpose(2, 0, 1, 3)

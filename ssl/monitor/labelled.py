@@ -1,4 +1,4 @@
-"""Labelled slices for the probe and the drift gauge: a fixed choice by rule, read once, kept at native size.
+"""Labelled slices of the linear probe and the box-prompt check, chosen by a fixed rule and read once.
 
 Shape letters: N = slices, H, W = rows and columns of a slice, S = side of the encoder's input.
 """
@@ -18,32 +18,32 @@ from samgraft.shared.samples.split import Split, load_split
 from samgraft.shared.scans.preset import ModalityPreset
 from samgraft.shared.store.store import SliceStore
 from samgraft.ssl.config import PretrainConfig, ProbeConfig
-from samgraft.ssl.monitor.held_out import spread
+from samgraft.ssl.monitor.held_out import spread_evenly
 
 
 @dataclass(frozen=True, kw_only=True)
 class LabelledSlices:
-    """Slices on the CPU, ready for the encoder, with their labels."""
+    """Slices on the CPU at the size of the encoder's input, with their labels at native size."""
 
     images_N1SS: torch.Tensor
     labels: tuple[torch.Tensor, ...]
-    """(H, W) int64 label ids per slice, native size."""
+    """Label ids (H, W), int64, of each slice at its native size."""
     frames: tuple[InputFrame, ...]
     patient_ids: tuple[str, ...]
-    """Whose slice it is, one per slice."""
+    """Patient of each slice."""
 
     def __len__(self) -> int:
         return len(self.labels)
 
     @property
     def num_patients(self) -> int:
-        """Different patients."""
+        """Number of different patients."""
         return len(set(self.patient_ids))
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeData:
-    """What the probe learns from and what it is scored on; no patient is in both."""
+    """Slices for fitting and for scoring the linear probe, of different patients."""
 
     train: LabelledSlices
     test: LabelledSlices
@@ -52,7 +52,7 @@ class ProbeData:
     store_name: str
 
     def describe(self) -> str:
-        """Return what is probed on what, in one line."""
+        """Return classes, store and numbers of slices in one line."""
         return (
             f"{', '.join(self.class_names)} of {self.store_name}: fitted on {_count(self.train)}, scored on "
             f"{_count(self.test)}"
@@ -60,7 +60,7 @@ class ProbeData:
 
 
 def open_probe_store(config: ProbeConfig) -> tuple[SliceStore, Split] | None:
-    """Open the labelled store and its split; None where no store is named."""
+    """Open the labelled store and its split, or return None if no store is set."""
     if config.store is None:
         return None
     store = SliceStore.open(config.store)
@@ -70,7 +70,9 @@ def open_probe_store(config: ProbeConfig) -> tuple[SliceStore, Split] | None:
 def load_probe(
     opened: tuple[SliceStore, Split] | None, config: PretrainConfig, *, preset: ModalityPreset
 ) -> ProbeData | None:
-    """Read the slices of the probe; None where no store is named. They reach the encoder as those of pretraining do.
+    """Read the slices of the linear probe, or return None if no store is set.
+
+    They are preprocessed as the slices of the pretraining.
 
     Raises:
         DataError: If the store is of another modality, or a part of the split has no labelled slice.
@@ -88,8 +90,8 @@ def load_probe(
         refs = labelled_refs(store, split.part(name), number)
         if not refs:
             raise DataError(
-                f"the probe needs labelled slices in the {name} part of its split, got none. Give probe.split one with "
-                "patients in train and val, or leave probe.store out.",
+                f"the {name} part of the probe's split must contain labelled slices, got none. Set probe.split to one "
+                "with labelled patients in train and val, or leave probe.store out.",
                 where=store.path.name,
             )
         parts.append(_read(store, refs, config, preset))
@@ -105,7 +107,7 @@ def load_probe(
 
 
 def labelled_refs(store: SliceStore, patient_ids: Sequence[str], num_slices: int) -> list[SliceRef]:
-    """Choose up to ``num_slices`` slices that show a label: as many per patient, evenly spaced."""
+    """Choose up to ``num_slices`` slices with a label, the same number per patient, evenly spaced."""
     wanted = set(patient_ids)
     labelled = {r.patient_id for r in store.series if r.patient_id in wanted and any(r.label_voxels.values())}
     if not labelled:
@@ -113,12 +115,12 @@ def labelled_refs(store: SliceStore, patient_ids: Sequence[str], num_slices: int
     per_patient: dict[str, list[SliceRef]] = {patient_id: [] for patient_id in sorted(labelled)}
     for ref in select_slices(store, labelled, labelled_only=True):
         per_patient[store.record(ref.series_id).patient_id].append(ref)
-    chosen = [list(per_patient.values())[i] for i in spread(len(per_patient), num_slices)]
+    chosen = [list(per_patient.values())[i] for i in spread_evenly(len(per_patient), num_slices)]
     refs: list[SliceRef] = []
     for position, usable in enumerate(chosen):
-        # The first patients give what does not divide evenly.
+        # The first patients contribute one slice more where the number does not divide evenly.
         number = num_slices // len(chosen) + (position < num_slices % len(chosen))
-        refs += [usable[i] for i in spread(len(usable), number)]
+        refs += [usable[i] for i in spread_evenly(len(usable), number)]
     return refs
 
 

@@ -1,11 +1,11 @@
-"""Probe: how well can a linear head segment on the frozen features, against the same head on the start's features?
+"""Linear probe, the Dice of a linear head on the frozen features.
 
-The head is fitted in closed form on the features before the neck (those every objective trains, however it treats the
-neck): ridge regression of the share of each class in a token's cell, then per class the threshold with the best Dice
-on the training tokens. Nothing is drawn at random, so two looks at the same weights give the same value. It is scored
-by foreground Dice on other patients' slices, on their own pixels.
+The head is fitted in closed form on the features before the neck, which every objective trains. It is a ridge
+regression of the share of each class in a token's cell, followed per class by the threshold with the best Dice on the
+training tokens. Nothing is random, so that two rounds with the same weights give the same value. It is scored by
+foreground Dice on slices of other patients at their native size. The value before training is the reference.
 
-A nearest-neighbour probe is not used: masked autoencoders score badly there and segment well.
+A nearest-neighbour probe is not used, because masked autoencoders have low values there and segment well.
 
 Shape letters: N = slices, S = side of the input, C = channels of the features, K = foreground classes, T = tokens,
 h, w = token rows and columns, H, W = rows and columns of a slice.
@@ -30,13 +30,13 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class LinearHead:
-    """A linear map from features to scores, above 0 where a class is more likely than not."""
+    """Linear map from features to scores, which are positive where the class is predicted."""
 
     weight_KC: Tensor
     bias_K: Tensor
 
     def scores(self, features_NChw: Tensor) -> Tensor:
-        """Return (N, K, h, w)."""
+        """Return scores (N, K, h, w)."""
         return F.conv2d(features_NChw.float(), self.weight_KC[:, :, None, None], self.bias_K)
 
 
@@ -50,10 +50,10 @@ def encode(encoder: ImageEncoder, images_N1SS: Tensor, *, batch_size: int, devic
 
 
 def class_shares(slices: LabelledSlices, class_ids: Sequence[int], *, stride: int) -> tuple[Tensor, Tensor]:
-    """Return which share of every token's cell is of which class, and which tokens hold any pixel of the slice.
+    """Return the share of each class in every token's cell, and the tokens with pixels of the slice.
 
     Returns:
-        Shares (N, K, h, w) in [0, 1] and inside (N, h, w), bool: False in the padding.
+        Shares (N, K, h, w) in [0, 1], and a boolean mask (N, h, w) that is False in the padding.
     """
     shares, inside = [], []
     for label_HW, frame in zip(slices.labels, slices.frames, strict=True):
@@ -70,15 +70,16 @@ def fit_head(features_TC: Tensor, shares_TK: Tensor, *, ridge: float) -> LinearH
     """Fit the head in closed form.
 
     Args:
-        features_TC: One feature vector per token.
+        features_TC: Feature vector of each token.
         shares_TK: Share of each class in the token's cell, in [0, 1].
-        ridge: Penalty as a share of the features' variance.
+        ridge: Weight of the penalty, as a share of the features' variance.
     """
     mean_C, std_C = features_TC.mean(0), features_TC.std(0, correction=0)
-    # A channel that never changes carries nothing; its weight becomes 0.
+    # A constant channel contains no information; its weight becomes 0.
     scale_C = torch.where(std_C > 0, 1 / std_C.clamp_min(1e-30), torch.zeros_like(std_C))
     scaled_TC = (features_TC - mean_C) * scale_C
     share_K = shares_TK.mean(0)
+    # The system is solved in float64 on the CPU. Its condition is poor, because features are correlated.
     gram_CC = (scaled_TC.T @ scaled_TC / len(scaled_TC)).cpu().double()
     moment_CK = (scaled_TC.T @ (shares_TK - share_K) / len(scaled_TC)).cpu().double()
     gram_CC.diagonal().add_(ridge)
@@ -90,7 +91,8 @@ def fit_head(features_TC: Tensor, shares_TK: Tensor, *, ridge: float) -> LinearH
 
 
 def best_threshold(scores_T: Tensor, shares_T: Tensor) -> Tensor:
-    """Return the score above which calling a token foreground gives the best Dice."""
+    """Return the threshold of the scores with the best Dice."""
+    # Sorted by score, the k first tokens are the foreground of the k-th threshold, and cumulative sums give all Dice.
     order = scores_T.argsort(descending=True)
     sorted_T = scores_T[order]
     count_T = torch.arange(1, len(order) + 1, device=scores_T.device, dtype=scores_T.dtype)
@@ -101,7 +103,7 @@ def best_threshold(scores_T: Tensor, shares_T: Tensor) -> Tensor:
 
 
 class DiceCount:
-    """Pixels per patient and class, from which Dice is made."""
+    """Pixel counts per patient and class, from which Dice is computed."""
 
     def __init__(self, class_ids: Sequence[int]) -> None:
         self.class_ids = tuple(class_ids)
@@ -116,7 +118,7 @@ class DiceCount:
         self._counts[patient_id] = self._counts.get(patient_id, torch.zeros(len(counts), 2)) + torch.tensor(counts)
 
     def dice(self) -> float:
-        """Return the mean over classes per patient, then over patients; classes that nobody saw are left out."""
+        """Return the mean Dice over the present classes of each patient, then over patients."""
         per_patient = []
         for counts_K2 in self._counts.values():
             known = counts_K2[counts_K2[:, 1] > 0]
@@ -133,20 +135,20 @@ def probe_dice(
     ridge: float,
     batch_size: int,
     device: torch.device,
-    look: Callable[[int, Tensor], None] | None = None,
+    on_features: Callable[[int, Tensor], None] | None = None,
     check_stop: Callable[[], None] = lambda: None,
 ) -> float:
-    """Fit the head on the training slices and return its foreground Dice on the others, on native pixels.
+    """Fit the head on the training slices and return its foreground Dice on the test slices.
 
     Args:
-        encoder: In evaluation mode; left as it is.
-        data: The slices.
-        ridge: See ``fit_head``.
-        batch_size: Slices per forward pass.
-        device: Where the encoder is.
-        look: Gets (position of the first slice, features (B, C, h, w)) of every batch of scored slices, so that others
-            need no second forward pass.
-        check_stop: Called between the parts; may raise.
+        encoder: Encoder in evaluation mode, which is not changed.
+        data: Slices with labels.
+        ridge: Weight of the penalty, see ``fit_head``.
+        batch_size: Number of slices per forward pass.
+        device: Device of the encoder.
+        on_features: Function that receives the number of the first slice and the features (B, C, h, w) of every batch
+            of test slices, so that the box-prompt check needs no second forward pass.
+        check_stop: Function that is called between the parts and may raise.
     """
     features = encode(encoder, data.train.images_N1SS, batch_size=batch_size, device=device)
     check_stop()
@@ -155,15 +157,15 @@ def probe_dice(
     tokens_TC = torch.cat([f.float().flatten(2).mT.flatten(0, 1) for f in features])[chosen.to(device)]
     shares_TK = shares_NKhw.flatten(2).mT.flatten(0, 1)[chosen].to(device)
     head = fit_head(tokens_TC, shares_TK, ridge=ridge)
-    del features, tokens_TC
+    del features, tokens_TC  # Several gigabytes at 1024 px.
     count = DiceCount(data.class_ids)
     for first in range(0, len(data.test), batch_size):
         check_stop()
         (features_BChw,) = encode(
             encoder, data.test.images_N1SS[first : first + batch_size], batch_size=batch_size, device=device
         )
-        if look is not None:
-            look(first, features_BChw)
+        if on_features is not None:
+            on_features(first, features_BChw)
         for offset, scores_Khw in enumerate(head.scores(features_BChw)):
             n = first + offset
             predicted_HW = to_label_ids(scores_Khw, data.test.frames[n], data.class_ids)
@@ -172,7 +174,8 @@ def probe_dice(
 
 
 def to_label_ids(scores_Khw: Tensor, frame: InputFrame, class_ids: Sequence[int]) -> Tensor:
-    """Return label ids (H, W) on the slice's own pixels, on the CPU: scores are resized, not labels."""
+    """Return label ids (H, W) at the native size of the slice, on the CPU."""
+    # Scores are resized and not labels, so that borders are not limited to the grid of tokens.
     scores_KHW = logits_to_native(scores_Khw[None], frame)[0].cpu()
     best, channel = scores_KHW.max(0)
     ids = torch.tensor(class_ids)[channel]

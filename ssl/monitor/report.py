@@ -1,10 +1,10 @@
-"""``report.html`` of a stage-1 run: did it learn, what does it see, what to do next."""
+"""``report.html`` of a stage-1 run, with its conclusions, curves, pictures and next steps."""
 
 from __future__ import annotations
 
 import logging
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -26,152 +26,206 @@ from samgraft.shared.report.page import (
 from samgraft.shared.runs.run_folder import RunFolder
 from samgraft.shared.training.progress import format_duration
 from samgraft.shared.training.trainer import FitResult
-from samgraft.ssl.config import PretrainConfig
-from samgraft.ssl.monitor.health import target_moves
+from samgraft.ssl.config import RANDOM, PretrainConfig
+from samgraft.ssl.monitor.health import PROBE_NOISE, has_moving_target
 from samgraft.ssl.monitor.held_out import HeldOut, held_out_panel, split_picture
-from samgraft.ssl.monitor.monitor import Watched, curves_of, find_worries, panel_path
-from samgraft.ssl.monitor.report_curves import (
-    SMOOTH_STEPS,
-    Curve,
-    Lines,
-    curve,
-    drift_verdict,
-    engine_parts,
-    feature_parts,
-    probe_parts,
-    probe_verdict,
-)
+from samgraft.ssl.monitor.monitor import MonitorData, curves_of, find_warnings, panel_path
 from samgraft.ssl.objectives import Objective, Panel
-from samgraft.ssl.start import RANDOM
 
 log = logging.getLogger(__name__)
 
 OUTPUT_COLUMN = "output"
+SMOOTH_STEPS = 5
+DICE_SPAN = 0.2
+"""Least height of a Dice axis, so that noise does not fill the figure."""
+NO_LOSS_PARTS = ("train/loss", "train/lr", "train/grad_norm")
+BEFORE = "before training"
+
+Curve = tuple[list[float], list[float]]
+"""Steps and values of one metric."""
+Lines = Sequence[Mapping[str, Any]]
+"""Lines of ``metrics.jsonl``, one per step."""
 
 
 def write_report(
     run: RunFolder,
     config: PretrainConfig,
     objective: Objective,
-    watched: Watched,
+    monitored: MonitorData,
     *,
     result: FitResult,
     notes: Sequence[str],
 ) -> None:
-    """Write the report of a finished run from its metrics and pictures."""
+    """Write the report of a finished run and print its conclusions."""
     if not run.is_writer:
         return
-    lines, held_out = list(run.metrics.read()), watched.held_out
+    lines, held_out = list(run.metrics.read()), monitored.held_out
     sections = [
-        Section(title="Summary", parts=_summary(config, lines, watched, result=result)),
-        Section(title="Signs for segmentation: probe and drift gauge", parts=probe_parts(lines, watched)),
-        Section(title="Loss", parts=_loss(lines, objective, held_out)),
-        Section(
-            title="What the encoder makes of slices it was not trained on",
-            parts=_pictures(run, config, objective, held_out),
-        ),
+        Section(title="Summary", parts=_summary(lines, monitored, result=result)),
+        Section(title="Signs for segmentation: linear probe and box-prompt check", parts=probe_parts(lines, monitored)),
+        Section(title="Loss", parts=_loss_parts(lines, objective, held_out)),
+        Section(title="Output on slices of held-out patients", parts=_picture_parts(run, config, objective, held_out)),
         Section(title="Features", parts=feature_parts(lines)),
-        Section(title="Training", parts=engine_parts(lines)),
-        Section(title="What to do next", parts=_next_steps(run, config)),
-        Section(title="How this run was made", parts=[KeyValues(items=_facts(config, notes))]),
+        Section(title="Training", parts=training_parts(lines)),
+        Section(title="Next steps", parts=_next_steps(run, config)),
+        Section(title="Settings of this run", parts=[KeyValues(items=_facts(config, notes))]),
     ]
-    for text in verdict(lines, watched):
+    for text in conclusions(lines, monitored):
         (log.warning if text.kind == "warning" else log.info)("%s", text.text)
     title = f"Stage 1: {run.path.name}"
     subtitle = f"{config.objective.name} on {config.model.arch}, {config.modality}"
     write_text(run.report, render_report(title, sections, subtitle=subtitle))
 
 
-def verdict(lines: Lines, watched: Watched) -> list[Text]:
-    """Say in words whether the run learned, and what a person should worry about; what matters most comes first."""
-    found = {worry.rule: Text(text=worry.text, kind="warning") for worry in find_worries(lines, is_final=True)}
-    is_sound = not found
-    probe = found.pop("probe", None) or probe_verdict(lines)
-    if probe is not None and watched.probe is not None:
-        # How few slices a Dice stands on is part of what it says.
-        probe = replace(probe, text=f"{probe.text} ({watched.probe.describe()}.)")
-    measured = [probe, found.pop("drift", None) or drift_verdict(lines)]
-    remarks = [text for text in measured if text is not None]
-    return [*remarks, _loss_verdict(lines, is_sound=is_sound), *found.values()]
+def conclusions(lines: Lines, monitored: MonitorData) -> list[Text]:
+    """Return what the run learned and all warnings, the most important first."""
+    warnings = {w.rule: Text(text=w.text, kind="warning") for w in find_warnings(lines, is_final=True)}
+    has_warnings = bool(warnings)
+    probe = warnings.pop("probe", None) or _probe_conclusion(lines)
+    if probe is not None and monitored.probe is not None:
+        # The number of slices is part of the statement, because a Dice of few slices is noisy.
+        probe = replace(probe, text=f"{probe.text} ({monitored.probe.describe()}.)")
+    measured = [probe, warnings.pop("drift", None) or _box_prompt_conclusion(lines)]
+    texts = [text for text in measured if text is not None]
+    return [*texts, _loss_conclusion(lines, has_warnings=has_warnings), *warnings.values()]
 
 
-def _loss_verdict(lines: Lines, *, is_sound: bool) -> Text:
-    """Say what became of the held-out loss; good only where it fell, means something and nothing else is wrong."""
+def _probe_conclusion(lines: Lines) -> Text | None:
+    """Return the change of the linear probe if it did not fall. The rule of the probe reports a fall."""
+    dice = curve(lines, "probe/dice")[1]
+    if len(dice) < 2:
+        return None
+    change = f"a Dice of {dice[-1]:.3f} ({dice[0]:.3f} {BEFORE})"
+    if dice[-1] > dice[0] + PROBE_NOISE:
+        # Not marked as good. In our own comparison (benchmarks/results/ssl_helps-2026-11-26.md) the probe rose for
+        # encoders that fine-tuned worse, and fell for the one that fine-tuned better.
+        return Text(
+            text=f"The linear probe rose to {change}, so a linear head segments the labelled structures better than "
+            "before. This is a sign only, and it did not predict which encoder fine-tunes better in our comparison. "
+            "Fine-tune from both encoders and compare."
+        )
+    return Text(text=f"The linear probe did not change: {change}. A difference below {PROBE_NOISE:g} is noise.")
+
+
+def _box_prompt_conclusion(lines: Lines) -> Text | None:
+    dice = curve(lines, "drift/box_dice")[1]
+    if len(dice) < 2:
+        return None
+    return Text(
+        text=f"With box prompts, SAM's own decoder has a Dice of {dice[-1]:.3f} on the new encoder ({dice[0]:.3f} "
+        f"{BEFORE})."
+    )
+
+
+def _loss_conclusion(lines: Lines, *, has_warnings: bool) -> Text:
+    """Return the change of the held-out loss, marked as good only if it means something and nothing warns."""
     loss = curve(lines, "held_out/loss")[1]
     if len(loss) < 2:
-        return Text(text="No patient was held out: the loss on unseen slices is not known.", kind="warning")
+        return Text(text="No patient was held out, so the loss on unseen slices was not measured.", kind="warning")
     change = f"The loss on held-out slices went from {loss[0]:.4g} to {loss[-1]:.4g}"
-    if target_moves(curves_of(lines)):
+    if has_moving_target(curves_of(lines)):
         return Text(
-            text=f"{change}. Its height means little: the student is compared with a teacher that moves. Look at the "
-            "teacher's entropy and the effective rank instead, whether they stay away from a collapse."
+            text=f"{change}. Its height means little, because the student is compared with a moving teacher. Check the "
+            "teacher's entropy and the effective rank instead, which show a collapse."
         )
     if loss[-1] >= loss[0]:
         return Text(text=f"{change}.")
     fall = 100 * (1 - loss[-1] / loss[0])
-    return Text(text=f"{change}: {fall:.0f} % lower than at the start.", kind="good" if is_sound else "plain")
+    return Text(text=f"{change}, {fall:.0f} % lower than {BEFORE}.", kind="plain" if has_warnings else "good")
 
 
-def _summary(config: PretrainConfig, lines: Lines, watched: Watched, *, result: FitResult) -> list[Any]:
-    facts: dict[str, Any] = {
-        "steps": result.step,
-        "slices seen": result.slices_seen,
-    }
-    if result.slices_per_s:  # nothing was trained when a finished run is asked for again
+def _summary(lines: Lines, monitored: MonitorData, *, result: FitResult) -> list[Any]:
+    facts: dict[str, Any] = {"steps": result.step, "slices seen": result.slices_seen}
+    if result.slices_per_s:  # Zero if the run was finished already and trained nothing in this session.
         facts["time of the last session"] = format_duration(result.seconds)
         facts["speed"] = f"{result.slices_per_s:.3g} slices/s, {100 * result.data_wait_share:.1f} % waiting for data"
-    return [*verdict(lines, watched), KeyValues(items=facts)]
+    return [*conclusions(lines, monitored), KeyValues(items=facts)]
 
 
 def _next_steps(run: RunFolder, config: PretrainConfig) -> list[Any]:
-    """Return what to do with the encoder: the comparison that decides whether this run was worth it."""
+    """Return the commands of the comparison that shows whether this run helped."""
     run_path = path_for_report(run.path)
     parts: list[Any] = [
         Text(
-            text="Neither a lower loss nor a better probe proves a better encoder for your task. Fine-tune from this "
-            "run and from the weights it started with, on the same few labelled patients, and compare; the result "
-            "decides."
+            text="Neither a lower loss nor a better linear probe proves a better encoder for your task. Fine-tune from "
+            "this run and from its initial weights, on the same few labelled patients, and compare the results."
         ),
         Text(text=f"make finetune CKPT={shlex.quote(run_path)}", kind="command"),
     ]
     if config.model.base != RANDOM:
-        base = shlex.quote(path_for_report(config.model.base))
-        parts.append(Text(text=f"make finetune CKPT={base} NAME=from-the-start", kind="command"))
+        initial = shlex.quote(path_for_report(config.model.initial_weights))
+        parts.append(Text(text=f"make finetune CKPT={initial} NAME=initial-weights", kind="command"))
     parts.append(
         Text(
-            text="More steps, more patients or another objective: give the run another NAME=. This run's curves stay "
-            f"in TensorBoard: tensorboard --logdir {shlex.quote(f'{run_path}/tb')}"
+            text="For more steps, more patients or another objective, give the run another NAME=. This run's curves "
+            f"are in TensorBoard: tensorboard --logdir {shlex.quote(f'{run_path}/tb')}"
         )
     )
     return parts
 
 
-def _loss(lines: Lines, objective: Objective, held_out: HeldOut | None) -> list[Any]:
+def probe_parts(lines: Lines, monitored: MonitorData) -> list[Any]:
+    """Return the section on linear probe and box-prompt check."""
+    steps, dice = curve(lines, "probe/dice")
+    if monitored.probe is None or not dice:
+        return [
+            Text(
+                text="Not measured, because no labelled store is set. With a few labelled patients, "
+                "ARGS='probe.store=STORE.zarr' measures in every monitoring round how well a linear head segments the "
+                "labels from the features. It is a sign before any fine-tuning."
+            )
+        ]
+    figure = curve_figure(
+        {"linear probe": (steps, dice)}, ylabel="Dice", baseline=(BEFORE, dice[0]), min_span=DICE_SPAN
+    )
+    caption = (
+        f"A linear head on the frozen features, fitted anew in every round ({monitored.probe.describe()}). Foreground "
+        "Dice at the slices' native size. Compare with the dashed line and not with a fine-tuned model."
+    )
+    parts: list[Any] = [Picture(png=figure, caption=caption)]
+    parts += _box_prompt_parts(lines, monitored)
+    boxes = dict(zip(*curve(lines, "drift/box_dice"), strict=True))
+    rows = [[int(step), value, value - dice[0], boxes.get(step)] for step, value in zip(steps, dice, strict=True)]
+    columns = ["step", "linear probe Dice", f"change from {BEFORE}", "box-prompt Dice"]
+    return [*parts, Table(columns=columns, rows=_thin_out(rows))]
+
+
+def _box_prompt_parts(lines: Lines, monitored: MonitorData) -> list[Any]:
+    steps, dice = curve(lines, "drift/box_dice")
+    check = monitored.box_check
+    if check is None or not dice:
+        return [Text(text=f"Box-prompt check: {monitored.box_check_note}.")]
+    curves = {"SAM's decoder on the new encoder": (steps, dice)}
+    if len(steps) > 1:
+        curves["filled boxes"] = ([steps[0], steps[-1]], [check.filled_box_dice] * 2)
+    figure = curve_figure(curves, ylabel="Dice", baseline=(BEFORE, dice[0]), min_span=DICE_SPAN)
+    caption = (
+        f"Box-prompt check: {len(check.boxes)} tight boxes, decoded by SAM's own decoder, which is not trained. The "
+        "Dice falls as the embeddings move away from those that the decoder was trained with. Fine-tuning with a "
+        "trained decoder corrects this; prompting without fine-tuning does not."
+    )
+    return [Picture(png=figure, caption=caption)]
+
+
+def _loss_parts(lines: Lines, objective: Objective, held_out: HeldOut | None) -> list[Any]:
     curves: dict[str, Curve] = {"training slices": curve(lines, "train/loss")}
+    caption = "Training loss. No patient was held out."
     if held_out is not None:
         curves["held-out slices"] = curve(lines, "held_out/loss")
-    parts: list[Any] = [
-        Picture(png=curve_figure(curves, ylabel="loss", smooth=SMOOTH_STEPS), caption=_loss_caption(lines, held_out))
-    ]
+        caption = (
+            f"Training loss, and loss on {len(held_out.refs)} slices of held-out patients ({held_out.num_patients}), "
+            "which were never trained on, always with the same random numbers (masks, views). The slices are spread "
+            "evenly by rule."
+        )
+        if has_moving_target(curves_of(lines)):
+            caption += " The target moves during the run, so compare the two curves and not first and last values."
+    figure = curve_figure(curves, ylabel="loss", smooth=SMOOTH_STEPS)
     table = _reference_table(lines, objective, held_out)
-    return [*parts, table] if table else parts
-
-
-def _loss_caption(lines: Lines, held_out: HeldOut | None) -> str:
-    if held_out is None:
-        return "Training loss. No patient was held out."
-    caption = (
-        f"Training loss, and the loss on {len(held_out.refs)} slices of held-out patients "
-        f"({held_out.num_patients}) that were never trained on, always with the same random numbers (masks, views). "
-        "The slices are spread evenly by rule."
-    )
-    if target_moves(curves_of(lines)):
-        caption += " The target moves while the run goes on: compare the two curves, not the start with the end."
-    return caption
+    return [Picture(png=figure, caption=caption), *([table] if table else [])]
 
 
 def _reference_table(lines: Lines, objective: Objective, held_out: HeldOut | None) -> Table | None:
-    """Compare with answers that need no network, in grey values; None where an objective has none."""
+    """Return the comparison with predictions that need no network, or None where an objective has none."""
     if held_out is None:
         return None
     _, errors = curve(lines, "held_out/grey_error")
@@ -180,59 +234,117 @@ def _reference_table(lines: Lines, objective: Objective, held_out: HeldOut | Non
     )
     if not errors or not references:
         return None
-    rows: list[list[Any]] = [["this run, at the start", errors[0]], ["this run, at the end", errors[-1]]]
+    rows: list[list[Any]] = [[f"this run, {BEFORE}", errors[0]], ["this run, after training", errors[-1]]]
     rows += [[name, value] for name, value in references.items()]
     return Table(
-        columns=["what fills the hidden pixels", "mean absolute error"],
+        columns=["prediction of the hidden pixels", "mean absolute error"],
         rows=rows,
-        caption="Held-out slices, grey values from 0 to 1. Smoothing is hard to beat in a short run: it copies the "
-        "nearest grey value. The encoder has to know what lies there instead.",
+        caption="Held-out slices, grey values from 0 to 1. Smoothing is hard to beat in a short run, because it copies "
+        "the nearest grey value, and the encoder has to predict the structure.",
     )
 
 
-def _pictures(run: RunFolder, config: PretrainConfig, objective: Objective, held_out: HeldOut | None) -> list[Any]:
+def _picture_parts(run: RunFolder, config: PretrainConfig, objective: Objective, held_out: HeldOut | None) -> list[Any]:
     if held_out is None:
-        return [Text(text="No patient was held out, so there is nothing unseen to show.", kind="warning")]
+        return [Text(text="No patient was held out, so there are no unseen slices.", kind="warning")]
     if not config.watch.log_images:
         return [
             Text(
-                text="Pictures are off: slices are patient images. If these may be shown, run with "
+                text="Pictures are off, because slices are patient images. If they may be shown, run with "
                 "watch.log_images=true."
             )
         ]
     panel = held_out_panel(objective, held_out, num_rows=config.watch.num_panel_rows, device=_device(objective))
-    titles, columns = _columns_with_start(run, panel)
+    titles, columns = _columns_with_first_output(run, panel)
     rows = [[column[row] for column in columns] for row in range(panel.images_KBHW.shape[1])]
-    shown = [str(held_out.refs[i].slice_index) for i in held_out.panel_rows(config.watch.num_panel_rows)]
-    caption = f"Held-out slices {', '.join(shown)}, chosen by even spacing. {panel.caption}"
+    numbers = [str(held_out.refs[i].slice_index) for i in held_out.panel_rows(config.watch.num_panel_rows)]
+    caption = f"Held-out slices {', '.join(numbers)}, chosen by even spacing. {panel.caption}"
     return [Picture(png=image_grid(rows, column_titles=titles), caption=caption.strip())]
 
 
-def _columns_with_start(run: RunFolder, panel: Panel) -> tuple[list[str], list[npt.NDArray[np.uint8]]]:
-    """Return the panel's columns, with the output before training beside the output after it."""
+def _columns_with_first_output(run: RunFolder, panel: Panel) -> tuple[list[str], list[npt.NDArray[np.uint8]]]:
+    """Return the panel's columns, with the output before training next to the present one."""
     now = (panel.images_KBHW.clamp(0, 1).numpy() * 255).round().astype(np.uint8)
     titles, columns = list(panel.columns), list(now)
-    start = panel_path(run.path, 0)
-    if OUTPUT_COLUMN in titles and start.is_file():
-        picture_HW = np.asarray(Image.open(start))
+    first = panel_path(run.path, 0)
+    if OUTPUT_COLUMN in titles and first.is_file():
+        picture_HW = np.asarray(Image.open(first))
         before = split_picture(picture_HW, num_columns=len(titles), side=now.shape[-1])
         place = titles.index(OUTPUT_COLUMN)
         columns.insert(place, before[place])
-        titles[place : place + 1] = ["output before", "output after"]
+        titles[place : place + 1] = [f"output {BEFORE}", "output after training"]
     return titles, columns
+
+
+def feature_parts(lines: Lines) -> list[Any]:
+    """Return the section on the health of the features."""
+    rank, spread = curve(lines, "held_out/effective_rank"), curve(lines, "held_out/feature_std")
+    if not rank[1]:
+        return [Text(text="Not measured.")]
+    captions = {
+        "effective rank": "Number of directions over which the features of held-out slices spread; 1 is a collapse.",
+        "feature std": "Difference between the features of different slices; 0 is a collapse.",
+    }
+    parts: list[Any] = []
+    for (name, caption), values in zip(captions.items(), (rank, spread), strict=True):
+        figure = curve_figure({name: values}, ylabel=name, baseline=(BEFORE, values[1][0]), from_zero=True)
+        parts.append(Picture(png=figure, caption=caption))
+    entropy = curve(lines, "held_out/teacher_entropy")
+    if entropy[1]:
+        figure = curve_figure({"teacher entropy": entropy}, ylabel="share of maximum", from_zero=True)
+        caption = (
+            "Entropy of the teacher's outputs. Near 0 one prototype has all the probability, near 1 all prototypes "
+            "have the same."
+        )
+        parts.append(Picture(png=figure, caption=caption))
+    rows = [[int(step), r, s] for step, r, s in zip(rank[0], rank[1], spread[1], strict=True)]
+    return [*parts, Table(columns=["step", "effective rank", "feature std"], rows=_thin_out(rows))]
+
+
+def training_parts(lines: Lines) -> list[Any]:
+    """Return the section on loss parts, gradient norm and waiting for data."""
+    names = sorted({name for line in lines for name in line if name.startswith("train/")} - set(NO_LOSS_PARTS))
+    parts: list[Any] = []
+    if names:
+        curves = {name.removeprefix("train/"): curve(lines, name) for name in names}
+        figure = curve_figure(curves, ylabel="value", smooth=SMOOTH_STEPS)
+        parts.append(Picture(png=figure, caption="Parts of the loss on training slices."))
+    norm = curve(lines, "train/grad_norm")
+    if norm[1]:
+        figure = curve_figure({"gradient norm": norm}, ylabel="norm", log_y=min(norm[1]) > 0, smooth=SMOOTH_STEPS)
+        parts.append(Picture(png=figure, caption="Norm of the whole gradient before clipping."))
+    wait = curve(lines, "perf/data_wait_percent")
+    if wait[1]:
+        figure = curve_figure({"data wait": wait}, ylabel="% of the time", from_zero=True, min_span=5.0)
+        caption = "Time spent waiting for slices. If it is above a few per cent, raise trainer.num_workers."
+        parts.append(Picture(png=figure, caption=caption))
+    return parts or [Text(text="Not measured.")]
+
+
+def curve(lines: Lines, name: str) -> Curve:
+    """Return steps and values of one metric."""
+    found = [(float(line["step"]), float(line[name])) for line in lines if name in line]
+    return [step for step, _ in found], [value for _, value in found]
 
 
 def _facts(config: PretrainConfig, notes: Sequence[str]) -> dict[str, Any]:
     return {
-        "start": path_for_report(config.model.base),
+        "initial weights": path_for_report(config.model.initial_weights),
         "image size": f"{config.model.image_size} px",
         "frozen depths": config.model.num_frozen_depths,
         "learning rate": config.optim.lr,
         "seed": config.seed,
-        "leak check": "; ".join(notes) or "no labelled store was named",
-        "everything": "config.yaml and run.json in the run folder",
+        "leak check": "; ".join(notes) or "not done, because no labelled store is set",
+        "all settings": "config.yaml and run.json in the run folder",
     }
 
 
+def _thin_out(rows: list[list[Any]], *, most: int = 12) -> list[list[Any]]:
+    """Return the first, the last and evenly spaced rows, because the curve shows the others."""
+    if len(rows) <= most:
+        return rows
+    return [rows[round(i * (len(rows) - 1) / (most - 1))] for i in range(most)]
+
+
 def _device(objective: Objective) -> Any:
-    return next(iter(objective.named_parameters()))[1].device
+    return next(objective.parameters()).device

@@ -29,7 +29,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class SelectedObjective:
-    """Name of the objective of a run; a subclass adds one section of settings per objective."""
+    """Name of the objective of a run. A subclass adds one section of settings per objective."""
 
     name: str
     """Name of the objective. The presets in configs/pretrain set it."""
@@ -53,7 +53,7 @@ class SelectedObjective:
 
 
 def objective_config(objectives: Mapping[str, type[Objective]]) -> type[SelectedObjective]:
-    """Return the dataclass of the section ``objective``: a name, and the settings of every objective by name."""
+    """Return the dataclass of the section ``objective``, with a name and the settings of every objective."""
     sections = [
         (name, objective.settings_type, field(default_factory=objective.settings_type))
         for name, objective in objectives.items()

@@ -162,7 +162,7 @@ def to_windows(tokens_BLD: torch.Tensor, grid: int, window: int) -> torch.Tensor
 
 
 def from_windows(windows: torch.Tensor, grid: int, window: int) -> torch.Tensor:
-    """Undo :func:`to_windows`."""
+    """Put the windows of ``to_windows`` together again."""
     across = grid // window
     cut = windows.unflatten(1, (window, window)).unflatten(0, (-1, across, across))
     tokens_BLD: torch.Tensor = cut.transpose(2, 3).flatten(1, 4)
@@ -181,7 +181,7 @@ def sincos_positions(grid: int, dim: int) -> torch.Tensor:
 
 
 def chosen_ids(chosen_BL: torch.Tensor) -> torch.Tensor:
-    """Return the indices of the chosen tokens, ascending; every row must choose the same number."""
+    """Return the indices (B, N) of the chosen tokens, ascending, of which every row has the same number."""
     return chosen_BL.nonzero()[:, 1].view(len(chosen_BL), -1)
 
 

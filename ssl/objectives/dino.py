@@ -49,7 +49,7 @@ class DINOConfig:
     crops: CropConfig = field(default_factory=CropConfig)
     """Views of a slice."""
     output_dim: int = 8192
-    """Prototypes of each head (DINO uses 65536 for a million photographs; fewer slices need fewer)."""
+    """Prototypes of each head (DINO uses 65536 for a million photographs, and fewer slices need fewer)."""
     head_hidden_dim: int = 2048
     """Width of the heads (DINO)."""
     head_bottleneck_dim: int = 256
@@ -63,7 +63,7 @@ class DINOConfig:
     teacher_temp_warmup: float = 0.3
     """Share of the run over which the temperature rises linearly (DINO uses 30 of 100 epochs)."""
     momentum: float = 0.994
-    """EMA momentum of the teacher at the first step. It rises to ``final_momentum`` along a cosine (DINOv2: 0.992)."""
+    """EMA momentum of the teacher at the first step (DINOv2 uses 0.992), which rises along a cosine."""
     final_momentum: float = 1.0
     """EMA momentum of the teacher at the last step (DINO)."""
     center_momentum: float = 0.9
@@ -71,9 +71,9 @@ class DINOConfig:
     freeze_last_layer: float = 0.01
     """Share of the run in which the prototypes are frozen (DINO uses 1 of 100 epochs)."""
     ibot_weight: float = 1.0
-    """Weight of the loss on hidden tokens (DINOv2); 0 hides nothing."""
+    """Weight of the loss on hidden tokens (DINOv2). 0 hides nothing."""
     koleo_weight: float = 0.1
-    """Weight of the loss that keeps slices apart (DINOv2); 0 switches it off."""
+    """Weight of the loss that keeps slices apart (DINOv2). 0 switches it off."""
     mask_kind: MaskKind = MaskKind.BLOCK
     """Spread of the hidden tokens, random or block."""
     min_mask_ratio: float = 0.1

@@ -57,7 +57,7 @@ class FeatureConfig:
     target: FeatureTarget = FeatureTarget.EMBEDDINGS
     """Predicted features, embeddings or features, see ``FeatureTarget``."""
     mask_ratio: float = 0.5
-    """Fraction hidden; less than MAE's, because features contain more than pixels."""
+    """Fraction of tokens hidden, less than MAE's because features contain more than pixels."""
     mask_kind: MaskKind = MaskKind.RANDOM
     """Spread of the hidden tokens, random, block, or per_window (windowed ViTs only)."""
     mask_unit_px: int | None = None

@@ -36,7 +36,7 @@ class LeJEPAConfig:
     crops: CropConfig = field(default_factory=CropConfig)
     """Views of a slice."""
     sigreg_weight: float = 0.05
-    """Weight of the Gaussian term, the paper's lambda; agreement has the rest."""
+    """Weight of the Gaussian term, the paper's lambda. Agreement has one minus this weight."""
     num_directions: int = 1024
     """Random directions per step, the paper's slices."""
     head_hidden_dim: int = 2048

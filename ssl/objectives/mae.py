@@ -56,7 +56,7 @@ class MAEConfig:
     mask_ratio: float = 0.75
     """Fraction of tokens hidden (MAE)."""
     mask_kind: MaskKind = MaskKind.RANDOM
-    """Spread of the hidden tokens: random, block, or per_window, which hides the same number in every attention window
+    """Spread of the hidden tokens, random, block, or per_window, which hides the same number in every attention window
     and is fastest."""
     layout: Layout = Layout.SAM
     """Attention layout, sam or plain_vit, see ``Layout``."""

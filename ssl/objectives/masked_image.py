@@ -31,7 +31,7 @@ from samgraft.ssl.views.masking import MaskKind, mask_unit, token_masks, upsampl
 from torch import nn
 
 MASK_SHARE = 1 / 16
-"""Side of a hidden square over the input's side for ``mask_unit_px: null``, about MAE's 16 of 224 px."""
+"""Side of a hidden square over the input's side where ``mask_unit_px`` is null, about MAE's 16 of 224 px."""
 
 
 class PixelTarget(Enum):

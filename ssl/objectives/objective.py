@@ -33,7 +33,7 @@ class Objective(nn.Module, ABC):
     """
 
     settings_type: ClassVar[type[Any]]
-    """Frozen dataclass of the section ``objective.NAME`` of a configuration; every setting has a default."""
+    """Frozen dataclass of the section ``objective.NAME`` of a configuration. Every setting has a default."""
     encoder: Any
     """The image encoder that is trained, an ``ImageEncoder``."""
 
@@ -84,7 +84,7 @@ class Objective(nn.Module, ABC):
         """Return pictures that show what the encoder has learned."""
 
     def references(self, images_B1SS: torch.Tensor, *, sample_counters: Sequence[int]) -> Mapping[str, float]:
-        """Return the grey error of predictions that need no network, by name; empty where there is none."""
+        """Return the grey error of predictions that need no network, by name, if there are any."""
         return {}
 
     def before_step(self, step: int) -> None:

@@ -52,7 +52,8 @@ class StepCenter(nn.Module):
 
     @torch.no_grad()
     def step(self) -> None:
-        """Move the center; a collective call, made equally often on every process."""
+        """Move the center by the mean of the collected outputs of all processes."""
+        # A collective call, which every process must make equally often.
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(self.sum_D)
             torch.distributed.all_reduce(self.count)
@@ -123,7 +124,7 @@ class Heads(nn.Module):
 
 
 def build_head(in_dim: int, *, hidden_dim: int, bottleneck_dim: int, output_dim: int) -> DINOProjectionHead:
-    """Build lightly's DINO head; ``cancel_last_layer_gradients(0)`` freezes its last layer."""
+    """Build lightly's DINO head, whose last layer ``cancel_last_layer_gradients(0)`` freezes."""
     with warnings.catch_warnings():
         # lightly uses torch's old weight_norm, so that the state keeps its old tensor names.
         warnings.simplefilter("ignore", FutureWarning)

@@ -1,1 +1,1 @@
-"""Views of a slice for self-supervision: hidden tokens, crops and features per view."""
+"""Views of a slice for self-supervision, which are hidden tokens, crops and features per view."""

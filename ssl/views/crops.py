@@ -1,9 +1,10 @@
-"""Multi-crop: large and small views of one slice for joint-embedding objectives, cut on the training device.
+"""Multi-crop, the large and small views of one slice for joint-embedding objectives.
 
-Every view is a pure function of the slice, the run's seed and the sample's counter, so a resumed run sees the same
-views. All views come from the same slice; small ones are shown at the encoder's own scale.
+Every view is a pure function of the slice, the run's seed and the sample's counter, so that a resumed run has the same
+views. They are cut on the training device.
 
-Shape letters: B = slices, C = channels, S = side of the encoder's input, s = side of a small view.
+Shape letters: B = slices, C = channels, S = side of the encoder's input, s = side of a small view, H, W = rows and
+columns of a crop before it is resized.
 """
 
 from __future__ import annotations
@@ -19,44 +20,46 @@ from samgraft.shared.errors import UsageError
 from samgraft.shared.scans.orientation import Plane, has_mirror_image
 
 CROP_STREAM = 0x63726F70
-"""Keeps the random numbers of crops apart from those of masks and of augmentation: same seed, same counter."""
+"""Random stream of crops, separate from those of masks and augmentation, which use the same seed and counter."""
 NUM_GLOBAL = 2
+"""Number of large views per slice, which have the size of the encoder's input."""
 LOCAL_SHARE = 0.44
-"""Side of a small view over the side of a large one: DINOv2's 98 of 224 px."""
+"""Side of a small view over the side of a large one, from DINOv2's 98 of 224 px."""
 CONTENT_LEVEL = 0.02
-"""Grey value above which a pixel is content and not air or padding."""
+"""Grey value in [0, 1] above which a pixel is content and not air or padding."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CropConfig:
-    """What the views of one slice look like. Two are large; they have the size of the encoder's input."""
+    """Settings of the views of one slice."""
 
     num_local_crops: int = 4
-    """Small views per slice (DINO uses 8; each costs about a fifth of a large one)."""
+    """Number of small views per slice (DINO uses 8). Each costs about a fifth of a large one."""
     local_size_px: int | None = None
-    """Side of a small view in pixels, a multiple of the encoder's stride; null takes about 0.44 of the input, in whole
+    """Side of a small view in pixels, a multiple of the encoder's stride. null takes about 0.44 of the input, in whole
     attention windows where one fits."""
     min_global_area: float = 0.4
-    """Smallest part of the slice's content in a large view; the largest is all of it (DINOv2: 0.32)."""
+    """Smallest share of the slice's content in a large view (DINOv2 uses 0.32). The largest share is 1."""
     min_local_area: float = 0.08
-    """Smallest part in a small view (DINOv2: 0.05; slices have less in them than photographs)."""
+    """Smallest share of the content in a small view (DINOv2 uses 0.05, but photographs contain more)."""
     max_local_area: float = 0.4
-    """Largest part in a small view."""
+    """Largest share of the content in a small view."""
     max_aspect: float = 1.33
-    """Height over width of a view is drawn from [1 / max_aspect, max_aspect]."""
+    """Bound of height over width of a view, drawn from [1 / max_aspect, max_aspect]."""
     flip_probability: float | None = None
-    """Of mirroring a view left to right; sagittal slices never are. null takes
-    ``data.augment.flip_columns_probability``, which the modality decides: CT and X-ray show organs that have a side."""
+    """Probability of flipping a view left to right. Sagittal slices are never flipped. null takes
+    ``data.augment.flip_columns_probability``, which depends on the modality, because CT and X-ray show organs that have
+    a side."""
     max_gamma: float = 1.4
-    """Grey values are raised to a power drawn from [1 / max_gamma, max_gamma]; 1 switches it off."""
+    """Bound of the gamma correction, an exponent drawn from [1 / max_gamma, max_gamma]. 1 switches it off."""
     max_contrast: float = 1.3
-    """Contrast around the view's mean is multiplied by a factor drawn from [1 / max_contrast, max_contrast]."""
+    """Bound of the contrast factor around the view's mean, drawn from [1 / max_contrast, max_contrast]."""
     max_shift: float = 0.1
-    """Brightness is shifted by up to this much."""
+    """Largest shift of the brightness, grey values from 0 to 1."""
     blur_probability: float = 0.3
-    """Gaussian blur."""
+    """Probability of a Gaussian blur."""
     max_blur_sigma_px: float = 1.5
-    """Largest standard deviation of the blur, in pixels of the view; the smallest is 0.3."""
+    """Largest standard deviation of the blur, in pixels of the view. The smallest is 0.3."""
 
     def __post_init__(self) -> None:
         if self.num_local_crops < 0:
@@ -74,36 +77,41 @@ class CropConfig:
             if value is not None and not 0 <= value <= 1:
                 raise ValueError(f"{name} must lie in [0, 1], got {value}.")
         if self.max_blur_sigma_px < 0.3 or self.max_shift < 0:
-            raise ValueError("max_blur_sigma_px must be at least 0.3 and max_shift at least 0.")
+            raise ValueError(
+                "max_blur_sigma_px must be at least 0.3 and max_shift at least 0, got "
+                f"{self.max_blur_sigma_px} and {self.max_shift}."
+            )
 
-    def mirror_probability(self, plane: Plane | None) -> float:
-        """Return how often a view of a slice of this plane is mirrored; never where the plane is not known.
+    def plane_flip_probability(self, plane: Plane | None) -> float:
+        """Return the probability of flipping a view of a slice of this plane, 0 for an unknown plane.
 
         Raises:
-            ValueError: If the setting was left open: a run's configuration fills it in.
+            ValueError: If the setting was left open, which a run's configuration fills in.
         """
         if plane is None or not has_mirror_image(plane):
             return 0.0
         if self.flip_probability is None:
-            raise ValueError("crops.flip_probability must be a number, got None. Set it, or use a PretrainConfig's.")
+            raise ValueError(
+                "crops.flip_probability must be a number, got None. Set it, or use that of a PretrainConfig."
+            )
         return self.flip_probability
 
 
 @dataclass(frozen=True, kw_only=True)
 class Crops:
-    """Views of a batch, grouped by kind: all first views, then all second ones, and so on."""
+    """Views of a batch, all first views before all second ones."""
 
     global_BCSS: torch.Tensor
-    """Shape (2 B, C, S, S): the first large view of every slice, then the second."""
+    """Large views of shape (2 B, C, S, S)."""
     local_BCss: torch.Tensor | None
-    """Shape (num_local_crops B, C, s, s)."""
+    """Small views of shape (num_local_crops B, C, s, s), or None without any."""
 
 
 def local_size(spec: EncoderSpec, image_size: int, config: CropConfig) -> int:
     """Return the side of a small view in pixels.
 
     Raises:
-        UsageError: If the configured side does not fit the encoder's grid or its input.
+        UsageError: If the configured side does not match the encoder's grid or its input.
     """
     wanted = config.local_size_px
     if wanted is None:
@@ -133,33 +141,33 @@ def multi_crop(
     """Cut two large and some small views of every slice.
 
     Args:
-        images_BCSS: Slices in [0, 1] at the encoder's size.
+        images_BCSS: Slices in [0, 1] at the size of the encoder's input.
         sample_counters: Position of each sample in the run.
-        seed: The run's seed.
-        config: What views look like.
-        local_size_px: From :func:`local_size`.
-        planes: Of the slices: they decide which mirror images exist; None mirrors nothing.
+        seed: Seed of the run.
+        config: Settings of the views.
+        local_size_px: Side of a small view, from :func:`local_size`.
+        planes: Plane of each slice. It decides which flips are anatomically valid; None flips nothing.
     """
     sizes = [images_BCSS.shape[-1]] * NUM_GLOBAL + [local_size_px] * config.num_local_crops
     views: list[list[torch.Tensor]] = [[] for _ in sizes]
     known: Sequence[Plane | None] = planes or [None] * len(images_BCSS)
-    mirrors = [config.mirror_probability(plane) for plane in known]
+    flips = [config.plane_flip_probability(plane) for plane in known]
     boxes = content_boxes(images_BCSS)
-    for image_CSS, counter, box, mirror in zip(images_BCSS, sample_counters, boxes, mirrors, strict=True):
+    for image_CSS, counter, box, flip in zip(images_BCSS, sample_counters, boxes, flips, strict=True):
         generator = np.random.default_rng([seed, CROP_STREAM, int(counter)])
         for index, size in enumerate(sizes):
             areas = (
                 (config.min_global_area, 1.0) if index < NUM_GLOBAL else (config.min_local_area, config.max_local_area)
             )
             crop_CHW = _cut(image_CSS, box, areas, generator, max_aspect=config.max_aspect)
-            views[index].append(_look(crop_CHW, size, config, generator, mirror=mirror))
+            views[index].append(_augment(crop_CHW, size, config, generator, flip_probability=flip))
     together = [torch.stack(view) for view in views]
     small = together[NUM_GLOBAL:]
     return Crops(global_BCSS=torch.cat(together[:NUM_GLOBAL]), local_BCss=torch.cat(small) if small else None)
 
 
 def content_boxes(images_BCSS: torch.Tensor) -> list[tuple[int, int, int, int]]:
-    """Return (top, left, rows, columns) of what is not air or padding; the whole slice where all of it is."""
+    """Return (top, left, rows, columns) of the content of each slice, or of the whole slice if it has none."""
     side = images_BCSS.shape[-1]
     content_BSS = (images_BCSS > CONTENT_LEVEL).any(1)
     place_S = torch.arange(side, device=images_BCSS.device)
@@ -168,7 +176,8 @@ def content_boxes(images_BCSS: torch.Tensor) -> list[tuple[int, int, int, int]]:
         has_BS = content_BSS.any(axis)
         edges += [torch.where(has_BS, place_S, side).amin(1), torch.where(has_BS, place_S, -1).amax(1)]
     boxes = []
-    for top, bottom, left, right in torch.stack(edges, 1).tolist():  # one wait for the device per batch
+    # All edges at once, because every transfer from the device makes it wait.
+    for top, bottom, left, right in torch.stack(edges, 1).tolist():
         if bottom < top:
             top, bottom, left, right = 0, side - 1, 0, side - 1
         boxes.append((top, left, bottom - top + 1, right - left + 1))
@@ -183,7 +192,9 @@ def _cut(
     *,
     max_aspect: float,
 ) -> torch.Tensor:
-    """Cut a random rectangle out of the content; as in torchvision's RandomResizedCrop, clipped instead of retried."""
+    """Cut a random rectangle out of the content."""
+    # As in torchvision's RandomResizedCrop, but clipped instead of retried, so that every view draws the same number
+    # of random numbers and later views do not depend on the size of the content.
     top, left, height, width = box
     area = float(generator.uniform(*areas)) * height * width
     aspect = float(np.exp(generator.uniform(-np.log(max_aspect), np.log(max_aspect))))
@@ -194,10 +205,11 @@ def _cut(
     return image_CSS[:, top : top + rows, left : left + columns]
 
 
-def _look(
-    crop_CHW: torch.Tensor, size: int, config: CropConfig, generator: np.random.Generator, *, mirror: float
+def _augment(
+    crop_CHW: torch.Tensor, size: int, config: CropConfig, generator: np.random.Generator, *, flip_probability: float
 ) -> torch.Tensor:
-    """Resize, mirror and change grey values. Always draws the same number of random numbers."""
+    """Resize a crop, flip it and change its grey values."""
+    # All numbers are drawn first and always, so that switching one change off does not change the others.
     flip, blur = generator.random(2)
     gamma, contrast = (
         float(np.exp(generator.uniform(-np.log(most), np.log(most))))
@@ -206,7 +218,7 @@ def _look(
     shift = float(generator.uniform(-config.max_shift, config.max_shift))
     sigma = float(generator.uniform(0.3, config.max_blur_sigma_px))
     view_CSS = F.interpolate(crop_CHW[None], size=(size, size), mode="bilinear", antialias=True)[0]
-    if flip < mirror:
+    if flip < flip_probability:
         view_CSS = view_CSS.flip(-1)
     view_CSS = view_CSS.clamp(0, 1) ** gamma
     mean = view_CSS.mean()
@@ -217,8 +229,8 @@ def _look(
 
 
 def _blur(view_CSS: torch.Tensor, sigma_px: float) -> torch.Tensor:
-    """Convolve with a Gaussian, separably; edges are repeated."""
-    # lightly's and torchvision's own go through 8-bit pictures or cost more than the rest of the view.
+    """Convolve with a Gaussian, with repeated edges."""
+    # lightly's blur needs 8-bit pictures, and torchvision's costs more than the rest of the view.
     reach = max(1, round(3 * sigma_px))
     weights = torch.exp(-0.5 * (torch.arange(-reach, reach + 1, device=view_CSS.device) / sigma_px) ** 2)
     weights = (weights / weights.sum()).to(view_CSS.dtype)

@@ -1,8 +1,8 @@
-"""Token masks: which tokens of a slice are hidden from the encoder.
+"""Token masks, which mark the tokens of a slice that are hidden from the encoder.
 
-``token_mask_Bhw`` is boolean, **True = hidden**; stated here once. Masks are pure functions of the run's seed and the
+``token_mask_Bhw`` is boolean and **True means hidden** everywhere. Masks are pure functions of the run's seed and the
 sample's counter, never of global random state, so that a resumed run hides the same tokens. Every sample hides the
-same number of tokens, which keeps batches of kept tokens rectangular.
+same number of tokens, which keeps batches of visible tokens rectangular.
 
 Shape letters: B = samples, h, w = rows and columns of the token grid (or of a coarser grid of mask units).
 """
@@ -19,23 +19,24 @@ from samgraft.shared.encoders.base import ImageEncoder
 from samgraft.shared.errors import UsageError
 
 MASK_STREAM = 0x6D61736B
-"""Keeps the random numbers of masks apart from those of augmentation, which use the same seed and counter."""
+"""Random stream of masks, separate from that of augmentation, which uses the same seed and counter."""
 VIEW_MASK_STREAM = 0x766D736B
-"""The same for masks of views."""
+"""Random stream of masks of views."""
 MAX_BLOCK_TRIES = 200
+"""Largest number of rectangles in a block mask."""
 
 GridMask = npt.NDArray[np.bool_]
 
 
 class MaskKind(Enum):
-    """How hidden tokens are spread over the grid."""
+    """Spread of the hidden tokens over the grid."""
 
     RANDOM = "random"
-    """Independently of each other."""
+    """Tokens hidden independently of each other."""
     BLOCK = "block"
-    """In rectangles, as in BEiT: harder, asks for more than filling small gaps."""
+    """Hidden rectangles as in BEiT, which are harder than small gaps."""
     PER_WINDOW = "per_window"
-    """The same number in every attention window: no window is empty, no window is full."""
+    """The same number of hidden tokens in every attention window, so that none is empty and none is full."""
 
 
 def token_masks(
@@ -50,8 +51,8 @@ def token_masks(
     """Draw one mask per sample.
 
     Args:
-        sample_counters: Position of each sample in the run; the mask depends on it and the seed only.
-        seed: The run's seed.
+        sample_counters: Position of each sample in the run. The mask depends on it and on the seed only.
+        seed: Seed of the run.
         grid_hw: Rows and columns of the grid.
         mask_ratio: Fraction hidden, in (0, 1).
         kind: Spread of the hidden tokens.
@@ -80,7 +81,7 @@ def token_masks(
             mask_hw = _block_mask(grid_hw, num_hidden, generator)
         else:
             if attn_window_size is None:
-                raise ValueError("masks per window must know attn_window_size, got None.")
+                raise ValueError("attn_window_size must be given for mask_kind per_window, got None.")
             mask_hw = _per_window_mask(grid_hw, mask_ratio, attn_window_size, generator)
         if not mask_hw.any():
             raise UsageError(
@@ -92,12 +93,12 @@ def token_masks(
 
 
 def mask_unit(encoder: ImageEncoder, wanted_px: int | None, *, share: float = 0.1) -> int:
-    """Return the side of a hidden square in pixels.
+    """Return the side of a hidden square in pixels, chosen or checked.
 
     Args:
-        encoder: Its stride and input decide what fits.
+        encoder: The encoder, whose stride and input limit the side.
         wanted_px: The side; None takes one token of the windowed ViTs, for vit_t what is nearest to ``share``.
-        share: Of the input's side.
+        share: Wanted side as a share of the input's side.
 
     Raises:
         UsageError: If the wanted side is no multiple of the encoder's stride, does not divide its input, or is all of
@@ -131,20 +132,21 @@ def scattered_masks(
     ratios: tuple[float, float],
     kind: MaskKind,
 ) -> torch.Tensor:
-    """Draw masks for several views per sample, of which exactly one has hidden tokens (as half of iBOT's do).
+    """Draw masks for several views per sample, of which exactly one has hidden tokens.
 
-    Exactly one, not one on average: a batch in which nothing is hidden has no loss on hidden tokens.
+    In iBOT half of the views have some on average. Here it is exactly one view, because a batch without hidden tokens
+    has no loss on them.
 
     Args:
         sample_counters: Position of each sample in the run.
-        seed: The run's seed.
+        seed: Seed of the run.
         side: Rows and columns of the grid.
         num_views: Views per sample.
         ratios: Bounds between which the hidden fraction of a view is drawn.
         kind: Spread of the hidden tokens.
 
     Returns:
-        Shape (num_views * B, side, side), True = hidden: all first views, then all second ones, ...
+        Shape (num_views * B, side, side), True = hidden, all first views before all second ones.
     """
     num_samples = len(sample_counters)
     masks_VBhw = np.zeros((num_views, num_samples, side, side), dtype=np.bool_)
@@ -158,19 +160,19 @@ def scattered_masks(
 
 
 def hidden_count(num_tokens: int, mask_ratio: float) -> int:
-    """Return how many of ``num_tokens`` a ratio hides."""
+    """Return the number of hidden tokens among ``num_tokens``."""
     return round(num_tokens * mask_ratio)
 
 
 def upsample_mask(token_mask_Bhw: torch.Tensor, *, image_size: int) -> torch.Tensor:
-    """Return the mask of pixels, shape (B, 1, S, S), that a token mask covers.
+    """Return the pixel mask (B, 1, S, S) of a token mask.
 
     Raises:
         ValueError: If the grid does not divide ``image_size``.
     """
     height, width = token_mask_Bhw.shape[-2:]
     if image_size % height or image_size % width:
-        raise ValueError(f"the mask's grid must divide image_size {image_size}, got {height} x {width}.")
+        raise ValueError(f"the grid of the mask must divide image_size {image_size}, got {height} x {width}.")
     rows_BSw = token_mask_Bhw.repeat_interleave(image_size // height, dim=-2)
     return rows_BSw.repeat_interleave(image_size // width, dim=-1)[:, None]
 
@@ -182,7 +184,7 @@ def _random_mask(grid_hw: tuple[int, int], num_hidden: int, generator: np.random
 
 
 def _block_mask(grid_hw: tuple[int, int], num_hidden: int, generator: np.random.Generator) -> GridMask:
-    """Add rectangles until at least ``num_hidden`` tokens are hidden, then show random ones again to hit the number."""
+    """Add rectangles until at least ``num_hidden`` tokens are hidden, then correct the number at random."""
     height, width = grid_hw
     mask_hw = np.zeros(grid_hw, dtype=np.bool_)
     for _ in range(MAX_BLOCK_TRIES):
@@ -208,7 +210,7 @@ def _block_mask(grid_hw: tuple[int, int], num_hidden: int, generator: np.random.
 def _per_window_mask(
     grid_hw: tuple[int, int], mask_ratio: float, attn_window_size: int, generator: np.random.Generator
 ) -> GridMask:
-    """Hide the same share of every window; edge windows are smaller and hide fewer."""
+    """Hide the same share of every window."""
     height, width = grid_hw
     mask_hw = np.zeros(grid_hw, dtype=np.bool_)
     for top in range(0, height, attn_window_size):

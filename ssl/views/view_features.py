@@ -66,7 +66,7 @@ def small_view_features(
 def draw_places(
     encoder: ImageEncoder, sample_counters: Sequence[int], *, side_px: int, num_views: int, seed: int
 ) -> torch.Tensor | None:
-    """Draw the place of each small view in the grid; None for vit_t, which has no absolute positions.
+    """Draw the place of each small view in the grid, or return None for vit_t, which has no positions.
 
     Returns:
         Shape (num_views * B, 2), in the order of ``Crops.local_BCss``.

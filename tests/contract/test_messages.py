@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from samgraft.finetune.config import FinetuneConfig
 from samgraft.finetune.study.config import StudyConfig
+from samgraft.shared.config import RENAMED_KEYS
 from samgraft.ssl.config import PretrainConfig
 
 ROOT = Path(__file__).parents[2]
@@ -77,6 +78,7 @@ def test_options__every_one_that_is_named_can_be_typed(commands):
 
 def test_keys__every_one_that_is_named_can_be_set():
     known = {key for config in (PretrainConfig, FinetuneConfig, StudyConfig) for key in keys_of(config)}
+    known |= set(RENAMED_KEYS)  # Earlier names, which are refused with the new one.
     sections = "|".join(sorted({key.split(".")[0] for key in known if "." in key}))
     pattern = re.compile(rf"(?<![\w./-])(?:{sections})(?:\.[a-z][a-z_0-9]*)+")
     files = (".safetensors", ".pt", ".npz", ".json", ".onnx")

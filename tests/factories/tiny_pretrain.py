@@ -1,4 +1,4 @@
-"""Stage 1 with every objective in milliseconds per step: settings, a lab with data and weights, what a run leaves."""
+"""Small data, weights and settings for stage 1 with every objective."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ SETTINGS: dict[str, tuple[str, ...]] = {
     "lejepa": (*VIEWS, "output_dim=4", "num_directions=8"),
     "feature": ("decoder_dim=16", "num_decoder_heads=2", "num_decoder_blocks=1"),
 }
-"""Of every objective: small enough for a test. A new objective needs an entry, and is then covered everywhere."""
+"""Small settings of every objective. A new objective needs an entry, and is then covered by all tests."""
 PLAIN_ONLY = {"mae"}
-"""Objectives that need an encoder which can leave tokens out."""
+"""Objectives that need an encoder that can leave tokens out."""
 
 
 def make_lab(root: Path) -> Path:
@@ -46,7 +46,7 @@ def make_lab(root: Path) -> Path:
 
 
 def config_of(lab: Path, objective: str, *overrides: str) -> PretrainConfig:
-    """Return a run of a few steps."""
+    """Return the configuration of a run of a few steps."""
     plain = objective in PLAIN_ONLY
     layer = {
         "modality": "mri",
@@ -66,7 +66,7 @@ def config_of(lab: Path, objective: str, *overrides: str) -> PretrainConfig:
 
 
 def run(lab: Path, name: str, objective: str, *overrides: str) -> Path:
-    """Train, or go on; return the run's folder."""
+    """Train or resume, and return the run's folder."""
     config = config_of(lab, objective, *overrides)
     device = choose_device("cpu", precision=config.trainer.precision, devices=config.trainer.devices)
     with patch.object(preflight, "MAX_MEASURED_STEPS", 1):  # the estimate is not what is tested
@@ -86,7 +86,7 @@ def left_behind(run_path: Path) -> dict[str, Any]:
 
 
 def act_after(step: int, act: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Do something when the optimizer has made ``step`` steps, before the engine's own work at that boundary."""
+    """Call ``act`` after ``step`` optimizer steps, before the trainer's own work at that step."""
     original = StepBoundary.on_train_batch_end
 
     def acting(self: StepBoundary, trainer: Any, *arguments: Any) -> None:

@@ -1,4 +1,4 @@
-"""Run by tests/faults/test_objective_resume.py as each of two processes: stage 1, whole, and stopped and killed."""
+"""Stage 1 in each of two processes, uninterrupted, and stopped, killed and resumed."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ import pytest
 import torch
 from process_pair import leave_group
 from samgraft.shared.errors import StoppedAndSaved
-from samgraft.ssl import start
+from samgraft.ssl import initial_weights
 from tiny_encoders import TINY_VIT
 from tiny_pretrain import act_after, left_behind, run
 from tiny_training import Killed, die
 
 
 def main(lab: Path, objective: str, strategy: str, base: str = "") -> None:
-    """Train whole, then stopped, killed and resumed; both ranks see the same files.
+    """Train uninterrupted, then stopped, killed and resumed. Both ranks have the same files.
 
-    Only the second process hears the signal, right before a look in which both take part. ``base`` random: small, and
-    from nothing.
+    Only the second process receives the signal, right before a monitoring round in which both take part. With ``base``
+    random, a small encoder has random initial weights.
     """
     settings = ["trainer.accumulate=2", f"trainer.strategy={strategy}", "watch.log_images=true"]
     if base:
-        start.arch_spec = lambda _: TINY_VIT
+        initial_weights.arch_spec = lambda _: TINY_VIT
         settings.append(f"model.base={base}")
     whole = run(lab, f"pair-{objective}{base}-whole-{strategy}", objective, *settings)
     with pytest.MonkeyPatch.context() as patch:

@@ -1,4 +1,4 @@
-"""Multi-crop: views are pure functions of slice, seed and counter, lie in the content, and every option matters."""
+"""Multi-crop views, which depend on slice, seed and counter only and lie in the content."""
 
 import dataclasses
 
@@ -45,7 +45,7 @@ def crop(images, config, counters=(7, 8), seed=3, size=16, planes=None):
     return multi_crop(images, sample_counters=counters, seed=seed, config=config, local_size_px=size, planes=planes)
 
 
-def test_multi_crop__depends_on_seed_and_counter_only():
+def test_multi_crop__same_seed_and_counter_give_the_same_views():
     images, config = slices(count=3), CropConfig(num_local_crops=2)
     whole = crop(images, config, counters=(7, 8, 9))
     alone = crop(images[1:2], config, counters=(8,))
@@ -66,7 +66,7 @@ def test_multi_crop__shapes_and_range():
     assert crop(slices(), CropConfig(num_local_crops=0)).local_BCss is None
 
 
-def test_multi_crop__still_views_are_the_slice():
+def test_multi_crop__without_changes_views_are_the_slice():
     images = slices()
     torch.testing.assert_close(crop(images, STILL).global_BCSS, torch.cat([images, images]))
 
@@ -83,13 +83,13 @@ def test_multi_crop__still_views_are_the_slice():
         {"blur_probability": 1.0, "max_blur_sigma_px": 3.0},
     ],
 )
-def test_multi_crop__every_option_changes_the_large_views(change):
+def test_multi_crop__each_option_changes_the_large_views(change):
     images = slices()
     changed = crop(images, dataclasses.replace(STILL, **change), planes=[Plane.AXIAL] * 2).global_BCSS
     assert not torch.allclose(changed, torch.cat([images, images]), atol=1e-3)
 
 
-def test_multi_crop__flip_is_a_flip_and_small_views_are_small_parts():
+def test_multi_crop__flips_columns_and_small_views_are_parts():
     images = slices()
     flipped = crop(images, dataclasses.replace(STILL, flip_probability=1.0), planes=[Plane.AXIAL, Plane.CORONAL])
     torch.testing.assert_close(flipped.global_BCSS[:2].flip(-1), images)
@@ -99,8 +99,8 @@ def test_multi_crop__flip_is_a_flip_and_small_views_are_small_parts():
     assert spread.item() == pytest.approx(0.5, abs=0.05)
 
 
-def test_multi_crop__sagittal_slices_are_never_mirrored():
-    """Their columns run from front to back. A slice of unknown plane is not mirrored either."""
+def test_multi_crop__sagittal_slices_are_not_flipped():
+    """Their columns run from front to back. A slice of unknown plane is not flipped either."""
     images, config = slices(count=3), CropConfig(num_local_crops=1, flip_probability=1.0)
     planes = [Plane.AXIAL, Plane.SAGITTAL, Plane.CORONAL]
     some, never = (crop(images, config, counters=(7, 8, 9), planes=p) for p in (planes, None))
@@ -113,7 +113,7 @@ def test_multi_crop__sagittal_slices_are_never_mirrored():
         torch.testing.assert_close(view_some[:, [0, 2]].flip(-1), view_never[:, [0, 2]])
 
 
-def test_multi_crop__mirroring_left_open_is_refused():
+def test_multi_crop__missing_flip_probability_is_refused():
     with pytest.raises(ValueError, match="flip_probability must be a number, got None"):
         crop(slices(), CropConfig(), planes=[Plane.AXIAL] * 2)
 
@@ -129,13 +129,13 @@ def odds_of(modality, method, *overrides):
     ("modality", "method", "expected"),
     [("mri", "dino", 0.5), ("ultrasound", "lejepa", 0.5), ("ct", "dino", 0.0), ("xray", "lejepa", 0.0)],
 )
-def test_config__the_modality_decides_how_often_views_are_mirrored(modality, method, expected):
+def test_config__modality_sets_the_flip_probability(modality, method, expected):
     config, odds = odds_of(modality, method)
     assert odds == expected
     assert config_to_dict(config)["objective"][method]["crops"]["flip_probability"] == expected  # as runs keep it
 
 
-def test_config__users_have_the_last_word_on_mirrored_views():
+def test_config__user_overrides_the_flip_probability():
     augment, own = "data.augment.flip_columns_probability=0.25", "objective.dino.crops.flip_probability="
     assert [odds_of("ct", "dino", *more)[1] for more in ((augment,), (augment, f"{own}0.75"))] == [0.25, 0.75]
     config, odds = odds_of("mri", "dino", f"{own}0.0")
@@ -144,7 +144,7 @@ def test_config__users_have_the_last_word_on_mirrored_views():
 
 
 class Recorder(torch.nn.Module):
-    """An objective that only remembers the planes of the slices that it was shown."""
+    """Objective that records the planes of its slices."""
 
     def __init__(self):
         super().__init__()
@@ -156,7 +156,7 @@ class Recorder(torch.nn.Module):
         return ObjectiveLoss(total=images.mean())
 
 
-def test_planes__of_every_slice_reach_the_objective_in_training_held_out_and_audit(tmp_path):
+def test_planes__are_passed_in_training_monitoring_and_audit(tmp_path):
     cases = make_cases(tmp_path, num_patients=2, shape_zyx=(3, 24, 20), labelled=False)
     side_on = np.array([[0.0, 0, 5, 0], [-1, 0, 0, 0], [0, -1, 0, 0], [0, 0, 0, 1]])
     write_nifti(cases[1].scan.paths[0], make_scan(shape_zyx=(3, 24, 20), seed=1)[0], affine=side_on)
@@ -194,7 +194,7 @@ def test_planes__of_every_slice_reach_the_objective_in_training_held_out_and_aud
         pytest.param(lambda crops: LeJEPA(plain_encoder(), small_lejepa(crops), seed=0), id="lejepa"),
     ],
 )
-def test_objectives__mirror_views_by_plane(build):
+def test_objectives__flip_views_by_plane(build):
     objective, images = build(dataclasses.replace(STILL, flip_probability=1.0)).eval(), slices(size=96)
 
     def loss(plane):
@@ -214,7 +214,7 @@ def small_lejepa(crops):
     return LeJEPAConfig(crops=crops, head_hidden_dim=8, output_dim=4, num_directions=8)
 
 
-def test_multi_crop__stays_inside_the_content():
+def test_multi_crop__views_are_inside_the_content():
     images = torch.zeros(1, 1, 32, 32)
     images[..., 4:12, 6:26] = 1.0
     assert content_boxes(images) == [(4, 6, 8, 20)]
@@ -235,11 +235,11 @@ def test_multi_crop__stays_inside_the_content():
         pytest.param(PLAIN_VIT, 96, 48, id="plain"),
     ],
 )
-def test_local_size__fits_windows(spec, image_size, expected):
+def test_local_size__is_a_multiple_of_windows(spec, image_size, expected):
     assert local_size(spec, image_size, CropConfig()) == expected
 
 
-def test_local_size__takes_what_is_asked_for_or_refuses():
+def test_local_size__configured_side_is_used_or_refused():
     assert local_size(arch_spec("vit_b"), 1024, CropConfig(local_size_px=224)) == 224
     with pytest.raises(UsageError, match=r"local_size_px must be a multiple of the encoder's stride 16.*got 100"):
         local_size(arch_spec("vit_b"), 1024, CropConfig(local_size_px=100))
@@ -258,6 +258,6 @@ def test_local_size__takes_what_is_asked_for_or_refuses():
         ({"max_blur_sigma_px": 0.1}, "max_blur_sigma_px must be at least 0.3"),
     ],
 )
-def test_config__refuses(settings, message):
+def test_config__bad_setting_is_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         CropConfig(**settings)

@@ -1,4 +1,4 @@
-"""Token masks: how many, where, and that they are functions of seed and counter alone."""
+"""Token masks, their number and spread, which depend on seed and counter only."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ def test_token_masks__every_sample_hides_the_same_number(kind, mask_ratio):
     assert mask_Bhw.sum((1, 2)).tolist() == [hidden_count(80, mask_ratio)] * 20
 
 
-def test_token_masks__depend_on_seed_and_counter_only():
+def test_token_masks__same_seed_and_counter_give_the_same_mask():
     settings = {"seed": 3, "grid_hw": (8, 8), "mask_ratio": 0.5}
     together = token_masks([4, 5, 6], **settings)
     torch.manual_seed(99)
@@ -24,12 +24,12 @@ def test_token_masks__depend_on_seed_and_counter_only():
     assert not torch.equal(together[0], token_masks([4], **{**settings, "seed": 4})[0])
 
 
-def test_token_masks__random_hides_every_place_equally_often():
+def test_token_masks__random_hides_every_position_equally_often():
     share_hw = token_masks(range(2000), seed=0, grid_hw=(4, 4), mask_ratio=0.25).float().mean(0)
     torch.testing.assert_close(share_hw, torch.full((4, 4), 0.25), atol=0.05, rtol=0)
 
 
-def test_token_masks__blocks_hang_together_more_than_random_tokens():
+def test_token_masks__blocks_are_more_connected_than_random_tokens():
     def neighbour_agreement(kind):
         mask = token_masks(range(50), seed=0, grid_hw=(12, 12), mask_ratio=0.5, kind=kind)
         return (mask[:, :, 1:] == mask[:, :, :-1]).float().mean().item()
@@ -53,13 +53,13 @@ def test_token_masks__per_window_keeps_a_token_in_small_edge_windows():
     assert mask_Bhw[:, :4, :4].sum((1, 2)).tolist() == [14] * 5
 
 
-def test_token_masks__per_window_needs_the_window_size():
-    with pytest.raises(ValueError, match="must know attn_window_size"):
+def test_token_masks__per_window_without_window_size_is_refused():
+    with pytest.raises(ValueError, match="attn_window_size must be given"):
         token_masks([0], seed=0, grid_hw=(4, 4), mask_ratio=0.5, kind=MaskKind.PER_WINDOW)
 
 
 @pytest.mark.parametrize("mask_ratio", [0.0, 1.0, 0.01])
-def test_token_masks__refuse_a_ratio_that_hides_nothing_or_all(mask_ratio):
+def test_token_masks__ratio_that_hides_nothing_or_all_is_refused(mask_ratio):
     with pytest.raises(ValueError, match="must hide at least one token and keep one"):
         token_masks([0], seed=0, grid_hw=(4, 4), mask_ratio=mask_ratio)
 
@@ -71,6 +71,6 @@ def test_upsample_mask__covers_the_pixels_below_each_token():
     assert torch.equal(upsample_mask(mask_Bhw, image_size=4), expected)
 
 
-def test_upsample_mask__refuses_a_grid_that_does_not_divide():
+def test_upsample_mask__grid_that_does_not_divide_is_refused():
     with pytest.raises(ValueError, match="must divide image_size 5"):
         upsample_mask(torch.zeros(1, 2, 2, dtype=torch.bool), image_size=5)

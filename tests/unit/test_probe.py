@@ -1,4 +1,4 @@
-"""The frozen-feature probe and the drift gauge: known answers, the right patients, and nothing left behind."""
+"""Linear probe and box-prompt check, on known features and on real stores."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from samgraft.shared.training.preflight import SavedBytes, describe_memory, free
 from samgraft.shared.weights.card import Card
 from samgraft.shared.weights.save import save_encoder, save_sam
 from samgraft.ssl.config import ModelConfig, PretrainConfig, ProbeConfig
-from samgraft.ssl.monitor import box_prompt_check as drift
+from samgraft.ssl.monitor import box_prompt_check
 from samgraft.ssl.monitor.labelled import LabelledSlices, ProbeData, labelled_refs, load_probe, open_probe_store
 from samgraft.ssl.monitor.linear_probe import (
     DiceCount,
@@ -28,7 +28,7 @@ from samgraft.ssl.monitor.linear_probe import (
     probe_dice,
     to_label_ids,
 )
-from samgraft.ssl.preflight import leak_check
+from samgraft.ssl.preflight import check_leaks
 from store_factory import make_store
 from tiny_encoders import tiny_encoder
 
@@ -37,7 +37,7 @@ SIZE = 32
 
 
 class GreyEncoder(torch.nn.Module):
-    """Features are the grey value of each cell, and noise channels that carry nothing."""
+    """Encoder whose features are the grey value of each cell and channels of noise."""
 
     stride = 4
 
@@ -79,21 +79,21 @@ def data() -> ProbeData:
     )
 
 
-def test_probe__features_that_show_the_label_score_high_and_blind_ones_do_not() -> None:
+def test_probe_dice__is_high_only_for_features_with_the_label() -> None:
     seeing = probe_dice(GreyEncoder(), data(), ridge=0.01, batch_size=2, device=CPU)
     blind = probe_dice(GreyEncoder(blind=True), data(), ridge=0.01, batch_size=2, device=CPU)
     assert seeing > 0.9
     assert blind < 0.4
 
 
-def test_probe__batch_size_and_a_second_look_change_nothing() -> None:
+def test_probe_dice__is_the_same_in_every_round_and_batch_size() -> None:
     encoder = tiny_encoder().eval()
     first = probe_dice(encoder, data(), ridge=0.01, batch_size=1, device=CPU)
     assert probe_dice(encoder, data(), ridge=0.01, batch_size=1, device=CPU) == first
     assert probe_dice(encoder, data(), ridge=0.01, batch_size=3, device=CPU) == pytest.approx(first, abs=0.02)
 
 
-def test_probe__leaves_weights_statistics_and_generators_as_they_were() -> None:
+def test_probe_dice__changes_no_weights_and_no_random_state() -> None:
     encoder = tiny_encoder()
     before = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
     generators = torch.get_rng_state(), np.random.get_state(legacy=False)["state"]["key"].copy()
@@ -104,7 +104,7 @@ def test_probe__leaves_weights_statistics_and_generators_as_they_were() -> None:
     assert np.array_equal(np.random.get_state(legacy=False)["state"]["key"], generators[1])
 
 
-def test_fit_head__recovers_a_linear_rule_and_ignores_a_dead_channel() -> None:
+def test_fit_head__finds_a_linear_rule_and_ignores_a_constant_channel() -> None:
     features = torch.randn(400, 4, generator=torch.Generator().manual_seed(0))
     features[:, 3] = 5.0
     shares = ((features[:, :1] - 2 * features[:, 1:2]) > 0.5).float()
@@ -114,7 +114,7 @@ def test_fit_head__recovers_a_linear_rule_and_ignores_a_dead_channel() -> None:
     assert head.weight_KC[0, 3] == 0
 
 
-def test_best_threshold__equals_the_best_of_all() -> None:
+def test_best_threshold__equals_the_best_of_all_thresholds() -> None:
     generator = torch.Generator().manual_seed(0)
     scores, shares = torch.rand(50, generator=generator), (torch.rand(50, generator=generator) > 0.7).float()
 
@@ -126,7 +126,7 @@ def test_best_threshold__equals_the_best_of_all() -> None:
     assert dice(float(best_threshold(scores, shares))) == pytest.approx(best)
 
 
-def test_class_shares__padding_is_left_out() -> None:
+def test_class_shares__padding_is_outside() -> None:
     frame = fit_frame((SIZE, SIZE // 2), image_size=SIZE, keep_aspect=True)
     label_HW = torch.zeros(SIZE, SIZE // 2, dtype=torch.int64)
     label_HW[0:2, 0:4] = 3
@@ -139,15 +139,15 @@ def test_class_shares__padding_is_left_out() -> None:
     assert inside[0].sum() == 8 * 4
 
 
-def test_dice_count__per_patient_and_class() -> None:
+def test_dice_count__is_a_mean_over_classes_and_patients() -> None:
     label = torch.tensor([[1, 1, 2, 0]])
     count = DiceCount((1, 2))
     count.add("a", torch.tensor([[1, 0, 2, 0]]), label)  # 2/3 and 1
-    count.add("b", torch.tensor([[1, 0, 0, 0]]), torch.tensor([[1, 0, 0, 0]]))  # class 2: nobody sees it
+    count.add("b", torch.tensor([[1, 0, 0, 0]]), torch.tensor([[1, 0, 0, 0]]))  # class 2 is in neither
     assert count.dice() == pytest.approx(((2 / 3 + 1) / 2 + 1) / 2)
 
 
-def test_to_label_ids__background_where_no_score_is_positive() -> None:
+def test_to_label_ids__without_a_positive_score_is_background() -> None:
     frame = fit_frame((2, 2), image_size=2, keep_aspect=True)
     scores = torch.tensor([[[1.0, -1.0], [0.5, -2.0]], [[0.0, -3.0], [0.7, 0.1]]])
     assert to_label_ids(scores, frame, (4, 9)).tolist() == [[4, 0], [9, 9]]
@@ -180,7 +180,7 @@ def make_split_file(store: SliceStore, path, *, train: int = 2, val: int = 1) ->
     return split
 
 
-def test_load_probe__fits_and_scores_on_different_patients(tmp_path) -> None:
+def test_load_probe__train_and_test_have_different_patients(tmp_path) -> None:
     store = SliceStore.open(make_store(tmp_path, num_patients=4, shape_zyx=(6, 24, 20), name="labelled.zarr"))
     split = make_split_file(store, tmp_path / "s.json")
     config = config_of(tmp_path, split=str(tmp_path / "s.json"), num_train_slices=5, num_test_slices=3)
@@ -195,15 +195,15 @@ def test_load_probe__fits_and_scores_on_different_patients(tmp_path) -> None:
     assert all(bool((label > 0).any()) for label in (*probe.train.labels, *probe.test.labels))
 
 
-def test_load_probe__a_split_without_scored_patients_is_refused(tmp_path) -> None:
+def test_load_probe__split_without_scored_patients_is_refused(tmp_path) -> None:
     store = SliceStore.open(make_store(tmp_path, num_patients=2, shape_zyx=(4, 20, 20), name="labelled.zarr"))
     make_split_file(store, tmp_path / "s.json", train=2, val=0)
     config = config_of(tmp_path, split=str(tmp_path / "s.json"))
-    with pytest.raises(DataError, match="labelled slices in the val part of its split, got none"):
+    with pytest.raises(DataError, match="the val part of the probe's split must contain labelled slices, got none"):
         load_probe(open_probe_store(config.probe), config, preset=load_preset("mri"))
 
 
-def test_labelled_refs__evenly_over_patients(tmp_path) -> None:
+def test_labelled_refs__are_spread_evenly_over_patients(tmp_path) -> None:
     store = SliceStore.open(make_store(tmp_path, num_patients=3, shape_zyx=(6, 20, 20)))
     refs = labelled_refs(store, store.patient_ids, 7)
     per_patient = [sum(store.record(r.series_id).patient_id == p for r in refs) for p in store.patient_ids]
@@ -211,28 +211,28 @@ def test_labelled_refs__evenly_over_patients(tmp_path) -> None:
     assert len(set(refs)) == 7
 
 
-def test_leak_check__scored_patients_of_the_probe_must_not_be_trained_on(tmp_path) -> None:
+def test_check_leaks__scored_patients_of_the_probe_are_refused(tmp_path) -> None:
     store = SliceStore.open(make_store(tmp_path, num_patients=4, shape_zyx=(4, 20, 20), name="labelled.zarr"))
     split = make_split_file(store, tmp_path / "s.json")
     config = config_of(tmp_path, split=str(tmp_path / "s.json"))
     opened = open_probe_store(config.probe)
     with pytest.raises(DataError, match="1 val patients were in the pretraining set") as refusal:
-        leak_check(config.data, store, store.patient_ids, probe=opened)
+        check_leaks(config.data, store, store.patient_ids, probe=opened)
     assert "(probe)" in str(refusal.value.where)
-    assert leak_check(config.data, store, split.train, probe=opened) == [
+    assert check_leaks(config.data, store, split.train, probe=opened) == [
         "no val or test patient of labelled.zarr (probe) among the training slices"
     ]
     make_split_file(store, default_split_path(store.path))
     both = replace(config.data, test_stores=[str(store.path)])
-    assert leak_check(both, store, split.train, probe=opened) == [
+    assert check_leaks(both, store, split.train, probe=opened) == [
         "no val or test patient of labelled.zarr (test and probe) among the training slices"
     ]
     other = make_split_file(store, default_split_path(store.path), train=1)
-    assert leak_check(both, store, other.train, probe=opened) == [
+    assert check_leaks(both, store, other.train, probe=opened) == [
         "no val or test patient of labelled.zarr, labelled.zarr (probe) among the training slices"
     ]
     allowed = replace(config.data, allow_transductive=True)
-    assert "transductive" in leak_check(allowed, store, store.patient_ids, probe=opened)[0]
+    assert "transductive" in check_leaks(allowed, store, store.patient_ids, probe=opened)[0]
 
 
 @pytest.mark.parametrize(
@@ -241,32 +241,32 @@ def test_leak_check__scored_patients_of_the_probe_must_not_be_trained_on(tmp_pat
         ({"every_n_steps": 0}, r"probe\.every_n_steps must be at least 1, got 0"),
         ({"ridge": 0.0}, r"probe\.ridge must be positive"),
         ({"num_boxes": -1}, r"probe\.num_boxes must be at least 0"),
-        ({"store": None, "decoder": "sam.pth"}, "would be ignored without probe.store"),
+        ({"store": None, "split": "split.json"}, "would be ignored without probe.store"),
     ],
 )
-def test_config__contradictions_stop(tmp_path, settings, message) -> None:
+def test_config__bad_setting_is_refused(tmp_path, settings, message) -> None:
     with pytest.raises(UsageError, match=message):
         config_of(tmp_path, **settings)
 
 
-# the drift gauge
+# the box-prompt check
 
 
-def test_gauge__boxes_are_tight_and_scaled_to_the_input() -> None:
+def test_tight_box__is_scaled_to_the_input() -> None:
     label_HW = torch.zeros(10, 20, dtype=torch.int64)
     label_HW[2:5, 6:10] = 1
     label_HW[2, 6] = 0
-    box = drift.tight_box(label_HW, 0, 1)
+    box = box_prompt_check.tight_box(label_HW, 0, 1)
     assert box is not None
     assert box.native_xyxy == (6, 2, 10, 5)
     assert box.in_frame(fit_frame((10, 20), image_size=40, keep_aspect=True)) == (12, 4, 20, 10)
     assert box.filled_dice(label_HW) == pytest.approx(2 * 11 / (11 + 12))
-    assert drift.tight_box(label_HW, 0, 2) is None
+    assert box_prompt_check.tight_box(label_HW, 0, 2) is None
 
 
-def test_gauge__an_answer_that_fills_the_box_scores_like_the_box(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_box_prompt_check__mask_that_fills_the_box_has_the_dice_of_the_box(monkeypatch: pytest.MonkeyPatch) -> None:
     probe = data()
-    boxes = drift.choose_boxes(probe.test, (3,), 8)
+    boxes = box_prompt_check.choose_boxes(probe.test, (3,), 8)
 
     def fill(sam, embeddings, boxes_B4, *, multimask):
         logits = torch.full((len(boxes_B4), 1, SIZE, SIZE), -1.0)
@@ -274,29 +274,29 @@ def test_gauge__an_answer_that_fills_the_box_scores_like_the_box(monkeypatch: py
             mask[0, y0:y1, x0:x1] = 1.0
         return logits, None
 
-    monkeypatch.setattr(drift, "decode_boxes", fill)
-    gauge = drift.DriftGauge(torch.nn.Identity(), probe.test, boxes)
+    monkeypatch.setattr(box_prompt_check, "decode_boxes", fill)
+    check = box_prompt_check.BoxPromptCheck(torch.nn.Identity(), probe.test, boxes)
     probe_dice(
         GreyEncoder(), probe, ridge=0.01, batch_size=2, device=CPU,
-        look=lambda first, features: gauge.add(GreyEncoder(), first, features),
+        on_features=lambda first, features: check.add(GreyEncoder(), first, features),
     )  # fmt: skip
     assert len(boxes) == 3
-    assert gauge.result() == pytest.approx(gauge.filled_box_dice) == 1.0
+    assert check.mean_dice() == pytest.approx(check.filled_box_dice) == 1.0
 
 
-def test_gauge__real_decoder_gives_what_sam_gives(tmp_path) -> None:
+def test_box_prompt_check__equals_sams_own_decoder(tmp_path) -> None:
     sam = make_sam(tiny_vit_t_spec(), image_size=SIZE)
     save_sam(sam, tmp_path / "sam.safetensors")
     model = ModelConfig(base=str(tmp_path / "sam.safetensors"), image_size=SIZE)
     probe = data()
     before = torch.get_rng_state()
-    gauge, note = drift.load_gauge(probe, ProbeConfig(store="s", num_boxes=8), model, stride=4)
+    check, note = box_prompt_check.load_box_prompt_check(probe, ProbeConfig(store="s", num_boxes=8), model, stride=4)
     assert torch.equal(before, torch.get_rng_state())
-    assert gauge is not None
-    assert note.startswith("3 boxes; decoder of sam.safetensors; the boxes alone score 1.000")
+    assert check is not None
+    assert note.startswith("3 boxes, decoder of sam.safetensors; Dice of the filled boxes 1.000")
     features = sam.image_encoder.forward_features(probe.test.images_N1SS.repeat(1, 3, 1, 1)).detach()
-    gauge.start_look()
-    gauge.add(sam.image_encoder, 0, features)
+    check.start_round()
+    check.add(sam.image_encoder, 0, features)
     expected = []
     for n, label in enumerate(probe.test.labels):
         rows, columns = torch.where(label == 3)
@@ -309,27 +309,31 @@ def test_gauge__real_decoder_gives_what_sam_gives(tmp_path) -> None:
             dense_prompt_embeddings=dense,
             multimask_output=False,
         )
-        answer = torch.nn.functional.interpolate(low, size=(SIZE, SIZE), mode="bilinear", align_corners=False)[0, 0] > 0
-        expected.append(2 * float((answer & (label == 3)).sum()) / float(answer.sum() + (label == 3).sum()))
-    assert gauge.result() == pytest.approx(sum(expected) / 3)
+        predicted = (
+            torch.nn.functional.interpolate(low, size=(SIZE, SIZE), mode="bilinear", align_corners=False)[0, 0] > 0
+        )
+        expected.append(2 * float((predicted & (label == 3)).sum()) / float(predicted.sum() + (label == 3).sum()))
+    assert check.mean_dice() == pytest.approx(sum(expected) / 3)
 
 
-def test_gauge__off_with_a_reason_or_refused(tmp_path) -> None:
+def test_box_prompt_check__without_a_decoder_is_off_or_refused(tmp_path) -> None:
     probe, config = data(), ProbeConfig(store="s")
     card = Card(arch="vit_t", stem="conv1x1", image_size=SIZE, pixel_mean=[0.0] * 3, pixel_std=[255.0] * 3)
     save_encoder(tiny_encoder(), tmp_path / "encoder", card)
     model = ModelConfig(base=str(tmp_path / "encoder"), image_size=SIZE)
-    assert drift.load_gauge(probe, config, model, stride=4) == (
-        None, "off: encoder.safetensors has no decoder; probe.decoder can name the SAM it came from",
+    load = box_prompt_check.load_box_prompt_check
+    assert load(probe, config, model, stride=4) == (
+        None, "off, because encoder.safetensors has no decoder (pass it as CKPT, and a full SAM as BASE)",
     )  # fmt: skip
-    named = replace(config, decoder=str(tmp_path / "encoder"))
-    with pytest.raises(WeightsError, match="must be a whole SAM"):
-        drift.load_gauge(probe, named, model, stride=4)
+    with pytest.raises(WeightsError, match="BASE must be a full SAM"):
+        load(probe, config, replace(model, ckpt=str(tmp_path / "encoder")), stride=4)
     save_sam(make_sam(tiny_vit_t_spec(), image_size=SIZE), tmp_path / "sam.safetensors")
+    with_base = replace(model, ckpt=str(tmp_path / "encoder"), base=str(tmp_path / "sam.safetensors"))
     with pytest.raises(UsageError, match="must have the encoder's stride 16"):
-        drift.load_gauge(probe, replace(config, decoder=str(tmp_path / "sam.safetensors")), model, stride=16)
-    assert drift.load_gauge(None, config, model, stride=4)[0] is None
-    assert "random weights" in drift.load_gauge(probe, config, replace(model, base="random"), stride=4)[1]
+        load(probe, config, with_base, stride=16)
+    assert load(probe, config, with_base, stride=4)[1].startswith("3 boxes, decoder of sam.safetensors")
+    assert load(None, config, model, stride=4)[0] is None
+    assert "weights are random" in load(probe, config, replace(model, base="random"), stride=4)[1]
 
 
 # memory of the pre-flight

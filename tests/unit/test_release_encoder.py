@@ -1,4 +1,4 @@
-"""A release of a stage-1 run: the encoder alone, unless what continues the training is asked for and audited."""
+"""Release of a stage-1 run, the encoder alone or with its audited state."""
 
 import json
 
@@ -28,7 +28,7 @@ def request(run, **values):
     return ReleaseRequest(**({"run": run, "out": run.parents[1] / "out", "licence": "mit"} | values))
 
 
-def test_release__is_the_encoder_alone(run):
+def test_release__contains_the_encoder_alone(run):
     assert _releaser(run) is release_encoder
     released = release_encoder(request(run, formats=("sam",)))
     out = run.parents[1] / "out"
@@ -73,7 +73,7 @@ def test_release__continuable_adds_the_state_and_prints_the_audit(run, monkeypat
     assert (audit.num_member_patients, audit.num_held_out_patients) == (3, 1)
 
 
-def test_release__state_of_unknown_kind_stops_it(run):
+def test_release__unknown_file_in_the_state_is_refused(run):
     (run / "ssl_state" / "notes.pkl").write_bytes(b"x")
     with pytest.raises(WeightsError, match="files only"):
         release_encoder(request(run, formats=("sam",), continuable=True))
@@ -83,26 +83,26 @@ def test_release__state_of_unknown_kind_stops_it(run):
 def test_release__damaged_encoder_is_refused(run):
     card = json.loads((run / "encoder" / "card.json").read_text())
     (run / "encoder" / "card.json").write_text(json.dumps(card | {"weights_sha256": "0" * 64}))
-    with pytest.raises(WeightsError, match="must be the file its card describes"):
+    with pytest.raises(WeightsError, match="must be the file that its card describes"):
         release_encoder(request(run))
 
 
-def test_audit__refuses_what_would_make_it_meaningless(run, tmp_path):
+def test_audit__changed_store_or_missing_state_is_refused(run, tmp_path):
     other = make_store(tmp_path, num_patients=4, shape_zyx=(3, 40, 36), labelled=False, seed=5, name="other.zarr")
     config = (run / "config.yaml").read_text()
     (run / "config.yaml").write_text(config.replace("/store.zarr", f"/{other.name}"))
-    with pytest.raises(DataError, match="must be the one the run was trained on"):
+    with pytest.raises(DataError, match="must be that of the run"):
         audit_membership(run)
     (run / "config.yaml").write_text(config)
     (run / "ssl_state" / "state.safetensors").unlink()
-    with pytest.raises(WeightsError, match="no ssl_state"):
+    with pytest.raises(WeightsError, match="must contain an ssl_state"):
         audit_membership(run)
 
 
-def test_attack_auc__hand_computed():
+def test_attack_auc__equals_a_calculation_by_hand():
     members, others = np.array([1.0, 2.0]), np.array([2.0, 3.0])
     assert attack_auc(members, others) == (0.5 + 1 + 1 + 1) / 4
     assert attack_auc(np.array([0.0]), np.array([1.0, 2.0])) == 1.0
     assert attack_auc(np.array([5.0]), np.array([1.0, 2.0])) == 0.0
-    with pytest.raises(UsageError, match="both sides"):
+    with pytest.raises(UsageError, match="one group has none"):
         attack_auc(members, np.array([]))

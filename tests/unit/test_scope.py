@@ -1,4 +1,4 @@
-"""What of the encoder trains: exact lists of what moves, and LoRA that leaves the run merged under SAM's names."""
+"""Trained part of the encoder, and LoRA that is exported merged under SAM's names."""
 
 import dataclasses
 
@@ -20,7 +20,7 @@ from samgraft.ssl.scope import (
     learns_mask_token,
     lora_layers,
     merged_state,
-    plain_names,
+    unadapted_tensors,
 )
 from tiny_encoders import lively_encoder, plain_encoder, slices
 
@@ -47,7 +47,7 @@ CASES = [(method, kind) for method in OBJECTIVES for kind in ENCODERS if (method
 
 
 def disturb(encoder):
-    """Give the updates a value: their second factor starts at 0."""
+    """Give the updates random values, because their second factor is 0 at first."""
     with torch.no_grad():
         for layer in lora_layers(encoder).values():
             layer.lora_B["default"].weight.normal_(std=0.3)
@@ -59,11 +59,11 @@ def outputs(encoder):
 
 
 @pytest.mark.parametrize("kind", ENCODERS)
-def test_lora__sits_in_the_linear_layers_and_starts_by_changing_nothing(kind):
+def test_lora__is_in_the_linear_layers_and_changes_nothing_at_first(kind):
     encoder = ENCODERS[kind]()
     before = outputs(encoder)
     trained = apply_scope(encoder, LORA, num_frozen_depths=0)
-    # Not bitwise: which kernel multiplies depends on where memory lies. Adding exact zeros changes nothing more.
+    # Not bitwise, because the kernel of a product depends on memory alignment. Adding exact zeros changes nothing.
     torch.testing.assert_close(outputs(encoder), before, atol=2e-6, rtol=0)
     assert set(lora_layers(encoder)) == LAYERS[kind]
     parts = {f"{layer}.lora_{letter}.default.weight" for layer in LAYERS[kind] for letter in "AB"}
@@ -72,32 +72,32 @@ def test_lora__sits_in_the_linear_layers_and_starts_by_changing_nothing(kind):
 
 
 @pytest.mark.parametrize("kind", ENCODERS)
-def test_lora__merged_equals_unmerged_and_has_every_name_of_sam(kind):
+def test_merged_state__equals_the_adapted_encoder_under_its_names(kind):
     encoder, fresh = ENCODERS[kind](), ENCODERS[kind](seed=5)
     names = encoder.state_dict().keys()
     apply_scope(encoder, LORA, num_frozen_depths=0)
     untouched = outputs(encoder)
     state = merged_state(disturb(encoder))
-    assert state.keys() == names == plain_names(encoder).keys()
+    assert state.keys() == names == unadapted_tensors(encoder).keys()
     fresh.load_state_dict(state, strict=True)
     torch.testing.assert_close(outputs(fresh), outputs(encoder), atol=1e-5, rtol=1e-4)
     assert not torch.allclose(outputs(fresh), untouched, atol=1e-3)
-    assert state.keys() == merged_state(encoder).keys()  # merging changed nothing: it can be asked for again
+    assert state.keys() == merged_state(encoder).keys()  # Merging did not change the encoder.
 
 
-def test_merged_state__without_lora_is_the_state():
+def test_merged_state__without_lora_is_the_state_dict():
     encoder = plain_encoder()
     state = merged_state(encoder)
     assert state.keys() == encoder.state_dict().keys()
     assert all(torch.equal(tensor, state[name]) for name, tensor in encoder.state_dict().items())
 
 
-def moved_by_training(objective):
+def changed_by_training(objective):
     before = {name: tensor.clone() for name, tensor in objective.state_dict().items()}
     optimizer = torch.optim.SGD([p for p in objective.parameters() if p.requires_grad], lr=0.1)
     images = slices(count=3, size=objective.encoder.image_size)
     objective.loss(images, sample_counters=(7, 8, 9), step=0).total.backward()
-    assert all(p.grad is not None for p in objective.parameters() if p.requires_grad)  # DDP waits for every one
+    assert all(p.grad is not None for p in objective.parameters() if p.requires_grad)  # or DDP would wait
     optimizer.step()
     return {name for name, tensor in objective.state_dict().items() if not torch.equal(tensor, before[name])}
 
@@ -108,15 +108,15 @@ def encoder_names(names):
 
 @pytest.mark.parametrize(("method", "kind"), CASES, ids=str)
 @pytest.mark.parametrize("scope", [LORA, ScopeConfig(kind=Scope.LAST_BLOCKS, num_last_blocks=1)], ids=["lora", "last"])
-def test_gradient_flow__exactly_the_scope_moves(method, kind, scope):
+def test_gradient_flow__exactly_the_scope_changes(method, kind, scope):
     torch.manual_seed(0)
     encoder = ENCODERS[kind]()
     apply_scope(encoder, scope, num_frozen_depths=0)
     objective = OBJECTIVES[method](encoder, SMALL[method], seed=3, max_steps=10)
     if method == "masked_image":
         torch.nn.init.normal_(objective.decoder.to_pixels.weight)
-    disturb(encoder)  # with B = 0 the gradient of A is 0 at the first step
-    moved = encoder_names(moved_by_training(objective))
+    disturb(encoder)  # With B = 0 the gradient of A is 0.
+    moved = encoder_names(changed_by_training(objective))
     if scope.kind is Scope.LORA:
         expected = {f"{layer}.lora_{letter}.default.weight" for layer in LAYERS[kind] for letter in "AB"}
     else:
@@ -125,7 +125,7 @@ def test_gradient_flow__exactly_the_scope_moves(method, kind, scope):
     assert moved == expected
 
 
-def test_last_blocks__counts_from_the_end():
+def test_last_blocks__are_counted_from_the_end():
     encoder = plain_encoder()
     apply_scope(encoder, ScopeConfig(kind=Scope.LAST_BLOCKS, num_last_blocks=1), num_frozen_depths=0)
     trained = {name.split(".")[0] + name.split(".")[1] for name, p in encoder.named_parameters() if p.requires_grad}
@@ -134,7 +134,7 @@ def test_last_blocks__counts_from_the_end():
         apply_scope(plain_encoder(), ScopeConfig(kind=Scope.LAST_BLOCKS, num_last_blocks=3), num_frozen_depths=0)
 
 
-def test_mask_token__learns_only_where_it_costs_nothing():
+def test_mask_token__trains_only_where_the_stem_does():
     assert learns_mask_token(plain_encoder())
     for encoder, expected in ((plain_encoder(), True), (lively_encoder(), False)):
         apply_scope(encoder, LORA, num_frozen_depths=0)  # in the first block of a plain ViT, behind vit_t's stem
@@ -144,8 +144,8 @@ def test_mask_token__learns_only_where_it_costs_nothing():
     assert not learns_mask_token(encoder)
 
 
-def test_apply_scope__refuses_two_answers():
-    with pytest.raises(UsageError, match="num_frozen_depths goes with scope all, got 2 with lora"):
+def test_apply_scope__frozen_depths_with_lora_are_refused():
+    with pytest.raises(UsageError, match=r"num_frozen_depths must be 0 with scope.kind=lora, got 2"):
         apply_scope(plain_encoder(), LORA, num_frozen_depths=2)
 
 
@@ -155,11 +155,11 @@ def test_apply_scope__refuses_two_answers():
         ({"kind": Scope.LAST_BLOCKS}, "num_last_blocks must be given for scope.kind=last_blocks and only then"),
         ({"num_last_blocks": 2}, "num_last_blocks must be given for scope.kind=last_blocks and only then"),
         ({"kind": Scope.LAST_BLOCKS, "num_last_blocks": 0}, "num_last_blocks must be at least 1"),
-        ({"lora_r": 4}, "scope.lora_r is set but scope.kind is all: it would be ignored"),
+        ({"lora_r": 4}, "scope.lora_r is set but scope.kind is all, so it would be ignored"),
         ({"kind": Scope.LORA, "lora_r": 0}, "must be positive"),
     ],
 )
-def test_config__refuses(settings, message):
+def test_config__bad_setting_is_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         ScopeConfig(**settings)
     assert dataclasses.replace(LORA, lora_dropout=0.1).lora_dropout == 0.1

@@ -1,9 +1,9 @@
-"""Health of a stage-1 run: the numbers against known cases, and when which rule speaks."""
+"""Health measures of a stage-1 run, and the rules that warn."""
 
 import pytest
 import torch
-from samgraft.ssl.monitor.health import feature_health, worries
-from samgraft.ssl.monitor.held_out import panel_picture, split_picture, spread
+from samgraft.ssl.monitor.health import feature_health, health_warnings
+from samgraft.ssl.monitor.held_out import panel_picture, split_picture, spread_evenly
 from samgraft.ssl.objectives import Panel
 
 HEALTHY = {
@@ -17,65 +17,65 @@ HEALTHY = {
 MOVING = {"held_out/loss": [1.0, 0.5, 3.0], "held_out/teacher_entropy": [0.9, 0.6, 0.5]}
 
 
-def test_feature_health__equal_directions_count_fully():
-    # Four points at +-e1 and +-e2: two directions of equal weight.
+def test_feature_health__two_equal_directions_have_rank_two():
+    # Four points at +-e1 and +-e2 have two directions of equal weight.
     features = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]])
     health = feature_health(features)
     assert health["effective_rank"] == pytest.approx(2.0)
     assert health["feature_std"] == pytest.approx(0.5**0.5)
 
 
-def test_feature_health__one_direction():
+def test_feature_health__one_direction_has_rank_one():
     line = torch.arange(5.0)[:, None] * torch.tensor([[1.0, 2.0, 3.0]])
     assert feature_health(line)["effective_rank"] == pytest.approx(1.0, abs=1e-3)
 
 
-def test_feature_health__the_same_features_for_every_slice_are_a_collapse():
+def test_feature_health__equal_features_are_a_collapse():
     same = torch.ones(4, 3) + 1e-7 * torch.rand(4, 3, generator=torch.Generator().manual_seed(0))
     assert feature_health(same) == {"effective_rank": 1.0, "feature_std": 0.0}
 
 
-def test_worries__none_for_a_healthy_run():
-    assert worries(HEALTHY, is_final=True) == []
+def test_health_warnings__healthy_run_has_none():
+    assert health_warnings(HEALTHY, is_final=True) == []
 
 
 @pytest.mark.parametrize(
     ("changed", "word"),
     [
         ({"held_out/effective_rank": [8.0, 2.0]}, "the features of different slices spread over 2.0 directions"),
-        ({"held_out/feature_std": [0.2, 0.01]}, "Collapse: slices differ by 0.01"),
+        ({"held_out/feature_std": [0.2, 0.01]}, "different slices differ by 0.01 (0.2 before training)"),
         ({"held_out/loss": [1.0, 0.99]}, "Dead loss: 0.99"),
         ({"held_out/loss": [1.0, 0.5, 0.7]}, "rose from its best, 0.5, to 0.7"),
-        ({"probe/dice": [0.5, 0.47]}, "probe fell to a Dice of 0.470, 0.500 at the start"),
-        ({"drift/box_dice": [0.8, 0.39]}, "scores 0.390 on the new encoder, 0.800 at the start"),
+        ({"probe/dice": [0.5, 0.47]}, "probe fell to a Dice of 0.470 (0.500 before training)"),
+        ({"drift/box_dice": [0.8, 0.39]}, "a Dice of 0.390 on the new encoder (0.800 before training)"),
         ({"train/grad_norm": [1.0] * 40 + [30.0] * 20}, "gradient norm rose from 1 to 30"),
         ({"train/grad_norm": [1.0] * 40 + [0.0] * 20}, "No gradient"),
         ({**MOVING, "held_out/teacher_entropy": [0.9, 0.005]}, "gives every slice the same prototype"),
-        ({**MOVING, "held_out/teacher_entropy": [0.9, 0.995]}, "every prototype equally likely"),
+        ({**MOVING, "held_out/teacher_entropy": [0.9, 0.995]}, "all prototypes are equally likely"),
     ],
 )
-def test_worries__each_rule_speaks_for_its_case_alone(changed, word):
-    found = worries({**HEALTHY, **changed}, is_final=True)
+def test_health_warnings__each_condition_gives_its_warning_alone(changed, word):
+    found = health_warnings({**HEALTHY, **changed}, is_final=True)
     assert len(found) == 1
     assert word in found[0].text
 
 
-def test_worries__a_loss_against_a_moving_teacher_is_not_judged_by_its_height():
-    assert worries({**HEALTHY, **MOVING}, is_final=True) == []
+def test_health_warnings__loss_of_a_moving_teacher_is_not_checked():
+    assert health_warnings({**HEALTHY, **MOVING}, is_final=True) == []
 
 
-def test_worries__a_loss_gets_time_for_the_warm_up():
+def test_health_warnings__loss_is_checked_after_the_warm_up():
     slow = {**HEALTHY, "held_out/loss": [1.0, 0.999, 0.99]}
-    assert worries(slow, is_final=False) == []
-    assert worries({**slow, "held_out/loss": [1.0, 0.999, 0.99, 0.99]}, is_final=False)[0].rule == "dead loss"
+    assert health_warnings(slow, is_final=False) == []
+    assert health_warnings({**slow, "held_out/loss": [1.0, 0.999, 0.99, 0.99]}, is_final=False)[0].rule == "dead loss"
 
 
-def test_spread__evenly_and_away_from_the_ends():
-    assert spread(100, 4) == [12, 37, 62, 87]
-    assert spread(2, 5) == [0, 1]
+def test_spread_evenly__positions_are_even_and_away_from_the_ends():
+    assert spread_evenly(100, 4) == [12, 37, 62, 87]
+    assert spread_evenly(2, 5) == [0, 1]
 
 
-def test_split_picture__undoes_panel_picture():
+def test_split_picture__returns_the_pictures_of_panel_picture():
     pictures = torch.rand(3, 2, 5, 5, generator=torch.Generator().manual_seed(0))
     grid = panel_picture(Panel(columns=("a", "b", "c"), images_KBHW=pictures))
     assert grid.shape == (2 * 7, 3 * 7)

@@ -1,13 +1,12 @@
-"""AdamW's running means go from one stage-1 run to the next by name, or are refused."""
+"""Optimizer moments of a stage-1 run, restored by name in the next one."""
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from samgraft.shared.errors import WeightsError
 from samgraft.shared.runs.training_state import find_newest_state, read_state
-from samgraft.ssl.moments import MOMENTS_FILE, read_moments, take_up_moments
-from samgraft.ssl.optimizer import build_pretrain_optimizer
-from samgraft.ssl.start import start_objective
+from samgraft.ssl.initial_weights import build_initial_objective
+from samgraft.ssl.optimizer import MOMENTS_FILE, build_pretrain_optimizer, read_moments, restore_moments
 from tiny_pretrain import config_of, make_lab, run
 
 
@@ -21,18 +20,18 @@ def first(lab):
     return run(lab, "first", "masked_image", "trainer.max_steps=2")
 
 
-def going_on(lab, first, *overrides):
+def next_run(lab, first, *overrides):
     config = config_of(lab, "masked_image", f"model.base={first}", *overrides)
-    objective, _, notes = start_objective(config)
+    objective, _, notes = build_initial_objective(config)
     return objective, build_pretrain_optimizer(objective, config.optim), notes
 
 
-def test_moments__every_trained_tensor_goes_on_with_the_bits_of_the_last_step(lab, first):
-    objective, optimizer, notes = going_on(lab, first)
+def test_moments__every_trained_tensor_has_those_of_the_last_step(lab, first):
+    objective, optimizer, notes = next_run(lab, first)
     assert notes
-    said = take_up_moments(optimizer, objective, read_moments(str(first)))
+    summary = restore_moments(optimizer, objective, read_moments(str(first)))
     total = sum(parameter.requires_grad for parameter in objective.parameters())
-    assert said == f"AdamW goes on with the running means of {total}/{total} trained tensors"
+    assert summary == f"optimizer moments restored for {total}/{total} trained tensors"
     saved = read_state(find_newest_state(first / "checkpoints")).tensors
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for number, parameter in enumerate(parameters):
@@ -40,37 +39,37 @@ def test_moments__every_trained_tensor_goes_on_with_the_bits_of_the_last_step(la
         assert optimizer.state[parameter]["step"] == 2
 
 
-def test_moments__found_by_name_where_fewer_depths_are_trained(lab, first):
-    objective, optimizer, _ = going_on(lab, first, "model.num_frozen_depths=2")
+def test_moments__are_restored_by_name_with_frozen_depths(lab, first):
+    objective, optimizer, _ = next_run(lab, first, "model.num_frozen_depths=2")
     moments = read_moments(str(first))
-    take_up_moments(optimizer, objective, moments)
+    restore_moments(optimizer, objective, moments)
     for name, parameter in objective.named_parameters():
         if parameter.requires_grad:
             assert torch.equal(optimizer.state[parameter]["exp_avg_sq"], moments[f"{name}/exp_avg_sq"])
 
 
-def test_moments__the_rates_are_those_of_the_new_run(lab, first):
-    objective, optimizer, _ = going_on(lab, first, "optim.lr=0.5")
-    take_up_moments(optimizer, objective, read_moments(str(first)))
+def test_moments__rates_are_those_of_the_new_run(lab, first):
+    objective, optimizer, _ = next_run(lab, first, "optim.lr=0.5")
+    restore_moments(optimizer, objective, read_moments(str(first)))
     assert max(group["peak_lr"] for group in optimizer.param_groups) >= 0.5
 
 
-def test_moments__change_the_next_run_and_are_left_when_asked(lab, first):
-    went_on, afresh = (
+def test_moments__ignored_state_restores_none(lab, first):
+    continued, new = (
         run(lab, name, "masked_image", f"model.base={first}", "trainer.max_steps=2", *settings)
-        for name, settings in (("went-on", ()), ("afresh", ("model.ssl_state=ignore",)))
+        for name, settings in (("continued", ()), ("new", ("model.ssl_state=ignore",)))
     )
-    steps = [load_file(path / "ssl_state" / MOMENTS_FILE)["mask_token/step"] for path in (went_on, afresh)]
+    steps = [load_file(path / "ssl_state" / MOMENTS_FILE)["mask_token/step"] for path in (continued, new)]
     assert steps == [4, 2]
 
 
-def test_moments__lora_leaves_none(lab):
+def test_moments__lora_writes_none(lab):
     path = run(lab, "lora", "masked_image", "trainer.max_steps=2", "model.scope.kind=lora", "model.scope.lora_r=2")
     assert (path / "ssl_state" / "state.safetensors").is_file()
     assert read_moments(str(path)) is None
 
 
-def test_moments__damage_is_refused(lab, first, tmp_path):
+def test_moments__damaged_file_is_refused(lab, first, tmp_path):
     state = tmp_path / "run" / "ssl_state"
     state.mkdir(parents=True)
     for name in ("state.safetensors", "state.json"):
@@ -78,9 +77,9 @@ def test_moments__damage_is_refused(lab, first, tmp_path):
     tensors = load_file(first / "ssl_state" / MOMENTS_FILE)
     tensors["mask_token/exp_avg"].fill_(float("nan"))
     save_file(tensors, state / MOMENTS_FILE)
-    objective, optimizer, _ = going_on(lab, first)
+    objective, optimizer, _ = next_run(lab, first)
     with pytest.raises(WeightsError, match="must be finite, got NaN or Inf for mask_token"):
-        take_up_moments(optimizer, objective, read_moments(str(tmp_path / "run")))
+        restore_moments(optimizer, objective, read_moments(str(tmp_path / "run")))
     (state / MOMENTS_FILE).write_bytes(b"\0" * 40)
-    with pytest.raises(WeightsError, match="the optimizer's file is damaged"):
+    with pytest.raises(WeightsError, match="the file is damaged"):
         read_moments(str(tmp_path / "run"))

@@ -1,4 +1,4 @@
-"""Rates and decay of stage 1 on both kinds of encoder: by depth, never on norms, biases, positions and tokens."""
+"""Learning rates by depth and weight decay of stage 1 on both kinds of encoder."""
 
 import re
 
@@ -29,7 +29,7 @@ def settings_of(objective):
 
 
 @pytest.mark.parametrize("kind", ["vit_t", "plain"])
-def test_groups__no_decay_on_norms_biases_positions_and_tokens(kind):
+def test_pretrain_groups__norms_biases_positions_and_tokens_have_no_decay(kind):
     found = settings_of(objective_of(kind))
     encoder = {name: decay for name, (_, decay) in found.items() if name.startswith("encoder.")}
     free = {name for name, decay in encoder.items() if decay == 0}
@@ -40,7 +40,7 @@ def test_groups__no_decay_on_norms_biases_positions_and_tokens(kind):
 
 
 @pytest.mark.parametrize("kind", ["vit_t", "plain"])
-def test_groups__rate_halves_with_every_depth_towards_the_input(kind):
+def test_pretrain_groups__rate_halves_with_every_depth_towards_the_input(kind):
     objective = objective_of(kind)
     found = settings_of(objective)
     names = {id(p): name for name, p in objective.named_parameters()}

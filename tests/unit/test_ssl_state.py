@@ -13,7 +13,7 @@ from samgraft.ssl.objectives import OBJECTIVES
 from samgraft.ssl.objectives.dino import DINOConfig
 from samgraft.ssl.objectives.mae import MAEConfig
 from samgraft.ssl.scope import Scope, ScopeConfig, apply_scope, lora_layers, merged_state
-from samgraft.ssl.ssl_state import StateUse, find_state, state_without_encoder, take_up_state
+from samgraft.ssl.ssl_state import StateUse, find_state, restore_ssl_state, state_without_encoder
 from tiny_encoders import PLAIN_VIT, lively_encoder, plain_encoder
 
 CARD = Card(arch="vit_b", image_size=96, pixel_mean=[0.0] * 3, pixel_std=[1.0] * 3, objective="dino")
@@ -26,7 +26,7 @@ def build(method, encoder, settings):
 
 
 def trained_dino(encoder=None, scope=None):
-    """As after a run: student, teacher, heads and centers all differ."""
+    """Return an objective in which student, teacher, heads and centers differ, as after a run."""
     torch.manual_seed(3)
     encoder = encoder or plain_encoder()
     apply_scope(encoder, scope or ScopeConfig(), num_frozen_depths=0)
@@ -44,25 +44,25 @@ def run(tmp_path):
     return tmp_path / "runs" / "first"
 
 
-def take_up(objective, base, *, name="dino", use=StateUse.AUTO):
-    return take_up_state(objective, base=str(base), objective_name=name, use=use)
+def restore(objective, weights, *, name="dino", use=StateUse.AUTO):
+    return restore_ssl_state(objective, initial_weights=str(weights), objective_name=name, use=use)
 
 
-def go_on(run, image_size=96, scope=None, settings=DINO):
+def next_objective(run, image_size=96, scope=None, settings=DINO):
     encoder = PLAIN_VIT.build(image_size=image_size)
     load_into(encoder, read_weights(run), resize_positions=True)
     apply_scope(encoder, scope or ScopeConfig(), num_frozen_depths=0)
     return build("dino", encoder, settings)
 
 
-def test_take_up__everything_comes_back_to_the_bit(run):
-    before, after = trained_dino(), go_on(run)
-    notes = take_up(after, run, use=StateUse.REQUIRE)
+def test_restore__every_tensor_is_equal(run):
+    before, after = trained_dino(), next_objective(run)
+    notes = restore(after, run, use=StateUse.REQUIRE)
     expected = before.state_dict()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in after.state_dict().items())
     total = len(state_without_encoder(before))
     assert notes == [
-        f"went on from the ssl_state of first: {total}/{total} tensors of decoder, heads and teacher taken up"
+        f"continued from the ssl_state of first: {total}/{total} tensors of decoder, heads and teacher restored"
     ]
     assert any(name.startswith("encoder.") for name in state_without_encoder(before))  # the student
     assert not any(name.startswith("teacher.encoder.") for name in state_without_encoder(before))
@@ -71,25 +71,25 @@ def test_take_up__everything_comes_back_to_the_bit(run):
 @pytest.mark.parametrize(
     "tail", ["", "encoder", "encoder/encoder.safetensors", "ssl_state", "ssl_state/state.safetensors"]
 )
-def test_find_state__beside_the_encoder_however_it_is_named(run, tail):
+def test_find_state__every_name_of_the_run_finds_it(run, tail):
     assert find_state(str(run / tail)) == run / "ssl_state"
 
 
-def test_find_state__not_in_folders_around(run, tmp_path):
+def test_find_state__other_files_near_a_state_do_not_find_it(run, tmp_path):
     (tmp_path / "other.pth").write_bytes(b"")
     assert find_state(str(tmp_path / "other.pth")) is None
     assert find_state("random") is None
     assert find_state(str(run / "report.html")) is None
 
 
-def test_take_up__lora_is_merged_and_starts_afresh(tmp_path):
+def test_restore__lora_is_merged_and_new(tmp_path):
     lora = ScopeConfig(kind=Scope.LORA, lora_r=2)
     first = trained_dino(scope=lora)
     write_encoder_weights(first, tmp_path / "run", CARD)
     names = plain_encoder().state_dict().keys()
     assert {f"image_encoder.{n}" for n in names} == set(load_file(tmp_path / "run/encoder/encoder.safetensors"))
-    second = go_on(tmp_path / "run", scope=lora)
-    take_up(second, tmp_path / "run", use=StateUse.REQUIRE)
+    second = next_objective(tmp_path / "run", scope=lora)
+    restore(second, tmp_path / "run", use=StateUse.REQUIRE)
     for side in ("encoder", "teacher.encoder"):
         expected = merged_state(first.get_submodule(side))
         found = merged_state(second.get_submodule(side))
@@ -97,45 +97,47 @@ def test_take_up__lora_is_merged_and_starts_afresh(tmp_path):
     assert all((layer.lora_B["default"].weight == 0).all() for layer in lora_layers(second.encoder).values())
 
 
-def test_unfinished_lora__must_be_finished_before_it_is_a_start(tmp_path):
-    """Its training state holds updates beside the weights; read as if there were none, it would be half a start."""
+def test_read_weights__unfinished_lora_run_is_refused(tmp_path):
+    """Its training state contains weights and updates separately, and the weights alone are not the encoder."""
     state = trained_dino(scope=ScopeConfig(kind=Scope.LORA, lora_r=2)).state_dict()
     save_file({f"model.objective.{name}": t.contiguous() for name, t in state.items()}, tmp_path / "state.safetensors")
-    with pytest.raises(WeightsError, match=r"got 16 layers with an adapter beside them: a run .* not finished") as told:
+    with pytest.raises(
+        WeightsError, match=r"got 16 layers with an adapter beside them: a run .* not finished"
+    ) as refusal:
         read_weights(tmp_path / "state.safetensors")
-    assert "it goes on, and BASE=runs/NAME is then its result" in str(told.value.next_command)
+    assert "it goes on, and BASE=runs/NAME is then its result" in str(refusal.value.next_command)
 
 
-def test_take_up__another_image_size_resizes_the_students_positions(run):
-    after = go_on(run, image_size=128)
-    notes = take_up(after, run)
+def test_restore__another_image_size_resizes_positions(run):
+    after = next_objective(run, image_size=128)
+    notes = restore(after, run)
     assert "2 position tables resized" in notes[0] or "3 position tables resized" in notes[0]
     assert after.encoder.pos_embed.shape[1] == 8
 
 
-def test_take_up__another_objective_starts_afresh_and_says_so(run, caplog):
+def test_restore__state_of_another_objective_is_not_used(run, caplog):
     objective = build("mae", plain_encoder(), MAE)
     with caplog.at_level("INFO"):
-        assert take_up(objective, run, name="mae") == []
-    assert "ssl_state of first is one of dino: decoder and heads start afresh" in caplog.text
-    with pytest.raises(UsageError, match="must have a base with an ssl_state of mae, got one of dino"):
-        take_up(objective, run, name="mae", use=StateUse.REQUIRE)
+        assert restore(objective, run, name="mae") == []
+    assert "ssl_state of first is one of dino: decoder and heads are new" in caplog.text
+    with pytest.raises(UsageError, match="must have initial weights with an ssl_state of mae, got one of dino"):
+        restore(objective, run, name="mae", use=StateUse.REQUIRE)
 
 
-def test_take_up__ignored_when_asked_and_refused_when_required_but_absent(run, tmp_path):
-    after = go_on(run)
+def test_restore__ignore_restores_nothing_and_require_refuses(run, tmp_path):
+    after = next_objective(run)
     before = {name: tensor.clone() for name, tensor in after.state_dict().items()}
-    assert take_up(after, run, use=StateUse.IGNORE) == []
+    assert restore(after, run, use=StateUse.IGNORE) == []
     assert all(torch.equal(tensor, before[name]) for name, tensor in after.state_dict().items())
-    with pytest.raises(UsageError, match="must have a base with an ssl_state of dino, got none"):
-        take_up(after, tmp_path / "sam.pth", use=StateUse.REQUIRE)
+    with pytest.raises(UsageError, match="must have initial weights with an ssl_state of dino, got none"):
+        restore(after, tmp_path / "sam.pth", use=StateUse.REQUIRE)
 
 
-def test_take_up__other_settings_are_refused_and_nothing_is_loaded(run):
-    after = go_on(run, settings=DINOConfig(output_dim=20, head_hidden_dim=8, head_bottleneck_dim=4))
+def test_restore__other_settings_are_refused_and_nothing_is_loaded(run):
+    after = next_objective(run, settings=DINOConfig(output_dim=20, head_hidden_dim=8, head_bottleneck_dim=4))
     before = {name: tensor.clone() for name, tensor in after.state_dict().items()}
     with pytest.raises(WeightsError, match=r"of another shape \(dino_loss.*model.ssl_state=ignore"):
-        take_up(after, run)
+        restore(after, run)
     assert all(torch.equal(tensor, before[name]) for name, tensor in after.state_dict().items())
 
 
@@ -147,26 +149,26 @@ def test_take_up__other_settings_are_refused_and_nothing_is_loaded(run):
         (lambda tensors: tensors["mask_token"].fill_(float("nan")), "got NaN or Inf in mask_token"),
     ],
 )
-def test_take_up__a_damaged_state_is_refused(run, change, message):
+def test_restore__damaged_state_is_refused(run, change, message):
     path = run / "ssl_state" / "state.safetensors"
     tensors = load_file(path)
     change(tensors)
     save_file(tensors, path)
     with pytest.raises(WeightsError, match=message):
-        take_up(go_on(run), run)
+        restore(next_objective(run), run)
 
 
-def test_take_up__a_newer_schema_is_refused(run):
+def test_restore__newer_schema_is_refused(run):
     about = run / "ssl_state" / "state.json"
     about.write_text(json.dumps({"schema": 9, "objective": "dino"}))
-    with pytest.raises(WeightsError, match="ssl_state schema must be 1, got 9"):
-        take_up(go_on(run), run)
+    with pytest.raises(WeightsError, match="schema of ssl_state must be 1, got 9"):
+        restore(next_objective(run), run)
     about.write_text("{}")
-    with pytest.raises(WeightsError, match="must hold schema and objective"):
-        take_up(go_on(run), run)
+    with pytest.raises(WeightsError, match="must contain schema and objective"):
+        restore(next_objective(run), run)
 
 
-def test_write__encoder_has_every_name_of_sam_for_the_small_encoder_too(tmp_path):
+def test_write_encoder_weights__lora_run_has_the_names_of_the_encoder(tmp_path):
     encoder = lively_encoder()
     names = set(encoder.state_dict())
     scope = ScopeConfig(kind=Scope.LORA, lora_r=2)

@@ -1,4 +1,4 @@
-"""Small views in the windowed ViTs: SAM's own positions, whole windows, nothing outside the view."""
+"""Features of small views in the windowed ViTs, with SAM's own positions and whole windows."""
 
 import torch
 from samgraft.shared.encoders.sam import to_pixels
@@ -6,7 +6,7 @@ from samgraft.ssl.views.view_features import draw_places, view_features
 from tiny_encoders import plain_encoder, slices, tiny_encoder
 
 
-def test_view_features__a_small_view_is_a_part_of_the_grid():
+def test_view_features__small_view_equals_a_part_of_the_grid():
     encoder, views = plain_encoder(), slices(size=48)
     places = torch.tensor([[0, 0], [0, 3]])
     small = view_features(encoder, views, with_neck=False, places_B2=places)
@@ -19,7 +19,7 @@ def test_view_features__a_small_view_is_a_part_of_the_grid():
         torch.testing.assert_close(features.flatten(1).T, expected[0], atol=1e-5, rtol=1e-5)
 
 
-def test_view_features__whole_views_and_necks():
+def test_view_features__full_view_equals_the_encoder():
     for encoder, size in ((plain_encoder(), 96), (tiny_encoder(), 32)):
         views = slices(size=size)
         pixels = to_pixels(views, encoder.spec)
@@ -28,7 +28,7 @@ def test_view_features__whole_views_and_necks():
     assert view_features(tiny_encoder(), slices(size=16), with_neck=False).shape == (2, 16, 4, 4)
 
 
-def test_draw_places__begin_at_windows_and_stay_inside():
+def test_draw_places__are_multiples_of_windows_inside_the_grid():
     encoder = plain_encoder()  # 6 x 6 tokens, windows of 4
     places = draw_places(encoder, range(40), side_px=32, num_views=2, seed=0)
     assert places.shape == (80, 2)

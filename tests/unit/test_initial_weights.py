@@ -1,22 +1,25 @@
-"""What stage 1 can start from, each kind of file in small: strictly, with its own account."""
+"""Initial weights of stage 1, from every kind of file in small."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import yaml
 from model_factory import make_sam, tiny_plain_spec, tiny_vit_t_spec
+from samgraft.shared.config import load_config, read_stored_config
 from samgraft.shared.encoders.base import freeze_batch_norm
 from samgraft.shared.encoders.tiny_vit import Stem
 from samgraft.shared.errors import UsageError, WeightsError
 from samgraft.shared.weights.card import Card
 from samgraft.shared.weights.save import save_encoder
+from samgraft.ssl import initial_weights
 from samgraft.ssl import module as batch_norm
-from samgraft.ssl import start
-from samgraft.ssl.config import ModelConfig
+from samgraft.ssl.config import ModelConfig, PretrainConfig
+from samgraft.ssl.initial_weights import load_initial_encoder
 from samgraft.ssl.scope import Scope, ScopeConfig
-from samgraft.ssl.start import load_start
 from tiny_encoders import TINY_VIT
 
 Tensors = dict[str, torch.Tensor]
@@ -24,7 +27,7 @@ SIZES = {"vit_b": 160, "vit_t": 64}
 
 
 def plain_vit(tensors: Tensors) -> Tensors:
-    """SAM's blocks as official MAE and DINOv2 code has them: timm's names, class token, nothing of SAM's own."""
+    """Return SAM's blocks as in official MAE and DINOv2 code, with timm's names and a class token."""
     out = {
         key.removeprefix("image_encoder.").replace("mlp.lin", "mlp.fc"): value
         for key, value in tensors.items()
@@ -65,11 +68,11 @@ def model_config(base: Path | str, arch: str, **settings: object) -> ModelConfig
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_start__takes_the_whole_encoder(tmp_path: Path, kind: str) -> None:
+def test_load_initial_encoder__complete_file_is_loaded(tmp_path: Path, kind: str) -> None:
     shape, wrap = KINDS[kind]
     tensors, path = sam_of(shape), tmp_path / "base.pth"
     torch.save(wrap(tensors), path)
-    encoder, card = load_start(model_config(path, "vit_b" if shape == "vit_b" else "vit_t"))
+    encoder, card = load_initial_encoder(model_config(path, "vit_b" if shape == "vit_b" else "vit_t"))
     for name, value in encoder.state_dict().items():
         assert torch.equal(value, tensors[f"image_encoder.{name}"])
     assert (card.base_name, card.stem) == ("base.pth", None if shape == "vit_b" else shape)
@@ -77,13 +80,13 @@ def test_start__takes_the_whole_encoder(tmp_path: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", PARTIAL)
-def test_start__a_plain_vit_takes_the_rest_from_a_named_sam(tmp_path: Path, kind: str) -> None:
+def test_load_initial_encoder__plain_vit_is_completed_by_base(tmp_path: Path, kind: str) -> None:
     tensors = sam_of("vit_b")
     torch.save(PARTIAL[kind](tensors), tmp_path / "ssl.pth")
     torch.save({key: value + 1 for key, value in tensors.items()}, tmp_path / "sam.pth")
-    with pytest.raises(WeightsError, match=r"without SAM's relative positions and neck: model.rest must name the SAM"):
-        load_start(model_config(tmp_path / "ssl.pth", "vit_b"))
-    encoder, card = load_start(model_config(tmp_path / "ssl.pth", "vit_b", rest=str(tmp_path / "sam.pth")))
+    with pytest.raises(WeightsError, match=r"without SAM's relative positions and neck, and no base SAM weights"):
+        load_initial_encoder(model_config(tmp_path / "ssl.pth", "vit_b"))
+    encoder, card = load_initial_encoder(model_config(tmp_path / "sam.pth", "vit_b", ckpt=str(tmp_path / "ssl.pth")))
     for name, value in encoder.state_dict().items():
         offset = 1 if "rel_pos" in name or name.startswith("neck.") else 0
         torch.testing.assert_close(value, tensors[f"image_encoder.{name}"] + offset)
@@ -91,20 +94,56 @@ def test_start__a_plain_vit_takes_the_rest_from_a_named_sam(tmp_path: Path, kind
     assert card.base_name == "ssl.pth"
 
 
-def test_start__a_rest_that_is_not_needed_is_refused(tmp_path: Path) -> None:
-    torch.save(sam_of("vit_b"), tmp_path / "sam.pth")
-    with pytest.raises(UsageError, match=r"model.rest would be ignored: sam.pth has everything itself"):
-        load_start(model_config(tmp_path / "sam.pth", "vit_b", rest=str(tmp_path / "sam.pth")))
-    with pytest.raises(UsageError, match=r"model.rest would be ignored: random weights"):
-        load_start(model_config("random", "vit_t", rest=str(tmp_path / "sam.pth")))
+def test_load_initial_encoder__complete_ckpt_takes_nothing_from_base(tmp_path: Path) -> None:
+    tensors = sam_of("vit_b")
+    torch.save(tensors, tmp_path / "ckpt.pth")
+    torch.save({key: value + 1 for key, value in tensors.items()}, tmp_path / "sam.pth")
+    config = model_config(tmp_path / "sam.pth", "vit_b", ckpt=str(tmp_path / "ckpt.pth"))
+    encoder, card = load_initial_encoder(config)
+    assert all(torch.equal(value, tensors[f"image_encoder.{name}"]) for name, value in encoder.state_dict().items())
+    assert card.base_name == "ckpt.pth"
 
 
-def test_start__from_an_earlier_run_and_at_another_size(tmp_path: Path) -> None:
+def test_model_config__weights_must_be_given_once() -> None:
+    with pytest.raises(ValueError, match=r"model.ckpt or model.base must be given"):
+        ModelConfig()
+    with pytest.raises(ValueError, match=r"model.base must be SAM weights when model.ckpt is given, got random"):
+        ModelConfig(ckpt="encoder.pth", base="random")
+
+
+def test_earlier_names__are_refused_with_the_new_one() -> None:
+    for old in ("model.rest", "probe.decoder"):
+        with pytest.raises(UsageError, match=rf"{old} is now called model.base.*weights are model.ckpt"):
+            load_config(PretrainConfig, overrides=[f"{old}=sam.pth"])
+
+
+@pytest.mark.parametrize(
+    ("stored", "expected"),
+    [
+        ({"base": "sam.pth", "rest": None}, {"base": "sam.pth"}),
+        ({"base": "mae.pth", "rest": "sam.pth"}, {"base": "sam.pth", "ckpt": "mae.pth"}),
+        ({"base": "random", "rest": None}, {"base": "random"}),
+    ],
+)
+def test_stored_config__of_an_earlier_version_is_translated(tmp_path: Path, stored: Any, expected: Any) -> None:
+    content = {"model": stored, "probe": {"decoder": None, "num_boxes": 4}, "data": {"planes": ["axial"]}}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(content))
+    layer = read_stored_config(tmp_path / "config.yaml")
+    assert layer == {"model": expected, "probe": {"num_boxes": 4}, "data": {"planes": ["axial"]}}
+
+
+def test_stored_config__decoder_of_the_box_prompts_becomes_the_base(tmp_path: Path) -> None:
+    content = {"model": {"base": "run", "rest": None}, "probe": {"decoder": "sam.pth"}}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(content))
+    assert read_stored_config(tmp_path / "config.yaml") == {"model": {"ckpt": "run", "base": "sam.pth"}}
+
+
+def test_load_initial_encoder__earlier_run_at_another_size_is_loaded(tmp_path: Path) -> None:
     sam = make_sam(tiny_plain_spec(), image_size=160)
     card = Card(arch="vit_b", image_size=160, pixel_mean=[0.0] * 3, pixel_std=[255.0] * 3, notes=["first"])
     save_encoder(sam.image_encoder, tmp_path / "run" / "encoder", card)
     config = ModelConfig(arch="vit_b", base=str(tmp_path / "run"), image_size=96)
-    encoder, found = load_start(config)
+    encoder, found = load_initial_encoder(config)
     assert encoder.pos_embed.shape == (1, 6, 6, 32)
     assert torch.equal(encoder.blocks[0].mlp.lin1.weight, sam.image_encoder.blocks[0].mlp.lin1.weight)
     assert found.image_size == 96
@@ -112,17 +151,17 @@ def test_start__from_an_earlier_run_and_at_another_size(tmp_path: Path) -> None:
     assert "first" in found.notes
 
 
-def test_start__scope_reaches_the_encoder(tmp_path: Path) -> None:
+def test_load_initial_encoder__scope_is_applied(tmp_path: Path) -> None:
     torch.save(sam_of("vit_b"), tmp_path / "sam.pth")
     scope = ScopeConfig(kind=Scope.LAST_BLOCKS, num_last_blocks=1)
-    encoder, _ = load_start(model_config(tmp_path / "sam.pth", "vit_b", scope=scope))
+    encoder, _ = load_initial_encoder(model_config(tmp_path / "sam.pth", "vit_b", scope=scope))
     trained = {name.rsplit(".", 3)[0] for name, p in encoder.named_parameters() if p.requires_grad}
     assert not any(name.startswith(("pos_embed", "patch_embed", "blocks.0", "blocks.2")) for name in trained)
 
 
-def test_average_statistics__of_all_processes_where_they_move(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_average_statistics__trained_batch_norms_are_averaged_over_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     norms = torch.nn.Sequential(torch.nn.BatchNorm2d(2), torch.nn.BatchNorm2d(3).eval())
-    monkeypatch.setattr(batch_norm, "in_group", lambda: True)
+    monkeypatch.setattr(batch_norm, "is_distributed", lambda: True)
     monkeypatch.setattr(batch_norm.dist, "get_world_size", lambda: 2)
     monkeypatch.setattr(batch_norm.dist, "all_reduce", lambda own: own.add_(torch.tensor([2.0, 4.0, 3.0, 5.0])))
     batch_norm.average_statistics(norms)
@@ -130,16 +169,16 @@ def test_average_statistics__of_all_processes_where_they_move(monkeypatch: pytes
     assert (norms[1].running_mean.tolist(), norms[1].running_var.tolist()) == ([0.0] * 3, [1.0] * 3)
 
 
-def test_start__random_vit_t_keeps_slices_apart(
+def test_random_encoder__features_of_vit_t_differ_between_slices(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """With batch norm at mean 0 and variance 1 for ever, fresh features of different slices are the same."""
-    monkeypatch.setattr(start, "arch_spec", lambda _: TINY_VIT)
+    """With fixed statistics of mean 0 and variance 1, new features of different slices would be the same."""
+    monkeypatch.setattr(initial_weights, "arch_spec", lambda _: TINY_VIT)
     config = ModelConfig(arch="vit_t", base="random", image_size=32, num_frozen_depths=2)
     torch.manual_seed(0)
     with caplog.at_level("INFO"):
-        encoder, card = load_start(config)
-    assert "these depths keep their random weights; 0 trains them" in caplog.text
+        encoder, card = load_initial_encoder(config)
+    assert "these depths keep random weights; 0 trains them" in caplog.text
     assert "batch norms learn their statistics too" in caplog.text
     assert card.base_name == "random"
     images = torch.rand(4, 3, 1, 1) * torch.rand(4, 3, 32, 32) * 2
