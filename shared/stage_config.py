@@ -52,7 +52,7 @@ def build_stage_config(
     *,
     presets: Sequence[Path],
     demo: DemoSettings,
-    defaults: Mapping[str, str],
+    defaults: Mapping[str, str | Callable[[], str]],
 ) -> Schema:
     """Merge modality, presets, demo settings, files, options and overrides into a configuration.
 
@@ -63,7 +63,8 @@ def build_stage_config(
         typed: What the user typed.
         presets: YAML files of the stage.
         demo: Use of the demo data.
-        defaults: Values by dotted key for settings that were not typed and depend on other settings.
+        defaults: Values by dotted key for settings that were not typed and depend on other settings. A function is
+            called after the data were checked, so that no weights are fetched for a request that fails.
 
     Raises:
         UsageError: For an unknown modality or key, or a wrong value.
@@ -75,7 +76,7 @@ def build_stage_config(
     paths = demo_data(modality=modality) if data is None else demo_paths()
     is_demo = data is None or _is_same_store(data, demo.store(paths))
     store = demo.store(paths) if data is None else store_from_data(data, modality=modality)
-    filled = {**{key: value for key, value in defaults.items() if key not in given}}
+    filled = {key: value() if callable(value) else value for key, value in defaults.items() if key not in given}
     filled |= {"modality": modality, "data.store": str(store)}
     return load_config(
         schema,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +44,9 @@ def prepare(
     given = typed.by_key()
     ckpt, base = given.get("model.ckpt"), given.get("model.base")
     arch = _find_arch(given.get("model.arch"), ckpt or base)
-    defaults = {"model.arch": arch}
-    if base or not ckpt:
-        defaults["model.base"] = base or _default_base(arch)
+    defaults: dict[str, str | Callable[[], str]] = {"model.arch": arch}
+    if not ckpt:
+        defaults["model.base"] = partial(_default_base, arch)
     config = build_stage_config(
         PretrainConfig,
         typed,

@@ -1,4 +1,4 @@
-"""What a user gets for bad input to `samgraft pretrain`: one screen, the right exit code, a hint, nothing written."""
+"""Bad input to `samgraft pretrain`, which gives one screen, the right exit code and a hint, and writes nothing."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Path:
             ["must be of the model's architecture", "Use MODEL=vit_b"], id="base of another architecture",
         ),
         pytest.param(
-            ["--data", "store.zarr", "--model", "vit_b"], 2, ["MODEL=vit_b must be given weights", "BASE=sam"],
+            ["--data", "store.zarr", "--model", "vit_b"], 2, ["MODEL=vit_b needs weights", "BASE=sam"],
             id="no base",
         ),
         pytest.param(
@@ -92,7 +92,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ),
         pytest.param(
             ["--data", "store.zarr", "--base", "tiny", "model.num_frozen_depths=99"], 2,
-            ["num_frozen_depths must be below", "nothing would be trained"], id="everything frozen",
+            ["num_frozen_depths must be below", "leaves nothing to train"], id="everything frozen",
         ),
         *(
             pytest.param(wrong_value(method, value), 2, [message], id=f"{method} {value}")
@@ -146,7 +146,7 @@ def test_bad_input__one_screen_and_nothing_written(
     assert not (lab / "runs").exists()
 
 
-def test_trial_step_out_of_memory__one_screen_and_nothing_written(
+def test_measured_step__out_of_memory_is_one_screen_and_writes_nothing(
     lab: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def too_much(*_: object, **__: object) -> None:
@@ -166,7 +166,7 @@ def test_trial_step_out_of_memory__one_screen_and_nothing_written(
 
 @pytest.fixture
 def with_runs(lab: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Return a folder of runs in which a file, a foreign folder and a run of other settings lie."""
+    """Return a folder of runs with a file, a foreign folder and a run of other settings."""
     monkeypatch.chdir(lab)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     (tmp_path / "file").write_text("x")
@@ -186,7 +186,7 @@ def with_runs(lab: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
         ("before", "another configuration, 1 difference: optim.lr: 3e-05 -> 0.0003"),
     ],
 )
-def test_dry_run__refuses_the_run_folder_that_the_run_would_refuse(
+def test_dry_run__run_folder_that_a_run_would_refuse_is_refused(
     with_runs: Path, capsys: pytest.CaptureFixture[str], name: str, message: str
 ) -> None:
     before = {p: p.stat().st_mtime_ns for p in with_runs.rglob("*")}
