@@ -1,11 +1,13 @@
-"""Speed and memory of our image encoder against segment_anything's, interleaved in one process.
+"""Speed and memory of the image encoders against segment_anything's, interleaved in one process.
 
     python benchmarks/encoder_speed.py --sizes 1024 512 256 --types bfloat16 --cases full lora --write bf16
 
-Every case is forward + backward on random data of the real shape, after a warm-up; in float32 outputs are compared
-first. The original and all of ours take turns (A B C A B C); the claim is the ratio of medians, with the smallest and
-largest ratio of a turn. Saved bytes are distinct storages that autograd keeps for the backward pass, weights left out.
-The allocator is tuned as in training (``retain_freed_memory``), for both sides.
+Every case is forward + backward on random data of the real shape, after a warm-up. In float32 the outputs are compared
+first. The baseline and the other sides take turns (A B C A B C). The result is the ratio of medians, with the smallest
+and the largest ratio of a turn. Saved bytes are distinct storages that autograd keeps for the backward pass, without
+weights. The allocator is tuned as in training (``retain_freed_memory``), for all sides.
+
+The cases ``engines`` and ``engines_kept`` compare the two attention engines: the baseline is the one of CPUs.
 """
 
 from __future__ import annotations
@@ -54,7 +56,7 @@ class Row:
 
     @property
     def ratio(self) -> float:
-        """How many times faster ours is."""
+        """Baseline time divided by our time."""
         return self.baseline_s / self.ours_s
 
     def cells(self) -> list[str]:
@@ -68,12 +70,12 @@ class Row:
 
 
 HEADER = [
-    "px", "type", "case", "original s", "ours s", "speed-up", "range", "original saved MiB", "ours saved MiB", "share",
+    "px", "type", "case", "baseline s", "ours s", "speed-up", "range", "baseline saved MiB", "ours saved MiB", "share",
 ]  # fmt: skip
 
 
 def build(arch: str, image_size: int, depth: int | None, device: str) -> tuple[ViTEncoder, ImageEncoderViT]:
-    """Both encoders with the same random weights."""
+    """Build both encoders with the same random weights."""
     spec = arch_spec(arch)
     assert isinstance(spec, ViTSpec)
     if depth is not None:
@@ -92,7 +94,7 @@ def backward(run: Run) -> None:
 
 
 def seconds(action: Callable[[], None], device: str) -> float:
-    """Wall time on a GPU; processor time on a CPU, which other work on a shared machine distorts less."""
+    """Return wall time on a GPU and processor time on a CPU, which other work distorts less."""
     if device == "cuda":
         torch.cuda.synchronize()
         start = time.perf_counter()
@@ -105,7 +107,7 @@ def seconds(action: Callable[[], None], device: str) -> float:
 
 
 def saved_mib(run: Run, module: nn.Module) -> float:
-    """MiB of distinct storages kept for the backward pass, parameters left out."""
+    """Return the MiB of distinct storages kept for the backward pass, without parameters."""
     weights = {p.untyped_storage().data_ptr() for p in module.parameters()}
     kept: dict[int, int] = {}
     alive: list[torch.Tensor] = []
@@ -128,7 +130,7 @@ def saved_mib(run: Run, module: nn.Module) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class Side:
-    """One thing that is timed."""
+    """One timed alternative."""
 
     name: str
     run: Run
@@ -136,26 +138,29 @@ class Side:
 
 
 @dataclass(kw_only=True)
-class Taken:
-    """What one side took."""
+class Cost:
+    """Seconds of each turn and MiB saved by one side."""
 
     seconds: list[float]
     mib: float
 
 
-def measure(sides: list[Side], *, repeats: int, device: str) -> list[Taken]:
+def measure(sides: list[Side], *, repeats: int, device: str) -> list[Cost]:
     """Time all sides in turn, the baseline first, ``repeats`` times."""
-    taken = [Taken(seconds=[], mib=saved_mib(side.run, side.module)) for side in sides]  # also the warm-up
+    costs = [Cost(seconds=[], mib=saved_mib(side.run, side.module)) for side in sides]  # also the warm-up
     for _ in range(repeats):
-        for side, record in zip(sides, taken, strict=True):
+        for side, record in zip(sides, costs, strict=True):
             side.module.zero_grad(set_to_none=True)
             record.seconds.append(seconds(partial(backward, side.run), device))
             side.module.zero_grad(set_to_none=True)
-    return taken
+    return costs
 
 
 def full_sides(ours: ViTEncoder, stock: ImageEncoderViT, images: torch.Tensor, hidden: float) -> list[Side]:
-    """Every weight trained. The baseline of masked training is the same dense encoder, with mask tokens in place."""
+    """Return sides that train every weight.
+
+    The baseline of masked training is the same dense encoder with mask tokens in place.
+    """
     ids = random_ids(ours, images, hidden)
     return [
         Side(name="original", run=partial(stock, images), module=stock),
@@ -166,7 +171,7 @@ def full_sides(ours: ViTEncoder, stock: ImageEncoderViT, images: torch.Tensor, h
 
 
 def lora_sides(ours: ViTEncoder, stock: ImageEncoderViT, images: torch.Tensor, num_blocks: int) -> list[Side]:
-    """Only LoRA in qkv of the last blocks trained, through peft, the same way on both; changes both encoders."""
+    """Add LoRA to qkv of the last blocks of both encoders through peft, and return sides that train it only."""
     from peft import LoraConfig, inject_adapter_in_model
 
     depth = len(ours.blocks)
@@ -200,10 +205,10 @@ def visible(encoder: ViTEncoder, images: torch.Tensor, ids: torch.Tensor) -> tor
 
 
 def engine_sides(ours: ViTEncoder, images: torch.Tensor, ids: torch.Tensor | None) -> list[Side]:
-    """Both attention engines on the same weights: the one of CPUs (the baseline) and the one of GPUs."""
+    """Return both attention engines on the same weights, that of CPUs (the baseline) first."""
 
     def run(*, in_blocks: bool) -> torch.Tensor:
-        ours._last_plan = None  # made for the other engine
+        ours._last_plan = None  # the stored plan may be that of the other engine
         with patch.object(attention, "computes_in_blocks", lambda device: in_blocks):
             return plain(ours, images) if ids is None else visible(ours, images, ids)
 
@@ -215,18 +220,18 @@ def engine_sides(ours: ViTEncoder, images: torch.Tensor, ids: torch.Tensor | Non
 
 
 def random_ids(ours: ViTEncoder, images: torch.Tensor, hidden: float) -> torch.Tensor:
-    """Raster numbers of the tokens that each image keeps."""
+    """Return raster numbers of the tokens that each image keeps."""
     total = ours.grid**2
     generator = torch.Generator().manual_seed(0)
     kept = [torch.randperm(total, generator=generator)[: round(total * (1 - hidden))] for _ in images]
     return torch.stack(kept).to(images.device)
 
 
-def rows_of(sides: list[Side], taken: list[Taken], *, image_size: int, dtype: str) -> list[Row]:
-    """Compare every side with the first."""
-    baseline = taken[0]
+def rows_of(sides: list[Side], costs: list[Cost], *, image_size: int, dtype: str) -> list[Row]:
+    """Compare every side with the first one."""
+    baseline = costs[0]
     rows = []
-    for side, record in zip(sides[1:], taken[1:], strict=True):
+    for side, record in zip(sides[1:], costs[1:], strict=True):
         ratios = [a / b for a, b in zip(baseline.seconds, record.seconds, strict=True)]
         rows.append(
             Row(
@@ -327,8 +332,8 @@ def main() -> None:
                 else:
                     depth = len(ours.blocks)
                     sides = lora_sides(ours, stock, images, depth if case == "lora" else min(4, depth))
-                taken = measure(sides, repeats=arguments.repeats, device=arguments.device)
-                new = rows_of(sides, taken, image_size=image_size, dtype=dtype)
+                costs = measure(sides, repeats=arguments.repeats, device=arguments.device)
+                new = rows_of(sides, costs, image_size=image_size, dtype=dtype)
                 loads.append(os.getloadavg()[0])
                 rows += new
                 for row in new:

@@ -1,6 +1,6 @@
-"""The encoders as published, segment_anything's and timm's, with the weights of ours: what ours is measured against.
+"""Original encoders of segment_anything and timm with the weights of ours, as a reference.
 
-Used by the speed benchmarks and by the parity tests. Names are mapped here apart from the code under test.
+The speed benchmarks and the parity tests use them. Names are mapped here, independently of the code under test.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def plain_twin(ours: ViTEncoder) -> ImageEncoderViT:
 
 
 def tiny_original(spec: TinyViTSpec) -> nn.Module:
-    """Build timm's own TinyVit with the two changes of the published vit_t; it has no neck."""
+    """Build timm's own TinyVit, which has no neck, with the two changes of the published vit_t."""
     model = TinyVit(
         num_classes=0,
         embed_dims=spec.embed_dims,
@@ -56,7 +56,7 @@ def tiny_original(spec: TinyViTSpec) -> nn.Module:
 
 
 def tiny_twin(ours: TinyViTEncoder) -> nn.Module:
-    """Return timm's TinyVit with the weights of ours: all of them but the neck, and none besides but its head."""
+    """Return timm's TinyVit with all weights of ours but the neck's."""
     twin = tiny_original(ours.spec).to(next(ours.parameters()).dtype)
     tensors = {k: v for k, v in ours.state_dict().items() if not k.startswith("neck.")}
     head = {k: v for k, v in twin.state_dict().items() if k.startswith("head.")}

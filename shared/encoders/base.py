@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from functools import partial
@@ -79,8 +79,8 @@ class EncoderSpec(ABC):
     family: ClassVar[str]
     """Key of the family's shape in stored dictionaries."""
     anchors: ClassVar[tuple[str, ...]]
-    """Tensors (without ``image_encoder.``) by which an encoder is found in a file. Several, so that a file without one
-    of them is still recognised and refused by name; the first belongs to this family alone."""
+    """Tensors (without ``image_encoder.``) by which an encoder is found in a file. They are several, so that a damaged
+    file without one of them is still recognised and refused by name."""
     layers: ClassVar[LayerNames]
     """Layers that adapters change."""
     default_objective: ClassVar[str]
@@ -98,7 +98,7 @@ class EncoderSpec(ABC):
     @classmethod
     def recognises(cls, tensors: Mapping[str, Tensor]) -> bool:
         """Return True if tensors, named without ``image_encoder.``, belong to this family."""
-        return cls.anchors[0] in tensors
+        return any(name in tensors for name in cls.anchors)
 
     @classmethod
     @abstractmethod
@@ -398,7 +398,7 @@ def upsample_token_mask(token_mask_Bhw: Tensor, *, side: int, name: str) -> Tens
     return scaled[:, 0].bool()
 
 
-def count_blocks(names: Iterator[str] | Mapping[str, Any], prefix: str) -> int:
+def count_blocks(names: Iterable[str], prefix: str) -> int:
     """Return one more than the largest number that follows ``prefix`` in tensor names."""
     indexes = {name[len(prefix) :].split(".", 1)[0] for name in names if name.startswith(prefix)}
     return 1 + max((int(i) for i in indexes if i.isdigit()), default=-1)

@@ -15,7 +15,7 @@ FAMILIES: tuple[type[EncoderSpec], ...] = (
     TinyViTSpec,
     ViTSpec,
 )
-"""Encoder families. A new one is a file beside this one and a line here."""
+"""Encoder families. A new one is a file in this folder and a line here, before any family whose anchors it also has."""
 
 DEFAULT_ARCH = "vit_t"
 """Architecture when none is given. Its base weights are part of the demo data."""

@@ -55,7 +55,7 @@ class TinyViTSpec(EncoderSpec):
     attn_window_sizes: tuple[int, ...] = (7, 7, 14, 7)
 
     family: ClassVar[str] = "tiny"
-    anchors: ClassVar[tuple[str, ...]] = ("patch_embed.seq.0.c.weight", "neck.0.weight")
+    anchors: ClassVar[tuple[str, ...]] = ("patch_embed.seq.0.c.weight", "layers.0.blocks.0.conv1.c.weight")
     layers: ClassVar[LayerNames] = LayerNames(
         linear=r"(attn\.(qkv|proj)|mlp\.fc[12])",
         norms=r"(attn|mlp)\.norm",

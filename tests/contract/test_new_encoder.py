@@ -138,7 +138,7 @@ class ToyEncoder(ImageEncoder):
 
 @pytest.fixture
 def toy(monkeypatch: pytest.MonkeyPatch) -> ToySpec:
-    """Add the line ``ToySpec,`` to the registry; nothing else is changed."""
+    """Add the line ``ToySpec,`` to the registry and nothing else."""
     monkeypatch.setattr(registry, "FAMILIES", (*registry.FAMILIES, ToySpec))
     return ToySpec.published()[0]
 
@@ -190,7 +190,7 @@ def test_new_encoder__is_listed_and_read_back_from_a_stored_shape(toy: ToySpec) 
 FAMILY_TEST = re.compile(
     r"\.(plain|tiny)\b|\b(ViT|TinyViT)(Spec|Encoder)\b|encoders\.(vit|tiny_vit)\b|[=!]= *[\"'](vit_|plain|tiny)"
 )
-"""Code that decides by an encoder's family: its classes, its modules, or a comparison with its name."""
+"""Classes, modules and names of families, which code outside must not mention."""
 
 
 def test_source__outside_encoders_and_weights_no_code_tests_for_a_family() -> None:

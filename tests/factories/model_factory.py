@@ -9,7 +9,7 @@ from segment_anything.modeling import Sam
 
 
 def tiny_plain_spec(*, attn_window_size: int = 4, depth: int = 4, image_size: int = 160) -> ViTSpec:
-    """A 32-wide windowed ViT; a 10x10 grid is not divided by a window of 4."""
+    """Return a windowed ViT of 32 channels, whose window of 4 does not divide its 10x10 grid."""
     return ViTSpec(
         arch="vit_b",
         native_image_size=image_size,
@@ -23,7 +23,7 @@ def tiny_plain_spec(*, attn_window_size: int = 4, depth: int = 4, image_size: in
 
 
 def tiny_vit_t_spec(*, stem: Stem = Stem.conv1x1) -> TinyViTSpec:
-    """A narrow vit_t: 64 px become 16x16 (LiteMedSAM's stem) or 4x4 (MobileSAM's)."""
+    """Return a narrow vit_t, which turns 64 px into 16x16 (LiteMedSAM's stem) or 4x4 (MobileSAM's)."""
     lite = stem is Stem.conv1x1
     return TinyViTSpec(
         arch="vit_t",
@@ -54,7 +54,7 @@ def randomise(module: torch.nn.Module, *, seed: int = 0, scale: float = 0.2) -> 
 
 
 def make_sam(spec: EncoderSpec, *, image_size: int, seed: int = 0, num_multimask_outputs: int = 3) -> Sam:
-    """A small SAM whose every tensor is random and depends on the seed only."""
+    """Return a small SAM whose tensors are all random and depend on the seed only."""
     torch.manual_seed(seed)
     sam = build_sam(spec, image_size=image_size, num_multimask_outputs=num_multimask_outputs)
     randomise(sam, seed=seed)

@@ -1,4 +1,4 @@
-"""Comparison of outputs and gradients with a published encoder."""
+"""Comparison of outputs and gradients between an encoder of ours and the original."""
 
 import torch
 from model_factory import randomise
@@ -30,7 +30,7 @@ def assert_same_training(ours: nn.Module, stock: nn.Module, images: torch.Tensor
     assert grads.keys() == expected_grads.keys()
     for name, expected_grad in expected_grads.items():
         scale = expected_grad.abs().max().item()
-        assert scale > 0, f"{name} has no gradient, so that the test could not detect an error in it"
+        assert scale > 0, f"{name} has no gradient, so the test would not notice an error in it"
         torch.testing.assert_close(
             grads[name], expected_grad, atol=tolerance * scale, rtol=0, msg=lambda m, n=name: f"{n}: {m}"
         )

@@ -1,4 +1,4 @@
-"""Encoders small enough that a training step takes milliseconds; the shapes keep what matters of the real ones."""
+"""Encoders with the kinds of blocks of real ones, small enough that a step takes milliseconds."""
 
 import torch
 from samgraft.shared.encoders.tiny_vit import Stem, TinyViTSpec
@@ -31,18 +31,21 @@ PLAIN_VIT = ViTSpec(
 
 
 def tiny_encoder(seed=0):
-    """A TinyViT of 32 px, stride 4, in training mode."""
+    """Return a TinyViT of 32 px and stride 4 in training mode."""
     torch.manual_seed(seed)
     encoder = TINY_VIT.build(image_size=32).train()
     for module in encoder.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
-            # A fresh TinyViT scales the last convolution of a block by 0: nothing before it would get a gradient.
+            # A fresh TinyViT scales the last convolution of a block by 0, so nothing before it would get a gradient.
             torch.nn.init.ones_(module.weight)
     return encoder
 
 
 def lively_encoder(seed=0):
-    """The same with features of order 1; fresh ones are of order 1e-6, where layer norms see rounding."""
+    """Return a TinyViT whose features are of order 1.
+
+    Those of fresh weights are of order 1e-6, where a layer norm amplifies rounding.
+    """
     encoder = tiny_encoder(seed)
     for module in encoder.modules():
         if isinstance(module, torch.nn.Conv2d):
@@ -51,7 +54,7 @@ def lively_encoder(seed=0):
 
 
 def plain_encoder(seed=0):
-    """A windowed ViT of 96 px, stride 16, in training mode, with positions that are not zero."""
+    """Return a windowed ViT of 96 px and stride 16 in training mode, with positions that are not zero."""
     torch.manual_seed(seed)
     encoder = PLAIN_VIT.build(image_size=96).train()
     with torch.no_grad():
@@ -62,7 +65,7 @@ def plain_encoder(seed=0):
 
 
 def slices(count=2, size=32, seed=0):
-    """Smooth random slices in [0, 1]."""
+    """Return smooth random slices in [0, 1]."""
     generator = torch.Generator().manual_seed(seed)
     coarse = torch.rand(count, 1, 4, 4, generator=generator)
     return torch.nn.functional.interpolate(coarse, size=size, mode="bilinear")

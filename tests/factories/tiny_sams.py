@@ -54,7 +54,10 @@ def images_for(arch, count=2):
 
 
 def take_steps(segmenter, arch, *, steps=2, lr=0.01):
-    """Adam, which moves whatever has a gradient at all; LoRA's A gets one only once B has left 0."""
+    """Train with Adam, which changes every tensor that has a gradient.
+
+    Two steps are needed because LoRA's A has a gradient only once B is not 0.
+    """
     images = images_for(arch)
     generator = torch.Generator().manual_seed(1)
     labels = torch.randint(0, segmenter.num_classes + 1, (2, *images.shape[-2:]), generator=generator)

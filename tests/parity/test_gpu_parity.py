@@ -1,6 +1,6 @@
-"""On a GPU: the same encoders as on a CPU, and as segment_anything's and timm's on the same GPU.
+"""Encoders on a GPU against those on a CPU and against the originals on the same GPU.
 
-Run by ``make test-gpu``.
+``make test-gpu`` runs these tests.
 """
 
 import copy
@@ -19,21 +19,21 @@ GPU = "cuda"
 
 @pytest.fixture(autouse=True)
 def _whole_float32(monkeypatch):
-    """TensorFloat-32 would hide everything below 1e-3."""
+    """Switch TensorFloat-32 off, which would hide errors below 1e-3."""
     if not torch.cuda.is_available():
-        pytest.fail("no GPU that torch can use: samgraft doctor says why", pytrace=False)
+        pytest.fail("no GPU that torch can use. Run samgraft doctor for the reason.", pytrace=False)
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
 @pytest.mark.parametrize(("arch", "image_size"), [("vit_b", 224), ("vit_b", 512), ("vit_b", 1024), ("vit_h", 256)])
-def test_plain_vit__trains_as_segment_anything(arch, image_size):
+def test_plain_vit__same_gradients_as_segment_anything(arch, image_size):
     ours, stock = (model.to(GPU) for model in real_pair(arch, image_size))
     assert_same_training(ours, stock, torch.randn(2, 3, image_size, image_size).to(GPU), tolerance=1e-4)
 
 
 @pytest.mark.parametrize("image_size", [224, 512])
-def test_plain_vit__bf16_as_near_to_float32_as_segment_anything(image_size):
+def test_plain_vit__error_of_bf16_no_larger_than_segment_anything(image_size):
     ours, stock = (model.to(GPU) for model in real_pair("vit_b", image_size))
     images = torch.randn(2, 3, image_size, image_size).to(GPU)
     with torch.no_grad():
@@ -45,7 +45,7 @@ def test_plain_vit__bf16_as_near_to_float32_as_segment_anything(image_size):
 
 @pytest.mark.parametrize("image_size", [224, 512])
 @pytest.mark.parametrize("ragged", [False, True])
-def test_kept_tokens__as_on_a_cpu(image_size, ragged):
+def test_kept_tokens__equal_those_on_a_cpu(image_size, ragged):
     ours, _ = real_pair("vit_b", image_size)
     on_gpu = copy.deepcopy(ours).to(GPU)
     images = torch.randn(2, 3, image_size, image_size)

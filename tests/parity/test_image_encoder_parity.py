@@ -1,4 +1,4 @@
-"""Our encoders against segment_anything and timm: outputs and gradients, small shapes with every kind of block."""
+"""Outputs and gradients of the encoders against segment_anything and timm, on small shapes."""
 
 import pytest
 import torch
@@ -36,7 +36,7 @@ def test_dense__equals_segment_anything_to_rounding_in_float64(image_size: int) 
     assert_same_training(ours, stock, images, tolerance=1e-12)
 
 
-def test_dense__block_size_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dense__any_block_size_gives_the_same_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     # 300 logits per block cut both windows and heads and the queries of global attention.
     monkeypatch.setattr(blocked_attention, "BLOCK_ELEMENTS", 300)
     ours, stock = pair(160, torch.float64)
@@ -45,7 +45,7 @@ def test_dense__block_size_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.parametrize("image_size", SIZES)
 def test_fused__equals_segment_anything(image_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The path of GPUs, on a CPU."""
+    """Run the engine of GPUs on a CPU."""
     monkeypatch.setattr(attention, "computes_in_blocks", lambda _device: False)
     ours, stock = pair(image_size, torch.float64)
     images = torch.randn(2, 3, image_size, image_size, dtype=torch.float64)
@@ -58,7 +58,7 @@ def test_checkpointing__same_gradients() -> None:
     assert_same_training(ours, stock, torch.randn(1, 3, 160, 160, dtype=torch.float64), tolerance=1e-12)
 
 
-def test_bfloat16_autocast__as_near_to_float32_as_segment_anything() -> None:
+def test_bfloat16_autocast__error_no_larger_than_segment_anything() -> None:
     ours, stock = pair(160, torch.float32)
     images = torch.randn(1, 3, 160, 160)
     with torch.no_grad():
@@ -76,7 +76,7 @@ def test_compile__traces_dense_encoder_as_one_graph() -> None:
     torch.testing.assert_close(compiled(images), stock(images), atol=1e-12, rtol=0)
 
 
-def test_frozen_start__saves_nothing_below_first_trainable_block() -> None:
+def test_frozen_blocks__save_nothing_below_the_first_trainable_one() -> None:
     ours, _ = pair(160, torch.float32)
     ours.requires_grad_(requires_grad=False)
     ours.blocks[-1].attn.qkv.weight.requires_grad_()

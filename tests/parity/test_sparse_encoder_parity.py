@@ -1,4 +1,4 @@
-"""Kept tokens only, against the dense encoder in which hidden tokens are removed from every softmax by -inf."""
+"""Kept tokens against the dense encoder whose hidden tokens are removed from every softmax by -inf."""
 
 import pytest
 import torch
@@ -16,7 +16,10 @@ def encoder_of(image_size: int) -> ViTEncoder:
 
 
 def dense_reference(encoder: ViTEncoder, images: torch.Tensor, visible_Bgg: torch.Tensor) -> torch.Tensor:
-    """segment_anything's own code with hidden keys at -inf; its zero padding stays visible, as there. (B, g, g, C)."""
+    """Return features (B, g, g, C) of segment_anything's own code with hidden keys at -inf.
+
+    Its zero padding stays visible, as it is there.
+    """
     tokens = encoder.patch_embed(images) + encoder.pos_embed
     grid = tokens.shape[1]
     for block in encoder.blocks:
@@ -54,13 +57,13 @@ def random_ids(grid: int) -> torch.Tensor:
 
 
 def block_ids(grid: int) -> torch.Tensor:
-    """Only a square in another corner of each image is kept: most windows are empty."""
+    """Return ids of a square in another corner of each image, which leaves most windows empty."""
     number = torch.arange(grid * grid).view(grid, grid)
     return torch.stack([number[:3, :3].flatten(), number[-3:, -3:].flatten()])
 
 
 def uniform_ids(grid: int, side: int = 4) -> torch.Tensor:
-    """One token of every window, a different one in each image."""
+    """Return one token of every window, a different one in each image."""
     ids = []
     for seed in range(2):
         generator = torch.Generator().manual_seed(seed)
@@ -81,7 +84,10 @@ def ragged_ids(grid: int) -> torch.Tensor:
 
 
 def full_corner_ids(grid: int) -> torch.Tensor:
-    """The last window is the fullest and another image keeps fewer: no slot is free for the token that is not there."""
+    """Return ids that fill the last window while another image keeps fewer tokens.
+
+    No slot is then free for the missing token.
+    """
     number = torch.arange(grid * grid).view(grid, grid)
     return torch.stack([torch.tensor([0, grid // 2, grid * grid // 2, -1]), number[-2:, -2:].flatten()])
 
@@ -128,14 +134,14 @@ def test_visible__equals_dense_with_hidden_keys_at_minus_infinity(kind: str, ima
     compare(encoder, MASKS[kind](encoder.grid), tolerance=1e-11)
 
 
-def test_visible__block_size_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_visible__any_block_size_gives_the_same_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blocked_attention, "BLOCK_ELEMENTS", 60)
     compare(encoder_of(160), random_ids(10), tolerance=1e-11)
 
 
 @pytest.mark.parametrize("kind", sorted(MASKS))
 def test_visible_fused__equals_dense_reference(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The path of GPUs, on a CPU."""
+    """Run the engine of GPUs on a CPU."""
     monkeypatch.setattr(attention, "computes_in_blocks", lambda _device: False)
     compare(encoder_of(160), MASKS[kind](10), tolerance=1e-11)
 
@@ -149,7 +155,7 @@ def test_visible__nothing_hidden_equals_the_encoder() -> None:
     torch.testing.assert_close(encoder.forward_visible(images, ids), expected, atol=1e-11, rtol=1e-11)
 
 
-def test_visible__hidden_pixels_do_not_matter_and_kept_ones_do() -> None:
+def test_visible__output_depends_on_kept_pixels_only() -> None:
     encoder = encoder_of(160)
     ids = random_ids(10)
     images = torch.randn(2, 3, 160, 160, dtype=torch.float64, requires_grad=True)
@@ -177,7 +183,7 @@ def test_visible__refuses_numbers_outside_the_grid(ids: list[list[int]]) -> None
         encoder.forward_visible(torch.zeros(1, 3, 160, 160, dtype=torch.float64), torch.tensor(ids, dtype=torch.int64))
 
 
-def test_mask_tokens_in_place__hidden_pixels_do_not_matter() -> None:
+def test_mask_tokens__output_does_not_depend_on_hidden_pixels() -> None:
     encoder = encoder_of(160)
     hidden = torch.rand(2, 5, 5) > 0.5
     images = torch.randn(2, 3, 160, 160, dtype=torch.float64)

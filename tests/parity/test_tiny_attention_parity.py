@@ -1,4 +1,4 @@
-"""vit_t's window attention without padding equals timm's with padding: outputs and every gradient."""
+"""Outputs and gradients of vit_t's window attention against timm's, which pads."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from timm.models.tiny_vit import TinyVitBlock
 
 
 def pair(window_size):
-    """Our block and timm's with the same random weights, norms and biases too."""
+    """Return our block and timm's with the same random weights, norms and biases."""
     torch.manual_seed(0)
     ours = GridBlock(16, 2, window_size=window_size).double().eval()
     for parameter in ours.parameters():
@@ -39,7 +39,7 @@ def test_grid_block__equals_timms_padded_windows(height, width, in_strips, monke
     assert set(grads) == set(expected_grads)
     for name, value in grads.items():
         torch.testing.assert_close(value, expected_grads[name], atol=1e-9, rtol=1e-9, msg=name)
-    # The padding takes part: without its share the outputs would be others.
+    # Padding contributes to the softmax, so a change of what it contains changes the outputs.
     if height % 4 or width % 4:
         with torch.no_grad():
             ours.attn.norm.bias.add_(1.0)
@@ -47,7 +47,7 @@ def test_grid_block__equals_timms_padded_windows(height, width, in_strips, monke
 
 
 def test_grid_block__bf16_on_a_cpu_is_near_float32():
-    """The path of its own that bf16 takes."""
+    """Check bf16, which has a code path of its own on a CPU."""
     ours, _ = pair(4)
     ours.float()
     features = torch.randn(2, 6, 7, 16)

@@ -1,4 +1,4 @@
-"""Our SAM and transformers' ``SamModel``: same masks after renaming, both ways, through the files."""
+"""Masks of our SAM against transformers' ``SamModel``, after conversion of the files in both directions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Activation checkpointing: one switch of the trainer reaches the encoder; fewer bytes, the same gradients."""
+"""Saved bytes and gradients with activation checkpointing, and its switch in both stages."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from tiny_encoders import plain_encoder
 from torch import nn
 
 
-class Saved:
-    """Counts bytes of the distinct storages that autograd keeps while it is open; parameters left out."""
+class SavedBytes:
+    """Counter of the bytes that autograd keeps in distinct storages, without parameters."""
 
     def __init__(self, module: nn.Module) -> None:
         self.weights = {p.untyped_storage().data_ptr() for p in module.parameters()}
         self.kept: dict[int, torch.Tensor] = {}
 
-    def __enter__(self) -> Saved:
+    def __enter__(self) -> SavedBytes:
         self.hooks = torch.autograd.graph.saved_tensors_hooks(self._keep, lambda tensor: tensor)
         self.hooks.__enter__()
         return self
@@ -75,7 +75,7 @@ def test_checkpointing__fewer_saved_bytes_and_the_same_gradients(case: str) -> N
     sizes, grads = [], []
     for encoder.activation_checkpointing in (False, True):
         encoder.zero_grad()
-        with Saved(encoder) as saved:
+        with SavedBytes(encoder) as saved:
             out = run(encoder, images)
         out.pow(2).sum().backward()
         sizes.append(saved.num_bytes)
@@ -86,27 +86,27 @@ def test_checkpointing__fewer_saved_bytes_and_the_same_gradients(case: str) -> N
         assert torch.equal(grads[1][name], grad), name
 
 
-def test_frozen_start__nothing_saved_below_the_first_trainable_block() -> None:
-    """What a fine-tuning of the last block keeps does not depend on how many frozen blocks lie below."""
+def test_frozen_blocks__nothing_saved_below_the_first_trainable_block() -> None:
+    """Check that frozen blocks below the last one add nothing to what is kept."""
     sizes = []
     for depth in (2, 6):
         encoder = ViTEncoder(tiny_plain_spec(depth=depth), image_size=160)
         randomise(encoder)
         encoder.requires_grad_(requires_grad=False)
         encoder.blocks[-1].requires_grad_()
-        with Saved(encoder) as saved:
+        with SavedBytes(encoder) as saved:
             encoder(torch.randn(1, 3, 160, 160))
         sizes.append(saved.num_bytes)
     assert sizes[0] == sizes[1] > 0
     encoder.requires_grad_(requires_grad=False)
-    with Saved(encoder) as saved:
+    with SavedBytes(encoder) as saved:
         encoder(torch.randn(1, 3, 160, 160))
     assert saved.num_bytes == 0
 
 
 @pytest.fixture
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[object]:
-    """Modules whose activations were recomputed."""
+    """Record the modules whose activations were recomputed."""
     calls: list[object] = []
     original: Callable[..., torch.Tensor] = base.checkpoint
 

@@ -1,4 +1,4 @@
-"""vit_t's policies: hidden pixels, BatchNorm, the bias cache, layer groups."""
+"""Hidden pixels, BatchNorm, attention biases and layer groups of vit_t."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_masked__wrong_mask_refused(mask: torch.Tensor, message: str) -> None:
         encoder_of().forward_features(torch.zeros(1, 3, 64, 64), token_mask_Bhw=mask)
 
 
-def test_batch_norm__frozen_by_default_and_moves_when_asked() -> None:
+def test_batch_norm__frozen_by_default_and_updated_on_request() -> None:
     sam = make_sam(tiny_vit_t_spec(), image_size=64)
     before = {k: v.clone() for k, v in sam.state_dict().items()}
     sam.train()
@@ -72,7 +72,7 @@ def test_batch_norm__frozen_by_default_and_moves_when_asked() -> None:
 
 
 def test_attention_biases__never_stale_after_an_update_in_place() -> None:
-    """timm caches them in eval mode: an EMA teacher would not change at all."""
+    """Check that biases are not cached as in timm, where an EMA teacher would never change."""
     teacher = encoder_of().eval()
     images = torch.randn(1, 3, 64, 64)
     before = teacher(images)
@@ -86,7 +86,7 @@ def test_attention_biases__never_stale_after_an_update_in_place() -> None:
 
 
 def test_eval_mode__can_be_trained_twice() -> None:
-    """timm's cache keeps a freed graph: the second backward in eval mode fails there."""
+    """Check a second backward pass in eval mode, which fails in timm because its cache keeps a freed graph."""
     encoder = encoder_of().eval()
     for _ in range(2):
         encoder(torch.randn(1, 3, 64, 64)).sum().backward()
@@ -136,7 +136,10 @@ def test_to_pixels__statistics_of_each_architecture() -> None:
 
 @pytest.mark.weights
 def test_lite_medsam__finds_a_tumour_from_its_box() -> None:
-    """Real weights, real scan: wrong loading, size or pixel scale would fall to the filled box's 0.76 or below."""
+    """Segment a real scan with real weights.
+
+    Wrong loading, size or pixel scale would give at most the 0.76 of a filled box.
+    """
     nibabel = pytest.importorskip("nibabel")
     root = Path(os.environ.get("SAMGRAFT_DEMO", "data/demo"))
     weights, scan = root.parent / "weights/lite_medsam.pth", root / "scans/MRBrainTumor1.nii.gz"
