@@ -132,6 +132,7 @@ def read_label(case: SourceCase, scan: RawScan) -> tuple[Array, str]:
                 f"{int(clash.sum())} voxels are claimed by two labels ({text}). Remove them from one of the files.",
                 where=case.name,
             )
+        # After the check for clashes, so the order of the files cannot matter.
         merged = np.where(ids_ijk != 0, ids_ijk, merged)
         digests.append(part.source_sha256)
     return merged.astype(np.min_scalar_type(int(merged.max()))), "+".join(digests)
@@ -158,6 +159,7 @@ def to_whole_numbers(array: Array, *, round_values: bool, where: str) -> Array:
         return array
     if not np.isfinite(array).all():
         raise DataError("label values must be finite, got NaN or Inf.", where=where)
+    # Rounding is exact for values that are whole already; others are refused below without --round-labels.
     whole = np.rint(array)
     distance = float(np.abs(array - whole).max(initial=0.0))
     if distance > 0 and not (round_values and distance < 0.05):

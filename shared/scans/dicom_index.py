@@ -147,6 +147,7 @@ def _add(
             site="/".join(machine) if any(machine) else None,
         )
         group.append(one)
+    # Cross-sectional slices without orientation cannot be stacked, which the report must mention.
     modality = str(header.get("Modality", ""))
     if orientation is None and num_frames == 1 and modality in ("CT", "MR", "PT"):
         lost[modality] += 1
@@ -192,7 +193,7 @@ def _segmentation(header: Any, path: Path) -> SegmentationFile:
 
 
 def _is_image_class(kind: str) -> bool:
-    """Return whether a SOP class has pixels; as a file without any class may."""
+    """Return whether files of a SOP class have pixels, as those without a class may."""
     part = kind.removeprefix(_STORAGE_CLASS)
     is_image = part in _IMAGE_CLASSES or part.startswith(tuple(f"{one}." for one in _IMAGE_CLASSES))
     return not kind or (kind.startswith(_STORAGE_CLASS) and is_image and kind != _SPECTROSCOPY_CLASS)

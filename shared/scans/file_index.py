@@ -89,6 +89,7 @@ def reason_to_leave_out(path: Path, size: int) -> str | None:
 def _walk(root: Path, index: FileIndex) -> Iterator[tuple[Path, int]]:
     """Yield regular files with their size. Follow links to folders once, by identity of the folder."""
     inside = root.resolve()
+    # Device and inode identify a folder, whatever path or link leads to it.
     seen: set[tuple[int, int]] = set()
     stack = [root]
     while stack:
@@ -102,6 +103,7 @@ def _walk(root: Path, index: FileIndex) -> Iterator[tuple[Path, int]]:
             entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
         except OSError as err:
             raise StorageError(f"the folder cannot be listed ({err.strerror}).", where=str(folder)) from err
+        # A zarr array is a folder of thousands of chunk files, which would all be counted as unknown.
         if not ZARR_MARKS.isdisjoint(entry.name for entry in entries):
             index.left_out[ZARR] += 1
             continue

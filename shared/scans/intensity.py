@@ -223,6 +223,7 @@ def normalise(slice_HW: Array, stats: IntensityStats, preset: IntensityPreset) -
     if slice_HW.dtype.kind == "f" and not np.isfinite(scaled_HW).all():
         num_bad = int((~np.isfinite(scaled_HW)).sum())
         raise DataError(f"slice_HW has {num_bad} non-finite of {scaled_HW.size} pixels; rebuild the store.")
+    # Equal ends come from constant volumes and from percentiles of almost constant ones.
     if not high > low:
         return np.zeros_like(scaled_HW)
     scaled_HW -= np.float32(low)

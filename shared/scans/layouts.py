@@ -91,7 +91,10 @@ def msd_cases(root: Path, options: SourceOptions) -> Discovery:
     rules = NameRules(options)
     num_channels = len(values.get("modality", {}) or {}) or 1
     entries = [
-        entry for part in ("training", "validation", "test", "testing") for entry in _entries(values, part, root)
+        # Test images of the Decathlon have no labels, yet they are as good for pretraining as the others.
+        entry
+        for part in ("training", "validation", "test", "testing")
+        for entry in _entries(values, part, root)
     ]
     present: list[tuple[Path, str | None]] = []
     for image, label in entries:
@@ -199,6 +202,7 @@ def _csv_rows(path: Path) -> list[tuple[int, dict[str, str]]]:
     except UnicodeDecodeError as err:
         raise DataError("the list must be UTF-8.", where=path.name) from err
     first = next((line for line in text.splitlines() if line.strip()), "")
+    # Spreadsheets export commas, semicolons or tabs, depending on the language of the system.
     delimiter = max("\t;,", key=first.count) if any(d in first for d in "\t;,") else ","
     reader = csv.reader(text.splitlines(), delimiter=delimiter, strict=True)
     rows: list[tuple[int, dict[str, str]]] = []
@@ -298,6 +302,7 @@ def _labels_per_image(
     refusals: dict[Path, str] = {}
     for image, candidates in fitting.items():
         segmentations = [p for p in candidates if scan_stem(p).endswith("_dseg")]
+        # Sort order must never decide: a brain mask sorts before a lesion mask.
         masks = [p for p in candidates if p not in segmentations]
         specific = [p for p in masks if _entity(p, "desc") != "brain" and _entity(p, "label") != "brain"]
         chosen = segmentations or specific or masks

@@ -127,6 +127,7 @@ def split_name(relative: PurePath) -> NamedFile:
         elif any(word in _IMAGE_WORDS for word in words) and not is_numbered:
             in_label_folder = False
         folders += [word for word in words if word not in _ROLE_WORDS]
+    # Class names keep their spelling (``Liver``), keys do not.
     original = _words(scan_stem(relative.name), lower=False)
     lowered = tuple(word.lower() for word in original)
     found = next((i for i, word in enumerate(lowered) if word in _LABEL_WORDS), None)

@@ -168,6 +168,7 @@ def _dicom(index: FileIndex, options: SourceOptions, found: Discovery) -> list[F
     scans = []
     for group in series:
         folder = group.paths[0].parent.relative_to(index.root)
+        # The first series of a folder keeps the folder's name, which a prompts file or a report may refer to.
         names[folder.as_posix()] += 1
         number = names[folder.as_posix()]
         name = folder.as_posix() if number == 1 else f"{folder.as_posix()} series {number}"
@@ -208,6 +209,7 @@ def _pair_labels(
     if shared:
         found.notes.append(f"{shared} labels belong to several images each (channels of one case)")
     names = sorted({name for _, _, name in pairs if name})
+    # By name and not by order of files, so that the ids do not change when a case is added.
     class_ids = {name: number for number, name in enumerate(names, start=1)}
     if class_ids:
         found.label_names = {number: name for name, number in class_ids.items()}

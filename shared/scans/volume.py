@@ -96,6 +96,7 @@ def volume_from_scan(scan: RawScan, *, modality: Modality, plane: Plane | None =
         raise DataError(f"a scan must have voxels, got shape {scan.array_ijk.shape}.", where=where)
     check_affine(scan.affine, where=where)
     plane = plane or slice_plane(scan.affine, scan.array_ijk.shape)
+    # Permutation and flips only: a resampled grid would blur the native values for good.
     array_zyx, affine = to_plane(scan.array_ijk, scan.affine, plane)
     return Volume(
         array_zyx=to_storable_dtype(array_zyx, where=where),
@@ -136,6 +137,7 @@ def to_storable_dtype(array: Array, *, where: str) -> Array:
         return array.astype(np.float32, copy=False)
     if array.dtype.itemsize <= 4:
         return array.astype(array.dtype.newbyteorder("="), copy=False)
+    # Many programs write 12-bit scans as int64; the smallest exact type keeps the store small and lossless.
     low, high = int(array.min()), int(array.max())
     for name in ("uint8", "int16", "uint16", "int32", "uint32"):
         info = np.iinfo(name)
@@ -175,5 +177,6 @@ def content_sha256(array_zyx: Array) -> str:
     """
     digest = hashlib.sha256(str(tuple(array_zyx.shape)).encode())
     for slice_HW in array_zyx:
+        # Slice by slice, because a float32 copy of the whole volume may not fit beside it.
         digest.update(np.ascontiguousarray(slice_HW, dtype="<f4").tobytes())
     return digest.hexdigest()

@@ -137,7 +137,7 @@ def test_store_command__foreign_zarr_is_refused(tmp_path, capsys, options):
     for arguments in (["build", str(path), "--out", str(tmp_path / "out.zarr")], ["check", str(path)]):
         assert main(["store", *arguments]) == 3
         shown = capsys.readouterr().err
-        assert "does not say for certain which axis is which" in shown or "is not a slice store" in shown
+        assert "its axes are not named" in shown or "is not a slice store" in shown
     with pytest.raises(DataError, match="is not a slice store"):
         SliceStore.open(path)
     assert not (tmp_path / "out.zarr").exists()
@@ -277,5 +277,5 @@ def test_read_slice__rebuilt_store_is_an_error_for_its_old_reader(tmp_path):
 def test_open__store_under_construction_is_refused(tmp_path):
     path = make_store(tmp_path, num_patients=1)
     (path / "complete.json").unlink()
-    with pytest.raises(DataError, match="no completion mark: its building was interrupted"):
+    with pytest.raises(DataError, match="no completion mark, because its build was interrupted"):
         SliceStore.open(path)

@@ -70,9 +70,11 @@ def read_dicom_series(paths: Sequence[Path], *, where: str, allow_gaps: bool = F
             frames.append(values)
             notes.update(value_notes)
         planes += new
+        # Sorted by position, so that the same series under other file names keeps its hash.
         digests.append((float(new[0].origin @ new[0].normal), digest))
     _check_positions(planes, num_files=len(paths), where=where)
     stack = stack_planes(planes, where=where, allow_gaps=allow_gaps)
+    # Rescaling per slice may give int16 for one slice and float32 for the next.
     dtype = np.result_type(*{frame.dtype for frame in frames})
     # Rows of a frame are the second voxel axis of the grid, hence the transpose.
     array_ijk = np.stack([frames[i].astype(dtype, copy=False).T for i in stack.order], axis=2)
@@ -201,6 +203,7 @@ def planes_of(dataset: Dataset, *, num_frames: int, where: str) -> list[FramePla
         DataError: If a number in the header cannot be read or frame headers are missing.
     """
     places = _frame_places(dataset, num_frames, where=where)
+    # Enhanced files carry their geometry per frame, classic files once, and cine loops not at all.
     if "PerFrameFunctionalGroupsSequence" in dataset:
         return [_plane(dataset, p, where=where, name=f"frame {n}") for n, p in enumerate(places, start=1)]
     if num_frames == 1:
@@ -235,10 +238,12 @@ def native_values(
         notes = (*notes, "MONOCHROME1: a display setting here, values kept")
     if inverted:
         notes = (*notes, "MONOCHROME1: inverted so that dense tissue is bright")
+    # A table replaces slope and intercept: the standard allows one of the two.
     if dataset.get("ModalityLUTSequence"):
         return _apply_modality_lut(stored_HW, dataset, inverted=inverted, where=where), notes
     if inverted:
         stored_HW = _invert(stored_HW, dataset)
+    # PET and some MR files scale every slice differently, hence the tags of this very frame.
     slope, intercept = (_numbers(name, places, 1, where=where) for name in ("RescaleSlope", "RescaleIntercept"))
     if slope is None and intercept is None:
         values = _apply_real_world_map(stored_HW, places, where=where)
@@ -268,9 +273,11 @@ def _plane(dataset: Dataset, places: Sequence[Any], *, where: str, name: str) ->
     spacing = _numbers("PixelSpacing", places, 2, where=place) or _numbers(
         "ImagerPixelSpacing", [dataset], 2, where=place
     )
+    # Thickness places nothing: it is only the spacing of a single slice.
     thickness = _numbers("SpacingBetweenSlices", places, 1, where=place) or _numbers(
         "SliceThickness", places, 1, where=place
     )
+    # Without an orientation a file is read as axial, which only files that are scans of their own reach.
     directions = np.asarray(orientation, dtype=np.float64)
     # Unit length and a right angle, with a tolerance for rounding: anything else is no orientation.
     lengths = (directions[:3] @ directions[:3], directions[3:] @ directions[3:], 1 + directions[:3] @ directions[3:])

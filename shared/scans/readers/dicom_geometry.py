@@ -84,7 +84,10 @@ def stack_planes(planes: Sequence[FramePlane], *, where: str, allow_gaps: bool) 
     first = planes[0]
     for plane in planes:
         _check_same_frame(plane, first, where=where)
+    # Not InstanceNumber and not SliceLocation: both may run against the stack or restart within it. The
+    # projection of the position onto the normal is the only order that the geometry itself defines.
     positions = np.array([float(plane.origin @ first.normal) for plane in planes])
+    # Ascending along the normal, so that the affine is right-handed for any orientation.
     order = np.argsort(positions, kind="stable")
     step, notes = _slice_step(positions[order], first, where=where, allow_gaps=allow_gaps)
     stack = [planes[i] for i in order]
@@ -119,6 +122,7 @@ def _slice_step(positions: Vector, first: FramePlane, *, where: str, allow_gaps:
     if len(positions) == 1:
         return first.thickness_mm or 1.0, ()
     steps = np.diff(positions)
+    # Equal positions come first: their median step of 0 would make every other distance look like a gap.
     if (steps < SAME_POSITION_MM).any():
         num = int((steps < SAME_POSITION_MM).sum())
         raise DataError(
@@ -127,6 +131,7 @@ def _slice_step(positions: Vector, first: FramePlane, *, where: str, allow_gaps:
             where=where,
         )
     median = float(np.median(steps))
+    # Compared with the median and not with SliceThickness, which differs from the distance in overlapping stacks.
     if steps.max() > MAX_GAP_RATIO * median or steps.min() * MAX_GAP_RATIO < median:
         place = int(np.abs(steps - median).argmax())
         text = f"gap at z={place} ({median:.2f} to {steps[place]:.2f} mm)"
@@ -153,6 +158,7 @@ def _check_straight(stack: Sequence[FramePlane], first: FramePlane, *, where: st
     # Distances along the normal cannot reveal the shift, because it does not change the order of the slices.
     start, whole = stack[0].origin, stack[-1].origin - stack[0].origin
     length = float(whole @ first.normal)
+    # Relative to the pixel, because a shift matters by how far it moves tissue between neighbouring slices.
     limit = max(MAX_LATERAL_SHIFT * min(first.spacing_rc), 5 * SAME_POSITION_MM)
     for z, plane in enumerate(stack[1:-1], start=1):
         offset = plane.origin - start

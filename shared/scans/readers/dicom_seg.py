@@ -47,9 +47,11 @@ def read_dicom_seg(path: Path, *, like: RawScan, where: str) -> RawScan:
         ids_HW = _ids(frame_HW, dataset, [group, *shared], kind, where=where)
         i, j, k = _first_voxel([group, *shared], like, where=where)
         width, height = ids_HW.shape[1], ids_HW.shape[0]
+        # Frames may cover a part of the slice only, as cropped segmentations do.
         part = label_ijk[i : i + width, j : j + height, k]
         if part.shape != (width, height):
             raise DataError("a frame of the segmentation reaches beyond the scan.", where=where)
+        # A label map holds one id per voxel, and silently keeping the later segment would erase the earlier one.
         clash = (part != 0) & (ids_HW.T != 0) & (part != ids_HW.T)
         if clash.any():
             raise DataError(f"{int(clash.sum())} voxels are claimed by two segments. Make them disjoint.", where=where)

@@ -43,6 +43,7 @@ def read_nifti(path: Path, *, where: str, frame: int | None = None) -> RawScan:
     kind = nifti_kind(head, where=where)
     header = _parse_header(kind, head, where=where)
     num_bytes = _announced_bytes(header, where=where)
+    # The limit comes from the header, so that a gzip bomb is refused before it fills the memory.
     plain = gunzip(data, limit=num_bytes, where=where) if compressed else data
     if len(plain) < num_bytes:
         raise DataError(
@@ -187,12 +188,14 @@ def _affine(header: Any, shape: tuple[int, ...], *, where: str) -> tuple[Any, tu
     except (HeaderDataError, ValueError) as err:
         raise DataError(f"the qform of the NIfTI header is damaged ({err}).", where=where) from err
     sform = header.get_sform() if int(header["sform_code"]) > 0 else None
+    # Programs differ in which of the two they prefer, so a contradiction would put the labels elsewhere.
     if qform is not None and sform is not None:
         agree, difference = grids_agree(sform, shape, qform, shape, tolerance_mm=MAX_FORM_DIFFERENCE_MM)
         if not agree:
             raise DataError(f"qform and sform must agree within 1 mm: {difference}. Repair the header.", where=where)
     if sform is None and qform is None:
         notes.append("no orientation in the header: voxel order taken as it is")
+    # sform first, as nibabel, FSL and ITK do; the base affine is centred and flipped along x by convention.
     affine = sform if sform is not None else qform if qform is not None else header.get_base_affine()
     # Bits 0 to 2 are the unit of length, bits 3 to 5 that of time. Codes above 3 are not defined; files that hold
     # them (255 is common) mean millimetres, and a wrong guess does not pass the limits of check_spacing.

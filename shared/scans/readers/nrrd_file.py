@@ -87,6 +87,7 @@ def _voxels(header: Any, body: bytes, *, where: str) -> Any:
     shape, dtype = _shape_and_dtype(header, where=where)
     num_bytes = dtype.itemsize * int(np.prod(shape, dtype=np.int64))
     encoding = str(header["encoding"]).lower()
+    # pynrrd would stop at the last voxel; decompressing here also checks length and CRC.
     if encoding in ("gzip", "gz"):
         body = gunzip(body, limit=num_bytes, where=where)
     elif encoding != "raw":
@@ -126,6 +127,7 @@ def _affine(header: Any, *, where: str) -> tuple[Any, tuple[str, ...], bool]:
         axes = np.stack([*axes, normal / max(float(np.linalg.norm(normal)), 1e-12)])
         notes = (*notes, "one slice: thickness taken as 1 mm")
     affine = np.eye(4)
+    # NRRD lists one vector per axis, an affine has one column per axis.
     affine[:3, :3] = axes.T
     affine[:3, 3] = np.asarray(header.get("space origin", np.zeros(3)), dtype=np.float64) * scale
     affine = np.diag([*_SPACES[space], 1.0]) @ affine
