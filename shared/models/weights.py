@@ -1,5 +1,5 @@
-"""Former home of ``load_sam`` and ``load_image_encoder``; cards of earlier releases import them from here."""
+"""Former home of the weights readers; cards of earlier releases import them from here."""
 
-from samgraft.shared.weights.load import load_image_encoder, load_sam
+from samgraft.shared.weights.load import load_image_encoder, load_sam, read_weights
 
-__all__ = ["load_image_encoder", "load_sam"]
+__all__ = ["load_image_encoder", "load_sam", "read_weights"]
