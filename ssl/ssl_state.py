@@ -18,9 +18,9 @@ import torch
 from samgraft.shared.errors import UsageError, WeightsError
 from samgraft.shared.files import write_json, write_tensors
 from samgraft.shared.weights.positions import resize_positions
-from samgraft.shared.weights.safe_read import read_file
+from samgraft.shared.weights.run_files import SSL_STATE_METADATA
+from samgraft.shared.weights.safe_read import read_raw_weights
 from samgraft.shared.weights.tensor_report import shorten
-from samgraft.shared.weights.unfinished import SSL_STATE_METADATA
 from samgraft.ssl.objectives import Objective
 from samgraft.ssl.scope import merged_state, unadapted_tensors
 
@@ -96,7 +96,7 @@ def restore_ssl_state(objective: Objective, *, initial_weights: str, objective_n
             log.info("ssl_state of %s is one of %s: decoder and heads are new", Path(initial_weights).name, found)
         return []
     assert folder is not None
-    tensors = dict(read_file(folder / STATE_FILE).content)
+    tensors = dict(read_raw_weights(folder / STATE_FILE).content)
     num_resized = _load_strictly(objective, tensors, name=folder.parent.name)
     resized = f", {num_resized} position tables resized" if num_resized else ""
     summary = f"{len(tensors)}/{len(tensors)} tensors of decoder, heads and teacher restored{resized}"

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from samgraft.finetune.adapters.methods import METHODS
 from samgraft.shared.errors import WeightsError
 from samgraft.shared.files import write_tensors
-from samgraft.shared.weights.adapter_base import read_adapter_base, write_adapter_base
+from samgraft.shared.weights.run_files import read_adapter_base, write_adapter_base
 from samgraft.shared.weights.save import tensors_sha256
 from samgraft.shared.weights.tensor_report import shorten
 from segment_anything.modeling import Sam

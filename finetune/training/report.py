@@ -183,7 +183,7 @@ def _facts(config: FinetuneConfig, prepared: Prepared) -> dict[str, Any]:
         "intensity": prepared.inference.intensity.name,
         "encoder sha256": prepared.start.encoder.sha256,
         "base sha256": prepared.start.base.sha256,
-        "tensors": "; ".join(f"{r.part} {r.num_loaded}/{r.num_asked} from {r.source}" for r in prepared.reports),
+        "tensors": "; ".join(f"{r.part} {r.num_loaded}/{r.num_requested} from {r.source}" for r in prepared.reports),
         "pretraining leak": "allowed by the user (transductive)" if prepared.transductive else "none found",
     }
 

@@ -118,6 +118,10 @@ class EncoderSpec(ABC):
     def build(self, *, image_size: int) -> ImageEncoder:
         """Build the encoder with fresh weights for a square input of ``image_size`` pixels."""
 
+    def find_missing_end(self) -> str | None:
+        """Return what shows that the last blocks of a file are missing, or None."""
+        return None
+
     # ---- numbers that both stages read
 
     @property

@@ -107,6 +107,16 @@ class TinyViTSpec(EncoderSpec):
             attn_window_sizes=tuple(windows),
         )
 
+    def find_missing_end(self) -> str | None:
+        """Return what shows that the last blocks of a file are missing, or None."""
+        known = self.published()[0]
+        num_stages = len(self.embed_dims)
+        if num_stages < len(known.embed_dims):
+            return f"{num_stages} stages, expected {len(known.embed_dims)}"
+        if self.embed_dims == known.embed_dims and any(map(int.__lt__, self.depths, known.depths)):
+            return f"stages of {self.depths} blocks, expected {known.depths}"
+        return None
+
     def build(self, *, image_size: int) -> TinyViTEncoder:
         """Build the encoder with fresh weights for a square input of ``image_size`` pixels."""
         return TinyViTEncoder(self, image_size=image_size)

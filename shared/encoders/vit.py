@@ -120,6 +120,15 @@ class ViTSpec(EncoderSpec):
             global_blocks=(),
         )
 
+    def find_missing_end(self) -> str | None:
+        """Return what shows that the last blocks of a file are missing, or None."""
+        for known in self.published():
+            if (known.embed_dim, known.num_heads) == (self.embed_dim, self.num_heads) and self.depth < known.depth:
+                return f"{self.depth} blocks, expected {known.depth} at a width of {self.embed_dim}"
+        if self.global_blocks and self.global_blocks[-1] != self.depth - 1:
+            return f"the last of {self.depth} blocks attends within windows, expected a global block at the end"
+        return None
+
     def image_size_of(self, tensors: Mapping[str, Tensor]) -> int:
         """Return the input side in pixels that the absolute positions were made for."""
         return int(tensors["pos_embed"].shape[1]) * self.patch_size

@@ -1,1 +1,1 @@
-"""Weights files: safe reading, formats, strict loading, cards and downloads."""
+"""Safe reading, strict loading, writing and downloading of weights files."""

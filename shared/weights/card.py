@@ -1,9 +1,10 @@
-"""card.json: what a weights file is, where it comes from, and what images it expects."""
+"""Card of a weights file (``card.json``) with its origin and the images that it expects."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,20 +18,20 @@ MAX_CARD_BYTES = 64_000_000
 
 @dataclass(frozen=True, kw_only=True)
 class Card:
-    """Facts that travel with a weights file. No time, host, user or path: equal runs write equal cards."""
+    """Facts about a weights file. Without times, hosts, users and paths, so that equal runs write equal cards."""
 
     arch: str
-    """vit_t, vit_b, vit_l or vit_h."""
+    """Architecture, one of vit_t, vit_b, vit_l and vit_h."""
     image_size: int
     """Side of the input in pixels for which positions and statistics were made."""
     pixel_mean: list[float]
-    """Subtracted from pixels on the 0..255 scale."""
+    """Mean per channel that is subtracted from pixels on the 0..255 scale."""
     pixel_std: list[float]
-    """Divides pixels on the 0..255 scale."""
+    """Standard deviation per channel that divides pixels on the 0..255 scale."""
     stem: str | None = None
-    """vit_t only: conv1x1 (LiteMedSAM) or conv3x3 (MobileSAM)."""
+    """Stem of vit_t, conv1x1 (LiteMedSAM) or conv3x3 (MobileSAM)."""
     stage: str = "base"
-    """base (as published), encoder (after stage 1) or model (after stage 2)."""
+    """Stage that wrote the weights: base (as published), encoder (stage 1) or model (stage 2)."""
     objective: str | None = None
     """Self-supervised objective of stage 1."""
     steps: int = 0
@@ -40,23 +41,23 @@ class Card:
     intensity: dict[str, Any] = field(default_factory=dict)
     """Intensity preset under which slices became [0, 1]."""
     num_neighbours: int = 0
-    """Slices on each side that were the encoder's other channels (2.5D); 0: the slice three times."""
+    """Slices on each side that were the encoder's other channels (2.5D). With 0 the slice fills all three channels."""
     base_name: str | None = None
-    """What the weights started from, for people."""
+    """Name of the initial weights, for people."""
     base_sha256: str | None = None
-    """Hash of the file they started from."""
+    """Hash of the file of the initial weights."""
     data_manifest: dict[str, Any] = field(default_factory=dict)
-    """Store fingerprint, hashed patient ids and content hashes of what was trained on: leaks are found by them."""
+    """Store fingerprint, hashed patient ids and content hashes of the training data, by which leaks are found."""
     config_sha256: str | None = None
     """Hash of the resolved configuration, without the settings that may change when a run is resumed."""
     code_revision: str | None = None
     """Git revision of the code."""
     license: str | None = None
-    """Licence of the weights, as far as known."""
+    """Licence of the weights, if it is recorded."""
     weights_sha256: str | None = None
-    """Hash of the weights file beside the card; set when it is written."""
+    """Hash of the weights file in the same folder, set when it is written."""
     notes: list[str] = field(default_factory=list)
-    """Everything a user should know that has no field."""
+    """Sentences for users about facts that have no field."""
     schema: int = CARD_SCHEMA
     """Version of this layout."""
 
@@ -73,36 +74,51 @@ class Card:
         """Read a card strictly.
 
         Raises:
-            WeightsError: If a key is unknown or missing, a type is wrong, or the schema is newer than this code.
+            WeightsError: If a field is unknown or missing, a value is of the wrong type or impossible, or the schema is
+                newer than this code.
         """
         schema = values.get("schema")
         if schema != CARD_SCHEMA:
             raise WeightsError(
                 f"card schema must be {CARD_SCHEMA}, got {schema!r}. Update samgraft to read it.", where=where
             )
-        known = {f.name: f for f in dataclasses.fields(cls)}
-        unknown = sorted(set(values) - set(known))
+        known = {f.name for f in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - known)
         missing = sorted({"arch", "image_size", "pixel_mean", "pixel_std"} - set(values))
         if unknown or missing:
             raise WeightsError(
                 f"card must have exactly its fields, got unknown {unknown}, missing {missing}.", where=where
             )
         for name, kind in _FIELD_TYPES.items():
-            if name in values and not isinstance(values[name], kind):
+            if name in values and (not isinstance(values[name], kind) or isinstance(values[name], bool)):
                 raise WeightsError(f"card field {name} must be {kind}, got {values[name]!r}.", where=where)
+        if values["image_size"] <= 0:
+            raise WeightsError(f"card field image_size must be positive, got {values['image_size']}.", where=where)
+        for name, smallest in (("pixel_mean", -math.inf), ("pixel_std", 0.0)):
+            if not _are_statistics(values[name], larger_than=smallest):
+                sign = "positive " if name == "pixel_std" else ""
+                raise WeightsError(
+                    f"card field {name} must be three finite {sign}numbers, got {values[name]!r}. Take them from the "
+                    "program that trained the weights.",
+                    where=where,
+                )
         return cls(**values)
 
     @classmethod
     def read(cls, path: Path) -> Card:
-        """Read a card file."""
+        """Read a card file.
+
+        Raises:
+            WeightsError: If it is no card, or as ``from_dict``.
+        """
         if path.stat().st_size > MAX_CARD_BYTES:
             raise WeightsError(
                 f"card must be at most {MAX_CARD_BYTES} bytes, got {path.stat().st_size}.", where=path.name
             )
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
-        except (UnicodeDecodeError, ValueError) as err:
-            raise WeightsError("card must be JSON, and is not.", where=path.name) from err
+        except (UnicodeDecodeError, ValueError, RecursionError) as err:
+            raise WeightsError("the card is not JSON. Copy it again.", where=path.name) from err
         if not isinstance(values, dict):
             raise WeightsError("card must be a JSON object.", where=path.name)
         return cls.from_dict(values, where=path.name)
@@ -112,16 +128,29 @@ class Card:
         write_text(path, self.to_json())
 
 
+_OPTIONAL_TEXT = str | None
 _FIELD_TYPES: dict[str, Any] = {
     "arch": str,
     "image_size": int,
     "pixel_mean": list,
     "pixel_std": list,
+    "stem": _OPTIONAL_TEXT,
     "stage": str,
+    "objective": _OPTIONAL_TEXT,
     "steps": int,
     "slices_seen": int,
     "intensity": dict,
     "num_neighbours": int,
+    "base_name": _OPTIONAL_TEXT,
+    "base_sha256": _OPTIONAL_TEXT,
     "data_manifest": dict,
+    "license": _OPTIONAL_TEXT,
+    "weights_sha256": _OPTIONAL_TEXT,
     "notes": list,
 }
+
+
+def _are_statistics(values: list[Any], *, larger_than: float) -> bool:
+    return len(values) == 3 and all(
+        isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v) and v > larger_than for v in values
+    )

@@ -1,6 +1,6 @@
-"""Layouts of weights files, recognised by their keys and brought to segment_anything's names.
+"""Layouts of weights files, recognised by tensor names and converted to the names of segment_anything.
 
-Plain vision transformers (official MAE, DINO, DINOv2, MRI-CORE) under segment_anything's names.
+Shape letters: g = tokens along a side; C = channels.
 """
 
 from __future__ import annotations
@@ -13,90 +13,131 @@ from dataclasses import dataclass, field
 import torch
 from samgraft.shared.encoders.registry import encoder_anchors
 from samgraft.shared.errors import WeightsError
+from samgraft.shared.weights.families import ADAPTERS_ALONE, OTHER_ENCODERS, family_error, find_family
+from samgraft.shared.weights.run_files import FINISH_RUN
 from samgraft.shared.weights.safe_read import RawFile, iterate_tensors
+from samgraft.shared.weights.tensor_report import shorten
 from samgraft.shared.weights.transformers_format import SHARED_POSITIONS, from_transformers
-from samgraft.shared.weights.unfinished import FINISH_RUN
 
 PARTS = ("image_encoder", "prompt_encoder", "mask_decoder")
+FROZEN_COPY = "frozen_copy"
+"""Name of the encoder's copy from before training (objective ``feature``), which is never read."""
+Tensors = dict[str, torch.Tensor]
+
 _TRANSFORMERS_ANCHOR = "vision_encoder.patch_embed.projection.weight"
 _WRAPPING = frozenset({"module", "_orig_mod"})
-# Of several encoders in one file the first of these is taken, and said.
+# If a file contains several encoders, the first of these is read, and a note names the others.
 _PREFERRED_ROOTS = ("teacher", "ema", "model", "state_dict", "student")
-# A copy of the encoder as it was before training (objective ``feature``): never what a file is read for.
-FROZEN_COPY = "frozen_copy"
 _NOT_SAM = re.compile(
     r"(pixel_mean|pixel_std|image_encoder\.(norm_head|head)\..*|image_encoder\..*attention_bias_idxs)$"
 )
+_NOT_ENCODER = re.compile(
+    r"(decoder_|(dino_|ibot_)?head\.|fc_norm\.|norm\.|(mask_token|cls_token|reg_token|register_tokens|dist_token)$)"
+)
+_LAYER_SCALE = re.compile(r"\.ls[12]\.gamma$")
 
 
 @dataclass(kw_only=True)
 class SamTensors:
-    """Tensors under segment_anything's names, and what was done to get there."""
+    """Tensors under segment_anything's names, and the steps of their conversion."""
 
     format: str
-    tensors: dict[str, torch.Tensor]
+    tensors: Tensors
     notes: list[str] = field(default_factory=list)
     is_partial: bool = False
-    """True if the layout has no relative positions and no neck by nature."""
+    """True for a plain ViT, which has neither relative positions nor a neck."""
 
 
-def recognise(raw: RawFile) -> SamTensors:
-    """Tell the layout of a file by its keys and convert it.
+def convert_to_sam(raw: RawFile) -> SamTensors:
+    """Recognise the layout of a file by its tensor names and convert it.
 
     Raises:
-        WeightsError: If no known layout fits, or the file is an adapter without its base.
+        WeightsError: If no known layout fits, tensors of the layout are missing, or the file is of a foreign family.
     """
     notes: list[str] = []
     flat = _without_wrapping(dict(iterate_tensors(raw.content)), notes)
-    _refuse_adapter(flat, raw.name)
+    _refuse_adapters(flat, raw.name)
+    if (family := find_family(flat, OTHER_ENCODERS)) is not None:
+        raise family_error(family, name=raw.name)
+    try:
+        return _convert(flat, notes)
+    except KeyError as err:  # a conversion needs a tensor that the file lacks
+        raise WeightsError(f"weights are incomplete, {err.args[0]} is missing.", where=raw.name) from err
+    except (RuntimeError, IndexError) as err:  # tensors that belong together have shapes that do not fit
+        first = (str(err).splitlines() or [""])[0]
+        raise WeightsError(f"tensors of the file do not fit together ({first[:160]}).", where=raw.name) from err
+    except WeightsError as err:
+        raise WeightsError(err.what, where=raw.name, next_command=err.next_command) from err
+
+
+def _convert(flat: Tensors, notes: list[str]) -> SamTensors:
     root = _find_root(flat, _TRANSFORMERS_ANCHOR, notes)
     if root is not None:
-        inside = _under(flat, root, notes, also=(SHARED_POSITIONS,))
+        inside = _select(flat, root, notes, also=(SHARED_POSITIONS,))
         return SamTensors(format="transformers SamModel", tensors=from_transformers(inside, notes), notes=notes)
     for anchor in encoder_anchors():
         root = _find_root(flat, anchor, notes)
         if root is not None:
-            return _from_encoder_root(flat, root, notes)
+            return _convert_encoder(flat, root, notes)
     parts = Counter(key.split(".", 1)[0] for key in flat)
-    raise WeightsError(
-        f"weights must hold an image encoder of a known layout, and 0 of {len(flat)} tensors belong to one. Found: "
-        f"{', '.join(f'{part} {count}' for part, count in parts.most_common(4)) or 'nothing'}.",
-        where=raw.name,
-    )
+    found = ", ".join(f"{part} {count}" for part, count in parts.most_common(4)) or "no tensors"
+    raise WeightsError(f"weights contain no image encoder of a known layout (found {found}).")
 
 
-def _from_encoder_root(flat: dict[str, torch.Tensor], root: str, notes: list[str]) -> SamTensors:
-    if root.endswith("image_encoder."):
-        tensors = _under(flat, root.removesuffix("image_encoder."), notes)
-        return _finish("SAM", tensors, notes)
-    tensors = _under(flat, root, notes)
-    if is_plain_vit(tensors):
+def _convert_encoder(flat: Tensors, root: str, notes: list[str]) -> SamTensors:
+    is_sam = root.endswith("image_encoder.")
+    encoder = {key.removeprefix(root): value for key, value in flat.items() if key.startswith(root)}
+    if _is_plain_vit(encoder):
+        _select(flat, root, notes)
         kind = "DINO-style ViT" if "teacher" in root or "student" in root else "MAE-style ViT"
-        return SamTensors(format=kind, tensors=from_plain_vit(tensors, notes), notes=notes, is_partial=True)
-    return _finish("SAM encoder without prefix", {f"image_encoder.{k}": v for k, v in tensors.items()}, notes)
+        return SamTensors(format=kind, tensors=from_plain_vit(encoder, notes), notes=notes, is_partial=True)
+    if is_sam:
+        return _finish("SAM", _select(flat, root.removesuffix("image_encoder."), notes), notes)
+    tensors = {f"image_encoder.{key}": value for key, value in _select(flat, root, notes).items()}
+    return _finish("SAM encoder without prefix", tensors, notes)
 
 
-def _finish(name: str, tensors: dict[str, torch.Tensor], notes: list[str]) -> SamTensors:
+def _finish(name: str, tensors: Tensors, notes: list[str]) -> SamTensors:
     dropped = [key for key in tensors if _NOT_SAM.match(key)]
     if dropped:
-        notes.append(f"left out, not part of SAM: {', '.join(dropped[:6])}")
+        notes.append(f"left out, not part of SAM: {shorten(dropped)}")
     kept = {key: value for key, value in tensors.items() if key not in dropped}
-    adapters = [key for key in kept if re.search(r"\.?(Space_|MLP_|Depth_)?Adapter\.D_fc", key)]
-    if adapters:
-        name = "finetune-SAM with bottleneck adapters"
-        notes.append(f"{len(adapters)} adapter tensors: SAM has no place for them, what they learned cannot be merged")
+    if any(re.match(r"image_encoder\.blocks\.\d+\.mlp\.fc1\.", key) for key in kept):  # the ViT of timm's SAM
+        notes.append("renamed from timm")
+        kept = {_rename_mlp(key): value for key, value in kept.items()}
     merged = _merge_lora(kept)
     if len(merged) != len(kept):
         name = "finetune-SAM with LoRA"
         notes.append(f"{len(kept) - len(merged)} LoRA tensors merged into the layers they adapt")
+    _check_relative_positions(merged)
     return SamTensors(format=name, tensors=merged, notes=notes)
 
 
-def _merge_lora(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _check_relative_positions(tensors: Mapping[str, torch.Tensor]) -> None:
+    # Without any table, heads and windows leave no trace in the tensors, and a guess would give a wrong encoder.
+    has_blocks = any(key.startswith("image_encoder.blocks.") for key in tensors)
+    if has_blocks and not any(".rel_pos_" in key for key in tensors):
+        raise WeightsError(
+            "the image encoder has no relative positions (use_rel_pos=False), so its heads and windows cannot be "
+            "recognised. Add tables of zeros, which do not change its output: blocks.N.attn.rel_pos_h and rel_pos_w of "
+            "shape (2 g - 1, channels per head), where g is the window size or, in global blocks, the tokens along a "
+            "side."
+        )
+
+
+def _check_float(tensors: Mapping[str, torch.Tensor], pattern: str) -> None:
+    # Merging would convert other types without notice, before all types are checked.
+    for key, tensor in tensors.items():
+        if re.search(pattern, key) and not tensor.is_floating_point():
+            raise WeightsError(f"{key} is of type {tensor.dtype}, expected a floating-point type.")
+
+
+def _merge_lora(tensors: Mapping[str, torch.Tensor]) -> Tensors:
     """Merge finetune-SAM's LoRA (scale 1) and restore the names of the layers it wraps.
 
     The wrapper adds its query term to the first C and its value term to the last C outputs of ``qkv``.
     """
+    _check_float(tensors, r"(\.linear_[ab]_[qv]|\.w_[ab]|\.qkv\.qkv|_proj\.proj)\.weight$")
     out = dict(tensors)
     for key in tensors:
         if key.endswith(".qkv.qkv.weight"):
@@ -107,7 +148,7 @@ def _merge_lora(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
                 weight[rows] += up.to(weight) @ down.to(weight)
             out[f"{base}weight"] = weight
             out[f"{base}bias"] = out.pop(f"{base}qkv.bias")
-        elif key.endswith(("_proj.proj.weight",)):
+        elif key.endswith("_proj.proj.weight"):
             base = key.removesuffix("proj.weight")
             down, up = out.pop(f"{base}w_a.weight"), out.pop(f"{base}w_b.weight")
             weight = out.pop(key)
@@ -116,8 +157,8 @@ def _merge_lora(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return out
 
 
-def _without_wrapping(tensors: dict[str, torch.Tensor], notes: list[str]) -> dict[str, torch.Tensor]:
-    """Drop the name parts that DDP and torch.compile add, wherever they stand."""
+def _without_wrapping(tensors: Tensors, notes: list[str]) -> Tensors:
+    """Drop the name parts that DDP and torch.compile add, at any place of a name."""
     found: set[str] = set()
     out = {}
     for key, value in tensors.items():
@@ -130,7 +171,7 @@ def _without_wrapping(tensors: dict[str, torch.Tensor], notes: list[str]) -> dic
 
 
 def _find_root(flat: Mapping[str, torch.Tensor], anchor: str, notes: list[str]) -> str | None:
-    """Return the prefix before an anchor, the preferred one if there are several; None without any."""
+    """Return the prefix before an anchor, the preferred one if there are several, or None."""
     roots = [k[: -len(anchor)] for k in flat if k == anchor or k.endswith(f".{anchor}")]
     roots = [root for root in roots if not root.startswith("optimizer") and FROZEN_COPY not in root.split(".")]
     if not roots:
@@ -148,100 +189,96 @@ def _find_root(flat: Mapping[str, torch.Tensor], anchor: str, notes: list[str]) 
     return chosen
 
 
-def _under(
-    flat: Mapping[str, torch.Tensor], root: str, notes: list[str], *, also: tuple[str, ...] = ()
-) -> dict[str, torch.Tensor]:
-    """Return what lies under a prefix; say what lies beside it."""
+def _select(flat: Mapping[str, torch.Tensor], root: str, notes: list[str], *, also: tuple[str, ...] = ()) -> Tensors:
+    """Return the tensors under a prefix, and note the others."""
     inside = {key.removeprefix(root): value for key, value in flat.items() if key.startswith(root)}
-    beside = Counter(key.split(".", 1)[0] for key in flat if not key.startswith(root) and key not in also)
+    others = Counter(key.split(".", 1)[0] for key in flat if not key.startswith(root) and key not in also)
     if root:
         notes.append(f"taken from {root.rstrip('.')!r}")
-    if beside:
-        notes.append("beside it: " + ", ".join(f"{name} {count} tensors" for name, count in beside.items()))
+    if others:
+        notes.append("beside it: " + ", ".join(f"{name} {count} tensors" for name, count in others.items()))
     return inside
 
 
-def _refuse_adapter(flat: Mapping[str, torch.Tensor], name: str) -> None:
-    if any(".lora_A." in key or ".lora_embedding_A." in key for key in flat) and not any(
-        key.endswith((".base_layer.weight", "patch_embed.proj.weight", "patch_embed.seq.0.c.weight")) for key in flat
-    ):
-        raise WeightsError(
-            f"weights are an adapter alone ({len(flat)} tensors): it needs the base it was trained on. Give the run or "
-            "release folder, or the base with BASE=.",
-            where=name,
-        )
+def _refuse_adapters(flat: Mapping[str, torch.Tensor], name: str) -> None:
+    has_layers = any(
+        key.endswith((".base_layer.weight", ".qkv.weight", "patch_embed.proj.weight", "patch_embed.seq.0.c.weight"))
+        for key in flat
+    )
+    if not has_layers and (family := find_family(flat, ADAPTERS_ALONE)) is not None:
+        raise family_error(family, name=name)
     layers = {key.rsplit(".base_layer.", 1)[0] for key in flat if ".base_layer." in key}
     if layers:
         raise WeightsError(
-            f"weights must have adapters added to the layers they adapt, got {len(layers)} layers with an adapter "
-            "beside them: a run (scope lora, or stage 2) that was not finished, which it must be first, or a peft "
-            "model before merge_and_unload().",
+            f"weights contain {len(layers)} layers with adapters that are not merged. Finish the run first (scope "
+            "lora, or stage 2), or save a peft model after merge_and_unload().",
             where=name,
             next_command=FINISH_RUN,
         )
 
 
-_NOT_ENCODER = re.compile(r"(decoder_|head\.|fc_norm\.|norm\.|mask_token$|cls_token$|register_tokens$|dist_token$)")
-_RENAMED = {"mlp.fc1": "mlp.lin1", "mlp.fc2": "mlp.lin2"}
+def from_plain_vit(tensors: Mapping[str, torch.Tensor], notes: list[str]) -> Tensors:
+    """Rename and reshape the tensors of a plain ViT (MAE, DINO, DINOv2, MRI-CORE, timm).
 
-
-def from_plain_vit(tensors: Mapping[str, torch.Tensor], notes: list[str]) -> dict[str, torch.Tensor]:
-    """Rename and reshape the tensors of a plain ViT; SAM's relative positions and neck are not among them.
-
-    Layer scale (DINOv2) is multiplied into the projections before it, which is exact.
+    SAM's relative positions and neck are not among them. Layer scale (DINOv2) is multiplied into the projections before
+    it, which is exact.
 
     Raises:
-        WeightsError: If the patch is not 16 px or the MLP is gated: neither fits SAM.
+        WeightsError: If the patch is not 16 px, the MLP is gated, or there is no position table.
     """
     kernel = tensors["patch_embed.proj.weight"].shape[-1]
     if kernel != 16:
-        raise WeightsError(f"weights must have patches of 16 px to become a SAM encoder, got {kernel} px.")
+        raise WeightsError(f"the ViT has patches of {kernel} px, expected 16 px as SAM's encoder. Use such a ViT.")
     if any(".mlp.w12." in key for key in tensors):
-        raise WeightsError("weights must have a plain MLP to become a SAM encoder, got a gated one (SwiGLU).")
+        raise WeightsError("the ViT has a gated MLP (SwiGLU), for which SAM has no place. Use a ViT with a plain MLP.")
+    if "pos_embed" not in tensors:
+        raise WeightsError(
+            "the ViT has no position table (pos_embed), which SAM's encoder needs. Some MAE programs compute it and do "
+            "not save it. Add it to the file, of shape (1, g g, C) or, with a class token, (1, g g + 1, C)."
+        )
     dropped = [key for key in tensors if _NOT_ENCODER.match(key)]
     if dropped:
-        notes.append(f"left out, SAM has no place for them: {_short(dropped)}")
-    kept = {_unchunk(key): value for key, value in tensors.items() if key not in dropped}
-    scales = {key: kept.pop(key) for key in list(kept) if re.search(r"\.ls[12]\.gamma$", key)}
+        notes.append(f"left out, SAM has no place for them: {shorten(dropped)}")
+    # DINOv2 writes blocks.CHUNK.INDEX, where INDEX counts through all chunks.
+    kept = {
+        re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", key): value
+        for key, value in tensors.items()
+        if key not in dropped
+    }
+    scales = {key: kept.pop(key) for key in list(kept) if _LAYER_SCALE.search(key)}
+    _check_float(tensors, r"(\.ls[12]\.gamma|attn\.proj\.\w+|mlp\.(fc|lin)2\.\w+)$")
     for key, gamma in scales.items():
         layer = key.replace("ls1.gamma", "attn.proj").replace("ls2.gamma", "mlp.fc2")
+        layer = layer if f"{layer}.weight" in kept else _rename_mlp(layer)
         kept[f"{layer}.weight"] = kept[f"{layer}.weight"] * gamma[:, None]
         kept[f"{layer}.bias"] = kept[f"{layer}.bias"] * gamma
     if scales:
         notes.append(f"{len(scales)} layer scales multiplied into the layers before them")
-    out = {}
-    for key, value in kept.items():
-        for old, new in _RENAMED.items():
-            key = key.replace(f".{old}.", f".{new}.")
-        out[f"image_encoder.{key}"] = value
-    out["image_encoder.pos_embed"] = _grid_positions(out["image_encoder.pos_embed"], notes)
+    out = {f"image_encoder.{_rename_mlp(key)}": value for key, value in kept.items()}
+    out["image_encoder.pos_embed"] = _to_grid(out["image_encoder.pos_embed"], notes)
     notes.append("a plain ViT has no relative positions and no neck: they stay at the base weights")
     return out
 
 
-def is_plain_vit(tensors: Mapping[str, torch.Tensor]) -> bool:
-    """True for timm-style names without SAM's relative positions."""
-    return any(key.startswith("blocks.") for key in tensors) and not any("rel_pos" in key for key in tensors)
+def _is_plain_vit(encoder: Mapping[str, torch.Tensor]) -> bool:
+    """Return whether an encoder has timm's blocks without SAM's relative positions and neck."""
+    has_blocks = any(key.startswith("blocks.") for key in encoder)
+    return has_blocks and not any("rel_pos" in key or key.startswith("neck.") for key in encoder)
 
 
-def _unchunk(key: str) -> str:
-    """Turn DINOv2's ``blocks.CHUNK.INDEX.`` into ``blocks.INDEX.``; INDEX counts through all chunks."""
-    return re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", key)
+def _rename_mlp(key: str) -> str:
+    return re.sub(r"\bmlp\.fc([12])\b", r"mlp.lin\1", key)
 
 
-def _grid_positions(positions: torch.Tensor, notes: list[str]) -> torch.Tensor:
-    """Turn (1, [1 +] g g, C) into (1, g, g, C), dropping the class token's position."""
+def _to_grid(positions: torch.Tensor, notes: list[str]) -> torch.Tensor:
+    """Reshape a position table (1, g g, C) to (1, g, g, C), without the position of a class token."""
     if positions.ndim == 4:
         return positions
-    length = positions.shape[1]
+    length = positions.shape[1] if positions.ndim == 3 else 0
     for extra in (0, 1):
-        side = round((length - extra) ** 0.5)
-        if side * side == length - extra:
+        side = round(max(0, length - extra) ** 0.5)
+        if side > 0 and side * side == length - extra:
             if extra:
                 notes.append("position of the class token dropped")
             return positions[:, extra:].reshape(1, side, side, -1)
-    raise WeightsError(f"pos_embed must cover a square grid, got {length} positions.")
-
-
-def _short(names: list[str]) -> str:
-    return ", ".join(names[:4]) + (f", ... {len(names) - 4} more" if len(names) > 4 else "")
+    raise WeightsError(f"pos_embed has shape {list(positions.shape)}, expected positions of a square grid.")

@@ -1,4 +1,4 @@
-"""What a weights file is, for people and scripts."""
+"""Description of a weights file, and extraction of its tensors."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ from typing import Any
 import torch
 from samgraft.shared.encoders.sam import build_sam
 from samgraft.shared.files import write_tensors
+from samgraft.shared.weights.checks import count_mask_outputs
 from samgraft.shared.weights.formats import PARTS
 from samgraft.shared.weights.load import WeightsFile, card_of, read_weights
 from samgraft.shared.weights.safe_read import read_tensors_only
 
 
 def describe(path: Path) -> dict[str, Any]:
-    """Return format, architecture, size, provenance and the keys of each part counted against a whole SAM.
+    """Return format, architecture, size and provenance of a file, and its tensors compared with a whole SAM.
 
     Raises:
-        WeightsError: If the file is no weights, is damaged or unsafe.
+        WeightsError: If the file contains no weights, or is damaged or unsafe.
     """
     weights = read_weights(path)
     card = card_of(weights)
@@ -42,20 +43,19 @@ def describe(path: Path) -> dict[str, Any]:
 
 
 def extract_tensors(path: Path, out: Path) -> int:
-    """Write the tensors of a file, nested names joined by dots, as safetensors; foreign objects are left behind."""
+    """Write the tensors of a file as safetensors, without foreign objects, and return their number.
+
+    Nested names are joined by dots.
+    """
     tensors = read_tensors_only(path)
     write_tensors(out, tensors)
     return len(tensors)
 
 
 def _count_parts(weights: WeightsFile) -> dict[str, dict[str, Any]]:
-    tokens = weights.tensors.get("mask_decoder.mask_tokens.weight")
+    outputs = count_mask_outputs(weights.tensors, name=weights.name)
     with torch.device("meta"):
-        sam = build_sam(
-            weights.spec,
-            image_size=weights.image_size,
-            num_multimask_outputs=3 if tokens is None else int(tokens.shape[0]) - 1,
-        )
+        sam = build_sam(weights.spec, image_size=weights.image_size, num_multimask_outputs=outputs)
     expected = {k: v.shape for k, v in sam.state_dict().items()}
     counts: dict[str, dict[str, Any]] = {}
     for part in PARTS:

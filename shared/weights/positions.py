@@ -1,4 +1,4 @@
-"""Position tables at another grid size: the one place where they are resized.
+"""Resizing of position tables to another grid, the only place where it is done.
 
 Shape letters: G, S = grid sides (tokens); C = channels; L = 2 G - 1 relative distances; D = channels per head.
 """
@@ -12,16 +12,16 @@ import torch.nn.functional as F
 def resize_positions(table: torch.Tensor, size: int) -> torch.Tensor:
     """Resize absolute or relative positions to a grid of ``size`` x ``size`` tokens.
 
-    Absolute positions are smoothed when they shrink (antialias), because neighbours are then averages of several
-    trained positions. Relative positions use segment_anything's own linear interpolation, so that resizing at load
-    equals what its ``get_rel_pos`` does on the fly.
+    Absolute positions are smoothed when they shrink (antialias), because each new position is then an average of
+    several trained ones. Relative positions use segment_anything's own linear interpolation, so that resizing at load
+    equals the result of its ``get_rel_pos`` during a forward pass.
 
     Args:
         table: ``pos_embed`` of shape (1, G, G, C), or ``rel_pos_h``/``rel_pos_w`` of shape (L, D).
         size: Tokens per side of the new grid.
 
     Returns:
-        Shape (1, size, size, C) or (2 size - 1, D), dtype of ``table``. At the native size, ``table`` itself.
+        Shape (1, size, size, C) or (2 size - 1, D), in the dtype of ``table``. ``table`` itself at its own size.
 
     Source:
         Absolute: DINOv2's ``interpolate_pos_encoding`` (bicubic, antialias). Relative: segment_anything

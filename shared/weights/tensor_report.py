@@ -1,4 +1,4 @@
-"""What happened to every tensor of a load: nothing is matched, resized or left out unseen."""
+"""Report of what happened to every tensor of a file and of the model it was loaded into."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ SHOWN_NAMES = 4
 
 @dataclass(frozen=True, kw_only=True)
 class ResizedTensor:
-    """One position table brought to another grid."""
+    """Position table that was resized to another grid."""
 
     name: str
     file_shape: list[int]
@@ -20,33 +20,33 @@ class ResizedTensor:
 
 @dataclass(kw_only=True)
 class TensorReport:
-    """Accounts for each tensor that was asked for and each one in the file."""
+    """Names of the requested tensors and of those in the file, by what happened to them."""
 
     source: str
     """File name, without its folder."""
     source_sha256: str
     format: str
-    """Layout found in the file."""
+    """Layout of the file."""
     part: str
-    """image_encoder or sam: what the caller asked for."""
+    """Requested part, image_encoder or sam."""
     matched: list[str] = field(default_factory=list)
-    """Loaded as they are."""
+    """Tensors that were loaded unchanged."""
     resized: list[ResizedTensor] = field(default_factory=list)
-    """Loaded after resizing to another grid."""
+    """Position tables that were loaded after resizing."""
     missing: list[str] = field(default_factory=list)
-    """Asked for, not in the file."""
+    """Requested tensors that the file lacks."""
     unexpected: list[str] = field(default_factory=list)
-    """In the file under the part asked for, unknown to the model."""
+    """Tensors of the requested part in the file that the model lacks."""
     left_at_base: list[str] = field(default_factory=list)
-    """Allowed to be missing by the caller: they keep the values the model had before."""
-    not_asked: list[str] = field(default_factory=list)
-    """In the file, outside of the part asked for."""
+    """Tensors that the file may lack and that keep the values of the model."""
+    not_requested: list[str] = field(default_factory=list)
+    """Tensors in the file outside of the requested part."""
     notes: list[str] = field(default_factory=list)
     """Unwrapped dictionaries, stripped prefixes, converted types, dropped heads."""
 
     @property
-    def num_asked(self) -> int:
-        """Number of tensors the caller asked for."""
+    def num_requested(self) -> int:
+        """Number of requested tensors."""
         return len(self.matched) + len(self.resized) + len(self.missing) + len(self.left_at_base)
 
     @property
@@ -56,21 +56,21 @@ class TensorReport:
 
     @property
     def is_complete(self) -> bool:
-        """True when everything asked for was loaded and nothing in that part was left over."""
+        """True if every requested tensor was loaded and no other one of that part is in the file."""
         return not self.missing and not self.unexpected and self.num_loaded > 0
 
     def render(self) -> str:
-        """Return the text printed for every load."""
-        head = f"{self.part}: {self.num_loaded}/{self.num_asked} tensors from {self.source} ({self.format})"
+        """Return the text that is logged for every load."""
+        head = f"{self.part}: {self.num_loaded}/{self.num_requested} tensors from {self.source} ({self.format})"
         lines = [head]
         for name in ("missing", "unexpected", "left_at_base"):
             names: list[str] = getattr(self, name)
             if names:
                 lines.append(f"  {name.replace('_', ' ')}: {len(names)} ({shorten(names)})")
         lines += [f"  resized: {r.name} {r.file_shape} -> {r.model_shape}" for r in self.resized]
-        if self.not_asked:
-            parts = Counter(name.split(".", 1)[0] for name in self.not_asked)
-            lines.append("  not asked for: " + ", ".join(f"{part} {count}" for part, count in parts.items()))
+        if self.not_requested:
+            parts = Counter(name.split(".", 1)[0] for name in self.not_requested)
+            lines.append("  not requested: " + ", ".join(f"{part} {count}" for part, count in parts.items()))
         lines += [f"  note: {note}" for note in self.notes]
         return "\n".join(lines)
 
@@ -81,18 +81,18 @@ class TensorReport:
             "source_sha256": self.source_sha256,
             "format": self.format,
             "part": self.part,
-            "num_asked": self.num_asked,
+            "num_asked": self.num_requested,
             "num_loaded": self.num_loaded,
             "missing": self.missing,
             "unexpected": self.unexpected,
             "left_at_base": self.left_at_base,
-            "num_not_asked": len(self.not_asked),
+            "num_not_asked": len(self.not_requested),
             "resized": [vars(r) for r in self.resized],
             "notes": self.notes,
         }
 
 
 def shorten(names: list[str]) -> str:
-    """Return the first few names and how many more there are."""
+    """Return the first few names and the number of further ones."""
     shown = ", ".join(names[:SHOWN_NAMES])
     return f"{shown}, ... {len(names) - SHOWN_NAMES} more" if len(names) > SHOWN_NAMES else shown

@@ -1,4 +1,4 @@
-"""One bijective key map between segment_anything's SAM and transformers' ``SamModel``, used in both directions."""
+"""Bijective map of tensor names between segment_anything's SAM and transformers' ``SamModel``."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from samgraft.shared.errors import WeightsError
 from samgraft.shared.files import write_json, write_tensors
 
 _GAUSSIAN = "prompt_encoder.pe_layer.positional_encoding_gaussian_matrix"
-# transformers keeps the same positional matrix twice.
 SHARED_POSITIONS = "shared_image_embedding.positional_embedding"
+"""Second copy of the positional matrix, which transformers stores twice."""
 
 
 def _templates() -> Iterator[tuple[str, str]]:
-    """Yield (segment_anything, transformers) names; {n} is a number, {rest} anything behind."""
+    """Yield pairs of names (segment_anything, transformers), where {n} is a number and {rest} any ending."""
     encoder, theirs = "image_encoder.", "vision_encoder."
     yield f"{encoder}pos_embed", f"{theirs}pos_embed"
     yield f"{encoder}patch_embed.proj.{{rest}}", f"{theirs}patch_embed.projection.{{rest}}"
@@ -79,14 +79,14 @@ def to_transformers(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tens
     """Rename SAM tensors for ``SamModel``.
 
     Raises:
-        WeightsError: If a name has no counterpart, as in vit_t, which ``SamModel`` cannot express.
+        WeightsError: If a name has no counterpart, e.g. in vit_t, for which ``SamModel`` has no layers.
     """
     renamed = {name: _translate(name, _TO) for name in tensors}
     unknown = [name for name, new in renamed.items() if new is None]
     if unknown:
         raise WeightsError(
-            f"weights must be of a plain ViT SAM for transformers, {len(unknown)} tensors have no counterpart "
-            f"({', '.join(unknown[:3])})."
+            f"transformers' SamModel has no place for {len(unknown)} tensors ({', '.join(unknown[:3])}). Only SAMs "
+            "with a plain ViT can be converted."
         )
     out = {str(new): tensors[name] for name, new in renamed.items()}
     out[SHARED_POSITIONS] = tensors[_GAUSSIAN].clone()
@@ -94,13 +94,20 @@ def to_transformers(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tens
 
 
 def from_transformers(tensors: Mapping[str, torch.Tensor], notes: list[str]) -> dict[str, torch.Tensor]:
-    """Rename ``SamModel`` tensors for SAM; names without a counterpart stay as they are and are reported."""
+    """Rename ``SamModel`` tensors for SAM. Names without a counterpart stay, so that loading reports them.
+
+    Raises:
+        WeightsError: If the two copies of the positional matrix differ.
+    """
     out = {(_translate(name, _FROM) or name): tensor for name, tensor in tensors.items()}
     shared = out.pop(SHARED_POSITIONS, None)
     if shared is not None and _GAUSSIAN not in out:
         out[_GAUSSIAN] = shared
-    elif shared is not None and not torch.equal(shared, out[_GAUSSIAN]):
-        raise WeightsError("the two positional matrices of a SamModel file must be equal, and differ.")
+    elif shared is not None and not torch.equal(shared.double(), out[_GAUSSIAN].double()):
+        raise WeightsError(
+            f"the two positional matrices of a SamModel file differ ({SHARED_POSITIONS}), expected equal ones. Save "
+            "the model again with save_pretrained()."
+        )
     notes.append("renamed from transformers' SamModel")
     return out
 
@@ -108,7 +115,7 @@ def from_transformers(tensors: Mapping[str, torch.Tensor], notes: list[str]) -> 
 def transformers_config(spec: EncoderSpec, *, image_size: int, num_multimask_outputs: int) -> dict[str, Any]:
     """Return the ``config.json`` of a ``SamModel`` of this shape."""
     if not isinstance(spec, ViTSpec):
-        raise WeightsError(f"transformers' SamModel must be a plain ViT, got {spec.title}. Release the .pth instead.")
+        raise WeightsError(f"transformers' SamModel has a plain ViT only, got {spec.title}. Release the .pth instead.")
     return {
         "architectures": ["SamModel"],
         "model_type": "sam",
@@ -141,7 +148,7 @@ def transformers_config(spec: EncoderSpec, *, image_size: int, num_multimask_out
 
 
 def save_transformers(tensors: Mapping[str, torch.Tensor], folder: Path, spec: EncoderSpec, *, image_size: int) -> Path:
-    """Write a folder that ``transformers.SamModel.from_pretrained`` opens; return it."""
+    """Write a whole SAM as a folder for ``transformers.SamModel.from_pretrained``, and return the folder."""
     outputs = int(tensors["mask_decoder.mask_tokens.weight"].shape[0]) - 1
     config = transformers_config(spec, image_size=image_size, num_multimask_outputs=outputs)
     return _write_folder(to_transformers(tensors), folder, config, _processor(spec, image_size))
@@ -150,12 +157,12 @@ def save_transformers(tensors: Mapping[str, torch.Tensor], folder: Path, spec: E
 def save_transformers_encoder(
     tensors: Mapping[str, torch.Tensor], folder: Path, spec: EncoderSpec, *, image_size: int
 ) -> Path:
-    """Write a folder that ``transformers.SamVisionModel.from_pretrained`` opens: the image encoder alone."""
+    """Write an image encoder as a folder for ``transformers.SamVisionModel.from_pretrained``, and return the folder."""
     whole = transformers_config(spec, image_size=image_size, num_multimask_outputs=3)
     config = {"architectures": ["SamVisionModel"], "model_type": "sam_vision_model", **whole["vision_config"]}
     renamed = {name: _translate(name, _TO) for name in tensors}
     if unknown := [name for name, new in renamed.items() if new is None or not new.startswith("vision_encoder.")]:
-        raise WeightsError(f"weights must be of an image encoder alone, got {', '.join(unknown[:3])} too.")
+        raise WeightsError(f"weights must be those of an image encoder alone, got {', '.join(unknown[:3])}.")
     return _write_folder(
         {str(renamed[name]): tensor for name, tensor in tensors.items()}, folder, config, _processor(spec, image_size)
     )

@@ -14,8 +14,8 @@ from samgraft.shared.scans.intensity import IntensityPreset
 from samgraft.shared.store.store import SliceStore
 from samgraft.shared.training.trainer import FitResult
 from samgraft.shared.weights.card import Card
+from samgraft.shared.weights.run_files import CARD_FILE
 from samgraft.shared.weights.save import save_encoder
-from samgraft.shared.weights.unfinished import CARD_FILE
 from samgraft.ssl.config import PretrainConfig
 from samgraft.ssl.objectives import Objective
 from samgraft.ssl.optimizer import write_moments

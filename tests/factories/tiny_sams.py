@@ -14,7 +14,7 @@ PLAIN = ViTSpec(
     embed_dim=16,
     depth=3,
     num_heads=2,
-    global_blocks=(1,),
+    global_blocks=(2,),
     attn_window_size=4,
     neck_dim=16,
 )

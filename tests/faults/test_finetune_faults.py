@@ -89,7 +89,7 @@ def test_ckpt__encoder_alone_takes_its_decoder_from_base(place, caplog):
     point = start(root, "ssl", base=root / "base.safetensors")
     _, reports = point.build()
     assert [r.part for r in reports] == ["sam", "image_encoder"]
-    assert all(r.num_loaded == r.num_asked for r in reports)
+    assert all(r.num_loaded == r.num_requested for r in reports)
     assert "prompt encoder and mask decoder: base.safetensors" in caplog.text
     assert point.is_continued
 

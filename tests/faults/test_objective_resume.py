@@ -68,7 +68,7 @@ def test_unfinished__as_a_start_it_is_the_encoder_that_would_be_handed_on(lab: P
     beside = read_weights(done / "ssl_state" / "state.safetensors")
     assert (beside.sha256, beside.spec) == (handed_on.sha256, handed_on.spec)
     shutil.rmtree(done / "encoder")
-    with pytest.raises(WeightsError, match="ssl_state, which holds everything but the encoder"):
+    with pytest.raises(WeightsError, match="ssl_state, which contains everything but the trained encoder"):
         read_weights(done / "ssl_state" / "state.safetensors")
     shutil.rmtree(done / "ssl_state")
     stopped = read_weights(done)

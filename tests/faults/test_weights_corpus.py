@@ -1,4 +1,4 @@
-"""Hostile and foreign weights files, made on the fly: each is refused by name, with exit code 4, and runs nothing."""
+"""Hostile, damaged and foreign weights files. Each is refused with a reason and exit code 4, and none runs code."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from samgraft.shared.encoders.sam import build_sam
 from samgraft.shared.errors import WeightsError
 from samgraft.shared.weights.card import Card
 from samgraft.shared.weights.load import load_image_encoder, load_sam, read_weights
-from samgraft.shared.weights.safe_read import read_file
+from samgraft.shared.weights.safe_read import read_raw_weights
 from samgraft.shared.weights.save import save_sam
 
 
@@ -32,7 +32,7 @@ def sam_tensors() -> dict[str, torch.Tensor]:
 
 
 class Payload:
-    """Unpickles by running a command that leaves a canary file."""
+    """Object whose unpickling runs a command that writes a canary file."""
 
     def __init__(self, canary: Path) -> None:
         self.canary = canary
@@ -269,7 +269,7 @@ CORPUS: list[tuple[Callable[[Path, Tensors, Path], None], str]] = [
     (_dcp_folder, "distributed checkpoint"),
     (_empty, r"empty \(0 bytes\)"),
     (_truncated_pth, "damaged or incomplete"),
-    (_truncated_safetensors, "incomplete or lies"),
+    (_truncated_safetensors, "incomplete or wrong"),
     (_padded_safetensors, "cut off or padded"),
     (_padded_pth, "damaged or incomplete"),
     (_cut_by_one_byte, "damaged or incomplete"),
@@ -278,11 +278,11 @@ CORPUS: list[tuple[Callable[[Path, Tensors, Path], None], str]] = [
     (_json, "content is neither"),
     (_zip_of_folder, "another zip archive"),
     (_old_tar, "old tar format"),
-    (_zip_bomb, "claims more data than it holds, or is compressed"),
+    (_zip_bomb, "claims more data than it contains, or is compressed"),
     (_huge_header, "content is neither, or is cut off"),
-    (_huge_shape_safetensors, "incomplete or lies"),
+    (_huge_shape_safetensors, "incomplete or wrong"),
     (_negative_shape_safetensors, "malformed"),
-    (_huge_shape_pth, "claims shape .*more than the file holds"),
+    (_huge_shape_pth, "claims shape .*more than the file contains"),
     (_many_tensors, "at most 8192 tensors, got 9000"),
     (_path_traversal, "paths outside of it"),
     (_broken_pickle, "damaged"),
@@ -291,19 +291,19 @@ CORPUS: list[tuple[Callable[[Path, Tensors, Path], None], str]] = [
     (_gguf, "GGUF"),
     (_gzip, "gzip"),
     (_hdf5, "HDF5"),
-    (_nan, r"NaN or Inf in image_encoder.blocks.3.attn.qkv.weight"),
-    (_no_known_key, "0 of 5 tensors"),
+    (_nan, r"image_encoder.blocks.3.attn.qkv.weight contains NaN or Inf"),
+    (_no_known_key, r"no image encoder of a known layout \(found backbone_0 1"),
     (_one_missing, r"1 missing \(mask_decoder.iou_token.weight\)"),
     (_no_encoder, "image encoder"),
     (_encoder_only, "missing"),
     (_unknown_beside, r"1 unexpected \(mask_decoder.extra.weight\)"),
-    (_peft_adapter, "adapter alone"),
-    (_bottleneck_adapters, "unexpected"),
+    (_peft_adapter, "an adapter alone.*needs the base weights"),
+    (_bottleneck_adapters, "bottleneck adapters .*cannot be merged"),
 ]
 
 
 @pytest.mark.parametrize(("make", "message"), CORPUS, ids=[make.__name__.strip("_") for make, _ in CORPUS])
-def test_corpus__refused_by_name_and_nothing_runs(
+def test_corpus__is_refused_with_its_reason_and_runs_nothing(
     make: Callable[[Path, Tensors, Path], None],
     message: str,
     tmp_path: Path,
@@ -322,7 +322,7 @@ def test_corpus__refused_by_name_and_nothing_runs(
     assert not list(tmp_path.rglob("canary*"))
     assert {p.name: p.read_bytes() for p in inside.iterdir() if p.is_file()} == before
     if make in (_one_missing, _encoder_only, _unknown_beside, _bottleneck_adapters):
-        return  # complete enough to be described
+        return  # complete enough for a description
     assert main(["inspect", str(path)]) == 4
     shown = capsys.readouterr().err
     assert "Traceback" not in shown
@@ -330,7 +330,7 @@ def test_corpus__refused_by_name_and_nothing_runs(
 
 
 class limited_memory:
-    """An allocation of more than 6 GiB on top of what is in use fails instead of filling the machine."""
+    """Limit of 6 GiB above the memory in use, so that a wrong size fails instead of filling the machine."""
 
     def __enter__(self) -> None:
         self.before = resource.getrlimit(resource.RLIMIT_AS)
@@ -351,7 +351,7 @@ def test_address_or_missing_file__refused(given: str) -> None:
         read_weights(given)
 
 
-def test_foreign_objects__tensors_can_be_taken_out_without_running_anything(
+def test_foreign_objects__tensors_are_extracted_without_running_code(
     tmp_path: Path, sam_tensors: Tensors, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path, out = tmp_path / "run.pth", tmp_path / "tensors.safetensors"
@@ -363,17 +363,17 @@ def test_foreign_objects__tensors_can_be_taken_out_without_running_anything(
     assert not (tmp_path / "canary").exists()
 
 
-def test_safetensors__whose_length_begins_like_a_pickle_is_read(tmp_path: Path) -> None:
+def test_safetensors__with_a_length_that_begins_like_a_pickle_is_read(tmp_path: Path) -> None:
     tensors = {"image_encoder.pos_embed": torch.zeros(1, 2, 2, 4)}
     header = {name: {"dtype": "F32", "shape": [1, 2, 2, 4], "data_offsets": [0, 64]} for name in tensors}
     text = json.dumps(header).encode().ljust(0x280)  # 80 02: the first bytes of a pickle of protocol 2
     path = tmp_path / "w.safetensors"
     path.write_bytes(struct.pack("<Q", len(text)) + text + bytes(64))
     assert path.read_bytes()[:2] == b"\x80\x02"
-    assert torch.equal(read_file(path).content["image_encoder.pos_embed"], tensors["image_encoder.pos_embed"])
+    assert torch.equal(read_raw_weights(path).content["image_encoder.pos_embed"], tensors["image_encoder.pos_embed"])
 
 
-def test_running_job__newest_complete_state_is_taken_and_said(tmp_path: Path) -> None:
+def test_unfinished_run__newest_complete_state_is_read_with_a_note(tmp_path: Path) -> None:
     run = tmp_path / "run"
     for step, name in ((9, "step-000009"), (10, "step-000010"), (11, "step-000011.tmp"), (12, "step-000012.corrupt")):
         tensors = dict(make_sam(tiny_plain_spec(), image_size=160, seed=step).image_encoder.state_dict())
@@ -382,9 +382,11 @@ def test_running_job__newest_complete_state_is_taken_and_said(tmp_path: Path) ->
         save_file({f"model.objective.encoder.{k}": v for k, v in tensors.items()}, folder / "state.safetensors")
         if step == 10:
             expected = tensors
-    with pytest.raises(WeightsError, match=r"without checkpoints/card.json: which pixel statistics") as refusal:
+    with pytest.raises(
+        WeightsError, match=r"without checkpoints/card.json, so their pixel statistics are unknown"
+    ) as refusal:
         read_weights(run)
-    assert "it goes on" in str(refusal.value.next_command)
+    assert "which resumes it" in str(refusal.value.next_command)
     card = Card(arch="vit_b", image_size=160, pixel_mean=[0.0] * 3, pixel_std=[255.0] * 3)
     card.write(run / "checkpoints" / "card.json")
     encoder, found = load_image_encoder(run)

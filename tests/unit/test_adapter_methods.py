@@ -388,7 +388,7 @@ def test_adapter__of_another_base_of_equal_shape_is_refused_by_its_hash(tmp_path
         other.image_encoder.neck[0].weight[0, 0] += 1e-3
     with pytest.raises(WeightsError, match=r"trained on other base weights"):
         load_adapter(other, tmp_path)
-    with pytest.raises(WeightsError, match=r"adapter alone, for the base whose tensors have sha256 [0-9a-f]{16}"):
+    with pytest.raises(WeightsError, match=r"adapter alone, for the base weights with tensors_sha256 [0-9a-f]{16}"):
         read_weights(tmp_path)
     load_adapter(tiny_sam("vit_t"), tmp_path)
     (tmp_path / "adapter_base.json").write_text("{}")

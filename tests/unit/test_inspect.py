@@ -1,4 +1,4 @@
-"""``samgraft inspect``: what a person and a script are told."""
+"""Output of ``samgraft inspect`` for people and scripts."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_inspect__counts_each_part(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "mask_decoder    120/120 keys" in shown
 
 
-def test_inspect__names_what_is_missing_and_left_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect__lists_missing_and_unexpected_tensors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tensors = dict(make_sam(tiny_plain_spec(), image_size=160).state_dict())
     del tensors["mask_decoder.iou_token.weight"]
     torch.save({**tensors, "mask_decoder.odd": torch.ones(1)}, tmp_path / "w.pth")
@@ -47,11 +47,11 @@ def test_inspect__run_folder_shows_its_card(tmp_path: Path, capsys: pytest.Captu
     assert "TinyViT of unpublished shape (LiteMedSAM stem), 64 px" in shown
     assert "objective       masked_image" in shown
     assert "steps           12" in shown
-    # What the card says about pixels reaches the model.
+    # The card decides the pixel statistics of the model.
     assert read_weights(tmp_path).spec.pixel_std == (2.0, 2.0, 2.0)
 
 
-def test_official_name__fetched_unless_a_file_has_it(
+def test_inspect__official_name_is_downloaded_unless_offline(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = save_sam(make_sam(tiny_plain_spec(), image_size=160), tmp_path / "w.pth")

@@ -1,4 +1,4 @@
-"""Every layout that is read: recognised by content, brought to SAM's names with the right values, and reported."""
+"""Layouts of weights files, their conversion to SAM's names, and strict loading."""
 
 from __future__ import annotations
 
@@ -47,7 +47,9 @@ def same(found: Tensors, expected: Tensors) -> bool:
 
 @pytest.mark.parametrize("ending", ["pth", "safetensors", "txt"])
 @pytest.mark.parametrize("container", ["torch", "safetensors"])
-def test_container__told_by_content_not_by_name(tmp_path: Path, plain: Tensors, container: str, ending: str) -> None:
+def test_container__is_recognised_by_content_not_by_name(
+    tmp_path: Path, plain: Tensors, container: str, ending: str
+) -> None:
     path = tmp_path / f"w.{ending}"
     (torch.save if container == "torch" else save_file)(plain, path)
     assert same(load_sam(path).state_dict(), plain)
@@ -72,7 +74,7 @@ WRAPPED = {
 
 
 @pytest.mark.parametrize("kind", WRAPPED)
-def test_wrapping__removed_and_said(tmp_path: Path, plain: Tensors, kind: str) -> None:
+def test_wrapping__is_removed_with_a_note(tmp_path: Path, plain: Tensors, kind: str) -> None:
     path = tmp_path / "w.pth"
     torch.save(WRAPPED[kind](plain), path)
     weights = read_weights(path)
@@ -81,7 +83,7 @@ def test_wrapping__removed_and_said(tmp_path: Path, plain: Tensors, kind: str) -
 
 
 @pytest.mark.parametrize("stem", list(Stem))
-def test_vit_t__stem_told_by_shape(tmp_path: Path, stem: Stem) -> None:
+def test_vit_t__stem_is_recognised_by_shape(tmp_path: Path, stem: Stem) -> None:
     sam = make_sam(tiny_vit_t_spec(stem=stem), image_size=64)
     tensors = dict(sam.state_dict())
     # MobileSAM's file also holds the classification head of its backbone.
@@ -107,20 +109,20 @@ def test_encoder_only__with_or_without_prefix(tmp_path: Path, plain: Tensors, pr
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_types__become_float32_and_said(tmp_path: Path, plain: Tensors, dtype: torch.dtype) -> None:
+def test_float_types__become_float32_with_a_note(tmp_path: Path, plain: Tensors, dtype: torch.dtype) -> None:
     torch.save({k: v.to(dtype) for k, v in plain.items()}, tmp_path / "w.pth")
     weights = read_weights(tmp_path / "w.pth")
     assert {v.dtype for v in weights.tensors.values()} == {torch.float32}
     assert f"{len(plain)} tensors converted from {str(dtype)[6:]} to float32" in weights.notes
 
 
-def test_constant_tensor__warned_about(tmp_path: Path, plain: Tensors) -> None:
+def test_constant_tensor__gives_a_warning(tmp_path: Path, plain: Tensors) -> None:
     torch.save({**plain, "image_encoder.neck.0.weight": torch.zeros(32, 32, 1, 1)}, tmp_path / "w.pth")
     assert "warning: image_encoder.neck.0.weight is constant (0)" in read_weights(tmp_path / "w.pth").notes
 
 
 def as_plain_vit(tensors: Tensors, *, chunked: bool = False, class_token: bool = True) -> Tensors:
-    """SAM's blocks under timm's names, without what a plain ViT lacks."""
+    """Return SAM's blocks under timm's names, without the tensors that a plain ViT lacks."""
     out: Tensors = {}
     for key, value in encoder_part(tensors).items():
         if "rel_pos" in key or key.startswith("neck."):
@@ -148,7 +150,7 @@ PLAIN_VITS = {
 
 
 @pytest.mark.parametrize("kind", PLAIN_VITS)
-def test_plain_vit__takes_relative_positions_and_neck_from_the_base(tmp_path: Path, plain: Tensors, kind: str) -> None:
+def test_plain_vit__gets_relative_positions_and_neck_from_the_base(tmp_path: Path, plain: Tensors, kind: str) -> None:
     base, path = tmp_path / "base.pth", tmp_path / "ssl.pth"
     torch.save({k: v + 1 for k, v in plain.items()}, base)
     torch.save(PLAIN_VITS[kind](plain), path)
@@ -161,15 +163,15 @@ def test_plain_vit__takes_relative_positions_and_neck_from_the_base(tmp_path: Pa
         torch.testing.assert_close(value, plain[f"image_encoder.{name}"] + offset)
     report = load_into(encoder, read_weights(path), allow_missing=absent)
     assert len(report.left_at_base) == 4 * 2 + 6
-    assert report.num_loaded == report.num_asked - len(report.left_at_base)
+    assert report.num_loaded == report.num_requested - len(report.left_at_base)
 
 
-def test_dino__teacher_is_taken_and_said(tmp_path: Path, plain: Tensors) -> None:
+def test_dino__teacher_is_read_with_a_note(tmp_path: Path, plain: Tensors) -> None:
     torch.save(PLAIN_VITS["dino"](plain), tmp_path / "w.pth")
     assert any("teacher" in note and "student" in note for note in read_weights(tmp_path / "w.pth").notes)
 
 
-def test_layer_scale__folded_exactly(tmp_path: Path, plain: Tensors) -> None:
+def test_layer_scale__is_merged_exactly(tmp_path: Path, plain: Tensors) -> None:
     tensors = as_plain_vit(plain)
     gamma = torch.rand(32)
     scaled = {**tensors, "blocks.1.ls1.gamma": gamma, "blocks.1.ls2.gamma": 2 * gamma}
@@ -187,12 +189,12 @@ def test_layer_scale__folded_exactly(tmp_path: Path, plain: Tensors) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"patch_embed.proj.weight": torch.ones(32, 3, 14, 14)}, "patches of 16 px"),
+        ({"patch_embed.proj.weight": torch.ones(32, 3, 14, 14)}, "patches of 14 px, expected 16"),
         ({"blocks.0.mlp.w12.weight": torch.ones(4, 4)}, "gated"),
         ({"pos_embed": torch.ones(1, 7, 32)}, "square grid"),
     ],
 )
-def test_plain_vit__that_does_not_fit_sam_refused(
+def test_plain_vit__that_does_not_fit_sam_is_refused(
     tmp_path: Path, plain: Tensors, change: Tensors, message: str
 ) -> None:
     torch.save({"model": {**as_plain_vit(plain), **change}}, tmp_path / "w.pth")
@@ -200,8 +202,8 @@ def test_plain_vit__that_does_not_fit_sam_refused(
         read_weights(tmp_path / "w.pth")
 
 
-def test_finetune_sam_lora__merged_exactly(tmp_path: Path, plain: Tensors) -> None:
-    """The wrapper of finetune-SAM written out: q and v get their own low-rank term, names are wrapped once more."""
+def test_finetune_sam_lora__is_merged_exactly(tmp_path: Path, plain: Tensors) -> None:
+    """finetune-SAM wraps each layer and adds one low-rank term to the queries and one to the values."""
     out = dict(plain)
     base = "image_encoder.blocks.2.attn.qkv."
     weight, bias = out.pop(f"{base}weight"), out.pop(f"{base}bias")
@@ -228,7 +230,7 @@ def test_finetune_sam_lora__merged_exactly(tmp_path: Path, plain: Tensors) -> No
 
 
 @pytest.mark.parametrize("outputs", [1, 5])
-def test_resized_heads__read_from_the_file(tmp_path: Path, outputs: int) -> None:
+def test_mask_tokens__their_number_comes_from_the_file(tmp_path: Path, outputs: int) -> None:
     sam = make_sam(tiny_plain_spec(), image_size=64, num_multimask_outputs=outputs)
     save_sam(sam, tmp_path / "w.pth")
     loaded = load_sam(tmp_path / "w.pth")
@@ -237,17 +239,17 @@ def test_resized_heads__read_from_the_file(tmp_path: Path, outputs: int) -> None
         load_into(make_sam(tiny_plain_spec(), image_size=64), read_weights(tmp_path / "w.pth"), part="sam")
 
 
-def test_another_architecture__named(tmp_path: Path, plain: Tensors) -> None:
+def test_another_architecture__is_named(tmp_path: Path, plain: Tensors) -> None:
     torch.save(plain, tmp_path / "w.pth")
     with torch.device("meta"):
         model = build_sam("vit_b")
     with pytest.raises(
-        WeightsError, match=r"architecture ViT-B \(768x12\), the file is ViT of unpublished shape \(32x4\)"
+        WeightsError, match=r"\(ViT of unpublished shape \(32x4\), expected ViT-B \(768x12\)\). Use MODEL="
     ):
         load_into(model, read_weights(tmp_path / "w.pth"))
 
 
-def test_published_shapes__recognised_from_meta_tensors() -> None:
+def test_published_shapes__are_recognised() -> None:
     for arch in arch_names():
         for stem in Stem if arch == "vit_t" else [None]:
             with torch.device("meta"):
@@ -255,18 +257,18 @@ def test_published_shapes__recognised_from_meta_tensors() -> None:
             assert spec_from_tensors(tensors) == arch_spec(arch, stem)
 
 
-def test_another_size__refused_unless_allowed_and_then_every_table_is_reported(tmp_path: Path, plain: Tensors) -> None:
+def test_another_size__is_refused_or_resized_with_a_report(tmp_path: Path, plain: Tensors) -> None:
     torch.save(plain, tmp_path / "w.pth")
     weights, model = read_weights(tmp_path / "w.pth"), make_sam(tiny_plain_spec(), image_size=64, seed=1)
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    with pytest.raises(WeightsError, match=r"The file is for 160 px: allow resizing"):
+    with pytest.raises(WeightsError, match=r"The file is for 160 px: use image_size=160 or allow resizing"):
         load_into(model, weights)
     assert same(dict(model.state_dict()), before)
     report = load_into(model, weights, resize_positions=True)
     resized = {r.name for r in report.resized}
     tables = {f"image_encoder.blocks.{i}.attn.rel_pos_{axis}" for i in (1, 3) for axis in "hw"}
     assert resized == tables | {"image_encoder.pos_embed"}
-    assert report.num_loaded == report.num_asked
+    assert report.num_loaded == report.num_requested
     assert "resized: image_encoder.pos_embed [1, 10, 10, 32] -> [1, 4, 4, 32]" in report.render()
 
 
@@ -285,7 +287,7 @@ def test_resize_positions__relative_as_segment_anything_absolute_smooth_native_u
         resize_positions(torch.zeros(3), 4)
 
 
-def test_allow_missing__only_what_is_named(tmp_path: Path, plain: Tensors) -> None:
+def test_allow_missing__named_tensors_only(tmp_path: Path, plain: Tensors) -> None:
     name = "image_encoder.blocks.0.attn.rel_pos_h"
     torch.save({k: v for k, v in plain.items() if k != name}, tmp_path / "w.pth")
     model = ViTEncoder(tiny_plain_spec(), image_size=160)
@@ -342,9 +344,17 @@ def test_save_sam__loads_strictly_in_stock_code(tmp_path: Path, plain: Tensors, 
         ({"schema": 99}, "schema must be 1, got 99"),
         ({"arch": 3}, "field arch must be"),
         ({"steps": "many"}, "field steps must be"),
+        ({"image_size": True}, "field image_size must be"),
+        ({"image_size": 0}, "image_size must be positive, got 0"),
+        ({"pixel_std": [255.0, 0.0, 255.0]}, "pixel_std must be three finite positive numbers"),
+        ({"pixel_std": [255.0, -1.0, 255.0]}, "pixel_std must be three finite positive numbers"),
+        ({"pixel_std": [255.0, float("nan"), 255.0]}, "pixel_std must be three finite positive numbers"),
+        ({"pixel_std": [255.0, 255.0]}, "pixel_std must be three finite positive numbers"),
+        ({"pixel_mean": [0.0, float("inf"), 0.0]}, "pixel_mean must be three finite numbers"),
+        ({"pixel_mean": ["0", 0.0, 0.0]}, "pixel_mean must be three finite numbers"),
     ],
 )
-def test_card__read_strictly(tmp_path: Path, change: dict[str, object], message: str) -> None:
+def test_card__is_read_strictly(tmp_path: Path, change: dict[str, object], message: str) -> None:
     card = Card(arch="vit_t", image_size=64, pixel_mean=[0.0] * 3, pixel_std=[255.0] * 3)
     card.write(tmp_path / "card.json")
     assert Card.read(tmp_path / "card.json") == card
@@ -353,7 +363,7 @@ def test_card__read_strictly(tmp_path: Path, change: dict[str, object], message:
         Card.read(tmp_path / "card.json")
 
 
-def test_card_of__without_a_card_says_what_the_tensors_tell(tmp_path: Path, plain: Tensors) -> None:
+def test_card_of__file_without_a_card_gets_one_from_its_tensors(tmp_path: Path, plain: Tensors) -> None:
     torch.save(plain, tmp_path / "w.pth")
     card = card_of(read_weights(tmp_path / "w.pth"))
     assert (card.arch, card.image_size, card.stem) == ("vit_b", 160, None)
