@@ -10,6 +10,7 @@ from samgraft.shared.encoders.registry import DEFAULT_ARCH, arch_spec
 from samgraft.shared.encoders.sam import build_sam
 from samgraft.shared.errors import UsageError, WeightsError
 from samgraft.shared.weights.card import Card
+from samgraft.shared.weights.checks import count_mask_outputs
 from samgraft.shared.weights.load import WeightsFile, absent_by_nature, card_of, load_into, read_weights
 from samgraft.shared.weights.official import OFFICIAL
 from samgraft.shared.weights.tensor_report import TensorReport
@@ -60,10 +61,8 @@ class StartingPoint:
 
     def _empty(self, stands_for: WeightsFile) -> Sam:
         """Build the model; shape is common to both files, pixel statistics are those its encoder was trained with."""
-        tokens = self.base.tensors["mask_decoder.mask_tokens.weight"]
-        return build_sam(
-            stands_for.spec, image_size=self.image_size, num_multimask_outputs=int(tokens.shape[0]) - 1
-        ).eval()
+        outputs = count_mask_outputs(self.base.tensors, name=self.base.name)
+        return build_sam(stands_for.spec, image_size=self.image_size, num_multimask_outputs=outputs).eval()
 
 
 def find_starting_point(
