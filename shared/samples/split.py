@@ -22,6 +22,7 @@ SCHEMA = 1
 DEFAULT_FRACTIONS = (0.7, 0.15, 0.15)
 """Fractions of the patients in train, val and test."""
 PARTS = ("train", "val", "test")
+MAX_WARNINGS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,12 +237,15 @@ def check_split(split: Split, store: SliceStore) -> None:
         raise DataError("the split must have at least one training patient, got none.", where=where)
     part_of = split.part_of()
     _refuse_equal_content(store, part_of)
-    for one, other in near_duplicates(record for record in store.series if record.patient_id in part_of):
-        if part_of[one.patient_id] != part_of[other.patient_id]:
-            log.warning(
-                "%s (%s) and %s (%s) are near-duplicates. Check whether they are one patient under two ids.",
-                one.patient_id, part_of[one.patient_id], other.patient_id, part_of[other.patient_id],
-            )  # fmt: skip
+    near = [
+        [f"{record.patient_id} ({part_of[record.patient_id]})" for record in pair]
+        for pair in near_duplicates(record for record in store.series if record.patient_id in part_of)
+        if part_of[pair[0].patient_id] != part_of[pair[1].patient_id]
+    ]
+    for one, other in near[:MAX_WARNINGS]:
+        log.warning("%s and %s are near-duplicates. Check whether they are one patient under two ids.", one, other)
+    if len(near) > MAX_WARNINGS:
+        log.warning("%d more pairs of near-duplicates are in different parts.", len(near) - MAX_WARNINGS)
 
 
 def refuse_leak(pretrain_manifest: Mapping[str, Any], split: Split, store: SliceStore) -> None:

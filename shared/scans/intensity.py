@@ -125,14 +125,18 @@ class IntensityStats:
 def find_fill_values(array_zyx: Array) -> tuple[float, ...]:
     """Find extreme values that mark voxels without a measurement, as -32768 or 65535 outside the field of view.
 
-    Such a value is far from all others and frequent. Air of skull-stripped scans is much nearer to the tissue.
+    Such a value is frequent and far from all others. 0 is never one, because it is the background of many scans, and
+    neither is any value of 8-bit pictures.
     """
     fill: list[float] = []
+    if array_zyx.dtype.itemsize == 1:
+        return ()
     rest_zyx = np.ones(array_zyx.shape, dtype=bool)
     for pick in (np.min, np.max):
         value = pick(array_zyx)
         others_zyx = rest_zyx & (array_zyx != value)
-        if np.count_nonzero(rest_zyx & ~others_zyx) < MIN_FILL_SHARE * array_zyx.size or not others_zyx.any():
+        num_fill = np.count_nonzero(rest_zyx) - np.count_nonzero(others_zyx)
+        if value == 0 or num_fill < MIN_FILL_SHARE * array_zyx.size or not others_zyx.any():
             continue
         others = array_zyx[others_zyx]
         low, high = float(others.min()), float(others.max())

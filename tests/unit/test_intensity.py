@@ -9,6 +9,7 @@ from samgraft.shared.scans.intensity import (
     IntensityKind,
     IntensityPreset,
     IntensityStats,
+    find_fill_values,
     foreground_fractions,
     measure_intensity,
     normalise,
@@ -127,13 +128,21 @@ def test_measure_intensity__fill_values_are_left_out(fill):
     np.testing.assert_allclose(foreground_fractions(filled, stats), foreground_fractions(volume, expected) / 2)
 
 
-@pytest.mark.parametrize("background", [0, 800])
-def test_measure_intensity__air_and_rare_outliers_are_no_fill_values(background):
-    volume = np.random.default_rng(0).integers(1000, 1400, size=(4, 20, 40)).astype(np.int16)
+@pytest.mark.parametrize(("background", "top"), [(0, 1400), (0, 1050), (800, 1400)])
+def test_measure_intensity__air_and_rare_outliers_are_no_fill_values(background, top):
+    volume = np.random.default_rng(0).integers(1000, top, size=(4, 20, 40)).astype(np.int16)
     volume[:, :10] = background
+    assert find_fill_values(volume) == ()
     volume[0, -1, -1] = 32767
     stats = measure_intensity(volume, modality=Modality.MRI)
     assert (stats.minimum, stats.maximum) == (background, 32767)
+
+
+def test_find_fill_values__pictures_have_none():
+    picture = np.random.default_rng(0).integers(0, 20, size=(1, 40, 40)).astype(np.uint8)
+    picture[0, :10] = 255
+    assert find_fill_values(picture) == ()
+    assert find_fill_values(picture.astype(np.uint16)) == (255.0,)
 
 
 def test_preset__round_trip_and_refusals():
