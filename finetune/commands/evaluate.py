@@ -53,7 +53,6 @@ def run(arguments: argparse.Namespace) -> int:
     from samgraft.finetune.evaluation.evaluation_report import Pictured, write_evaluation_report
     from samgraft.finetune.evaluation.run_inputs import read_run_inputs, split_for_evaluation
     from samgraft.finetune.model_folder import read_model
-    from samgraft.shared.samples.split import load_split
     from samgraft.shared.store.store import SliceStore
     from samgraft.shared.training.device import choose_device, retain_freed_memory
 
@@ -62,17 +61,8 @@ def run(arguments: argparse.Namespace) -> int:
     path = Path(arguments.model)
     model = read_model(path)
     inputs = read_run_inputs(path)
-    data = arguments.data or inputs.store
-    if not data:
-        raise UsageError(
-            "a release does not contain the path of its data.", next_command="add --data STORE.zarr (DATA=)"
-        )
-    store = SliceStore.open(data)
-    if arguments.split_file:
-        split = load_split(arguments.split_file, store)
-        split_sha256 = split.sha256
-    else:
-        split, split_sha256 = split_for_evaluation(path, model, store)
+    store = SliceStore.open(arguments.data or inputs.require_store())
+    split, split_sha256 = split_for_evaluation(path, model, store, split_file=arguments.split_file)
     subgroups = _subgroups(arguments, store, split)
     device = choose_device(arguments.device, precision=arguments.precision)
     model.segmenter.to(device.torch_device)

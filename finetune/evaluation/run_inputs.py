@@ -10,7 +10,7 @@ from pathlib import Path
 
 import yaml
 from samgraft.finetune.model_folder import FinishedModel
-from samgraft.shared.errors import DataError
+from samgraft.shared.errors import DataError, UsageError
 from samgraft.shared.runs.inputs import load_run_split
 from samgraft.shared.samples.split import PARTS, Split, load_split
 from samgraft.shared.store.store import SliceStore
@@ -31,6 +31,18 @@ class RunInputs:
     log_images: bool = False
     """True if the data was declared shareable."""
 
+    def require_store(self) -> str:
+        """Return the path or address of the store, or refuse a release.
+
+        Raises:
+            UsageError: With the option to add.
+        """
+        if not self.store:
+            raise UsageError(
+                "a release does not contain the path of its data.", next_command="add --data STORE.zarr (DATA=)"
+            )
+        return self.store
+
 
 def read_run_inputs(path: Path) -> RunInputs:
     """Read the settings of a run from its ``config.yaml``, none for a release."""
@@ -47,19 +59,22 @@ def read_run_inputs(path: Path) -> RunInputs:
     )
 
 
-def split_for_evaluation(path: Path, model: FinishedModel, store: SliceStore) -> tuple[Split, str]:
+def split_for_evaluation(
+    path: Path, model: FinishedModel, store: SliceStore, *, split_file: Path | None = None
+) -> tuple[Split, str]:
     """Return the split that a model was made with, whatever file it came from, and its sha256.
 
     Args:
         path: Run or release.
         model: Its model, whose task lists the patients of every part.
         store: Store to evaluate on. Another one than the model's has a split of its own.
+        split_file: File to use instead.
 
     Raises:
-        DataError: If the split of another store is damaged or leaks.
+        DataError: If ``split_file`` or the split of another store is damaged or leaks.
     """
-    if store.fingerprint != model.task.store_fingerprint:
-        split = load_split(None, store)
+    if split_file is not None or store.fingerprint != model.task.store_fingerprint:
+        split = load_split(split_file, store)
         return split, split.sha256
     for split in _candidates(path, store):
         if _has_patients_of(model, split):
