@@ -235,12 +235,14 @@ def strip_folders(text: str) -> str:
 def figure_png(figure: Figure) -> bytes:
     """Return a matplotlib figure as a PNG without metadata."""
     buffer = io.BytesIO()
+    # matplotlib would otherwise write its version into the file.
     figure.savefig(buffer, format="png", dpi=150, metadata={"Software": None})
     return buffer.getvalue()
 
 
 def running_mean(values: npt.NDArray[np.floating], length: int) -> npt.NDArray[np.float64]:
     """Return the centered running mean, with shorter windows at both ends."""
+    # Differences of a cumulative sum take one pass for any length.
     total = np.concatenate([[0.0], np.cumsum(values, dtype=np.float64)])
     index = np.arange(len(values))
     low, high = np.maximum(index - length // 2, 0), np.minimum(index + (length + 1) // 2, len(values))

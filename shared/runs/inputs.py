@@ -32,6 +32,7 @@ def check_run_inputs(run_path: Path, inputs: Mapping[str, str | None]) -> None:
     """
     before = read_run_json(run_path)
     for name, now in inputs.items():
+        # An input that earlier sessions did not record (an older version of this program) is accepted.
         then = before.get(name, now)
         if then != now:
             kind = name.removesuffix("_sha256").removesuffix("_fingerprint").replace("_", " ")
@@ -53,6 +54,7 @@ def record_run_inputs(run: RunFolder, inputs: Mapping[str, str | None]) -> None:
 
 def save_run_split(run: RunFolder, split: Split) -> None:
     """Write the run's split next to its configuration, if it is not there."""
+    # Never replaced, because the patients of the first session decide what is training data.
     if run.is_writer and not (run.path / SPLIT_FILE).exists():
         split.save(run.path / SPLIT_FILE)
 

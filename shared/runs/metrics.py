@@ -58,6 +58,7 @@ class MetricsLog:
         last, self._last = self._last, None
         try:
             if last is not None and lines[0]["step"] == last["step"]:
+                # The whole file is rewritten only if an interrupted task has added values to its last line.
                 if _text(lines[:1]) != _text([last]):
                     before = [line for line in self.read() if line["step"] < last["step"]]
                     write_text(self.path, _text([*before, lines[0]]))
@@ -152,6 +153,7 @@ class TensorBoardFile:
                 for event in _read_events(old):
                     if event.HasField("summary") and event.step <= after_step:
                         self._records.write(event.SerializeToString())
+            # A kill before this rename leaves the older files as they were.
             self._records.flush()
             move(draft, path)
             for old in older:
@@ -210,6 +212,7 @@ class TensorBoardFile:
 def _read_events(path: Path) -> Iterator[Event]:
     """Yield the events of a file up to the place where a kill cut it off."""
     data = path.read_bytes()
+    # A record has 8 bytes of length, 4 of checksum, the event and 4 of checksum.
     position = 0
     while position + 12 <= len(data):
         (length,) = struct.unpack_from("<Q", data, position)

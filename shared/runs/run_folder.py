@@ -76,12 +76,14 @@ class RunFolder:
         """
         path = _checked_path(root, name)
         command = continue_command or shlex.join(["samgraft", *sys.argv[1:]])
+        # The other processes share the folder that the first one locks and writes.
         if process_rank() != 0:
             return cls(path, stage=stage, config=config, continue_command=command, lock=None)
         try:
             path.mkdir(parents=True, exist_ok=True)
             lock = _take_lock(path)
             _check_same_run(path, config=config, stage=stage)
+            # The configuration of the first session stays. Later ones differ only in settings without effect on results.
             if not (path / "config.yaml").exists():
                 header = f"# Resolved configuration of this run. stage: {stage}\n"
                 write_text(path / "config.yaml", header + config_to_yaml(config))

@@ -99,6 +99,7 @@ def write_state(
         for stem, content in attachments.items():
             digests[f"{stem}.safetensors"] = write_tensors(draft / f"{stem}.safetensors", content)
         files = {file: {"bytes": d.num_bytes, "sha256": d.sha256} for file, d in digests.items()}
+        # The manifest is written last, so that a folder without one is incomplete.
         manifest = {"format": FORMAT, "version": FORMAT_VERSION, "step": step, "files": files}
         write_json(draft / "manifest.json", manifest)
         _give_name(draft, final)
@@ -124,6 +125,7 @@ def find_newest_state(parent: Path, *, set_aside: bool = True) -> Path | None:
         return None
     if set_aside:
         _restore_replaced(parent)
+    # States that an earlier session has renamed count as well, or the second attempt would start from step 0.
     damaged = sum(1 for p in parent.iterdir() if ".corrupt" in p.suffix)
     for path in reversed(finished_states(parent)):
         problem = find_damage(path)
@@ -187,6 +189,7 @@ def find_damage(path: Path) -> str | None:
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return "manifest.json is damaged"
     match = STATE_NAME.match(path.name)
+    # The step is part of the manifest, because a copied or renamed folder must not replace another state.
     if not known or (match and step != int(match[1])) or not {"state.safetensors", "state.json"} <= set(files):
         return "manifest.json is damaged"
     if manifest.get("version") != FORMAT_VERSION:
@@ -195,6 +198,7 @@ def find_damage(path: Path) -> str | None:
         file = path / Path(name).name
         if not file.is_file():
             return f"{name} is missing"
+        # The size is compared first, because a hash reads the whole file.
         if file.stat().st_size != num_bytes:
             return f"{name} has {file.stat().st_size} of {num_bytes} bytes"
         if file_sha256(file) != sha256:
@@ -366,5 +370,6 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]
             if isinstance(parameter, DTensor) and isinstance(value, Tensor) and value.shape == parameter.shape:
                 values[name] = distribute_tensor(value, parameter.device_mesh, parameter.placements)
             elif isinstance(value, Tensor):
+                # A scalar such as the step count keeps its own layout.
                 like = parameter if value.shape == parameter.shape else value
                 values[name] = torch.empty_like(like, dtype=value.dtype, device=value.device).copy_(value)

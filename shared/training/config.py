@@ -64,6 +64,7 @@ class TrainerConfig:
 
     def __post_init__(self) -> None:
         """Check ranges."""
+        # Combinations of several settings are checked where they are used, e.g. the number of processes.
         positive = ("max_steps", "accumulate", "log_every_steps", "save_every_steps", "save_every_min")
         for name in positive:
             if getattr(self, name) <= 0:

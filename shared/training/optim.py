@@ -100,6 +100,7 @@ def parameter_groups(
         if not parameter.requires_grad:
             continue
         depth = depth_of.get(id(parameter), deepest)
+        # Biases and most norms have one dimension. Norms that have more are found by the name of their type.
         decays = parameter.ndim > 1 and id(parameter) not in in_norm and not name.endswith(NO_DECAY_NAMES)
         rate = config.lr * config.layer_decay ** (deepest - depth)
         group = groups.setdefault(
@@ -107,6 +108,7 @@ def parameter_groups(
             {"params": [], "lr": rate, "peak_lr": rate, "weight_decay": config.weight_decay if decays else 0.0},
         )
         group["params"].append(parameter)
+    # The order is fixed, because a saved optimizer state numbers its parameters in it.
     return [groups[key] for key in sorted(groups)]
 
 

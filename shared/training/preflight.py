@@ -101,6 +101,7 @@ def _time_micro_step(
     with counting, torch.autocast(kind, dtype=torch.bfloat16, enabled=device.precision == "bf16-mixed"):
         loss = compute_loss()
     loss.backward()
+    # CUDA runs asynchronously, so the clock must wait for it.
     if kind == "cuda":
         torch.cuda.synchronize(device.torch_device)
     seconds = time.perf_counter() - begin
@@ -174,6 +175,7 @@ class SavedBytes:
             yield
 
     def _pack(self, tensor: Tensor) -> Tensor:
+        # Views such as transposed weights share the storage of a parameter and need no memory of their own.
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in self._seen:
             self._seen.add(storage.data_ptr())
@@ -183,6 +185,7 @@ class SavedBytes:
 
 def training_bytes(module: nn.Module, saved_bytes: int) -> int:
     """Return the memory of weights, buffers, gradients, AdamW's two moments and activations."""
+    # Gradients and the two moments of AdamW have the size of the parameters that train.
     held = sum(t.numel() * t.element_size() for t in (*module.parameters(), *module.buffers()))
     trained = sum(p.numel() * p.element_size() for p in module.parameters() if p.requires_grad)
     return held + 3 * trained + saved_bytes
@@ -270,6 +273,7 @@ def check_disk(module: nn.Module, config: TrainerConfig, run_path: Path) -> str:
 
 
 def _remaining_bytes(one: int, config: TrainerConfig, run_path: Path, states: Sequence[Path]) -> int:
+    # States at multiples of keep_every_steps are kept in addition to the newest ones.
     milestones = config.max_steps // config.keep_every_steps if config.keep_every_steps else 0
     kept = one * (config.keep_last + milestones)
     # One state is being written while the older ones still exist, and the encoder weights are exported at the end.

@@ -41,6 +41,7 @@ def broadcast_first(value: Value) -> Value:
     """Return the first process's value in all processes."""
     if not is_distributed():
         return value
+    # Only processes of this run exchange pickles. None is ever read from a file.
     box: list[Any] = [value]
     dist.broadcast_object_list(box, src=0, device=communication_device())
     result: Value = box[0]
@@ -71,6 +72,7 @@ def shard_module(module: nn.Module, mesh: DeviceMesh, *, methods: Iterable[str] 
         mesh: Processes that share the parameters.
         methods: Names of further methods that are called from outside and need the complete parameters.
     """
+    # Parameters are released after the forward pass and gathered again for the backward pass, to save memory.
     fully_shard(module, mesh=mesh, reshard_after_forward=True)
     for name in methods:
         if hasattr(module, name):
@@ -105,6 +107,7 @@ def full_state(value: Any) -> Any:
 
 def load_full_state(module: nn.Module, state: Mapping[str, Any]) -> None:
     """Load complete tensors strictly into a module whose parameters may be sharded."""
+    # Each process cuts its own part from the complete tensor, so that a state fits any number of processes.
     own = module.state_dict()
     parts = {
         name: distribute_tensor(tensor.to(own[name].device), own[name].device_mesh, own[name].placements)

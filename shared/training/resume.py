@@ -52,6 +52,7 @@ def seed_process(seed: int, *, rank: int = 0) -> None:
 
     Initial weights and dropout depend on them. Data order and masks have generators of their own.
     """
+    # SeedSequence gives independent streams for neighbouring seeds and ranks. torch takes 63 bits of it, NumPy 32.
     mixed = int(np.random.SeedSequence([seed, rank]).generate_state(1, dtype=np.uint64)[0] >> np.uint64(1))
     torch.manual_seed(mixed)
     random.seed(mixed)
@@ -137,6 +138,7 @@ def check_resumable(
         log.warning(
             "processes %d -> %d: not bit-exact from this step on; the order of samples is kept.", before, world_size
         )
+    # These change the order or the rounding of floating-point sums, but not what is computed.
     for name, old, new in (
         ("threads", record["num_threads"], thread_count()),
         ("precision", record["precision"], device.precision),

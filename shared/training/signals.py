@@ -86,6 +86,7 @@ def exit_on_stop_signals(continue_command: str) -> Iterator[None]:
         return
     numbers = [number for number in STOP_SIGNALS if number != signal.SIGINT]
 
+    # A second signal must end the process even if the first one interrupted a handler that never returns.
     def stop(number: int, _: FrameType | None) -> None:
         for each in numbers:
             signal.signal(each, lambda *_: os._exit(int(ExitCode.STOPPED_SAVED)))

@@ -166,6 +166,7 @@ def _train(module: pl.LightningModule, context: FitContext, boundary: StepBounda
     callbacks = [*context.callbacks, boundary.meter, finite, boundary]
     trainer = build_trainer(config, run=run, device=context.device, callbacks=callbacks)
     retain_freed_memory()
+    # The layout is set before the optimizer exists, so that its moments have the same one.
     if config.channels_last:
         module.to(memory_format=torch.channels_last)
     newest = newest_state_name(run.checkpoints)
@@ -275,11 +276,11 @@ def build_trainer(
             strategy=strategy,
             precision=device.precision,  # type: ignore[arg-type]
             max_steps=config.max_steps,
-            max_epochs=-1,
+            max_epochs=-1,  # One long epoch, whose end max_steps determines.
             accumulate_grad_batches=config.accumulate,
             limit_val_batches=0,
             num_sanity_val_steps=0,
-            use_distributed_sampler=False,
+            use_distributed_sampler=False,  # The sampler addresses samples by step and rank itself.
             callbacks=list(callbacks),
             plugins=[cluster],
             logger=False,
