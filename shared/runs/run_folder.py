@@ -83,7 +83,7 @@ class RunFolder:
             path.mkdir(parents=True, exist_ok=True)
             lock = _take_lock(path)
             _check_same_run(path, config=config, stage=stage)
-            # The configuration of the first session stays. Later ones differ only in settings without effect on results.
+            # That of the first session stays. Later ones may differ in settings without effect on the results.
             if not (path / "config.yaml").exists():
                 header = f"# Resolved configuration of this run. stage: {stage}\n"
                 write_text(path / "config.yaml", header + config_to_yaml(config))
