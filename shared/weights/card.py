@@ -31,7 +31,7 @@ class Card:
     stem: str | None = None
     """Stem of vit_t, conv1x1 (LiteMedSAM) or conv3x3 (MobileSAM)."""
     stage: str = "base"
-    """Stage that wrote the weights: base (as published), encoder (stage 1) or model (stage 2)."""
+    """Stage that wrote the weights, one of base (as published), encoder (stage 1) and model (stage 2)."""
     objective: str | None = None
     """Self-supervised objective of stage 1."""
     steps: int = 0
@@ -90,6 +90,7 @@ class Card:
                 f"card must have exactly its fields, got unknown {unknown}, missing {missing}.", where=where
             )
         for name, kind in _FIELD_TYPES.items():
+            # bool is a subclass of int in Python, but true is no number of steps.
             if name in values and (not isinstance(values[name], kind) or isinstance(values[name], bool)):
                 raise WeightsError(f"card field {name} must be {kind}, got {values[name]!r}.", where=where)
         if values["image_size"] <= 0:
@@ -111,6 +112,7 @@ class Card:
         Raises:
             WeightsError: If it is no card, or as ``from_dict``.
         """
+        # The size is checked first, because a foreign folder may have a file of this name with any content.
         if path.stat().st_size > MAX_CARD_BYTES:
             raise WeightsError(
                 f"card must be at most {MAX_CARD_BYTES} bytes, got {path.stat().st_size}.", where=path.name

@@ -15,7 +15,7 @@ from samgraft.shared.errors import SamgraftError, WeightsError
 _COUNTERS = "num_batches_tracked"
 """Ending of the only integer tensors of a SAM, the step counters of batch norm."""
 _MAX_SIDE = 8192
-"""Largest image side in pixels that a position table may stand for."""
+"""Largest image side in pixels that a position table is accepted for."""
 
 
 def to_float32(tensors: Mapping[str, torch.Tensor], notes: list[str], *, name: str) -> dict[str, torch.Tensor]:
@@ -61,6 +61,7 @@ def recognise_encoder(tensors: Mapping[str, torch.Tensor], *, name: str) -> tupl
     Raises:
         WeightsError: If tensors are missing or contradict each other, or the last blocks are missing.
     """
+    # The shape of the encoder is read from a few tensors, so these must be right before anything is built from them.
     _check_tables(tensors, name=name)
     try:
         spec = spec_from_tensors(tensors)
@@ -88,6 +89,7 @@ def count_mask_outputs(tensors: Mapping[str, torch.Tensor], *, name: str) -> int
     """
     tokens = tensors.get("mask_decoder.mask_tokens.weight")
     if tokens is None:
+        # Loading reports the missing tensor, or the file is an encoder alone.
         return 3
     if tokens.ndim != 2 or tokens.shape[0] < 2:
         raise WeightsError(

@@ -55,6 +55,7 @@ def convert_to_sam(raw: RawFile) -> SamTensors:
         WeightsError: If no known layout fits, tensors of the layout are missing, or the file is of a foreign family.
     """
     notes: list[str] = []
+    # Training programs nest the weights in dictionaries of any depth. Joined names make them all look the same.
     flat = _without_wrapping(dict(iterate_tensors(raw.content)), notes)
     _refuse_adapters(flat, raw.name)
     if (family := find_family(flat, OTHER_ENCODERS)) is not None:
@@ -71,10 +72,12 @@ def convert_to_sam(raw: RawFile) -> SamTensors:
 
 
 def _convert(flat: Tensors, notes: list[str]) -> SamTensors:
+    # transformers first: its names contain those of other layouts, such as pos_embed.
     root = _find_root(flat, _TRANSFORMERS_ANCHOR, notes)
     if root is not None:
         inside = _select(flat, root, notes, also=(SHARED_POSITIONS,))
         return SamTensors(format="transformers SamModel", tensors=from_transformers(inside, notes), notes=notes)
+    # Several anchors per family, so that a file without one of them is still recognised and its lack reported.
     for anchor in encoder_anchors():
         root = _find_root(flat, anchor, notes)
         if root is not None:
@@ -142,6 +145,7 @@ def _merge_lora(tensors: Mapping[str, torch.Tensor]) -> Tensors:
     for key in tensors:
         if key.endswith(".qkv.qkv.weight"):
             base, weight = key.removesuffix("qkv.weight"), out.pop(key).clone()
+            # A layer with C inputs has 3 C outputs, which are the queries, the keys and the values of all heads.
             dim = weight.shape[1]
             for rows, letter in ((slice(0, dim), "q"), (slice(-dim, None), "v")):
                 down, up = (out.pop(f"{base}linear_{half}_{letter}.weight") for half in "ab")
@@ -173,11 +177,13 @@ def _without_wrapping(tensors: Tensors, notes: list[str]) -> Tensors:
 def _find_root(flat: Mapping[str, torch.Tensor], anchor: str, notes: list[str]) -> str | None:
     """Return the prefix before an anchor, the preferred one if there are several, or None."""
     roots = [k[: -len(anchor)] for k in flat if k == anchor or k.endswith(f".{anchor}")]
+    # Optimizer states can have the names of the parameters too.
     roots = [root for root in roots if not root.startswith("optimizer") and FROZEN_COPY not in root.split(".")]
     if not roots:
         return None
 
     def rank(root: str) -> tuple[int, int]:
+        # Among equal ranks the shortest prefix is the outermost model.
         words = root.split(".")
         places = [i for i, name in enumerate(_PREFERRED_ROOTS) if name in words]
         return (min(places, default=len(_PREFERRED_ROOTS)), len(root))
@@ -248,6 +254,7 @@ def from_plain_vit(tensors: Mapping[str, torch.Tensor], notes: list[str]) -> Ten
     scales = {key: kept.pop(key) for key in list(kept) if _LAYER_SCALE.search(key)}
     _check_float(tensors, r"(\.ls[12]\.gamma|attn\.proj\.\w+|mlp\.(fc|lin)2\.\w+)$")
     for key, gamma in scales.items():
+        # y = gamma * (W x + b) equals (gamma W) x + gamma b, one factor per output channel.
         layer = key.replace("ls1.gamma", "attn.proj").replace("ls2.gamma", "mlp.fc2")
         layer = layer if f"{layer}.weight" in kept else _rename_mlp(layer)
         kept[f"{layer}.weight"] = kept[f"{layer}.weight"] * gamma[:, None]
@@ -274,6 +281,7 @@ def _to_grid(positions: torch.Tensor, notes: list[str]) -> torch.Tensor:
     """Reshape a position table (1, g g, C) to (1, g, g, C), without the position of a class token."""
     if positions.ndim == 4:
         return positions
+    # A square number of positions has no class token. With one more, the first position is that of the class token.
     length = positions.shape[1] if positions.ndim == 3 else 0
     for extra in (0, 1):
         side = round(max(0, length - extra) ** 0.5)

@@ -79,6 +79,7 @@ def read_weights(path: str | Path) -> WeightsFile:
     if not path.exists() and str(path) in OFFICIAL:
         path = official_weights(str(path))
     file = find_weights_file(path)
+    # From here on the name of the file does not matter: the bytes decide the container, tensor names the layout.
     raw = read_shards(file) if file.name.endswith(".index.json") else read_raw_weights(file)
     if raw.metadata == SSL_STATE_METADATA:
         return read_weights(encoder_of_ssl_state(file))
@@ -129,6 +130,7 @@ def load_image_encoder(
             where=weights.name,
         )
     else:
+        # The base fills the encoder first, then the plain ViT replaces all that it has.
         encoder, _ = load_image_encoder(base, image_size=size)
         load_into(encoder, weights, resize_positions=True, allow_missing=absent_by_nature(encoder))
     return encoder.eval(), card_of(weights, image_size=size)
@@ -200,6 +202,7 @@ def load_into(
             )
         else:
             misfits.append(f"{name} {list(tensor.shape)} for {list(current.shape)}")
+    # Everything is checked before the first tensor is copied, so a refused file leaves the model unchanged.
     if misfits or not report.is_complete:
         raise _incomplete(report, weights, misfits, getattr(encoder, "spec", None))
     target.load_state_dict({k.removeprefix(prefix): v for k, v in loaded.items()}, strict=True)
@@ -243,6 +246,7 @@ def _with_pixel_statistics(spec: EncoderSpec, card: Card | None, sha256: str, no
     if card is not None:
         mean, std = card.pixel_mean, card.pixel_std
     elif sha256 == MEDSAM_SHA256:
+        # MedSAM's tensors have the names and shapes of SAM ViT-B, but it was trained on images in [0, 1].
         mean, std = [0.0] * 3, [255.0] * 3
         notes.append("MedSAM's own file: images in [0, 1], not SAM's pixel statistics")
     else:
@@ -267,6 +271,7 @@ def _incomplete(
     report: TensorReport, weights: WeightsFile, misfits: list[str], spec: EncoderSpec | None
 ) -> WeightsError:
     """Return the error for a file that does not fill a model, with the most likely reason."""
+    # Another architecture differs in nearly every tensor. Its name helps more than hundreds of tensor names.
     if spec is not None and not weights.is_partial and not spec.has_tensors_of(weights.spec):
         return WeightsError(
             f"the weights are of another architecture ({weights.spec.title}, expected {spec.title}). Use "

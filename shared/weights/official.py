@@ -80,6 +80,7 @@ def official_weights(name: str, *, cache: Path | None = None, address: str | Non
     if name not in OFFICIAL:
         raise UsageError(f"{name!r} is no official weights file (known are {', '.join(OFFICIAL)}).")
     file = OFFICIAL[name] if address is None else replace(OFFICIAL[name], url=address)
+    # Runs of earlier versions name their weights like this, and may be resumed on a machine without network.
     former = FORMER_CACHE / file.file_name
     if former.is_file() and file_sha256(former) == file.sha256:
         return former

@@ -30,11 +30,13 @@ def resize_positions(table: torch.Tensor, size: int) -> torch.Tensor:
     if table.ndim == 4:
         if table.shape[1] == table.shape[2] == size:
             return table
+        # Bicubic interpolation is not defined for half precision on every device, so it runs in float32.
         grid = table.permute(0, 3, 1, 2).float()
         out = F.interpolate(grid, size=(size, size), mode="bicubic", align_corners=False, antialias=True)
         return out.permute(0, 2, 3, 1).to(table.dtype).contiguous()
     if table.ndim != 2:
         raise ValueError(f"table must have shape (1, G, G, C) or (L, D), got {tuple(table.shape)}.")
+    # Distances run from -(size - 1) to size - 1.
     length = 2 * size - 1
     if table.shape[0] == length:
         return table

@@ -50,12 +50,14 @@ def find_weights_file(path: Path) -> Path:
         WeightsError: If the folder contains no readable weights, or ``path`` is one of several shards.
     """
     if not path.is_dir():
+        # transformers numbers the files of a large model, and each contains a part of the tensors only.
         if (match := _SHARD_NAME.search(path.name)) and int(match[1]) > 1:
             raise WeightsError(f"the file is one of {int(match[1])} shards. Give the whole folder.", where=path.name)
         return path
     for name in FOLDER_FILES:
         if (path / name).is_file():
             return path / name
+    # The run is not finished: its newest training state contains the weights under the names of the training module.
     if (state := _newest_state_file(path)) is not None:
         return state
     if (path / ".metadata").exists() or any(path.glob("*.distcp")):

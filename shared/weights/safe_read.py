@@ -118,6 +118,7 @@ def read_shards(index: Path) -> RawFile:
             "whole folder again.",
             where=index.name,
         )
+    # Names are left out: the same shards under other names are the same weights.
     digests = "".join(shard.sha256 for shard in shards)
     return RawFile(name=index.name, content=content, sha256=hashlib.sha256(digests.encode()).hexdigest())
 
@@ -138,6 +139,7 @@ def read_tensors_only(path: Path) -> dict[str, torch.Tensor]:
         pickled = _read_pickle(archive, size, name=path.name)
     foreign = foreign_globals(pickled)
     _refuse_code(foreign, name=path.name)
+    # torch accepts a class under any name, so the unpickler finds a harmless class in place of each foreign one.
     inert: list[Any] = [(type(_Inert.__name__, (_Inert,), {}), name) for name in foreign]
     with torch.serialization.safe_globals(inert):
         return dict(iterate_tensors(_load_zip(path)))
@@ -298,6 +300,7 @@ def _read_pickle(archive: zipfile.ZipFile, size: int, *, name: str) -> bytes:
     names = [info.filename for info in infos]
     if any(n.startswith(("/", "\\")) or ".." in Path(n).parts for n in names):
         raise WeightsError("weights file has zip members with paths outside of it. Nothing was extracted.", where=name)
+    # A compressed member could unpack to any size.
     if sum(info.file_size for info in infos) > size or any(i.compress_type != zipfile.ZIP_STORED for i in infos):
         raise WeightsError(
             "weights file claims more data than it contains, or is compressed (torch.save stores plain).", where=name
@@ -344,6 +347,7 @@ def _check_plan(plan: Any, record_bytes: list[int], *, name: str) -> None:
     tensors = list(iterate_tensors(plan))
     if len(tensors) > MAX_TENSORS:
         raise WeightsError(f"weights must contain at most {MAX_TENSORS} tensors, got {len(tensors)}.", where=name)
+    # Storages are shared between tensors, so each tensor is compared with the largest one.
     available = max(record_bytes, default=0)
     for key, tensor in tensors:
         if tensor.layout is not torch.strided or tensor.is_quantized:
@@ -390,6 +394,7 @@ def _check_header(header: Any, data_bytes: int, *, name: str) -> dict[str, str]:
     metadata = header.pop("__metadata__", {})
     if len(header) > MAX_TENSORS:
         raise WeightsError(f"weights must contain at most {MAX_TENSORS} tensors, got {len(header)}.", where=name)
+    # Holes or a tail would be data that no check has seen.
     end = 0
     for key, entry in header.items():
         try:

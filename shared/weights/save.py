@@ -62,6 +62,7 @@ def write_pth(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     Raises:
         OSError: If the file cannot be written. ``path`` is unchanged then.
     """
+    # Clones do not share storage, so equal tensors give equal bytes whatever they were views of.
     plain = {name: tensors[name].detach().cpu().contiguous().clone() for name in sorted(tensors)}
     with write_atomically(path) as draft:
         try:
@@ -79,5 +80,6 @@ def tensors_sha256(tensors: Mapping[str, torch.Tensor]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        # Bytes instead of numbers, because NumPy has no bfloat16.
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

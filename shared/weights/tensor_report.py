@@ -81,6 +81,7 @@ class TensorReport:
             "source_sha256": self.source_sha256,
             "format": self.format,
             "part": self.part,
+            # The keys are those of run.json since the first version.
             "num_asked": self.num_requested,
             "num_loaded": self.num_loaded,
             "missing": self.missing,

@@ -57,6 +57,8 @@ def _decoder_templates() -> Iterator[tuple[str, str]]:
         yield f"mask_decoder.{name}.weight", f"mask_decoder.{name}.weight"
 
 
+# Whole names are matched and each template is used in both directions, which keeps the map bijective. transformers'
+# own converter replaces substrings one after another, so that its result depends on their order.
 def _compile(source: str, target: str) -> tuple[re.Pattern[str], str]:
     pattern = re.escape(source).replace(r"\{n\}", r"(?P<n>\d+)").replace(r"\{rest\}", r"(?P<rest>.+)")
     replacement = target.replace("{n}", r"\g<n>").replace("{rest}", r"\g<rest>")
@@ -126,6 +128,7 @@ def transformers_config(spec: EncoderSpec, *, image_size: int, num_multimask_out
             "num_attention_heads": spec.num_heads,
             "image_size": image_size,
             "patch_size": spec.patch_size,
+            # segment_anything's value, which is not the default of torch.
             "layer_norm_eps": 1e-6,
             "window_size": spec.attn_window_size,
             "global_attn_indexes": list(spec.global_blocks),

@@ -26,7 +26,7 @@ from samgraft.shared.weights.official import OFFICIAL, official_weights
 
 CONTENT = bytes(range(256)) * 4000
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
-ARCHIVE = fetch.Archive(project="demo-scans", version="1.0", sha256=SHA256, num_bytes=len(CONTENT))
+ARCHIVE = fetch.package_archive("demo-scans", "1.0", sha256=SHA256, num_bytes=len(CONTENT), licence="CC0-1.0")
 
 
 class Server:
@@ -130,7 +130,7 @@ def test_fetch__file_is_verified_cached_and_not_asked_for_again(server: Server, 
 
 
 def fetch_archive(cache: Path) -> Path:
-    return fetch.fetch_archive(ARCHIVE, cache=cache)
+    return fetch.fetch_file(ARCHIVE, cache=cache)
 
 
 def test_fetch__progress_is_logged_per_tenth(server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -154,8 +154,8 @@ def test_fetch__next_command_continues_a_download(server: Server, tmp_path: Path
     with pytest.raises(StorageError, match=r"demo-scans 1.0 .* could not be downloaded \(\w+Error\)") as refusal:
         fetch_archive(tmp_path)
     assert "where the next run continues" in str(refusal.value.kept)
-    assert not (tmp_path / ARCHIVE.cache_name).exists()
-    part = (tmp_path / f"{ARCHIVE.cache_name}.part").stat().st_size
+    assert not (tmp_path / ARCHIVE.file_name).exists()
+    part = (tmp_path / f"{ARCHIVE.file_name}.part").stat().st_size
     assert part > len(CONTENT) / 2
     assert fetch_archive(tmp_path).read_bytes() == CONTENT
     assert server.starts[-1] == part
@@ -215,11 +215,13 @@ def test_offline__nothing_is_downloaded(
 ) -> None:
     monkeypatch.setenv(fetch.OFFLINE_VARIABLE, "1")
     run, name = {
-        "archive": (lambda: fetch_archive(tmp_path), ARCHIVE.cache_name),
+        "archive": (lambda: fetch_archive(tmp_path), ARCHIVE.file_name),
         "weights": (lambda: official_weights("small", cache=tmp_path), "w.pth"),
         "npm": (lambda: fetch.fetch_npm("demo", "1.0.0", sha256=SHA256, cache=tmp_path), "demo-1.0.0.tgz"),
     }[kind]
-    with pytest.raises(StorageError, match=rf"SAMGRAFT_OFFLINE forbids downloads.*{SHA256} there as {name}") as refusal:
+    with pytest.raises(
+        StorageError, match=rf"SAMGRAFT_OFFLINE disallows downloads.*{SHA256} there as {name}"
+    ) as refusal:
         run()
     assert refusal.value.where == str(tmp_path)
     (tmp_path / name).write_bytes(CONTENT)
@@ -258,9 +260,9 @@ def test_unreachable__missing_file_is_not_asked_for_again(tmp_path: Path, server
 
 def test_index__file_with_another_hash_is_named(server: Server, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"offers no file of demo-scans 1\.0"):
-        fetch.fetch_archive(replace(ARCHIVE, sha256="0" * 64), cache=tmp_path)
+        fetch.fetch_file(replace(ARCHIVE, sha256="0" * 64), cache=tmp_path)
     with pytest.raises(StorageError, match="has no project other"):
-        fetch.fetch_archive(replace(ARCHIVE, project="other"), cache=tmp_path)
+        fetch.fetch_file(replace(ARCHIVE, project="other"), cache=tmp_path)
 
 
 def test_index__environment_then_pip_then_default(monkeypatch: pytest.MonkeyPatch) -> None:
