@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pydicom
-from pydicom.errors import InvalidDicomError
 from samgraft.shared.scans.discovery import Discovery
 from samgraft.shared.scans.names import is_placeholder_id, patient_folder
 from samgraft.shared.scans.readers.dicom import find_tag
@@ -59,6 +58,18 @@ class SegmentationFile:
     referenced_series: frozenset[str]
 
 
+@dataclass(kw_only=True)
+class _DicomIndex:
+    """Files that are sorted in so far."""
+
+    root: Path
+    found: Discovery
+    series: dict[tuple[Any, ...], list[DicomSeries]] = field(default_factory=lambda: defaultdict(list))
+    segmentations: list[SegmentationFile] = field(default_factory=list)
+    without_orientation: Counter[str] = field(default_factory=Counter)
+    """Modality -> number of cross-sectional files that cannot be stacked."""
+
+
 def group_dicom(
     paths: Sequence[Path], root: Path, found: Discovery
 ) -> tuple[list[DicomSeries], list[SegmentationFile]]:
@@ -68,37 +79,37 @@ def group_dicom(
     Anonymisers write one SeriesInstanceUID for several patients, and scanners put planes of several orientations
     under one. Where the patient id is missing too, the patient's folder takes its place.
     """
-    series: dict[tuple[Any, ...], list[DicomSeries]] = defaultdict(list)
-    segmentations: list[SegmentationFile] = []
-    lost: Counter[str] = Counter()
+    index = _DicomIndex(root=root, found=found)
     for path in paths:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # odd values of tags that are not used here
-                header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=_TAGS)
-                kind = str(header.get("SOPClassUID", "") or header.file_meta.get("MediaStorageSOPClassUID", ""))
-                has_pixels = bool(header.get("Rows"))
-        except (InvalidDicomError, EOFError, ValueError, TypeError, KeyError, AttributeError, OSError):
+                _sort_file(pydicom.dcmread(path, stop_before_pixels=True, specific_tags=_TAGS), path, index)
+        except Exception:  # values are parsed when they are first used, and damaged ones raise many types
             if (reason := _reason_not_dicom(path)) is None:
-                series[("damaged", str(path))].append(_damaged(path))
+                index.series["damaged", str(path)].append(_damaged(path))
             else:
                 found.left_out[reason] += 1
-            continue
-        if kind in SEGMENTATION_CLASSES:
-            segmentations.append(_segmentation(header, path))
-        elif kind == DICOMDIR_CLASS:
-            found.left_out["DICOMDIR (files are found without it)"] += 1
-        elif not has_pixels and _is_image_class(kind):  # cut before its picture size
-            series[("damaged", str(path))].append(_damaged(path))
-        elif not has_pixels:
-            found.left_out["DICOM without pixels (report, plan, contours)"] += 1
-        elif "LOCALIZER" in (header.get("ImageType") or ()):
-            found.left_out["DICOM localizer"] += 1
-        else:
-            _add(series, header, path, root, lost)
-    for modality, count in sorted(lost.items()):
+    for modality, count in sorted(index.without_orientation.items()):
         found.notes.append(f"{count} {modality} files have no orientation: each is a scan of its own")
-    return [one for group in series.values() for one in group], segmentations
+    return [one for group in index.series.values() for one in group], index.segmentations
+
+
+def _sort_file(header: Any, path: Path, index: _DicomIndex) -> None:
+    kind = str(header.get("SOPClassUID", "") or header.file_meta.get("MediaStorageSOPClassUID", ""))
+    has_pixels = bool(header.get("Rows"))
+    if kind in SEGMENTATION_CLASSES:
+        index.segmentations.append(_segmentation(header, path))
+    elif kind == DICOMDIR_CLASS:
+        index.found.left_out["DICOMDIR (files are found without it)"] += 1
+    elif not has_pixels and _is_image_class(kind):  # cut before its picture size
+        index.series["damaged", str(path)].append(_damaged(path))
+    elif not has_pixels:
+        index.found.left_out["DICOM without pixels (report, plan, contours)"] += 1
+    elif "LOCALIZER" in (header.get("ImageType") or ()):
+        index.found.left_out["DICOM localizer"] += 1
+    else:
+        _add_to_series(header, path, index)
 
 
 def series_of_segmentation(segmentation: SegmentationFile, series: Sequence[DicomSeries]) -> DicomSeries | None:
@@ -116,9 +127,7 @@ def series_of_segmentation(segmentation: SegmentationFile, series: Sequence[Dico
     return fitting[0] if len(fitting) == 1 else None
 
 
-def _add(
-    series: dict[tuple[Any, ...], list[DicomSeries]], header: Any, path: Path, root: Path, lost: Counter[str]
-) -> None:
+def _add_to_series(header: Any, path: Path, index: _DicomIndex) -> None:
     places = [header]
     num_frames = _number(header.get("NumberOfFrames", 1))
     if "PerFrameFunctionalGroupsSequence" in header and num_frames == 1:
@@ -132,9 +141,9 @@ def _add(
     # SeriesInstanceUID the folder takes its place.
     alone = orientation is None or num_frames != 1
     place = str(path) if alone else "" if uid else str(path.parent)
-    owner = patient or patient_folder(path.relative_to(root)) or ""
+    owner = patient or patient_folder(path.relative_to(index.root)) or ""
     key = (owner, study, uid, frame, str(header.get("Rows")), str(header.get("Columns")), place)
-    group = series[key]
+    group = index.series[key]
     one = next((s for s in group if alone or _same_orientation(s.orientation, orientation)), None)
     if one is None:
         machine = [str(header.get(name, "")) for name in _MACHINE_TAGS]
@@ -150,7 +159,7 @@ def _add(
     # Cross-sectional slices without orientation cannot be stacked, which the report must mention.
     modality = str(header.get("Modality", ""))
     if orientation is None and num_frames == 1 and modality in ("CT", "MR", "PT"):
-        lost[modality] += 1
+        index.without_orientation[modality] += 1
     one.paths.append(path)
 
 

@@ -50,7 +50,12 @@ class Discovery:
 
     def finish(self) -> None:
         """Sort the cases, refuse copies that contradict each other, and list images without label."""
-        self.cases = [_refuse_twin(case) for case in self.cases]
+        counts = Counter(case.name for case in self.cases)
+        # The same number in imagesTr and imagesTs needs the folder to be a name.
+        for number, case in enumerate(self.cases):
+            name = case.name if counts[case.name] == 1 else f"{case.scan.paths[0].parent.name}/{case.name}"
+            self.cases[number] = _refuse_twin(replace(case, name=name))
+        self.labels_without_image.sort()
         self.cases.sort(key=lambda case: case.name)
         if any(case.labels for case in self.cases):
             self.images_without_label = [case.name for case in self.cases if not case.labels]

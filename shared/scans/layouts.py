@@ -56,8 +56,8 @@ def nnunet_cases(root: Path, options: SourceOptions) -> Discovery:
     """
     values = _read_json(root / "dataset.json")
     index = index_files(root)
-    found = Discovery(layout="nnU-Net raw", label_names=_names_from_json(values, root), notes=list(index.notes))
-    found.left_out = index.left_out
+    found = Discovery(layout="nnU-Net raw", label_names=_names_from_json(values, root, options))
+    found.left_out, found.notes = index.left_out, list(index.notes)
     rules = NameRules(options)
     labels = {("Tr", scan_stem(path)): path for path in _below(index, "labelsTr")}
     labels |= {("Ts", scan_stem(path)): path for path in _below(index, "labelsTs")}
@@ -87,17 +87,16 @@ def msd_cases(root: Path, options: SourceOptions) -> Discovery:
     4D files give one series per channel; a list of files per case gives one series per file.
     """
     values = _read_json(root / "dataset.json")
-    found = Discovery(layout="Medical Segmentation Decathlon", label_names=_names_from_json(values, root))
+    found = Discovery(layout="Medical Segmentation Decathlon", label_names=_names_from_json(values, root, options))
     rules = NameRules(options)
-    num_channels = len(values.get("modality", {}) or {}) or 1
-    entries = [
-        # Test images of the Decathlon have no labels, yet they are as good for pretraining as the others.
-        entry
-        for part in ("training", "validation", "test", "testing")
-        for entry in _entries(values, part, root)
-    ]
+    # Test images of the Decathlon have no labels, yet they are as good for pretraining as the others.
+    parts = ("training", "validation", "test", "testing")
+    entries = [entry for part in parts for entry in _entries(values, part, root)]
+    # Channels are volumes of one 4D file, unless the list has a file for each of them.
+    channels = values.get("modality") if not any(is_channel for _, _, is_channel in entries) else None
+    num_channels = len(channels) if isinstance(channels, Mapping) and channels else 1
     present: list[tuple[Path, str | None]] = []
-    for image, label in entries:
+    for image, label, _ in entries:
         reason = _reason_missing(_inside(root, image))
         if reason is None:
             present.append((_inside(root, image), label))
@@ -152,7 +151,7 @@ def bids_cases(root: Path, options: SourceOptions) -> Discovery:
                 for p in chosen[path]
             ]
             found.cases.append(replace(case, labels=tuple(parts_of), refusal=refusals.get(path)))
-    found.labels_without_image = sorted(p.name for paths in labels.values() for p in paths)
+    found.labels_without_image += [p.name for paths in labels.values() for p in paths]
     return found
 
 
@@ -298,6 +297,7 @@ def _labels_per_image(
         if len(chosen) == 1:
             fitting[chosen[0]].append(label)
         else:
+            found.labels_without_image.append(label.name)
             found.notes.append(f"{label.name} fits {len(chosen)} images: name one by space-T1w")
     refusals: dict[Path, str] = {}
     for image, candidates in fitting.items():
@@ -347,13 +347,13 @@ def _names_from_dseg(root: Path) -> dict[int, str] | None:
     return None
 
 
-def _names_from_json(values: Mapping[str, Any], root: Path) -> dict[int, str] | None:
+def _names_from_json(values: Mapping[str, Any], root: Path, options: SourceOptions) -> dict[int, str] | None:
     """Return label id -> name of ``dataset.json``, or None if it names no labels.
 
     Versions write an id and its name, a name and its id, or a list of names.
     """
     labels, where = values.get("labels"), f"{root.name}/dataset.json"
-    if labels is None:
+    if labels is None or options.label_names is not None:
         return None
     if isinstance(labels, list):
         labels = {str(number): name for number, name in enumerate(labels)}
@@ -363,29 +363,32 @@ def _names_from_json(values: Mapping[str, Any], root: Path) -> dict[int, str] | 
     for name, value in labels.items():
         if isinstance(value, (list, Mapping)):
             raise DataError(
-                f"region-based labels ({name}: {value}) are not read. List single classes in dataset.json.", where=where
+                f"region-based labels ({name}: {value}) are not read. Give the single classes with --label-names.",
+                where=where,
             )
         try:
             label_id, text = (int(name), str(value)) if str(name).isdecimal() else (int(value), str(name))
         except (TypeError, ValueError) as err:
             raise DataError(f"a label must pair an id with a name, got {name!r}: {value!r}.", where=where) from err
-        if text == "ignore":
-            raise DataError(
-                f"the ignore label {label_id} is not supported: drop it with --label-map {label_id}=0 or complete it.",
-                where=where,
-            )
         if label_id != 0:
             names[label_id] = text
-    return names
+    ignored = [label_id for label_id, text in names.items() if text == "ignore"]
+    if ignored and options.label_map is None:
+        suggestion = ",".join(f"{label_id}={0 if label_id in ignored else label_id}" for label_id in sorted(names))
+        raise DataError(
+            f"the ignore label {ignored[0]} is not supported. Complete it, or drop it with --label-map {suggestion}",
+            where=where,
+        )
+    return {label_id: text for label_id, text in names.items() if label_id not in ignored}
 
 
-def _entries(values: Mapping[str, Any], part: str, root: Path) -> list[tuple[str, str | None]]:
-    """Return (image, label) pairs of one part of a list. A case with several files gives one pair per file."""
+def _entries(values: Mapping[str, Any], part: str, root: Path) -> list[tuple[str, str | None, bool]]:
+    """Return image, label, and whether the image is one channel of its case, for each file of a part."""
     where = f"{root.name}/dataset.json"
     entries = values.get(part) or []
     if not isinstance(entries, list):
         raise DataError(f"{part} must be a list, got {type(entries).__name__}.", where=where)
-    pairs: list[tuple[str, str | None]] = []
+    files: list[tuple[str, str | None, bool]] = []
     for entry in entries:
         images, label = (entry.get("image"), entry.get("label")) if isinstance(entry, Mapping) else (entry, None)
         images = images if isinstance(images, list) else [images]
@@ -395,13 +398,12 @@ def _entries(values: Mapping[str, Any], part: str, root: Path) -> list[tuple[str
             raise DataError(
                 f"a case of {part} must have the path of its image and of one label, got {entry!r}.", where=where
             )
-        pairs += [(image, label) for image in images]
-    return pairs
+        files += [(image, label, len(images) > 1) for image in images]
+    return files
 
 
 def _any_listed(values: Mapping[str, Any], root: Path) -> bool:
-    entries = _entries(values, "training", root)
-    return any((root / image).is_file() for image, _ in entries)
+    return any((root / image).is_file() for image, _, _ in _entries(values, "training", root))
 
 
 def _reason_missing(path: Path) -> str | None:

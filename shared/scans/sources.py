@@ -155,15 +155,12 @@ def _dicom(index: FileIndex, options: SourceOptions, found: Discovery) -> list[F
     from samgraft.shared.scans.dicom_index import group_dicom, series_of_segmentation
 
     series, segmentations = group_dicom(paths, index.root, found)
-    ids_of = _segment_ids([one.path for one in segmentations], options, found)
+    owners = {one.path: series_of_segmentation(one, series) for one in segmentations}
+    found.labels_without_image += [path.name for path, owner in owners.items() if owner is None]
     segments: dict[int, list[LabelFiles]] = defaultdict(list)
-    for one in segmentations:
-        owner = series_of_segmentation(one, series)
-        if owner is None:
-            found.labels_without_image.append(one.path.name)
-            continue
-        scan = ScanFiles(format=ScanFormat.DICOM_SEG, paths=(one.path,), name=one.path.name)
-        segments[id(owner)].append(LabelFiles(scan=scan, ids=ids_of[one.path]))
+    for path, ids in _segment_ids([p for p, owner in owners.items() if owner is not None], options, found).items():
+        scan = ScanFiles(format=ScanFormat.DICOM_SEG, paths=(path,), name=path.name)
+        segments[id(owners[path])].append(LabelFiles(scan=scan, ids=ids))
     names: Counter[str] = Counter()
     scans = []
     for group in series:
@@ -215,7 +212,6 @@ def _pair_labels(
         found.label_names = {number: name for name, number in class_ids.items()}
         for target in sorted(set((options.label_map or {}).values()) - {0}):
             found.label_names.setdefault(target, f"label {target}")
-    found.labels_without_image.sort()
     return _label_files(pairs, class_ids, options, found)
 
 

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from samgraft.shared.errors import DataError
+from samgraft.shared.scans.header_check import check_headers
 from samgraft.shared.scans.sources import discover
 from samgraft.shared.scans.volume import Modality
 from samgraft.shared.store.build import examine_cases
@@ -137,6 +138,9 @@ def check_accounting(root: Path) -> None:
             raise
         return
     report = examine_cases(found.cases, settings=SETTINGS, label_names=found.label_names)
+    headers = check_headers(root)
+    assert headers.num_scans == len(found.cases)
+    assert sum(headers.refused.values()) <= len(report.refused)  # a build also finds damaged pixels
     names = {case.name for case in found.cases}
     assert {result.name for result in report.results} == names
     in_cases = {path for case in found.cases for path in case.scan.paths}

@@ -323,14 +323,15 @@ def test_csv_cases__errors_have_line_numbers(tmp_path, text, message):
 
 def test_csv_cases__missing_file_refuses_its_line_only(tmp_path):
     write_nifti(tmp_path / "a.nii", IMAGE)
+    write_nifti(tmp_path / "d.nii", IMAGE)
     (tmp_path / "b.txt").write_text("x")
-    (tmp_path / "list.csv").write_text("image,label\na.nii,\nc.nii,\nb.txt,\na.nii,none.nii\n")
+    (tmp_path / "list.csv").write_text("image,label\na.nii,\nc.nii,\nb.txt,\nd.nii,none.nii\n")
     found = discover(tmp_path / "list.csv")
     assert [case.refusal for case in found.cases] == [
         None,
-        "line 5: none.nii is not there.",
         "line 4: b.txt is not of a known format.",
         "line 3: c.nii is not there.",
+        "line 5: none.nii is not there.",
     ]
 
 

@@ -269,6 +269,32 @@ def test_msd_cases__monai_lists_are_read(tmp_path, labels, names):
     assert found.label_names == names
 
 
+def test_msd_cases__a_file_per_channel_is_read_once(tmp_path):
+    write(tmp_path, "a_0.nii", "a_1.nii")
+    values = {"modality": {"0": "T1", "1": "T2"}, "training": [{"image": ["a_0.nii", "a_1.nii"]}]}
+    (tmp_path / "dataset.json").write_text(json.dumps(values))
+    assert [case.name for case in discover(tmp_path).cases] == ["a_0", "a_1"]
+    (tmp_path / "dataset.json").write_text(json.dumps({"modality": "CT", "training": ["a_0.nii"]}))
+    assert [case.name for case in discover(tmp_path).cases] == ["a_0"]
+
+
+def test_msd_cases__equal_names_in_two_folders_get_the_name_of_the_folder(tmp_path):
+    write(tmp_path, "imagesTr/001.nii", "imagesTs/001.nii")
+    values = {"labels": {}, "training": ["imagesTr/001.nii"], "test": ["imagesTs/001.nii"]}
+    (tmp_path / "dataset.json").write_text(json.dumps(values))
+    assert [case.name for case in discover(tmp_path).cases] == ["imagesTr/001", "imagesTs/001"]
+
+
+def test_nnunet_cases__advice_for_the_ignore_label_works(tmp_path):
+    write(tmp_path, "imagesTr/a_0000.nii.gz", "labelsTr/a.nii.gz")
+    labels = {"background": 0, "tumour": 1, "ignore": 2}
+    (tmp_path / "dataset.json").write_text(json.dumps({"channel_names": {"0": "MRI"}, "labels": labels}))
+    with pytest.raises(DataError, match="--label-map 1=1,2=0"):
+        discover(tmp_path)
+    found = discover(tmp_path, SourceOptions(label_map=parse_label_map("1=1,2=0")))
+    assert found.label_names == {1: "tumour"}
+
+
 @pytest.mark.parametrize(
     "values",
     [
