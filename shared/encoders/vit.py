@@ -7,7 +7,7 @@ h, w = grid of ``token_mask``; C = channels; P = numbers per patch.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import ClassVar
 
@@ -79,45 +79,35 @@ class ViTSpec(EncoderSpec):
         """
         embed_dim, depth = int(tensors["pos_embed"].shape[-1]), count_blocks(tensors, "blocks.")
         grid = int(tensors["pos_embed"].shape[1])
-        if not any("rel_pos" in key for key in tensors):
-            return cls._without_relative_positions(embed_dim, depth, grid=grid)
-        patch_size = int(tensors["patch_embed.proj.weight"].shape[-1])
-        rows = [int(tensors[f"blocks.{i}.attn.rel_pos_h"].shape[0]) for i in range(depth)]
-        head_dim = int(tensors["blocks.0.attn.rel_pos_h"].shape[1])
-        neck_dim = int(tensors["neck.0.weight"].shape[0])
+        has_relative_positions = any("rel_pos" in key for key in tensors)
+        # Heads and windows leave no trace in the tensors without relative positions.
+        head_dim = int(tensors["blocks.0.attn.rel_pos_h"].shape[1]) if has_relative_positions else None
         for spec in cls.published():
-            if (spec.embed_dim, spec.depth, spec.num_heads) == (embed_dim, depth, embed_dim // head_dim):
+            if (spec.embed_dim, spec.depth) == (embed_dim, depth) and head_dim in (None, embed_dim // spec.num_heads):
                 return spec
-        # The relative positions of a global block cover the grid (2 g - 1 rows), those of a windowed block the window
-        # (27 rows at 14). Where both are equal one window is the grid, and the two kinds of block are the same.
-        global_blocks = tuple(i for i, n in enumerate(rows) if n == 2 * grid - 1)
-        global_blocks = () if len(global_blocks) == depth else global_blocks
-        window = (next(n for i, n in enumerate(rows) if i not in global_blocks) + 1) // 2
-        return cls(
-            arch="vit_b",
-            native_image_size=grid * patch_size,
-            embed_dim=embed_dim,
-            depth=depth,
-            num_heads=embed_dim // head_dim,
-            global_blocks=global_blocks,
-            patch_size=patch_size,
-            attn_window_size=window,
-            neck_dim=neck_dim,
-        )
-
-    @classmethod
-    def _without_relative_positions(cls, embed_dim: int, depth: int, *, grid: int) -> ViTSpec:
-        # Heads and windows leave no trace in the tensors of such a file (MAE, DINO).
-        for spec in cls.published():
-            if (spec.embed_dim, spec.depth) == (embed_dim, depth):
-                return spec
-        return cls(
+        guess = cls(
             arch="vit_b",
             native_image_size=16 * grid,
             embed_dim=embed_dim,
             depth=depth,
-            num_heads=max(1, embed_dim // 64),
+            num_heads=max(1, embed_dim // (head_dim or 64)),
             global_blocks=(),
+        )
+        if not has_relative_positions:
+            return guess
+        # The relative positions of a global block cover the grid (2 g - 1 rows), those of a windowed block the window
+        # (27 rows at 14). Where both are equal one window is the grid, and the two kinds of block are the same.
+        rows = [int(tensors[f"blocks.{i}.attn.rel_pos_h"].shape[0]) for i in range(depth)]
+        global_blocks = tuple(i for i, n in enumerate(rows) if n == 2 * grid - 1)
+        global_blocks = () if len(global_blocks) == depth else global_blocks
+        patch_size = int(tensors["patch_embed.proj.weight"].shape[-1])
+        return replace(
+            guess,
+            native_image_size=grid * patch_size,
+            global_blocks=global_blocks,
+            patch_size=patch_size,
+            attn_window_size=(next(n for i, n in enumerate(rows) if i not in global_blocks) + 1) // 2,
+            neck_dim=int(tensors["neck.0.weight"].shape[0]),
         )
 
     def find_missing_end(self) -> str | None:
