@@ -75,8 +75,11 @@ def _pretrain(arguments: argparse.Namespace) -> int:
         files=tuple(arguments.config),
         overrides=tuple(arguments.overrides),
     )
+    # The device is chosen twice. Without settings it selects the preset, and the settings of the preset may then change
+    # it.
     has_gpu = choose_device().accelerator != "cpu"
     config, name = prepare(typed, preset=arguments.preset, name=arguments.name, has_gpu=has_gpu)
+    # Checked before the pre-flight trains some steps, and again when the run opens its folder.
     check_run_folder(arguments.runs, name, config=config, stage="pretrain")
     trainer = config.trainer
     device = choose_device(trainer.device, precision=trainer.precision, devices=trainer.devices)

@@ -26,6 +26,7 @@ def build_initial_objective(config: PretrainConfig) -> tuple[Objective, Card, li
     """
     encoder, card = load_initial_encoder(config.model)
     encoder.activation_checkpointing = config.trainer.activation_checkpointing
+    # Before the state is restored, which must match this objective tensor by tensor.
     objective = build_objective(encoder, config.objective, seed=config.seed, max_steps=config.trainer.max_steps)
     notes = restore_ssl_state(
         objective,
@@ -47,6 +48,7 @@ def load_initial_encoder(config: ModelConfig) -> tuple[ImageEncoder, Card]:
         UsageError: If the image size does not fit, or everything would be frozen.
     """
     encoder, card = _random_encoder(config) if config.base == RANDOM else _load_encoder(config)
+    # After loading, because LoRA changes the names of the layers.
     apply_scope(encoder, config.scope, num_frozen_depths=config.num_frozen_depths)
     return encoder.train(), card
 

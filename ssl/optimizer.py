@@ -44,6 +44,7 @@ def build_pretrain_optimizer(objective: Objective, config: PretrainOptimizerConf
 
 def pretrain_groups(objective: Objective, config: PretrainOptimizerConfig) -> list[dict[str, Any]]:
     """Return the parameter groups of the encoder, then those of the heads."""
+    # A group of one depth can contain parameters of the encoder and of heads, which get different rates.
     in_encoder = {id(p) for p in objective.encoder.parameters()}
     encoder_groups, head_groups = [], []
     for group in parameter_groups(objective, config, layer_groups=objective.encoder.layer_groups()):
@@ -117,6 +118,7 @@ def restore_moments(optimizer: torch.optim.AdamW, objective: Objective, moments:
     """
     state, named = optimizer.state_dict(), _named_parameters(objective, optimizer.param_groups)
     for number, (name, parameter) in enumerate(named):
+        # Frozen depths, new heads or other sizes leave parameters without moments; AdamW then begins with zeros.
         values = {part: moments[f"{name}/{part}"] for part in MOMENT_PARTS if f"{name}/{part}" in moments}
         if len(values) < len(MOMENT_PARTS) or values["exp_avg"].shape != parameter.shape:
             continue

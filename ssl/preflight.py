@@ -59,6 +59,7 @@ def check_leaks(
     Raises:
         DataError: If a patient leaks and ``allow_transductive`` is not set.
     """
+    # Patients are compared by id and by content hash, because one patient can have two ids.
     manifest = pretrain_manifest(store, patient_ids)
     lines, disjoint = [], []
     for labelled, split, use in _labelled_stores(config, probe):
@@ -124,6 +125,7 @@ def preflight(
             f"{device.devices * device.num_nodes} processes.",
             where="data.batch_size",
         )
+    # Real slices, because crops and masks of an empty picture would not take their usual time.
     images_B1SS = _first_batch(config, dataset, device)
     counters = list(range(len(images_B1SS)))
     cost = measure_step(

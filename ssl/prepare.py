@@ -107,5 +107,6 @@ def _check_modality(config: PretrainConfig) -> None:
 
 def _run_name(config: PretrainConfig) -> str:
     """Return the same name for the same task, so that the same command resumes the same run."""
+    # Name of data, architecture and objective only; other settings are compared when the run is opened.
     store = Path(config.data.store).name.removesuffix(".zarr")
     return f"{store}-{config.model.arch}-{config.objective.name}"

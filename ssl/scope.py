@@ -100,6 +100,7 @@ def freeze_depths(encoder: ImageEncoder, num_frozen_depths: int) -> list[str]:
     Raises:
         UsageError: If nothing but the neck would train.
     """
+    # The neck is the deepest group, and an objective may freeze it later.
     groups = list(encoder.layer_groups())
     deepest = max(depth for depth, _ in groups)
     if num_frozen_depths >= deepest:
@@ -146,6 +147,7 @@ def add_lora(encoder: ImageEncoder, scope: ScopeConfig) -> None:
     expected = {name for name, module in encoder.named_modules() if re.fullmatch(pattern, name)}
     neck = [parameter.requires_grad for parameter in encoder.neck.parameters()]
     encoder.requires_grad_(False)
+    # The pattern matches whole names. A suffix would also match layers of the neck or of the stem.
     config = LoraConfig(
         r=scope.lora_r, lora_alpha=scope.lora_alpha, lora_dropout=scope.lora_dropout, target_modules=pattern
     )
@@ -171,6 +173,7 @@ def merged_state(module: nn.Module) -> dict[str, torch.Tensor]:
     """
     state = {name: tensor.detach() for name, tensor in unadapted_tensors(module).items()}
     for name, layer in lora_layers(module).items():
+        # Out of place, because training continues with separate weights and updates.
         weight = state[f"{name}.weight"]
         state[f"{name}.weight"] = weight + layer.get_delta_weight(ADAPTER).detach().to(weight)
     return state

@@ -77,9 +77,11 @@ def export_encoder(objective: Objective, run: RunFolder, config: PretrainConfig,
         result: Result of the training.
     """
     card = dataclasses.replace(card, steps=config.trainer.max_steps, slices_seen=result.slices_seen)
+    # Only the first process writes, but all return the path.
     path = run.path / ENCODER_FOLDER / "encoder.safetensors"
     if run.is_writer:
         path = write_encoder_weights(objective, run.path, card)
+        # The moments come from the last verified training state, which is what a resume would restore.
         last_step = run.latest_training_state()
         assert last_step is not None
         write_moments(last_step, objective, config.optim, run.path / STATE_FOLDER)

@@ -19,14 +19,13 @@ import torch
 from samgraft.shared.config import load_config, read_stored_config
 from samgraft.shared.errors import DataError, UsageError, WeightsError
 from samgraft.shared.samples.dataset import SliceDataset, batch_to_input, collate_slices
-from samgraft.shared.samples.slices import SliceRef, select_slices
 from samgraft.shared.scans.preset import load_preset
 from samgraft.shared.store.store import SliceStore
 from samgraft.shared.training.device import choose_device
 from samgraft.shared.weights.load import load_into, read_weights
 from samgraft.ssl.config import PretrainConfig
 from samgraft.ssl.export.encoder_weights import ENCODER_FOLDER
-from samgraft.ssl.monitor.held_out import spread_evenly
+from samgraft.ssl.monitor.held_out import spread_slices
 from samgraft.ssl.objectives import Objective, build_objective
 from samgraft.ssl.preflight import pretraining_split
 from samgraft.ssl.ssl_state import StateUse, find_state, restore_ssl_state
@@ -91,6 +90,7 @@ def audit_membership(run: Path) -> MembershipAudit:
         )
     device = choose_device().torch_device
     objective.to(device)
+    # Alternating patients, because the order of patient ids often follows the time or the site of the scan.
     halves = [split.train[0::2], split.train[1::2]]
     errors = [_errors(objective, config, store, patients, device=device) for patients in (*halves, split.val)]
     if any(len(e) == 0 for e in errors):
@@ -140,23 +140,18 @@ def _errors(
 ) -> npt.NDArray[np.float64]:
     """Return the mean loss per slice over ``NUM_MASKS`` masks."""
     preset = load_preset(config.modality)
-    refs: list[SliceRef] = []
-    for patient in patients:
-        usable = select_slices(
-            store,
-            [patient],
-            planes=config.data.planes,
-            min_foreground_fraction=config.data.minimum_foreground(preset),
-        )
-        refs += [usable[i] for i in spread_evenly(len(usable), max(1, NUM_SLICES // len(patients)))]
+    per_patient = max(1, NUM_SLICES // len(patients)) if patients else 0
+    refs = spread_slices(store, patients, per_patient, config=config.data, preset=preset)
     dataset = SliceDataset(store, refs, intensity=preset.intensity, num_neighbours=config.data.num_neighbours)
     errors = []
     for index in range(len(refs)):
+        # The same masks for every slice, so that differences come from the slices.
         counters = [AUDIT_COUNTER + mask for mask in range(NUM_MASKS)]
         batch = collate_slices([dataset[index, counter] for counter in counters])
         images, _, _ = batch_to_input(
             batch, image_size=config.model.image_size, keep_aspect=config.data.keep_aspect, device=device
         )
+        # Schedules are at their end, as an attacker with the final state would have them.
         last = config.trainer.max_steps
         loss = objective.loss(images, sample_counters=counters, step=last, planes=batch["planes"]).total
         errors.append(float(loss))

@@ -64,6 +64,7 @@ def release_encoder(request: ReleaseRequest) -> Released:
     file = request.run / ENCODER_FOLDER / WEIGHTS_FILE
     weights = read_weights(file)
     card = weights.card
+    # A release must not describe a file that was exchanged after the run.
     if card is None or card.weights_sha256 != file_sha256(file):
         raise WeightsError(
             f"{WEIGHTS_FILE} must be the file that its card describes, but it was changed or damaged.",
@@ -76,6 +77,7 @@ def release_encoder(request: ReleaseRequest) -> Released:
     formats, left_out = choose_formats(
         [SAM_FORMAT, TRANSFORMERS_FORMAT, PEFT, ONNX_FORMAT, MONAI], request.formats, subject
     )
+    # Before anything is written; an audit that cannot be made stops the release.
     audit = audit_membership(request.run) if request.continuable else None
 
     def write_texts(folder: Path, artefacts: Sequence[Artefact]) -> None:

@@ -87,6 +87,7 @@ class BoxPromptCheck:
             return
         self.decoder.to(features_BChw.device)
         rows = torch.tensor([box.slice_number - first for box in chosen], device=features_BChw.device)
+        # In float32 whatever the precision of the training, so that values of different runs can be compared.
         embeddings_BChw = encoder.neck(features_BChw[rows]).float()
         frames = [self.slices.frames[box.slice_number] for box in chosen]
         boxes_B4 = torch.tensor([box.in_frame(f) for box, f in zip(chosen, frames, strict=True)])
@@ -119,6 +120,7 @@ def load_box_prompt_check(
         return None, "off (probe.num_boxes=0)"
     if model.base == RANDOM:
         return None, "off, because the initial weights are random"
+    # The decoder of BASE is used, and a full SAM as CKPT alone supplies its own.
     name = model.base or model.initial_weights
     weights = read_weights(name)
     if not {"prompt_encoder", "mask_decoder"} <= weights.parts:
@@ -134,6 +136,7 @@ def load_box_prompt_check(
     # Building the decoder draws weights, which the file then replaces. The run's random numbers must not depend on it.
     with preserve_rng():
         decoder = load_sam(name, image_size=model.image_size).requires_grad_(False)
+    # The encoder of the file is not used and would only take memory.
     decoder.image_encoder = nn.Identity()
     boxes = choose_boxes(data.test, data.class_ids, config.num_boxes)
     check = BoxPromptCheck(decoder, data.test, boxes, decoder_sha256=weights.sha256)

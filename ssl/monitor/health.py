@@ -116,6 +116,7 @@ def _check_spread(curves: Curves, is_final: bool) -> str | None:
 def _check_learning(curves: Curves, is_final: bool) -> str | None:
     first, last = _first_and_last(curves, "held_out/loss")
     num_rounds = len(curves.get("held_out/loss", ()))
+    # The warm-up and a moving target both give a loss that does not fall in a healthy run.
     if first is None or has_moving_target(curves) or (num_rounds < PATIENT_ROUNDS and not is_final):
         return None
     if last < LEARNED_SHARE * first:

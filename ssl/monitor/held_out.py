@@ -57,13 +57,9 @@ def load_held_out(
     if not patient_ids or num_slices < 1:
         return None
     per_patient = max(1, num_slices // len(patient_ids))
-    refs: list[SliceRef] = []
-    for patient_id in sorted(patient_ids)[:num_slices]:
-        usable = select_slices(
-            store, [patient_id], planes=config.planes, min_foreground_fraction=config.minimum_foreground(preset)
-        )
-        refs += [usable[i] for i in spread_evenly(len(usable), per_patient)]
+    refs = spread_slices(store, sorted(patient_ids)[:num_slices], per_patient, config=config, preset=preset)
     dataset = SliceDataset(store, refs, intensity=preset.intensity, num_neighbours=config.num_neighbours)
+    # Counters are fixed, so that every round has the same masks and views and differences come from the weights.
     counters = tuple(HELD_OUT_COUNTER + i for i in range(len(refs)))
     batch = collate_slices([dataset[i, counter] for i, counter in enumerate(counters)])
     images_N1SS, _, _ = batch_to_input(batch, image_size=model.image_size, keep_aspect=config.keep_aspect, device="cpu")
@@ -74,6 +70,19 @@ def load_held_out(
         refs=tuple(refs),
         num_patients=len({store.record(ref.series_id).patient_id for ref in refs}),
     )
+
+
+def spread_slices(
+    store: SliceStore, patient_ids: Sequence[str], per_patient: int, *, config: DataConfig, preset: ModalityPreset
+) -> list[SliceRef]:
+    """Return up to ``per_patient`` slices of each patient, evenly spaced over its usable ones."""
+    refs: list[SliceRef] = []
+    for patient_id in patient_ids:
+        usable = select_slices(
+            store, [patient_id], planes=config.planes, min_foreground_fraction=config.minimum_foreground(preset)
+        )
+        refs += [usable[i] for i in spread_evenly(len(usable), per_patient)]
+    return refs
 
 
 def spread_evenly(num_items: int, num_wanted: int) -> list[int]:
@@ -89,6 +98,7 @@ def held_out_loss(
     """Return the mean loss, its parts, and the variety of the features over the held-out slices."""
     sums: dict[str, float] = {}
     features: list[torch.Tensor] = []
+    # Means over slices and not over batches, because the last batch may be smaller.
     for start in range(0, len(held_out.refs), batch_size):
         part = slice(start, start + batch_size)
         counters = held_out.sample_counters[part]

@@ -80,6 +80,7 @@ def load_probe(
     if opened is None:
         return None
     store, split = opened
+    # Other intensities would make the features useless, and the probe would report a bad encoder.
     if store.modality is not preset.modality:
         raise DataError(
             f"the probe's store must be of modality {preset.modality.value}, got {store.modality.value}.",
@@ -108,6 +109,7 @@ def load_probe(
 
 def labelled_refs(store: SliceStore, patient_ids: Sequence[str], num_slices: int) -> list[SliceRef]:
     """Choose up to ``num_slices`` slices with a label, the same number per patient, evenly spaced."""
+    # Label counts per series are in the store, so no label has to be read to find the slices.
     wanted = set(patient_ids)
     labelled = {r.patient_id for r in store.series if r.patient_id in wanted and any(r.label_voxels.values())}
     if not labelled:
@@ -127,6 +129,7 @@ def labelled_refs(store: SliceStore, patient_ids: Sequence[str], num_slices: int
 def _read(
     store: SliceStore, refs: Sequence[SliceRef], config: PretrainConfig, preset: ModalityPreset
 ) -> LabelledSlices:
+    # Read once and kept in memory, because every round needs the same slices.
     dataset = SliceDataset(
         store, refs, intensity=preset.intensity, with_label=True, num_neighbours=config.data.num_neighbours
     )

@@ -150,6 +150,7 @@ def probe_dice(
             of test slices, so that the box-prompt check needs no second forward pass.
         check_stop: Function that is called between the parts and may raise.
     """
+    # The features of all training slices are in memory, because the fit and its thresholds need them together.
     features = encode(encoder, data.train.images_N1SS, batch_size=batch_size, device=device)
     check_stop()
     shares_NKhw, inside_Nhw = class_shares(data.train, data.class_ids, stride=encoder.stride)
@@ -157,7 +158,8 @@ def probe_dice(
     tokens_TC = torch.cat([f.float().flatten(2).mT.flatten(0, 1) for f in features])[chosen.to(device)]
     shares_TK = shares_NKhw.flatten(2).mT.flatten(0, 1)[chosen].to(device)
     head = fit_head(tokens_TC, shares_TK, ridge=ridge)
-    del features, tokens_TC  # Several gigabytes at 1024 px.
+    # Freed before the test slices are encoded, because they are large at 1024 px.
+    del features, tokens_TC
     count = DiceCount(data.class_ids)
     for first in range(0, len(data.test), batch_size):
         check_stop()

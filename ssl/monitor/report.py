@@ -59,6 +59,7 @@ def write_report(
     """Write the report of a finished run and print its conclusions."""
     if not run.is_writer:
         return
+    # Read from the files of the run and not from memory, so that a resumed run reports all of its sessions.
     lines, held_out = list(run.metrics.read()), monitored.held_out
     sections = [
         Section(title="Summary", parts=_summary(lines, monitored, result=result)),
@@ -175,6 +176,7 @@ def probe_parts(lines: Lines, monitored: MonitorData) -> list[Any]:
                 "labels from the features. It is a sign before any fine-tuning."
             )
         ]
+    # The axis has a least height, so that noise of a hundredth does not look like a trend.
     figure = curve_figure(
         {"linear probe": (steps, dice)}, ylabel="Dice", baseline=(BEFORE, dice[0]), min_span=DICE_SPAN
     )
@@ -226,6 +228,7 @@ def _loss_parts(lines: Lines, objective: Objective, held_out: HeldOut | None) ->
 
 def _reference_table(lines: Lines, objective: Objective, held_out: HeldOut | None) -> Table | None:
     """Return the comparison with predictions that need no network, or None where an objective has none."""
+    # Only grey errors can be compared with fillings; other losses have no unit in common with them.
     if held_out is None:
         return None
     _, errors = curve(lines, "held_out/grey_error")
@@ -264,6 +267,7 @@ def _picture_parts(run: RunFolder, config: PretrainConfig, objective: Objective,
 
 def _columns_with_first_output(run: RunFolder, panel: Panel) -> tuple[list[str], list[npt.NDArray[np.uint8]]]:
     """Return the panel's columns, with the output before training next to the present one."""
+    # The first picture was written before training; the objective cannot compute it again.
     now = (panel.images_KBHW.clamp(0, 1).numpy() * 255).round().astype(np.uint8)
     titles, columns = list(panel.columns), list(now)
     first = panel_path(run.path, 0)

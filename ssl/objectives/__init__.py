@@ -38,6 +38,7 @@ class SelectedObjective:
         sections = [section.name for section in fields(self) if section.name != "name"]
         if self.name not in sections:
             raise ValueError(f"objective.name must be one of {', '.join(sections)}, got {self.name!r}.")
+        # Ignored settings are an error, because a user who sets one believes that it has an effect.
         for section in sections:
             settings = getattr(self, section)
             if section != self.name and settings != type(settings)():
@@ -68,6 +69,7 @@ def objective_config(objectives: Mapping[str, type[Objective]]) -> type[Selected
     )
 
 
+# A type checker cannot follow ``make_dataclass``, so it sees a class with the same constructor.
 if TYPE_CHECKING:
 
     class ObjectiveConfig(SelectedObjective):

@@ -111,6 +111,7 @@ class Decoder(nn.Module):
         self.embed = nn.Linear(in_dim, dim)
         self.mask_token = nn.Parameter(torch.zeros(dim))
         nn.init.normal_(self.mask_token, std=0.02)
+        # Not stored, because the positions follow from grid and width.
         self.register_buffer("positions_LD", sincos_positions(grid, dim), persistent=False)
         self.context_norm = nn.LayerNorm(dim) if self.is_cross else nn.Identity()
         block = CrossBlock if self.is_cross else SelfBlock
@@ -125,6 +126,7 @@ class Decoder(nn.Module):
         """Return the predictions of the given hidden tokens, in their order."""
         visible_BND = self.embed(visible_BNC) + self.positions_LD[ids_keep_BN]
         if self.is_cross:
+            # Keys and values of all blocks come from the same context, which is normalised once.
             visible_BND = self.context_norm(visible_BND)
             hidden_BMD = self.mask_token + self.positions_LD[ids_hidden_BM]
             for block in self.blocks:
@@ -172,6 +174,7 @@ def from_windows(windows: torch.Tensor, grid: int, window: int) -> torch.Tensor:
 def sincos_positions(grid: int, dim: int) -> torch.Tensor:
     """Return fixed sine-cosine positions (grid * grid, dim), half the channels per axis."""
     quarter = dim // 4
+    # Computed in float64, as in MAE's code, and stored as float32.
     rates = 1.0 / 10000 ** (torch.arange(quarter, dtype=torch.float64) / quarter)
     angles = torch.arange(grid, dtype=torch.float64)[:, None] * rates
     waves_gD = torch.cat([angles.sin(), angles.cos()], dim=1)

@@ -166,6 +166,7 @@ class DINO(Objective):
             planes=planes,
         )
         mask_Vhw = self._masks(sample_counters).to(images_B1SS.device) if self.config.ibot_weight else None
+        # The teacher sees whole views without hidden tokens; its features are the targets of all losses.
         with torch.no_grad():
             taught_VChw = view_features(self.teacher.encoder, crops.global_BCSS, with_neck=self.config.train_neck)
         learned_VChw = view_features(
@@ -192,6 +193,7 @@ class DINO(Objective):
 
     def before_step(self, step: int) -> None:
         """Freeze the prototypes at the beginning of the run."""
+        # DINO freezes the last layer at first, which makes the start of the training stable.
         for head in (self.heads.view, self.heads.token):
             head.cancel_last_layer_gradients(0 if step < self.config.freeze_last_layer * self.max_steps else 1)
 
@@ -221,6 +223,7 @@ class DINO(Objective):
         step: int,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         temperature = teacher_temperature(step, self.config, max_steps=self.max_steps)
+        # Outputs are grouped by view, and each pair of different views gives one term of the loss.
         num_slices = len(taught_VChw) // NUM_GLOBAL
         with torch.no_grad():
             taught_VLC = self.teacher.heads.tokens(taught_VChw.float())

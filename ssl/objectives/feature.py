@@ -36,7 +36,7 @@ from samgraft.ssl.objectives.decoders import Decoder, DecoderKind, DecoderShape,
 from samgraft.ssl.objectives.objective import Objective, ObjectiveLoss, freeze_unused_neck
 from samgraft.ssl.objectives.panels import HIDDEN_IS_GREY, Panel, principal_directions, project_features
 from samgraft.ssl.scope import learns_mask_token
-from samgraft.ssl.views.masking import MaskKind, mask_unit, token_masks, upsample_mask
+from samgraft.ssl.views.masking import MaskKind, mask_unit, upsample_mask
 from torch import nn
 
 
@@ -106,6 +106,7 @@ class Feature(Objective):
         super().__init__(encoder, config, seed=seed, max_steps=max_steps)
         self.grid = encoder.image_size // encoder.stride
         self.mask_unit_px = mask_unit(encoder, config.mask_unit_px)
+        self.mask_side = encoder.image_size // self.mask_unit_px
         self.reads_neck = config.target is FeatureTarget.EMBEDDINGS
         # Not named "teacher", because readers of weights files take a teacher for the better encoder.
         self.frozen_copy: Any = copy.deepcopy(encoder).requires_grad_(False).eval()
@@ -150,9 +151,10 @@ class Feature(Objective):
 
         Predicting the mean has a loss of 1. ``step`` and ``planes`` are not used.
         """
-        mask_Bhw = self._masks(sample_counters).to(images_B1SS.device)
+        mask_Bhw = self.draw_masks(sample_counters, side=self.mask_side).to(images_B1SS.device)
         target_BChw = self._target(images_B1SS)
         predicted_BChw, features_BChw = self._predict(images_B1SS, mask_Bhw)
+        # Differences of large features lose their digits in bf16.
         with torch.autocast(images_B1SS.device.type, enabled=False):
             error_Bhw = self._error(predicted_BChw.float(), target_BChw)
             hidden_Bhw = upsample_mask(mask_Bhw, image_size=self.grid)[:, 0]
@@ -167,7 +169,7 @@ class Feature(Objective):
     @torch.no_grad()
     def panel(self, images_B1SS: torch.Tensor, *, sample_counters: Sequence[int]) -> Panel:
         """Return the input, its visible part, and the principal direction as predicted and as it is."""
-        mask_Bhw = self._masks(sample_counters).to(images_B1SS.device)
+        mask_Bhw = self.draw_masks(sample_counters, side=self.mask_side).to(images_B1SS.device)
         target_BChw = self._target(images_B1SS)
         predicted_BChw, _ = self._predict(images_B1SS, mask_Bhw)
         images_B1SS = centre_channel(images_B1SS)
@@ -183,17 +185,6 @@ class Feature(Objective):
             caption=f"{HIDDEN_IS_GREY} The last two columns show features along the direction in which SAM's own "
             "features differ most over these slices. They are predicted from the visible part, and computed by SAM "
             "from the whole slice.",
-        )
-
-    def _masks(self, sample_counters: Sequence[int]) -> torch.Tensor:
-        side = self.encoder.image_size // self.mask_unit_px
-        return token_masks(
-            sample_counters,
-            seed=self.seed,
-            grid_hw=(side, side),
-            mask_ratio=self.config.mask_ratio,
-            kind=self.config.mask_kind,
-            attn_window_size=getattr(self.encoder, "attn_window_size", None),
         )
 
     @torch.no_grad()
@@ -232,6 +223,7 @@ class Feature(Objective):
         """Return the squared error per token over the target's variance, shape (B, h, w)."""
         if not self.reads_neck:
             predicted_BChw, target_BChw = (_normalised(x) for x in (predicted_BChw, target_BChw))
+        # The batch's own variance, so that the loss is a share and does not depend on the size of the features.
         variance = (target_BChw - target_BChw.mean((0, 2, 3), keepdim=True)).square().mean()
         return (predicted_BChw - target_BChw).square().mean(1) / variance.clamp_min(1e-6)
 

@@ -93,6 +93,7 @@ class LeJEPA(Objective):
                 self.encoder, crops.local_BCss, sample_counters=sample_counters, seed=self.seed, with_neck=neck
             )
             pooled.append(small_BChw.float().mean((2, 3)))
+        # The empirical characteristic function of SIGReg needs more digits than bf16 has.
         with torch.autocast(images_B1SS.device.type, enabled=False):
             points_VBD = self.head(torch.cat(pooled)).unflatten(0, (-1, len(images_B1SS)))
             agreement = lejepa_invariance_loss(all_proj=points_VBD, global_proj=points_VBD[:NUM_GLOBAL])

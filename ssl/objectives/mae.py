@@ -33,7 +33,7 @@ from samgraft.shared.scans.orientation import Plane
 from samgraft.ssl.objectives.decoders import Decoder, DecoderKind, DecoderShape, chosen_ids
 from samgraft.ssl.objectives.objective import Objective, ObjectiveLoss
 from samgraft.ssl.objectives.panels import GIVEN_BRIGHTNESS, HIDDEN_IS_GREY, Panel
-from samgraft.ssl.views.masking import MaskKind, hidden_count, token_masks, upsample_mask
+from samgraft.ssl.views.masking import MaskKind, hidden_count, upsample_mask
 
 PREDICTION_STREAM = 0x616E7377
 """Random stream of the predicted tokens, separate from that of the masks."""
@@ -105,6 +105,7 @@ class MAE(Objective):
                 "convolutional stem cannot. Use METHOD=masked_image, which is the same task with mask tokens."
             )
         self.grid = encoder.image_size // encoder.stride
+        # Frozen because it is not run, and DDP would wait for its gradients.
         encoder.neck.requires_grad_(False)
         if config.layout is Layout.PLAIN_VIT:
             for table in encoder.relative_position_tables():
@@ -120,11 +121,12 @@ class MAE(Objective):
         planes: Sequence[Plane] | None = None,
     ) -> ObjectiveLoss:
         """Return the mean squared error over hidden tokens. ``step`` and ``planes`` are not used."""
-        mask_Bhw = self._masks(sample_counters).to(images_B1SS.device)
+        mask_Bhw = self.draw_masks(sample_counters, side=self.grid).to(images_B1SS.device)
         ids_hidden_BM = self._predicted_ids(mask_Bhw, sample_counters)
         predicted_BMP, visible_BNC = self._predict(images_B1SS, mask_Bhw, ids_hidden_BM)
         target_BMP, _, std_BM1 = self._target(centre_channel(images_B1SS), ids_hidden_BM)
         error_BMP = predicted_BMP - target_BMP
+        # Back in grey values, so that runs with and without normalised targets can be compared.
         grey_error = (error_BMP.detach() * std_BM1).abs().mean()
         return ObjectiveLoss(
             total=error_BMP.square().mean(),
@@ -139,7 +141,7 @@ class MAE(Objective):
         With ``norm_pix_loss`` the prediction is converted to grey values with the hidden token's own mean and
         deviation, as in MAE's pictures. Brightness is then given, and only the structure is predicted.
         """
-        mask_Bhw = self._masks(sample_counters).to(images_B1SS.device)
+        mask_Bhw = self.draw_masks(sample_counters, side=self.grid).to(images_B1SS.device)
         ids_hidden_BM = chosen_ids(mask_Bhw.flatten(1))
         predicted_BMP, _ = self._predict(images_B1SS, mask_Bhw, ids_hidden_BM)
         images_B1SS = centre_channel(images_B1SS)
@@ -157,21 +159,12 @@ class MAE(Objective):
             caption=HIDDEN_IS_GREY + (GIVEN_BRIGHTNESS if self.config.norm_pix_loss else ""),
         )
 
-    def _masks(self, sample_counters: Sequence[int]) -> torch.Tensor:
-        return token_masks(
-            sample_counters,
-            seed=self.seed,
-            grid_hw=(self.grid, self.grid),
-            mask_ratio=self.config.mask_ratio,
-            kind=self.config.mask_kind,
-            attn_window_size=self.encoder.attn_window_size,
-        )
-
     def _predicted_ids(self, mask_Bhw: torch.Tensor, sample_counters: Sequence[int]) -> torch.Tensor:
         """Return the indices of the hidden tokens that the decoder predicts."""
         ids_BM = chosen_ids(mask_Bhw.flatten(1))
         if self.config.answered_share == 1:
             return ids_BM
+        # Drawn per sample from its counter, as the mask is, so that a resumed run predicts the same tokens.
         num_hidden = ids_BM.shape[1]
         num_predicted = max(1, hidden_count(num_hidden, self.config.answered_share))
         places = [

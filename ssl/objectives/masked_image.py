@@ -27,7 +27,7 @@ from samgraft.shared.scans.orientation import Plane
 from samgraft.ssl.objectives.objective import Objective, ObjectiveLoss, freeze_unused_neck
 from samgraft.ssl.objectives.panels import GIVEN_BRIGHTNESS, HIDDEN_IS_GREY, Panel
 from samgraft.ssl.scope import learns_mask_token
-from samgraft.ssl.views.masking import MaskKind, mask_unit, token_masks, upsample_mask
+from samgraft.ssl.views.masking import MaskKind, mask_unit, upsample_mask
 from torch import nn
 
 MASK_SHARE = 1 / 16
@@ -128,6 +128,7 @@ class PixelDecoder(nn.Module):
         """
         hidden_BChw = self.embed(self.norm(features_BChw))
         if self.embed_pixels is not None:
+            # Hidden squares are multiples of the stride, so that one pixel per feature shows whether it is hidden.
             holes_B1hw = hidden_B1SS[:, :, :: self.stride, :: self.stride].to(seen_B1SS.dtype)
             pixels_BPhw = torch.cat([F.pixel_unshuffle(seen_B1SS, self.stride), holes_B1hw], dim=1)
             hidden_BChw = hidden_BChw + self.embed_pixels(pixels_BPhw)
@@ -158,6 +159,7 @@ class MaskedImage(Objective):
     def __init__(self, encoder: Any, config: MaskedImageConfig, *, seed: int, max_steps: int = 1) -> None:
         super().__init__(encoder, config, seed=seed, max_steps=max_steps)
         self.mask_unit_px = mask_unit(encoder, config.mask_unit_px, share=MASK_SHARE)
+        self.mask_side = encoder.image_size // self.mask_unit_px
         in_dim = freeze_unused_neck(encoder, train_neck=config.train_neck)
         self.mask_token = nn.Parameter(torch.zeros(encoder.mask_token_dim), requires_grad=learns_mask_token(encoder))
         self.decoder = PixelDecoder(
@@ -181,6 +183,7 @@ class MaskedImage(Objective):
         images_B1SS = centre_channel(images_B1SS)
         error_B1SS = (predicted.picture_B1SS - (images_B1SS - predicted.mean) / predicted.std).abs()
         num_hidden = predicted.hidden_B1SS.sum()
+        # Mean over hidden pixels of the batch. Every sample hides the same number, so it is the mean over samples too.
         total = (error_B1SS * predicted.hidden_B1SS).sum() / num_hidden
         grey_error = (error_B1SS.detach() * predicted.std * predicted.hidden_B1SS).sum() / num_hidden
         features_BC = predicted.features_BChw.detach().float().mean((2, 3))
@@ -205,7 +208,7 @@ class MaskedImage(Objective):
     def references(self, images_B1SS: torch.Tensor, *, sample_counters: Sequence[int]) -> Mapping[str, float]:
         """Return the grey errors of the visible mean and of smoothing from the rim, which need no network."""
         images_B1SS = centre_channel(images_B1SS)
-        mask_Bhw = self._masks(sample_counters).to(images_B1SS.device)
+        mask_Bhw = self.draw_masks(sample_counters, side=self.mask_side).to(images_B1SS.device)
         hidden_B1SS = upsample_mask(mask_Bhw, image_size=images_B1SS.shape[-1])
         mean_B111, _ = _visible_statistics(images_B1SS, hidden_B1SS)
         smooth_B1SS = fill_by_smoothing(images_B1SS, hidden_B1SS, sigma_px=self.mask_unit_px / 2)
@@ -214,18 +217,8 @@ class MaskedImage(Objective):
             "smoothing of the visible pixels": _hidden_error(images_B1SS, smooth_B1SS, hidden_B1SS),
         }
 
-    def _masks(self, sample_counters: Sequence[int]) -> torch.Tensor:
-        side = self.encoder.image_size // self.mask_unit_px
-        return token_masks(
-            sample_counters,
-            seed=self.seed,
-            grid_hw=(side, side),
-            mask_ratio=self.config.mask_ratio,
-            kind=self.config.mask_kind,
-        )
-
     def _predict(self, images_B1SS: torch.Tensor, sample_counters: Sequence[int]) -> _Prediction:
-        mask_Bhw = self._masks(sample_counters).to(images_B1SS.device)
+        mask_Bhw = self.draw_masks(sample_counters, side=self.mask_side).to(images_B1SS.device)
         features_BChw = self.encoder.forward_features(
             to_pixels(images_B1SS, self.encoder.spec), token_mask_Bhw=mask_Bhw, mask_token=self.mask_token
         )

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from samgraft.shared.scans.orientation import Plane
 from samgraft.ssl.objectives.panels import Panel
+from samgraft.ssl.views.masking import token_masks
 from torch import nn
 
 
@@ -46,6 +47,8 @@ class Objective(nn.Module, ABC):
             seed: Seed of the run; masks, crops and random directions follow from it.
             max_steps: Number of optimizer steps of the run, for schedules.
         """
+        # The encoder is registered first. Names and order of the parameters are part of training states and of the
+        # numbering of the optimizer state.
         super().__init__()
         self.encoder = encoder
         self.config = config
@@ -86,6 +89,18 @@ class Objective(nn.Module, ABC):
     def references(self, images_B1SS: torch.Tensor, *, sample_counters: Sequence[int]) -> Mapping[str, float]:
         """Return the grey error of predictions that need no network, by name, if there are any."""
         return {}
+
+    def draw_masks(self, sample_counters: Sequence[int], *, side: int) -> torch.Tensor:
+        """Return one token mask (B, side, side) per sample by the settings ``mask_ratio`` and ``mask_kind``."""
+        return token_masks(
+            sample_counters,
+            seed=self.seed,
+            grid_hw=(side, side),
+            mask_ratio=self.config.mask_ratio,
+            kind=self.config.mask_kind,
+            # Only the windowed ViTs have attention windows that masks can follow.
+            attn_window_size=getattr(self.encoder, "attn_window_size", None),
+        )
 
     def before_step(self, step: int) -> None:
         """Change the gradients before optimizer step ``step``, counted from 0."""

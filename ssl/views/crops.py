@@ -148,6 +148,7 @@ def multi_crop(
         local_size_px: Side of a small view, from :func:`local_size`.
         planes: Plane of each slice. It decides which flips are anatomically valid; None flips nothing.
     """
+    # Views are cut slice by slice, because each slice has its own content box and its own random numbers.
     sizes = [images_BCSS.shape[-1]] * NUM_GLOBAL + [local_size_px] * config.num_local_crops
     views: list[list[torch.Tensor]] = [[] for _ in sizes]
     known: Sequence[Plane | None] = planes or [None] * len(images_BCSS)
@@ -178,6 +179,7 @@ def content_boxes(images_BCSS: torch.Tensor) -> list[tuple[int, int, int, int]]:
     boxes = []
     # All edges at once, because every transfer from the device makes it wait.
     for top, bottom, left, right in torch.stack(edges, 1).tolist():
+        # A slice of air only has no content; its views come from the whole slice.
         if bottom < top:
             top, bottom, left, right = 0, side - 1, 0, side - 1
         boxes.append((top, left, bottom - top + 1, right - left + 1))
@@ -196,6 +198,7 @@ def _cut(
     # As in torchvision's RandomResizedCrop, but clipped instead of retried, so that every view draws the same number
     # of random numbers and later views do not depend on the size of the content.
     top, left, height, width = box
+    # Area and aspect are drawn on a linear and on a logarithmic scale, as in torchvision.
     area = float(generator.uniform(*areas)) * height * width
     aspect = float(np.exp(generator.uniform(-np.log(max_aspect), np.log(max_aspect))))
     rows = int(np.clip(round(float(np.sqrt(area * aspect))), 1, height))

@@ -74,6 +74,7 @@ def token_masks(
         )
     masks = []
     for counter in sample_counters:
+        # A new generator per sample, so that the mask depends neither on the batch nor on the number of processes.
         generator = np.random.default_rng([seed, MASK_STREAM, int(counter)])
         if kind is MaskKind.RANDOM:
             mask_hw = _random_mask(grid_hw, num_hidden, generator)
@@ -112,6 +113,7 @@ def mask_unit(encoder: ImageEncoder, wanted_px: int | None, *, share: float = 0.
         raise UsageError(
             f"image_size must be at least two tokens of {encoder.stride} px, got {size}.", where="model.image_size"
         )
+    # The ratio to the wanted side counts, and not the difference, so that a half and a double are equally far.
     if wanted_px is None:
         return min(units, key=lambda unit: max(unit / (share * size), share * size / unit))
     if wanted_px not in units:
@@ -153,6 +155,7 @@ def scattered_masks(
     for position, counter in enumerate(sample_counters):
         generator = np.random.default_rng([seed, VIEW_MASK_STREAM, int(counter)])
         view, ratio = int(generator.integers(num_views)), float(generator.uniform(*ratios))
+        # At least one token is hidden and one visible, also on a grid of few tokens.
         num_hidden = min(max(hidden_count(side * side, ratio), 1), side * side - 1)
         draw = _block_mask if kind is MaskKind.BLOCK else _random_mask
         masks_VBhw[view, position] = draw((side, side), num_hidden, generator)
@@ -191,6 +194,7 @@ def _block_mask(grid_hw: tuple[int, int], num_hidden: int, generator: np.random.
         missing = num_hidden - int(mask_hw.sum())
         if missing <= 0:
             break
+        # At most the missing area, so that the last rectangles do not hide far too much. Aspects are those of BEiT.
         area = generator.uniform(min(4, missing), max(4, missing))
         aspect = np.exp(generator.uniform(np.log(0.3), np.log(1 / 0.3)))
         rows = int(np.clip(round(float(np.sqrt(area * aspect))), 1, height))
@@ -198,6 +202,7 @@ def _block_mask(grid_hw: tuple[int, int], num_hidden: int, generator: np.random.
         top = int(generator.integers(0, height - rows + 1))
         left = int(generator.integers(0, width - columns + 1))
         mask_hw[top : top + rows, left : left + columns] = True
+    # Overlaps and clipping make the number inexact, and batches need the same number in every sample.
     flat = mask_hw.reshape(-1)
     excess = int(flat.sum()) - num_hidden
     if excess > 0:
@@ -216,6 +221,7 @@ def _per_window_mask(
     for top in range(0, height, attn_window_size):
         for left in range(0, width, attn_window_size):
             view = mask_hw[top : top + attn_window_size, left : left + attn_window_size]
+            # One token of every window stays visible, because attention over an empty window is undefined.
             num_hidden = min(max(hidden_count(view.size, mask_ratio), 0), view.size - 1)
             view[...] = _random_mask((view.shape[0], view.shape[1]), num_hidden, generator)
     return mask_hw

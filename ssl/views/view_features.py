@@ -74,6 +74,7 @@ def draw_places(
     if not isinstance(encoder, TokenDroppingEncoder):
         return None
     window = encoder.attn_window_size
+    # Places begin at attention windows, so that a view is cut into the same windows as a part of a whole slice.
     num_starts = max(0, encoder.grid - side_px // encoder.stride) // window + 1
     draws = [
         np.random.default_rng([seed, PLACE_STREAM, int(counter)]).integers(0, num_starts, size=(num_views, 2))
@@ -88,6 +89,7 @@ def _encode_part_of_grid(
     side = pixels_B3ss.shape[-1] // encoder.stride
     steps = torch.arange(side, device=pixels_B3ss.device)
     rows_Bs, columns_Bs = (places_B2.to(pixels_B3ss.device)[:, axis, None] + steps for axis in (0, 1))
+    # Token numbers in the whole grid, from which the encoder takes the positions.
     ids_BN = (rows_Bs[:, :, None] * encoder.grid + columns_Bs[:, None, :]).flatten(1)
     features_BNC = encoder.forward_patches(cut_patches(pixels_B3ss, encoder.stride), ids_BN)
     features_BChw: torch.Tensor = features_BNC.mT.unflatten(2, (side, side))

@@ -1,6 +1,6 @@
-"""Every objective, stopped and started again in every way, ends with the bytes of a run that was not.
+"""Runs of every objective that were stopped and resumed end with the bytes of an uninterrupted run.
 
-The objectives come from the registry: a new one is covered when it has an entry in ``tiny_pretrain.SETTINGS``.
+The objectives come from ``OBJECTIVES``. A new one is covered when it has an entry in ``tiny_pretrain.SETTINGS``.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from samgraft.shared.cli import main
 from samgraft.shared.errors import ExitCode, NumericalError, StoppedAndSaved, WeightsError
 from samgraft.shared.runs.training_state import find_damage
 from samgraft.shared.weights.load import load_image_encoder, read_weights
-from samgraft.ssl import module, start
+from samgraft.ssl import initial_weights, module
 from samgraft.ssl.objectives import OBJECTIVES
 from tiny_encoders import TINY_VIT
 from tiny_pretrain import NUM_STEPS, PLAIN_ONLY, SETTINGS, act_after, left_behind, make_lab, run
@@ -33,7 +33,7 @@ MATRIX = [
 
 
 ROUNDING_ONLY = ("lejepa", "image_encoder.layers.3.blocks.0.mlp.fc2.bias")
-"""A bias before a batch norm has no gradient but rounding, along which AdamW walks all the same."""
+"""Objective and bias before a batch norm, whose gradient is rounding only. AdamW follows even that."""
 
 
 @pytest.fixture(scope="module")
@@ -41,13 +41,13 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_lab(tmp_path_factory.mktemp("lab"))
 
 
-def test_settings__every_objective_of_the_registry_is_covered() -> None:
+def test_settings__cover_every_objective() -> None:
     assert set(SETTINGS) >= set(OBJECTIVE_NAMES)
 
 
 @pytest.mark.parametrize("objective", OBJECTIVE_NAMES)
-def test_sigterm__same_bytes(lab: Path, monkeypatch: pytest.MonkeyPatch, objective: str) -> None:
-    """Stopped between two saves and inside of nothing; both steps of an accumulated batch are done again."""
+def test_sigterm__resumed_run_has_the_same_bytes(lab: Path, monkeypatch: pytest.MonkeyPatch, objective: str) -> None:
+    """The run stops between two saves, so that both micro-steps of an accumulated batch are repeated."""
     settings = ("trainer.accumulate=2", "trainer.channels_last=true")
     whole = left_behind(run(lab, f"whole-{objective}", objective, *settings))
     with monkeypatch.context() as patch:
@@ -61,30 +61,30 @@ def test_sigterm__same_bytes(lab: Path, monkeypatch: pytest.MonkeyPatch, objecti
 
 
 @pytest.mark.parametrize("objective", OBJECTIVE_NAMES)
-def test_unfinished__as_a_start_it_is_the_encoder_that_would_be_handed_on(lab: Path, objective: str) -> None:
-    """Also of an ``ssl_state`` alone, which never holds that encoder; with what it expects of images."""
+def test_read_weights__unfinished_run_gives_the_encoder_that_it_would_export(lab: Path, objective: str) -> None:
+    """An ``ssl_state`` alone never contains that encoder. The card gives the pixel statistics."""
     done = run(lab, f"start-{objective}", objective, "trainer.max_steps=2", "optim.lr=0.01")
-    handed_on = read_weights(done)
+    exported = read_weights(done)
     beside = read_weights(done / "ssl_state" / "state.safetensors")
-    assert (beside.sha256, beside.spec) == (handed_on.sha256, handed_on.spec)
+    assert (beside.sha256, beside.spec) == (exported.sha256, exported.spec)
     shutil.rmtree(done / "encoder")
     with pytest.raises(WeightsError, match="ssl_state, which contains everything but the trained encoder"):
         read_weights(done / "ssl_state" / "state.safetensors")
     shutil.rmtree(done / "ssl_state")
     stopped = read_weights(done)
-    assert stopped.tensors.keys() == handed_on.tensors.keys()
-    assert all(torch.equal(tensor, handed_on.tensors[name]) for name, tensor in stopped.tensors.items())
-    assert (stopped.spec, stopped.image_size) == (handed_on.spec, handed_on.image_size)
+    assert stopped.tensors.keys() == exported.tensors.keys()
+    assert all(torch.equal(tensor, exported.tensors[name]) for name, tensor in stopped.tensors.items())
+    assert (stopped.spec, stopped.image_size) == (exported.spec, exported.image_size)
     told = ("objective", "steps", "intensity", "num_neighbours", "data_manifest", "base_sha256")
-    assert all(getattr(stopped.card, name) == getattr(handed_on.card, name) for name in told)
+    assert all(getattr(stopped.card, name) == getattr(exported.card, name) for name in names)
     (done / "checkpoints" / "card.json").unlink()
     with pytest.raises(WeightsError, match="which pixel statistics they expect is unknown"):
         read_weights(done)
 
 
-def test_random_start__statistics_are_learnt_resumed_and_handed_on(lab: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """vit_t's batch norms move while nothing is known of them; stage 2 and later runs keep what they became."""
-    monkeypatch.setattr(start, "arch_spec", lambda _: TINY_VIT)
+def test_random_weights__statistics_are_learnt_resumed_and_exported(lab: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The batch norms of a random vit_t learn their statistics. Stage 2 and later runs keep them."""
+    monkeypatch.setattr(initial_weights, "arch_spec", lambda _: TINY_VIT)
     averaged: list[object] = []
     monkeypatch.setattr(module, "average_statistics", averaged.append)
     settings = (
@@ -102,14 +102,14 @@ def test_random_start__statistics_are_learnt_resumed_and_handed_on(lab: Path, mo
     encoder, card = load_image_encoder(whole)
     norms = {name: m for name, m in encoder.train().named_modules() if isinstance(m, torch.nn.BatchNorm2d)}
     assert all(norm.running_mean.any() and not norm.training for norm in norms.values())
-    # Every micro-batch counted once, although the backward pass runs each stage again.
+    # Every micro-batch is counted once, although the backward pass runs each stage again.
     assert {int(norm.num_batches_tracked) for norm in norms.values()} == {2 * NUM_STEPS}
     assert "batch norms learnt their statistics in this run" in card.notes
-    assert len(averaged) == 2 * NUM_STEPS  # once per step, of both runs
+    assert len(averaged) == 2 * NUM_STEPS  # once per step of both runs
 
 
 def kill_child_at(step: int, lab: Path, name: str, objective: str, *settings: str) -> None:
-    """Train in a child and kill it when it has made ``step`` steps: SIGKILL, in the middle of whatever it does."""
+    """Train in a child process and send it SIGKILL after ``step`` steps."""
 
     def train(tell: int) -> None:
         with pytest.MonkeyPatch.context() as patch:
@@ -125,10 +125,10 @@ def kill_child_at(step: int, lab: Path, name: str, objective: str, *settings: st
 @pytest.mark.slow
 @pytest.mark.parametrize("settings", MATRIX)
 @pytest.mark.parametrize("objective", OBJECTIVE_NAMES)
-def test_sigkill__same_bytes(
+def test_sigkill__resumed_run_has_the_same_bytes(
     lab: Path, request: pytest.FixtureRequest, objective: str, settings: tuple[str, ...]
 ) -> None:
-    """Killed before the first save, and again while the last steps run."""
+    """The run is killed before the first save, and again during the last steps."""
     name = request.node.callspec.id.replace(", ", "-").replace(" ", "")
     settings = (*settings, "trainer.save_every_steps=2")
     whole = left_behind(run(lab, f"{name}-whole", objective, *settings))
@@ -140,10 +140,10 @@ def test_sigkill__same_bytes(
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 @pytest.mark.parametrize("objective", OBJECTIVE_NAMES)
-def test_signal__exit_code_75_and_the_same_command_goes_on(
+def test_signal__exits_with_75_and_the_same_command_resumes(
     lab: Path, monkeypatch: pytest.MonkeyPatch, objective: str, number: signal.Signals
 ) -> None:
-    """The public command, as a scheduler sees it."""
+    """The public command, as a scheduler runs it."""
     base, size = ("plain", 96) if objective in PLAIN_ONLY else ("base", 32)
     name = f"command-{objective}-{number.name}"
     command = ["pretrain", "--data", str(lab / "store.zarr"), "--base", str(lab / base), "--method", objective]
@@ -163,7 +163,7 @@ def test_signal__exit_code_75_and_the_same_command_goes_on(
 @pytest.mark.timeout(900)  # two interpreters start, and train three times each
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 @pytest.mark.parametrize("objective", OBJECTIVE_NAMES)
-def test_two_processes__killed_and_resumed_same_bytes(lab: Path, objective: str, strategy: str) -> None:
+def test_two_processes__killed_and_resumed_run_has_the_same_bytes(lab: Path, objective: str, strategy: str) -> None:
     ways = {strategy}
     if not (lab / "runs" / f"pair-{objective}-whole-ddp").exists():
         ways.add("ddp")
@@ -171,7 +171,7 @@ def test_two_processes__killed_and_resumed_same_bytes(lab: Path, objective: str,
         for done in run_pair(lab, f"{objective}/{way}", worker="two_pretrainings.py", timeout_s=800):
             assert done.returncode == 0, done.stderr[-2000:]
             assert "same bytes: True" in done.stdout
-    if strategy == "fsdp":  # the same training as ddp, up to the order of sums
+    if strategy == "fsdp":  # The same training as ddp, up to the order of sums.
         ddp, fsdp = (read_weights(lab / "runs" / f"pair-{objective}-whole-{way}").tensors for way in ("ddp", "fsdp"))
         assert ddp.keys() == fsdp.keys()
         for name, tensor in ddp.items():
@@ -181,7 +181,7 @@ def test_two_processes__killed_and_resumed_same_bytes(lab: Path, objective: str,
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_two_processes_from_random_weights__same_statistics_and_bytes(lab: Path) -> None:
+def test_two_processes__random_weights_have_the_same_statistics_and_bytes(lab: Path) -> None:
     for way in ("ddp", "fsdp"):
         for done in run_pair(lab, f"masked_image/{way}/random", worker="two_pretrainings.py", timeout_s=800):
             assert done.returncode == 0, done.stderr[-2000:]
@@ -191,8 +191,8 @@ def test_two_processes_from_random_weights__same_statistics_and_bytes(lab: Path)
         torch.testing.assert_close(fsdp[name], tensor, rtol=1e-3, atol=1e-3, msg=name)
 
 
-def test_nan__stops_before_the_update_and_the_step_can_be_replayed(lab: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A loss that is NaN at step 3: weights as after step 2, and the replay of a step that is sound again goes on."""
+def test_nan__run_stops_before_the_update_and_the_step_can_be_replayed(lab: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a NaN loss at step 3 the weights are those of step 2. The run resumes when the step gives a number."""
     whole = left_behind(run(lab, "nan-whole", "masked_image"))
     step = 3
     with monkeypatch.context() as patch:
@@ -228,7 +228,7 @@ def spoil_loss_at(step: int, patch: pytest.MonkeyPatch) -> None:
 
 
 def test_comparison__can_fail(lab: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the optimizer's moments a resumed run ends with other bytes: the comparison above sees it."""
+    """Without optimizer moments a resumed run ends with other bytes, which the comparison detects."""
     whole = left_behind(run(lab, "guard-whole", "masked_image"))
     with monkeypatch.context() as patch:
         act_after(3, die, patch)

@@ -1,4 +1,4 @@
-"""Every objective through the whole of stage 1: stopped and resumed to the same bytes, handed over as it promises."""
+"""Every objective through all of stage 1, resumed to the same results and exported."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ CASES = [
     ("mae", "vit_b"),
 ]
 BESIDE = {
-    "dino": "encoder.",  # the student's; the teacher's encoder is handed on
+    "dino": "encoder.",  # The student's, because the teacher's encoder is exported.
     "lejepa": "head.",
     "feature": "frozen_copy.",
     "mae": "decoder.",
@@ -106,7 +106,7 @@ def check(lab: Path, monkeypatch: pytest.MonkeyPatch, objective: str, arch: str)
     if objective == "dino":
         student = {name.replace("encoder.", "image_encoder.", 1): t for name, t in beside.items()}
         lead = {name for name in changed if not torch.equal(student[name], learned[name])}
-        assert lead == changed  # the teacher was handed on, and it is not the student
+        assert lead == changed  # The teacher was exported, and it differs from the student.
         assert not any(name.startswith("teacher.encoder.") for name in beside)
     assert (whole.parents[1] / "panels" / "step-000002.png").is_file() == (arch == "vit_b")
     assert "data:image/png" in (whole.parents[1] / "report.html").read_text()
@@ -114,7 +114,7 @@ def check(lab: Path, monkeypatch: pytest.MonkeyPatch, objective: str, arch: str)
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("objective", "arch"), CASES)
-def test_objective__resumed_is_uninterrupted_and_hands_over(
+def test_objective__resumed_run_equals_an_uninterrupted_one(
     lab: Path, monkeypatch: pytest.MonkeyPatch, objective: str, arch: str
 ) -> None:
     check(lab, monkeypatch, objective, arch)

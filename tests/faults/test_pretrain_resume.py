@@ -76,7 +76,7 @@ def results(weights: Path) -> tuple[str, list[dict[str, float]]]:
     return hashlib.sha256(weights.read_bytes()).hexdigest(), metrics
 
 
-def test_results__card_says_what_was_done(lab: Path) -> None:
+def test_results__card_describes_the_run(lab: Path) -> None:
     weights = run(lab, "card")
     card = Card.read(weights.with_name("card.json"))
     base = read_weights(lab / "base")
@@ -92,7 +92,7 @@ def test_results__card_says_what_was_done(lab: Path) -> None:
 
 
 def test_results__count_the_slices_of_every_process(lab: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Processes that Lightning starts are announced by no variable: what the training counted is what is written."""
+    """No environment variable announces processes that Lightning starts, so that the trainer's count is written."""
 
     def by_two_processes(*arguments: Any, **keywords: Any) -> FitResult:
         result = fit(*arguments, **keywords)
@@ -114,7 +114,7 @@ def test_results__of_two_processes_that_lightning_starts(lab: Path) -> None:
     command += ["--method", "masked_image", "--preset", "cpu", "model.image_size=32", "model.num_frozen_depths=0"]
     command += ["data.batch_size=2", "trainer.devices=2", "trainer.max_steps=2", "trainer.accumulate=2"]
     command += ["optim.warmup_steps=1"]
-    for _ in range(2):  # the second time only the results are written again
+    for _ in range(2):  # The second time only the results are written again.
         done = subprocess.run([*command, *MASKED_IMAGE], capture_output=True, text=True, timeout=200, check=False)
         assert done.returncode == 0, done.stderr[-2000:]
         folder = lab / "runs" / "started"
@@ -129,7 +129,7 @@ def read_weights_names(path: Path) -> set[str]:
         return set(file.keys())
 
 
-def test_pictures__only_when_they_may_be_shown(lab: Path) -> None:
+def test_pictures__are_written_only_with_log_images(lab: Path) -> None:
     quiet = run(lab, "quiet").parents[1]
     shown = run(lab, "shown", *MASKED_IMAGE, "watch.log_images=true").parents[1]
     assert not (quiet / "panels").exists()
@@ -157,7 +157,7 @@ def test_dry_run__writes_nothing(lab: Path, caplog: pytest.LogCaptureFixture) ->
     assert re.search(r"disk +up to 0\.[1-9]\d GB for training states, ", caplog.text)
 
 
-def test_probe__is_resumed_exactly_and_leaves_the_training_as_it_was(
+def test_probe__is_resumed_exactly_and_does_not_change_the_training(
     lab: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     labelled = SliceStore.open(make_store(lab, num_patients=6, shape_zyx=(4, 24, 20), seed=50, name="labelled.zarr"))
@@ -177,17 +177,17 @@ def test_probe__is_resumed_exactly_and_leaves_the_training_as_it_was(
         with pytest.raises(StoppedAndSaved):
             run(lab, "probed-stopped", *overrides)
     assert results(run(lab, "probed-stopped", *overrides)) == results(whole)
-    looks = [line for line in results(whole)[1] if "probe/dice" in line]
-    assert [line["step"] for line in looks] == [0, 2, 4]
-    assert all(0 <= line["drift/box_dice"] <= 1 for line in looks)
+    rounds = [line for line in results(whole)[1] if "probe/dice" in line]
+    assert [line["step"] for line in rounds] == [0, 2, 4]
+    assert all(0 <= line["drift/box_dice"] <= 1 for line in rounds)
     unprobed = run(lab, "unprobed", *MASKED_IMAGE, f"model.base={lab / 'sam.safetensors'}")
     assert results(unprobed)[0] == results(whole)[0]
     assert "fitted on 2 slices of 1 patient" in caplog.text
     assert "no val or test patient of labelled.zarr (probe) among the training slices" in caplog.text
     assert "GiB for weights, gradients, AdamW" in caplog.text
     report = (whole.parents[1] / "report.html").read_text()
-    assert "A linear head on the frozen features, fitted anew at every look (lesion of labelled.zarr" in report
-    assert f'<td class="n">{looks[0]["probe/dice"]:.3f}</td>' in report
+    assert "A linear head on the frozen features, fitted anew in every round (lesion of labelled.zarr" in report
+    assert f'<td class="n">{rounds[0]["probe/dice"]:.3f}</td>' in report
 
 
 def test_second_command__finds_the_finished_run_also_on_a_full_disk(

@@ -30,7 +30,7 @@ def images_for(objective):
 @pytest.mark.parametrize("target", TARGETS)
 def test_loss__equals_a_calculation_by_hand(kind, target):
     objective = make_objective(kind, target=target, visible_weight=0.5)
-    images, masks = images_for(objective), objective._masks(COUNTERS)
+    images, masks = images_for(objective), objective.draw_masks(COUNTERS, side=objective.mask_side)
     wanted = objective.frozen_copy.forward_features(to_pixels(images, objective.encoder.spec))
     guess, _ = objective._predict(images, masks)
     if target is FeatureTarget.EMBEDDINGS:
@@ -61,7 +61,7 @@ def test_error__is_one_for_the_mean_and_zero_for_sams_features(kind):
 @pytest.mark.parametrize("kind", list(ENCODERS))
 def test_prediction__does_not_depend_on_hidden_pixels(kind):
     objective = make_objective(kind)
-    images, masks = images_for(objective), objective._masks(COUNTERS)
+    images, masks = images_for(objective), objective.draw_masks(COUNTERS, side=objective.mask_side)
     hidden = upsample_mask(masks, image_size=images.shape[-1])
     first, _ = objective._predict(images, masks)
     second, _ = objective._predict(torch.where(hidden, torch.rand_like(images), images), masks)
@@ -96,7 +96,7 @@ def test_frozen_copy__stays_in_evaluation_mode():
 def test_fill_grid__puts_every_token_at_its_position():
     objective = make_objective("plain", mask_ratio=0.5)
     images = images_for(objective)
-    hidden = upsample_mask(objective._masks(COUNTERS), image_size=6).flatten(1)
+    hidden = upsample_mask(objective.draw_masks(COUNTERS, side=objective.mask_side), image_size=6).flatten(1)
     with torch.no_grad():
         objective.decoder.to_answer.weight.zero_()
         objective.decoder.to_answer.bias.fill_(9.0)
@@ -127,7 +127,7 @@ def test_panel__has_input_visible_prediction_and_target(kind):
     objective = make_objective(kind)
     images = images_for(objective)
     given, seen, _, truth = objective.panel(images, sample_counters=COUNTERS).images_KBHW
-    hidden = upsample_mask(objective._masks(COUNTERS), image_size=images.shape[-1])[:, 0]
+    hidden = upsample_mask(objective.draw_masks(COUNTERS, side=objective.mask_side), image_size=images.shape[-1])[:, 0]
     assert torch.equal(given, images[:, 0])
     assert (seen[hidden] == 0.5).all()
     assert truth.std() > 0.05

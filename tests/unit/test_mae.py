@@ -77,7 +77,7 @@ def test_loss__plain_targets_equal_a_calculation_by_hand():
 )
 def test_prediction__does_not_depend_on_hidden_pixels(settings):
     objective = make_objective(**settings)
-    images, masks = images_of(), objective._masks(COUNTERS)
+    images, masks = images_of(), objective.draw_masks(COUNTERS, side=objective.grid)
     hidden, ids_hidden = upsample_mask(masks, image_size=96), chosen_ids(masks.flatten(1))
     first, _ = objective._predict(images, masks, ids_hidden)
     second, _ = objective._predict(torch.where(hidden, torch.rand_like(images), images), masks, ids_hidden)
@@ -113,7 +113,7 @@ def test_gradient_flow__everything_changes_but_the_neck(settings, kept):
 
 def test_answered_share__predicts_a_part_that_differs_between_samples():
     objective = make_objective(answered_share=1 / 3)
-    masks = objective._masks(COUNTERS)
+    masks = objective.draw_masks(COUNTERS, side=objective.grid)
     asked = objective._predicted_ids(masks, COUNTERS)
     assert asked.shape == (2, 9)  # of 27 hidden ones
     assert masks.flatten(1).gather(1, asked).all()
@@ -156,7 +156,7 @@ def test_panel__changes_hidden_pixels_only():
         objective.decoder.to_answer.weight.zero_()
         objective.decoder.to_answer.bias.copy_(torch.linspace(0, 1, 256))
     images = images_of()
-    hidden = upsample_mask(objective._masks(COUNTERS), image_size=96)[:, 0]
+    hidden = upsample_mask(objective.draw_masks(COUNTERS, side=objective.grid), image_size=96)[:, 0]
     given, seen, filled = objective.panel(images, sample_counters=COUNTERS).images_KBHW
     assert torch.equal(given, images[:, 0])
     assert (seen[hidden] == 0.5).all()
