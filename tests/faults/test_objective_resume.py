@@ -75,7 +75,7 @@ def test_read_weights__unfinished_run_gives_the_encoder_that_it_would_export(lab
     assert stopped.tensors.keys() == exported.tensors.keys()
     assert all(torch.equal(tensor, exported.tensors[name]) for name, tensor in stopped.tensors.items())
     assert (stopped.spec, stopped.image_size) == (exported.spec, exported.image_size)
-    told = ("objective", "steps", "intensity", "num_neighbours", "data_manifest", "base_sha256")
+    names = ("objective", "steps", "intensity", "num_neighbours", "data_manifest", "base_sha256")
     assert all(getattr(stopped.card, name) == getattr(exported.card, name) for name in names)
     (done / "checkpoints" / "card.json").unlink()
     with pytest.raises(WeightsError, match="which pixel statistics they expect is unknown"):
@@ -191,7 +191,9 @@ def test_two_processes__random_weights_have_the_same_statistics_and_bytes(lab: P
         torch.testing.assert_close(fsdp[name], tensor, rtol=1e-3, atol=1e-3, msg=name)
 
 
-def test_nan__run_stops_before_the_update_and_the_step_can_be_replayed(lab: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nan__run_stops_before_the_update_and_the_step_can_be_replayed(
+    lab: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """After a NaN loss at step 3 the weights are those of step 2. The run resumes when the step gives a number."""
     whole = left_behind(run(lab, "nan-whole", "masked_image"))
     step = 3

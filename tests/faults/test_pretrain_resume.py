@@ -1,4 +1,4 @@
-"""The results of stage 1 are what they claim, and its probe neither disturbs a run nor is lost by a stop.
+"""Results, pictures, probe and card of stage 1, also after a stop.
 
 That every objective is resumed exactly is shown in ``test_objective_resume.py``.
 """
