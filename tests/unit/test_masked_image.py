@@ -185,7 +185,7 @@ def test_cpu_preset__hidden_squares_fit_every_encoder(arch, stem, unit_px):
         encoder = arch_spec(arch, stem).build(image_size=preset.model.image_size)
         objective = MaskedImage(encoder, preset.objective.masked_image, seed=0)
     assert objective.mask_unit_px == unit_px
-    assert objective._masks([0]).shape == (1, 128 // unit_px, 128 // unit_px)
+    assert objective.draw_masks([0], side=objective.mask_side).shape == (1, 128 // unit_px, 128 // unit_px)
 
 
 @pytest.mark.parametrize("unit", [6, 24])
