@@ -18,9 +18,9 @@ import time
 from samgraft.shared.machine import PASSIVE_WAIT
 from samgraft.shared.training.device import cpu_name
 
-NUM_STEPS = 3
-IMAGE_SIZE = 128
-BATCH_SIZE = 2
+NUM_STEPS = 2
+IMAGE_SIZE = 64
+BATCH_SIZE = 1
 
 
 def serve_measurements() -> None:

@@ -68,26 +68,17 @@ def process_rank() -> int:
     It is set by torchrun, SLURM or Lightning's launcher.
     """
     # torchrun's variable comes first, because inside a SLURM job both sets exist.
-    for name in ("RANK", *(("SLURM_PROCID",) if slurm_starts_processes() else ()), "LOCAL_RANK"):
-        if os.environ.get(name, "").isdigit():
-            return int(os.environ[name])
-    return 0
+    return _first_number("RANK", "SLURM_PROCID", "LOCAL_RANK", default=0)
 
 
 def local_rank() -> int:
     """Return this process's rank on its machine, which is the index of its GPU."""
-    for name in ("LOCAL_RANK", *(("SLURM_LOCALID",) if slurm_starts_processes() else ())):
-        if os.environ.get(name, "").isdigit():
-            return int(os.environ[name])
-    return 0
+    return _first_number("LOCAL_RANK", "SLURM_LOCALID", default=0)
 
 
 def processes_expected() -> int:
     """Return the number of processes that torchrun or SLURM started, else 1."""
-    for name in ("WORLD_SIZE", *(("SLURM_NTASKS",) if slurm_starts_processes() else ())):
-        if os.environ.get(name, "").isdigit():
-            return int(os.environ[name])
-    return 1
+    return _first_number("WORLD_SIZE", "SLURM_NTASKS", default=1)
 
 
 def processes_per_node() -> int:
@@ -96,15 +87,15 @@ def processes_per_node() -> int:
     Raises:
         UsageError: If SLURM's tasks are not spread evenly over its nodes.
     """
-    if os.environ.get("LOCAL_WORLD_SIZE", "").isdigit():
-        return int(os.environ["LOCAL_WORLD_SIZE"])
+    if started_by_torchrun := _first_number("LOCAL_WORLD_SIZE", default=0):
+        return started_by_torchrun
     num_tasks = processes_expected()
     if not slurm_starts_processes():
         return num_tasks
-    per_node = _slurm_number("SLURM_NTASKS_PER_NODE")  # only set if --ntasks-per-node was given
-    num_nodes = _slurm_number("SLURM_STEP_NUM_NODES") or _slurm_number("SLURM_NNODES")
+    per_node = _read_number("SLURM_NTASKS_PER_NODE")  # Set only if --ntasks-per-node was given.
+    num_nodes = _read_number("SLURM_STEP_NUM_NODES") or _read_number("SLURM_NNODES")
     num_nodes = num_nodes or (num_tasks // per_node if per_node else 1) or 1
-    spread = os.environ.get("SLURM_STEP_TASKS_PER_NODE", "")  # 2(x2), or 3,1
+    spread = os.environ.get("SLURM_STEP_TASKS_PER_NODE", "")  # For example 2(x2) or 3,1.
     if num_nodes * (per_node or num_tasks // num_nodes) != num_tasks or "," in spread:
         raise UsageError(
             f"SLURM's tasks must be spread evenly over the nodes, got {num_tasks} tasks on {num_nodes} nodes"
@@ -120,7 +111,7 @@ def slurm_starts_processes() -> bool:
     # A shell or a batch script inside an allocation has most of the same variables, and so has the single task in which
     # torchrun or Lightning start processes of their own.
     is_step = "SLURM_STEP_ID" in os.environ and os.environ.get("SLURM_JOB_NAME") not in {"bash", "interactive"}
-    return is_step and _slurm_number("SLURM_NTASKS") > 1 and "TORCHELASTIC_RUN_ID" not in os.environ
+    return is_step and (_read_number("SLURM_NTASKS") or 0) > 1 and "TORCHELASTIC_RUN_ID" not in os.environ
 
 
 def thread_count() -> int:
@@ -131,9 +122,18 @@ def thread_count() -> int:
     return torch.get_num_threads()
 
 
-def _slurm_number(name: str) -> int:
+def _first_number(*names: str, default: int) -> int:
+    """Return the first of these variables, those of SLURM only if srun started the processes."""
+    for name in names:
+        number = _read_number(name)
+        if number is not None and (not name.startswith("SLURM_") or slurm_starts_processes()):
+            return number
+    return default
+
+
+def _read_number(name: str) -> int | None:
     text = os.environ.get(name, "")
-    return int(text) if text.isdigit() else 0
+    return int(text) if text.isdigit() else None
 
 
 def _git(folder: Path, *arguments: str) -> str:
