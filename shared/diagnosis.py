@@ -134,6 +134,7 @@ def _check_requirements() -> list[DoctorFinding]:
     """Compare the installed packages with the requirements of this one."""
     findings = []
     for text in requires("samgraft") or []:
+        # Extras are optional, so their requirements are skipped.
         requirement = Requirement(text)
         if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
             continue
@@ -192,6 +193,7 @@ def _check_devices() -> list[DoctorFinding]:
     bf16 = "fast" if cpu_has_fast_bf16() else "slow, float32 is used"
     cores = f"{granted_cores()} of {os.cpu_count()} cores, {thread_count()} threads, bf16 {bf16}"
     findings.append(DoctorFinding(area="device", name="CPU", text=cores))
+    # Inside a container the machine's memory is visible, but only the granted part may be used.
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
     if granted := granted_memory():
         memory = min(memory, granted[0]) if memory else granted[0]

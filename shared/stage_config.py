@@ -70,6 +70,7 @@ def build_stage_config(
         UsageError: For an unknown modality or key, or a wrong value.
         DataError: If the data is not a complete store, or scans are refused.
     """
+    # Modality and store are read before the merge, because presets and the demo settings depend on them.
     given = typed.by_key()
     data = given.get("data.store")
     modality = load_preset(given.get("modality") or modality_of_data(data)).modality.value

@@ -36,6 +36,7 @@ FRACTIONS = (0.4, 0.2, 0.4)
 
 def synthetic_scan(seed: int, *, shape_zyx: tuple[int, int, int] = SHAPE_ZYX) -> tuple[Array, Array]:
     """Return an int16 scan and the uint8 label of its lesion, both (Z, Y, X)."""
+    # A stream of its own, so that a scan of number n shares no random numbers with a split or run of seed n.
     rng = np.random.default_rng([seed, 17])
     z, y, x = np.meshgrid(*(np.linspace(-1, 1, n) for n in shape_zyx), indexing="ij")
     head = (z / 1.5) ** 2 + (y / rng.uniform(0.75, 0.9)) ** 2 + (x / rng.uniform(0.65, 0.85)) ** 2 < 1

@@ -141,6 +141,7 @@ class SliceAugmentation:
 
     def _change_intensity(self, image_CHW: Tensor, generator: np.random.Generator) -> Tensor:
         config = self.config
+        # Interpolation may leave [0, 1] by rounding, and a negative value to a broken power is NaN.
         image_CHW = image_CHW.clamp(0, 1)
         if config.max_log_gamma > 0 and _happens(config.gamma_probability, generator):
             image_CHW = image_CHW ** math.exp(generator.uniform(-config.max_log_gamma, config.max_log_gamma))
@@ -193,6 +194,7 @@ def _flips(probability: float, generator: np.random.Generator) -> bool:
 
 
 def _seeded(transform: Any, image_CHW: Tensor, generator: np.random.Generator) -> Tensor:
+    # MONAI's transforms hold a random state of their own, which is set anew for every sample.
     transform.set_random_state(seed=int(generator.integers(2**31)))
     return torch.as_tensor(transform(image_CHW))
 
@@ -211,6 +213,7 @@ def _crop(
 
 
 def _draw_motion(config: AugmentConfig, generator: np.random.Generator) -> _Motion:
+    # Scale and shear are drawn as logarithms, so that a factor and its inverse are equally likely.
     angle = math.radians(generator.uniform(-config.max_rotation_deg, config.max_rotation_deg))
     scale = math.exp(generator.uniform(math.log(config.min_scale), math.log(config.max_scale)))
     shear = math.exp(generator.uniform(-config.max_shear, config.max_shear) / 2)

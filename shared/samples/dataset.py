@@ -110,6 +110,8 @@ class SliceDataset(Dataset[SliceSample]):
         return len(self.slices)
 
     def __getitem__(self, item: tuple[int, int]) -> SliceSample:
+        # The counter comes with the request instead of being counted here, because each worker sees only a part of the
+        # requests.
         index, sample_counter = item
         ref = self.slices[index]
         image = torch.from_numpy(self._image(ref))
@@ -134,6 +136,8 @@ class SliceDataset(Dataset[SliceSample]):
     def _image(self, ref: SliceRef) -> np.ndarray[Any, np.dtype[np.float32]]:
         record = self.store.record(ref.series_id)
         last = record.planes[ref.plane or record.plane].shape_zyx[0] - 1
+        # All channels are scaled with the statistics of the volume. Scaled one by one, equal tissue would differ between
+        # neighbouring slices.
         numbers = neighbour_slices(ref.slice_index, num_slices=last + 1, num_neighbours=self.num_neighbours)
         slices = {
             number: normalise(
@@ -194,6 +198,7 @@ def batch_to_input(
     Returns:
         Images (N, C, S, S) in [0, 1], label ids (N, S, S) or None, and the frame of every sample.
     """
+    # Slices are sent at their own size, usually smaller than the input, and resized one by one on the device.
     images, labels, frames = [], [], []
     batch_labels = batch.get("labels")
     for position, image in enumerate(batch["images"]):

@@ -77,6 +77,7 @@ def logits_to_native(logits_NCSS: Tensor, frame: InputFrame) -> Tensor:
     side = logits_NCSS.shape[-1]
     if logits_NCSS.ndim != 4 or logits_NCSS.shape[-2] != side:
         raise ValueError(f"logits_NCSS must have shape (N, C, S, S), got {tuple(logits_NCSS.shape)}.")
+    # The padding must be cropped in input pixels. At a quarter of the size its border may lie inside a pixel.
     if side != frame.image_size:
         size = (frame.image_size, frame.image_size)
         logits_NCSS = F.interpolate(logits_NCSS, size=size, mode="bilinear", align_corners=False)

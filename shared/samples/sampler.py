@@ -83,6 +83,7 @@ class StepBatchSampler(Sampler[list[tuple[int, int]]]):
         global_batch = self.batch_size * self.world_size
         epoch_of_order, order = -1, np.empty(0, dtype=np.int64)
         for micro_step in range(self.start_micro_step, self.start_micro_step + self.num_micro_steps):
+            # Everything follows from the number of the micro-step, so starting in the middle needs no replay.
             epoch, batch = divmod(micro_step, self.batches_per_epoch)
             if epoch != epoch_of_order:
                 epoch_of_order, order = epoch, epoch_order(self.num_samples, seed=self.seed, epoch=epoch)

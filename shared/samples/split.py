@@ -80,6 +80,7 @@ def make_split(
         raise DataError(
             f"fractions of train, val and test must be >= 0, sum to 1 and leave some for train, got {list(fractions)}."
         )
+    # The second number separates the random streams of the program: 0 sample order, 1 samples, 2 splits, 3 few-shot.
     rng = np.random.default_rng([seed, 2])
     labels_of: dict[str, set[int]] = {patient: set() for patient in store.patient_ids}
     for record in store.series:
@@ -235,6 +236,7 @@ def check_split(split: Split, store: SliceStore) -> None:
         )
     if not split.train:
         raise DataError("the split must have at least one training patient, got none.", where=where)
+    # Equal voxels are proof and refused. Similar ones are not, so they are a warning.
     part_of = split.part_of()
     _refuse_equal_content(store, part_of)
     near = [
@@ -260,6 +262,7 @@ def refuse_leak(pretrain_manifest: Mapping[str, Any], split: Split, store: Slice
     Raises:
         DataError: If patient ids are equal (stores with one salt), or voxels are (any salt, any file format).
     """
+    # Ids are comparable only between stores with one salt. The hash of the voxels finds the same scan in any store.
     seen_patients = set(pretrain_manifest.get("patient_ids", ()))
     seen_content = set(pretrain_manifest.get("content_sha256", ()))
     for name in ("val", "test"):
@@ -292,6 +295,8 @@ def pretrain_manifest(store: SliceStore, patient_ids: Iterable[str]) -> dict[str
 
 def _count_groups(sizes: Sequence[int], fractions: Sequence[float]) -> tuple[int, int]:
     """Return the number of groups in test and in val. The last group is always train."""
+    # Groups differ in size, so the numbers of patients can only come close to the fractions. Test and val take groups
+    # from the front until another one would lead further away.
     counts, start = [], 0
     for part in (2, 1):
         wanted, count, patients = fractions[part] * sum(sizes), 0, 0

@@ -230,6 +230,7 @@ def _run_cases(todo: Sequence[SourceCase], work: Work, *, num_workers: int) -> I
     if num_workers <= 1 or len(todo) <= 1:
         yield from map(work, todo)
         return
+    # Results arrive in any order. The table is sorted at the end, so the order does not change the store.
     unfinished = {case.name: case for case in todo}
     try:
         for result in _run_in_pool(todo, work, num_workers=num_workers):
@@ -307,6 +308,8 @@ def _draw_overlay(err: LabelGridError, case: SourceCase, settings: BuildSettings
 
 def _build_key(case: SourceCase, settings: BuildSettings) -> str:
     """Return the identity of a case's files (path, size, time) and of the settings, hashed with the salt."""
+    # Size and time instead of a hash of the bytes: reading all sources again would take as long as the build. Paths are
+    # hashed with the salt, so that the key in ``record.json`` does not reveal them.
     files = []
     for path in (*case.scan.paths, *(p for label in case.labels for p in label.scan.paths)):
         try:
@@ -382,6 +385,7 @@ def _lock_store(out: Path) -> Iterator[None]:
     if out.exists() and not out.is_dir():
         raise UsageError("the store must be a folder, a file has this name.", where=out.name)
     out.mkdir(parents=True, exist_ok=True)
+    # A lock on the folder itself needs no lock file, which a crash would leave behind.
     descriptor = os.open(out, os.O_RDONLY)
     try:
         try:

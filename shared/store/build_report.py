@@ -122,6 +122,7 @@ def _list_lines(key: str, entries: Any) -> list[str]:
 
 
 def _count_labels(labelled: Iterable[SeriesRecord], names: Mapping[int, str]) -> dict[str, dict[str, Any]]:
+    # Labels are counted on the main stack only. Further planes hold the same voxels again.
     voxels: Counter[int] = Counter()
     slices: Counter[int] = Counter()
     series: Counter[int] = Counter()

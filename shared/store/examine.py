@@ -134,6 +134,8 @@ def _cut_planes(
     images: dict[Plane, Array] = {}
     labels: dict[Plane, Array] = {}
     tables: dict[Plane, PlaneTable] = {}
+    # Other planes show the same voxels in another order. Unless voxels are near-isotropic, they would be stretched images
+    # that no scanner produces.
     others = [plane for plane in settings.planes if plane is not volume.plane]
     for plane in (volume.plane, *(others if is_near_isotropic(volume.affine) else ())):
         same = plane is volume.plane
@@ -169,6 +171,7 @@ def _check_privacy(case: SourceCase, scan: RawScan, settings: BuildSettings) -> 
 
 
 def _check_modality(scan: RawScan, settings: BuildSettings, *, where: str) -> None:
+    # OT is DICOM's "other". Many converters write it, so it contradicts no modality.
     tag = (scan.modality_tag or "").upper()
     if tag and tag != "OT" and tag not in MODALITY_TAGS[settings.modality]:
         raise DataError(f"the modality must be {settings.modality.value}, got {tag} in the DICOM header.", where=where)

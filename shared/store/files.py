@@ -80,6 +80,7 @@ class RemoteFiles:
         self._url = url.rstrip("/")
         self._connection: Any = None
 
+    # A connection holds threads and sockets that do not survive a fork or a pickle.
     def __getstate__(self) -> dict[str, Any]:
         return {"_url": self._url, "_connection": None}
 

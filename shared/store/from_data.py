@@ -78,6 +78,7 @@ def build_from_scans(
         UsageError: If ``out`` holds something else.
         StorageError: If the disk is full or not writable.
     """
+    # One salt per folder of stores: a patient has one id in all of them, and leaks between stages can be found.
     settings = request.settings(local_salt(out.parent))
     found = discover(request.source, request.options)
     try:

@@ -58,6 +58,8 @@ class ShardedArray:
         self._folder = folder
         self._sizes = sizes
         self._where = where
+        # Only the indices are cached, about 1 kB per shard. The system's page cache keeps the slices, where a cache here
+        # would hold them once per loader worker.
         self._indices: dict[int, npt.NDArray[np.uint64]] = {}
         self._decoder = Zstd()
 
@@ -128,6 +130,7 @@ def check_layout(metadata: Any, *, shape_zyx: tuple[int, int, int], where: str) 
     Raises:
         DataError: For a shape that differs from the table, an unknown type or codec, or slices of implausible size.
     """
+    # The metadata come from a file that anybody may have edited, so every key may be missing or have another type.
     try:
         shape = tuple(metadata["shape"])
         name = metadata["data_type"]
@@ -142,6 +145,8 @@ def check_layout(metadata: Any, *, shape_zyx: tuple[int, int, int], where: str) 
         raise DataError(f"an array must have the shape {shape_zyx} of the table, got {shape}.", where=where)
     if name not in _DTYPES:
         raise DataError(f"an array must hold numbers of 8 to 32 bits, got {name!r}.", where=where)
+    # The one accepted pipeline is shard -> bytes in little endian -> zstd with checksum. Names of other codecs are
+    # compared and never looked up, because a lookup could import code.
     inner = [codec for codec in sharding["codecs"] if codec.get("name") != "bytes"]
     level = inner[0].get("configuration", {}).get("level") if len(inner) == 1 else None
     is_zstd = inner == [{"name": "zstd", "configuration": {"level": level, "checksum": True}}]

@@ -54,6 +54,7 @@ class SliceStore:
         self.label_names: dict[int, str] = {int(k): str(v) for k, v in manifest["label_names"].items()}
         self.intensity = IntensityPreset.from_dict(manifest["intensity"])
         self.series: tuple[SeriesRecord, ...] = tuple(SeriesRecord.from_dict(r) for r in manifest["series"])
+        # Arrays are opened at their first use, because most processes read a few of many series.
         self._by_id = {record.series_id: record for record in self.series}
         self._arrays: dict[tuple[str, str], ShardedArray] = {}
 
@@ -159,6 +160,8 @@ class SliceStore:
         return self._arrays[key]
 
     def _check_files(self, files: LocalFiles) -> None:
+        # Sizes find lost and cut files in milliseconds. Hashing all bytes at every start would take minutes, and the
+        # checksum of each slice finds the rest when it is read.
         for record in self.series:
             for name, (size, _) in record.files.items():
                 found = files.size(f"{SERIES}/{record.series_id}/{name}")

@@ -67,6 +67,8 @@ def write_series(
         record = dataclasses.replace(record, files=_file_table(partial))
         values = {**record.to_dict(), "build_key": build_key, "privacy": list(privacy)}
         write_json(partial / RECORD, values, allow_nan=False)
+        # The record is written last and the rename makes the series visible in one step, so a crash at any moment leaves
+        # either no series or a complete one.
         final = store_path / SERIES / record.series_id
         shutil.rmtree(final, ignore_errors=True)
         final.parent.mkdir(exist_ok=True)
@@ -86,6 +88,7 @@ def start_store(path: Path, *, modality: Modality) -> None:
 def finish_store(path: Path, manifest: dict[str, Any]) -> str:
     """Write the table and then the completion mark. Return the sha256 of the table."""
     shutil.rmtree(path / PARTIAL, ignore_errors=True)
+    # Readers accept a store by its mark, so the mark must not be on the disk before the table that it vouches for.
     fingerprint = write_json(path / MANIFEST, manifest, allow_nan=False).sha256
     write_json(path / COMPLETE, {"schema": SCHEMA, "manifest_sha256": fingerprint})
     return fingerprint
