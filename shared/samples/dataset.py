@@ -136,8 +136,8 @@ class SliceDataset(Dataset[SliceSample]):
     def _image(self, ref: SliceRef) -> np.ndarray[Any, np.dtype[np.float32]]:
         record = self.store.record(ref.series_id)
         last = record.planes[ref.plane or record.plane].shape_zyx[0] - 1
-        # All channels are scaled with the statistics of the volume. Scaled one by one, equal tissue would differ between
-        # neighbouring slices.
+        # All channels are scaled with the statistics of the volume. Scaled one by one, equal tissue would differ
+        # between neighbouring slices.
         numbers = neighbour_slices(ref.slice_index, num_slices=last + 1, num_neighbours=self.num_neighbours)
         slices = {
             number: normalise(

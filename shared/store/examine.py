@@ -134,8 +134,8 @@ def _cut_planes(
     images: dict[Plane, Array] = {}
     labels: dict[Plane, Array] = {}
     tables: dict[Plane, PlaneTable] = {}
-    # Other planes show the same voxels in another order. Unless voxels are near-isotropic, they would be stretched images
-    # that no scanner produces.
+    # Other planes show the same voxels in another order. Unless voxels are near-isotropic, they would be stretched
+    # images that no scanner produces.
     others = [plane for plane in settings.planes if plane is not volume.plane]
     for plane in (volume.plane, *(others if is_near_isotropic(volume.affine) else ())):
         same = plane is volume.plane

@@ -58,8 +58,8 @@ class ShardedArray:
         self._folder = folder
         self._sizes = sizes
         self._where = where
-        # Only the indices are cached, about 1 kB per shard. The system's page cache keeps the slices, where a cache here
-        # would hold them once per loader worker.
+        # Only the indices are cached, about 1 kB per shard. The system's page cache keeps the slices, where a cache
+        # here would hold them once per loader worker.
         self._indices: dict[int, npt.NDArray[np.uint64]] = {}
         self._decoder = Zstd()
 

@@ -67,8 +67,8 @@ def write_series(
         record = dataclasses.replace(record, files=_file_table(partial))
         values = {**record.to_dict(), "build_key": build_key, "privacy": list(privacy)}
         write_json(partial / RECORD, values, allow_nan=False)
-        # The record is written last and the rename makes the series visible in one step, so a crash at any moment leaves
-        # either no series or a complete one.
+        # The record is written last and the rename makes the series visible in one step, so a crash at any moment
+        # leaves either no series or a complete one.
         final = store_path / SERIES / record.series_id
         shutil.rmtree(final, ignore_errors=True)
         final.parent.mkdir(exist_ok=True)

@@ -253,11 +253,11 @@ def test_s3__finetune_prepares_the_same_samples(lab):
     [
         (
             "predict runs/a s3://bucket/scan --out x",
-            "INPUT: must lie on this machine, got the address s3://bucket/scan",
+            "INPUT: must be on this machine, got the address s3://bucket/scan",
         ),
-        ("store build s3://bucket/scans --out x.zarr", "source: must lie on this machine"),
-        ("store build scans --out s3://bucket/x.zarr", "--out: must lie on this machine"),
-        ("store check s3://bucket/store.zarr", "path: must lie on this machine, got the address s3://"),
+        ("store build s3://bucket/scans --out x.zarr", "source: must be on this machine"),
+        ("store build scans --out s3://bucket/x.zarr", "--out: must be on this machine"),
+        ("store check s3://bucket/store.zarr", "path: must be on this machine, got the address s3://"),
         ("store split s3://bucket/store.zarr", "--out is missing: the store is not on this machine"),
     ],
 )
