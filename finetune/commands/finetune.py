@@ -16,6 +16,7 @@ from samgraft.shared.errors import ExitCode, UsageError
 if TYPE_CHECKING:
     from samgraft.finetune.config import FinetuneConfig
     from samgraft.finetune.training.preparation import Prepared
+    from samgraft.shared.training.device import DeviceChoice
     from samgraft.shared.stage_config import TypedSettings
 
 log = logging.getLogger(__name__)
@@ -68,12 +69,11 @@ def _finetune(arguments: argparse.Namespace) -> int:
             f"CKPT must say what to start from{_candidates()}.",
             next_command="make finetune CKPT=runs/NAME   (make pretrain MODALITY=mri makes one)",
         )
-    from samgraft.finetune.training.train import finetune, measure_cost, prepare_seeded
+    from samgraft.finetune.training.train import finetune, prepare_seeded
     from samgraft.shared.runs.run_folder import RunFolder, check_run_folder
     from samgraft.shared.store.from_data import describe_dry_run
     from samgraft.shared.training.config import check_warmup
     from samgraft.shared.training.device import choose_device
-    from samgraft.shared.training.preflight import describe_cost, log_preflight
 
     started = time.monotonic()
     config = build_config(typed, preset=arguments.preset)
@@ -91,17 +91,7 @@ def _finetune(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         _list_trained(prepared)
     if arguments.dry_run or not (arguments.runs / name / "checkpoints").is_dir():
-        cost = measure_cost(prepared, config, device)
-        log_preflight(
-            describe_cost(
-                prepared.segmenter,
-                cost,
-                config=config.trainer,
-                device=device,
-                batch_size=config.data.batch_size,
-                run_path=arguments.runs / name,
-            )
-        )
+        _log_cost(prepared, config, device, run_path=arguments.runs / name)
     if arguments.dry_run:
         left = describe_dry_run(given.get("data.store"), config.data.store)
         log.info("dry run: %s would take %d steps; %s.", arguments.runs / name, config.trainer.max_steps, left)
@@ -114,6 +104,22 @@ def _finetune(arguments: argparse.Namespace) -> int:
             finetune(config, folder, device, prepared)
         _say_end(folder.path, seconds=time.monotonic() - started)
     return int(ExitCode.OK)
+
+
+def _log_cost(prepared: Prepared, config: FinetuneConfig, device: DeviceChoice, *, run_path: Path) -> None:
+    from samgraft.finetune.training.train import measure_cost
+    from samgraft.shared.training.preflight import describe_cost, log_preflight
+
+    log_preflight(
+        describe_cost(
+            prepared.segmenter,
+            measure_cost(prepared, config, device),
+            config=config.trainer,
+            device=device,
+            batch_size=config.data.batch_size,
+            run_path=run_path,
+        )
+    )
 
 
 def _list_trained(prepared: Prepared) -> None:
