@@ -16,8 +16,8 @@ from samgraft.shared.errors import ExitCode, UsageError
 if TYPE_CHECKING:
     from samgraft.finetune.config import FinetuneConfig
     from samgraft.finetune.training.preparation import Prepared
-    from samgraft.shared.training.device import DeviceChoice
     from samgraft.shared.stage_config import TypedSettings
+    from samgraft.shared.training.device import DeviceChoice
 
 log = logging.getLogger(__name__)
 
