@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from samgraft.shared.errors import DataError, UsageError
@@ -33,6 +33,26 @@ class FoundScan:
     site: str | None = None
     segments: tuple[LabelFiles, ...] = ()
     """DICOM segmentations that refer to this series."""
+
+
+@dataclass(kw_only=True)
+class _ImageIndex:
+    """Images by the keys under which their labels are searched."""
+
+    by_key: dict[tuple[str, ...], list[FoundScan]] = field(default_factory=lambda: defaultdict(list))
+    by_loose_key: dict[tuple[str, ...], list[FoundScan]] = field(default_factory=lambda: defaultdict(list))
+    by_folder: dict[tuple[str, ...], list[FoundScan]] = field(default_factory=lambda: defaultdict(list))
+    by_case: dict[tuple[str, ...], list[FoundScan]] = field(default_factory=lambda: defaultdict(list))
+    """Images by the beginnings of their keys, which are the cases that they may be channels of."""
+
+    def add(self, image: FoundScan) -> None:
+        """Add an image under all its keys."""
+        key, folders = image.name.key, image.name.folders
+        self.by_key[key].append(image)
+        self.by_loose_key[image.name.loose_key].append(image)
+        self.by_folder[folders].append(image)
+        for length in range(len(folders) + 1, len(key)):
+            self.by_case[key[:length]].append(image)
 
 
 def discover(source: Path, options: SourceOptions | None = None) -> Discovery:
@@ -188,17 +208,13 @@ def _pair_labels(
     images: Sequence[FoundScan], labels: Sequence[FoundScan], options: SourceOptions, found: Discovery
 ) -> dict[str, list[LabelFiles]]:
     """Return the label files of every image by its name. List labels without an image."""
-    by_key: dict[tuple[str, ...], list[FoundScan]] = defaultdict(list)
-    by_loose_key: dict[tuple[str, ...], list[FoundScan]] = defaultdict(list)
-    by_folder: dict[tuple[str, ...], list[FoundScan]] = defaultdict(list)
+    index = _ImageIndex()
     for image in images:
-        by_key[image.name.key].append(image)
-        by_loose_key[image.name.loose_key].append(image)
-        by_folder[image.name.folders].append(image)
+        index.add(image)
     pairs: list[tuple[FoundScan, FoundScan, str | None]] = []
     shared = 0
     for label in labels:
-        owners, class_name = _owners(label, by_key, by_loose_key, by_folder)
+        owners, class_name = _owners(label, index)
         if not owners:
             found.labels_without_image.append(label.files.name)
         shared += len(owners) > 1
@@ -252,36 +268,29 @@ def _refusal(labels: Sequence[LabelFiles], options: SourceOptions, found: Discov
     return None
 
 
-def _owners(
-    label: FoundScan,
-    by_key: Mapping[tuple[str, ...], Sequence[FoundScan]],
-    by_loose_key: Mapping[tuple[str, ...], Sequence[FoundScan]],
-    by_folder: Mapping[tuple[str, ...], Sequence[FoundScan]],
-) -> tuple[list[FoundScan], str | None]:
+def _owners(label: FoundScan, index: _ImageIndex) -> tuple[list[FoundScan], str | None]:
     """Return the images that a label belongs to, and the class that its name gives.
 
     An image with the same name goes first. Next come channels (``CASE_0000``, ``CASE_t1`` for the label ``CASE``), and
     the only image of the label's folder. When several images fit, the label is listed as one without image.
     """
     for key, class_name in label.name.label_candidates():
-        fitting = by_key.get(key, ())
+        fitting = index.by_key.get(key, [])
         if len(fitting) > 1:
             # a.nii and a.nrrd, or A.nii and a.nii: the folder or the exact spelling may decide.
             same_folder = [image for image in fitting if image.relative.parent == label.relative.parent]
             fitting = same_folder or fitting
         if len(fitting) == 1:
-            return list(fitting), class_name
+            return fitting, class_name
         if fitting:
             return [], None
-    key = label.name.key
-    channels = [one for other, group in by_key.items() if other[: len(key)] == key for one in group]
-    if channels and len(key) > len(label.name.folders):
+    if channels := index.by_case.get(label.name.key):
         return channels, None
-    if len(loose := by_loose_key.get(label.name.loose_key, ())) == 1:
-        return list(loose), None
-    alone = by_folder.get(label.name.folders, ())
-    if len(alone) == 1 and (label.name.folders or len(key) == 0):
-        return list(alone), label.name.class_name
+    if len(loose := index.by_loose_key.get(label.name.loose_key, [])) == 1:
+        return loose, None
+    alone = index.by_folder.get(label.name.folders, [])
+    if len(alone) == 1 and (label.name.folders or not label.name.key):
+        return alone, label.name.class_name
     return [], None
 
 
