@@ -260,6 +260,7 @@ def check_store(model: FinishedModel, store: SliceStore) -> None:
             f"the store must have the model's classes, label ids {missing} do not occur; it has {sorted(known)}.",
             where=store.path.name,
         )
+    # Only a warning: a model may work on a modality that looks similar, and its scores show whether it does.
     if store.modality.value != model.task.modality:
         log.warning(
             "the model was trained on %s, this store has %s. Expect low scores.",

@@ -82,7 +82,7 @@ def decode_prompts(
     """
     # Prompts with different numbers of points are not padded to share a pass: segment_anything's padding token takes
     # part in the attention and would change the masks.
-    groups: dict[tuple[bool, int, bool], list[int]] = {}
+    groups: dict[tuple[bool, int, bool], list[int]] = {}  # by box, number of points, mask
     for place, prompt in enumerate(prompts):
         groups.setdefault((prompt.box is not None, prompt.num_points, prompt.mask is not None), []).append(place)
     order: list[int] = []
@@ -96,6 +96,7 @@ def decode_prompts(
             logits.append(logits_PMhw)
             ious.append(iou_PM)
             order += chosen
+    # The passes are in the order of the groups; this permutation restores the order of the prompts.
     back = torch.argsort(torch.tensor(order, device=image_embeddings_BChw.device))
     return torch.cat(logits)[back], torch.cat(ious)[back]
 

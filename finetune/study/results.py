@@ -62,7 +62,7 @@ class Ranking:
 def score_settings(cells: Sequence[Cell], results: Mapping[str, Mapping[str, Any]]) -> list[SettingScore]:
     """Return the scores of every setting, data set and number of shots, without unfinished cells."""
     groups: dict[tuple[Setting, str, int], list[Mapping[str, Any]]] = {}
-    for cell in cells:
+    for cell in cells:  # in the order of the grid, so that equal studies give equal tables
         if cell.key in results:
             groups.setdefault((cell.setting, cell.data_set, cell.shots), []).append(results[cell.key])
     scores = []
