@@ -1,1 +1,1 @@
-"""Stage 2: fine-tune, evaluate and release."""
+"""Stage 2, fine-tuning, evaluation and release."""

@@ -1,16 +1,17 @@
-"""Which label ids become which channels, and back.
+"""Conversion between label ids and channels.
 
-Exclusive classes: channel 0 is background and has no logit of its own: its logit is fixed to 0, so that one foreground
-class gives exactly SAM's own rule "mask where the logit is above 0" and several give a softmax.
+Exclusive classes: channel 0 is the background, whose logit is fixed to 0. One foreground class then follows SAM's own
+rule, a mask where the logit is above 0, and several classes form a softmax.
 
-Overlapping classes (regions): each is a union of label ids, e.g. whole tumour = core + oedema, with a sigmoid of its
-own. A store has one label id per voxel, so overlapping structures are unions of ids. Predictions hold a bit per class.
+Overlapping classes (regions): each class is a union of label ids, e.g. whole tumour = core + oedema, with its own
+sigmoid. A store has one label id per voxel, so overlapping structures are unions of ids. Predictions have one bit per
+class.
 """
 
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,12 +19,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from samgraft.shared.errors import DataError, NumericalError, UsageError
+from samgraft.shared.store.series import SeriesRecord
 from samgraft.shared.store.store import SliceStore
 from torch import Tensor
 
 BACKGROUND = 0
 MAX_OVERLAPPING = 30
-"""Classes that fit into the bits of an int32."""
+"""Largest number of overlapping classes, which must fit into the bits of an int32."""
 
 Labels = npt.NDArray[Any]
 
@@ -33,11 +35,11 @@ class ClassTable:
     """Foreground classes in channel order."""
 
     ids: tuple[int, ...]
-    """Label id of channel 1, 2, ...; of overlapping classes the bit in predictions: 1, 2, 4, ..."""
+    """Label ids of channels 1, 2, .... For overlapping classes their bits in predictions, 1, 2, 4, ..."""
     names: tuple[str, ...]
-    """Name of channel 1, 2, ..."""
+    """Names of channels 1, 2, ..."""
     members: tuple[tuple[int, ...], ...] = ()
-    """Overlapping classes only: the label ids that each class joins."""
+    """Label ids that each overlapping class joins. Empty for exclusive classes."""
 
     def __post_init__(self) -> None:
         if not self.ids or len(set(self.ids)) != len(self.ids) or BACKGROUND in self.ids:
@@ -50,19 +52,19 @@ class ClassTable:
         if self.members and (
             len(self.members) != len(self.ids) or self.ids != tuple(2**i for i in range(len(self.ids)))
         ):
-            raise ValueError("overlapping classes must have members and a bit each.")
+            raise ValueError(f"overlapping classes need one bit each, got ids {list(self.ids)}.")
 
     @classmethod
     def of_regions(cls, regions: Mapping[str, Sequence[int]]) -> ClassTable:
-        """Make a table of overlapping classes from name -> label ids.
+        """Make a table of overlapping classes from label ids by name.
 
         Raises:
-            UsageError: If a region is empty, repeats an id, names the background, or two are the same.
+            UsageError: If a region is empty, repeats an id, contains the background, or equals another region.
         """
         for name, labels in regions.items():
             if not labels or len(set(labels)) != len(labels) or BACKGROUND in labels:
                 raise UsageError(
-                    f"a region must join different label ids other than {BACKGROUND} (background), got "
+                    f"a region must contain different label ids other than {BACKGROUND} (background), got "
                     f"{name}: {list(labels)}.",
                     where="data.regions",
                 )
@@ -74,7 +76,7 @@ class ClassTable:
             )
         members = tuple(tuple(sorted(labels)) for labels in regions.values())
         if len(set(members)) != len(members):
-            raise UsageError("two regions join the same label ids. Name each union once.", where="data.regions")
+            raise UsageError("two regions have the same label ids. Remove one of them.", where="data.regions")
         if len(members) > MAX_OVERLAPPING:
             raise UsageError(
                 f"data.regions must have at most {MAX_OVERLAPPING} regions, got {len(members)}.", where="data.regions"
@@ -83,30 +85,30 @@ class ClassTable:
 
     @property
     def num_classes(self) -> int:
-        """Foreground classes."""
+        """Number of foreground classes."""
         return len(self.ids)
 
     @property
     def is_overlapping(self) -> bool:
-        """True for regions: one pixel may belong to several classes."""
+        """True for regions, where one pixel may belong to several classes."""
         return bool(self.members)
 
     def store_ids(self, channel: int) -> tuple[int, ...]:
-        """Return the label ids of a store that make up a class, counted from 0."""
+        """Return the label ids of the store for a class, counted from 0."""
         return self.members[channel] if self.members else (self.ids[channel],)
 
     def true_mask(self, label: Labels, channel: int) -> npt.NDArray[np.bool_]:
-        """Return where a label volume of a store shows a class, counted from 0."""
+        """Return the mask of a class, counted from 0, in a label volume of a store."""
         return np.isin(label, self.store_ids(channel))
 
     def predicted_mask(self, predicted: Labels, channel: int) -> npt.NDArray[np.bool_]:
-        """Return where a predicted volume shows a class, counted from 0."""
+        """Return the mask of a class, counted from 0, in a predicted volume."""
         if self.members:
             return np.asarray((predicted & self.ids[channel]) != 0)
         return np.asarray(predicted == self.ids[channel])
 
     def to_masks(self, label_NHW: Tensor) -> Tensor:
-        """Return one bool mask per class, (N, C, H, W), of label ids (N, H, W) as a store has them."""
+        """Return one bool mask per class, (N, C, H, W), from a store's label ids (N, H, W)."""
         masks = [
             torch.isin(label_NHW, torch.tensor(self.store_ids(channel), device=label_NHW.device))
             for channel in range(self.num_classes)
@@ -114,13 +116,13 @@ class ClassTable:
         return torch.stack(masks, dim=1)
 
     def to_target(self, label_NHW: Tensor) -> Tensor:
-        """Return what ``SegmentationLoss`` compares with: channels (N, H, W), or masks (N, C, H, W) of regions."""
+        """Return the target of ``SegmentationLoss``, channels (N, H, W) or the masks (N, C, H, W) of regions."""
         return self.to_masks(label_NHW) if self.members else self.to_channels(label_NHW)
 
     def from_logits(self, logits_NCHW: Tensor) -> Tensor:
-        """Return predicted label ids (N, H, W), or bits of overlapping classes; 0 where no logit is above 0.
+        """Return predicted label ids (N, H, W), or bits of overlapping classes.
 
-        Volumes work too: (N, C, Z, H, W) gives (N, Z, H, W).
+        Pixels without a logit above 0 are 0. Volumes are possible too: (N, C, Z, H, W) gives (N, Z, H, W).
 
         Raises:
             NumericalError: If a logit is NaN or Inf.
@@ -133,7 +135,7 @@ class ClassTable:
                 "weights, or pixel_mean and pixel_std in its card.json, are damaged. Use another model."
             )
         if self.members:
-            # SAM without training may have fewer masks than classes.
+            # An untrained SAM may have fewer masks than classes.
             bits = torch.tensor(self.ids[: logits_NCHW.shape[1]], device=logits_NCHW.device)
             bits = bits.view(1, -1, *[1] * (logits_NCHW.ndim - 2))
             return ((logits_NCHW > 0) * bits).sum(dim=1)
@@ -141,14 +143,14 @@ class ClassTable:
         return self.to_ids(torch.where(best > 0, channel + 1, 0))
 
     def to_channels(self, label: Tensor) -> Tensor:
-        """Map label ids to channels of exclusive classes, other ids to background. Same shape, int64."""
+        """Map label ids to channels of exclusive classes and other ids to background, int64."""
         channels = torch.zeros_like(label, dtype=torch.int64)
         for channel, label_id in enumerate(self.ids, start=1):
             channels[label == label_id] = channel
         return channels
 
     def to_ids(self, channels: Tensor) -> Tensor:
-        """Map channels back to label ids. Same shape, int64."""
+        """Map channels back to label ids, int64."""
         table = torch.tensor([BACKGROUND, *self.ids], device=channels.device)
         return table[channels.to(torch.int64)]
 
@@ -160,46 +162,35 @@ def choose_classes(
     train_patients: Iterable[str],
     regions: Mapping[str, Sequence[int]] | None = None,
 ) -> ClassTable:
-    """Choose the classes to learn and check that they can be learnt.
+    """Choose the classes to train and check that the training part contains them.
 
     Args:
-        store: The labelled store.
+        store: Labelled store.
         wanted: Label ids; empty takes every id that occurs in the store.
         train_patients: Patients of the training part.
-        regions: Overlapping classes instead: name -> label ids that it joins.
+        regions: Overlapping classes as label ids by name, instead of ``wanted``.
 
     Raises:
-        DataError: If the store has no label, a wanted id does not occur, or an id does not occur in training.
+        DataError: If the store or its training part has no labels, or a class does not occur in one of them.
         UsageError: If both ids and regions are given.
     """
     if wanted and regions:
-        raise UsageError("data.classes and data.regions must not both be given.", where="data")
-    present = sorted({label for record in store.series for label, voxels in record.label_voxels.items() if voxels})
-    if not present:
-        raise DataError(
-            "fine-tuning must have labels, the store has none. Put label files beside the scans and build it again.",
-            where=store.path.name,
-            next_command="samgraft store build FOLDER --out STORE.zarr --modality mri",
-        )
+        raise UsageError("data.classes and data.regions are both given. Remove one of them.", where="data")
+    patients = set(train_patients)
+    present = _label_ids(store.series)
+    learnable = set(_label_ids([record for record in store.series if record.patient_id in patients]))
+    _check_labels(store, present, learnable)
     asked = sorted({label for labels in regions.values() for label in labels}) if regions else list(wanted)
-    if strangers := sorted(set(asked) - set(present) - {BACKGROUND}):
+    if unknown := sorted(set(asked) - set(present) - {BACKGROUND}):
         raise DataError(
-            f"classes must be label ids of the store, got {_listed(strangers)}; it has {_listed(present)}.",
+            f"classes must be label ids of the store, got {_listed(unknown)}; it has {_listed(present)}.",
             where=f"data.{'regions' if regions else 'classes'}, {store.path.name}",
         )
     ids = asked or list(present)
-    patients = set(train_patients)
-    learnable = {
-        label
-        for record in store.series
-        if record.patient_id in patients
-        for label, voxels in record.label_voxels.items()
-        if voxels
-    }
     if absent := [label for label in ids if label not in learnable and label != BACKGROUND]:
         raise DataError(
-            f"every class must occur in the training part, {_listed(absent)} does not. "
-            "Make another split, or name the classes to learn: data.classes=[...].",
+            f"classes {_listed(absent)} do not occur in the training part. Make another split, or choose other classes "
+            f"with data.classes={sorted(learnable)}.",
             where=store.path.name,
         )
     if regions:
@@ -221,6 +212,34 @@ def clean_class_names(names: Sequence[str]) -> tuple[str, ...]:
         same = sum(text == other or other.startswith(f"{text} (") for other in cleaned)
         cleaned.append(f"{text} ({same + 1})" if text in cleaned else text)
     return tuple(cleaned)
+
+
+def _label_ids(series: Iterable[SeriesRecord]) -> list[int]:
+    return sorted({label for record in series for label, voxels in record.label_voxels.items() if voxels})
+
+
+def _check_labels(store: SliceStore, present: Sequence[int], learnable: Collection[int]) -> None:
+    """Refuse a store without label files, with empty labels only, or without labels in the training part."""
+    num_labelled = sum(record.has_label for record in store.series)
+    if not num_labelled:
+        raise DataError(
+            f"the store has no labels (0 of {len(store.series)} scans). Put the label files next to the scans and "
+            "build the store again.",
+            where=store.path.name,
+            next_command="samgraft store build FOLDER --out STORE.zarr --modality mri",
+        )
+    if not present:
+        raise DataError(
+            f"the labels of all {num_labelled} labelled scans are empty: every voxel is background ({BACKGROUND}). "
+            "Check the label files and build the store again.",
+            where=store.path.name,
+        )
+    if not learnable:
+        raise DataError(
+            f"no patient of the training part has labels, although {num_labelled} scans of the store have. Make a "
+            "split with labelled patients in train.",
+            where=store.path.name,
+        )
 
 
 def _listed(labels: Sequence[int]) -> str:

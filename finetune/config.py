@@ -1,4 +1,4 @@
-"""The configuration of stage 2; every part lives next to the code it configures or below."""
+"""Settings of stage 2. Each part is here or next to the code that reads it."""
 
 from __future__ import annotations
 
@@ -20,34 +20,32 @@ from samgraft.shared.training.optim import OptimizerConfig
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Labelled slices to learn from, and whole scans to validate on."""
+    """Training slices and validation scans."""
 
     store: str
-    """Labelled slice store (``*.zarr``)."""
+    """Path or address of the labelled slice store (``*.zarr``)."""
     split: str | None = None
-    """Split file by patient. None takes <store>.split.json beside the store, else draws one with seed 0."""
+    """Split file by patient. null takes <store>.split.json next to the store, or else draws a split with seed 0."""
     classes: list[int] = field(default_factory=list)
-    """Label ids to learn; empty takes every id of the store. All others count as background."""
+    """Label ids to train. Empty takes every id of the store. All others count as background."""
     regions: dict[str, list[int]] = field(default_factory=dict)
-    """Overlapping classes instead: name -> label ids that it joins, e.g. {whole: [1, 2], core: [2]}. Each gets a
-    sigmoid of its own."""
+    """Overlapping classes as label ids by name, instead of ``classes``, e.g. ``whole`` with 1 and 2. Each has its
+    own sigmoid."""
     batch_size: int = 8
     """Slices per micro-step and process."""
-    num_workers: int = 0
-    """Reader processes. 0 reads in the training process, which keeps up with a CPU."""
     keep_aspect: bool = True
-    """Pad to a square (right, bottom) instead of squashing."""
+    """True pads slices to a square (right, bottom), False changes their aspect ratio."""
     min_foreground_fraction: float = 0.05
-    """Leave training slices out whose share of non-air pixels is smaller; never slices of validation or test."""
+    """Smallest share of non-air pixels of a training slice. Validation and test use all slices."""
     labelled_slices_only: bool = False
-    """Leave training slices out that show no label at all, as the study did; never slices of validation or test."""
+    """True trains on slices with a label only, as the study did. Validation and test use all slices."""
     few_shot: FewShotConfig = field(default_factory=FewShotConfig)
-    """Train on a drawn part of the training patients or slices."""
+    """Random part of the training patients or slices."""
     foreground_fraction: float = 0.67
-    """Share of training slices that show a class, reached by repeating them; 0 takes slices as they are."""
+    """Share of training slices that show a class, reached by repeating them. 0 repeats none."""
     num_neighbours: int | None = None
-    """1 gives the encoder the slice before and the slice after as its other two channels (2.5D), 0 repeats the slice;
-    None takes what the encoder was pretrained with."""
+    """Neighbours on each side as further channels. 1 uses the slices before and after (2.5D), 0 repeats the slice. null
+    takes the value of the encoder's pretraining."""
     augment: AugmentConfig = field(
         default_factory=lambda: AugmentConfig(
             max_rotation_deg=30.0,
@@ -61,34 +59,35 @@ class DataConfig:
             noise_std=0.03,
         )
     )
-    """Random geometry and intensity. A modality's preset may say otherwise."""
+    """Random geometry and intensity. The preset of a modality may change them."""
     allow_transductive: bool = False
-    """Go on although validation or test patients were in the encoder's pretraining; the card then says so."""
+    """True allows validation or test patients in the encoder's pretraining. The card of the model reports it."""
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1 or self.num_workers < 0:
-            raise ValueError(
-                f"data.batch_size must be at least 1 and data.num_workers at least 0, got {self.batch_size} and "
-                f"{self.num_workers}."
-            )
+        if self.batch_size < 1:
+            raise ValueError(f"data.batch_size must be at least 1, got {self.batch_size}.")
         check_neighbours(self.num_neighbours or 0)
         if not 0 <= self.foreground_fraction < 1 or not 0 <= self.min_foreground_fraction < 1:
-            raise ValueError("data.foreground_fraction and data.min_foreground_fraction must lie in [0, 1).")
+            raise ValueError(
+                "data.foreground_fraction and data.min_foreground_fraction must lie in [0, 1), got "
+                f"{self.foreground_fraction} and {self.min_foreground_fraction}."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Which weights are tuned."""
+    """Weights that are tuned."""
 
     ckpt: str | None = None
-    """Stage-1 run, or any encoder or SAM weights; none for a baseline."""
+    """Initial encoder weights, as a stage-1 run or any encoder or SAM file. null takes the encoder of ``base``."""
     base: str | None = None
-    """SAM that gives prompt encoder and mask decoder. None takes ``ckpt`` if it is a whole SAM, else the demo's."""
+    """Base SAM weights, which supply prompt encoder and mask decoder. null takes ``ckpt`` if it is a full SAM, or else
+    the demo's."""
     arch: str | None = None
-    """Expected architecture; None takes what the file holds. unet2d, unet3d, dynunet2d or dynunet3d trains that network
-    from scratch instead of SAM, for comparison."""
+    """Expected architecture. null takes that of the weights. unet2d, unet3d, dynunet2d or dynunet3d trains a baseline
+    from scratch instead of SAM."""
     image_size: int | None = None
-    """Side of the square input in pixels; None takes the encoder's."""
+    """Side of the square input in pixels. null takes the encoder's."""
 
     def __post_init__(self) -> None:
         if self.image_size is not None and self.image_size < 1:
@@ -97,20 +96,21 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class WatchConfig:
-    """Validation and what a run shows of itself."""
+    """Validation rounds, pictures and the early end."""
 
     validate_every_n_steps: int = 50
-    """Dice on whole validation scans; always at the last step too. The best of these rounds is kept."""
+    """Steps between validation rounds on whole scans. There is always one at the last step. The best one is kept."""
     num_overlays: int = 6
-    """Slices per scan in TensorBoard and the report."""
+    """Number of slices per scan in TensorBoard and the report."""
     log_images: bool = False
-    """Write pictures of slices. They are patient images: only the demo scans, which are public, switch it on."""
+    """True writes pictures of slices, which are patient images. Only the public demo scans set it."""
     batch_size: int = 8
-    """Slices per forward pass of validation."""
+    """Number of slices per forward pass of validation."""
     patience_rounds: int | None = None
-    """End when this many validation rounds in a row bring no higher foreground Dice; null trains to the last step."""
+    """Number of successive validation rounds without a higher foreground Dice that end the run. null trains to the last
+    step."""
     min_steps: int = 0
-    """No early end before this step, nor before warm-up is over and patience_rounds rounds have followed it."""
+    """First step at which the run may end early. It never ends before warm-up and patience_rounds rounds after it."""
 
     def __post_init__(self) -> None:
         if (self.patience_rounds is not None and self.patience_rounds < 1) or self.min_steps < 0:
@@ -119,42 +119,45 @@ class WatchConfig:
                 f"{self.patience_rounds} and {self.min_steps}."
             )
         if self.validate_every_n_steps < 1 or self.batch_size < 1 or self.num_overlays < 1:
-            raise ValueError("watch.validate_every_n_steps, num_overlays and batch_size must be at least 1.")
+            raise ValueError(
+                "watch.validate_every_n_steps, watch.num_overlays and watch.batch_size must be at least 1, got "
+                f"{self.validate_every_n_steps}, {self.num_overlays} and {self.batch_size}."
+            )
 
 
 class Schedule(Enum):
-    """How the learning rate falls after the warm-up."""
+    """Decrease of the learning rate after the warm-up."""
 
     COSINE = "cosine"
-    """Half a cosine down to optim.final_lr_factor."""
+    """Half a cosine, down to optim.final_lr_factor."""
     POLY = "poly"
-    """The study's polynomial with power 0.9; optim.final_lr_factor is not read."""
+    """Polynomial of the study with power 0.9. Optim.final_lr_factor is not read."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneConfig:
-    """Everything a stage-2 run is decided by."""
+    """All settings of a stage-2 run."""
 
     modality: str
-    """Kind of scan."""
+    """Modality of the scans, e.g. mri."""
     seed: int = 0
-    """Order of slices, augmentation, fresh adapter weights."""
+    """Seed of the order of slices, the augmentation and the initial adapter weights."""
     data: DataConfig
     model: ModelConfig
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     baseline: BaselineConfig = field(default_factory=BaselineConfig)
-    """Size of the network where model.arch is a baseline."""
+    """Size of the network when model.arch is a baseline."""
     prompt: PromptConfig = field(default_factory=PromptConfig)
-    """Automatic mode, or prompts and which."""
+    """Automatic mode, or the kind of prompts."""
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimizerConfig = field(
         default_factory=lambda: OptimizerConfig(
             lr=1e-3, weight_decay=0.01, beta2=0.999, warmup_steps=20, final_lr_factor=0.02
         )
     )
-    """For ``full`` use a tenth of the rate or less."""
+    """Optimizer. For ``full`` use a tenth of the learning rate or less."""
     schedule: Schedule = Schedule.COSINE
-    """How the learning rate falls."""
+    """Decrease of the learning rate after the warm-up."""
     trainer: TrainerConfig
     watch: WatchConfig = field(default_factory=WatchConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
@@ -163,15 +166,15 @@ class FinetuneConfig:
         check_seed(self.seed)
         if self.prompt.is_prompted and self.loss.class_weights:
             raise ValueError(
-                "loss.class_weights has no effect with prompts: every object is a mask of its own. Leave it out."
+                "loss.class_weights has no effect with prompts, because every object is a separate mask. Remove it."
             )
         if self.cache.variants and not self.freezes_encoder:
             raise ValueError(
-                f"cache.variants must go with adapter.scope=decoder, got {self.adapter.scope.value}: embeddings of an "
-                "encoder that trains are stale after one step."
+                f"cache.variants needs adapter.scope=decoder, got {self.adapter.scope.value}: embeddings of an encoder "
+                "that trains are out of date after one step."
             )
 
     @property
     def freezes_encoder(self) -> bool:
-        """True when no tensor of the encoder trains, so that embeddings stay what they are."""
+        """True when no tensor of the encoder trains, so that embeddings do not change."""
         return self.adapter.scope is TuningScope.DECODER

@@ -58,7 +58,7 @@ class CacheType(Enum):
     """Number format of embeddings on disk, 2 bytes per number."""
 
     FP16 = "fp16"
-    """Format with 11 significant bits; the power of two keeps large values in range."""
+    """Format with 11 significant bits. The power of two keeps large values in range."""
     BF16 = "bf16"
     """Format with 8 significant bits, in which the encoder computes under bf16."""
 
@@ -73,7 +73,7 @@ class CacheConfig:
     dtype: CacheType = CacheType.FP16
     """Number format on disk."""
     folder: str | None = None
-    """Folder of all caches; null is ``NAME.embeddings`` next to the store. Runs with different decoders share a
+    """Folder of all caches. null is ``NAME.embeddings`` next to the store. Runs with different decoders share a
     cache."""
     validation_mb: int = 2048
     """Memory in MiB for embeddings of validation slices, which are equal in every round. 0 computes them each time."""
@@ -231,7 +231,7 @@ class EmbeddingCache:
         return self._index
 
     def _cut_partial_records(self) -> tuple[int, int]:
-        """Cut off data after the last indexed record; return the number of records and the end of the labels."""
+        """Cut off data after the last indexed record. Return the number of records and the end of the labels."""
         lines = _read_index(self.path / INDEX)
         label_end = lines[-1][2] + lines[-1][3] if lines else 0
         for name, size in ((EMBEDDINGS, len(lines) * self.shape.embedding_bytes), (LABELS, label_end)):
@@ -299,7 +299,7 @@ def _decode(stored: bytes, exponent: int, shape: RecordShape) -> Tensor:
 
 
 def _read_index(path: Path) -> list[IndexLine]:
-    """Return the lines of an index up to the last whole one; none without a file."""
+    """Return the lines of an index up to the last whole one. None without a file."""
     if not path.is_file():
         return []
     text = path.read_text(encoding="utf-8")

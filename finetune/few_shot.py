@@ -1,4 +1,4 @@
-"""Few-shot runs: how many patients or slices to train on, which draw, and when such a run may end early."""
+"""Few-shot training data, and the early end of a run."""
 
 from __future__ import annotations
 
@@ -12,24 +12,25 @@ from samgraft.shared.store.store import SliceStore
 
 
 class Unit(Enum):
-    """What ``num`` counts."""
+    """Unit of ``num``."""
 
     PATIENTS = "patients"
-    """All slices of so many patients."""
+    """Patients, with all their slices."""
     SLICES = "slices"
-    """So many slices with a label, from any patients."""
+    """Slices with a label, from any patients."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FewShotConfig:
-    """A drawn part of the training data; validation and test stay whole."""
+    """Random part of the training data. Validation and test data stay complete."""
 
     num: int | None = None
-    """Patients or slices to train on; null takes all."""
+    """Number of patients or slices to train on. null takes all."""
     unit: Unit = Unit.PATIENTS
-    """patients or slices."""
+    """Unit of ``num``, patients or slices."""
     repeat: int = 0
-    """Number of the draw: 0, 1, 2 ... draw anew. Draws of one number are nested, 5 holds 3."""
+    """Number of the draw, 0, 1, 2, ... Draws of one number are nested, so that 5 patients include the 3 of a smaller
+    draw."""
 
     def __post_init__(self) -> None:
         if (self.num is not None and self.num < 1) or self.repeat < 0:
@@ -39,10 +40,10 @@ class FewShotConfig:
 
 
 def draw_few_shot(split: Split, store: SliceStore, config: FewShotConfig) -> Split:
-    """Return the split with the drawn part of its training data.
+    """Return the split with a random part of its training data.
 
     Raises:
-        DataError: If there are fewer patients or slices.
+        DataError: If the split has fewer patients or slices.
     """
     if config.num is None:
         return split
@@ -50,19 +51,18 @@ def draw_few_shot(split: Split, store: SliceStore, config: FewShotConfig) -> Spl
 
 
 def may_end(rounds: Mapping[int, float], *, patience_rounds: int | None, min_steps: int, warmup_steps: int) -> bool:
-    """Tell whether training may end after the newest validation round.
-
-    Rounds inside warm-up never count: with few slices it can be longer than the patience, and a run would end before
-    it began. The best round of all is kept whatever counts here.
+    """Return True when training may end after the newest validation round.
 
     Args:
-        rounds: Step to foreground Dice, the newest included.
-        patience_rounds: Rounds without a higher Dice that end a run; None never does.
-        min_steps: Floor given by the user.
-        warmup_steps: Of the learning rate.
+        rounds: Foreground Dice by step, including the newest round.
+        patience_rounds: Number of rounds without a higher Dice that end a run; None never ends it early.
+        min_steps: Step before which a run does not end.
+        warmup_steps: Length of the learning rate's warm-up in steps.
     """
     if patience_rounds is None or not rounds:
         return False
+    # Rounds during warm-up do not count. With few slices it can be longer than the patience, and the run would end
+    # before it has trained at the full learning rate. The best of all rounds is kept in any case.
     steps = sorted(step for step in rounds if step > warmup_steps)
     if not steps or steps[-1] < min_steps or len(steps) <= patience_rounds:
         return False

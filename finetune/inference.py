@@ -1,4 +1,4 @@
-"""A whole scan through the segmenter, slice by slice, back on the scan's own grid.
+"""Segmentation of whole scans, slice by slice, on the scan's own grid.
 
 Shape letters: Z = slices, H, W = rows and columns of a slice, N = slices of a batch, C = foreground classes.
 """
@@ -26,30 +26,30 @@ from torch import Tensor, nn
 
 Volume = npt.NDArray[Any]
 Flips = tuple[tuple[int, ...], ...]
-"""Axes to mirror, one entry per pass."""
+"""Axes to mirror, one entry per forward pass."""
 NO_FLIPS: Flips = ((),)
 ALL_FLIPS: Flips = ((), (-1,), (-2,), (-2, -1))
 
 
 @dataclass(frozen=True, kw_only=True)
 class InferenceConfig:
-    """How slices reach the encoder; fixed at training time and recorded with the model."""
+    """Conversion of slices to the encoder's input, fixed in training and stored with the model."""
 
     intensity: IntensityPreset
-    """Native units to [0, 1]."""
+    """Mapping from native units to [0, 1]."""
     keep_aspect: bool
-    """Pad to a square instead of squashing."""
+    """True pads slices to a square, False changes their aspect ratio."""
     num_neighbours: int = 0
-    """Slices on each side that are the encoder's other channels (2.5D)."""
+    """Number of slices on each side that are further channels of the encoder (2.5D)."""
     batch_size: int = 8
-    """Slices per forward pass; changes speed and memory only."""
+    """Number of slices per forward pass. It changes speed and memory only."""
     prompt: PromptConfig = field(default_factory=PromptConfig)
-    """Prompts that validation and evaluation draw from the labels; none without."""
+    """Prompts that validation and evaluation draw from the labels. Automatic mode has none."""
 
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Run a block in eval mode without gradients and give every submodule its own mode back."""
+    """Run a block in eval mode without gradients, and restore the mode of every submodule."""
     modes = {child: child.training for child in module.modules()}
     module.eval()
     try:
@@ -74,7 +74,7 @@ def segment_volume(
 ) -> npt.NDArray[np.int32]:
     """Segment a scan slice by slice, automatically or from prompts.
 
-    No random numbers are drawn and the model is left as it was.
+    No random numbers are drawn and the model does not change.
 
     Args:
         segmenter: Model, on the device to use.
@@ -85,10 +85,11 @@ def segment_volume(
         only: Numbers of the slices to segment; None segments all.
         flips: Axes to mirror, one pass each; the logits are averaged. Not used with prompts.
         prompts: Prompts of the slices; None segments automatically.
-        on_slices: Called with slices done and slices to do after every batch; may raise to stop.
+        on_slices: Function that gets the numbers of finished and of all slices after every batch; it may raise to
+            stop.
 
     Returns:
-        Label ids of these slices, (Z, H, W). Logits, not labels, are resized; the class is chosen on native pixels.
+        Label ids of these slices, (Z, H, W). Logits are resized and the class is chosen on native pixels.
 
     Raises:
         NumericalError: If the model gives NaN or Inf.
@@ -96,9 +97,8 @@ def segment_volume(
     if isinstance(segmenter, VolumeBaseline):
         with evaluating(segmenter):
             return segmenter.segment(volume_ZHW, stats, classes, config.intensity)
-    frame = fit_frame(
-        (volume_ZHW.shape[1], volume_ZHW.shape[2]), image_size=segmenter.image_size, keep_aspect=config.keep_aspect
-    )
+    _, height, width = volume_ZHW.shape
+    frame = fit_frame((height, width), image_size=segmenter.image_size, keep_aspect=config.keep_aspect)
     device = next(segmenter.parameters()).device
     wanted = list(range(len(volume_ZHW)) if only is None else only)
     labels = np.zeros((len(wanted), *volume_ZHW.shape[1:]), dtype=np.int32)
@@ -124,9 +124,10 @@ def segment_volume(
 
 
 def _mean_logits(segmenter: Segmenter, images_NCHW: Tensor, frame: InputFrame, flips: Flips) -> Tensor:
-    """Return logits (N, C, H, W) on native pixels; slices are mirrored before they are padded."""
+    """Return the mean logits (N, C, H, W) of all flips on native pixels."""
     passes = []
     for axes in flips:
+        # Mirrored before padding: the padding must be on the right and at the bottom, as in training.
         mirrored = images_NCHW.flip(axes) if axes else images_NCHW
         logits_NCHW = logits_to_native(segmenter(image_to_frame(mirrored, frame)).float(), frame)
         passes.append(logits_NCHW.flip(axes) if axes else logits_NCHW)

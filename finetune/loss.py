@@ -1,9 +1,9 @@
-"""Segmentation losses: an overlap term, a pixel term and, on request, a boundary term, all MONAI's.
+"""Segmentation losses with an overlap term, a pixel term and an optional boundary term of MONAI.
 
 Exclusive classes: softmax with the background's logit fixed to 0. Overlapping classes and prompted objects: sigmoid.
 
 Shape letters: N = slices, P = masks of prompts, C = foreground classes, S = side of the loss's grid, h, w = logits'
-sides. Everything but ``MaskLoss`` works on volumes (one more axis) too.
+sides. All but ``MaskLoss`` work on volumes too, with one more axis.
 """
 
 from __future__ import annotations
@@ -20,57 +20,62 @@ from torch import Tensor, nn
 
 
 class Overlap(Enum):
-    """How overlap of prediction and truth enters the loss."""
+    """Overlap term of the loss."""
 
     DICE = "dice"
     """Soft Dice."""
     TVERSKY = "tversky"
-    """Dice with false positives and false negatives weighted apart: for small lesions that are missed."""
+    """Dice with separate weights of false positives and false negatives, for small lesions that are missed."""
 
 
 class PixelTerm(Enum):
-    """How single pixels enter the loss."""
+    """Pixel term of the loss."""
 
     CROSS_ENTROPY = "cross_entropy"
     FOCAL = "focal"
-    """Cross-entropy in which pixels that are right already hardly count."""
+    """Cross-entropy with a small weight of pixels that are already correct."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig:
-    """Overlap term + pixel term + boundary term."""
+    """Terms of the loss and their weights."""
 
     overlap: Overlap = Overlap.DICE
-    """dice or tversky."""
+    """Overlap term, dice or tversky."""
     pixel: PixelTerm = PixelTerm.CROSS_ENTROPY
-    """cross_entropy or focal."""
+    """Pixel term, cross_entropy or focal."""
     dice_weight: float = 1.0
-    """Of the overlap term: foreground only, over the whole batch (per mask with prompts)."""
+    """Weight of the overlap term, which is taken over the foreground of the whole batch (per mask with prompts)."""
     ce_weight: float = 1.0
-    """Of the pixel term: over all pixels."""
+    """Weight of the pixel term, which is taken over all pixels."""
     boundary_weight: float = 0.0
-    """Of Kervadec's boundary loss (arXiv 1812.07032); start near 0.01, beside an overlap term. It needs distance maps
-    on the CPU, some milliseconds per slice and class."""
+    """Weight of Kervadec's boundary loss (arXiv 1812.07032). Start near 0.01, together with an overlap term. It
+    computes distance maps on the CPU in some milliseconds per slice and class."""
     focal_gamma: float = 2.0
     """Exponent of the focal term."""
     tversky_fp: float = 0.3
     """Weight of false positives."""
     tversky_fn: float = 0.7
-    """Weight of false negatives; above tversky_fp misses cost more (arXiv 1706.05721)."""
+    """Weight of false negatives. Misses cost more when it is above tversky_fp (arXiv 1706.05721)."""
     class_weights: list[float] = field(default_factory=list)
-    """One per class in the order of data.classes or data.regions, background counts 1; empty: all alike."""
+    """Weights of the classes in the order of data.classes or data.regions, relative to the background's 1. Empty
+    weights all classes equally."""
     size: int | None = None
-    """Side of the grid on which the loss is taken; null: the input's. Logits are resized bilinearly, labels by nearest
-    neighbour, which can lose structures of single pixels when it is smaller than the input."""
+    """Side of the grid of the loss in pixels. null takes the input's. Logits are resized bilinearly and labels by
+    nearest neighbour. A grid smaller than the input can lose structures of single pixels."""
 
     def __post_init__(self) -> None:
         weights = (self.dice_weight, self.ce_weight, self.boundary_weight)
         if min(weights) < 0 or self.dice_weight + self.ce_weight == 0:
             raise ValueError(
-                "loss.dice_weight, ce_weight and boundary_weight must not be negative, the first two not both 0."
+                "loss.dice_weight, loss.ce_weight and loss.boundary_weight must not be negative, and the first two not "
+                f"both 0, got {weights}."
             )
         if self.tversky_fp <= 0 or self.tversky_fn <= 0 or self.focal_gamma < 0:
-            raise ValueError("loss.tversky_fp and tversky_fn must be positive, loss.focal_gamma not negative.")
+            raise ValueError(
+                "loss.tversky_fp and loss.tversky_fn must be positive and loss.focal_gamma not negative, got "
+                f"{self.tversky_fp}, {self.tversky_fn} and {self.focal_gamma}."
+            )
         if any(weight <= 0 for weight in self.class_weights):
             raise ValueError(f"loss.class_weights must be positive, got {self.class_weights}.")
         if self.size is not None and self.size < 8:
@@ -80,7 +85,7 @@ class LossConfig:
         """Refuse class weights that do not fit the classes.
 
         Raises:
-            UsageError: Another number than classes.
+            UsageError: If their number differs from the number of classes.
         """
         if self.class_weights and len(self.class_weights) != num_classes:
             raise UsageError(
@@ -90,14 +95,14 @@ class LossConfig:
 
 
 def with_background(logits_NCSS: Tensor) -> Tensor:
-    """Put the background's logit, 0, in front: softmax over the result is a sigmoid for one class."""
+    """Prepend the background's logit 0. With one class the softmax of the result is a sigmoid."""
     return torch.cat([torch.zeros_like(logits_NCSS[:, :1]), logits_NCSS], dim=1)
 
 
 class SegmentationLoss(nn.Module):
-    """Loss of named classes on logits that are upsampled to the label's grid (never the label down to the logits').
+    """Loss of named classes, on logits that are upsampled to the grid of the labels.
 
-    The overlap term runs over the whole batch per class, foreground only: per slice it would be constant, and its
+    The overlap term is taken per foreground class over the whole batch. Per slice it would be constant, and its
     gradient noise, on every slice without the class.
     """
 
@@ -106,7 +111,7 @@ class SegmentationLoss(nn.Module):
         self.config = config or LossConfig()
         self.overlapping = overlapping
         activation: dict[str, Any] = {"sigmoid": True} if overlapping else {"softmax": True}
-        # A single sigmoid channel is no background.
+        # With a sigmoid, channel 0 is a class and not the background.
         options = {**activation, "to_onehot_y": not overlapping, "include_background": overlapping}
         self.overlap = _overlap_term(self.config, batch=True, **options)
         self.pixel = self._pixel_term()
@@ -116,9 +121,9 @@ class SegmentationLoss(nn.Module):
         """Return the scalar loss.
 
         Args:
-            low_res_logits_NChw: SAM's logits, a quarter of the grid or any size.
-            target: Exclusive classes: channel index per pixel (N, S, S), 0 = background, int64. Overlapping classes:
-                (N, C, S, S), bool.
+            low_res_logits_NChw: SAM's logits, of a quarter of the grid's size or any other.
+            target: For exclusive classes the channel of each pixel (N, S, S), 0 = background, int64. For overlapping
+                classes masks (N, C, S, S), bool.
         """
         if target.ndim == low_res_logits_NChw.ndim - 1:
             target = target[:, None]
@@ -155,7 +160,7 @@ class SegmentationLoss(nn.Module):
             )
 
             def focal_term(logits: Tensor, target: Tensor) -> Tensor:
-                # Softmax: only the true class's term differs from 0, so that the sum is one value per pixel.
+                # With a softmax only the term of the true class differs from 0, so the sum is one value per pixel.
                 values: Tensor = focal(logits, target)
                 values = (values * self._channel_weights(values)).sum(dim=1)
                 return values.mean() / (logits.shape[1] if self.overlapping else 1)
@@ -179,7 +184,7 @@ class SegmentationLoss(nn.Module):
 
 
 class MaskLoss(nn.Module):
-    """The same terms for single masks: one value per mask, so that the best of several can be chosen."""
+    """Loss of single masks, one value per mask, so that the best of several can be chosen."""
 
     def __init__(self, config: LossConfig | None = None) -> None:
         super().__init__()
@@ -196,8 +201,8 @@ class MaskLoss(nn.Module):
         """Return one loss per mask, (P,).
 
         Args:
-            low_res_logits_Phw: One mask each.
-            masks_PSS: The objects, bool.
+            low_res_logits_Phw: Logits of one mask each.
+            masks_PSS: True masks, bool.
         """
         logits, target = on_loss_grid(low_res_logits_Phw[:, None], masks_PSS[:, None], size=self.config.size)
         target = target.float()
@@ -213,10 +218,10 @@ class MaskLoss(nn.Module):
 
 
 def on_loss_grid(logits_NChw: Tensor, target_NXSS: Tensor, *, size: int | None) -> tuple[Tensor, Tensor]:
-    """Bring logits (bilinear, float32) and labels (nearest, only if ``size`` says so) to one grid."""
+    """Resize logits (bilinear, float32) and, with ``size``, labels (nearest) to one grid."""
     if size is not None and target_NXSS.shape[-1] != size:
         if target_NXSS.ndim != 4:
-            raise ValueError("loss.size is for slices; volumes keep their grid.")
+            raise ValueError("loss.size applies to slices only, got volumes. Set it to null.")
         small = F.interpolate(target_NXSS.float(), size=(size, size), mode="nearest-exact")
         target_NXSS = small.to(target_NXSS.dtype)
     logits_NChw = logits_NChw.float()
@@ -226,7 +231,7 @@ def on_loss_grid(logits_NChw: Tensor, target_NXSS: Tensor, *, size: int | None) 
 
 
 def _overlap_term(config: LossConfig, *, batch: bool, **options: Any) -> nn.Module:
-    # Imported here: MONAI takes seconds, and configurations are read without it.
+    # MONAI takes seconds to import, and reading a configuration does not need it.
     if config.overlap is Overlap.TVERSKY:
         from monai.losses.tversky import TverskyLoss
 

@@ -1,9 +1,10 @@
-"""The folder of a finished model: runs/NAME/model or a release, written whole and read strictly.
+"""Folder of a finished model, which is runs/NAME/model or a release.
 
-sam.safetensors   merged weights under segment_anything's names; or, where the method cannot be merged,
-base.safetensors  the weights before tuning: they need the adapter beside them
-card.json         what it is; task.json: what it segments
-adapter/          the peft pair before merging (not where SAM's own tensors were trained)
+sam.safetensors   merged weights under segment_anything's names
+base.safetensors  weights before tuning, instead, when the method cannot be merged: they need the adapter
+card.json         origin of the weights
+task.json         classes and input of the model
+adapter/          peft's files before merging, not present when SAM's own tensors were trained
 """
 
 from __future__ import annotations
@@ -33,31 +34,32 @@ CARD_FILE = "card.json"
 
 @dataclass(frozen=True, kw_only=True)
 class FinishedModel:
-    """A fine-tuned model ready to segment."""
+    """Fine-tuned model that is ready to segment."""
 
     segmenter: Segmenter
     card: Card
     task: Task
     folder: Path
     is_merged: bool = True
-    """False: base weights with an adapter in front of them, which plain SAM weights cannot express."""
+    """False for base weights with an adapter, which plain SAM weights cannot express."""
 
 
 def write_model(sam: nn.Module, folder: Path, *, card: Card, task: Task, is_merged: bool = True) -> Path:
-    """Write weights, card and task; return the weights' path. Tasks come last: they mark a complete folder.
+    """Write weights, card and task, and return the path of the weights.
 
     Args:
-        sam: A plain SAM or a baseline's network; or, with ``is_merged`` False, a SAM with an adapter, which lies in
-            ``folder`` already.
-        folder: Where.
-        card: What the model is.
-        task: What it segments.
+        sam: Plain SAM or a baseline's network. With ``is_merged`` False a SAM with an adapter that is already in
+            ``folder``.
+        folder: Folder of the model.
+        card: Origin of the weights.
+        task: Classes and input of the model.
         is_merged: False writes the weights before tuning, which need the adapter.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / (NETWORK_FILE if task.network else WEIGHTS_FILE if is_merged else BASE_FILE)
     write_tensors(path, sam.state_dict() if is_merged else base_tensors(sam))
     Card.from_dict({**card.to_dict(), "weights_sha256": weights_digest(folder)}).write(folder / CARD_FILE)
+    # The task is written last, because it marks a complete folder.
     task.write(folder)
     return path
 
@@ -66,7 +68,7 @@ def read_model(path: Path) -> FinishedModel:
     """Read a finished run or a release.
 
     Raises:
-        WeightsError: If the folder has no finished model, or its weights are not those of its card.
+        WeightsError: If the folder has no finished model, or its weights do not match its card.
     """
     if not path.exists():
         raise WeightsError(
@@ -78,12 +80,16 @@ def read_model(path: Path) -> FinishedModel:
         return _read_baseline(folder, task)
     is_merged = (folder / WEIGHTS_FILE).is_file()
     if not (folder / CARD_FILE).is_file() or not (is_merged or (folder / BASE_FILE).is_file()):
-        raise WeightsError(f"a finished model must have {WEIGHTS_FILE} and {CARD_FILE}.", where=path.name)
+        raise WeightsError(
+            f"{WEIGHTS_FILE} or {CARD_FILE} of the finished model is missing. Restore it or train again.",
+            where=path.name,
+        )
     card = Card.read(folder / CARD_FILE)
     name = WEIGHTS_FILE if is_merged else f"{BASE_FILE} with its adapter"
     if card.weights_sha256 != weights_digest(folder):
         raise WeightsError(
-            f"{name} must be the file its card describes, sha256 differs. It was changed or damaged.",
+            f"{name} does not match its card: its sha256 differs, so it was changed or damaged. Restore it "
+            "or train again.",
             where=path.name,
             kept="the run's training states",
         )
@@ -102,11 +108,15 @@ def read_model(path: Path) -> FinishedModel:
 def _read_baseline(folder: Path, task: Task) -> FinishedModel:
     path = folder / NETWORK_FILE
     if not path.is_file() or not (folder / CARD_FILE).is_file():
-        raise WeightsError(f"a finished baseline must have {NETWORK_FILE} and {CARD_FILE}.", where=folder.parent.name)
+        raise WeightsError(
+            f"{NETWORK_FILE} or {CARD_FILE} of the finished baseline is missing. Restore it or train again.",
+            where=folder.parent.name,
+        )
     card = Card.read(folder / CARD_FILE)
     if card.weights_sha256 != weights_digest(folder):
         raise WeightsError(
-            f"{NETWORK_FILE} must be the file its card describes, sha256 differs. It was changed or damaged.",
+            f"{NETWORK_FILE} does not match its card: its sha256 differs, so it was changed or damaged. Restore it or "
+            "train again.",
             where=folder.parent.name,
             kept="the run's training states",
         )

@@ -1,4 +1,4 @@
-"""SAM as an automatic segmenter of named classes: no prompt in, one logit map per class out.
+"""SAM as an automatic segmenter of named classes, without prompts and with one logit map per class.
 
 Shape letters: N = slices, C = foreground classes, S = side of the encoder's input, h, w = sides of the logits.
 """
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from samgraft.finetune.embedding_cache import EmbeddingMemory
 
 SAM_MULTIMASK_OUTPUTS = 3
-"""Multimask tokens of every published SAM."""
+"""Number of multimask tokens of every published SAM."""
 
 
 class Segmenter(nn.Module):
-    """Holds a SAM (adapted or not) and the classes' place among its mask tokens."""
+    """SAM, adapted or not, whose mask tokens are the classes."""
 
     def __init__(self, sam: Sam, *, num_classes: int) -> None:
         super().__init__()
@@ -31,7 +31,7 @@ class Segmenter(nn.Module):
 
     @property
     def network(self) -> nn.Module:
-        """What is trained and saved."""
+        """Network that is trained and saved."""
         network: nn.Module = self.sam
         return network
 
@@ -41,7 +41,7 @@ class Segmenter(nn.Module):
         return int(self.sam.image_encoder.image_size)
 
     def forward(self, images_N1SS: Tensor) -> Tensor:
-        """Return logits (N, C, h, w) at SAM's own, lower resolution; background's logit is 0 and not included.
+        """Return logits (N, C, h, w) at SAM's lower resolution, without the background, whose logit is 0.
 
         Args:
             images_N1SS: Slices in [0, 1].
@@ -49,13 +49,13 @@ class Segmenter(nn.Module):
         return self.decode(self.embed(images_N1SS))
 
     def embed(self, images_N1SS: Tensor) -> Tensor:
-        """Return image embeddings (N, 256, h, w); in eval mode those of batches that come again may be remembered."""
+        """Return image embeddings (N, 256, h, w), in eval mode from ``embedding_memory`` if there is one."""
         if self.embedding_memory is not None and not self.training:
             return self.embedding_memory.lookup(images_N1SS, self._encode)
         return self._encode(images_N1SS)
 
     def decode(self, embeddings_NChw: Tensor) -> Tensor:
-        """Return the logits that ``forward`` gives for the slices with these embeddings."""
+        """Return the logits of ``forward`` for slices with these embeddings."""
         logits, _ = decode_automatic(self.sam, embeddings_NChw, multimask=self.num_classes > 1)
         return logits[:, : self.num_classes]
 
@@ -64,11 +64,11 @@ class Segmenter(nn.Module):
         return embeddings
 
 
-def make_room_for_classes(sam: Sam, *, num_classes: int) -> None:
-    """Give the mask decoder more mask tokens when there are more classes than SAM has, in place.
+def add_class_tokens(sam: Sam, *, num_classes: int) -> None:
+    """Add mask tokens to the mask decoder when there are more classes than SAM has tokens, in place.
 
-    Up to three classes change nothing and the released file has stock SAM's shape. New tokens, hypernetworks and rows
-    of the IoU head start as copies of SAM's multimask ones, in turn; labels tell them apart.
+    Up to three classes change nothing, and the released file has stock SAM's shape. New tokens, hypernetworks and rows
+    of the IoU head start as copies of SAM's multimask ones in turn. Training makes them different.
     """
     decoder = sam.mask_decoder
     present = decoder.num_mask_tokens - 1

@@ -1,4 +1,4 @@
-"""A fine-tuned SAM as one plain module, slices of any size in, class logits on the same pixels out; for bundles.
+"""Fine-tuned SAM as one plain module for bundles, from slices of any size to logits on the same pixels.
 
 Shape letters: N = slices; X, Y = columns and rows; C = foreground classes.
 """
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 
 class SliceNetwork(nn.Module):
-    """Built from plain values, as a bundle's configuration needs it; weights come from ``load_state_dict``."""
+    """Segmentation network that is built from plain values, as a bundle's configuration needs it."""
 
     def __init__(
         self,
@@ -40,7 +40,7 @@ class SliceNetwork(nn.Module):
         """Return logits (N, 1 + C, X, Y), background first.
 
         Args:
-            images_N1XY: In [0, 1]; columns before rows, as a volume in NIfTI order gives its slices.
+            images_N1XY: Slices in [0, 1] with columns before rows, as in a volume in NIfTI order.
         """
         images_N1HW = torch.as_tensor(images_N1XY).transpose(2, 3)
         native_hw = (images_N1HW.shape[2], images_N1HW.shape[3])

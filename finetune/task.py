@@ -1,4 +1,4 @@
-"""task.json beside a model: which classes it segments and how scans must reach it; ``card.json`` says what it is."""
+"""Task of a model, ``task.json``, with its classes and the conversion of scans to its input."""
 
 from __future__ import annotations
 
@@ -22,38 +22,39 @@ TASK_FILE = "task.json"
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """Everything beside weights that a prediction or an evaluation needs."""
+    """Facts that a prediction or an evaluation needs in addition to the weights."""
 
     class_ids: list[int]
     class_names: list[str]
     class_members: list[list[int]] = field(default_factory=list)
-    """Overlapping classes only: the label ids that each joins; predictions then hold one bit per class."""
+    """Label ids that each overlapping class joins. Predictions then have one bit per class. Empty for exclusive
+    classes."""
     modality: str
     image_size: int
     keep_aspect: bool
     intensity: dict[str, Any]
     num_neighbours: int = 0
-    """Slices on each side that are the encoder's other channels (2.5D)."""
+    """Number of slices on each side that are further channels of the encoder (2.5D)."""
     store_fingerprint: str
-    """Store it was trained on."""
+    """Fingerprint of the training store."""
     split_sha256: str
     split: dict[str, list[str]]
     """Pseudonymous patients of train, val and test."""
     network: dict[str, Any] = field(default_factory=dict)
-    """Plan of a baseline's network; empty: SAM."""
+    """Plan of a baseline's network. Empty for SAM."""
     prompt: dict[str, Any] = field(default_factory=dict)
-    """Prompts the model was trained with and evaluation draws; empty: automatic."""
+    """Prompts of the training, which evaluation draws too. Empty for automatic mode."""
     transductive: bool = False
-    """True when the user allowed patients of val or test in pretraining."""
+    """True when the user allowed validation or test patients in pretraining."""
     trainable_millions: dict[str, float] = field(default_factory=dict)
     """Trainable parameters per part, in millions."""
     validation: dict[str, Any] = field(default_factory=dict)
-    """Foreground Dice on validation: zero_shot, start, best, and the step of the best."""
+    """Foreground Dice on validation under zero_shot, start and best, and the step of the best."""
     schema: int = SCHEMA
 
     @property
     def classes(self) -> ClassTable:
-        """Channel order."""
+        """Table of classes in channel order."""
         return ClassTable(
             ids=tuple(self.class_ids),
             names=clean_class_names(self.class_names),
@@ -61,7 +62,7 @@ class Task:
         )
 
     def inference(self, *, batch_size: int = 8) -> InferenceConfig:
-        """Return how slices reach the encoder."""
+        """Return the conversion of slices to the encoder's input."""
         return InferenceConfig(
             intensity=IntensityPreset.from_dict(self.intensity),
             keep_aspect=self.keep_aspect,
@@ -71,7 +72,7 @@ class Task:
         )
 
     def write(self, folder: Path) -> None:
-        """Write ``task.json`` through a temporary neighbour."""
+        """Write ``task.json`` atomically."""
         path = folder / TASK_FILE
         write_json(path, dataclasses.asdict(self), indent=2)
 
@@ -85,18 +86,19 @@ class Task:
         path = folder / TASK_FILE
         if not path.is_file():
             raise WeightsError(
-                f"a fine-tuned model must have {TASK_FILE} beside its weights. Give a finished run or a release.",
+                f"{TASK_FILE} is missing next to the weights. Give a finished run or a release.",
                 where=folder.name,
                 next_command="make finetune CKPT=...",
             )
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
             known = {f.name for f in dataclasses.fields(cls)}
-            # Models from before there were neighbours have none.
+            # Models of versions without 2.5D input have no such field.
             if values.get("schema") != SCHEMA or set(values) | {"num_neighbours"} != known:
                 raise WeightsError(
-                    f"{TASK_FILE} must have schema {SCHEMA} and exactly its fields, got schema "
-                    f"{values.get('schema')!r} and other fields {sorted(set(values) ^ known)}.",
+                    f"{TASK_FILE} does not fit this version (got schema {values.get('schema')!r}, expected {SCHEMA}; "
+                    f"missing or unexpected fields {sorted(set(values) ^ known)}). Install the version of "
+                    "samgraft that wrote it.",
                     where=folder.name,
                 )
             return cls(**values)

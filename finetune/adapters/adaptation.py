@@ -57,8 +57,8 @@ def adapt(
     Raises:
         UsageError: If the configuration does not fit the architecture. The model is unchanged then.
     """
-    if unused := config.unused_options():
-        log.warning("%s is not read by adapter.method=%s", ", ".join(f"adapter.{u}" for u in unused), config.method)
+    for option in config.unused_options():
+        log.warning("adapter.%s is not read by adapter.method=%s", option, config.method)
     spec: EncoderSpec = sam.image_encoder.spec
     blocks = chosen_blocks(spec, config)
     if config.spec.build is None:
@@ -138,7 +138,7 @@ def separate_qv(sam: nn.Module, spec: EncoderSpec, *, r: int) -> None:
 
 
 def _zero_gradient(parameter: nn.Parameter, fixed: Tensor) -> None:
-    """Set the gradient to zero where ``fixed`` is True; the tables subtract ``num_fixed`` numbers."""
+    """Set the gradient to zero where ``fixed`` is True. The tables subtract ``num_fixed`` numbers."""
     free = ~fixed
     parameter.register_hook(lambda grad: grad * free.to(grad))
     parameter.num_fixed = int(fixed.sum())  # type: ignore[attr-defined]

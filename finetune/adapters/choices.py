@@ -6,7 +6,7 @@ from enum import Enum
 
 
 class TuningScope(Enum):
-    """Parts of SAM that change. The prompt encoder never does, except with ``heads: released``."""
+    """Parts of SAM that change. The prompt encoder never does, except with ``heads=released``."""
 
     ENCODER_DECODER = "encoder_decoder"
     DECODER = "decoder"

@@ -59,10 +59,10 @@ class MethodSpec:
     """Properties of one fine-tuning method."""
 
     build: Callable[[AdapterRequest], PeftConfig] | None = None
-    """Function that returns the peft configuration. None trains SAM's own tensors: there is no peft wrapper, no adapter
-    file and nothing to merge."""
+    """Function that returns the peft configuration. None trains SAM's own tensors: there is then no peft
+    wrapper, no adapter file and nothing to merge."""
     placement: Placement = Placement.LAYERS
-    """Modules that get an update; not read without ``build``."""
+    """Modules that get an update. Not read without ``build``."""
     options: frozenset[str] = frozenset()
     """Fields of ``AdapterConfig`` that this method reads and others ignore. ``targets`` follows from ``placement``."""
     check_layers: Callable[[AdapterConfig, LayerSizes], None] | None = None
@@ -95,15 +95,15 @@ class AdapterConfig:
     """Method, its options and the modules that train."""
 
     method: str = "lora"
-    """Name in ``METHODS``; METHOD= on the command line."""
+    """Name in ``METHODS``. METHOD= on the command line."""
     scope: TuningScope = TuningScope.ENCODER_DECODER
     """Parts of SAM that change. The study's best models tune both."""
     targets: Targets = Targets.ALL_LINEAR
     """Layers that get an update. all_linear needs fewer steps than qv at equal rank and cost, and is merged too."""
     blocks: list[int] = field(default_factory=list)
-    """Encoder blocks that get an update, counted from 0 over the transformer blocks; empty takes all."""
+    """Encoder blocks that get an update, counted from 0 over the transformer blocks. Empty takes all."""
     last_blocks: int | None = None
-    """Number of encoder blocks next to the neck that get an update; null takes all. Blocks below them keep nothing for
+    """Number of encoder blocks next to the neck that get an update. null takes all. Blocks below them keep nothing for
     the backward pass, so time and memory fall."""
     heads: Heads = Heads.NEEDED
     """Modules that train whole in the decoder."""
@@ -116,7 +116,7 @@ class AdapterConfig:
     vera_r: int = 256
     """Rank of vera's shared projections. They do not train, so it is large (the paper's value)."""
     boft_block_size: int = 4
-    """Side of boft's rotations; must divide the inputs of every layer."""
+    """Side of boft's rotations. Must divide the inputs of every layer."""
     bottleneck_ratio: float = 0.25
     """Hidden width of bottleneck adapters relative to the layer's width (the study's value)."""
     bottleneck_mlp_scale: float = 0.5
@@ -201,7 +201,7 @@ class AdapterConfig:
 
 
 def _lora(init: str | bool = True, **variant: bool) -> Callable[[AdapterRequest], PeftConfig]:
-    """Return the builder of a LoRA variant; ``variant`` holds peft's switches such as ``use_dora``."""
+    """Return the builder of a LoRA variant. ``variant`` holds peft's switches such as ``use_dora``."""
 
     def build(request: AdapterRequest) -> PeftConfig:
         import peft

@@ -24,7 +24,7 @@ ENCODER_PREFIX = "image_encoder."
 
 
 def chosen_blocks(spec: EncoderSpec, config: AdapterConfig) -> list[str]:
-    """Return the encoder blocks that train; none when the scope leaves them out.
+    """Return the encoder blocks that train. None when the scope leaves them out.
 
     Raises:
         UsageError: If the configuration names a block that this architecture does not have.

@@ -54,7 +54,7 @@ class RankUpdates:
         return {**averages, "rank_pattern": dict(pattern) if pattern else None}
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Restore a state returned by :meth:`state`."""
+        """Restore a state returned by ``state``."""
         allocator = self.tuner.rankallocator
         parameters = dict(self.tuner.model.named_parameters())
         # The state comes from a file on the CPU; the averages must be where their parameters are.

@@ -22,7 +22,7 @@ class TensorGroup:
 
 
 def trainable_tensors(sam: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the trainable parameters by their name in ``sam``; a shared parameter occurs once."""
+    """Return the trainable parameters by their name in ``sam``. A shared parameter occurs once."""
     return {name: parameter for name, parameter in sam.named_parameters() if parameter.requires_grad}
 
 
@@ -55,7 +55,7 @@ def trainable_groups(sam: nn.Module) -> list[TensorGroup]:
 
 
 def num_free(parameter: nn.Parameter) -> int:
-    """Return how many numbers of a tensor can change; some entries of qkv's updates are fixed at 0."""
+    """Return how many numbers of a tensor can change. Some entries of qkv's updates are fixed at 0."""
     return parameter.numel() - int(getattr(parameter, "num_fixed", 0))
 
 

@@ -1,1 +1,1 @@
-"""U-Net and DynUNet baselines, in 2D and 3D."""
+"""U-Net and DynUNet baselines in 2D and 3D."""

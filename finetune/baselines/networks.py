@@ -1,7 +1,7 @@
-"""Networks without SAM in the same harness: MONAI's U-Net and nnU-Net's network (DynUNet), in slices and in volumes.
+"""Baseline networks without SAM, MONAI's U-Net and nnU-Net's network (DynUNet), for slices and for volumes.
 
-They start from random weights and see the same split, store, augmentation, loss and evaluation, so that a user sees
-whether SAM is worth it. They are for comparison: nothing of them is released.
+They start from random weights and use the same split, store, augmentation, loss and evaluation as a fine-tuned SAM.
+They show how much SAM contributes and are not released.
 
 Shape letters: N = slices or patches, C = foreground classes, Z = slices, H, W = rows and columns.
 """
@@ -27,22 +27,22 @@ from torch import Tensor, nn
 
 Volume = npt.NDArray[Any]
 MIN_SIDE = 4
-"""Smallest feature map along an axis, as in nnU-Net."""
+"""Smallest side of a feature map in voxels, as in nnU-Net."""
 MAX_LEVELS = 5
-"""Steps down at most, as in nnU-Net's 3D networks."""
+"""Largest number of downsampling steps, as in nnU-Net's 3D networks."""
 
 
 class Baseline(Enum):
-    """MODEL= on the command line."""
+    """Baseline networks. MODEL= on the command line."""
 
     UNET_2D = "unet2d"
     """MONAI's U-Net with residual units, on slices."""
     UNET_3D = "unet3d"
-    """The same on patches of volumes."""
+    """3D variant, on patches of volumes."""
     DYNUNET_2D = "dynunet2d"
     """nnU-Net's network, without deep supervision, on slices."""
     DYNUNET_3D = "dynunet3d"
-    """The same on patches of volumes."""
+    """3D variant, on patches of volumes."""
 
     @property
     def is_volume(self) -> bool:
@@ -52,18 +52,18 @@ class Baseline(Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class BaselineConfig:
-    """Size of U-Nets; read by MODEL=unet2d, unet3d, dynunet2d, dynunet3d only."""
+    """Size of the baseline networks. Read only with MODEL=unet2d, unet3d, dynunet2d or dynunet3d."""
 
     base_channels: int = 32
-    """Channels of the first level, doubled at every step down (nnU-Net: 32)."""
+    """Channels of the first level, doubled at every downsampling step (32 in nnU-Net)."""
     max_channels: int = 320
-    """Channels of a level at most (nnU-Net: 320 in 3D)."""
+    """Largest number of channels of a level (320 in nnU-Net 3D)."""
     patch_size: list[int] = field(default_factory=list)
-    """3D: slices, rows, columns of a patch; empty takes the median scan, cut down to max_patch_voxels."""
+    """Slices, rows and columns of a patch in 3D. Empty takes the median scan, cut to max_patch_voxels."""
     max_patch_voxels: int = 2**18
-    """3D: voxels of a planned patch at most; 64^3 suits a CPU or a small GPU, 128^3 a large one."""
+    """Largest number of voxels of a planned patch in 3D. 64^3 suits a CPU or a small GPU, 128^3 a large one."""
     overlap: float = 0.5
-    """3D: overlap of neighbouring patches when a scan is segmented (nnU-Net: 0.5)."""
+    """Overlap of neighbouring patches in 3D inference, as a fraction in [0, 1) (0.5 in nnU-Net)."""
 
     def __post_init__(self) -> None:
         if self.base_channels < 4 or self.max_channels < self.base_channels:
@@ -78,8 +78,8 @@ class BaselineConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Origin:
-    """Stands for a weights file where there is none."""
+class NoFile:
+    """Placeholder for a weights file of a network with random weights."""
 
     name: str = "random weights"
     sha256: str = "none"
@@ -87,12 +87,12 @@ class Origin:
 
 
 @dataclass(frozen=True, kw_only=True)
-class BaselineStart:
-    """Where a baseline starts: nowhere. Has what ``StartingPoint`` tells about files."""
+class RandomWeights:
+    """Random initial weights of a baseline, with the attributes of ``InitialWeights``."""
 
     plan: dict[str, Any]
-    base: Origin = field(default_factory=Origin)
-    encoder: Origin = field(default_factory=Origin)
+    base: NoFile = field(default_factory=NoFile)
+    encoder: NoFile = field(default_factory=NoFile)
     is_continued: bool = False
 
     @property
@@ -102,12 +102,12 @@ class BaselineStart:
 
 
 def as_baseline(arch: str | None) -> Baseline | None:
-    """Return the baseline that MODEL names, or None for SAM's architectures."""
+    """Return the baseline with the name MODEL, or None for SAM's architectures."""
     return Baseline(arch) if arch in {baseline.value for baseline in Baseline} else None
 
 
 class SliceBaseline(Segmenter):
-    """A 2D network in the place of SAM: it has no ``sam``, everything that works on logits takes it."""
+    """2D network that replaces SAM wherever only logits are needed."""
 
     def __init__(self, net: nn.Module, *, num_classes: int, image_size: int) -> None:
         nn.Module.__init__(self)
@@ -117,15 +117,15 @@ class SliceBaseline(Segmenter):
 
     @property
     def network(self) -> nn.Module:
-        """The network."""
+        """Network that is trained and saved."""
         return self.net
 
     @property
     def sam(self) -> Sam:
-        """There is none: what needs one is refused."""
+        """Refuse access to a SAM, which a baseline does not have."""
         raise UsageError(
-            "this model must be a SAM, it is a U-Net baseline. Baselines are trained and evaluated for comparison, "
-            "they take no prompts and are not released."
+            "this needs a SAM, and the model is a U-Net baseline. Baselines can be trained and evaluated only: they "
+            "take no prompts and are not released."
         )
 
     @property
@@ -134,13 +134,13 @@ class SliceBaseline(Segmenter):
         return self._image_size
 
     def forward(self, images_NCSS: Tensor) -> Tensor:
-        """Return logits (N, C, S, S); background's logit is 0 and not included."""
+        """Return logits (N, C, S, S) without the background, whose logit is 0."""
         logits: Tensor = self.net(images_NCSS)
         return logits
 
 
 class VolumeBaseline(SliceBaseline):
-    """A 3D network: trained on patches, segments whole scans by overlapping ones."""
+    """3D network that is trained on patches and segments scans by overlapping patches."""
 
     def __init__(self, net: nn.Module, *, num_classes: int, patch_size: Sequence[int], overlap: float) -> None:
         super().__init__(net, num_classes=num_classes, image_size=max(patch_size))
@@ -150,7 +150,7 @@ class VolumeBaseline(SliceBaseline):
     def segment(
         self, volume_ZHW: Volume, stats: IntensityStats, classes: ClassTable, intensity: IntensityPreset
     ) -> npt.NDArray[np.int32]:
-        """Segment a scan on its own grid; in eval mode, without gradients. Returns label ids, shape of the scan."""
+        """Return the label ids of a scan on its own grid. Call it in eval mode and without gradients."""
         from monai.inferers.utils import sliding_window_inference
 
         device = next(self.parameters()).device
@@ -173,16 +173,16 @@ def plan_network(
     median_shape_zyx: Sequence[int] = (),
     spacing_zyx: Sequence[float] = (),
 ) -> dict[str, Any]:
-    """Decide a network's shape and return it as plain values, from which ``build_network`` makes it again.
+    """Choose a network's shape and return it as plain values for ``build_network``.
 
     Args:
-        baseline: Which.
+        baseline: Kind of network.
         config: Sizes.
         num_classes: Foreground classes.
-        in_channels: Of the input.
-        image_size: Side of slices, 2D.
-        median_shape_zyx: Of the training scans, 3D.
-        spacing_zyx: Median distances of voxels in mm, 3D: axes more than twice as coarse are pooled later.
+        in_channels: Channels of the input.
+        image_size: Side of slices in pixels, for 2D.
+        median_shape_zyx: Median shape of the training scans, for 3D.
+        spacing_zyx: Median voxel spacing in mm, for 3D. Axes more than twice as coarse as the finest are pooled later.
 
     Raises:
         UsageError: If the input is too small to be halved.
@@ -221,7 +221,7 @@ def build_network(plan: dict[str, Any]) -> SliceBaseline:
     else:
         from monai.networks.nets.dynunet import DynUNet
 
-        # Its first "stride" belongs to the input block and keeps the resolution.
+        # The first stride of DynUNet belongs to its input block and keeps the resolution.
         first = (1,) * options["spatial_dims"]
         kernels = [tuple(kernel) for kernel in [*plan["kernels"], plan["kernels"][-1]]]
         net = DynUNet(
@@ -237,11 +237,11 @@ def build_network(plan: dict[str, Any]) -> SliceBaseline:
 
 
 def _unet(options: dict[str, Any], channels: list[int]) -> nn.Module:
-    """Return MONAI's residual U-Net with a head of its own.
+    """Return MONAI's residual U-Net with another head.
 
-    MONAI's ends in layers of as many channels as there are classes, normalised per slice: two classes let next to
-    nothing through, and no slice can be empty. Measured on 170 subjects of the hippocampus set: after 600 steps it had
-    settled for background everywhere.
+    MONAI's head ends in layers with as many channels as there are classes, normalised per slice. Two classes pass
+    almost no information, and no slice can be empty. On 170 subjects of the hippocampus set it predicted only
+    background after 600 steps.
     """
     from monai.networks.nets.unet import UNet
 
@@ -254,24 +254,28 @@ def _unet(options: dict[str, Any], channels: list[int]) -> nn.Module:
 
 
 def plan_patch(median_shape_zyx: Sequence[int], max_voxels: int) -> list[int]:
-    """Return a patch like the median scan, its largest axes cut until it has ``max_voxels`` at most.
+    """Return the size of a patch, which is the median scan with its largest axes cut to ``max_voxels``.
 
-    Sides become multiples of the step down that they allow: 8 from 24 voxels on, 4 below.
+    Sides become multiples of the downsampling that they allow, which is 8 above 16 voxels and 4 below.
     """
     sizes = [_rounded_up(size) for size in median_shape_zyx]
     while math.prod(sizes) > max_voxels:
         axis = sizes.index(max(sizes))
         sizes[axis] -= 8 if sizes[axis] > 24 else 4
         if sizes[axis] < MIN_SIDE:
-            raise UsageError("baseline.max_patch_voxels is too small for a patch of these scans.", where="baseline")
+            raise UsageError(
+                f"baseline.max_patch_voxels is too small for a patch of these scans (got {max_voxels}). Use "
+                "a larger value.",
+                where="baseline",
+            )
     return sizes
 
 
 def plan_levels(sizes: Sequence[int], spacing: Sequence[float]) -> tuple[list[list[int]], list[list[int]]]:
-    """Return kernel sizes and strides of every level, nnU-Net's way.
+    """Return kernel sizes and strides of every level by the rules of nnU-Net.
 
-    An axis is halved while both halves keep ``MIN_SIDE`` voxels and its spacing is at most twice the finest; coarse
-    axes get kernels of 1 until the others have caught up.
+    An axis is halved while both halves keep ``MIN_SIDE`` voxels and its spacing is at most twice the finest. Coarse
+    axes get kernels of 1 until the other axes have the same spacing.
 
     Source:
         Isensee et al., Nature Methods 18:203 (2021), supplementary note 4.
@@ -294,7 +298,7 @@ def plan_levels(sizes: Sequence[int], spacing: Sequence[float]) -> tuple[list[li
         distance = [d * s for d, s in zip(distance, step, strict=True)]
     if not strides:
         raise UsageError(
-            f"a U-Net must be able to halve its input, got sides {list(sizes)}. Use a larger size.",
+            f"the input is too small for a U-Net (got sides {list(sizes)}, which it cannot halve). Use a larger size.",
             where="model.image_size or baseline.patch_size",
         )
     return kernels, strides

@@ -26,9 +26,10 @@ Array = npt.NDArray[Any]
 
 
 class VolumePatches(Dataset[dict[str, Any]]):
-    """One patch per item, cut and augmented by the generator of the sample, so that a resumed run sees the same voxels.
+    """One random, augmented patch per item.
 
-    Items are asked for as ``(index, sample_counter)``, see ``StepBatchSampler``.
+    An item is ``(index, sample_counter)``, see ``StepBatchSampler``. The counter seeds the patch, so that a resumed run
+    trains on the same voxels.
     """
 
     def __init__(
@@ -43,17 +44,17 @@ class VolumePatches(Dataset[dict[str, Any]]):
         augment: AugmentConfig,
         seed: int,
     ) -> None:
-        """Keep the list; nothing is read.
+        """Store the settings. Nothing is read.
 
         Args:
-            store: The store.
-            series_ids: What index i means.
-            patch_size: Slices, rows, columns.
-            classes: Whose voxels are foreground.
-            intensity: Native units to [0, 1].
-            foreground_fraction: Share of patches around a voxel of a class; the others lie anywhere.
-            augment: Rotation, scale, shift, flip and intensity of ``data.augment``; the geometry stays in the plane.
-            seed: Of the run.
+            store: Labelled store.
+            series_ids: Series of each index.
+            patch_size: Slices, rows and columns.
+            classes: Foreground classes.
+            intensity: Mapping from native units to [0, 1].
+            foreground_fraction: Share of patches around a voxel of a class; other patches are anywhere in the scan.
+            augment: Settings of ``data.augment``; geometry changes within the plane of a slice only.
+            seed: Seed of the run.
         """
         self.store = store
         self.series_ids = tuple(series_ids)
@@ -84,7 +85,7 @@ class VolumePatches(Dataset[dict[str, Any]]):
         return {"volume": moved[None], "label": label_moved, "sample_counter": sample_counter}
 
     def _place(self, label_ZHW: Array, rng: np.random.Generator) -> tuple[int, ...]:
-        """Return the first corner: around a voxel of a class that is drawn first, or anywhere."""
+        """Return the first corner of a patch, around a voxel of a random class or anywhere in the scan."""
         around = rng.random() < self.foreground_fraction
         channel = int(rng.integers(self.classes.num_classes))
         places = np.argwhere(self.classes.true_mask(label_ZHW, channel)) if around else np.empty((0, 3))
@@ -93,13 +94,13 @@ class VolumePatches(Dataset[dict[str, Any]]):
         for axis, (size, side) in enumerate(zip(label_ZHW.shape, self.patch_size, strict=True)):
             last = max(0, size - side)
             wanted = int(rng.integers(last + 1)) if center is None else int(center[axis]) - side // 2
-            # A scan smaller than the patch lies in its middle, as sliding windows pad it.
+            # A scan smaller than the patch is in its middle, because sliding-window inference pads it so.
             start.append(min(max(wanted, 0), last) if size >= side else -((side - size) // 2))
         return tuple(start)
 
 
 def cut(volume_ZHW: Array, start: Sequence[int], patch_size: Sequence[int]) -> Array:
-    """Cut a patch; what lies outside of the volume is its smallest value, 0 for labels."""
+    """Cut a patch, padded with the smallest value of the volume (0 for labels)."""
     before = [max(0, -s) for s in start]
     after = [max(0, s + side - size) for s, side, size in zip(start, patch_size, volume_ZHW.shape, strict=True)]
     inside = tuple(slice(max(0, s), s + side) for s, side in zip(start, patch_size, strict=True))
@@ -113,7 +114,7 @@ def cut(volume_ZHW: Array, start: Sequence[int], patch_size: Sequence[int]) -> A
 def augment_patch(
     image_ZHW: Tensor, label_ZHW: Tensor, config: AugmentConfig, rng: np.random.Generator, *, plane: Plane
 ) -> tuple[Tensor, Tensor]:
-    """Move every slice of a patch alike (the label by nearest neighbour), then change its intensity."""
+    """Apply one random affine map to all slices of a patch and its label, then change the intensity."""
     height, width = image_ZHW.shape[-2:]
     angle = math.radians(rng.uniform(-config.max_rotation_deg, config.max_rotation_deg))
     scale = math.exp(rng.uniform(math.log(config.min_scale), math.log(config.max_scale)))

@@ -1,1 +1,1 @@
-"""Commands of stage 2; light imports only."""
+"""Commands of stage 2. Light imports only."""

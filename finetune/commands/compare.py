@@ -1,4 +1,4 @@
-"""``samgraft compare``: two or more evaluated runs on the same patients, with paired tests."""
+"""Command ``samgraft compare``, a paired comparison of evaluated runs on the same patients."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Carry the command out."""
+    """Run the command and return its exit code."""
     from samgraft.finetune.evaluation.comparison import compare_runs, read_evaluated_run, render_pair, write_comparison
     from samgraft.finetune.evaluation.comparison_report import write_comparison_report
     from samgraft.finetune.evaluation.scores import METRIC_BY_KEY, interval_of

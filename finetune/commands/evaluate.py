@@ -1,4 +1,4 @@
-"""``samgraft evaluate``: scores per case and class on the scans' own grids, with intervals over patients."""
+"""Command ``samgraft evaluate``, with scores per case and class on the scans' own grids."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--split-file", type=Path, help="split by patient; default the one of the run")
     parser.add_argument("--split", default="test", choices=("train", "val", "test"), help="part (default test)")
     parser.add_argument("--out", type=Path, help="folder; default RUN/evaluation/PART")
-    parser.add_argument("--tolerance-mm", type=float, default=2.0, help="of the surface Dice (default 2)")
+    parser.add_argument("--tolerance-mm", type=float, default=2.0, help="tolerance of the surface Dice (default 2)")
     parser.add_argument(
         "--by", action="append", default=[], help="table per subgroup: site, plane, orientation, slice_spacing"
     )
@@ -36,10 +36,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--choose-postprocessing",
         action="store_true",
-        help="choose largest component and hole filling per class on the validation part first, and keep the choice",
+        help="first choose largest component and hole filling per class on the validation part, and store the choice",
     )
-    parser.add_argument("--no-postprocessing", action="store_true", help="score the bare segmentation")
-    parser.add_argument("--log-images", action="store_true", help="the data is shareable: pictures in the report")
+    parser.add_argument(
+        "--no-postprocessing", action="store_true", help="score the segmentation without post-processing"
+    )
+    parser.add_argument(
+        "--log-images",
+        action="store_true",
+        help="write pictures of the scans into the report; for data that may be shared",
+    )
     parser.add_argument(
         "--precision", default="fp32", choices=("fp32", "bf16", "auto"), help="number format (default fp32)"
     )
@@ -48,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Carry the command out."""
+    """Run the command and return its exit code."""
     from samgraft.finetune.evaluation.evaluate import evaluate, write_evaluation
     from samgraft.finetune.evaluation.evaluation_report import Pictured, write_evaluation_report
     from samgraft.finetune.evaluation.run_inputs import read_run_inputs, split_for_evaluation
@@ -77,7 +83,7 @@ def run(arguments: argparse.Namespace) -> int:
         tolerance_mm=arguments.tolerance_mm,
         postprocessing=postprocessing,
         bf16=is_bf16,
-        on_case=_say_case,
+        on_case=_log_case,
     )
     folder = arguments.out or path / "evaluation" / arguments.split
     provenance = {
@@ -94,13 +100,13 @@ def run(arguments: argparse.Namespace) -> int:
     write_evaluation_report(
         evaluation, folder, title=path.name, provenance=provenance, subgroups=subgroups, pictured=pictured
     )
-    _say_result(evaluation)
+    _log_result(evaluation)
     log.info("written: cases.csv, summary.json and report.html in %s", folder)
     return int(ExitCode.OK)
 
 
 def _prompts(model: FinishedModel) -> str:
-    """Say when scores were reached with prompts that only somebody who knows the truth could give."""
+    """Return the kind of prompts. Prompts from the true labels give scores that no user can reach."""
     prompt = model.task.inference().prompt
     return f"drawn from the true labels ({prompt.mode.value})" if prompt.is_prompted else "none: automatic"
 
@@ -111,7 +117,7 @@ def _check(arguments: argparse.Namespace) -> None:
     if arguments.batch_size < 1:
         raise UsageError(f"--batch-size must be at least 1, got {arguments.batch_size}.")
     if arguments.choose_postprocessing and arguments.no_postprocessing:
-        raise UsageError("--choose-postprocessing and --no-postprocessing contradict each other. Give one.")
+        raise UsageError("--choose-postprocessing and --no-postprocessing contradict each other. Remove one of them.")
 
 
 def _subgroups(arguments: argparse.Namespace, store: SliceStore, split: Split) -> list[Subgroups]:
@@ -126,7 +132,7 @@ def _subgroups(arguments: argparse.Namespace, store: SliceStore, split: Split) -
 def _postprocessing(
     arguments: argparse.Namespace, model: FinishedModel, store: SliceStore, split: Split
 ) -> PostProcessing | None:
-    """Return what was chosen on validation, now or before; None for the bare segmentation."""
+    """Return the post-processing chosen on validation, now or earlier, or None with ``--no-postprocessing``."""
     from samgraft.finetune.evaluation.evaluate import choose_on_validation
     from samgraft.finetune.evaluation.postprocess import read_postprocessing
 
@@ -145,7 +151,7 @@ def _postprocessing(
     return found
 
 
-def _say_case(number: int, total: int, rows: Any) -> None:
+def _log_case(number: int, total: int, rows: Any) -> None:
     for row in rows:
         dice, distance = row["dice"], row["hd95_mm"]
         log.info("%d/%d %s %s: Dice %s, HD95 %s mm (%d voxels true, %d predicted)", number, total, row["series_id"],
@@ -154,15 +160,15 @@ def _say_case(number: int, total: int, rows: Any) -> None:
                  row["predicted_voxels"])  # fmt: skip
 
 
-def _say_result(evaluation: Evaluation) -> None:
+def _log_result(evaluation: Evaluation) -> None:
     from samgraft.finetune.evaluation.scores import METRICS, count_one_sided, interval_of
 
     for metric in METRICS:
         interval = interval_of(evaluation.rows, metric.key)
         log.info("%s, %s: %s", evaluation.part, metric.title, interval.render() if interval else "n/a")
     if one_sided := count_one_sided(evaluation.rows):
-        log.info("%d of %d rows are one-sided (missed or invented): Dice 0, distances the scan's diagonal", one_sided,
-                 len(evaluation.rows))  # fmt: skip
+        log.info("%d of %d rows are missed or have no truth: Dice is 0 and distances are the scan's diagonal",
+        one_sided, len(evaluation.rows))  # fmt: skip
 
 
 COMMAND = Command(help="scores per case and class, with intervals over patients", add_arguments=add_arguments, run=run)

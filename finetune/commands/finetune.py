@@ -1,4 +1,4 @@
-"""``samgraft finetune``: from a stage-1 run (or any SAM weights) and labelled slices to a segmentation model."""
+"""Command ``samgraft finetune``, which trains a segmentation model on labelled slices."""
 
 from __future__ import annotations
 
@@ -23,37 +23,41 @@ log = logging.getLogger(__name__)
 
 RUNS = Path("runs")
 BASELINES = ("unet2d", "unet3d", "dynunet2d", "dynunet3d")
-"""Networks without SAM, trained from scratch for comparison."""
+"""Names of networks without SAM, which are trained from scratch for comparison."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument("--ckpt", help="a stage-1 run, or any image encoder or SAM weights")
-    parser.add_argument("--data", help="labelled slice store, or scans with labels beside; default the tumour demo")
+    parser.add_argument(
+        "--ckpt", help="initial encoder weights: a stage-1 run, or any encoder or SAM file; default BASE's own encoder"
+    )
+    parser.add_argument("--data", help="labelled slice store, or folder of scans with labels; default the tumour demo")
     parser.add_argument("--modality", help="mri, ct, xray or ultrasound (default: the store's, or mri)")
     parser.add_argument(
         "--model",
-        help="expected architecture (vit_t, vit_b, vit_l, vit_h; default what CKPT holds), "
+        help="expected architecture (vit_t, vit_b, vit_l, vit_h; default that of the weights), "
         f"or a baseline without SAM: {', '.join(BASELINES)}",
     )
-    parser.add_argument("--method", help="how weights change: lora, adapter, full, dora, ...; default the preset's")
-    parser.add_argument("--base", help="SAM weights that give prompt encoder and decoder; default CKPT's or the demo's")
-    parser.add_argument("--name", help="run name; default made from CKPT and DATA, so the same command resumes")
+    parser.add_argument("--method", help="fine-tuning method: lora, adapter, full, dora, ...; default the preset's")
+    parser.add_argument(
+        "--base", help="base SAM weights, a full SAM file that supplies what CKPT lacks; default CKPT's or the demo's"
+    )
+    parser.add_argument("--name", help="run name; default from the weights and DATA, so that the same command resumes")
     parser.add_argument("--runs", type=Path, default=RUNS, help="folder of all runs")
     parser.add_argument(
         "--preset", default="auto", help="a file of configs/finetune; auto takes cpu or gpu_8gb, gpu_12gb, gpu_24gb"
     )
-    parser.add_argument("--config", type=Path, help="YAML on top of the preset")
+    parser.add_argument("--config", type=Path, help="YAML file of settings that have priority over the preset")
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="stop after the pre-flight: no run is written (scans become a store first, demo data are fetched)",
+        help="stop after the pre-flight without writing a run (a store is built and demo data are fetched if needed)",
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. trainer.max_steps=500")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Carry the command out."""
+    """Run the command and return its exit code."""
     from samgraft.shared.training.signals import exit_on_stop_signals
 
     with exit_on_stop_signals(shlex.join(["samgraft", *sys.argv[1:]])):
@@ -63,12 +67,11 @@ def run(arguments: argparse.Namespace) -> int:
 def _finetune(arguments: argparse.Namespace) -> int:
     typed = typed_settings(arguments)
     given = typed.by_key()
-    ckpt, model = given.get("model.ckpt"), given.get("model.arch")
-    if not ckpt and model not in BASELINES:
-        raise UsageError(
-            f"CKPT must say what to start from{_candidates()}.",
-            next_command="make finetune CKPT=runs/NAME   (make pretrain MODALITY=mri makes one)",
-        )
+    weights, model = given.get("model.ckpt") or given.get("model.base"), given.get("model.arch")
+    if not weights and model not in BASELINES:
+        from samgraft.finetune.initial_weights import advise_weights
+
+        raise UsageError(f"CKPT and BASE are both missing. {advise_weights()}")
     from samgraft.finetune.training.train import finetune, prepare_seeded
     from samgraft.shared.runs.run_folder import RunFolder, check_run_folder
     from samgraft.shared.store.from_data import describe_dry_run
@@ -77,16 +80,15 @@ def _finetune(arguments: argparse.Namespace) -> int:
 
     started = time.monotonic()
     config = build_config(typed, preset=arguments.preset)
-    name = arguments.name or default_name(ckpt or model or "", given.get("data.store"))
+    name = arguments.name or default_name(weights or model or "", given.get("data.store"))
     check_run_folder(arguments.runs, name, config=config, stage="finetune")
     check_warmup(config.optim.warmup_steps, config.trainer.max_steps)
     device = choose_device(config.trainer.device, precision=config.trainer.precision, devices=config.trainer.devices)
     log.info("device: %s", device.reason)
     prepared = prepare_seeded(config, run_path=arguments.runs / name)
-    from samgraft.finetune.training.cached_slices import embedding_lines
-    from samgraft.finetune.training.preparation import describe
+    from samgraft.finetune.training.preparation import describe, describe_embeddings
 
-    for line in [*describe(prepared), *(embedding_lines(prepared, config, device) if ckpt else [])]:
+    for line in [*describe(prepared), *describe_embeddings(prepared, config, device)]:
         log.info("%s", line)
     if arguments.dry_run:
         _list_trained(prepared)
@@ -94,15 +96,15 @@ def _finetune(arguments: argparse.Namespace) -> int:
         _log_cost(prepared, config, device, run_path=arguments.runs / name)
     if arguments.dry_run:
         left = describe_dry_run(given.get("data.store"), config.data.store)
-        log.info("dry run: %s would take %d steps; %s.", arguments.runs / name, config.trainer.max_steps, left)
+        log.info("dry run: %s would train for %d steps; %s.", arguments.runs / name, config.trainer.max_steps, left)
         return int(ExitCode.OK)
     with RunFolder.open(arguments.runs, name, config=config, stage="finetune") as folder:
         if folder.is_complete:
-            log.info("%s is complete already; choose another NAME= to train again.", folder.path)
+            log.info("%s is already complete. Use another NAME= to train again.", folder.path)
         else:
-            log.info("every trained tensor: %s, later in report.html too", folder.path / "run.json")
+            log.info("all trained tensors: %s, later in report.html too", folder.path / "run.json")
             finetune(config, folder, device, prepared)
-        _say_end(folder.path, seconds=time.monotonic() - started)
+        _log_end(folder.path, prepared, seconds=time.monotonic() - started)
     return int(ExitCode.OK)
 
 
@@ -167,27 +169,26 @@ def typed_settings(arguments: argparse.Namespace) -> TypedSettings:
     )
 
 
-def default_name(ckpt: str, data: str | None) -> str:
-    """Return a name that the same CKPT and DATA always give."""
-    path = Path(ckpt)
+def default_name(weights: str, data: str | None) -> str:
+    """Return the default name of a run, which depends only on its weights and data."""
+    path = Path(weights)
     parts = [path.stem if path.is_file() else path.resolve().name]
     if data:
         parts.append(Path(data).resolve().name.removesuffix(".zarr"))
     return "-".join([*parts, "finetune"])
 
 
-def _candidates() -> str:
-    found = sorted(p.parent.name for p in RUNS.glob("*/encoder")) if RUNS.is_dir() else []
-    return f": {', '.join(f'CKPT=runs/{name}' for name in found[:5])}" if found else "; there is no stage-1 run yet"
+def _log_end(path: Path, prepared: Prepared, *, seconds: float) -> None:
+    from samgraft.finetune.training.report import NO_TEST_PART, next_commands
 
-
-def _say_end(path: Path, *, seconds: float) -> None:
     log.info("done in %.1f min", seconds / 60)
     log.info("  model    %s", path / "model")
     log.info("  report   %s", path / "report.html")
-    run, out = shlex.quote(str(path)), shlex.quote(f"releases/{path.name}")
-    log.info("  next     make evaluate RUN=%s SPLIT=test", run)
-    log.info("  then     make release RUN=%s OUT=%s LICENSE=...", run, out)
+    if not prepared.split.test:
+        log.warning("%s", NO_TEST_PART)
+    evaluate, release = next_commands(str(path), prepared.split.test)
+    log.info("  next     %s", evaluate)
+    log.info("  then     %s", release)
 
 
 COMMAND = Command(

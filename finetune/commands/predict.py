@@ -1,4 +1,4 @@
-"""``samgraft predict``: a scan, a folder of scans or DICOM series in, masks in their own geometry out."""
+"""Command ``samgraft predict``, which writes masks of scans in their own geometry."""
 
 from __future__ import annotations
 
@@ -31,11 +31,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for the masks")
     parser.add_argument("--prompts", type=Path, help="YAML or JSON with boxes and points; default: automatic")
     parser.add_argument(
-        "--formats", help="of nifti, nrrd, dicom-seg (for DICOM input), by commas; default all that apply"
+        "--formats", help="nifti, nrrd, dicom-seg (for DICOM input), separated by commas; default all that apply"
     )
-    parser.add_argument("--flips", action="store_true", help="average over mirrored slices: 4 x the work")
-    parser.add_argument("--no-postprocessing", action="store_true", help="the bare segmentation")
-    parser.add_argument("--frame", type=int, help="which volume of 4D files, from 0")
+    parser.add_argument(
+        "--flips", action="store_true", help="average over mirrored slices, which takes four times as long"
+    )
+    parser.add_argument(
+        "--no-postprocessing", action="store_true", help="write the segmentation without post-processing"
+    )
+    parser.add_argument("--frame", type=int, help="number of the volume in 4D files, counted from 0")
     parser.add_argument("--allow-gaps", action="store_true", help="accept missing DICOM slices")
     parser.add_argument("--nan-policy", default="refuse", choices=("refuse", "zero"), help="NaN and Inf in scans")
     parser.add_argument("--precision", default="auto", choices=("auto", "bf16", "fp32"), help="number format")
@@ -44,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Carry the command out."""
+    """Run the command and return its exit code."""
     from samgraft.finetune.prediction.predict import PredictSettings, predict_scans
     from samgraft.finetune.prediction.prediction_inputs import find_inputs
     from samgraft.finetune.prediction.predictor import Predictor
@@ -67,13 +71,13 @@ def run(arguments: argparse.Namespace) -> int:
     )
     predictor.check_mode(prompted=arguments.prompts is not None)
     prompts = read_prompts(arguments.prompts, predictor.classes) if arguments.prompts else None
-    _say_start(inputs, predictor.reason, predictor.postprocessing.describe(predictor.classes))
+    _log_start(inputs, predictor.reason, predictor.postprocessing.describe(predictor.classes))
     stop = StopRequest()
     stop.kept = "every finished scan"
     settings = PredictSettings(formats=formats, zero_non_finite=arguments.nan_policy == "zero")
     with handle_stop_signals(stop):
         report = predict_scans(
-            predictor, inputs.scans, arguments.out, settings=settings, prompts=prompts, progress=_Lines(stop)
+            predictor, inputs.scans, arguments.out, settings=settings, prompts=prompts, progress=_ProgressLines(stop)
         )
     return _finish(report, arguments.out, total=len(inputs.scans))
 
@@ -83,12 +87,12 @@ def _formats(text: str | None, inputs: Inputs) -> tuple[str, ...]:
 
     chosen = tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip())) if text else FORMATS
     if not chosen or set(chosen) - set(FORMATS):
-        raise UsageError(f"--formats must be among {', '.join(FORMATS)}, got {text!r}.")
+        raise UsageError(f"--formats must be some of {', '.join(FORMATS)}, got {text!r}.")
     num_dicom = sum(scan.is_dicom for scan in inputs.scans)
     if chosen == ("dicom-seg",) and num_dicom < len(inputs.scans):
         raise UsageError(
-            f"dicom-seg alone leaves {len(inputs.scans) - num_dicom} scans that are not DICOM without a mask. "
-            "Add nifti or nrrd."
+            f"--formats=dicom-seg gives no mask for {len(inputs.scans) - num_dicom} scans that are not DICOM. Add "
+            "nifti or nrrd."
         )
     if "dicom-seg" in chosen and num_dicom and not is_available():
         if text:
@@ -98,7 +102,7 @@ def _formats(text: str | None, inputs: Inputs) -> tuple[str, ...]:
     return chosen
 
 
-def _say_start(inputs: Inputs, device: str, postprocessing: str) -> None:
+def _log_start(inputs: Inputs, device: str, postprocessing: str) -> None:
     log.info("%d scans; %s; post-processing: %s", len(inputs.scans), device, postprocessing)
     for reason, count in inputs.left_out.most_common():
         log.info("left out: %d x %s", count, reason)
@@ -120,13 +124,13 @@ def _finish(report: PredictReport, out: Path, *, total: int) -> int:
         raise DataError(
             f"{len(report.refused)} of {total} scans could not be segmented. {shown}",
             kept=f"{len(report.written) + len(report.skipped)} masks",
-            next_command="repair or remove them and run the same command again: finished scans are skipped",
+            next_command="repair or remove them and run the same command again; finished scans are skipped",
         )
     return int(ExitCode.OK)
 
 
-class _Lines:
-    """One line per scan; within a long one, a line that stays in place on a terminal or one line per minute."""
+class _ProgressLines:
+    """Progress lines, one per scan, with a line per minute or a changing line on a terminal in long scans."""
 
     def __init__(self, stop: StopRequest) -> None:
         self.stop = stop
@@ -136,7 +140,7 @@ class _Lines:
         self.finished = 0
 
     def begin(self, number: int, total: int, name: str) -> Callable[[int, int], None]:
-        """Remember the scan; return what to call with its slices."""
+        """Start the line of a scan and return the function that reports its slices."""
         self._raise_if_stopped(total)
         self.head = f"{number}/{total} {name}"
         self.last = time.monotonic()
@@ -154,7 +158,7 @@ class _Lines:
         return on_slices
 
     def end(self, name: str, text: str) -> None:
-        """Say how a scan ended."""
+        """Log the result of a scan."""
         self.finished += 1
         if self.is_terminal:
             sys.stderr.write("\r\x1b[K")
@@ -165,7 +169,7 @@ class _Lines:
             raise StoppedAndSaved(
                 f"{self.stop.signal_name} after {self.finished} of {total} scans.",
                 kept="every finished scan",
-                next_command="run the same command again: finished scans are skipped",
+                next_command="run the same command again; finished scans are skipped",
             )
 
 

@@ -1,4 +1,4 @@
-"""``samgraft study``: a grid of fine-tunings, one table, one report."""
+"""Command ``samgraft study``, which runs a grid of fine-tunings."""
 
 from __future__ import annotations
 
@@ -16,20 +16,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.add_argument("file", metavar="FILE", type=Path, help="the study, e.g. configs/study/demo.yaml")
     parser.add_argument("--studies", type=Path, default=Path("studies"), help="folder of all studies (default studies)")
-    parser.add_argument("--parallel", type=int, default=1, help="cells at a time (default 1)")
+    parser.add_argument("--parallel", type=int, default=1, help="number of cells that run at the same time (default 1)")
     parser.add_argument("--slurm", action="store_true", help="run cells as an array job of SLURM (extra slurm)")
     parser.add_argument(
         "--slurm-option",
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="of submitit, e.g. slurm_partition=gpu, timeout_min=240, gpus_per_node=1; may be given several times",
+        help="option of submitit, e.g. slurm_partition=gpu, timeout_min=240, gpus_per_node=1; may be repeated",
     )
-    parser.add_argument("--dry-run", action="store_true", help="list the cells; nothing is made, fetched or run")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="list the cells without building, fetching or running anything"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Carry the command out."""
+    """Run the command and return its exit code."""
     if arguments.slurm_option and not arguments.slurm:
         raise UsageError("--slurm-option needs --slurm.")
     from samgraft.finetune.study.study import log_plan, plan_study, read_slurm_options, run_study

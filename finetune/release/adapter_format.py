@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from samgraft.finetune.initial_weights import InitialWeights, read_initial_weights
 from samgraft.finetune.model_folder import FinishedModel
-from samgraft.finetune.segmenter import make_room_for_classes
-from samgraft.finetune.start import StartingPoint, find_starting_point
+from samgraft.finetune.segmenter import add_class_tokens
 from samgraft.shared.errors import SamgraftError
 from samgraft.shared.files import write_tensors
 from samgraft.shared.release.formats import Artefact, Format
@@ -27,7 +27,7 @@ BASE_FILE = "base.safetensors"
 class _Start:
     """What the run started from, or why it cannot be had."""
 
-    point: StartingPoint | None = None
+    point: InitialWeights | None = None
     where: str = ""
     """Path or name of the base weights, as the run's configuration has it; never released."""
     problem: str = ""
@@ -67,7 +67,7 @@ def adapter_format(model: FinishedModel, run: Path) -> Format:
         if is_public:
             return [Artefact(path="peft", client="peft", options={"base": begin.where})]
         # An adapter on weights that nobody else has is of no use: they come along.
-        make_room_for_classes(sam, num_classes=num_classes)
+        add_class_tokens(sam, num_classes=num_classes)
         write_tensors(folder / BASE_FILE, sam.state_dict())
         return [Artefact(path="peft", client="peft")]
 
@@ -90,7 +90,7 @@ def _find_start(run: Path) -> _Start:
     try:
         values = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["model"]
         facts = json.loads((run / "run.json").read_text(encoding="utf-8"))
-        point = find_starting_point(
+        point = read_initial_weights(
             Path(values["ckpt"]),
             base=Path(values["base"]) if values.get("base") else None,
             image_size=values.get("image_size"),

@@ -160,14 +160,14 @@ def log_plan(plan: StudyPlan) -> None:
 
 def _fetch_demo_weights(grid: Grid) -> None:
     # Imported here, because the networks take seconds that a study itself does not need.
-    from samgraft.finetune.start import BASE_OF_DEMO
+    from samgraft.finetune.initial_weights import DEMO_BASE
 
     named = {cell.ckpt for cell in grid.cells} | {cell.base for cell in grid.cells}
-    if str(BASE_OF_DEMO) in named and not BASE_OF_DEMO.is_file():
+    if str(DEMO_BASE) in named and not DEMO_BASE.is_file():
         from samgraft.shared.demo import fetch_base_weights
         from samgraft.shared.fetch import cache_folder
 
-        fetch_base_weights(BASE_OF_DEMO, cache=cache_folder())
+        fetch_base_weights(DEMO_BASE, cache=cache_folder())
 
 
 def read_slurm_options(texts: list[str]) -> dict[str, Any]:

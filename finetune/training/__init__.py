@@ -1,1 +1,1 @@
-"""The fine-tuning run: settings, preparation, steps, rounds of validation, report."""
+"""Fine-tuning run, from its preparation to its report."""

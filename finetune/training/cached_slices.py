@@ -1,4 +1,4 @@
-"""Training slices whose embeddings are on disk: what the loader gives when only the decoder trains.
+"""Training samples from the embedding cache, for runs in which only the decoder trains.
 
 Shape letters: N = samples; C, h, w = channels and grid of an embedding; S = side of the encoder's input.
 """
@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict
+from typing import TypedDict
 
 import torch
 from samgraft.finetune.config import FinetuneConfig
-from samgraft.finetune.embedding_cache import EmbeddingCache, EmbeddingMemory, RecordShape
+from samgraft.finetune.embedding_cache import EmbeddingCache, RecordShape
 from samgraft.finetune.segmenter import Segmenter
 from samgraft.shared.config import config_to_dict
 from samgraft.shared.errors import UsageError
@@ -26,19 +25,16 @@ from samgraft.shared.weights.save import tensors_sha256
 from torch import Tensor
 from torch.utils.data import Dataset
 
-if TYPE_CHECKING:
-    from samgraft.finetune.training.preparation import Prepared
-
 log = logging.getLogger(__name__)
 
 
 class CachedSample(TypedDict):
-    """One sample as the decoder needs it."""
+    """One sample of the decoder's training."""
 
     embedding: Tensor
-    """(C, h, w) float32."""
+    """Image embedding (C, h, w), float32."""
     label: Tensor
-    """(S, S) int64 label ids."""
+    """Label ids (S, S), int64."""
     sample_counter: int
 
 
@@ -51,13 +47,13 @@ class CachedBatch(TypedDict):
 
 
 class CachedSlices(Dataset[CachedSample]):
-    """The slices of a dataset by their embeddings; which variant is shown depends on the sample counter alone."""
+    """Slices of a dataset as embeddings. The sample counter alone decides which variant of a slice is returned."""
 
     def __init__(self, dataset: SliceDataset, cache: EmbeddingCache, *, variants: int) -> None:
         self.cache = cache
         self.variants = variants
         self.seed = dataset.seed
-        # Slices with foreground stand in the list several times; their embeddings do not.
+        # The dataset lists slices with foreground several times. Their embeddings are stored once.
         self.unique = tuple(dict.fromkeys(dataset.slices))
         position = {ref: index for index, ref in enumerate(self.unique)}
         self._unique_of = [position[ref] for ref in dataset.slices]
@@ -73,7 +69,7 @@ class CachedSlices(Dataset[CachedSample]):
 
 
 def collate_cached(samples: Sequence[CachedSample]) -> CachedBatch:
-    """Stack samples, which have one size."""
+    """Stack samples, which are of equal size."""
     return {
         "embeddings_NChw": torch.stack([sample["embedding"] for sample in samples]),
         "labels_NSS": torch.stack([sample["label"] for sample in samples]),
@@ -84,16 +80,17 @@ def collate_cached(samples: Sequence[CachedSample]) -> CachedBatch:
 def plan_cache(
     dataset: SliceDataset, segmenter: Segmenter, config: FinetuneConfig, *, precision: str
 ) -> tuple[EmbeddingCache, CachedSlices]:
-    """Return the cache that belongs to a run, filled or not; nothing is computed.
+    """Return the cache of a run, filled or not, and its dataset. Nothing is computed.
 
     Raises:
-        UsageError: If there is no place for it.
+        UsageError: If the store is not on this machine and ``cache.folder`` is not set.
     """
     spec = segmenter.sam.image_encoder.spec
     size = segmenter.image_size
     grid = size // spec.stride
     shape = RecordShape(embedding_Chw=(spec.neck_dim, grid, grid), image_size=size, dtype=config.cache.dtype)
     unique = tuple(dict.fromkeys(dataset.slices))
+    # Everything that changes an embedding or a label must be listed here, or a run would read those of another one.
     facts = {
         "schema": 1,
         "encoder": tensors_sha256(segmenter.sam.image_encoder.state_dict()),
@@ -115,38 +112,23 @@ def plan_cache(
     return cache, CachedSlices(dataset, cache, variants=config.cache.variants)
 
 
-def embedding_lines(prepared: Prepared, config: FinetuneConfig, device: DeviceChoice) -> list[str]:
-    """Return the pre-flight line on cached embeddings, counted before anything is written.
-
-    Raises:
-        StorageError: If the disk is too small.
-    """
-    if not config.cache.variants:
-        return []
-    assert isinstance(prepared.dataset, SliceDataset)
-    cache, cached = plan_cache(prepared.dataset, prepared.segmenter, config, precision=device.precision)
-    size = cache.num_records * cache.shape.expected_bytes / 1e9
-    state = "all cached" if cache.is_complete else f"{cache.check_disk() / 1e9:.2f} GB of it to compute and write"
-    return [f"embeddings: {len(cached.unique)} slices x {cached.variants} variants, {size:.2f} GB, {state}"]
-
-
 def fill_cache(
     cached: CachedSlices, dataset: SliceDataset, segmenter: Segmenter, config: FinetuneConfig, device: DeviceChoice
 ) -> None:
-    """Run the encoder over every slice and variant that is not cached yet.
+    """Run the encoder on every slice and variant that is not cached yet.
 
     Raises:
-        StorageError: If the disk is too small; nothing was computed then.
+        StorageError: If the disk is too small. Nothing is computed then.
         UsageError: If several processes would fill the same files.
     """
     cache = cached.cache
     if cache.is_complete:
-        log.info("embeddings: %d cached ones fit this run (%s)", cache.num_records, cache.path.name)
+        log.info("embeddings: all %d are cached (%s)", cache.num_records, cache.path.name)
         return
     if processes_expected() > 1:
         raise UsageError(
-            "an embedding cache must be filled by one process. Run the command once without torchrun or srun, with "
-            "trainer.devices=1; stop it when training begins."
+            f"an embedding cache is filled by one process, got {processes_expected()}. Run the command once without "
+            "torchrun or srun, with trainer.devices=1, and stop it when training begins."
         )
     need = cache.check_disk()
     log.info(
@@ -166,20 +148,6 @@ def fill_cache(
         encoder.train(was_training)
 
 
-def use_cache(prepared: Prepared, config: FinetuneConfig, device: DeviceChoice) -> Prepared:
-    """Return the run with what is known of its embeddings: the same, where the encoder trains."""
-    if not config.freezes_encoder:
-        return prepared
-    if config.cache.validation_mb:
-        prepared.segmenter.embedding_memory = EmbeddingMemory(limit_bytes=config.cache.validation_mb * 2**20)
-    if not config.cache.variants:
-        return prepared
-    assert isinstance(prepared.dataset, SliceDataset)
-    _, cached = plan_cache(prepared.dataset, prepared.segmenter, config, precision=device.precision)
-    fill_cache(cached, prepared.dataset, prepared.segmenter, config, device)
-    return replace(prepared, dataset=cached)
-
-
 def _embedded(
     cached: CachedSlices,
     dataset: SliceDataset,
@@ -189,7 +157,7 @@ def _embedded(
     *,
     first: int,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield embeddings and labels in the order of the records; each record has a sample counter of its own."""
+    """Yield embeddings and labels in the order of the records, from record ``first`` on."""
     plain = SliceDataset(
         dataset.store,
         cached.unique,
@@ -203,6 +171,7 @@ def _embedded(
     half = device.precision != "32-true"
     for start in range(first, total, config.data.batch_size):
         records = range(start, min(start + config.data.batch_size, total))
+        # The number of the record is its sample counter, so every variant of a slice has its own augmentation.
         batch = collate_slices([plain[record // cached.variants, record] for record in records])
         images, labels, _ = batch_to_input(
             batch, image_size=segmenter.image_size, keep_aspect=config.data.keep_aspect, device=device.torch_device
@@ -221,7 +190,8 @@ def _folder(config: FinetuneConfig) -> Path:
         return Path(config.cache.folder)
     if is_address(config.data.store):
         raise UsageError(
-            "cache.folder must say where embeddings lie when the store is not on this machine.", where="cache.folder"
+            "cache.folder is not set, and the store is not on this machine. Set it to a local folder for embeddings.",
+            where="cache.folder",
         )
     store = Path(config.data.store)
     return store.with_name(store.name.removesuffix(".zarr") + ".embeddings")

@@ -1,4 +1,4 @@
-"""The training step of stage 2 as Lightning wants it."""
+"""Lightning module of stage 2."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from torch import Tensor
 
 
 class FinetuneModule(pl.LightningModule):
-    """A segmenter, its loss and its optimizer."""
+    """Segmenter with its loss and its optimizer."""
 
     def __init__(
         self,
@@ -56,30 +56,30 @@ class FinetuneModule(pl.LightningModule):
         return losses
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Update the weights, then what a method moves beside them."""
+        """Update the weights, then the ranks of adalora."""
         step = self.trainer.global_step + 1
         super().optimizer_step(*args, **kwargs)
         if self.rank_updates is not None:
             self.rank_updates.after_update(step)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add what the weights do not hold."""
+        """Add the rank state of adalora to the training state."""
         if self.rank_updates is not None:
             checkpoint["rank_updates"] = self.rank_updates.state()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take it up again."""
+        """Restore the rank state of adalora."""
         if self.rank_updates is not None:
             self.rank_updates.load(checkpoint["rank_updates"])
 
     def _plain(self, batch: Any) -> tuple[Tensor, Tensor]:
-        """Return images and label ids for a network without SAM: slices, or patches of volumes."""
+        """Return images and label ids for a baseline, as slices or as patches of volumes."""
         if "volume" in batch:
             return batch["volume"], batch["label"]
         return self._framed(batch)
 
     def _embedded(self, batch: SliceBatch | CachedBatch) -> tuple[Tensor, Tensor]:
-        """Return embeddings and label ids, from the encoder or from the cache."""
+        """Return embeddings and label ids from the encoder or from the cache."""
         if "embeddings_NChw" in batch:
             cached = cast(CachedBatch, batch)
             return cached["embeddings_NChw"], cached["labels_NSS"]
@@ -98,11 +98,13 @@ class FinetuneModule(pl.LightningModule):
         return images_NCSS, labels_NSS
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Return AdamW over what trains; mask tokens that no class uses must not decay."""
+        """Return AdamW over the trainable tensors."""
         if isinstance(self.segmenter, SliceBaseline):
             return build_optimizer(self.segmenter, self.config.optim)
         encoder: Any = self.segmenter.sam.image_encoder
         optimizer = build_optimizer(self.segmenter, self.config.optim, layer_groups=_trainable_groups(encoder))
+        # All mask tokens are one tensor. Weight decay would shrink the tokens that no class uses, which get no
+        # gradient.
         tokens = [p for name, p in trainable_tensors(self.segmenter.sam).items() if "mask_tokens" in name]
         _exempt_from_decay(optimizer, tokens)
         return optimizer

@@ -1,24 +1,26 @@
-"""Everything a fine-tuning decides before it trains: data, classes, weights, what trains; and that in words."""
+"""Preparation of a fine-tuning, with its data, classes, weights and trainable tensors, and the pre-flight lines."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from samgraft.finetune.adapters import adapt, render_parts, trainable_groups, trainable_table
-from samgraft.finetune.baselines.networks import Baseline, BaselineStart, as_baseline, build_network, plan_network
+from samgraft.finetune.baselines.networks import Baseline, RandomWeights, as_baseline, build_network, plan_network
 from samgraft.finetune.baselines.volume_patches import VolumePatches
 from samgraft.finetune.classes import ClassTable, choose_classes
 from samgraft.finetune.config import FinetuneConfig
+from samgraft.finetune.embedding_cache import EmbeddingMemory
 from samgraft.finetune.evaluation.validation import labelled_series
 from samgraft.finetune.few_shot import draw_few_shot
 from samgraft.finetune.inference import InferenceConfig
-from samgraft.finetune.segmenter import Segmenter, make_room_for_classes
-from samgraft.finetune.start import StartingPoint, find_starting_point
+from samgraft.finetune.initial_weights import InitialWeights, read_initial_weights
+from samgraft.finetune.segmenter import Segmenter, add_class_tokens
+from samgraft.finetune.training.cached_slices import CachedSlices, fill_cache, plan_cache
 from samgraft.finetune.training.sampling import balance_foreground, has_foreground
 from samgraft.shared.errors import DataError, UsageError
 from samgraft.shared.runs.inputs import load_run_split
@@ -28,29 +30,29 @@ from samgraft.shared.samples.slices import keep_train_slices, select_slices
 from samgraft.shared.samples.split import Split, load_split, refuse_leak
 from samgraft.shared.scans.intensity import IntensityPreset
 from samgraft.shared.store.store import SliceStore
+from samgraft.shared.training.device import DeviceChoice
 from samgraft.shared.weights.card import Card
 from samgraft.shared.weights.tensor_report import TensorReport
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from samgraft.finetune.training.cached_slices import CachedSlices
 
 log = logging.getLogger(__name__)
 
 BASELINE_IMAGE_SIZE = 256
-"""Side of a 2D baseline's input in pixels unless model.image_size says otherwise."""
+"""Default of ``model.image_size`` for 2D baselines, in pixels."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """A fine-tuning ready to train."""
+    """Data, model and settings of a fine-tuning that is ready to train."""
 
     store: SliceStore
     split: Split
     classes: ClassTable
     dataset: SliceDataset | CachedSlices | VolumePatches
     val_series: list[str]
-    start: StartingPoint | BaselineStart
+    initial: InitialWeights | RandomWeights
     segmenter: Segmenter
     peft_model: PeftModel | None
     reports: list[TensorReport]
@@ -59,14 +61,15 @@ class Prepared:
 
 
 def prepare(config: FinetuneConfig, *, run_path: Path | None = None) -> Prepared:
-    """Open data and weights, check that they fit, and adapt the model; writes nothing.
+    """Open data and weights, check that they fit, and adapt the model. Nothing is written.
 
     Args:
-        config: Everything the run is decided by.
-        run_path: A run that may exist: without ``data.split`` its own split comes before what is found or drawn today.
+        config: Settings of the run.
+        run_path: Folder of a run that may exist. Without ``data.split`` its own split has priority over the split next
+            to the store and over a drawn one.
 
     Raises:
-        DataError, WeightsError, UsageError: If the run could not give a trustworthy result.
+        DataError, WeightsError, UsageError: If data, weights and settings do not fit.
     """
     store = _open_store(config)
     split = load_run_split(run_path, store) if run_path is not None and not config.data.split else None
@@ -94,23 +97,21 @@ def _prepare_sam(
     config: FinetuneConfig, store: SliceStore, split: Split, classes: ClassTable, val_series: list[str]
 ) -> Prepared:
     """Load SAM, check that it fits the data, and adapt it."""
-    if not config.model.ckpt:
-        raise UsageError("model.ckpt must say what to start from.", next_command="make finetune CKPT=runs/NAME")
-    start = find_starting_point(
-        Path(config.model.ckpt),
+    initial = read_initial_weights(
+        Path(config.model.ckpt) if config.model.ckpt else None,
         base=Path(config.model.base) if config.model.base else None,
         image_size=config.model.image_size,
         model=config.model.arch,
     )
-    transductive = check_leak(start.encoder.card, split, store, allow=config.data.allow_transductive)
-    intensity = intensity_of(start.card, store)
-    num_neighbours = neighbours_of(config.data.num_neighbours, start.card)
+    transductive = check_leak(initial.encoder.card, split, store, allow=config.data.allow_transductive)
+    intensity = intensity_of(initial.card, store)
+    num_neighbours = neighbours_of(config.data.num_neighbours, initial.card)
     dataset = training_set(config, store, split, classes, intensity, num_neighbours=num_neighbours)
     _check_batch(config, dataset)
-    sam, reports = start.build()
+    sam, reports = initial.build()
     sam.image_encoder.activation_checkpointing = config.trainer.activation_checkpointing
     if not config.prompt.is_prompted:
-        make_room_for_classes(sam, num_classes=classes.num_classes)
+        add_class_tokens(sam, num_classes=classes.num_classes)
     peft_model = adapt(
         sam,
         config.adapter,
@@ -124,7 +125,7 @@ def _prepare_sam(
         classes=classes,
         dataset=dataset,
         val_series=val_series,
-        start=start,
+        initial=initial,
         segmenter=Segmenter(sam, num_classes=classes.num_classes),
         peft_model=peft_model,
         reports=reports,
@@ -160,9 +161,9 @@ def _prepare_baseline(
 ) -> Prepared:
     """Plan a network without SAM on the same data."""
     if config.model.ckpt or config.model.base:
-        raise UsageError(f"MODEL={baseline.value} starts from random weights: leave out CKPT and BASE.")
+        raise UsageError(f"MODEL={baseline.value} starts from random weights. Remove CKPT and BASE.")
     if config.prompt.is_prompted:
-        raise UsageError(f"MODEL={baseline.value} takes no prompts: leave out prompt.mode.")
+        raise UsageError(f"MODEL={baseline.value} takes no prompts. Remove prompt.mode.")
     num_neighbours = config.data.num_neighbours or 0
     records = [r for r in store.series if r.has_label and r.patient_id in set(split.train)]
     plan = plan_network(
@@ -187,7 +188,7 @@ def _prepare_baseline(
         classes=classes,
         dataset=dataset,
         val_series=val_series,
-        start=BaselineStart(plan=plan),
+        initial=RandomWeights(plan=plan),
         segmenter=build_network(plan),
         peft_model=None,
         reports=[],
@@ -210,8 +211,10 @@ def _patches(
     patch_size: list[int],
 ) -> VolumePatches:
     if split.train_slices:
-        raise UsageError("3D baselines learn from volumes: use data.few_shot.unit=patients, or a 2D baseline.")
-    # Every draw is another patch: an epoch may show a volume several times.
+        raise UsageError(
+            "a 3D baseline trains on volumes, not slices. Use data.few_shot.unit=patients or a 2D baseline."
+        )
+    # Every sample is another random patch, so an epoch may contain a volume several times.
     repeats = -(-config.data.batch_size // len(series_ids))
     return VolumePatches(
         store,
@@ -243,7 +246,7 @@ def training_set(
     *,
     num_neighbours: int = 0,
 ) -> SliceDataset:
-    """Return the augmented training slices of labelled series, foreground repeated."""
+    """Return the augmented training slices of labelled series, with foreground slices repeated."""
     labelled = {record.series_id for record in store.series if record.has_label}
     refs = select_slices(
         store,
@@ -254,9 +257,9 @@ def training_set(
     refs = keep_train_slices([ref for ref in refs if ref.series_id in labelled], split)
     flags = [has_foreground(store, ref, classes) for ref in refs]
     if config.prompt.is_prompted:
-        # Nothing can be pointed at in the others.
+        # A slice without a class has nothing that a prompt could mark.
         refs, flags = [ref for ref, flag in zip(refs, flags, strict=True) if flag], [True] * sum(flags)
-        log.info("training slices: the %d that show a class; the others have nothing to prompt for", len(refs))
+        log.info("training slices: %d that show a class; prompts need one", len(refs))
     balanced = balance_foreground(refs, flags, foreground_fraction=config.data.foreground_fraction)
     return SliceDataset(
         store,
@@ -270,10 +273,10 @@ def training_set(
 
 
 def check_leak(card: Card | None, split: Split, store: SliceStore, *, allow: bool) -> bool:
-    """Compare the encoder's pretraining patients with validation and test; return whether the run is transductive.
+    """Return True when the encoder was pretrained on validation or test patients, and this is allowed.
 
     Raises:
-        DataError: If they overlap and it was not allowed.
+        DataError: If they overlap and ``allow`` is False.
     """
     manifest: Mapping[str, object] = card.data_manifest if card else {}
     if not manifest:
@@ -283,24 +286,24 @@ def check_leak(card: Card | None, split: Split, store: SliceStore, *, allow: boo
     except DataError:
         if not allow:
             raise
-        log.warning("transductive: validation or test patients were in the pretraining set; the card says so.")
+        log.warning("transductive: the encoder was pretrained on validation or test patients; the card reports it.")
         return True
-    log.info("no validation or test patient was in the encoder's pretraining set")
+    log.info("the encoder was not pretrained on validation or test patients")
     return False
 
 
 def intensity_of(card: Card, store: SliceStore) -> IntensityPreset:
-    """Return the preset the encoder was pretrained with, else the store's."""
+    """Return the intensity preset of the encoder's pretraining, or else the store's."""
     if not card.intensity:
         return store.intensity
     preset = IntensityPreset.from_dict(card.intensity)
     if preset != store.intensity:
-        log.info("intensity preset %s of the encoder, not %s of the store", preset.name, store.intensity.name)
+        log.info("intensity preset: the encoder's (%s), not the store's (%s)", preset.name, store.intensity.name)
     return preset
 
 
 def neighbours_of(wanted: int | None, card: Card) -> int:
-    """Return how many neighbours of a slice the encoder sees on each side: as wanted, else as in its pretraining."""
+    """Return how many neighbours of a slice the encoder gets on each side, by default as in its pretraining."""
     if wanted is None:
         return card.num_neighbours
     if wanted != card.num_neighbours and card.stage != "base":
@@ -315,7 +318,7 @@ def describe(prepared: Prepared) -> list[str]:
 
 
 def describe_data(prepared: Prepared) -> list[str]:
-    """Return what the store and the split hold, one line per class."""
+    """Return the pre-flight lines on store, classes and split."""
     store, split, classes = prepared.store, prepared.split, prepared.classes
     lines = [f"data: {store.path.name} ({store.modality.value}), {len(store.series)} scans"]
     for channel, name in enumerate(classes.names):
@@ -331,3 +334,30 @@ def describe_data(prepared: Prepared) -> list[str]:
 
 def _voxels(store: SliceStore, patients: tuple[str, ...], label_ids: tuple[int, ...]) -> int:
     return sum(r.label_voxels.get(i, 0) for r in store.series if r.patient_id in patients for i in label_ids)
+
+
+def describe_embeddings(prepared: Prepared, config: FinetuneConfig, device: DeviceChoice) -> list[str]:
+    """Return the pre-flight line on cached embeddings. None without a cache.
+
+    Raises:
+        StorageError: If the disk is too small.
+    """
+    if not config.cache.variants or not isinstance(prepared.dataset, SliceDataset):
+        return []
+    cache, cached = plan_cache(prepared.dataset, prepared.segmenter, config, precision=device.precision)
+    size = cache.num_records * cache.shape.expected_bytes / 1e9
+    state = "all cached" if cache.is_complete else f"{cache.check_disk() / 1e9:.2f} GB of it to compute and write"
+    return [f"embeddings: {len(cached.unique)} slices x {cached.variants} variants, {size:.2f} GB, {state}"]
+
+
+def use_cached_embeddings(prepared: Prepared, config: FinetuneConfig, device: DeviceChoice) -> Prepared:
+    """Return the run with cached embeddings. The same run when the encoder trains or there is no cache."""
+    if not config.freezes_encoder or not isinstance(prepared.dataset, SliceDataset):
+        return prepared
+    if config.cache.validation_mb:
+        prepared.segmenter.embedding_memory = EmbeddingMemory(limit_bytes=config.cache.validation_mb * 2**20)
+    if not config.cache.variants:
+        return prepared
+    _, cached = plan_cache(prepared.dataset, prepared.segmenter, config, precision=device.precision)
+    fill_cache(cached, prepared.dataset, prepared.segmenter, config, device)
+    return replace(prepared, dataset=cached)

@@ -1,9 +1,10 @@
-"""report.html of a fine-tuning: what it started from, how it learnt, what it segments, what to do next."""
+"""Report of a fine-tuning, ``report.html``."""
 
 from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from samgraft.finetune.adapters import TensorGroup
@@ -11,8 +12,8 @@ from samgraft.finetune.config import FinetuneConfig
 from samgraft.finetune.evaluation.overlays import choose_slices, overlay, slice_pictures
 from samgraft.finetune.evaluation.validation import CaseResult, select_example_cases
 from samgraft.finetune.inference import segment_volume
+from samgraft.finetune.initial_weights import InitialWeights
 from samgraft.finetune.segmenter import Segmenter
-from samgraft.finetune.start import StartingPoint
 from samgraft.finetune.training.preparation import Prepared, describe_data
 from samgraft.finetune.training.rounds import Record
 from samgraft.shared.files import write_text
@@ -30,6 +31,10 @@ from samgraft.shared.report.page import (
 from samgraft.shared.runs.run_folder import RunFolder
 
 MAX_PICTURED_SCANS = 12
+NO_TEST_PART = (
+    "The split has no test patients. The model was chosen on the validation patients, so their scores are better than "
+    "those of new patients."
+)
 
 
 def write_report(
@@ -43,7 +48,7 @@ def write_report(
     groups: Sequence[TensorGroup],
     slices_per_s: float,
 ) -> None:
-    """Write the report; ``prepared.segmenter`` is the finished model."""
+    """Write the report. ``prepared.segmenter`` must be the finished model."""
     sections = [
         Section(title="Result", parts=[_result(record), _comparison(prepared, record)]),
         Section(title="Cases", parts=[_cases(results)]),
@@ -51,30 +56,19 @@ def write_report(
         Section(title="Training", parts=_curves(run, record)),
         Section(title="What was trained", parts=_trained(trainable, groups, _facts(config, prepared))),
         Section(title="Data", parts=[Text(text="\n\n".join(describe_data(prepared)))]),
-        Section(title="Next", parts=[_next(run)]),
+        Section(title="Next", parts=_next_steps(run, prepared)),
     ]
     subtitle = f"stage 2, {prepared.store.modality.value}, {slices_per_s:.2g} slices/s in training"
     write_text(run.report, render_report(f"Fine-tuning {run.path.name}", sections, subtitle=subtitle))
 
 
 def _result(record: Record) -> Text:
-    best = record.best_step
-    assert best is not None
-    dice, start = record.rounds[best], max(record.start or 0.0, record.zero_shot or 0.0)
-    if dice > start:
-        return Text(
-            kind="good",
-            text=f"Foreground Dice on validation rose from {start:.3f} to {dice:.3f} (best at step {best}).",
-        )
-    return Text(
-        kind="warning",
-        text=f"Foreground Dice on validation did not rise: {dice:.3f} at best, {start:.3f} before training. "
-        "Train longer, check the labels in the pictures below, or lower optim.lr.",
-    )
+    is_better, text = record.describe_result()
+    return Text(kind="good" if is_better else "warning", text=text)
 
 
 def _comparison(prepared: Prepared, record: Record) -> Table:
-    encoder, base = prepared.start.encoder.name, prepared.start.base.name
+    encoder, base = prepared.initial.encoder.name, prepared.initial.base.name
     best = record.best_step
     assert best is not None
     rows: list[list[Any]] = [
@@ -85,8 +79,9 @@ def _comparison(prepared: Prepared, record: Record) -> Table:
     return Table(
         columns=["model", "what it is", "foreground Dice"],
         rows=rows,
-        caption="Validation scans, whole volumes on their own grid; mean over classes per scan, over scans per "
-        "patient, over patients. The model was chosen on these scans: only the test part estimates new patients.",
+        caption="Validation scans, as whole volumes on their own grid. Mean over classes per scan, over scans per "
+        "patient, and over patients. The model was chosen on these scans, so only the test part estimates "
+        "new patients.",
     )
 
 
@@ -97,18 +92,22 @@ def _cases(results: Sequence[CaseResult]) -> Table:
         for s in result.scores
     ]
     columns = ["patient", "scan", "class", "Dice", "true voxels", "predicted voxels"]
-    return Table(columns=columns, rows=rows, caption="Validation, worst first. n/a: the class is in neither.")
+    return Table(
+        columns=columns,
+        rows=rows,
+        caption="Validation scans, worst first. n/a means that neither truth nor prediction has the class.",
+    )
 
 
 def _pictures(config: FinetuneConfig, prepared: Prepared, results: Sequence[CaseResult]) -> list[Text | Picture]:
     if not config.watch.log_images:
         return [Text(text="Pictures of patients are written only with watch.log_images=true.")]
     models: dict[str, Segmenter] = {}
-    # Prompted models are shown alone: without prompts the others find nothing.
-    if isinstance(prepared.start, StartingPoint) and not config.prompt.is_prompted:
-        models["zero-shot"] = Segmenter(prepared.start.build_base(), num_classes=prepared.segmenter.num_classes)
-        if prepared.start.is_continued:
-            models["start"] = Segmenter(prepared.start.build()[0], num_classes=prepared.segmenter.num_classes)
+    # A prompted model is shown alone, because the other models find nothing without prompts.
+    if isinstance(prepared.initial, InitialWeights) and not config.prompt.is_prompted:
+        models["zero-shot"] = Segmenter(prepared.initial.build_base(), num_classes=prepared.segmenter.num_classes)
+        if prepared.initial.is_continued:
+            models["start"] = Segmenter(prepared.initial.build()[0], num_classes=prepared.segmenter.num_classes)
     parts: list[Text | Picture] = []
     told = select_example_cases(results)
     for result in [result for result in results if result.series_id in told][:MAX_PICTURED_SCANS]:
@@ -117,8 +116,8 @@ def _pictures(config: FinetuneConfig, prepared: Prepared, results: Sequence[Case
             Picture(
                 png=image_grid(rows, column_titles=["slice", *models, "best"], cell_in=2.0),
                 caption=f"Scan {result.series_id} ({', '.join(told[result.series_id])}), slices "
-                f"{', '.join(map(str, indexes))}: truth outlined in green, "
-                "prediction filled in red.",
+                f"{', '.join(map(str, indexes))}: true outline in green, "
+                "prediction in red.",
             )
         )
     return parts
@@ -170,7 +169,7 @@ def _trained(
         Table(
             columns=["trained tensors", "number", "parameters", "share"],
             rows=kinds,
-            caption="Every trained tensor; * stands for the numbers in which names of one kind differ.",
+            caption="All trained tensors. The * replaces the numbers in which names of one kind differ.",
         ),
     ]
 
@@ -181,15 +180,26 @@ def _facts(config: FinetuneConfig, prepared: Prepared) -> dict[str, Any]:
         "steps": f"{config.trainer.max_steps} of {config.trainer.accumulate * config.data.batch_size} slices",
         "image size": f"{prepared.segmenter.image_size} px",
         "intensity": prepared.inference.intensity.name,
-        "encoder sha256": prepared.start.encoder.sha256,
-        "base sha256": prepared.start.base.sha256,
+        "encoder sha256": prepared.initial.encoder.sha256,
+        "base sha256": prepared.initial.base.sha256,
         "tensors": "; ".join(f"{r.part} {r.num_loaded}/{r.num_requested} from {r.source}" for r in prepared.reports),
         "pretraining leak": "allowed by the user (transductive)" if prepared.transductive else "none found",
     }
 
 
-def _next(run: RunFolder) -> Text:
-    path, out = shlex.quote(path_for_report(run.path)), shlex.quote(f"releases/{run.path.name}")
-    evaluate = f"make evaluate RUN={path} SPLIT=test"
-    release = f"make release RUN={path} OUT={out} LICENSE=..."
-    return Text(kind="command", text=f"{evaluate}\n\n{release}")
+def next_commands(run_path: str, test_patients: Sequence[str]) -> list[str]:
+    """Return the commands that evaluate and release a finished run.
+
+    Args:
+        run_path: Path of the run as the user types it.
+        test_patients: Patients of the test part. Without any, the validation part is evaluated.
+    """
+    path, out = shlex.quote(run_path), shlex.quote(f"releases/{Path(run_path).name}")
+    part = "test" if test_patients else "val"
+    return [f"make evaluate RUN={path} SPLIT={part}", f"make release RUN={path} OUT={out} LICENSE=..."]
+
+
+def _next_steps(run: RunFolder, prepared: Prepared) -> list[Text]:
+    commands = "\n\n".join(next_commands(path_for_report(run.path), prepared.split.test))
+    notes = [] if prepared.split.test else [Text(kind="warning", text=NO_TEST_PART)]
+    return [*notes, Text(kind="command", text=commands)]

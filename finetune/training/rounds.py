@@ -1,10 +1,10 @@
-"""Validation rounds of a run: Dice on whole scans every so many steps, and the best weights kept.
+"""Validation rounds of a run, with Dice on whole scans and the weights of the best round.
 
-    runs/NAME/validation.json      zero_shot, start, and one entry per round
+    runs/NAME/validation.json                zero_shot, start, and one entry per round
     runs/NAME/best/step-NNNNNN.safetensors   trained tensors of the best round
 
-Both are files of their own, so that a killed run computes the rounds after its last training state again and gets the
-same file back.
+They are separate from the training state. A killed run repeats the rounds after its last training state and writes the
+same files again.
 """
 
 from __future__ import annotations
@@ -25,27 +25,40 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Record:
-    """What validation.json holds."""
+    """Content of validation.json."""
 
     zero_shot: float | None = None
-    """Base weights, no prompt."""
+    """Foreground Dice of the base weights, without training."""
     start: float | None = None
-    """The model to tune, before its first step."""
+    """Foreground Dice of the model before its first step."""
     rounds: dict[int, float] = field(default_factory=dict)
-    """Step to foreground Dice."""
+    """Foreground Dice by step."""
 
     @property
     def best_step(self) -> int | None:
-        """Step of the highest Dice; the earliest of equals."""
+        """Step of the highest Dice, and the earliest of equal ones."""
         return max(self.rounds, key=lambda step: (self.rounds[step], -step)) if self.rounds else None
+
+    def describe_result(self) -> tuple[bool, str]:
+        """Return whether training raised the Dice, and the sentence that reports it."""
+        best = self.best_step
+        if best is None:
+            return False, "There was no validation round."
+        dice, before = self.rounds[best], max(self.start or 0.0, self.zero_shot or 0.0)
+        if dice > before:
+            return True, f"Foreground Dice on validation rose from {before:.3f} to {dice:.3f} (best at step {best})."
+        return False, (
+            f"Foreground Dice on validation did not rise: {dice:.3f} at best, {before:.3f} before training. Train "
+            "longer, check the labels, or lower optim.lr."
+        )
 
 
 class ValidationRounds:
-    """Keeps the record and the best tensors on disk.
+    """Record of validation rounds and the best tensors, on disk.
 
     Args:
         run_path: Folder of the run.
-        is_writer: Every process keeps the record, one of them writes it.
+        is_writer: True in the one process that writes. All processes keep the record in memory.
     """
 
     def __init__(self, run_path: Path, *, is_writer: bool = True) -> None:
@@ -54,23 +67,24 @@ class ValidationRounds:
         self.best_folder = run_path / "best"
         self.record = self._read()
 
-    def forget_after(self, step: int) -> None:
-        """Drop rounds after a step: a resumed run computes them again."""
+    def remove_after(self, step: int) -> None:
+        """Remove rounds after a step, which a resumed run repeats."""
         self.record.rounds = {s: dice for s, dice in self.record.rounds.items() if s <= step}
 
     def set_reference(self, name: str, results: list[CaseResult]) -> float:
-        """Record ``zero_shot`` or ``start``."""
+        """Record the Dice of ``zero_shot`` or ``start`` and return it."""
         dice = _dice_of(results)
         setattr(self.record, name, dice)
         self._write()
         return dice
 
     def add(self, step: int, results: list[CaseResult], trained: Callable[[], dict[str, Tensor]]) -> float:
-        """Record a round; keep its tensors if it is the best so far."""
+        """Record a round, and write its tensors if it is the best so far."""
         dice = _dice_of(results)
         self.record.rounds[step] = dice
         if self.record.best_step == step:
-            tensors = trained()  # on every process: sharded ones are put together by all
+            # Called in every process, because all of them take part in gathering sharded tensors.
+            tensors = trained()
             if self.is_writer:
                 self.best_folder.mkdir(exist_ok=True)
                 write_tensors(self._tensor_file(step), tensors)
@@ -78,18 +92,22 @@ class ValidationRounds:
         return dice
 
     def best_file(self) -> Path:
-        """Return the tensors of the best round.
+        """Return the path of the best round's tensors.
 
         Raises:
-            WeightsError: If there was no round or its file is gone.
+            WeightsError: If there was no round or its file is missing.
         """
         step = self.record.best_step
         if step is None or not self._tensor_file(step).is_file():
-            raise WeightsError("the run must have the tensors of its best round, they are missing.", where="best/")
+            raise WeightsError(
+                "the tensors of the best validation round are missing. Restore the file or train again with "
+                "another NAME=.",
+                where="best/",
+            )
         return self._tensor_file(step)
 
-    def discard_others(self) -> None:
-        """Delete tensors that were the best for a while; only once the run is finished, a resume may need them."""
+    def delete_others(self) -> None:
+        """Delete the tensors of earlier best rounds. Call it when the run is finished, since a resume may need them."""
         for path in self.best_folder.glob("step-*.safetensors"):
             if path != self.best_file():
                 path.unlink()
@@ -114,7 +132,7 @@ def _dice_of(results: list[CaseResult]) -> float:
     dice = mean_dice(results)
     if dice is None:
         raise DataError(
-            "no validation scan shows a class, so no model could be chosen. Make another split.",
+            "no validation scan shows a class, so no model can be chosen. Make another split.",
             where="split, part val",
         )
     return dice

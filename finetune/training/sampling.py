@@ -1,4 +1,4 @@
-"""Which slices an epoch of fine-tuning shows: lesions are small, so slices with foreground are repeated."""
+"""Balance of training slices with and without foreground."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ log = logging.getLogger(__name__)
 
 
 def has_foreground(store: SliceStore, ref: SliceRef, classes: ClassTable) -> bool:
-    """Tell from the store's table whether a slice shows a class, without reading it."""
+    """Return True when a slice shows a class, by the store's table and without reading the slice."""
     record = store.record(ref.series_id)
     pixels = record.planes[ref.plane or record.plane].label_pixels
     wanted = {label for channel in range(classes.num_classes) for label in classes.store_ids(channel)}
@@ -23,15 +23,15 @@ def has_foreground(store: SliceStore, ref: SliceRef, classes: ClassTable) -> boo
 def balance_foreground(
     refs: Sequence[SliceRef], is_foreground: Sequence[bool], *, foreground_fraction: float
 ) -> list[SliceRef]:
-    """Repeat foreground slices until they make up ``foreground_fraction`` of the list.
+    """Repeat foreground slices until they are ``foreground_fraction`` of the list.
 
-    The list itself carries the balance, so the order of samples stays a pure function of seed and step, and every
-    background slice is still shown once per epoch.
+    Lesions are small, so most slices show none. The balance is in the list itself, so the order of samples depends only
+    on seed and step, and every background slice occurs once per epoch.
 
     Args:
         refs: All training slices.
-        is_foreground: Whether each shows a class.
-        foreground_fraction: Wanted share in [0, 1); 0 leaves the list as it is. A share already reached is kept.
+        is_foreground: True for each slice that shows a class.
+        foreground_fraction: Share in [0, 1); 0 returns the list unchanged, and a larger present share is kept.
 
     Returns:
         Every slice at least once; foreground slices repeated evenly (their counts differ by at most one).
@@ -43,7 +43,7 @@ def balance_foreground(
     wanted = round(background * foreground_fraction / (1 - foreground_fraction))
     extra = [foreground[i % len(foreground)] for i in range(max(0, wanted - len(foreground)))]
     log.info(
-        "training slices: %d, %d of them show a class; those are repeated to %d (share %.2f)",
+        "training slices: %d, of which %d show a class and are repeated to %d (share %.2f)",
         len(refs),
         len(foreground),
         len(foreground) + len(extra),

@@ -1,4 +1,4 @@
-"""Stage 2 from top to bottom: prepare, measure what there is, train, keep the best, merge, report."""
+"""Fine-tuning from prepared data to the merged model and its report."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from samgraft.finetune.adapters import (
     trainable_tensors,
 )
 from samgraft.finetune.adapters.eva import initialise_eva
-from samgraft.finetune.baselines.networks import BaselineStart
+from samgraft.finetune.baselines.networks import RandomWeights
 from samgraft.finetune.baselines.volume_patches import VolumePatches
 from samgraft.finetune.config import FinetuneConfig, Schedule
 from samgraft.finetune.evaluation.evaluate import dice_per_class, summarise, write_evaluation
 from samgraft.finetune.evaluation.overlays import choose_slices, overlay, slice_pictures
 from samgraft.finetune.evaluation.validation import CaseResult, mean_dice, score_scans
 from samgraft.finetune.few_shot import may_end
+from samgraft.finetune.initial_weights import InitialWeights
 from samgraft.finetune.model_folder import ADAPTER_FOLDER, write_model
 from samgraft.finetune.segmenter import Segmenter
-from samgraft.finetune.start import StartingPoint
 from samgraft.finetune.task import Task
-from samgraft.finetune.training.cached_slices import CachedSlices, collate_cached, use_cache
+from samgraft.finetune.training.cached_slices import CachedSlices, collate_cached
 from samgraft.finetune.training.module import FinetuneModule
-from samgraft.finetune.training.preparation import Prepared, describe, prepare
+from samgraft.finetune.training.preparation import Prepared, describe, prepare, use_cached_embeddings
 from samgraft.finetune.training.report import write_report
 from samgraft.finetune.training.rounds import ValidationRounds
 from samgraft.shared.config import config_sha256, config_to_dict
@@ -56,36 +56,36 @@ from torch.utils.data import default_collate
 log = logging.getLogger(__name__)
 
 POLY_POWER = 0.9
-"""Of the study's schedule."""
+"""Power of the study's polynomial schedule."""
 EVA_SLICES = 16
-"""Training slices that eva looks at."""
+"""Number of training slices from which eva computes its initial factors."""
 MERGE_TOLERANCE = 1e-3
 """Largest absolute difference of logits, which span tens, between the adapted and the merged model in float32."""
 
 
 def finetune(config: FinetuneConfig, run: RunFolder, device: DeviceChoice, prepared: Prepared) -> Path:
-    """Fine-tune SAM on labelled slices; return the folder of the merged model.
+    """Fine-tune SAM on labelled slices and return the folder of the finished model.
 
     Args:
-        config: Everything the run is decided by.
-        run: Open run folder; a run in it goes on where it stood.
-        device: What to train on.
-        prepared: From ``prepare``, with the same configuration.
+        config: Settings of the run.
+        run: Open run folder. A run in it is resumed.
+        device: Device to train on.
+        prepared: Result of ``prepare`` with the same settings.
     """
     record_run_inputs(run, _inputs(prepared))
     if not config.data.split:
         save_run_split(run, prepared.split)
     run.write_run_json(**_provenance(prepared), world_size=device.world_size)
     rounds = ValidationRounds(run.path, is_writer=run.is_writer)
-    if run.is_writer and rounds.record.zero_shot is None and isinstance(prepared.start, StartingPoint):
-        dice = rounds.set_reference("zero_shot", measure_zero_shot(prepared, prepared.start, device.torch_device))
+    if run.is_writer and rounds.record.zero_shot is None and isinstance(prepared.initial, InitialWeights):
+        dice = rounds.set_reference("zero_shot", measure_zero_shot(prepared, prepared.initial, device.torch_device))
         prompts = f"{config.prompt.mode.value} prompts from the labels" if config.prompt.is_prompted else "no prompt"
         log.info("validation Dice of the base weights without training, %s (zero-shot): %.3f", prompts, dice)
 
-    if isinstance(prepared.start, StartingPoint):
-        prepared = use_cache(prepared, config, device)
+    if isinstance(prepared.initial, InitialWeights):
+        prepared = use_cached_embeddings(prepared, config, device)
     if prepared.peft_model and config.adapter.spec.uses_training_slices and run.latest_training_state() is None:
-        start_from_slices(prepared, config, device)
+        initialise_from_slices(prepared, config, device)
     module = FinetuneModule(
         prepared.segmenter, config, prepared.classes, rank_updates=RankUpdates.of(prepared.peft_model)
     )
@@ -109,21 +109,23 @@ def finetune(config: FinetuneConfig, run: RunFolder, device: DeviceChoice, prepa
     sam = restore_best(prepared, rounds, device.torch_device)
     trainable, groups = trainable_table(sam), trainable_groups(sam)
     results = score_scans(prepared.segmenter, prepared.store, prepared.val_series, prepared.classes, prepared.inference)
-    # Merged and written in float32 on a CPU: reduced precision of a GPU would look like a fault of the merge.
+    # Merged and written in float32 on a CPU: the lower precision of a GPU would look like a failed merge.
     prepared.segmenter.cpu()
     folder = write_finished(sam, prepared, config, run, rounds, trainable=trainable, result=result)
     evaluation = summarise(results, prepared.store, prepared.classes, part="val")
     write_evaluation(evaluation, run.path / "evaluation" / "val", provenance={"chosen_on": "this part"})
     speed = result.slices_per_s
     write_report(run, config, prepared, rounds.record, results, trainable=trainable, groups=groups, slices_per_s=speed)
-    rounds.discard_others()
+    rounds.delete_others()
     best = {"best_step": rounds.record.best_step, "best_dice": round(mean_dice(results) or 0.0, 4)}
     run.mark_complete(**best, world_size=result.world_size)
+    is_better, text = rounds.record.describe_result()
+    log.log(logging.INFO if is_better else logging.WARNING, "%s", text)
     return folder
 
 
 def prepare_seeded(config: FinetuneConfig, *, run_path: Path | None = None) -> Prepared:
-    """Prepare with fresh adapter weights drawn from the run's seed; the caller's generators stay as they were."""
+    """Prepare a run with adapter weights drawn from its seed. The caller's random generators do not change."""
     with preserve_rng():
         seed_process(config.seed)
         prepared = prepare(config, run_path=run_path)
@@ -151,13 +153,16 @@ def measure_cost(prepared: Prepared, config: FinetuneConfig, device: DeviceChoic
     return cost
 
 
-def start_from_slices(prepared: Prepared, config: FinetuneConfig, device: DeviceChoice) -> None:
-    """Give eva's updates their start from training slices, spread over the list and without augmentation."""
+def initialise_from_slices(prepared: Prepared, config: FinetuneConfig, device: DeviceChoice) -> None:
+    """Set the initial factors of eva from training slices, evenly spaced and without augmentation."""
     assert prepared.peft_model is not None
     segmenter = prepared.segmenter.to(device.torch_device).eval()
     dataset = prepared.dataset
     if not isinstance(dataset, SliceDataset):
-        raise UsageError("adapter.method=eva must see the encoder's activations: use cache.variants=0.")
+        raise UsageError(
+            "adapter.method=eva needs the encoder's activations, which cached embeddings do not have. Use "
+            "cache.variants=0."
+        )
     plain = dataset.without_augmentation()
     chosen = range(0, len(plain), max(1, len(plain) // EVA_SLICES))
     images = [
@@ -174,24 +179,29 @@ def start_from_slices(prepared: Prepared, config: FinetuneConfig, device: Device
         initialise_eva(prepared.peft_model, segmenter, images)
 
 
-def measure_zero_shot(prepared: Prepared, start: StartingPoint, device: torch.device) -> list[CaseResult]:
-    """Measure the base weights in automatic mode on the validation scans."""
-    sam = start.build_base()
+def measure_zero_shot(prepared: Prepared, weights: InitialWeights, device: torch.device) -> list[CaseResult]:
+    """Score the base weights without training on the validation scans."""
+    sam = weights.build_base()
     segmenter = Segmenter(sam, num_classes=min(prepared.classes.num_classes, sam.mask_decoder.num_multimask_outputs))
     return score_scans(segmenter.to(device), prepared.store, prepared.val_series, prepared.classes, prepared.inference)
 
 
 def restore_best(prepared: Prepared, rounds: ValidationRounds, device: torch.device) -> nn.Module:
-    """Put the best round's tensors into the model, on the device, and return its network.
+    """Load the tensors of the best round into the model, on the device, and return its network.
 
     Raises:
-        WeightsError: If the tensors are not those that trained.
+        WeightsError: If they are not exactly the trained tensors.
     """
     segmenter = prepared.segmenter.to(device).eval()
     best = load_file(rounds.best_file())
     trained = trainable_tensors(segmenter.network)
     if set(best) != set(trained):
-        raise WeightsError("the best round must hold exactly the trained tensors.", where="best/")
+        odd = sorted(set(best) ^ set(trained))
+        raise WeightsError(
+            f"the tensors of the best round do not fit the model ({len(odd)} differ, e.g. {odd[0]}). Train again with "
+            "another NAME=.",
+            where="best/",
+        )
     with torch.no_grad():
         for name, parameter in trained.items():
             parameter.copy_(best[name])
@@ -208,7 +218,7 @@ def write_finished(
     trainable: list[tuple[str, int, int]],
     result: FitResult,
 ) -> Path:
-    """Write the adapter pair, merge, compare, and write the merged model; the merged one stays in ``prepared``."""
+    """Write the adapter and the merged model, and return their folder. ``prepared`` then has the merged model."""
     folder = run.path / "model"
     card = finished_card(prepared, config, result=result)
     task = finished_task(prepared, config, rounds, trainable={p: round(t / 1e6, 4) for p, t, _ in trainable})
@@ -217,16 +227,16 @@ def write_finished(
         return folder
     save_adapter(prepared.peft_model, folder / ADAPTER_FOLDER, method=config.adapter.method)
     if config.adapter.spec.is_mergeable:
-        sam = _merged(prepared, folder)
+        sam = _merge_and_compare(prepared, folder)
         write_model(sam, folder, card=card, task=task)
     else:
-        log.info("%s cannot be merged: base weights and adapter are kept side by side", config.adapter.method)
+        log.info("%s cannot be merged: the model is kept as base weights with an adapter", config.adapter.method)
         write_model(sam, folder, card=card, task=task, is_merged=False)
     return folder
 
 
-def _merged(prepared: Prepared, folder: Path) -> nn.Module:
-    """Merge the updates and check that nothing changed by it; the merged model stays in ``prepared``."""
+def _merge_and_compare(prepared: Prepared, folder: Path) -> nn.Module:
+    """Merge the updates and check that the outputs stay equal. ``prepared`` then has the merged model."""
     assert prepared.peft_model is not None
     size = prepared.segmenter.image_size
     images = torch.rand(2, 1, size, size, generator=torch.Generator().manual_seed(0))
@@ -236,9 +246,11 @@ def _merged(prepared: Prepared, folder: Path) -> nn.Module:
     prepared.segmenter.sam = sam
     with torch.inference_mode():
         difference = float((prepared.segmenter(images) - adapted).abs().max())
+    # Written so that a NaN difference fails too.
     if not difference <= MERGE_TOLERANCE:
         raise WeightsError(
-            f"the merged model must give the adapted one's outputs, logits differ by {difference:.1e}.",
+            f"the merged model differs from the adapted one (logits by {difference:.1e}, expected at most "
+            f"{MERGE_TOLERANCE:.0e}).",
             where=folder.name,
             kept="the adapter, in model/adapter",
         )
@@ -247,23 +259,23 @@ def _merged(prepared: Prepared, folder: Path) -> nn.Module:
 
 
 def finished_card(prepared: Prepared, config: FinetuneConfig, *, result: FitResult) -> Card:
-    """Return the card of the fine-tuned model; the encoder's history goes on in it."""
+    """Return the card of the fine-tuned model, with the history of its encoder."""
     manifest = pretrain_manifest(prepared.store, prepared.split.train)
-    start = prepared.start
-    if start.encoder.card and start.encoder.card.data_manifest:
-        manifest["pretraining"] = start.encoder.card.data_manifest
-    notes = [*start.card.notes]
+    initial = prepared.initial
+    if initial.encoder.card and initial.encoder.card.data_manifest:
+        manifest["pretraining"] = initial.encoder.card.data_manifest
+    notes = [*initial.card.notes]
     if prepared.transductive:
         notes.append("transductive: validation or test patients were in the unlabelled pretraining set")
     return dataclasses.replace(
-        start.card,
+        initial.card,
         stage="model",
         steps=result.step,
         slices_seen=result.slices_seen,
         intensity=prepared.inference.intensity.to_dict(),
         num_neighbours=prepared.inference.num_neighbours,
-        base_name=start.base.name,
-        base_sha256=start.base.sha256,
+        base_name=initial.base.name,
+        base_sha256=initial.base.sha256,
         data_manifest=manifest,
         config_sha256=config_sha256(config),
         code_revision=code_revision(),
@@ -275,7 +287,7 @@ def finished_card(prepared: Prepared, config: FinetuneConfig, *, result: FitResu
 def finished_task(
     prepared: Prepared, config: FinetuneConfig, rounds: ValidationRounds, *, trainable: dict[str, float]
 ) -> Task:
-    """Return what the model segments and how it did on validation."""
+    """Return the task of the fine-tuned model, with its Dice on validation."""
     record, best = rounds.record, rounds.record.best_step
     validation: dict[str, Any] = {
         "zero_shot": _rounded(record.zero_shot),
@@ -296,7 +308,7 @@ def finished_task(
         store_fingerprint=prepared.store.fingerprint,
         split_sha256=split.sha256,
         split={"train": list(split.train), "val": list(split.val), "test": list(split.test)},
-        network=prepared.start.plan if isinstance(prepared.start, BaselineStart) else {},
+        network=prepared.initial.plan if isinstance(prepared.initial, RandomWeights) else {},
         prompt=config_to_dict(config.prompt) if config.prompt.is_prompted else {},
         transductive=prepared.transductive,
         trainable_millions=trainable,
@@ -316,7 +328,8 @@ def _validation(prepared: Prepared, config: FinetuneConfig, rounds: ValidationRo
             dice = rounds.set_reference("start", results)
             log.info("validation Dice before training: %.3f", dice)
         else:
-            rounds.forget_after(boundary.step - 1)
+            # A resumed run repeats this round, so a later one in the file comes from before a kill.
+            rounds.remove_after(boundary.step - 1)
             dice = rounds.add(boundary.step, results, lambda: _detached(prepared.segmenter.network))
             best = rounds.record.best_step
             log.info("step %d: validation Dice %.3f (best %.3f, step %s)", boundary.step, dice,
@@ -327,7 +340,7 @@ def _validation(prepared: Prepared, config: FinetuneConfig, rounds: ValidationRo
                 min_steps=config.watch.min_steps,
                 warmup_steps=config.optim.warmup_steps,
             ):
-                boundary.end_training(f"{config.watch.patience_rounds} validation rounds brought no higher Dice")
+                boundary.end_training(f"{config.watch.patience_rounds} validation rounds had no higher Dice")
         if config.watch.log_images:
             for number, result in enumerate(results):
                 boundary.add_image(f"images/val_{number}", _panel(prepared, result, number=config.watch.num_overlays))
@@ -365,12 +378,12 @@ def _learning_rate(config: FinetuneConfig) -> LearningRate:
 
 
 def _inputs(prepared: Prepared) -> dict[str, str | None]:
-    """Return the hashes of what is read by a path or drawn: a run goes on with what it began with, or not at all."""
+    """Return the hashes of the inputs. A run refuses to resume when one of them has changed."""
     return {
         "store_fingerprint": prepared.store.fingerprint,
         "split_sha256": prepared.split.sha256,
-        "encoder_sha256": prepared.start.encoder.sha256,
-        "base_sha256": prepared.start.base.sha256,
+        "encoder_sha256": prepared.initial.encoder.sha256,
+        "base_sha256": prepared.initial.base.sha256,
     }
 
 

@@ -13,9 +13,9 @@ from samgraft.finetune.config import ModelConfig
 from samgraft.finetune.evaluation.evaluate import evaluate
 from samgraft.finetune.evaluation.metrics import class_scores
 from samgraft.finetune.evaluation.validation import CaseResult
+from samgraft.finetune.initial_weights import read_initial_weights
 from samgraft.finetune.model_folder import read_model, write_model
 from samgraft.finetune.release.release import release_model
-from samgraft.finetune.start import find_starting_point
 from samgraft.finetune.task import Task
 from samgraft.finetune.training.preparation import check_leak
 from samgraft.finetune.training.rounds import ValidationRounds
@@ -63,14 +63,14 @@ def place(tmp_path_factory):
 
 def start(root, ckpt, **given):
     given = {"base": None, "image_size": 32, **given}
-    return find_starting_point(root / ckpt, **given)
+    return read_initial_weights(root / ckpt, **given)
 
 
 def test_ckpt__that_is_missing_or_no_weights(place):
     root, _, _ = place
-    with pytest.raises(WeightsError, match="exists") as refusal:
+    with pytest.raises(WeightsError, match="does not exist") as refusal:
         start(root, "nothing.pth")
-    assert "make pretrain" in refusal.value.next_command
+    assert "make pretrain MODALITY=mri" in refusal.value.what
     with pytest.raises(WeightsError):
         start(root, "notes.pth")
 
@@ -96,16 +96,16 @@ def test_ckpt__encoder_alone_takes_its_decoder_from_base(place, caplog):
 
 def test_base__without_decoder_is_refused(place):
     root, _, _ = place
-    with pytest.raises(WeightsError, match="whole SAM"):
+    with pytest.raises(WeightsError, match="full SAM"):
         start(root, "ssl", base=root / "ssl")
 
 
 @pytest.mark.parametrize(
     ("arguments", "code", "text"),
     [
-        (["--ckpt", "gone.pth", "--data", "store.zarr"], 4, "CKPT must"),
+        (["--ckpt", "gone.pth", "--data", "store.zarr"], 4, "CKPT does not exist"),
         (["--ckpt", "notes.pth", "--data", "store.zarr"], 4, "error"),
-        ([], 2, "CKPT must say"),
+        ([], 2, "CKPT and BASE are both missing"),
         (["--ckpt", "base.safetensors", "--data", "no.zarr"], 3, "does not exist"),
         (["--ckpt", "base.safetensors", "--data", "store.zarr", "data.classes=[7]"], 3, "got 7; it has 1"),
         (["--ckpt", "base.safetensors", "--data", "store.zarr", "data.batchsize=2"], 2, "data.batch_size"),
@@ -230,7 +230,7 @@ def test_rounds__keep_the_best_and_survive_a_resume(tmp_path):
     again = ValidationRounds(tmp_path)
     assert again.record.rounds == {10: pytest.approx(2 / 3), 20: 1.0, 30: 0.0}
     assert again.best_file().name == "step-000020.safetensors"
-    again.forget_after(15)
+    again.remove_after(15)
     assert again.best_file().name == "step-000010.safetensors"
     other = ValidationRounds(tmp_path / "other", is_writer=False)  # the second of two processes
     other.add(10, result([1, 1, 0]), dict)

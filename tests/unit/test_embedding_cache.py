@@ -8,8 +8,8 @@ import pytest
 import torch
 from samgraft.finetune.config import FinetuneConfig
 from samgraft.finetune.embedding_cache import CacheType, EmbeddingCache, EmbeddingMemory, RecordShape
-from samgraft.finetune.training.cached_slices import CachedSlices, collate_cached, fill_cache, plan_cache, use_cache
-from samgraft.finetune.training.preparation import prepare
+from samgraft.finetune.training.cached_slices import CachedSlices, collate_cached, fill_cache, plan_cache
+from samgraft.finetune.training.preparation import prepare, use_cached_embeddings
 from samgraft.shared.cli import main
 from samgraft.shared.config import load_config
 from samgraft.shared.errors import DataError, StorageError, UsageError
@@ -163,7 +163,7 @@ def config_for(place, **settings):
 def test_cached_slices__are_the_encoders_own_embeddings(place):
     config = config_for(place)
     prepared = prepare(config)
-    cached_run = use_cache(prepared, config, DEVICE)
+    cached_run = use_cached_embeddings(prepared, config, DEVICE)
     cached = cached_run.dataset
     assert isinstance(cached, CachedSlices)
     assert len(cached) == len(prepared.dataset)
@@ -229,7 +229,7 @@ def test_cached_slices__a_second_run_computes_nothing(place, caplog):
     caplog.clear()
     prepared.segmenter.sam.image_encoder.forward = None  # would fail
     fill_cache(cached, prepared.dataset, prepared.segmenter, config, DEVICE)
-    assert f"{cache.num_records} cached ones fit this run" in caplog.text
+    assert f"all {cache.num_records} are cached" in caplog.text
 
 
 def test_cached_slices__several_processes_are_refused(place, monkeypatch):
@@ -237,7 +237,7 @@ def test_cached_slices__several_processes_are_refused(place, monkeypatch):
     prepared = prepare(config)
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UsageError, match="filled by one process"):
-        use_cache(prepared, config, DEVICE)
+        use_cached_embeddings(prepared, config, DEVICE)
 
 
 def test_preflight__counts_embeddings_and_lists_what_trains(place, monkeypatch, capsys, tmp_path):
@@ -258,7 +258,7 @@ def test_preflight__counts_embeddings_and_lists_what_trains(place, monkeypatch, 
 
 @pytest.mark.parametrize("scope", ["encoder_decoder", "neck_decoder"])
 def test_cache__needs_an_encoder_that_stays(place, scope):
-    with pytest.raises(UsageError, match=r"cache\.variants must go with adapter\.scope=decoder"):
+    with pytest.raises(UsageError, match=r"cache\.variants needs adapter\.scope=decoder"):
         config_for(place, adapter={"scope": scope})
 
 
@@ -283,7 +283,7 @@ def test_run__on_cached_embeddings_from_command_to_model(place, monkeypatch, cap
     assert f"mask_decoder {parameters / 1e6:.3f} of " in said
     assert f"in {number} tensors" in said
     assert "image_encoder frozen, " in said
-    assert "every trained tensor: runs/cached/run.json" in said
+    assert "all trained tensors: runs/cached/run.json" in said
     name = "mask_decoder.transformer.layers.*.self_attn.q_proj.lora_A.weight"
     assert name in {group["name"] for group in groups}
     assert name not in said

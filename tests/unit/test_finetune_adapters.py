@@ -18,7 +18,7 @@ from samgraft.finetune.adapters import (
 )
 from samgraft.finetune.adapters.saving import keep_base_sha256
 from samgraft.finetune.loss import SegmentationLoss
-from samgraft.finetune.segmenter import Segmenter, make_room_for_classes
+from samgraft.finetune.segmenter import Segmenter, add_class_tokens
 from torch import nn
 
 SPECS = {"vit_t": (tiny_vit_t_spec(), 32), "plain": (tiny_plain_spec(), 160)}
@@ -27,7 +27,7 @@ SPECS = {"vit_t": (tiny_vit_t_spec(), 32), "plain": (tiny_plain_spec(), 160)}
 def make_segmenter(family, config, *, num_classes=1):
     spec, size = SPECS[family]
     sam = make_sam(spec, image_size=size)
-    make_room_for_classes(sam, num_classes=num_classes)
+    add_class_tokens(sam, num_classes=num_classes)
     torch.manual_seed(1)
     peft_model = adapt(sam, config, num_classes=num_classes)
     return Segmenter(sam, num_classes=num_classes), peft_model
@@ -174,7 +174,7 @@ def test_room__up_to_three_classes_keep_sams_shape(num_classes):
     spec, size = SPECS["vit_t"]
     sam = make_sam(spec, image_size=size)
     before = {k: v.clone() for k, v in sam.state_dict().items()}
-    make_room_for_classes(sam, num_classes=num_classes)
+    add_class_tokens(sam, num_classes=num_classes)
     assert all(torch.equal(before[k], v) for k, v in sam.state_dict().items())
     assert Segmenter(sam, num_classes=num_classes)(torch.rand(1, 1, size, size)).shape[1] == num_classes
 
@@ -186,7 +186,7 @@ def test_room__more_classes_reuse_sams_tokens_first():
     with torch.no_grad():
         old = Segmenter(sam, num_classes=3)(images)
     old_tokens = sam.mask_decoder.mask_tokens.weight.detach().clone()
-    make_room_for_classes(sam, num_classes=5)
+    add_class_tokens(sam, num_classes=5)
     tokens = sam.mask_decoder.mask_tokens.weight
     assert torch.equal(tokens[:4], old_tokens)
     assert torch.equal(tokens[4:], old_tokens[1:3])

@@ -36,7 +36,7 @@ def said(capsys):
 def test_adapter__keeps_base_and_adapter_side_by_side(place, monkeypatch, capsys):
     monkeypatch.chdir(place)
     assert run("bottleneck", method="adapter") == 0
-    assert "adapter cannot be merged: base weights and adapter are kept side by side" in said(capsys)
+    assert "adapter cannot be merged: the model is kept as base weights with an adapter" in said(capsys)
     folder = place / "runs" / "bottleneck" / "model"
     assert not (folder / "sam.safetensors").exists()
     base, start = load_sam(folder / "base.safetensors", image_size=32), tiny_sam("vit_t")
@@ -83,7 +83,7 @@ def test_method__runs_from_command_to_merged_model(place, monkeypatch, capsys, m
         ("lora", ["adapter.r=9"], "adapter.r must be at most 8"),
         ("lora", ["adapter.scope=decoder", "adapter.last_blocks=1"], "adapter.scope=encoder_decoder"),
         ("vera", ["adapter.targets=qv"], "adapter.targets=qv needs one of"),
-        ("lora", ["cache.variants=2"], "cache.variants must go with adapter.scope=decoder"),
+        ("lora", ["cache.variants=2"], "cache.variants needs adapter.scope=decoder"),
         ("adalora", [], "trainer.max_steps must be at least 10"),
     ],
 )
