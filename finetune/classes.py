@@ -139,6 +139,7 @@ class ClassTable:
             bits = torch.tensor(self.ids[: logits_NCHW.shape[1]], device=logits_NCHW.device)
             bits = bits.view(1, -1, *[1] * (logits_NCHW.ndim - 2))
             return ((logits_NCHW > 0) * bits).sum(dim=1)
+        # The background's logit is 0, so a class must be above 0 to win the softmax.
         best, channel = logits_NCHW.max(dim=1)
         return self.to_ids(torch.where(best > 0, channel + 1, 0))
 

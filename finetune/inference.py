@@ -141,6 +141,7 @@ def _with_neighbours(
     channels = [
         neighbour_slices(number, num_slices=len(volume_ZHW), num_neighbours=config.num_neighbours) for number in numbers
     ]
+    # Neighbouring slices of a batch overlap, so every slice is normalised once.
     normalised = {z: normalise(volume_ZHW[z], stats, config.intensity) for row in channels for z in row}
     return np.stack([np.stack([normalised[z] for z in row]) for row in channels])
 

@@ -94,6 +94,7 @@ def read_initial_weights(
             f"Use MODEL={encoder.spec.arch}.",
             where=encoder.name,
         )
+    # One file can supply everything when it is a full SAM.
     if ckpt is None or (base is None and encoder.parts >= SAM_PARTS):
         base_weights = encoder
     else:

@@ -172,6 +172,7 @@ class SegmentationLoss(nn.Module):
             ).mean()
 
         def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+            # PyTorch divides by the sum of the weights of the pixels, so that they change the balance, not the size.
             weights = logits.new_tensor([1.0, *config.class_weights]) if config.class_weights else None
             return F.cross_entropy(logits, target[:, 0], weight=weights)
 
@@ -224,6 +225,7 @@ def on_loss_grid(logits_NChw: Tensor, target_NXSS: Tensor, *, size: int | None) 
             raise ValueError("loss.size applies to slices only, got volumes. Set it to null.")
         small = F.interpolate(target_NXSS.float(), size=(size, size), mode="nearest-exact")
         target_NXSS = small.to(target_NXSS.dtype)
+    # bf16 logits are resized in float32: interpolation would lose most of their 8 bits.
     logits_NChw = logits_NChw.float()
     if logits_NChw.shape[2:] != target_NXSS.shape[2:]:
         logits_NChw = F.interpolate(logits_NChw, size=target_NXSS.shape[2:], mode="bilinear", align_corners=False)

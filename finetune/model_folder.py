@@ -133,6 +133,7 @@ def weights_digest(folder: Path) -> str:
     for single in (WEIGHTS_FILE, NETWORK_FILE):
         if (folder / single).is_file():
             return file_sha256(folder / single)
+    # Base weights and adapter have one digest, so that replacing either of them is found.
     if missing := [name for name in PAIR_FILES if not (folder / name).is_file()]:
         raise WeightsError(
             f"a finished model must have {WEIGHTS_FILE}, or all of {', '.join(PAIR_FILES)}; {missing[0]} is missing.",

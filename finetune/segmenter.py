@@ -50,6 +50,7 @@ class Segmenter(nn.Module):
 
     def embed(self, images_N1SS: Tensor) -> Tensor:
         """Return image embeddings (N, 256, h, w), in eval mode from ``embedding_memory`` if there is one."""
+        # In training every batch has another augmentation, so nothing repeats.
         if self.embedding_memory is not None and not self.training:
             return self.embedding_memory.lookup(images_N1SS, self._encode)
         return self._encode(images_N1SS)
@@ -74,6 +75,7 @@ def add_class_tokens(sam: Sam, *, num_classes: int) -> None:
     present = decoder.num_mask_tokens - 1
     if num_classes <= max(1, present):
         return
+    # Source token of every new token: SAM's own in place, then tokens 1, 2, 3, 1, ... Token 0 stays the single mask.
     sources = [*range(present + 1), *(1 + i % present for i in range(num_classes - present))]
     tokens = nn.Embedding(num_classes + 1, decoder.transformer_dim)
     last = decoder.iou_prediction_head.layers[-1]

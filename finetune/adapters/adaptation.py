@@ -85,7 +85,7 @@ def adapt(
     )
     peft_model = _wrap(sam, config.spec.build(request))
     placed: Any = peft_model.base_model.targeted_module_names
-    # peft ignores a pattern that matches nothing, so the result is compared with what was meant.
+    # peft ignores a pattern that matches nothing, so the result is compared with the expected layers.
     if set(placed) != set(expected) or not expected:
         raise WeightsError(f"updates must be in {len(expected)} layers, peft placed them in {len(set(placed))}.")
     if config.targets is Targets.QV and blocks:
@@ -165,6 +165,7 @@ def _unfreeze(sam: Sam, config: AdapterConfig, blocks: Iterable[str], *, used: S
         prefixes += [f"{name}." for name in blocks] + ["image_encoder.neck."]
     elif config.scope is TuningScope.NECK_DECODER:
         prefixes.append("image_encoder.neck.")
+    # The study's code trained these parts whole, even where no loss reaches them. heads=released keeps its counts.
     released = config.heads is Heads.RELEASED
     if released:
         prefixes.append("prompt_encoder.")

@@ -56,6 +56,7 @@ def initialise_eva(peft_model: PeftModel, forward: Callable[[Tensor], object], b
         name: _main_directions(torch.cat(rows), number=module.lora_A["default"].weight.shape[0])
         for (name, rows), module in zip(inputs.items(), layers.values(), strict=True)
     }
+    # A state dict with the directions of every layer keeps peft from running the model itself.
     peft.initialize_lora_eva_weights(peft_model, eva_state_dict=directions)
     num_tokens = max((sum(len(rows) for rows in kept) for kept in inputs.values()), default=0)
     log.info("eva: %d updates start along the main directions of %d tokens each", len(layers), num_tokens)
@@ -68,6 +69,7 @@ def _keep_rows(rows: list[Tensor]) -> Callable[[nn.Module, tuple[Any, ...]], Non
         if tokens.ndim < 2:
             return
         flat = tokens.detach().reshape(-1, tokens.shape[-1])
+        # All tokens of all layers would need gigabytes; evenly spaced ones cover the whole slice.
         step = max(1, len(flat) // ROWS_PER_CALL)
         rows.append(flat[::step].float())
 

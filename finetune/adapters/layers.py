@@ -181,6 +181,8 @@ class BottleneckModel(BaseTuner):
             raise TypeError("a module can have one bottleneck adapter only. Load the second one into another model.")
         parallel = bool(peft_config.parallel_modules and re.fullmatch(peft_config.parallel_modules, current_key))
         layer = BottleneckLayer(target, adapter_name, config=peft_config, parallel=parallel)
+        # The study's decoder calls one adapter at two places of a block. Both layers here must hold the same module, or
+        # the parameters would be counted and trained twice.
         shared = None if parallel else _sequential_of(parent, adapter_name)
         adapter = shared or Bottleneck(_width(target), peft_config)
         layer.update_layer(adapter_name, adapter, inference_mode=peft_config.inference_mode)
@@ -267,6 +269,7 @@ class ScaleShiftLayer(nn.Module, BaseTunerLayer):
 
     def unmerge(self) -> None:
         """Undo ``merge`` up to rounding."""
+        # In reverse order of merging, because scales and shifts of several adapters do not commute.
         while self.merged_adapters:
             name = self.merged_adapters.pop()
             with torch.no_grad():
@@ -291,6 +294,7 @@ class ScaleShiftModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
+        # peft calls this again for a second adapter of the same model.
         if isinstance(target, ScaleShiftLayer):
             target.update_layer(adapter_name, inference_mode=peft_config.inference_mode)
             return

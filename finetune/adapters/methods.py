@@ -245,47 +245,24 @@ def _adalora(request: AdapterRequest) -> PeftConfig:
     )
 
 
-def _loha(request: AdapterRequest) -> PeftConfig:
-    import peft
+def _peft(kind: str, options: Callable[[AdapterConfig], dict[str, Any]]) -> Callable[[AdapterRequest], PeftConfig]:
+    """Return the builder of a method of peft, from the name of its configuration class and its options."""
 
-    return peft.LoHaConfig(**request.places, r=request.config.r, alpha=request.config.lora_alpha)
+    def build(request: AdapterRequest) -> PeftConfig:
+        import peft
 
+        made: PeftConfig = getattr(peft, kind)(**request.places, **options(request.config))
+        return made
 
-def _lokr(request: AdapterRequest) -> PeftConfig:
-    import peft
-
-    return peft.LoKrConfig(**request.places, r=request.config.r, alpha=request.config.lora_alpha)
-
-
-def _ia3(request: AdapterRequest) -> PeftConfig:
-    import peft
-
-    return peft.IA3Config(**request.places, feedforward_modules=[])
+    return build
 
 
-def _vera(request: AdapterRequest) -> PeftConfig:
-    import peft
-
-    return peft.VeraConfig(**request.places, r=request.config.vera_r)
+def _rank_and_alpha(config: AdapterConfig) -> dict[str, Any]:
+    return {"r": config.r, "alpha": config.lora_alpha}
 
 
-def _hra(request: AdapterRequest) -> PeftConfig:
-    import peft
-
-    return peft.HRAConfig(**request.places, r=request.config.r)
-
-
-def _boft(request: AdapterRequest) -> PeftConfig:
-    import peft
-
-    size = request.config.boft_block_size
-    return peft.BOFTConfig(**request.places, boft_block_size=size, boft_n_butterfly_factor=1, bias="none")
-
-
-def _ln_tuning(request: AdapterRequest) -> PeftConfig:
-    import peft
-
-    return peft.LNTuningConfig(**request.places)
+def _boft(config: AdapterConfig) -> dict[str, Any]:
+    return {"boft_block_size": config.boft_block_size, "boft_n_butterfly_factor": 1, "bias": "none"}
 
 
 def _ssf(request: AdapterRequest) -> PeftConfig:
@@ -374,23 +351,39 @@ METHODS: dict[str, MethodSpec] = {
     # Ranks that are moved during training to the layers that need them. arXiv 2303.10512
     "adalora": MethodSpec(build=_adalora, options=frozenset({"r", "lora_alpha"}), check_layers=_check_rank),
     # Hadamard product of two low-rank updates. arXiv 2108.06098
-    "loha": MethodSpec(build=_loha, options=frozenset({"r", "lora_alpha"}), supports_convolutions=True),
+    "loha": MethodSpec(
+        build=_peft("LoHaConfig", _rank_and_alpha),
+        options=frozenset({"r", "lora_alpha"}),
+        supports_convolutions=True,
+    ),
     # Kronecker product of low-rank factors. arXiv 2212.10650
-    "lokr": MethodSpec(build=_lokr, options=frozenset({"r", "lora_alpha"}), supports_convolutions=True),
+    "lokr": MethodSpec(
+        build=_peft("LoKrConfig", _rank_and_alpha),
+        options=frozenset({"r", "lora_alpha"}),
+        supports_convolutions=True,
+    ),
     # One factor per output channel. arXiv 2205.05638
-    "ia3": MethodSpec(build=_ia3, supports_convolutions=True),
+    "ia3": MethodSpec(build=_peft("IA3Config", lambda config: {"feedforward_modules": []}), supports_convolutions=True),
     # Fixed random projections shared by all layers, two trained vectors per layer. arXiv 2310.11454
-    "vera": MethodSpec(build=_vera, options=frozenset({"vera_r"})),
+    "vera": MethodSpec(build=_peft("VeraConfig", lambda config: {"r": config.vera_r}), options=frozenset({"vera_r"})),
     # Householder reflections of the weights, which start in pairs. arXiv 2405.17484
     "hra": MethodSpec(
-        build=_hra, options=frozenset({"r"}), check_layers=_check_rank, rank_multiple=2, supports_convolutions=True
+        build=_peft("HRAConfig", lambda config: {"r": config.r}),
+        options=frozenset({"r"}),
+        check_layers=_check_rank,
+        rank_multiple=2,
+        supports_convolutions=True,
     ),
     # Block-orthogonal rotations of the weights. arXiv 2311.06243
-    "boft": MethodSpec(build=_boft, options=frozenset({"boft_block_size"}), check_layers=_check_boft_blocks),
+    "boft": MethodSpec(
+        build=_peft("BOFTConfig", _boft),
+        options=frozenset({"boft_block_size"}),
+        check_layers=_check_boft_blocks,
+    ),
     # Scale and shift of every output channel. arXiv 2210.08823
     "ssf": MethodSpec(build=_ssf),
     # Norm layers only. arXiv 2312.11420
-    "ln_tuning": MethodSpec(build=_ln_tuning, placement=Placement.NORMS),
+    "ln_tuning": MethodSpec(build=_peft("LNTuningConfig", lambda config: {}), placement=Placement.NORMS),
     # Biases only. arXiv 2106.10199
     "bitfit": MethodSpec(biases_only=True),
 }

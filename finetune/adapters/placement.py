@@ -67,6 +67,7 @@ def target_pattern(spec: EncoderSpec, config: AdapterConfig) -> str:
     parts = [*_inside(blocks, layers.linear), DECODER_LINEAR]
     if config.targets is Targets.LINEAR_CONV and has_encoder:
         parts.append(NECK_CONVS)
+        # Convolutions are outside of the transformer blocks, so they train only when no blocks were chosen.
         if layers.convolutions is not None and is_everywhere(config):
             parts.append(re.escape(ENCODER_PREFIX) + layers.convolutions)
     return _either(parts)
@@ -99,6 +100,7 @@ def head_names(num_classes: int, *, prompted_tokens: Sequence[int] = ()) -> list
             *tokens,
             "mask_decoder.iou_prediction_head",
         ]
+    # SAM's token 0 gives the single mask, tokens 1 to 3 give its three candidate masks.
     first = 0 if num_classes == 1 else 1
     hypernetworks = [f"mask_decoder.output_hypernetworks_mlps.{first + i}" for i in range(num_classes)]
     return ["mask_decoder.mask_tokens", "mask_decoder.output_upscaling", *hypernetworks]

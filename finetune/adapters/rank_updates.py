@@ -44,6 +44,7 @@ class RankUpdates:
 
     def after_update(self, step: int) -> None:
         """Move ranks after step number ``step``, while its gradients still exist."""
+        # peft measures the importance of a rank by weight times gradient, so it must run before zero_grad.
         self.tuner.update_and_allocate(step)
 
     def state(self) -> dict[str, Any]:

@@ -43,6 +43,7 @@ def trainable_groups(sam: nn.Module) -> list[TensorGroup]:
     """Return the trainable tensors in groups of one kind."""
     groups: dict[str, list[int]] = {}
     for name, parameter in trainable_tensors(sam).items():
+        # peft puts the adapter's name "default" into every name, which has no meaning here.
         plain = re.sub(r"\.(modules_to_save\.)?default(?=\.|$)", "", name)
         entry = groups.setdefault(re.sub(r"(?<=\.)\d+(?=\.|$)", "*", plain), [0, 0])
         entry[0] += 1

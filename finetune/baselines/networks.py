@@ -259,6 +259,7 @@ def plan_patch(median_shape_zyx: Sequence[int], max_voxels: int) -> list[int]:
     Sides become multiples of the downsampling that they allow, which is 8 above 16 voxels and 4 below.
     """
     sizes = [_rounded_up(size) for size in median_shape_zyx]
+    # The largest axis is cut first, so that a patch stays as close to a cube as the scan allows.
     while math.prod(sizes) > max_voxels:
         axis = sizes.index(max(sizes))
         sizes[axis] -= 8 if sizes[axis] > 24 else 4
@@ -285,6 +286,7 @@ def plan_levels(sizes: Sequence[int], spacing: Sequence[float]) -> tuple[list[li
     strides: list[list[int]] = []
     while len(strides) < MAX_LEVELS:
         finest = min(distance)
+        # An axis takes part in pooling and in 3-wide kernels only while its spacing is close to the finest one.
         near = [d <= 2 * finest for d in distance]
         step = [
             2 if is_near and side >= 2 * MIN_SIDE and side % 2 == 0 else 1

@@ -88,6 +88,7 @@ class VolumePatches(Dataset[dict[str, Any]]):
         """Return the first corner of a patch, around a voxel of a random class or anywhere in the scan."""
         around = rng.random() < self.foreground_fraction
         channel = int(rng.integers(self.classes.num_classes))
+        # A class that the scan does not show gives no places, and the patch is then anywhere.
         places = np.argwhere(self.classes.true_mask(label_ZHW, channel)) if around else np.empty((0, 3))
         center = places[int(rng.integers(len(places)))] if len(places) else None
         start = []
@@ -121,6 +122,7 @@ def augment_patch(
     shift_x, shift_y = rng.uniform(-2 * config.max_shift, 2 * config.max_shift, size=2)
     flip = -1.0 if rng.random() < config.flip_columns_probability and has_mirror_image(plane) else 1.0
     cosine, sine, aspect = math.cos(angle) / scale, math.sin(angle) / scale, height / width
+    # affine_grid works in normalised coordinates, where a rotation of a non-square slice needs the aspect ratio.
     theta = torch.tensor([[[flip * cosine, -flip * sine * aspect, shift_x], [sine / aspect, cosine, shift_y]]])
     grid = F.affine_grid(theta.float(), [1, 1, height, width], align_corners=False)
     image = F.grid_sample(image_ZHW[None], grid, mode="bilinear", align_corners=False)[0]

@@ -72,6 +72,7 @@ def _finetune(arguments: argparse.Namespace) -> int:
         from samgraft.finetune.initial_weights import advise_weights
 
         raise UsageError(f"CKPT and BASE are both missing. {advise_weights()}")
+    # Imported after the first checks: torch and peft take seconds, and a typing error should be reported at once.
     from samgraft.finetune.training.train import finetune, prepare_seeded
     from samgraft.shared.runs.run_folder import RunFolder, check_run_folder
     from samgraft.shared.store.from_data import describe_dry_run
@@ -92,6 +93,7 @@ def _finetune(arguments: argparse.Namespace) -> int:
         log.info("%s", line)
     if arguments.dry_run:
         _list_trained(prepared)
+    # A run with training states was measured when it began.
     if arguments.dry_run or not (arguments.runs / name / "checkpoints").is_dir():
         _log_cost(prepared, config, device, run_path=arguments.runs / name)
     if arguments.dry_run:

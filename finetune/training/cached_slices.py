@@ -63,6 +63,7 @@ class CachedSlices(Dataset[CachedSample]):
 
     def __getitem__(self, item: tuple[int, int]) -> CachedSample:
         index, sample_counter = item
+        # Not drawn from a running generator: a resumed run must read the same variant for the same sample.
         variant = int(sample_generator(self.seed, sample_counter).integers(self.variants))
         embedding, label = self.cache.read(self._unique_of[index] * self.variants + variant)
         return {"embedding": embedding, "label": label, "sample_counter": sample_counter}
@@ -125,6 +126,7 @@ def fill_cache(
     if cache.is_complete:
         log.info("embeddings: all %d are cached (%s)", cache.num_records, cache.path.name)
         return
+    # The index is written in the order of the records, which several writers could not keep.
     if processes_expected() > 1:
         raise UsageError(
             f"an embedding cache is filled by one process, got {processes_expected()}. Run the command once without "
@@ -139,6 +141,7 @@ def fill_cache(
         cache.path.name,
     )
     encoder = segmenter.sam.image_encoder
+    # In eval mode: dropout or batch statistics would make an embedding depend on the batch that it is computed in.
     was_training = encoder.training
     segmenter.to(device.torch_device)
     encoder.eval()

@@ -51,12 +51,14 @@ class FinetuneModule(pl.LightningModule):
         else:
             logits_NChw = self.segmenter.decode(embeddings_NChw)
             losses = {"loss": self.loss(logits_NChw, self.classes.to_target(labels_NSS))}
+        # peft adds this penalty in its own forward, which is not called here.
         if self.rank_updates is not None:
             losses["loss"] = losses["loss"] + self.rank_updates.penalty()
         return losses
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Update the weights, then the ranks of adalora."""
+        # Lightning raises global_step in the call below; adalora counts the step that is being done.
         step = self.trainer.global_step + 1
         super().optimizer_step(*args, **kwargs)
         if self.rank_updates is not None:
@@ -115,6 +117,7 @@ def _trainable_groups(encoder: Any) -> list[tuple[int, list[torch.nn.Parameter]]
 
 
 def _exempt_from_decay(optimizer: torch.optim.Optimizer, exempt: list[torch.nn.Parameter]) -> None:
+    # By identity, because == on tensors compares their values.
     wanted = {id(p) for p in exempt}
     for group in list(optimizer.param_groups):
         moved = [p for p in group["params"] if id(p) in wanted]

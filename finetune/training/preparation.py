@@ -75,6 +75,7 @@ def prepare(config: FinetuneConfig, *, run_path: Path | None = None) -> Prepared
     split = load_run_split(run_path, store) if run_path is not None and not config.data.split else None
     if split is None:
         split = load_split(Path(config.data.split) if config.data.split else None, store)
+        # A resumed run keeps its own split, in which the few-shot draw is already made.
         split = draw_few_shot(split, store, config.data.few_shot)
     classes = choose_classes(
         store, config.data.classes, regions=config.data.regions or None, train_patients=split.train
@@ -106,10 +107,12 @@ def _prepare_sam(
     transductive = check_leak(initial.encoder.card, split, store, allow=config.data.allow_transductive)
     intensity = intensity_of(initial.card, store)
     num_neighbours = neighbours_of(config.data.num_neighbours, initial.card)
+    # The encoder must get slices prepared as in its pretraining, so its card has priority over the store.
     dataset = training_set(config, store, split, classes, intensity, num_neighbours=num_neighbours)
     _check_batch(config, dataset)
     sam, reports = initial.build()
     sam.image_encoder.activation_checkpointing = config.trainer.activation_checkpointing
+    # Prompted models use SAM's own mask tokens for any number of classes.
     if not config.prompt.is_prompted:
         add_class_tokens(sam, num_classes=classes.num_classes)
     peft_model = adapt(

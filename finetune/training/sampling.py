@@ -40,6 +40,7 @@ def balance_foreground(
     background = len(refs) - len(foreground)
     if not foreground or not 0 < foreground_fraction < 1:
         return list(refs)
+    # f = w / (w + b) solved for w, the number of foreground slices after repetition.
     wanted = round(background * foreground_fraction / (1 - foreground_fraction))
     extra = [foreground[i % len(foreground)] for i in range(max(0, wanted - len(foreground)))]
     log.info(

@@ -84,6 +84,7 @@ def finetune(config: FinetuneConfig, run: RunFolder, device: DeviceChoice, prepa
 
     if isinstance(prepared.initial, InitialWeights):
         prepared = use_cached_embeddings(prepared, config, device)
+    # A resumed run has these factors in its training state.
     if prepared.peft_model and config.adapter.spec.uses_training_slices and run.latest_training_state() is None:
         initialise_from_slices(prepared, config, device)
     module = FinetuneModule(
@@ -104,6 +105,7 @@ def finetune(config: FinetuneConfig, run: RunFolder, device: DeviceChoice, prepa
             data_fingerprint=prepared.store.fingerprint,
         ),
     )
+    # Merging, scores and the report need one process only.
     if not run.is_writer:
         return run.path / "model"
     sam = restore_best(prepared, rounds, device.torch_device)
@@ -174,6 +176,7 @@ def initialise_from_slices(prepared: Prepared, config: FinetuneConfig, device: D
         )[0]
         for index in chosen
     ]
+    # The randomised decomposition must not change the random numbers of the training that follows.
     with preserve_rng():
         seed_process(config.seed)
         initialise_eva(prepared.peft_model, segmenter, images)
@@ -239,6 +242,7 @@ def _merge_and_compare(prepared: Prepared, folder: Path) -> nn.Module:
     """Merge the updates and check that the outputs stay equal. ``prepared`` then has the merged model."""
     assert prepared.peft_model is not None
     size = prepared.segmenter.image_size
+    # Noise excites every layer, and a fixed seed makes the logged difference comparable between runs.
     images = torch.rand(2, 1, size, size, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         adapted = prepared.segmenter(images)
@@ -319,6 +323,7 @@ def finished_task(
 def _validation(prepared: Prepared, config: FinetuneConfig, rounds: ValidationRounds) -> PeriodicTask:
     def run_round(boundary: TaskContext) -> Mapping[str, float]:
         results = []
+        # Scan by scan, so that a stop signal does not wait for the whole round.
         for series_id in prepared.val_series:
             boundary.check_stop()
             results += score_scans(
@@ -370,6 +375,7 @@ def _collate(dataset: object) -> Callable[[Any], Any]:
 
 def _learning_rate(config: FinetuneConfig) -> LearningRate:
     return LearningRate(
+        # A run shorter than the warm-up still ends at the full learning rate.
         warmup_steps=min(config.optim.warmup_steps, config.trainer.max_steps - 1),
         max_steps=config.trainer.max_steps,
         final_factor=config.optim.final_lr_factor,

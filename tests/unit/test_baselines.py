@@ -47,7 +47,7 @@ def test_levels__coarse_axes_wait_for_the_others():
 
 
 def test_levels__refuses_what_cannot_be_halved():
-    with pytest.raises(UsageError, match="halve its input"):
+    with pytest.raises(UsageError, match="too small for a U-Net"):
         plan_levels([7, 7], [1.0, 1.0])
 
 

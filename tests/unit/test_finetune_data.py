@@ -1,6 +1,8 @@
 """Classes, balance, augmentation, loss: what labels become on their way to the loss."""
 
 import math
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -74,16 +76,32 @@ def test_choose_classes__refuses_ids_the_store_does_not_have(store):
         choose_classes(store, [1, 5], train_patients=store.patient_ids)
 
 
-def test_choose_classes__refuses_a_class_absent_from_training(store):
-    with pytest.raises(DataError, match="must occur in the training part, 1 does not"):
-        choose_classes(store, [1], train_patients=[])
+def store_of(*label_voxels):
+    """Return a store's facts with one patient per argument, whose scan has these label counts or no label (None)."""
+    series = [
+        SimpleNamespace(patient_id=f"p{number}", has_label=counts is not None, label_voxels=counts or {})
+        for number, counts in enumerate(label_voxels)
+    ]
+    return SimpleNamespace(series=series, path=Path("lab.zarr"), label_names={})
 
 
-def test_choose_classes__refuses_a_store_without_labels(tmp_path):
-    unlabelled = SliceStore.open(make_store(tmp_path, num_patients=1, labelled=False))
-    with pytest.raises(DataError, match="must have labels") as refusal:
-        choose_classes(unlabelled, [], train_patients=unlabelled.patient_ids)
-    assert "store build" in refusal.value.next_command
+def test_choose_classes__class_outside_training_is_refused_with_the_classes_inside():
+    with pytest.raises(DataError, match=r"classes 2 do not occur in the training part.*data\.classes=\[1\]"):
+        choose_classes(store_of({1: 9}, {1: 9, 2: 9}), [], train_patients=["p0"])
+
+
+@pytest.mark.parametrize(
+    ("label_voxels", "message"),
+    [
+        ([None], r"the store has no labels \(0 of 1 scans\)"),
+        ([{0: 50, 1: 0}], r"the labels of all 1 labelled scans are empty"),
+        ([None, {1: 5}], "no patient of the training part has labels"),
+    ],
+    ids=["no label files", "background only", "labels in other parts"],
+)
+def test_choose_classes__without_labels_reports_the_cause(label_voxels, message):
+    with pytest.raises(DataError, match=message):
+        choose_classes(store_of(*label_voxels), [], train_patients=["p0"])
 
 
 def test_balance__reaches_the_share_and_keeps_every_slice():
@@ -180,9 +198,9 @@ def test_regions__are_checked_against_the_store(store):
     assert choose_classes(store, [], regions={"x": [1]}, train_patients=everyone).members == ((1,),)
     with pytest.raises(DataError, match="got 2; it has 1"):
         choose_classes(store, [], regions={"x": [1, 2]}, train_patients=everyone)
-    with pytest.raises(DataError, match="must occur in the training part, 1 does not"):
+    with pytest.raises(DataError, match="no patient of the training part has labels"):
         choose_classes(store, [], regions={"x": [1]}, train_patients=[])
-    with pytest.raises(UsageError, match="not both"):
+    with pytest.raises(UsageError, match="both given"):
         choose_classes(store, [1], regions={"x": [1]}, train_patients=everyone)
 
 

@@ -1,0 +1,87 @@
+"""Every setting of a configuration is read by the code. A setting that nothing reads would be ignored silently."""
+
+import ast
+import dataclasses
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import get_args, get_type_hints
+
+import pytest
+from samgraft.finetune.config import FinetuneConfig
+from samgraft.finetune.study.config import StudyConfig
+from samgraft.ssl.config import PretrainConfig
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = [PretrainConfig, FinetuneConfig, StudyConfig]
+Reads = list[tuple[set[str], set[tuple[str, str]]]]
+"""Per file its words, and the attributes that it reads as pairs of owner and attribute."""
+
+
+@pytest.fixture(scope="module")
+def reads() -> Reads:
+    """Return what every file of the package reads. The owner of ``config.data.store`` is ``data``.
+
+    Range checks do not count, because they are the only code that touches a setting without effect.
+    """
+    found = []
+    for path in (path for folder in ("shared", "ssl", "finetune") for path in (ROOT / folder).rglob("*.py")):
+        text = path.read_text(encoding="utf-8")
+        tree = ast.parse(text)
+        checks = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef) and n.name.startswith("__post_init")]
+        skipped = {id(inner) for check in checks for inner in ast.walk(check)}
+        attributes = set()
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load) and id(node) not in skipped:
+                owner = node.value
+                attributes.add(
+                    (owner.attr if isinstance(owner, ast.Attribute) else getattr(owner, "id", ""), node.attr)
+                )
+        found.append((set(re.findall(r"\w+", text)), attributes))
+    return found
+
+
+def sections(schema: type, name: str) -> Iterator[tuple[str, type]]:
+    """Yield every configuration class below ``schema`` with the name of its section."""
+    yield name, schema
+    hints = get_type_hints(schema)
+    for field in dataclasses.fields(schema):
+        for kind in (hints[field.name], *get_args(hints[field.name])):
+            if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+                yield from sections(kind, field.name)
+
+
+def unread_fields(parts: list[tuple[str, type]], reads: Reads) -> list[str]:
+    """Return the fields that nothing reads.
+
+    Two sections may have a field of one name, e.g. ``batch_size`` in ``data`` and ``watch``. Reading one must not count
+    for the other. So the access has to name the section, or be in a file that names the section's class or its list.
+    Sections themselves are read when their fields are.
+    """
+    names = [field.name for _, part in parts for field in dataclasses.fields(part)]
+    lists = {field.name for _, part in parts for field in dataclasses.fields(part) if "list[" in str(field.type)}
+    missing = []
+    for section, part in parts:
+        for field in dataclasses.fields(part):
+            is_unique = names.count(field.name) == 1
+            is_section = any(field.name == name for name, _ in parts)
+            if not is_section and not any(
+                attribute == field.name
+                and (is_unique or owner == section or part.__name__ in words or (section in lists and section in words))
+                for words, attributes in reads
+                for owner, attribute in attributes
+            ):
+                missing.append(f"{section}.{field.name}")
+    return missing
+
+
+@pytest.mark.parametrize("schema", CONFIGS, ids=lambda schema: schema.__name__)
+def test_config__every_field_is_read(schema: type, reads: Reads) -> None:
+    assert unread_fields(list(sections(schema, "config")), reads) == []
+
+
+def test_unread_fields__a_field_that_only_another_section_reads_is_found() -> None:
+    loader = dataclasses.make_dataclass("LoaderConfig", [("num_workers", int, 0)])
+    trainer = dataclasses.make_dataclass("TrainerConfig", [("num_workers", int, 0), ("seed", int, 0)])
+    reads: Reads = [({"TrainerConfig"}, {("trainer", "num_workers"), ("config", "num_workers")})]
+    assert unread_fields([("data", loader), ("trainer", trainer)], reads) == ["data.num_workers", "trainer.seed"]

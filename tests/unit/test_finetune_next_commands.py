@@ -1,0 +1,82 @@
+"""Commands that a finished fine-tuning prints can be executed, and its last lines report what the report does."""
+
+import re
+
+import pytest
+from doc_commands import arguments_of, fake_environment, parse
+from samgraft.finetune.training.report import next_commands
+from samgraft.shared.cli import main
+from samgraft.shared.files import write_tensors
+from samgraft.shared.samples.split import Split
+from samgraft.shared.store.store import SliceStore
+from store_factory import make_store
+from tiny_sams import tiny_sam
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    root = tmp_path_factory.mktemp("next")
+    make_store(root, num_patients=5, shape_zyx=(3, 24, 24))
+    write_tensors(root / "base.safetensors", dict(tiny_sam("vit_t").state_dict()))
+    return root
+
+
+def save_split(root, name, *, num_test):
+    """Write a split that differs from the one that samgraft would draw."""
+    store = SliceStore.open(root / "store.zarr")
+    patients = store.patient_ids
+    test, val, train = patients[:num_test], patients[num_test : num_test + 1], patients[num_test + 1 :]
+    Split(
+        train=tuple(train), val=tuple(val), test=tuple(test), seed=9, store_fingerprint=store.fingerprint
+    ).save(root / name)  # fmt: skip
+    return name
+
+
+def finetune(name, *settings):
+    return main([
+        "finetune", "--base", "base.safetensors", "--data", "store.zarr", "--name", name, "--preset", "cpu",
+        "trainer.max_steps=2", "data.batch_size=2", "model.image_size=32", "watch.validate_every_n_steps=2",
+        "watch.num_overlays=1", "optim.warmup_steps=1", "adapter.r=2", *settings,
+    ])  # fmt: skip
+
+
+def printed(capsys):
+    """Return the terminal's text as one line, because log lines are wrapped."""
+    shown = capsys.readouterr()
+    return " ".join((shown.out + shown.err).split())
+
+
+def test_finetune__prints_commands_that_evaluate_and_release_its_run(lab, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(lab)
+    assert finetune("own", f"data.split={save_split(lab, 'own.json', num_test=2)}") == 0
+    shown = printed(capsys)
+    venv = fake_environment(tmp_path)
+
+    evaluate = re.search(r"make evaluate RUN=\S+ SPLIT=test", shown)[0]
+    assert main(arguments_of(evaluate, venv)) == 0
+    assert (lab / "runs" / "own" / "evaluation" / "test" / "cases.csv").is_file()
+
+    release = re.search(r"make release RUN=\S+ OUT=\S+ LICENSE=\.\.\.", shown)[0]
+    parsed = parse(arguments_of(release.replace("...", "cc-by-4.0"), venv))
+    assert "own" in str(vars(parsed))
+
+
+def test_finetune__without_test_patients_and_progress_prints_both_and_evaluates_validation(
+    lab, monkeypatch, capsys, tmp_path
+):
+    monkeypatch.chdir(lab)
+    assert finetune("flat", f"data.split={save_split(lab, 'flat.json', num_test=0)}", "optim.lr=1e-12") == 0
+    shown = printed(capsys)
+    assert "SPLIT=test" not in shown
+    assert "The split has no test patients." in shown
+    report = (lab / "runs" / "flat" / "report.html").read_text(encoding="utf-8")
+    sentence = re.search(r"Foreground Dice on validation did not rise: \S+ at best", shown)[0]
+    assert sentence in " ".join(report.split())
+    evaluate = re.search(r"make evaluate RUN=\S+ SPLIT=val", shown)[0]
+    assert main(arguments_of(evaluate, fake_environment(tmp_path))) == 0
+
+
+def test_next_commands__quote_a_path_with_spaces():
+    evaluate, release = next_commands("runs/my run", ["p1"])
+    assert evaluate == "make evaluate RUN='runs/my run' SPLIT=test"
+    assert release.startswith("make release RUN='runs/my run' OUT='releases/my run' ")
