@@ -72,9 +72,7 @@ def segment_volume(
     prompts: PromptSource | None = None,
     on_slices: Callable[[int, int], None] | None = None,
 ) -> npt.NDArray[np.int32]:
-    """Segment a scan slice by slice, automatically or from prompts.
-
-    No random numbers are drawn and the model does not change.
+    """Segment a scan slice by slice, without random numbers and without changes of the model.
 
     Args:
         segmenter: Model, on the device to use.

@@ -34,9 +34,12 @@ Schema = TypeVar("Schema")
 MAX_CONFIG_BYTES = 1_000_000
 MAX_LISTED_PROBLEMS = 20
 
-RENAMED_KEYS: Final[Mapping[str, str]] = MappingProxyType(
-    {"probe.decoder": "model.base", "model.rest": "model.base"}  # The later one wins where a stored run has both.
-)
+RENAMED_KEYS: Final[Mapping[str, str]] = MappingProxyType({
+    # The later one wins where a stored run has both.
+    "probe.decoder": "model.base",
+    "model.rest": "model.base",
+    "data.num_workers": "trainer.num_workers",
+})  # fmt: skip
 """Settings of earlier versions and their names today. A user's old name is refused with the new one; the stored
 configuration of an earlier run is translated."""
 RENAME_NOTES: Final = MappingProxyType({"model.base": " Initial encoder weights are model.ckpt."})

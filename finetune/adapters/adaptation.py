@@ -76,12 +76,9 @@ def adapt(
         num_mask_tokens=int(sam.mask_decoder.num_mask_tokens),
         prompted_tokens=prompted_tokens,
     )
+    places = {"target_modules": pattern, "modules_to_save": whole or None}
     request = AdapterRequest(
-        config=config,
-        target_modules=pattern,
-        parallel_modules=parallel_pattern(spec, config),
-        modules_to_save=whole or None,
-        max_steps=max_steps,
+        config=config, places=places, parallel_modules=parallel_pattern(spec, config), max_steps=max_steps
     )
     peft_model = _wrap(sam, config.spec.build(request))
     placed: Any = peft_model.base_model.targeted_module_names

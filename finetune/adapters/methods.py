@@ -39,19 +39,15 @@ class AdapterRequest:
     """Inputs from which a method builds its peft configuration."""
 
     config: AdapterConfig
-    target_modules: str
-    """Full regular expression of the modules that get an update."""
+    places: Mapping[str, Any]
+    """Options of every peft configuration.
+
+    ``target_modules`` is the full regular expression of the modules that get an update, ``modules_to_save`` lists those
+    that train whole."""
     parallel_modules: str
     """Full regular expression of the modules whose bottleneck adapter is parallel to them."""
-    modules_to_save: list[str] | None
-    """Modules that train whole."""
     max_steps: int | None
     """Length of the run in optimizer steps, None outside a run."""
-
-    @property
-    def places(self) -> dict[str, Any]:
-        """Options that every peft configuration takes."""
-        return {"target_modules": self.target_modules, "modules_to_save": self.modules_to_save}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,8 +55,8 @@ class MethodSpec:
     """Properties of one fine-tuning method."""
 
     build: Callable[[AdapterRequest], PeftConfig] | None = None
-    """Function that returns the peft configuration. None trains SAM's own tensors: there is then no peft
-    wrapper, no adapter file and nothing to merge."""
+    """Function that returns the peft configuration. None trains SAM's own tensors, and there is then no
+    peft wrapper, no adapter file and nothing to merge."""
     placement: Placement = Placement.LAYERS
     """Modules that get an update. Not read without ``build``."""
     options: frozenset[str] = frozenset()

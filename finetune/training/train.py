@@ -78,10 +78,7 @@ def finetune(config: FinetuneConfig, run: RunFolder, device: DeviceChoice, prepa
     run.write_run_json(**_provenance(prepared), world_size=device.world_size)
     rounds = ValidationRounds(run.path, is_writer=run.is_writer)
     if run.is_writer and rounds.record.zero_shot is None and isinstance(prepared.initial, InitialWeights):
-        dice = rounds.set_reference("zero_shot", measure_zero_shot(prepared, prepared.initial, device.torch_device))
-        prompts = f"{config.prompt.mode.value} prompts from the labels" if config.prompt.is_prompted else "no prompt"
-        log.info("validation Dice of the base weights without training, %s (zero-shot): %.3f", prompts, dice)
-
+        _record_zero_shot(prepared, prepared.initial, config, rounds, device)
     if isinstance(prepared.initial, InitialWeights):
         prepared = use_cached_embeddings(prepared, config, device)
     # A resumed run has these factors in its training state.
@@ -124,6 +121,18 @@ def finetune(config: FinetuneConfig, run: RunFolder, device: DeviceChoice, prepa
     is_better, text = rounds.record.describe_result()
     log.log(logging.INFO if is_better else logging.WARNING, "%s", text)
     return folder
+
+
+def _record_zero_shot(
+    prepared: Prepared,
+    weights: InitialWeights,
+    config: FinetuneConfig,
+    rounds: ValidationRounds,
+    device: DeviceChoice,
+) -> None:
+    dice = rounds.set_reference("zero_shot", measure_zero_shot(prepared, weights, device.torch_device))
+    prompts = f"{config.prompt.mode.value} prompts from the labels" if config.prompt.is_prompted else "no prompt"
+    log.info("validation Dice of the base weights without training, %s (zero-shot): %.3f", prompts, dice)
 
 
 def prepare_seeded(config: FinetuneConfig, *, run_path: Path | None = None) -> Prepared:

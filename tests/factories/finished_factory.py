@@ -1,4 +1,4 @@
-"""A finished fine-tuning of a tiny model on a small store: what evaluate and predict are given."""
+"""Finished fine-tuning of a tiny model on a small store, for evaluate and predict."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ IMAGE_SIZE = 32
 
 @dataclass(frozen=True, kw_only=True)
 class Lab:
-    """A folder with a store and a finished run."""
+    """Folder with a store and a finished run."""
 
     root: Path
     store: SliceStore

@@ -1,4 +1,4 @@
-"""Fine-tuning, evaluation and release refuse what would give an untrustworthy result, on one screen."""
+"""Bad inputs of fine-tuning, evaluation and release, and their messages."""
 
 import dataclasses
 import json
@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from model_factory import make_sam, tiny_plain_spec, tiny_vit_t_spec
 from samgraft.finetune.classes import ClassTable
-from samgraft.finetune.config import ModelConfig
+from samgraft.finetune.config import FinetuneConfig, ModelConfig
 from samgraft.finetune.evaluation.evaluate import evaluate
 from samgraft.finetune.evaluation.metrics import class_scores
 from samgraft.finetune.evaluation.validation import CaseResult
@@ -20,9 +21,11 @@ from samgraft.finetune.task import Task
 from samgraft.finetune.training.preparation import check_leak
 from samgraft.finetune.training.rounds import ValidationRounds
 from samgraft.shared.cli import main
-from samgraft.shared.errors import DataError, WeightsError
+from samgraft.shared.config import config_to_dict, load_config
+from samgraft.shared.errors import DataError, UsageError, WeightsError
 from samgraft.shared.files import write_tensors
 from samgraft.shared.release.request import ReleaseRequest
+from samgraft.shared.runs.run_folder import check_run_folder
 from samgraft.shared.samples.split import Split, make_split, pretrain_manifest
 from samgraft.shared.store.store import SliceStore
 from samgraft.shared.weights.card import Card
@@ -41,7 +44,7 @@ def card(spec=SPEC, **facts):
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A store of five patients, weights of two architectures, a stage-1 encoder, a finished run."""
+    """Make a store of five patients, weights of two architectures, a stage-1 encoder and a finished run."""
     root = tmp_path_factory.mktemp("lab")
     store = SliceStore.open(make_store(root, num_patients=5, shape_zyx=(4, 32, 32)))
     sam = make_sam(SPEC, image_size=32)
@@ -66,7 +69,7 @@ def start(root, ckpt, **given):
     return read_initial_weights(root / ckpt, **given)
 
 
-def test_ckpt__that_is_missing_or_no_weights(place):
+def test_initial_weights__missing_file_or_no_weights_is_refused(place):
     root, _, _ = place
     with pytest.raises(WeightsError, match="does not exist") as refusal:
         start(root, "nothing.pth")
@@ -75,7 +78,7 @@ def test_ckpt__that_is_missing_or_no_weights(place):
         start(root, "notes.pth")
 
 
-def test_ckpt__of_another_architecture_than_base_or_model(place):
+def test_initial_weights__another_architecture_is_refused(place):
     root, _, _ = place
     with pytest.raises(WeightsError, match="one architecture"):
         start(root, "ssl", base=root / "other.safetensors")
@@ -83,7 +86,7 @@ def test_ckpt__of_another_architecture_than_base_or_model(place):
         start(root, "base.safetensors", model="vit_b")
 
 
-def test_ckpt__encoder_alone_takes_its_decoder_from_base(place, caplog):
+def test_initial_weights__encoder_alone_gets_its_decoder_from_base(place, caplog):
     root, _, _ = place
     caplog.set_level("INFO")
     point = start(root, "ssl", base=root / "base.safetensors")
@@ -94,7 +97,7 @@ def test_ckpt__encoder_alone_takes_its_decoder_from_base(place, caplog):
     assert point.is_continued
 
 
-def test_base__without_decoder_is_refused(place):
+def test_initial_weights__base_without_decoder_is_refused(place):
     root, _, _ = place
     with pytest.raises(WeightsError, match="full SAM"):
         start(root, "ssl", base=root / "ssl")
@@ -120,7 +123,7 @@ def test_base__without_decoder_is_refused(place):
         (["--ckpt", "base.safetensors", "--data", "store.zarr", "--preset", "gpu"], 2, "cpu, default"),
     ],
 )
-def test_command__refuses_on_one_screen_with_its_code(place, monkeypatch, capsys, arguments, code, text):
+def test_finetune__bad_input_gives_its_exit_code(place, monkeypatch, capsys, arguments, code, text):
     root, _, _ = place
     monkeypatch.chdir(root)
     before = sorted(p.name for p in (root / "runs").iterdir())
@@ -131,12 +134,12 @@ def test_command__refuses_on_one_screen_with_its_code(place, monkeypatch, capsys
     assert sorted(p.name for p in (root / "runs").iterdir()) == before
 
 
-def test_image_size__zero_is_not_the_encoders_own():
+def test_model_config__image_size_0_is_refused():
     with pytest.raises(ValueError, match=r"model\.image_size must be positive or null, got 0"):
         ModelConfig(image_size=0)
 
 
-def test_command__store_without_mark(tmp_path, place, monkeypatch, capsys):
+def test_finetune__incomplete_store_is_refused(tmp_path, place, monkeypatch, capsys):
     root, _, _ = place
     store = make_store(tmp_path, num_patients=3)
     (store / "complete.json").unlink()
@@ -145,7 +148,7 @@ def test_command__store_without_mark(tmp_path, place, monkeypatch, capsys):
     assert "completion mark" in capsys.readouterr().err
 
 
-def test_leak__pretraining_on_test_patients_is_refused_by_id_and_by_content(place):
+def test_check_leak__pretraining_on_test_patients_is_refused_by_id_and_content(place):
     _, store, split = place
     by_id = pretrain_manifest(store, split.test)
     by_content = {**by_id, "patient_ids": ["p_elsewhere"]}
@@ -183,13 +186,13 @@ def test_evaluate__refuses_patients_the_model_was_trained_on(place):
     swapped = Split(train=split.test, val=split.val, test=split.train, seed=0, store_fingerprint=store.fingerprint)
     with pytest.raises(DataError, match="were trained on"):
         evaluate(model, store, swapped, part="test")
-    # A release does not know patients, but their scans.
+    # A release contains no patient ids, but hashes of their scans.
     nameless = dataclasses.replace(model, task=dataclasses.replace(model.task, split={}))
     with pytest.raises(DataError, match="were trained on"):
         evaluate(nameless, store, swapped, part="test")
 
 
-def test_model__changed_weights_are_refused(place, tmp_path):
+def test_read_model__changed_weights_are_refused(place, tmp_path):
     root, _, _ = place
     copy = tmp_path / "model"
     copy.mkdir()
@@ -204,7 +207,7 @@ def test_model__changed_weights_are_refused(place, tmp_path):
         read_model(root / "ssl" / "encoder")
 
 
-def test_release__leaves_patients_out(place, tmp_path):
+def test_release__contains_no_patient_ids(place, tmp_path):
     root, _, split = place
     request = ReleaseRequest(run=root / "runs" / "seg", out=tmp_path / "out", licence="cc-by-4.0", formats=("sam",))
     checked = release_model(request).checked
@@ -217,7 +220,7 @@ def test_release__leaves_patients_out(place, tmp_path):
     assert "not evaluated" in (tmp_path / "out" / "README.md").read_text()
 
 
-def test_rounds__keep_the_best_and_survive_a_resume(tmp_path):
+def test_validation_rounds__best_is_kept_and_survives_a_resume(tmp_path):
     classes = ClassTable(ids=(1,), names=("a",))
 
     def result(predicted):
@@ -243,7 +246,19 @@ def test_rounds__keep_the_best_and_survive_a_resume(tmp_path):
 @pytest.mark.parametrize(
     ("name", "message"), [("a/b", "plain folder name"), ("file", "file is a file"), ("foreign", "contains no run")]
 )
-def test_dry_run__refuses_the_run_folder_that_the_run_would_refuse(place, tmp_path, monkeypatch, capsys, name, message):
+def test_run_folder__renamed_setting_of_an_earlier_version_is_accepted(tmp_path):
+    settings = {"modality": "mri", "data": {"store": "a.zarr"}, "model": {"ckpt": "a.pth"}, "trainer": {"max_steps": 5}}
+    config = load_config(FinetuneConfig, layers=[settings])
+    stored = config_to_dict(config)
+    stored["data"] = {**stored["data"], "num_workers": 0}
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "config.yaml").write_text(f"# stage: finetune\n{yaml.safe_dump(stored, sort_keys=False)}")
+    check_run_folder(tmp_path, "old", config=config, stage="finetune")
+    with pytest.raises(UsageError, match=r"data\.num_workers is now called trainer\.num_workers"):
+        load_config(FinetuneConfig, layers=[settings], overrides=["data.num_workers=2"])
+
+
+def test_dry_run__bad_run_folder_is_refused(place, tmp_path, monkeypatch, capsys, name, message):
     monkeypatch.chdir(place[0])
     (tmp_path / "file").write_text("x")
     (tmp_path / "foreign").mkdir()
@@ -254,8 +269,8 @@ def test_dry_run__refuses_the_run_folder_that_the_run_would_refuse(place, tmp_pa
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["file", "foreign", "scan.txt"]
 
 
-def test_workplace_has_no_absolute_path(place):
-    """Guards the fixtures above: messages name files, not where they lie."""
+def test_messages__contain_no_absolute_path(place):
+    """Messages contain names of files and not their folders."""
     root, _, _ = place
     with pytest.raises(WeightsError) as refusal:
         start(root, "nothing.pth")

@@ -1,4 +1,4 @@
-"""Stage 2 in every mode, stopped or killed and started again, ends with the bytes of a run that was not."""
+"""Resume of stage 2. A stopped or killed run ends with the bytes of an uninterrupted one, in every mode."""
 
 import dataclasses
 import hashlib
@@ -36,7 +36,7 @@ MODES = {
 
 
 class Killed(BaseException):
-    """Stands for SIGKILL: nothing of ours catches it."""
+    """Replacement of SIGKILL that no code catches."""
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +75,7 @@ def results(path):
 
 
 def at_step(monkeypatch, step, act):
-    """Act in the middle of the forward pass of a step."""
+    """Call a function in the forward pass of a step."""
     original = FinetuneModule.training_step
 
     def training_step(self, batch, batch_idx):
@@ -93,7 +93,7 @@ def kill():
 @pytest.mark.parametrize(
     "mode", [m if m in {"automatic", "box", "dynunet3d"} else pytest.param(m, marks=pytest.mark.slow) for m in MODES]
 )
-def test_resume__same_bytes_as_uninterrupted(lab, monkeypatch, mode):
+def test_finetune__resumed_run_has_the_bytes_of_an_uninterrupted_one(lab, monkeypatch, mode):
     whole = run(lab, f"whole-{mode}", *MODES[mode])
     with monkeypatch.context() as patch:
         at_step(patch, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
@@ -111,8 +111,8 @@ def test_resume__same_bytes_as_uninterrupted(lab, monkeypatch, mode):
         assert any("train/loss/iou" in line for line in results(whole)[1])
 
 
-def test_early_end__is_saved_remembered_and_recorded(lab, caplog):
-    """Dice cannot rise at a learning rate of nothing: the second round without gain ends the run."""
+def test_early_end__is_recorded_and_not_repeated(lab, caplog):
+    """Dice cannot rise at a learning rate near 0, so the second round without gain ends the run."""
     overrides = (
         "optim.lr=1e-12", "trainer.max_steps=40", "watch.validate_every_n_steps=2", "watch.patience_rounds=2",
     )  # fmt: skip
@@ -126,7 +126,7 @@ def test_early_end__is_saved_remembered_and_recorded(lab, caplog):
     assert sorted(int(step) for step in again["rounds"]) == [2, 4, 6]
 
 
-def test_trial_step_out_of_memory__is_said_in_words(lab, monkeypatch):
+def test_measure_cost__out_of_memory_gives_advice(lab, monkeypatch):
     def too_much(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
@@ -138,8 +138,8 @@ def test_trial_step_out_of_memory__is_said_in_words(lab, monkeypatch):
     assert "trainer.activation_checkpointing=true" in refusal.value.next_command
 
 
-def test_last_validation__runs_on_the_device_before_the_model_leaves_it(lab, monkeypatch):
-    """On a CPU every scan of a vit_b takes minutes: a GPU would wait for hours after its training."""
+def test_last_validation__runs_on_the_device(lab, monkeypatch):
+    """On a CPU every scan of a vit_b takes minutes, so a GPU would wait for hours after its training."""
     events = []
     measure, cpu = train.measure, Segmenter.cpu
     monkeypatch.setattr(train, "score_scans", lambda *args: events.append("measured") or measure(*args))
@@ -149,7 +149,7 @@ def test_last_validation__runs_on_the_device_before_the_model_leaves_it(lab, mon
 
 
 @pytest.mark.slow
-def test_early_end__a_run_killed_after_it_does_not_train_on(lab, monkeypatch):
+def test_early_end__killed_run_does_not_continue_training(lab, monkeypatch):
     overrides = ("optim.lr=1e-12", "trainer.max_steps=40", "watch.validate_every_n_steps=2", "watch.patience_rounds=1")
     with monkeypatch.context() as patch:
         patch.setattr(train, "restore_best", lambda *_: kill())
@@ -160,7 +160,7 @@ def test_early_end__a_run_killed_after_it_does_not_train_on(lab, monkeypatch):
 
 
 @pytest.mark.parametrize("mode", ["unet2d", "dynunet3d"])
-def test_baseline__is_evaluated_like_every_model_and_never_released(lab, monkeypatch, capsys, mode):
+def test_baseline__is_evaluated_and_never_released(lab, monkeypatch, capsys, mode):
     path = run(lab, f"scored-{mode}", *MODES[mode], "trainer.max_steps=2")
     monkeypatch.chdir(lab)
     assert main(["evaluate", f"runs/{path.name}", "--split", "test", "--data", "store.zarr"]) == 0
@@ -190,14 +190,14 @@ def test_baseline__is_evaluated_like_every_model_and_never_released(lab, monkeyp
         (("data.regions={a: [1]}", "data.classes=[1]"), "not both"),
     ],
 )
-def test_bad_input__is_refused_before_a_run_begins(lab, settings, message):
-    """The command prepares before it opens a run folder."""
+def test_finetune__bad_input_is_refused_before_a_run_folder_exists(lab, settings, message):
+    """The command prepares data and weights before it opens a run folder."""
     with pytest.raises(SamgraftError, match=message):
         train.prepare_seeded(config_of(lab, *settings))
 
 
 @pytest.mark.parametrize("few_shot", ["null", "2"])
-def test_resume__with_the_runs_own_split_whatever_lies_beside_the_store_now(tmp_path, few_shot):
+def test_resume__uses_the_runs_own_split(tmp_path, few_shot):
     store = SliceStore.open(make_store(tmp_path, num_patients=6, shape_zyx=(4, 24, 20)))
     write_tensors(tmp_path / "base.safetensors", dict(make_sam(tiny_vit_t_spec(), image_size=32).state_dict()))
     config = config_of(tmp_path, f"data.few_shot.num={few_shot}", "trainer.max_steps=2")
@@ -214,7 +214,7 @@ def test_resume__with_the_runs_own_split_whatever_lies_beside_the_store_now(tmp_
     assert set(train.prepare_seeded(config, run_path=tmp_path / "runs" / "b").split.test) == set(other.test)
 
 
-def test_step_cost__is_measured_and_changes_nothing(lab):
+def test_measure_cost__changes_nothing(lab):
     config = config_of(lab, "prompt.mode=box", "trainer.accumulate=2")
     prepared = train.prepare_seeded(config)
     before = {k: v.clone() for k, v in prepared.segmenter.state_dict().items()}
@@ -229,8 +229,8 @@ def test_step_cost__is_measured_and_changes_nothing(lab):
 
 
 @pytest.mark.slow
-def test_results__count_the_slices_of_every_process(lab, monkeypatch):
-    """Processes that Lightning starts are announced by no variable: what the training counted is what is written."""
+def test_finished_card__counts_the_slices_of_every_process(lab, monkeypatch):
+    """No variable announces processes that Lightning starts, so the number counted in training is written."""
 
     def by_two_processes(*arguments, **keywords):
         result = fit(*arguments, **keywords)

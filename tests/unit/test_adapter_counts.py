@@ -23,7 +23,7 @@ NUM_CLS = 2
 
 
 def build(arch, method, scope, **options):
-    """On the meta device: shapes without numbers."""
+    """Build an adapted SAM on the meta device, which has shapes but no values."""
     with torch.device("meta"):
         stem = Stem.conv3x3 if arch == "vit_t" else None
         sam = build_sam(arch, stem=stem, num_multimask_outputs=NUM_CLS)
@@ -56,7 +56,7 @@ def millions(sam):
         ("vit_h", "lora", None, 0.655, 0.006, 0.650),
     ],
 )
-def test_paper__encoder_and_decoder(arch, method, total, encoder, prompt, decoder):
+def test_parameter_counts__encoder_and_decoder_equal_the_studys(arch, method, total, encoder, prompt, decoder):
     counts, everything = millions(build(arch, method, TuningScope.ENCODER_DECODER))
     if arch == "vit_t":  # counted there although no gradient ever reaches it
         everything += UNUSED_HEAD
@@ -77,7 +77,7 @@ def test_paper__encoder_and_decoder(arch, method, total, encoder, prompt, decode
     ("method", "prompt", "decoder"),
     [("full", 0.006, 3.918), ("adapter", 0.0, 0.132), ("lora", 0.006, 0.650)],
 )
-def test_paper__decoder_only(arch, method, prompt, decoder):
+def test_parameter_counts__decoder_alone_equals_the_studys(arch, method, prompt, decoder):
     counts, _ = millions(build(arch, method, TuningScope.DECODER))
     assert counts["image_encoder"] == 0
     assert counts["prompt_encoder"] / 1e6 == pytest.approx(prompt, abs=0.0005)
@@ -95,8 +95,8 @@ def test_paper__decoder_only(arch, method, prompt, decoder):
         ("vit_t", "lora", [0, 1, 2, 3, 4, 5, 6, 7], 0.118),
     ],
 )
-def test_released_default_depths(arch, method, blocks, encoder):
-    """The released defaults: four blocks of a ViT, the first two attention stages of TinyViT."""
+def test_parameter_counts__default_blocks_equal_the_released_codes(arch, method, blocks, encoder):
+    """The released code adapts four blocks of a ViT, or the first two attention stages of TinyViT, by default."""
     counts, _ = millions(build(arch, method, TuningScope.ENCODER_DECODER, blocks=blocks))
     dead = 4 * DEAD_DEPTH_ADAPTER[arch] // {"vit_b": 12, "vit_h": 32}[arch] if arch != "vit_t" else 0
     total = counts["image_encoder"] + (dead if method == "adapter" else 0)

@@ -1,4 +1,4 @@
-"""Each method on small models: exactly which tensors move, a no-op before training, merging, saving and loading."""
+"""Fine-tuning methods on small models, from the tensors that change to merging, saving and loading."""
 
 import re
 
@@ -64,7 +64,7 @@ ADDED = {
     "ssf": ("ssf_scale.default", "ssf_shift.default"),
 }
 NOT_EXACT = {"pissa", "hra", "boft"}
-"""Start from the same function up to rounding: they compute it from other factors."""
+"""Methods that compute the same function from other factors, so that outputs are equal up to rounding only."""
 PEFT_METHODS = [name for name, method in METHODS.items() if method.build is not None]
 
 
@@ -80,11 +80,11 @@ def adapted(arch, config, *, num_classes=1):
 
 
 def parameters_of(sam):
-    """Every tensor by name, shared ones under each of their names."""
+    """Return copies of all tensors by name. A shared tensor occurs under each of its names."""
     return {name: tensor.detach().clone() for name, tensor in sam.state_dict().items()}
 
 
-def moved_tensors(before, sam):
+def changed_tensors(before, sam):
     return {name for name, tensor in sam.state_dict().items() if not torch.equal(before[name], tensor)}
 
 
@@ -93,7 +93,7 @@ def encoder_layers(arch, names):
 
 
 def heads():
-    """One class: the first mask token, its hypernetwork, the upscaling."""
+    """Return the tensors that train whole for one class, of mask tokens, upscaling and the first hypernetwork."""
     names = ["mask_tokens.modules_to_save.default.weight"]
     for index in (0, 1, 3):
         names += [f"output_upscaling.modules_to_save.default.{index}.{kind}" for kind in ("weight", "bias")]
@@ -118,21 +118,21 @@ def expected_tensors(arch, method, scope):
     return heads() | {f"{place}.{name}" for place in places for name in ADDED[method]}
 
 
-def without_still(names):
-    """Softmax does not see what is added to every key alike: shifts and biases of keys move by rounding at most."""
+def drop_key_shifts(names):
+    """Drop shifts and biases of keys. A softmax does not depend on them, so they change by rounding at most."""
     return {n for n in names if not re.search(r"k_proj\.(bias|ssf_shift\.default)$", n)}
 
 
 @pytest.mark.parametrize("arch", SPECS)
 @pytest.mark.parametrize("scope", [TuningScope.ENCODER_DECODER, TuningScope.DECODER])
 @pytest.mark.parametrize("method", ["full", "adapter", "lora"])
-def test_the_18__exactly_the_expected_tensors_move(arch, scope, method):
+def test_adapt__study_combinations_change_exactly_the_expected_tensors(arch, scope, method):
     segmenter, _ = adapted(arch, config_of(method))  if scope is TuningScope.ENCODER_DECODER else adapted(
         arch, config_of(method, scope=scope)
     )  # fmt: skip
     before = parameters_of(segmenter.sam)
     take_steps(segmenter, arch)
-    moved = without_still(moved_tensors(before, segmenter.sam))
+    moved = drop_key_shifts(changed_tensors(before, segmenter.sam))
     if method != "full":
         assert moved == expected_tensors(arch, method, scope)
         return
@@ -143,12 +143,12 @@ def test_the_18__exactly_the_expected_tensors_move(arch, scope, method):
     )
     parameters = {name for name, _ in segmenter.sam.named_parameters()}
     expected = {n for n in parameters if n.startswith(tuple(parts)) and not n.startswith(unreached)}
-    assert moved == without_still(expected)
+    assert moved == drop_key_shifts(expected)
 
 
 @pytest.mark.parametrize("arch", ["vit_t", "vit_b"])
 @pytest.mark.parametrize("method", [m for m in PEFT_METHODS if m != "eva"])
-def test_method__starts_as_a_no_op_moves_what_it_should_merges_and_loads(arch, method, tmp_path):
+def test_adapt__every_method_starts_as_a_no_op_and_survives_merging_and_loading(arch, method, tmp_path):
     segmenter, peft_model = adapted(arch, config_of(method))
     start = logits_of(tiny_sam(arch), arch)
     first = logits_of(segmenter.sam, arch)
@@ -158,14 +158,14 @@ def test_method__starts_as_a_no_op_moves_what_it_should_merges_and_loads(arch, m
 
     before = parameters_of(segmenter.sam)
     take_steps(segmenter, arch)
-    moved = without_still(moved_tensors(before, segmenter.sam))
+    moved = drop_key_shifts(changed_tensors(before, segmenter.sam))
     if method == "lokr":  # which of its factors are split depends on the shape
         added = {n for n in moved if ".lokr_w" in n}
         assert {n.split(".lokr_w")[0] for n in added} == {*DECODER_LINEAR, *encoder_layers(arch, IN_BLOCK)}
         assert moved - added == heads()
         assert added == {n for n, _ in segmenter.sam.named_parameters() if ".lokr_w" in n}
     else:
-        assert moved == without_still(expected_tensors(arch, method, TuningScope.ENCODER_DECODER))
+        assert moved == drop_key_shifts(expected_tensors(arch, method, TuningScope.ENCODER_DECODER))
 
     trained = logits_of(segmenter.sam, arch)
     assert (trained - start).abs().max() > 1e-3
@@ -191,44 +191,44 @@ def test_method__starts_as_a_no_op_moves_what_it_should_merges_and_loads(arch, m
 
 
 @pytest.mark.parametrize("arch", ["vit_t", "vit_b"])
-def test_bitfit__moves_biases_and_heads_only(arch):
+def test_adapt__bitfit_changes_biases_and_heads_only(arch):
     segmenter, peft_model = adapted(arch, config_of("bitfit"))
     assert peft_model is None
     before = parameters_of(segmenter.sam)
     take_steps(segmenter, arch)
-    moved = moved_tensors(before, segmenter.sam)
+    moved = changed_tensors(before, segmenter.sam)
     weights = {n for n in moved if not n.endswith(".bias")}
     assert weights == {n.replace(".modules_to_save.default", "") for n in heads() if n.endswith(".weight")}
     biases = {n for n, p in segmenter.sam.named_parameters() if n.endswith(".bias") and p.requires_grad}
-    assert without_still(moved - weights) == without_still(biases)
+    assert drop_key_shifts(moved - weights) == drop_key_shifts(biases)
     assert any(n.startswith("image_encoder.") for n in biases)
 
 
 @pytest.mark.parametrize("arch", ["vit_t", "vit_b"])
 @pytest.mark.parametrize("method", ["lora", "adapter", "full"])
-def test_last_blocks__nothing_below_them_moves_or_needs_a_gradient(arch, method):
+def test_adapt__last_blocks_leave_the_blocks_below_unchanged(arch, method):
     segmenter, _ = adapted(arch, config_of(method, last_blocks=1))
     before = parameters_of(segmenter.sam)
     take_steps(segmenter, arch)
-    moved = {n for n in moved_tensors(before, segmenter.sam) if n.startswith("image_encoder.")}
+    moved = {n for n in changed_tensors(before, segmenter.sam) if n.startswith("image_encoder.")}
     last = BLOCKS[arch][-1]
     allowed = (f"{last}.", "image_encoder.neck.") if method == "full" else (f"{last}.",)
     assert moved
     assert all(n.startswith(allowed) for n in moved)
 
 
-def test_blocks__by_number():
+def test_adapt__blocks_are_chosen_by_number():
     segmenter, _ = adapted("vit_h", config_of("lora", blocks=[0, 3]))
     adapted_blocks = {n.split(".attn")[0] for n, _ in segmenter.sam.named_parameters() if ".attn.qkv.lora_A" in n}
     assert adapted_blocks == {"image_encoder.blocks.0", "image_encoder.blocks.3"}
 
 
 @pytest.mark.parametrize("arch", ["vit_t", "vit_b"])
-def test_neck__trains_whole_with_the_decoder(arch):
+def test_adapt__neck_scope_trains_the_whole_neck_and_merges(arch):
     segmenter, peft_model = adapted(arch, config_of("lora", scope=TuningScope.NECK_DECODER))
     before = parameters_of(segmenter.sam)
     take_steps(segmenter, arch)
-    moved = moved_tensors(before, segmenter.sam)
+    moved = changed_tensors(before, segmenter.sam)
     neck = {n for n in before if n.startswith("image_encoder.neck.modules_to_save.")}
     assert {n for n in moved if n.startswith("image_encoder.")} == neck
     assert len(neck) == 6
@@ -238,11 +238,11 @@ def test_neck__trains_whole_with_the_decoder(arch):
 
 @pytest.mark.parametrize("arch", ["vit_t", "vit_b"])
 @pytest.mark.parametrize("method", ["lora", "dora", "loha", "lokr", "ia3", "hra"])
-def test_convolutions__are_adapted_and_merge(arch, method):
+def test_adapt__linear_conv_adapts_convolutions_and_merges(arch, method):
     segmenter, peft_model = adapted(arch, config_of(method, targets=Targets.LINEAR_CONV))
     before = parameters_of(segmenter.sam)
     take_steps(segmenter, arch)
-    moved = moved_tensors(before, segmenter.sam)
+    moved = changed_tensors(before, segmenter.sam)
     for place in ("image_encoder.neck.0", "image_encoder.neck.2"):
         assert any(n.startswith(f"{place}.") for n in moved), place
     if arch == "vit_t":
@@ -253,7 +253,7 @@ def test_convolutions__are_adapted_and_merge(arch, method):
     torch.testing.assert_close(logits_of(merged, arch), trained, atol=2e-5, rtol=2e-5)
 
 
-def test_eva__starts_along_what_the_layers_see():
+def test_initialise_eva__factors_are_the_main_directions_of_the_inputs():
     arch = "vit_b"
     segmenter, peft_model = adapted(arch, config_of("eva"))
     start = logits_of(tiny_sam(arch), arch)
@@ -275,12 +275,12 @@ def test_eva__starts_along_what_the_layers_see():
 
     before = parameters_of(segmenter.sam)
     take_steps(segmenter, arch)
-    moved = without_still(moved_tensors(before, segmenter.sam))
+    moved = drop_key_shifts(changed_tensors(before, segmenter.sam))
     assert moved == expected_tensors(arch, "eva", TuningScope.ENCODER_DECODER)
 
 
 @pytest.mark.parametrize(("stop", "last"), [(37, 50), (65, 70)], ids=["while ranks move", "once they are fixed"])
-def test_adalora__moves_ranks_and_resumes_them(tmp_path, stop, last):
+def test_rank_updates__resumed_run_moves_the_same_ranks(tmp_path, stop, last):
     arch = "vit_t"
 
     def train(segmenter, peft_model, *, first, last, state=None):
@@ -337,7 +337,7 @@ def test_adalora__moves_ranks_and_resumes_them(tmp_path, stop, last):
         ({"method": "adalora"}, r"needs trainer.max_steps"),
     ],
 )
-def test_adapt__refuses_what_does_not_fit_and_leaves_the_model(options, message):
+def test_adapt__setting_that_does_not_fit_is_refused_and_the_model_unchanged(options, message):
     sam = tiny_sam("vit_b")
     names, flags = set(sam.state_dict()), [p.requires_grad for p in sam.parameters()]
     with pytest.raises(UsageError, match=message):
@@ -359,12 +359,12 @@ def test_adapt__refuses_what_does_not_fit_and_leaves_the_model(options, message)
         ({"vera_r": 0}, "vera_r"),
     ],
 )
-def test_adapter_config__refuses_what_contradicts_itself(options, message):
+def test_adapter_config__contradiction_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
         AdapterConfig(**options)
 
 
-def test_adapter__of_another_architecture_is_refused(tmp_path):
+def test_load_adapter__another_architecture_or_missing_file_is_refused(tmp_path):
     _, peft_model = adapted("vit_b", config_of("lora"))
     save_adapter(peft_model, tmp_path, method="lora")
     with pytest.raises(WeightsError, match="does not fit its base weights"):
@@ -374,13 +374,13 @@ def test_adapter__of_another_architecture_is_refused(tmp_path):
         load_adapter(tiny_sam("vit_b"), tmp_path)
 
 
-def test_unread_options__are_said(caplog):
+def test_adapt__unread_option_gives_a_warning(caplog):
     caplog.set_level("WARNING")
     adapt(tiny_sam("vit_b"), AdapterConfig(method="ia3", r=4), num_classes=1)
     assert "adapter.r is not read by adapter.method=ia3" in caplog.text
 
 
-def test_adapter__of_another_base_of_equal_shape_is_refused_by_its_hash(tmp_path):
+def test_load_adapter__other_base_weights_of_equal_shape_are_refused(tmp_path):
     _, peft_model = adapted("vit_t", config_of("lora"))
     save_adapter(peft_model, tmp_path, method="lora")
     other = tiny_sam("vit_t")

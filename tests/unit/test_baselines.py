@@ -1,4 +1,4 @@
-"""U-Nets in the harness: their plans, their patches, and that they come back from disk as they were."""
+"""Baseline networks, their plans and their patches."""
 
 import numpy as np
 import pytest
@@ -33,25 +33,25 @@ def small_plan(baseline, **settings):
     return plan_network(baseline, SMALL, **{**values, "spacing_zyx": (5.0, 1.0, 1.0), **settings})
 
 
-def test_levels__isotropic_halves_every_axis_down_to_four():
+def test_plan_levels__isotropic_input_is_halved_down_to_four():
     kernels, strides = plan_levels([40, 56, 40], [1.0, 1.0, 1.0])
     assert strides == [[2, 2, 2]] * 3
     assert kernels == [[3, 3, 3]] * 3
 
 
-def test_levels__coarse_axes_wait_for_the_others():
-    """5 mm slices at 1 mm pixels: rows and columns are halved twice before slices take part."""
+def test_plan_levels__coarse_axis_is_halved_later():
+    """With 5 mm slices and 1 mm pixels, rows and columns are halved twice before the slices."""
     kernels, strides = plan_levels([16, 64, 64], [5.0, 1.0, 1.0])
     assert strides[:3] == [[1, 2, 2], [1, 2, 2], [2, 2, 2]]
     assert kernels[:3] == [[1, 3, 3], [1, 3, 3], [3, 3, 3]]
 
 
-def test_levels__refuses_what_cannot_be_halved():
+def test_plan_levels__too_small_input_is_refused():
     with pytest.raises(UsageError, match="too small for a U-Net"):
         plan_levels([7, 7], [1.0, 1.0])
 
 
-def test_patch__is_the_median_scan_or_cut_to_the_budget():
+def test_plan_patch__median_scan_is_cut_to_the_largest_size():
     assert plan_patch((36, 50, 35), 2**18) == [40, 56, 40]
     cropped = plan_patch((200, 512, 512), 2**18)
     assert np.prod(cropped) <= 2**18
@@ -60,7 +60,7 @@ def test_patch__is_the_median_scan_or_cut_to_the_budget():
 
 
 @pytest.mark.parametrize("baseline", Baseline)
-def test_network__gives_logits_of_its_input_and_comes_back_from_its_plan(baseline):
+def test_build_network__plan_gives_the_same_network_again(baseline):
     plan = small_plan(baseline)
     torch.manual_seed(0)
     segmenter = build_network(plan).eval()
@@ -77,7 +77,7 @@ def test_network__gives_logits_of_its_input_and_comes_back_from_its_plan(baselin
         _ = segmenter.sam
 
 
-def test_network__options_reach_it():
+def test_plan_network__options_change_the_network():
     wide = plan_network(Baseline.UNET_2D, BaselineConfig(base_channels=8), num_classes=1, in_channels=1, image_size=32)
     assert wide["channels"] == [8, 16, 32, 64]
     patch = plan_network(
@@ -93,14 +93,14 @@ def test_network__options_reach_it():
     ("values", "message"),
     [({"base_channels": 2}, "base_channels"), ({"patch_size": [8, 8]}, "three sides"), ({"overlap": 1.0}, "overlap")],
 )
-def test_config__refuses(values, message):
+def test_baseline_config__bad_value_is_refused(values, message):
     with pytest.raises(ValueError, match=message):
         BaselineConfig(**values)
 
 
 @pytest.mark.parametrize("baseline", [Baseline.UNET_2D, Baseline.DYNUNET_2D])
-def test_baseline__learns_small_structures_and_an_empty_slice_in_a_few_steps(baseline):
-    """A comparison is worth as much as its baseline: last layers that are normalised per slice fail here."""
+def test_build_network__small_structures_and_an_empty_slice_are_learnt(baseline):
+    """A head that is normalised per slice, as MONAI has it, fails here and would make a comparison worthless."""
     torch.manual_seed(0)
     images, labels = 0.2 * torch.rand(4, 1, 32, 32), torch.zeros(4, 32, 32, dtype=torch.long)
     for n in range(3):
@@ -136,7 +136,7 @@ def patches(store, *, patch_size=(4, 16, 16), augment=STILL, foreground_fraction
     )  # fmt: skip
 
 
-def test_patches__come_from_the_samples_counter_and_show_foreground(store):
+def test_volume_patches__sample_counter_decides_the_patch(store):
     data = patches(store, augment=MOVING)
     first, again, other = data[0, 5], data[0, 5], data[0, 6]
     assert torch.equal(first["volume"], again["volume"])
@@ -149,21 +149,21 @@ def test_patches__come_from_the_samples_counter_and_show_foreground(store):
     assert not all(bool((anywhere[0, counter]["label"] == 1).any()) for counter in range(12))
 
 
-def test_patches__label_stays_with_the_image(store):
-    """The lesion is the brightest part: before and after."""
+def test_volume_patches__label_moves_with_the_image(store):
+    """The lesion is the brightest part before and after the augmentation."""
     sample = patches(store)[0, 3]
     inside, outside = sample["volume"][0][sample["label"] == 1], sample["volume"][0][sample["label"] == 0]
     assert inside.mean() > outside.mean() + 0.2
 
 
-def test_patches__small_scans_are_padded(store):
+def test_volume_patches__small_scan_is_padded(store):
     sample = patches(store, patch_size=(8, 32, 32))[0, 0]
     assert sample["volume"].shape == (1, 8, 32, 32)
     whole = store.read_label_volume(store.series[0].series_id)
     assert int((sample["label"] == 1).sum()) == int((whole == 1).sum())
 
 
-def test_cut__pads_with_the_smallest_value():
+def test_cut__outside_is_the_smallest_value():
     volume = np.arange(8).reshape(2, 2, 2) + 5
     patch = cut(volume, (-1, 0, 1), (3, 2, 2))
     assert patch.shape == (3, 2, 2)
@@ -172,7 +172,7 @@ def test_cut__pads_with_the_smallest_value():
     assert (patch[:, :, 1] == 5).all()
 
 
-def test_augment__moves_image_and_label_alike_and_invents_no_class():
+def test_augment_patch__image_and_label_move_together():
     image = torch.zeros(3, 32, 24)
     image[:, 8:20, 6:15] = 1.0
     label = (image > 0.5).long() * 4
@@ -183,7 +183,7 @@ def test_augment__moves_image_and_label_alike_and_invents_no_class():
     assert not torch.equal(moved, label)
 
 
-def test_augment__patches_of_sagittal_scans_are_never_mirrored():
+def test_augment_patch__sagittal_scan_is_never_mirrored():
     image = torch.rand(2, 8, 8, generator=torch.Generator().manual_seed(0))
     config = AugmentConfig(flip_columns_probability=1.0)
     outs = [
@@ -194,7 +194,7 @@ def test_augment__patches_of_sagittal_scans_are_never_mirrored():
     torch.testing.assert_close(outs[1], image)
 
 
-def test_segment__a_whole_scan_on_its_own_grid(store):
+def test_volume_baseline__segments_a_scan_on_its_own_grid(store):
     torch.manual_seed(0)
     plan = small_plan(Baseline.DYNUNET_3D, num_classes=1, median_shape_zyx=(4, 16, 16))
     segmenter = build_network(plan).eval()

@@ -1,4 +1,4 @@
-"""Cached embeddings: the same numbers as the encoder's, verified, never stale, counted before they are written."""
+"""Embedding cache, its exactness, its verification, its key and its size on disk."""
 
 import dataclasses
 import json
@@ -46,7 +46,7 @@ def filled(folder, *, count=5, facts=None, scale=1.0, shape=SHAPE):
 
 @pytest.mark.parametrize("scale", [1.0, 1e6, 1e-6])
 @pytest.mark.parametrize(("dtype", "bound"), [(CacheType.FP16, 2**-11), (CacheType.BF16, 2**-8)])
-def test_cache__gives_back_what_was_put_in_to_the_formats_precision(tmp_path, dtype, bound, scale):
+def test_cache_read__embedding_is_exact_to_the_formats_precision(tmp_path, dtype, bound, scale):
     shape = dataclasses.replace(SHAPE, dtype=dtype)
     cache, values, ids = filled(tmp_path, scale=scale, shape=shape)
     for record in (4, 0, 2):
@@ -59,13 +59,13 @@ def test_cache__gives_back_what_was_put_in_to_the_formats_precision(tmp_path, dt
     assert torch.equal(again.read(3)[0], cache.read(3)[0])
 
 
-def test_cache__goes_on_after_a_kill_with_the_same_bytes(tmp_path):
+def test_cache_fill__resumed_after_a_kill_gives_the_same_bytes(tmp_path):
     whole, values, ids = filled(tmp_path / "whole")
     cache = EmbeddingCache(tmp_path / "cut", SHAPE, num_records=5, facts={"encoder": "a"})
-    asked = []
+    firsts = []
 
     def dying(first):
-        asked.append(first)
+        firsts.append(first)
         yield values[:2], ids[:2]
         raise KeyboardInterrupt
 
@@ -78,17 +78,17 @@ def test_cache__goes_on_after_a_kill_with_the_same_bytes(tmp_path):
     assert not cache.is_complete
 
     def rest(first):
-        asked.append(first)
+        firsts.append(first)
         yield values[first:], ids[first:]
 
     cache.fill(rest)
-    assert asked == [0, 2]
+    assert firsts == [0, 2]
     for name in ("embeddings.bin", "labels.bin", "index.jsonl", "complete.json"):
         assert (cache.path / name).read_bytes() == (whole.path / name).read_bytes(), name
 
 
 @pytest.mark.parametrize("name", ["embeddings.bin", "labels.bin"])
-def test_cache__a_flipped_bit_is_found_when_it_is_read(tmp_path, name):
+def test_cache_read__flipped_bit_is_refused(tmp_path, name):
     cache, _, _ = filled(tmp_path)
     data = bytearray((cache.path / name).read_bytes())
     data[-1] ^= 1
@@ -98,7 +98,7 @@ def test_cache__a_flipped_bit_is_found_when_it_is_read(tmp_path, name):
         cache.read(4)
 
 
-def test_cache__another_index_or_other_facts_are_refused(tmp_path):
+def test_cache_read__changed_index_or_facts_are_refused(tmp_path):
     cache, _, _ = filled(tmp_path)
     (cache.path / "facts.json").write_text(json.dumps({"encoder": "b"}))
     with pytest.raises(DataError, match="belongs to another encoder"):
@@ -109,7 +109,7 @@ def test_cache__another_index_or_other_facts_are_refused(tmp_path):
         cache.read(0)
 
 
-def test_cache__is_counted_on_disk_before_the_start(tmp_path, monkeypatch):
+def test_check_disk__too_little_space_is_refused_before_writing(tmp_path, monkeypatch):
     cache = EmbeddingCache(tmp_path, SHAPE, num_records=1000, facts={})
     need = cache.check_disk()
     assert need >= 1000 * SHAPE.embedding_bytes
@@ -119,13 +119,13 @@ def test_cache__is_counted_on_disk_before_the_start(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_cache__refuses_embeddings_that_are_not_finite(tmp_path):
+def test_cache_fill__nan_is_refused(tmp_path):
     cache = EmbeddingCache(tmp_path, SHAPE, num_records=1, facts={})
     with pytest.raises(DataError, match="has NaN or Inf"):
         cache.fill(lambda first: iter([(torch.full((1, 4, 3, 3), float("nan")), labels(1))]))
 
 
-def test_memory__computes_a_batch_once_and_keeps_to_its_limit():
+def test_embedding_memory__batch_is_computed_once_within_the_limit():
     calls = []
 
     def embed(images):
@@ -160,7 +160,7 @@ def config_for(place, **settings):
     return load_config(FinetuneConfig, layers=[values, settings])
 
 
-def test_cached_slices__are_the_encoders_own_embeddings(place):
+def test_cached_slices__equal_the_encoders_embeddings(place):
     config = config_for(place)
     prepared = prepare(config)
     cached_run = use_cached_embeddings(prepared, config, DEVICE)
@@ -201,7 +201,7 @@ def test_cached_slices__are_the_encoders_own_embeddings(place):
     ],
     ids=str,
 )
-def test_cached_slices__another_setting_is_another_cache(place, change):
+def test_plan_cache__another_setting_has_another_key(place, change):
     def key(config):
         prepared = prepare(config)
         return plan_cache(prepared.dataset, prepared.segmenter, config, precision="32-true")[0].key
@@ -210,7 +210,7 @@ def test_cached_slices__another_setting_is_another_cache(place, change):
     assert key(config_for(place, **change)) != key(config_for(place))
 
 
-def test_cached_slices__other_weights_or_precision_are_another_cache(place):
+def test_plan_cache__other_weights_or_precision_have_another_key(place):
     config = config_for(place)
     prepared = prepare(config)
     keys = [plan_cache(prepared.dataset, prepared.segmenter, config, precision=p)[0].key for p in ("32-true", "bf16")]
@@ -220,7 +220,7 @@ def test_cached_slices__other_weights_or_precision_are_another_cache(place):
     assert len(set(keys)) == 3
 
 
-def test_cached_slices__a_second_run_computes_nothing(place, caplog):
+def test_fill_cache__second_run_computes_nothing(place, caplog):
     config = config_for(place)
     caplog.set_level("INFO")
     prepared = prepare(config)
@@ -232,7 +232,7 @@ def test_cached_slices__a_second_run_computes_nothing(place, caplog):
     assert f"all {cache.num_records} are cached" in caplog.text
 
 
-def test_cached_slices__several_processes_are_refused(place, monkeypatch):
+def test_fill_cache__several_processes_are_refused(place, monkeypatch):
     config = config_for(place, seed=11)
     prepared = prepare(config)
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -240,7 +240,7 @@ def test_cached_slices__several_processes_are_refused(place, monkeypatch):
         use_cached_embeddings(prepared, config, DEVICE)
 
 
-def test_preflight__counts_embeddings_and_lists_what_trains(place, monkeypatch, capsys, tmp_path):
+def test_dry_run__prints_size_of_embeddings_and_trained_tensors(place, monkeypatch, capsys, tmp_path):
     root, store = place
     monkeypatch.chdir(tmp_path)
     arguments = [
@@ -250,19 +250,19 @@ def test_preflight__counts_embeddings_and_lists_what_trains(place, monkeypatch, 
     ]  # fmt: skip
     assert main(arguments) == 0
     shown = capsys.readouterr()
-    said = " ".join((shown.out + shown.err).split())
-    assert "slices x 3 variants, 0.00 GB, 0.00 GB of it to compute and write" in said
-    assert "mask_decoder.transformer.layers.*.self_attn.q_proj.lora_A.weight" in said
+    text = " ".join((shown.out + shown.err).split())
+    assert "slices x 3 variants, 0.00 GB, 0.00 GB of it to compute and write" in text
+    assert "mask_decoder.transformer.layers.*.self_attn.q_proj.lora_A.weight" in text
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("scope", ["encoder_decoder", "neck_decoder"])
-def test_cache__needs_an_encoder_that_stays(place, scope):
+def test_cache_config__encoder_that_trains_is_refused(place, scope):
     with pytest.raises(UsageError, match=r"cache\.variants needs adapter\.scope=decoder"):
         config_for(place, adapter={"scope": scope})
 
 
-def test_run__on_cached_embeddings_from_command_to_model(place, monkeypatch, capsys, tmp_path):
+def test_finetune__cached_embeddings_give_a_finished_model(place, monkeypatch, capsys, tmp_path):
     root, store = place
     monkeypatch.chdir(tmp_path)
     arguments = [
@@ -277,16 +277,16 @@ def test_run__on_cached_embeddings_from_command_to_model(place, monkeypatch, cap
 
     # The log has one line per part; every trained tensor is in run.json and in the report.
     shown = capsys.readouterr()
-    said = " ".join((shown.out + shown.err).split())
+    text = " ".join((shown.out + shown.err).split())
     groups = json.loads((run / "run.json").read_text())["trains"]
     number, parameters = (sum(group[key] for group in groups) for key in ("tensors", "parameters"))
-    assert f"mask_decoder {parameters / 1e6:.3f} of " in said
-    assert f"in {number} tensors" in said
-    assert "image_encoder frozen, " in said
-    assert "all trained tensors: runs/cached/run.json" in said
+    assert f"mask_decoder {parameters / 1e6:.3f} of " in text
+    assert f"in {number} tensors" in text
+    assert "image_encoder frozen, " in text
+    assert "all trained tensors: runs/cached/run.json" in text
     name = "mask_decoder.transformer.layers.*.self_attn.q_proj.lora_A.weight"
     assert name in {group["name"] for group in groups}
-    assert name not in said
+    assert name not in text
     report = (run / "report.html").read_text()
     assert all(group["name"] in report for group in groups)
     (folder,) = (tmp_path / "embeddings").iterdir()

@@ -1,4 +1,4 @@
-"""What trains, what stays, and that merging changes nothing."""
+"""LoRA and whole tensors in a SAM, and classes beyond SAM's mask tokens."""
 
 import os
 import re
@@ -34,7 +34,7 @@ def make_segmenter(family, config, *, num_classes=1):
 
 
 def one_step(segmenter, *, num_classes=1, lr=0.1):
-    """Two updates: LoRA's A gets a gradient only once B has left 0."""
+    """Do two updates, because LoRA's A gets a gradient only when B is not 0 any more."""
     size = segmenter.image_size
     generator = torch.Generator().manual_seed(0)
     images = torch.rand(2, 1, size, size, generator=generator)
@@ -54,7 +54,7 @@ def changed(before, module):
 @pytest.mark.parametrize("family", SPECS)
 @pytest.mark.parametrize("scope", [TuningScope.ENCODER_DECODER, TuningScope.DECODER])
 @pytest.mark.parametrize("targets", Targets)
-def test_lora__exactly_the_expected_tensors_move(family, scope, targets):
+def test_adapt__lora_changes_exactly_the_expected_tensors(family, scope, targets):
     config = AdapterConfig(scope=scope, targets=targets, r=2, lora_alpha=2)
     segmenter, _ = make_segmenter(family, config)
     before = {name: tensor.clone() for name, tensor in segmenter.sam.state_dict().items()}
@@ -80,7 +80,7 @@ def test_lora__exactly_the_expected_tensors_move(family, scope, targets):
 
 @pytest.mark.parametrize("family", SPECS)
 @pytest.mark.parametrize("scope", [TuningScope.ENCODER_DECODER, TuningScope.DECODER])
-def test_full__moves_all_that_the_loss_reaches(family, scope):
+def test_adapt__full_changes_all_tensors_that_the_loss_reaches(family, scope):
     segmenter, peft_model = make_segmenter(family, AdapterConfig(method="full", scope=scope))
     assert peft_model is None
     before = {name: tensor.clone() for name, tensor in segmenter.sam.state_dict().items()}
@@ -98,7 +98,7 @@ def test_full__moves_all_that_the_loss_reaches(family, scope):
 
 
 @pytest.mark.parametrize("family", SPECS)
-def test_lora__is_a_no_op_before_training(family):
+def test_adapt__lora_is_a_no_op_before_training(family):
     spec, size = SPECS[family]
     images = torch.rand(2, 1, size, size)
     plain = Segmenter(make_sam(spec, image_size=size), num_classes=1)
@@ -108,7 +108,7 @@ def test_lora__is_a_no_op_before_training(family):
 
 
 @pytest.mark.parametrize("family", SPECS)
-def test_lora__merged_equals_unmerged_under_sams_own_names(family):
+def test_merge__lora_gives_equal_outputs_under_sams_own_names(family):
     spec, size = SPECS[family]
     segmenter, peft_model = make_segmenter(family, AdapterConfig(r=2))
     one_step(segmenter, lr=0.05)
@@ -126,7 +126,7 @@ def test_lora__merged_equals_unmerged_under_sams_own_names(family):
     assert (merged - start).abs().max() > 1e-3
 
 
-def test_qkv_rows__tiny_vit_has_keys_inside_every_head():
+def test_qkv_rows__tiny_vit_has_keys_in_every_head():
     spec, _ = SPECS["vit_t"]
     # Two heads of three wide: head 0 is rows 0-8 (q 0-2, k 3-5, v 6-8), head 1 rows 9-17.
     assert spec.qkv_rows(1, out_features=18, num_heads=2).tolist() == [3, 4, 5, 12, 13, 14]
@@ -138,7 +138,7 @@ def test_qkv_rows__plain_vit_has_keys_in_the_middle_third():
 
 
 @pytest.mark.parametrize("family", SPECS)
-def test_qv__keys_are_not_adapted(family):
+def test_adapt__qv_leaves_keys_unchanged(family):
     config = AdapterConfig(targets=Targets.QV, r=2)
     segmenter, _ = make_segmenter(family, config)
     one_step(segmenter)
@@ -160,8 +160,8 @@ def test_qv__keys_are_not_adapted(family):
     assert found > 0
 
 
-def test_frozen_layers_keep_no_activations():
-    """Below the first trainable tensor nothing is saved for backward."""
+def test_adapt__decoder_scope_needs_no_gradient_in_the_encoder():
+    """Below the first trainable tensor nothing is kept for the backward pass."""
     segmenter, _ = make_segmenter("vit_t", AdapterConfig(scope=TuningScope.DECODER, r=2))
     images = torch.rand(1, 1, 32, 32)
     embeddings = segmenter.sam.image_encoder(images.repeat(1, 3, 1, 1))
@@ -170,7 +170,7 @@ def test_frozen_layers_keep_no_activations():
 
 
 @pytest.mark.parametrize("num_classes", [1, 3])
-def test_room__up_to_three_classes_keep_sams_shape(num_classes):
+def test_add_class_tokens__three_classes_keep_sams_shape(num_classes):
     spec, size = SPECS["vit_t"]
     sam = make_sam(spec, image_size=size)
     before = {k: v.clone() for k, v in sam.state_dict().items()}
@@ -179,7 +179,7 @@ def test_room__up_to_three_classes_keep_sams_shape(num_classes):
     assert Segmenter(sam, num_classes=num_classes)(torch.rand(1, 1, size, size)).shape[1] == num_classes
 
 
-def test_room__more_classes_reuse_sams_tokens_first():
+def test_add_class_tokens__further_tokens_are_copies():
     spec, size = SPECS["vit_t"]
     sam = make_sam(spec, image_size=size)
     images = torch.rand(2, 1, size, size)
@@ -206,13 +206,13 @@ def test_room__more_classes_reuse_sams_tokens_first():
     ("values", "message"),
     [({"r": 0}, "adapter.r"), ({"lora_dropout": 1.0}, "lora_dropout"), ({"lora_alpha": 0}, "lora_alpha")],
 )
-def test_adapter_config__refuses(values, message):
+def test_adapter_config__bad_value_is_refused(values, message):
     with pytest.raises(ValueError, match=message):
         AdapterConfig(**values)
 
 
-@pytest.mark.parametrize("method", ["lora", "pissa"])  # peft writes the one, we the other
-def test_adapter_files__may_be_read_by_whom_the_umask_lets(method, tmp_path):
+@pytest.mark.parametrize("method", ["lora", "pissa"])  # peft writes the first, samgraft the second
+def test_save_adapter__files_follow_the_umask(method, tmp_path):
     _, peft_model = make_segmenter("plain", AdapterConfig(method=method, r=2, lora_alpha=2))
     keep_base_sha256(peft_model, "0" * 64)
     before = os.umask(0o007)

@@ -1,4 +1,4 @@
-"""Classes, balance, augmentation, loss: what labels become on their way to the loss."""
+"""Classes, balance of slices and losses."""
 
 import math
 from pathlib import Path
@@ -25,7 +25,7 @@ def store(tmp_path_factory):
     return SliceStore.open(make_store(tmp_path_factory.mktemp("store"), num_patients=3))
 
 
-def test_classes__ids_survive_the_way_to_channels_and_back():
+def test_class_table__ids_to_channels_and_back_are_equal():
     table = ClassTable(ids=(9, 4), names=("a", "b"))
     label = torch.tensor([[0, 4, 9], [7, 9, 0]])
     assert table.to_channels(label).tolist() == [[0, 2, 1], [0, 1, 0]]
@@ -33,12 +33,12 @@ def test_classes__ids_survive_the_way_to_channels_and_back():
 
 
 @pytest.mark.parametrize("ids", [(), (0, 1), (2, 2)])
-def test_classes__refuses_background_and_repeats(ids):
+def test_class_table__background_or_repeated_id_is_refused(ids):
     with pytest.raises(UsageError, match="different label ids"):
         ClassTable(ids=ids, names=("x",) * len(ids))
 
 
-def test_choose_classes__takes_all_of_the_store(store):
+def test_choose_classes__default_is_all_of_the_store(store):
     assert choose_classes(store, [], train_patients=store.patient_ids) == ClassTable(ids=(1,), names=("lesion",))
 
 
@@ -71,7 +71,7 @@ def test_from_logits__not_finite_is_refused(value):
             table.from_logits(logits)
 
 
-def test_choose_classes__refuses_ids_the_store_does_not_have(store):
+def test_choose_classes__unknown_id_is_refused(store):
     with pytest.raises(DataError, match="got 5; it has 1"):
         choose_classes(store, [1, 5], train_patients=store.patient_ids)
 
@@ -104,7 +104,7 @@ def test_choose_classes__without_labels_reports_the_cause(label_voxels, message)
         choose_classes(store_of(*label_voxels), [], train_patients=["p0"])
 
 
-def test_balance__reaches_the_share_and_keeps_every_slice():
+def test_balance_foreground__share_is_reached_and_every_slice_kept():
     refs = [SliceRef("s", i) for i in range(12)]
     flags = [i in (3, 7) for i in range(12)]
     balanced = balance_foreground(refs, flags, foreground_fraction=0.5)
@@ -112,13 +112,13 @@ def test_balance__reaches_the_share_and_keeps_every_slice():
     assert counts == [5 if flag else 1 for flag in flags]
 
 
-def test_balance__leaves_enough_foreground_alone():
+def test_balance_foreground__large_share_is_kept():
     refs = [SliceRef("s", i) for i in range(4)]
     assert balance_foreground(refs, [True, True, True, False], foreground_fraction=0.5) == refs
     assert balance_foreground(refs, [True] * 4, foreground_fraction=0) == refs
 
 
-def test_has_foreground__is_what_the_label_says(store):
+def test_has_foreground__equals_the_label(store):
     record = store.series[0]
     table = ClassTable(ids=(1,), names=("lesion",))
     truth = [bool((store.read_label_slice(record.series_id, z) == 1).any()) for z in range(record.shape_zyx[0])]
@@ -128,8 +128,8 @@ def test_has_foreground__is_what_the_label_says(store):
     assert False in truth
 
 
-def test_loss__hand_computed():
-    """Four pixels with logits 0: p = 1/2; two are lesion. Dice = (2*1+eps)/(2+2+eps) = 1/2, CE = log 2."""
+def test_loss__equals_a_value_worked_out_by_hand():
+    """Four pixels with logits 0 have p = 1/2, and two are lesion. Dice = (2*1+eps)/(2+2+eps) = 1/2, CE = log 2."""
     logits = torch.zeros(1, 1, 2, 2)
     channels = torch.tensor([[[1, 0], [0, 1]]])
     assert SegmentationLoss()(logits, channels).item() == pytest.approx(0.5 + math.log(2), abs=1e-4)
@@ -138,8 +138,8 @@ def test_loss__hand_computed():
     )
 
 
-def test_loss__resizes_logits_never_labels():
-    """A one-pixel lesion at label resolution must still count; shrunk to the logits' grid it would be lost."""
+def test_loss__logits_are_resized_and_labels_not():
+    """A one-pixel lesion must count. On the grid of the logits it would be lost."""
     logits = torch.full((1, 1, 2, 2), -4.0, requires_grad=True)
     channels = torch.zeros(1, 8, 8, dtype=torch.int64)
     empty = SegmentationLoss(LossConfig(dice_weight=0.0))(logits, channels)
@@ -149,7 +149,7 @@ def test_loss__resizes_logits_never_labels():
     assert (one - empty).item() == pytest.approx(4.0 / 64, abs=1e-4)
 
 
-def test_from_logits__one_class_is_sams_rule_and_several_compete():
+def test_from_logits__one_class_follows_sams_rule_and_several_compete():
     logits = torch.tensor([[[[-1.0, 2.0]], [[-2.0, 3.0]]]])
     table = ClassTable(ids=(9, 4), names=("a", "b"))
     assert table.from_logits(logits).tolist() == [[[0, 4]]]
@@ -159,7 +159,7 @@ def test_from_logits__one_class_is_sams_rule_and_several_compete():
 REGIONS = {"whole": [1, 2], "core": [2]}
 
 
-def test_regions__overlap_on_the_way_in_and_out():
+def test_regions__masks_and_predictions_overlap():
     table = ClassTable.of_regions(REGIONS)
     label = torch.tensor([[[0, 1, 2]]])
     masks = table.to_target(label)
@@ -175,7 +175,7 @@ def test_regions__overlap_on_the_way_in_and_out():
     assert [s.true_voxels for s in scores] == [2, 1]
 
 
-def test_regions__every_metric_is_of_the_union(store):
+def test_regions__metrics_are_those_of_the_union(store):
     table = ClassTable.of_regions(REGIONS)
     label = np.zeros((3, 8, 8), dtype=np.int32)
     label[1, 2:5, 2:5], label[1, 3, 3] = 1, 2
@@ -188,12 +188,12 @@ def test_regions__every_metric_is_of_the_union(store):
 
 
 @pytest.mark.parametrize("regions", [{"a": []}, {"a": [0, 1]}, {"a": [1, 1]}, {"a": [1, 2], "b": [2, 1]}])
-def test_regions__refuse_what_is_no_union(regions):
+def test_regions__bad_union_is_refused(regions):
     with pytest.raises(UsageError, match="label ids"):
         ClassTable.of_regions(regions)
 
 
-def test_regions__are_checked_against_the_store(store):
+def test_choose_classes__regions_are_checked_against_the_store(store):
     everyone = store.patient_ids
     assert choose_classes(store, [], regions={"x": [1]}, train_patients=everyone).members == ((1,),)
     with pytest.raises(DataError, match="got 2; it has 1"):
@@ -205,7 +205,7 @@ def test_regions__are_checked_against_the_store(store):
 
 
 def test_regions__loss_is_a_sigmoid_per_class():
-    """Logits 0 in one class and confident right in the other: half Dice and log 2 there, nothing here; the mean."""
+    """Logits 0 give half Dice and log 2 in one class, correct ones give 0 in the other. The loss is the mean."""
     masks = torch.tensor([[[[True, False], [False, True]], [[True, True], [True, False]]]])
     logits = torch.stack([torch.zeros(2, 2), torch.where(masks[0, 1], 30.0, -30.0)])[None]
     loss = SegmentationLoss(overlapping=True)(logits, masks)
@@ -228,7 +228,7 @@ def two_class_case():
         {"size": 16}, {"dice_weight": 0.5}, {"ce_weight": 0.0},
     ],
 )  # fmt: skip
-def test_loss__every_option_changes_it_and_leaves_a_gradient(change, overlapping):
+def test_loss__every_option_changes_the_value(change, overlapping):
     logits, channels = two_class_case()
     target = torch.stack([channels == 1, channels == 2], dim=1) if overlapping else channels
     logits.requires_grad_()
@@ -240,7 +240,7 @@ def test_loss__every_option_changes_it_and_leaves_a_gradient(change, overlapping
     assert logits.grad.abs().sum() > 0
 
 
-def test_loss__default_is_monais_dice_ce():
+def test_loss__default_equals_monais_dice_ce():
     from monai.losses.dice import DiceCELoss
 
     logits, channels = two_class_case()
@@ -250,7 +250,7 @@ def test_loss__default_is_monais_dice_ce():
     assert SegmentationLoss()(logits, channels).item() == pytest.approx(expected.item(), abs=1e-6)
 
 
-def test_loss__focal_without_focus_is_cross_entropy():
+def test_loss__focal_with_gamma_0_is_cross_entropy():
     logits, channels = two_class_case()
     focal = SegmentationLoss(LossConfig(pixel=PixelTerm.FOCAL, focal_gamma=0.0))(logits, channels)
     assert focal.item() == pytest.approx(SegmentationLoss()(logits, channels).item(), abs=1e-5)
@@ -265,14 +265,14 @@ def test_loss__tversky_with_halves_is_dice():
 
 
 def test_loss__class_weights_scale_each_class():
-    """With the second class weighing nothing next to the first, only the first one's Dice is left."""
+    """A tiny weight of the second class leaves the Dice of the first one."""
     logits, channels = two_class_case()
     heavy = LossConfig(ce_weight=0.0, class_weights=[1e6, 1.0])
     only_first = SegmentationLoss(LossConfig(ce_weight=0.0, class_weights=[1.0, 1e-6]))(logits, channels)
     assert SegmentationLoss(heavy)(logits, channels).item() == pytest.approx(only_first.item(), abs=1e-4)
 
 
-def test_loss__works_on_volumes():
+def test_loss__volumes_are_accepted():
     logits = torch.zeros(1, 2, 4, 4, 4)
     channels = torch.randint(0, 3, (1, 4, 4, 4), generator=torch.Generator().manual_seed(0))
     # Three equal probabilities: cross-entropy is log 3, Dice between 0 and 1.
@@ -283,8 +283,8 @@ def test_loss__works_on_volumes():
 @pytest.mark.parametrize(
     "change", [{}, {"overlap": Overlap.TVERSKY}, {"pixel": PixelTerm.FOCAL}, {"boundary_weight": 0.1}]
 )
-def test_mask_loss__is_one_value_per_mask(change):
-    """Each value is what the mask alone gives, so that the best of several can be chosen."""
+def test_mask_loss__one_value_per_mask(change):
+    """Each value equals that of the mask alone, so that the best of several can be chosen."""
     generator = torch.Generator().manual_seed(1)
     logits = torch.randn(3, 4, 4, generator=generator)
     masks = torch.rand(3, 8, 8, generator=generator) > 0.5
@@ -300,12 +300,12 @@ def test_mask_loss__is_one_value_per_mask(change):
     [({"dice_weight": 0.0, "ce_weight": 0.0}, "not both 0"), ({"tversky_fp": 0.0}, "tversky"),
      ({"class_weights": [1.0, 0.0]}, "class_weights"), ({"size": 2}, r"loss\.size")],
 )  # fmt: skip
-def test_loss_config__refuses(values, message):
+def test_loss_config__bad_value_is_refused(values, message):
     with pytest.raises(ValueError, match=message):
         LossConfig(**values)
 
 
-def test_loss_config__class_weights_must_fit_the_classes():
+def test_loss_config__other_number_of_class_weights_is_refused():
     with pytest.raises(UsageError, match=r"one per class \(3\), got 2"):
         LossConfig(class_weights=[1.0, 2.0]).check_classes(3)
 

@@ -1,4 +1,4 @@
-"""Methods through the command itself: what lies in model/ afterwards, and that it segments as the run did."""
+"""Fine-tuning methods through the command, with the model folder that they leave."""
 
 import pytest
 import torch
@@ -27,16 +27,16 @@ def run(name, *settings, method="lora"):
     ])  # fmt: skip
 
 
-def said(capsys):
-    """Log lines are wrapped to the terminal's width."""
+def printed(capsys):
+    """Return the terminal's text as one line, because log lines are wrapped."""
     shown = capsys.readouterr()
     return " ".join((shown.out + shown.err).split())
 
 
-def test_adapter__keeps_base_and_adapter_side_by_side(place, monkeypatch, capsys):
+def test_finetune__adapter_method_writes_base_weights_and_adapter(place, monkeypatch, capsys):
     monkeypatch.chdir(place)
     assert run("bottleneck", method="adapter") == 0
-    assert "adapter cannot be merged: the model is kept as base weights with an adapter" in said(capsys)
+    assert "adapter cannot be merged: the model is kept as base weights with an adapter" in printed(capsys)
     folder = place / "runs" / "bottleneck" / "model"
     assert not (folder / "sam.safetensors").exists()
     base, start = load_sam(folder / "base.safetensors", image_size=32), tiny_sam("vit_t")
@@ -64,10 +64,10 @@ def test_adapter__keeps_base_and_adapter_side_by_side(place, monkeypatch, capsys
 
 
 @pytest.mark.parametrize("method", ["eva", *(pytest.param(m, marks=pytest.mark.slow) for m in ("adalora", "pissa"))])
-def test_method__runs_from_command_to_merged_model(place, monkeypatch, capsys, method):
+def test_finetune__method_writes_a_merged_model(place, monkeypatch, capsys, method):
     monkeypatch.chdir(place)
     assert run(method, "trainer.max_steps=10", method=method) == 0
-    shown = said(capsys)
+    shown = printed(capsys)
     assert "adapters merged" in shown
     assert ("updates start along the main directions" in shown) is (method == "eva")
     model = read_model(place / "runs" / method)
@@ -87,7 +87,7 @@ def test_method__runs_from_command_to_merged_model(place, monkeypatch, capsys, m
         ("adalora", [], "trainer.max_steps must be at least 10"),
     ],
 )
-def test_bad_input__on_one_screen(place, monkeypatch, capsys, method, settings, text):
+def test_finetune__bad_input_is_refused_without_traceback(place, monkeypatch, capsys, method, settings, text):
     monkeypatch.chdir(place)
     assert run("refused", *settings, method=method) == 2
     shown = capsys.readouterr().err

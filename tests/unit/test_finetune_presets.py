@@ -1,4 +1,4 @@
-"""Presets: which one a machine gets, what the recipe of the study says, and what `default` does not repeat of it."""
+"""Presets of stage 2, the choice for a machine, and the recipe of the study."""
 
 import dataclasses
 
@@ -31,7 +31,7 @@ def load(name, *overrides):
         (79.0, "gpu_24gb"),
     ],
 )
-def test_auto__by_the_memory_of_the_device(monkeypatch, memory_gib, preset):
+def test_auto_preset__follows_the_gpu_memory(monkeypatch, memory_gib, preset):
     assert preset_for_memory(memory_gib) == preset
     gpu = DeviceChoice(accelerator="cuda", devices=1, num_nodes=1, precision="bf16-mixed", reason="")
     monkeypatch.setattr(presets, "choose_device", lambda: gpu)
@@ -40,13 +40,13 @@ def test_auto__by_the_memory_of_the_device(monkeypatch, memory_gib, preset):
     assert preset_layers("auto") == ["default", preset]
 
 
-def test_auto__without_a_gpu(monkeypatch):
+def test_auto_preset__without_a_gpu_is_cpu(monkeypatch):
     cpu = DeviceChoice(accelerator="cpu", devices=1, num_nodes=1, precision="32-true", reason="")
     monkeypatch.setattr(presets, "choose_device", lambda: cpu)
     assert preset_layers("auto") == ["cpu"]
 
 
-def test_gpu_presets__differ_in_memory_only_and_step_over_the_same_slices():
+def test_gpu_presets__differ_in_memory_only():
     default = load("default")
     for name, (batch, accumulate, recomputes) in {
         "gpu_8gb": (2, 4, False), "gpu_12gb": (4, 2, False), "gpu_24gb": (8, 1, False),
@@ -64,7 +64,7 @@ def test_gpu_presets__differ_in_memory_only_and_step_over_the_same_slices():
         assert same == default
 
 
-def test_paper__says_what_the_study_did():
+def test_paper_preset__equals_the_studys_recipe():
     config = load("paper")
     assert (config.model.image_size, config.data.batch_size, config.loss.size) == (1024, 2, 256)
     assert (config.optim.lr, config.optim.weight_decay, config.optim.warmup_steps) == (1e-3, 0.1, 200)
@@ -81,13 +81,13 @@ def test_paper__says_what_the_study_did():
 @pytest.mark.parametrize("method", ["full", "adapter", "lora"])
 @pytest.mark.parametrize("scope", [TuningScope.ENCODER_DECODER, TuningScope.DECODER])
 @pytest.mark.parametrize("preset", ["paper", "default"])
-def test_the_18__are_one_key_away_each(preset, method, scope):
+def test_presets__every_combination_of_the_study_needs_one_key_each(preset, method, scope):
     config = load(preset, f"adapter.method={method}", f"adapter.scope={scope.value}")
     assert (config.adapter.method, config.adapter.scope) == (method, scope)
 
 
-def test_default__repeats_no_known_defect():
-    """The others have tests of their own: nearest labels, per-head q and v, frozen BatchNorm, volumes kept whole."""
+def test_default_preset__has_no_known_defect_of_the_study():
+    """Other defects have separate tests (nearest labels, q and v per head, frozen BatchNorm, splits by volume)."""
     config = load("default")
     assert config.adapter.bottleneck_init is BottleneckInit.ZERO
     assert config.adapter.heads is Heads.NEEDED
@@ -96,7 +96,7 @@ def test_default__repeats_no_known_defect():
     assert config.trainer.max_steps > 10 * config.optim.warmup_steps
 
 
-def test_poly__is_the_studys_schedule():
+def test_poly_schedule__equals_the_studys():
     rate = LearningRate(warmup_steps=200, max_steps=1000, poly_power=0.9)
     assert rate.factor(0) == pytest.approx(1 / 200)
     assert rate.factor(199) == 1.0
@@ -105,7 +105,7 @@ def test_poly__is_the_studys_schedule():
     assert LearningRate(warmup_steps=200, max_steps=1000).factor(600) != rate.factor(600)
 
 
-def test_few_shot__ends_early_but_never_before_it_has_learnt():
+def test_few_shot_preset__ends_early_after_warm_up_only():
     config = load("few_shot", "data.few_shot.num=5")
     assert config.data.few_shot.num == 5
     assert config.data.batch_size <= 5
