@@ -129,6 +129,7 @@ class EmbeddingCache:
         """
         missing = self.num_records - len(_read_index(self.path / INDEX))
         need = missing * self.shape.expected_bytes
+        # The folder may not exist yet; its nearest existing parent is on the same disk.
         place = next(p for p in (self.path, *self.path.absolute().parents) if p.exists())
         free = shutil.disk_usage(place).free
         if need > free:

@@ -66,5 +66,6 @@ def may_end(rounds: Mapping[int, float], *, patience_rounds: int | None, min_ste
     steps = sorted(step for step in rounds if step > warmup_steps)
     if not steps or steps[-1] < min_steps or len(steps) <= patience_rounds:
         return False
+    # Rounds older than the patience set the mark that the recent ones have to exceed.
     best_before = max(rounds[step] for step in steps[:-patience_rounds])
     return max(rounds[step] for step in steps[-patience_rounds:]) <= best_before

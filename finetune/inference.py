@@ -50,6 +50,7 @@ class InferenceConfig:
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
     """Run a block in eval mode without gradients, and restore the mode of every submodule."""
+    # Submodules may have different modes (frozen BatchNorm), which one call of train() would not restore.
     modes = {child: child.training for child in module.modules()}
     module.eval()
     try:

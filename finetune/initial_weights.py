@@ -63,10 +63,8 @@ class InitialWeights:
 
     def _build_empty(self, weights: WeightsFile) -> Sam:
         """Build the model with the pixel statistics of one file. Both files have the same architecture."""
-        tokens = self.base.tensors["mask_decoder.mask_tokens.weight"]
-        return build_sam(
-            weights.spec, image_size=self.image_size, num_multimask_outputs=int(tokens.shape[0]) - 1
-        ).eval()
+        outputs = count_mask_outputs(self.base.tensors, name=self.base.name)
+        return build_sam(weights.spec, image_size=self.image_size, num_multimask_outputs=outputs).eval()
 
 
 def read_initial_weights(
@@ -109,6 +107,7 @@ def read_initial_weights(
         raise WeightsError(
             f"BASE must be a full SAM file, but {', '.join(sorted(missing))} is missing.", where=base_weights.name
         )
+    # Positions are resized to another input size when the weights are loaded.
     size = image_size or encoder.image_size
     encoder.spec.check_image_size(size)
     _log_weights(encoder, base_weights, size)

@@ -129,6 +129,7 @@ class SegmentationLoss(nn.Module):
             target = target[:, None]
         logits, target = on_loss_grid(low_res_logits_NChw, target, size=self.config.size)
         target = target.float() if self.overlapping else target
+        # Exclusive classes need the background as a channel of the softmax.
         filled = logits if self.overlapping else with_background(logits)
         loss = filled.new_zeros(())
         if self.config.dice_weight:
@@ -223,6 +224,7 @@ def on_loss_grid(logits_NChw: Tensor, target_NXSS: Tensor, *, size: int | None) 
     if size is not None and target_NXSS.shape[-1] != size:
         if target_NXSS.ndim != 4:
             raise ValueError("loss.size applies to slices only, got volumes. Set it to null.")
+        # nearest-exact takes the pixel at the centre of each new one; nearest would shift labels by half a pixel.
         small = F.interpolate(target_NXSS.float(), size=(size, size), mode="nearest-exact")
         target_NXSS = small.to(target_NXSS.dtype)
     # bf16 logits are resized in float32: interpolation would lose most of their 8 bits.

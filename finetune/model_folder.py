@@ -74,6 +74,7 @@ def read_model(path: Path) -> FinishedModel:
         raise WeightsError(
             "the run or release does not exist.", where=path.name, next_command="make finetune CKPT=runs/NAME"
         )
+    # A run has its model in a sub-folder, a release is the folder itself.
     folder = path / "model" if (path / "model").is_dir() else path
     task = Task.read(folder)
     if task.network:

@@ -42,6 +42,7 @@ class SliceNetwork(nn.Module):
         Args:
             images_N1XY: Slices in [0, 1] with columns before rows, as in a volume in NIfTI order.
         """
+        # Volumes in NIfTI order have columns first, and the network was trained with rows first.
         images_N1HW = torch.as_tensor(images_N1XY).transpose(2, 3)
         native_hw = (images_N1HW.shape[2], images_N1HW.shape[3])
         frame = fit_frame(native_hw, image_size=self.image_size, keep_aspect=self.keep_aspect)

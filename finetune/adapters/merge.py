@@ -55,6 +55,7 @@ def base_tensors(sam: Sam) -> dict[str, Tensor]:
         if isinstance(module, BaseTunerLayer):
             added += [f"{name}.{attribute}." for attribute in (*module.adapter_layer_names, *module.other_param_names)]
         elif isinstance(module, ModulesToSaveWrapper):
+            # The trained copy. The untouched module stays under original_module.
             added.append(f"{name}.modules_to_save.")
     return {
         name.replace(".base_layer.", ".").replace(".original_module.", "."): tensor

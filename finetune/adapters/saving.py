@@ -121,6 +121,7 @@ def _save_as_lora(peft_model: PeftModel, folder: Path) -> None:
         first = first.to(now)
         tensors[name] = torch.cat([now, first], 0) if ".lora_A." in name else torch.cat([now, -first], 1)
     config: Any = copy.deepcopy(peft_model.peft_config["default"])
+    # Both double, so that the scale alpha / r stays the same.
     config.r, config.lora_alpha, config.init_lora_weights = 2 * config.r, 2 * config.lora_alpha, True
     config.inference_mode = True
     write_tensors(folder / TENSORS_FILE, tensors, metadata={})

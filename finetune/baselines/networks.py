@@ -155,6 +155,7 @@ class VolumeBaseline(SliceBaseline):
 
         device = next(self.parameters()).device
         image = torch.from_numpy(np.stack([normalise(slice_HW, stats, intensity) for slice_HW in volume_ZHW]))
+        # Gaussian weights give the middle of a patch more influence, because its border has less context (nnU-Net).
         logits = sliding_window_inference(
             image[None, None].to(device), self.patch_size, 1, self.net, overlap=self.overlap, mode="gaussian"
         )
@@ -192,6 +193,7 @@ def plan_network(
         kernels, strides = plan_levels(sizes, spacing_zyx)
     else:
         sizes = [image_size, image_size]
+        # Slices are resized to a square, so their own spacing has no meaning for the network.
         kernels, strides = plan_levels(sizes, [1.0, 1.0])
     channels = [min(config.max_channels, config.base_channels * 2**level) for level in range(len(strides) + 1)]
     return {

@@ -104,6 +104,7 @@ def cut(volume_ZHW: Array, start: Sequence[int], patch_size: Sequence[int]) -> A
     """Cut a patch, padded with the smallest value of the volume (0 for labels)."""
     before = [max(0, -s) for s in start]
     after = [max(0, s + side - size) for s, side, size in zip(start, patch_size, volume_ZHW.shape, strict=True)]
+    # A start below 0 means padding before the scan; slicing with a negative number would count from the end.
     inside = tuple(slice(max(0, s), s + side) for s, side in zip(start, patch_size, strict=True))
     return np.pad(
         volume_ZHW[inside],

@@ -68,6 +68,8 @@ def run(arguments: argparse.Namespace) -> int:
     model = read_model(path)
     inputs = read_run_inputs(path)
     store = SliceStore.open(arguments.data or inputs.require_store())
+    # Without a split file the model is scored on the patients that its run left out. The split next to the store may be
+    # another one.
     split, split_sha256 = split_for_evaluation(path, model, store, split_file=arguments.split_file)
     subgroups = _subgroups(arguments, store, split)
     device = choose_device(arguments.device, precision=arguments.precision)
@@ -94,6 +96,7 @@ def run(arguments: argparse.Namespace) -> int:
         "prompts": _prompts(model),
     }
     write_evaluation(evaluation, folder, provenance=provenance, subgroups=subgroups)
+    # The run's permission covers its own data only, not a store that is given now.
     shareable = arguments.log_images or (arguments.data is None and inputs.log_images)
     task = model.task
     pictured = Pictured(store=store, intensity=task.inference().intensity, classes=task.classes) if shareable else None

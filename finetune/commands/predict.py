@@ -88,6 +88,7 @@ def _formats(text: str | None, inputs: Inputs) -> tuple[str, ...]:
     chosen = tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip())) if text else FORMATS
     if not chosen or set(chosen) - set(FORMATS):
         raise UsageError(f"--formats must be some of {', '.join(FORMATS)}, got {text!r}.")
+    # DICOM-SEG refers to the images of a DICOM series, so other scans cannot have it.
     num_dicom = sum(scan.is_dicom for scan in inputs.scans)
     if chosen == ("dicom-seg",) and num_dicom < len(inputs.scans):
         raise UsageError(
@@ -145,6 +146,7 @@ class _ProgressLines:
         self.head = f"{number}/{total} {name}"
         self.last = time.monotonic()
 
+        # Called after every batch, so that Ctrl-C ends a long scan at once. A scan is written only when it is finished.
         def on_slices(done: int, of: int) -> None:
             self._raise_if_stopped(total)
             now = time.monotonic()

@@ -106,6 +106,7 @@ def plan_cache(
         "keep_aspect": config.data.keep_aspect,
         "variants": config.cache.variants,
         "dtype": config.cache.dtype.value,
+        # bf16 autocast gives other embeddings than float32.
         "precision": precision,
     }
     number = len(unique) * config.cache.variants

@@ -281,6 +281,7 @@ def check_leak(card: Card | None, split: Split, store: SliceStore, *, allow: boo
     Raises:
         DataError: If they overlap and ``allow`` is False.
     """
+    # Published weights have no list of patients, so there is nothing to compare.
     manifest: Mapping[str, object] = card.data_manifest if card else {}
     if not manifest:
         return False
@@ -307,6 +308,7 @@ def intensity_of(card: Card, store: SliceStore) -> IntensityPreset:
 
 def neighbours_of(wanted: int | None, card: Card) -> int:
     """Return how many neighbours of a slice the encoder gets on each side, by default as in its pretraining."""
+    # Without this an encoder with 2.5D pretraining would get three equal channels, unlike in its pretraining.
     if wanted is None:
         return card.num_neighbours
     if wanted != card.num_neighbours and card.stage != "base":

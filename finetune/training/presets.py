@@ -16,6 +16,7 @@ MEMORY_PRESETS = ((22, "gpu_24gb"), (11, "gpu_12gb"), (0, "gpu_8gb"))
 def preset_layers(name: str) -> list[str]:
     """Return the files of a preset, of which later ones have priority. ``auto`` chooses by device and memory."""
     chosen = auto_preset() if name == "auto" else name
+    # GPU presets differ from the default in memory only, so they are layers on top of it.
     return ["default", chosen] if chosen.startswith("gpu_") else [chosen]
 
 

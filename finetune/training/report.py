@@ -102,6 +102,7 @@ def _cases(results: Sequence[CaseResult]) -> Table:
 def _pictures(config: FinetuneConfig, prepared: Prepared, results: Sequence[CaseResult]) -> list[Text | Picture]:
     if not config.watch.log_images:
         return [Text(text="Pictures of patients are written only with watch.log_images=true.")]
+    # Models are built again from their files: the finished one has replaced them in memory.
     models: dict[str, Segmenter] = {}
     # A prompted model is shown alone, because the other models find nothing without prompts.
     if isinstance(prepared.initial, InitialWeights) and not config.prompt.is_prompted:

@@ -82,6 +82,7 @@ class ValidationRounds:
         """Record a round, and write its tensors if it is the best so far."""
         dice = _dice_of(results)
         self.record.rounds[step] = dice
+        # The earliest of equal rounds is the best one, so a later equal round does not replace its file.
         if self.record.best_step == step:
             # Called in every process, because all of them take part in gathering sharded tensors.
             tensors = trained()

@@ -243,9 +243,6 @@ def test_validation_rounds__best_is_kept_and_survives_a_resume(tmp_path):
         rounds.add(40, [dataclasses.replace(result([0, 0, 0])[0], scores=())], dict)
 
 
-@pytest.mark.parametrize(
-    ("name", "message"), [("a/b", "plain folder name"), ("file", "file is a file"), ("foreign", "contains no run")]
-)
 def test_run_folder__renamed_setting_of_an_earlier_version_is_accepted(tmp_path):
     settings = {"modality": "mri", "data": {"store": "a.zarr"}, "model": {"ckpt": "a.pth"}, "trainer": {"max_steps": 5}}
     config = load_config(FinetuneConfig, layers=[settings])
@@ -258,6 +255,9 @@ def test_run_folder__renamed_setting_of_an_earlier_version_is_accepted(tmp_path)
         load_config(FinetuneConfig, layers=[settings], overrides=["data.num_workers=2"])
 
 
+@pytest.mark.parametrize(
+    ("name", "message"), [("a/b", "plain folder name"), ("file", "file is a file"), ("foreign", "contains no run")]
+)
 def test_dry_run__bad_run_folder_is_refused(place, tmp_path, monkeypatch, capsys, name, message):
     monkeypatch.chdir(place[0])
     (tmp_path / "file").write_text("x")
