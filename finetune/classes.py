@@ -216,7 +216,8 @@ def clean_class_names(names: Sequence[str]) -> tuple[str, ...]:
 
 
 def _label_ids(series: Iterable[SeriesRecord]) -> list[int]:
-    return sorted({label for record in series for label, voxels in record.label_voxels.items() if voxels})
+    counts = (item for record in series for item in record.label_voxels.items())
+    return sorted({label for label, voxels in counts if voxels and label != BACKGROUND})
 
 
 def _check_labels(store: SliceStore, present: Sequence[int], learnable: Collection[int]) -> None:
