@@ -9,10 +9,12 @@ from pathlib import Path
 
 from samgraft.shared.errors import DataError, UsageError
 from samgraft.shared.scans.case import LabelFiles, SourceCase
+from samgraft.shared.scans.dicom_index import group_dicom, series_of_segmentation
 from samgraft.shared.scans.discovery import Discovery, NameRules, SourceOptions, patients_by_path
 from samgraft.shared.scans.file_index import ZARR, ZARR_MARKS, FileIndex, index_files
 from samgraft.shared.scans.layouts import bids_cases, csv_cases, detect_layout, msd_cases, nnunet_cases
 from samgraft.shared.scans.names import NamedFile, split_name
+from samgraft.shared.scans.readers.dicom_seg import segment_names
 from samgraft.shared.scans.readers.images import count_pages, natural_order
 from samgraft.shared.scans.readers.scan import ScanFiles, ScanFormat
 
@@ -171,9 +173,6 @@ def _dicom(index: FileIndex, options: SourceOptions, found: Discovery) -> list[F
     paths = index.of(ScanFormat.DICOM)
     if not paths:
         return []
-    # Imported here: folders without DICOM need no pydicom.
-    from samgraft.shared.scans.dicom_index import group_dicom, series_of_segmentation
-
     series, segmentations = group_dicom(paths, index.root, found)
     owners = {one.path: series_of_segmentation(one, series) for one in segmentations}
     found.labels_without_image += [path.name for path, owner in owners.items() if owner is None]
@@ -300,8 +299,6 @@ def _segment_ids(
     """Give equal segment names one id, because segment numbers are local to their file."""
     if not paths:
         return {}
-    from samgraft.shared.scans.readers.dicom_seg import segment_names
-
     names: dict[Path, dict[int, str]] = {}
     for path in sorted(paths):
         try:

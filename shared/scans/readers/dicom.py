@@ -12,10 +12,14 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pydicom
+from pydicom import Dataset
+from pydicom.errors import InvalidDicomError
+from pydicom.pixels.processing import apply_modality_lut
 from samgraft.shared.errors import DataError
 from samgraft.shared.scans.privacy import dicom_findings
 from samgraft.shared.scans.readers import decode_process
@@ -23,9 +27,6 @@ from samgraft.shared.scans.readers.dicom_geometry import FramePlane, stack_plane
 from samgraft.shared.scans.readers.scan import ScanFiles, ScanFormat, ScanReader
 from samgraft.shared.scans.readers.verified import read_bytes
 from samgraft.shared.scans.volume import RawScan, rescale_values
-
-if TYPE_CHECKING:
-    from pydicom import Dataset
 
 Array = npt.NDArray[Any]
 
@@ -114,10 +115,6 @@ def parse_dicom(source: bytes | Path, *, where: str) -> Dataset:
     Raises:
         DataError: If it is not DICOM.
     """
-    # Imported here: a store of other formats needs no pydicom in its workers.
-    import pydicom
-    from pydicom.errors import InvalidDicomError
-
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # odd values of tags that are not used here
@@ -364,8 +361,6 @@ def _invert(stored_HW: Array, dataset: Dataset) -> Array:
 
 
 def _apply_modality_lut(stored_HW: Array, dataset: Dataset, *, inverted: bool, where: str) -> Array:
-    from pydicom.pixels.processing import apply_modality_lut
-
     try:
         values = np.asarray(apply_modality_lut(stored_HW, dataset))
         bits = int(dataset.ModalityLUTSequence[0].LUTDescriptor[2])

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from pydicom import Dataset
 from samgraft.shared.errors import DataError
 from samgraft.shared.scans.readers.dicom import decode_pixels, find_tag, parse_dicom
 from samgraft.shared.scans.readers.dicom_geometry import LPS_TO_RAS
 from samgraft.shared.scans.readers.scan import ScanFiles, ScanFormat, ScanReader
 from samgraft.shared.scans.readers.verified import read_bytes
 from samgraft.shared.scans.volume import RawScan
-
-if TYPE_CHECKING:
-    from pydicom import Dataset
 
 ON_GRID_TOLERANCE = 0.05
 """Largest distance of a frame from the scan's grid, in voxels. Positions are rounded to hundredths of a mm."""
