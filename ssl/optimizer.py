@@ -116,6 +116,7 @@ def restore_moments(optimizer: torch.optim.AdamW, objective: Objective, moments:
     Raises:
         WeightsError: If a value is not finite, because it would corrupt the first update.
     """
+    # AdamW has no state before its first step. The moments are written into its state dictionary under its numbers.
     state, named = optimizer.state_dict(), _named_parameters(objective, optimizer.param_groups)
     for number, (name, parameter) in enumerate(named):
         # Frozen depths, new heads or other sizes leave parameters without moments; AdamW then begins with zeros.

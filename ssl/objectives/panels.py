@@ -50,6 +50,7 @@ def principal_directions(features_BChw: torch.Tensor, *, num: int) -> tuple[torc
     tokens_NC = features_BChw.float().movedim(1, -1).flatten(0, 2)
     mean_C = tokens_NC.mean(0)
     centered_NC = tokens_NC - mean_C
+    # Eigenvalues are in ascending order, so the strongest directions are the last columns.
     _, directions_CC = torch.linalg.eigh(centered_NC.T @ centered_NC)
     directions_CK = directions_CC.flip(1)[:, :num]
     # The sign of an eigenvector is arbitrary. Fix it, or the pictures would invert between two monitoring rounds.

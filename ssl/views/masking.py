@@ -176,6 +176,7 @@ def upsample_mask(token_mask_Bhw: torch.Tensor, *, image_size: int) -> torch.Ten
     height, width = token_mask_Bhw.shape[-2:]
     if image_size % height or image_size % width:
         raise ValueError(f"the grid of the mask must divide image_size {image_size}, got {height} x {width}.")
+    # Repeating is exact, and an interpolation would blur the borders of hidden squares.
     rows_BSw = token_mask_Bhw.repeat_interleave(image_size // height, dim=-2)
     return rows_BSw.repeat_interleave(image_size // width, dim=-1)[:, None]
 

@@ -78,7 +78,7 @@ def test_read_weights__unfinished_run_gives_the_encoder_that_it_would_export(lab
     names = ("objective", "steps", "intensity", "num_neighbours", "data_manifest", "base_sha256")
     assert all(getattr(stopped.card, name) == getattr(exported.card, name) for name in names)
     (done / "checkpoints" / "card.json").unlink()
-    with pytest.raises(WeightsError, match="which pixel statistics they expect is unknown"):
+    with pytest.raises(WeightsError, match="pixel statistics are unknown"):
         read_weights(done)
 
 
