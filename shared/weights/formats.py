@@ -149,16 +149,23 @@ def _merge_lora(tensors: Mapping[str, torch.Tensor]) -> Tensors:
             dim = weight.shape[1]
             for rows, letter in ((slice(0, dim), "q"), (slice(-dim, None), "v")):
                 down, up = (out.pop(f"{base}linear_{half}_{letter}.weight") for half in "ab")
-                weight[rows] += up.to(weight) @ down.to(weight)
+                weight[rows] += _multiply(up, down, like=weight[rows], name=f"{base}linear_b_{letter}")
             out[f"{base}weight"] = weight
             out[f"{base}bias"] = out.pop(f"{base}qkv.bias")
         elif key.endswith("_proj.proj.weight"):
             base = key.removesuffix("proj.weight")
             down, up = out.pop(f"{base}w_a.weight"), out.pop(f"{base}w_b.weight")
             weight = out.pop(key)
-            out[f"{base}weight"] = weight + up.to(weight) @ down.to(weight)
+            out[f"{base}weight"] = weight + _multiply(up, down, like=weight, name=f"{base}w_b")
             out[f"{base}bias"] = out.pop(f"{base}proj.bias")
     return out
+
+
+def _multiply(up: torch.Tensor, down: torch.Tensor, *, like: torch.Tensor, name: str) -> torch.Tensor:
+    product = up.to(like) @ down.to(like)
+    if product.shape != like.shape:  # broadcasting would add it all the same
+        raise WeightsError(f"{name} gives a change of shape {list(product.shape)}, expected {list(like.shape)}.")
+    return product
 
 
 def _without_wrapping(tensors: Tensors, notes: list[str]) -> Tensors:
@@ -257,8 +264,11 @@ def from_plain_vit(tensors: Mapping[str, torch.Tensor], notes: list[str]) -> Ten
         # y = gamma * (W x + b) equals (gamma W) x + gamma b, one factor per output channel.
         layer = key.replace("ls1.gamma", "attn.proj").replace("ls2.gamma", "mlp.fc2")
         layer = layer if f"{layer}.weight" in kept else _rename_mlp(layer)
-        kept[f"{layer}.weight"] = kept[f"{layer}.weight"] * gamma[:, None]
-        kept[f"{layer}.bias"] = kept[f"{layer}.bias"] * gamma
+        weight, bias = kept[f"{layer}.weight"], kept[f"{layer}.bias"]
+        if gamma.ndim != 1 or not gamma.shape == bias.shape == weight.shape[:1]:  # broadcasting would accept others
+            raise WeightsError(f"{key} has shape {list(gamma.shape)}, which does not fit {layer}.")
+        kept[f"{layer}.weight"] = weight * gamma[:, None]
+        kept[f"{layer}.bias"] = bias * gamma
     if scales:
         notes.append(f"{len(scales)} layer scales multiplied into the layers before them")
     out = {f"image_encoder.{_rename_mlp(key)}": value for key, value in kept.items()}
@@ -282,7 +292,7 @@ def _to_grid(positions: torch.Tensor, notes: list[str]) -> torch.Tensor:
     if positions.ndim == 4:
         return positions
     # A square number of positions has no class token. With one more, the first position is that of the class token.
-    length = positions.shape[1] if positions.ndim == 3 else 0
+    length = positions.shape[1] if positions.ndim == 3 and positions.shape[0] == 1 else 0
     for extra in (0, 1):
         side = round(max(0, length - extra) ** 0.5)
         if side > 0 and side * side == length - extra:

@@ -105,7 +105,7 @@ def from_transformers(tensors: Mapping[str, torch.Tensor], notes: list[str]) -> 
     shared = out.pop(SHARED_POSITIONS, None)
     if shared is not None and _GAUSSIAN not in out:
         out[_GAUSSIAN] = shared
-    elif shared is not None and not torch.equal(shared.double(), out[_GAUSSIAN].double()):
+    elif shared is not None and (shared.dtype != out[_GAUSSIAN].dtype or not torch.equal(shared, out[_GAUSSIAN])):
         raise WeightsError(
             f"the two positional matrices of a SamModel file differ ({SHARED_POSITIONS}), expected equal ones. Save "
             "the model again with save_pretrained()."
