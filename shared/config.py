@@ -23,9 +23,10 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from types import MappingProxyType, NoneType
-from typing import Any, Final, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Final, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
+from annotated_types import Ge, Gt, Le, Lt
 from omegaconf import OmegaConf
 from pydantic import TypeAdapter, ValidationError
 from samgraft.shared.errors import UsageError
@@ -44,6 +45,17 @@ RENAMED_KEYS: Final[Mapping[str, str]] = MappingProxyType({
 configuration of an earlier run is translated."""
 RENAME_NOTES: Final = MappingProxyType({"model.base": " Initial encoder weights are model.ckpt."})
 """Additions to the message about an old name, by new name."""
+
+PositiveInt = Annotated[int, Ge(1)]
+NonNegativeInt = Annotated[int, Ge(0)]
+Positive = Annotated[float, Gt(0)]
+NonNegative = Annotated[float, Ge(0)]
+Share = Annotated[float, Ge(0), Le(1)]
+"""Fraction from 0 to 1."""
+PositiveShare = Annotated[float, Gt(0), Le(1)]
+"""Fraction above 0, up to 1."""
+ShareBelowOne = Annotated[float, Ge(0), Lt(1)]
+"""Fraction from 0 to below 1."""
 
 MAY_CHANGE: Final = MappingProxyType({"may_change_on_resume": True})
 """Metadata of a field whose setting does not change the numbers, so that a resumed run may have another one."""

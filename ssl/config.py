@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import field
 
+from pydantic.dataclasses import dataclass
+from samgraft.shared.config import NonNegativeInt, Positive, PositiveInt, ShareBelowOne
 from samgraft.shared.encoders.registry import DEFAULT_ARCH, arch_names
 from samgraft.shared.samples.augment import AugmentConfig
 from samgraft.shared.samples.dataset import check_neighbours
@@ -30,9 +32,9 @@ class DataConfig:
     """Path or address of a slice store (``*.zarr``)."""
     split: str | None = None
     """Split file by patient. None takes <store>.split.json next to the store, or holds out every fourth patient."""
-    batch_size: int = 8
+    batch_size: PositiveInt = 8
     """Number of slices per micro-step and process."""
-    min_foreground_fraction: float | None = None
+    min_foreground_fraction: ShareBelowOne | None = None
     """Smallest share of non-air pixels that a slice must have. None takes the modality's preset."""
     keep_aspect: bool = True
     """True pads to a square (right, bottom), False stretches."""
@@ -46,7 +48,7 @@ class DataConfig:
         default_factory=lambda: AugmentConfig(min_crop_fraction=0.6, max_log_gamma=math.log(1.3))
     )
     """Random crop, flip and contrast of the slices. The preset of a modality may change them."""
-    num_held_out_slices: int = 16
+    num_held_out_slices: NonNegativeInt = 16
     """Number of slices of held-out patients for the held-out loss and the pictures. 0 switches both off."""
     test_stores: list[str] = field(default_factory=list)
     """Labelled stores whose validation and test patients must not be among the training slices."""
@@ -54,13 +56,6 @@ class DataConfig:
     """True trains although patients of ``test_stores`` leak, and the card then records it."""
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1 or self.num_held_out_slices < 0:
-            raise ValueError(
-                "data.batch_size must be at least 1 and data.num_held_out_slices at least 0, got "
-                f"{self.batch_size} and {self.num_held_out_slices}."
-            )
-        if self.min_foreground_fraction is not None and not 0 <= self.min_foreground_fraction < 1:
-            raise ValueError(f"data.min_foreground_fraction must lie in [0, 1), got {self.min_foreground_fraction}.")
         check_neighbours(self.num_neighbours)
         if unknown := sorted(set(self.planes) - {plane.value for plane in Plane}):
             raise ValueError(f"data.planes must be among axial, coronal, sagittal, got {', '.join(unknown)}.")
@@ -84,9 +79,9 @@ class ModelConfig:
     ssl_state: StateUse = StateUse.AUTO
     """Use of decoder, heads, teacher and optimizer state of the run that the initial weights are from, auto, require or
     ignore, see ``StateUse``."""
-    image_size: int = 256
+    image_size: PositiveInt = 256
     """Side of the square input in pixels."""
-    num_frozen_depths: int = 0
+    num_frozen_depths: NonNegativeInt = 0
     """Number of frozen depths, counted from the stem. Below the first trained depth nothing is saved for backward. 0
     trains everything; 3 freezes stem, first stage and the downsampling to the second of vit_t."""
     scope: ScopeConfig = field(default_factory=ScopeConfig)
@@ -104,43 +99,29 @@ class ModelConfig:
             raise ValueError("model.ckpt or model.base must be given. Pass CKPT=FILE, BASE=FILE or BASE=random.")
         if self.ckpt is not None and self.base == RANDOM:
             raise ValueError("model.base must be SAM weights when model.ckpt is given, got random. Remove one of them.")
-        if self.num_frozen_depths < 0:
-            raise ValueError(f"model.num_frozen_depths must be at least 0, got {self.num_frozen_depths}.")
-        if self.image_size < 1:
-            raise ValueError(f"model.image_size must be positive, got {self.image_size}.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainOptimizerConfig(OptimizerConfig):
     """AdamW and its schedule, with a separate learning rate for decoder and heads."""
 
-    head_lr_factor: float = 10.0
+    head_lr_factor: Positive = 10.0
     """Learning rate of decoder, heads and mask token as a multiple of ``lr``. It is higher because they start from
     random weights."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.head_lr_factor > 0:
-            raise ValueError(f"optim.head_lr_factor must be positive, got {self.head_lr_factor}.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class WatchConfig:
     """Monitoring rounds on held-out slices."""
 
-    every_n_steps: int = 50
+    every_n_steps: PositiveInt = 50
     """Number of steps between two rounds of held-out loss, health measures and pictures. There is always one at the
     start and one at the end."""
-    num_panel_rows: int = 6
+    num_panel_rows: PositiveInt = 6
     """Number of slices in the pictures."""
     log_images: bool = False
     """True writes pictures of slices to TensorBoard and the report. They are patient images, so that only the demo
     settings switch them on, because the demo scans are public."""
-
-    def __post_init__(self) -> None:
-        for name in ("every_n_steps", "num_panel_rows"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"watch.{name} must be at least 1, got {getattr(self, name)}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,27 +133,19 @@ class ProbeConfig:
     split: str | None = None
     """Split of that store by patient. The head is fitted on ``train`` and scored on ``val``. ``test`` is never used.
     None takes <store>.split.json next to the store, or else draws one with seed 0, as stage 2 does."""
-    every_n_steps: int = 100
+    every_n_steps: PositiveInt = 100
     """Number of steps between two rounds. There is always one at the start, as the reference, and one at the end."""
-    num_train_slices: int = 32
+    num_train_slices: PositiveInt = 32
     """Number of labelled slices for fitting, spread evenly over the training patients. More slices give a steadier
     value and cost a forward pass each."""
-    num_test_slices: int = 32
+    num_test_slices: PositiveInt = 32
     """Number of labelled slices for scoring, spread evenly over the validation patients."""
-    ridge: float = 0.01
+    ridge: Positive = 0.01
     """Weight of the penalty on the linear head, as a share of the features' variance."""
-    num_boxes: int = 32
+    num_boxes: NonNegativeInt = 32
     """Number of boxes of the box-prompt check. 0 switches it off."""
 
     def __post_init__(self) -> None:
-        counts = ("every_n_steps", "num_train_slices", "num_test_slices")
-        for name in counts:
-            if getattr(self, name) < 1:
-                raise ValueError(f"probe.{name} must be at least 1, got {getattr(self, name)}.")
-        if self.num_boxes < 0:
-            raise ValueError(f"probe.num_boxes must be at least 0, got {self.num_boxes}.")
-        if not self.ridge > 0:
-            raise ValueError(f"probe.ridge must be positive, got {self.ridge}.")
         if self.store is None and self.split is not None:
             raise ValueError("probe.split would be ignored without probe.store. Set probe.store too.")
 

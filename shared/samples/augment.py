@@ -9,18 +9,20 @@ Shape letters: C = channels (1, or the neighbours of a 2.5D sample), H, W = rows
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from annotated_types import Ge, Le
+from pydantic.dataclasses import dataclass
+from samgraft.shared.config import NonNegative, Positive, PositiveShare, Share
 from samgraft.shared.scans.orientation import Plane, has_mirror_image
 from torch import Tensor
 
-MAX_LOG = 10.0
-"""Largest logarithm of a factor, 22,000. Beyond it a slice is only black or white."""
+LogFactor = Annotated[float, Ge(0), Le(10)]
+"""Logarithm of a factor. Beyond exp(10), which is 22,000, a slice is only black or white."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,63 +32,49 @@ class AugmentConfig:
     Each stage has its own defaults, and the preset of the modality overrides them.
     """
 
-    min_crop_fraction: float = 1.0
+    min_crop_fraction: PositiveShare = 1.0
     """Shortest side of a random crop, as a fraction of the slice's side. 1 takes whole slices."""
-    affine_probability: float = 1.0
+    affine_probability: Share = 1.0
     """Probability of rotation, scale, shear and shift together."""
-    max_rotation_deg: float = 0.0
+    max_rotation_deg: NonNegative = 0.0
     """Largest rotation in degrees, uniform in both directions."""
-    min_scale: float = 1.0
+    min_scale: Positive = 1.0
     """Smallest magnification, log-uniform up to ``max_scale``."""
-    max_scale: float = 1.0
+    max_scale: Positive = 1.0
     """Largest magnification."""
-    max_shear: float = 0.0
+    max_shear: LogFactor = 0.0
     """Largest logarithm of the ratio of both axes' magnifications."""
-    max_shift: float = 0.0
+    max_shift: NonNegative = 0.0
     """Largest shift along both axes, as a share of the slice's side."""
-    flip_columns_probability: float = 0.5
+    flip_columns_probability: Share = 0.5
     """Probability of a left-right flip of axial and coronal slices. Use 0 where the sides differ (chest, abdomen).
     Sagittal slices, whose columns run from front to back, are never flipped."""
-    flip_rows_probability: float = 0.0
+    flip_rows_probability: Share = 0.0
     """Probability of a top-bottom flip. No patient is upside down, but the appearance of a lesion may be."""
-    gamma_probability: float = 1.0
+    gamma_probability: Share = 1.0
     """Probability of a gamma change."""
-    max_log_gamma: float = 0.0
+    max_log_gamma: LogFactor = 0.0
     """Largest logarithm x of the exponent of the grey values, exp(uniform(-x, x))."""
-    max_log_contrast: float = 0.0
+    max_log_contrast: LogFactor = 0.0
     """Largest logarithm x of the factor of the grey values, exp(uniform(-x, x))."""
-    bias_field_probability: float = 0.0
+    bias_field_probability: Share = 0.0
     """Probability of a smooth gain, as it comes from surface coils (MR) and depth (ultrasound)."""
-    bias_field: float = 0.3
+    bias_field: NonNegative = 0.3
     """Largest coefficient of the polynomial of degree 3 whose exponential is the gain."""
-    blur_probability: float = 0.0
+    blur_probability: Share = 0.0
     """Probability of a 3x3 mean."""
-    low_resolution_probability: float = 0.0
+    low_resolution_probability: Share = 0.0
     """Probability of down- and upsampling, which imitates the resolution of old or fast scans."""
-    min_zoom: float = 0.5
+    min_zoom: PositiveShare = 0.5
     """Smallest factor of that downsampling."""
-    noise_probability: float = 1.0
+    noise_probability: Share = 1.0
     """Probability of Gaussian noise."""
-    noise_std: float = 0.0
+    noise_std: NonNegative = 0.0
     """Largest standard deviation of the noise, uniform from 0, in units of the normalised image."""
 
     def __post_init__(self) -> None:
-        for name in self.__dataclass_fields__:
-            value = getattr(self, name)
-            if value < 0 or (name.endswith("probability") and value > 1):
-                raise ValueError(f"augment.{name} must not be negative (probabilities: at most 1), got {value}.")
-        for name in ("max_log_gamma", "max_log_contrast", "max_shear"):
-            if getattr(self, name) > MAX_LOG:
-                raise ValueError(
-                    f"augment.{name} must be at most {MAX_LOG:g}, got {getattr(self, name)}. It is a logarithm."
-                )
-        for name in ("min_crop_fraction", "min_zoom"):
-            if not 0 < getattr(self, name) <= 1:
-                raise ValueError(f"augment.{name} must be in (0, 1], got {getattr(self, name)}.")
-        if not 0 < self.min_scale <= self.max_scale:
-            raise ValueError(
-                f"scales must satisfy 0 < min_scale <= max_scale, got {self.min_scale} and {self.max_scale} (augment)."
-            )
+        if self.min_scale > self.max_scale:
+            raise ValueError(f"augment.min_scale must be at most max_scale, got {self.min_scale} and {self.max_scale}.")
 
     @property
     def has_affine(self) -> bool:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
 from enum import Enum
+from typing import Annotated
 
-from samgraft.shared.config import MAY_CHANGE
+from annotated_types import Ge, Le
+from pydantic.dataclasses import dataclass
+from samgraft.shared.config import MAY_CHANGE, Positive, PositiveInt
 from samgraft.shared.errors import UsageError
 from samgraft.shared.training.device import Device, Precision
 
@@ -23,15 +26,15 @@ class Strategy(Enum):
 class TrainerConfig:
     """Length, device and saving of a training."""
 
-    max_steps: int
+    max_steps: PositiveInt
     """Optimizer steps of the whole run."""
-    accumulate: int = 1
+    accumulate: PositiveInt = 1
     """Micro-steps whose gradients make one step. The global batch is batch_size * accumulate * processes."""
-    clip_grad_norm: float | None = 1.0
+    clip_grad_norm: Positive | None = 1.0
     """Largest gradient norm. null does not clip."""
     device: Device = Device.AUTO
     """Device to train on. auto takes a GPU if one works."""
-    devices: int | None = field(default=None, metadata=MAY_CHANGE)
+    devices: PositiveInt | None = field(default=None, metadata=MAY_CHANGE)
     """Processes on this machine. null takes the number that torchrun or SLURM set, else 1. A resumed run needs the same
     number unless allow_resize is set."""
     precision: Precision = Precision.AUTO
@@ -45,38 +48,22 @@ class TrainerConfig:
     """ddp or fsdp, without effect for one process. A run keeps its strategy."""
     find_unused_parameters: bool = False
     """Needed with several processes if a step leaves some trainable parameters without gradient."""
-    num_workers: int = field(default=0, metadata=MAY_CHANGE)
+    num_workers: Annotated[int, Ge(0), Le(256)] = field(default=0, metadata=MAY_CHANGE)
     """Processes that load data. 0 loads in the training process. The numbers do not depend on it."""
-    log_every_steps: int = field(default=10, metadata=MAY_CHANGE)
+    log_every_steps: PositiveInt = field(default=10, metadata=MAY_CHANGE)
     """Steps between points in TensorBoard. metrics.jsonl has every step."""
-    save_every_steps: int = field(default=500, metadata=MAY_CHANGE)
+    save_every_steps: PositiveInt = field(default=500, metadata=MAY_CHANGE)
     """Steps between saved training states."""
-    save_every_min: float = field(default=10.0, metadata=MAY_CHANGE)
+    save_every_min: Positive = field(default=10.0, metadata=MAY_CHANGE)
     """Minutes without a saved state after which one is saved."""
-    keep_last: int = field(default=2, metadata=MAY_CHANGE)
-    """Number of newest states to keep, at least 2."""
-    keep_every_steps: int | None = field(default=None, metadata=MAY_CHANGE)
+    keep_last: Annotated[int, Ge(2)] = field(default=2, metadata=MAY_CHANGE)
+    """Number of newest states to keep, at least 2 because one may be damaged."""
+    keep_every_steps: PositiveInt | None = field(default=None, metadata=MAY_CHANGE)
     """Interval of states that are never deleted. null deletes them."""
     allow_resize: bool = field(default=False, metadata=MAY_CHANGE)
     """Resume with another number of processes, which is not bit-exact from that step on."""
     resume_from: str | None = field(default=None, metadata=MAY_CHANGE)
     """A kept state of this run to replay, e.g. nan-step-120. Ignored once the run has trained beyond it."""
-
-    def __post_init__(self) -> None:
-        """Check ranges."""
-        # Combinations of several settings are checked where they are used, e.g. the number of processes.
-        positive = ("max_steps", "accumulate", "log_every_steps", "save_every_steps", "save_every_min")
-        for name in positive:
-            if getattr(self, name) <= 0:
-                raise ValueError(f"trainer.{name} must be positive, got {getattr(self, name)}.")
-        if self.clip_grad_norm is not None and self.clip_grad_norm <= 0:
-            raise ValueError(f"trainer.clip_grad_norm must be positive or null, got {self.clip_grad_norm}.")
-        if self.num_workers < 0 or self.num_workers > 256:
-            raise ValueError(f"trainer.num_workers must be 0 to 256, got {self.num_workers}.")
-        if self.keep_last < 2:
-            raise ValueError(f"trainer.keep_last must be at least 2, got {self.keep_last}: one may be damaged.")
-        if self.devices is not None and self.devices < 1:
-            raise ValueError(f"trainer.devices must be at least 1 or null, got {self.devices}.")
 
 
 def check_warmup(warmup_steps: int, max_steps: int) -> None:

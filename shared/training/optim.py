@@ -8,11 +8,12 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pydantic.dataclasses import dataclass
+from samgraft.shared.config import NonNegative, NonNegativeInt, PositiveShare, Share, ShareBelowOne
 from samgraft.shared.errors import UsageError
 from samgraft.shared.training.config import check_warmup
 from torch import nn
@@ -27,35 +28,20 @@ NO_DECAY_NAMES = ("pos_embed", "rel_pos_h", "rel_pos_w", "attention_biases", "ma
 class OptimizerConfig:
     """Settings of AdamW and its schedule."""
 
-    lr: float = 1e-4
+    lr: PositiveShare = 1e-4
     """Peak learning rate of the last layer."""
-    weight_decay: float = 0.05
+    weight_decay: NonNegative = 0.05
     """Weight decay of matrices. Norms, biases, positions and tokens have none (MAE's value)."""
-    beta1: float = 0.9
+    beta1: ShareBelowOne = 0.9
     """Decay of the mean of gradients."""
-    beta2: float = 0.95
+    beta2: ShareBelowOne = 0.95
     """Decay of the mean of squared gradients. 0.95 is the value of MAE (arXiv 2111.06377, table 8)."""
-    layer_decay: float = 1.0
+    layer_decay: PositiveShare = 1.0
     """Factor on the learning rate per layer towards the input. 1 turns it off, 0.75 is usual for fine-tuning."""
-    warmup_steps: int = 20
+    warmup_steps: NonNegativeInt = 20
     """Steps of linear warm-up."""
-    final_lr_factor: float = 0.0
+    final_lr_factor: Share = 0.0
     """Fraction of ``lr`` at the last step."""
-
-    def __post_init__(self) -> None:
-        """Check ranges."""
-        if not 0 < self.lr <= 1:
-            raise ValueError(f"optim.lr must be in (0, 1], got {self.lr}.")
-        if self.weight_decay < 0:
-            raise ValueError(f"optim.weight_decay must be at least 0, got {self.weight_decay}.")
-        if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
-            raise ValueError(f"optim.beta1 and beta2 must be in [0, 1), got {self.beta1} and {self.beta2}.")
-        if not 0 < self.layer_decay <= 1:
-            raise ValueError(f"optim.layer_decay must be in (0, 1], got {self.layer_decay}.")
-        if self.warmup_steps < 0:
-            raise ValueError(f"optim.warmup_steps must be at least 0, got {self.warmup_steps}.")
-        if not 0 <= self.final_lr_factor <= 1:
-            raise ValueError(f"optim.final_lr_factor must be in [0, 1], got {self.final_lr_factor}.")
 
 
 def build_optimizer(

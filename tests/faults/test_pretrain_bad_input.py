@@ -99,7 +99,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Path:
             for method, value, message in (
                 ("masked_image", "objective.masked_image.mask_unit_px=24", "image_size 32, got 24. Use one of 4, 8"),
                 ("masked_image", "model.image_size=4", "image_size must be at least two tokens of 4 px, got 4"),
-                ("masked_image", "model.image_size=0", "model.image_size must be positive, got 0"),
+                ("masked_image", "model.image_size=0", "model.image_size must be at least 1, got 0"),
                 ("masked_image", "objective.masked_image.mask_unit_px=6", "where  objective.*.mask_unit_px"),
                 ("masked_image", "objective.masked_image.mask_ratio=0.001", "where  objective.*.mask_ratio"),
                 ("feature", "objective.feature.mask_kind=per_window", "where  objective.feature.mask_kind"),
@@ -111,8 +111,8 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 ("masked_image", "watch.every_n_steps=-3", "watch.every_n_steps must be at least 1, got -3"),
                 ("masked_image", "watch.num_panel_rows=0", "watch.num_panel_rows must be at least 1, got 0"),
                 ("masked_image", "probe.every_n_steps=0", "probe.every_n_steps must be at least 1, got 0"),
-                ("masked_image", "data.min_foreground_fraction=2", "data.min_foreground_fraction must lie in [0, 1)"),
-                ("masked_image", "data.augment.max_log_gamma=1000", "max_log_gamma must be at most 10, got 1000.0"),
+                ("masked_image", "data.min_foreground_fraction=2", "min_foreground_fraction must be less than 1"),
+                ("masked_image", "data.augment.max_log_gamma=1000", "max_log_gamma must be at most 10, got 1000"),
                 ("masked_image", "seed=-1", "seed must be in 0..4294967295, got -1"),
             )
         ),

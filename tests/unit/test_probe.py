@@ -239,7 +239,7 @@ def test_check_leaks__scored_patients_of_the_probe_are_refused(tmp_path) -> None
     ("settings", "message"),
     [
         ({"every_n_steps": 0}, r"probe\.every_n_steps must be at least 1, got 0"),
-        ({"ridge": 0.0}, r"probe\.ridge must be positive"),
+        ({"ridge": 0.0}, r"probe\.ridge must be greater than 0"),
         ({"num_boxes": -1}, r"probe\.num_boxes must be at least 0"),
         ({"store": None, "split": "split.json"}, "would be ignored without probe.store"),
     ],

@@ -97,11 +97,11 @@ def test_build_optimizer__without_trainable_parameters_is_refused() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"lr": 0.0}, "optim.lr must be in"),
-        ({"lr": 1e3}, "optim.lr must be in"),
-        ({"weight_decay": -1.0}, "optim.weight_decay must be"),
-        ({"layer_decay": 0.0}, "optim.layer_decay must be"),
-        ({"beta2": 1.0}, "optim.beta1 and beta2 must be"),
+        ({"lr": 0.0}, r"lr\n  Input should be"),
+        ({"lr": 1e3}, r"lr\n  Input should be"),
+        ({"weight_decay": -1.0}, r"weight_decay\n  Input should be"),
+        ({"layer_decay": 0.0}, r"layer_decay\n  Input should be"),
+        ({"beta2": 1.0}, r"beta2\n  Input should be"),
     ],
 )
 def test_optimizer_config__outside_its_ranges_is_refused(settings: dict[str, float], message: str) -> None:
@@ -112,12 +112,12 @@ def test_optimizer_config__outside_its_ranges_is_refused(settings: dict[str, flo
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"max_steps": 0}, "trainer.max_steps must be positive"),
-        ({"accumulate": 0}, "trainer.accumulate must be positive"),
-        ({"keep_last": 1}, "trainer.keep_last must be at least 2"),
-        ({"num_workers": -1}, "trainer.num_workers must be 0 to 256"),
-        ({"clip_grad_norm": 0.0}, "trainer.clip_grad_norm must be positive or null"),
-        ({"devices": 0}, "trainer.devices must be at least 1"),
+        ({"max_steps": 0}, r"max_steps\n  Input should be"),
+        ({"accumulate": 0}, r"accumulate\n  Input should be"),
+        ({"keep_last": 1}, r"keep_last\n  Input should be"),
+        ({"num_workers": -1}, r"num_workers\n  Input should be"),
+        ({"clip_grad_norm": 0.0}, r"clip_grad_norm\n  Input should be"),
+        ({"devices": 0}, r"devices\n  Input should be"),
     ],
 )
 def test_trainer_config__outside_its_ranges_is_refused(settings: dict[str, int], message: str) -> None:
