@@ -76,8 +76,9 @@ class NamedFile:
     @property
     def is_label(self) -> bool:
         """True if the name or a folder has a word for labels."""
-        has_image_word = any(word in _IMAGE_WORDS for word in self.words)
-        return self.role_index is not None or (self.in_label_folder and not has_image_word)
+        # ``segmentation_study/P1/image.nii`` is an image, while ``masks/img0001.png`` is a label like its neighbours.
+        is_plainly_image = all(word in _IMAGE_WORDS for word in self.words)
+        return self.role_index is not None or (self.in_label_folder and not is_plainly_image)
 
     @property
     def key(self) -> tuple[str, ...]:
