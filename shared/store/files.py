@@ -8,30 +8,10 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, TypeAlias
 
 from samgraft.shared.errors import StorageError, UsageError
 from samgraft.shared.files import NUM_ATTEMPTS, read_with_retry, retry
-
-
-class StoreFiles(Protocol):
-    """Interface for reading the files of a store."""
-
-    def read(self, name: str) -> bytes:
-        """Return a whole file, or raise FileNotFoundError."""
-        ...
-
-    def read_range(self, name: str, start: int, length: int) -> bytes:
-        """Return bytes of a file, fewer if the file ends before."""
-        ...
-
-    def size(self, name: str) -> int | None:
-        """Return the size of a file, or None if it is missing or a request would be needed."""
-        ...
-
-    def read_beside(self, name: str) -> bytes:
-        """Return a whole file that is beside the store, or raise FileNotFoundError."""
-        ...
 
 
 class LocalFiles:
@@ -41,11 +21,11 @@ class LocalFiles:
         self._root = str(root)
 
     def read(self, name: str) -> bytes:
-        """Return a whole file."""
+        """Return a whole file, or raise FileNotFoundError."""
         return read_with_retry(lambda: self._pread(name, 0, None), where=name)
 
     def read_range(self, name: str, start: int, length: int) -> bytes:
-        """Return bytes of a file."""
+        """Return bytes of a file, fewer if the file ends before."""
         return read_with_retry(lambda: self._pread(name, start, length), where=name)
 
     def _pread(self, name: str, start: int, length: int | None) -> bytes:
@@ -64,7 +44,7 @@ class LocalFiles:
         return info.st_size
 
     def read_beside(self, name: str) -> bytes:
-        """Return a whole file that is beside the folder."""
+        """Return a whole file that is beside the folder, or raise FileNotFoundError."""
         return LocalFiles(Path(self._root).absolute().parent).read(name)
 
 
@@ -141,6 +121,9 @@ class RemoteFiles:
                     f"the address cannot be used ({str(err).splitlines()[0]}). Use s3://, gs://, az:// or http://."
                 ) from err
         return self._connection
+
+
+StoreFiles: TypeAlias = LocalFiles | RemoteFiles
 
 
 def is_address(path: Path | str) -> bool:
