@@ -102,7 +102,7 @@ def test_read_weights__unfinished_lora_run_is_refused(tmp_path):
     state = trained_dino(scope=ScopeConfig(kind=Scope.LORA, lora_r=2)).state_dict()
     save_file({f"model.objective.{name}": t.contiguous() for name, t in state.items()}, tmp_path / "state.safetensors")
     with pytest.raises(
-        WeightsError, match=r"got 16 layers with an adapter beside them: a run .* not finished"
+        WeightsError, match=r"16 layers with adapters that are not merged. Finish the run first"
     ) as refusal:
         read_weights(tmp_path / "state.safetensors")
     assert "it goes on, and BASE=runs/NAME is then its result" in str(refusal.value.next_command)
