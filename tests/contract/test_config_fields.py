@@ -14,8 +14,8 @@ from samgraft.ssl.config import PretrainConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = [PretrainConfig, FinetuneConfig, StudyConfig]
-Reads = list[tuple[set[str], set[tuple[str, str]]]]
-"""Per file its words, and the attributes that it reads as pairs of owner and attribute."""
+Reads = list[tuple[str, set[str], set[tuple[str, str]]]]
+"""Per file its package, its words, and the attributes that it reads as pairs of owner and attribute."""
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,8 @@ def reads() -> Reads:
                 attributes.add(
                     (owner.attr if isinstance(owner, ast.Attribute) else getattr(owner, "id", ""), node.attr)
                 )
-        found.append((set(re.findall(r"\w+", text)), attributes))
+        package = ".".join(["samgraft", *path.parent.relative_to(ROOT).parts])
+        found.append((package, set(re.findall(r"\w+", text)), attributes))
     return found
 
 
@@ -55,8 +56,8 @@ def unread_fields(parts: list[tuple[str, type]], reads: Reads) -> list[str]:
     """Return the fields that nothing reads.
 
     Two sections may have a field of one name, e.g. ``batch_size`` in ``data`` and ``watch``. Reading one must not count
-    for the other. So the access has to name the section, or be in a file that names the section's class or its list.
-    Sections themselves are read when their fields are.
+    for the other. So the access has to name the section, or be in a file that names the section's class or its list or
+    is in the folder of the class. Sections themselves are read when their fields are.
     """
     names = [field.name for _, part in parts for field in dataclasses.fields(part)]
     lists = {field.name for _, part in parts for field in dataclasses.fields(part) if "list[" in str(field.type)}
@@ -67,8 +68,14 @@ def unread_fields(parts: list[tuple[str, type]], reads: Reads) -> list[str]:
             is_section = any(field.name == name for name, _ in parts)
             if not is_section and not any(
                 attribute == field.name
-                and (is_unique or owner == section or part.__name__ in words or (section in lists and section in words))
-                for words, attributes in reads
+                and (
+                    is_unique
+                    or owner == section
+                    or part.__name__ in words
+                    or package == part.__module__.rpartition(".")[0]
+                    or (section in lists and section in words)
+                )
+                for package, words, attributes in reads
                 for owner, attribute in attributes
             ):
                 missing.append(f"{section}.{field.name}")
@@ -83,5 +90,7 @@ def test_config__every_field_is_read(schema: type, reads: Reads) -> None:
 def test_unread_fields__a_field_that_only_another_section_reads_is_found() -> None:
     loader = dataclasses.make_dataclass("LoaderConfig", [("num_workers", int, 0)])
     trainer = dataclasses.make_dataclass("TrainerConfig", [("num_workers", int, 0), ("seed", int, 0)])
-    reads: Reads = [({"TrainerConfig"}, {("trainer", "num_workers"), ("config", "num_workers")})]
+    reads: Reads = [
+        ("samgraft.shared.training", {"TrainerConfig"}, {("trainer", "num_workers"), ("config", "num_workers")})
+    ]
     assert unread_fields([("data", loader), ("trainer", trainer)], reads) == ["data.num_workers", "trainer.seed"]
