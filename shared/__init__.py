@@ -1,1 +1,1 @@
-"""What both stages use: errors, configuration, data, models, training state. Imports neither stage."""
+"""Code that both stages use. It imports neither stage."""

@@ -54,7 +54,10 @@ def local_path(text: str) -> Path:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code; a traceback is shown with ``--debug`` only."""
+    """Run one command and return its exit code.
+
+    A traceback is shown with ``--debug`` only.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     arguments = [a for a in arguments if a != "--debug"]

@@ -30,9 +30,9 @@ from annotated_types import Ge, Gt, Le, Lt
 from omegaconf import OmegaConf
 from pydantic import TypeAdapter, ValidationError
 from samgraft.shared.errors import UsageError
+from samgraft.shared.settings import Setting, read_override, read_settings_file
 
 Schema = TypeVar("Schema")
-MAX_CONFIG_BYTES = 1_000_000
 MAX_LISTED_PROBLEMS = 20
 
 RENAMED_KEYS: Final[Mapping[str, str]] = MappingProxyType({
@@ -41,8 +41,9 @@ RENAMED_KEYS: Final[Mapping[str, str]] = MappingProxyType({
     "model.rest": "model.base",
     "data.num_workers": "trainer.num_workers",
 })  # fmt: skip
-"""Settings of earlier versions and their names today. A user's old name is refused with the new one; the stored
-configuration of an earlier run is translated."""
+"""Settings of earlier versions and their names today.
+
+A user's old name is refused with the new one, and the stored configuration of an earlier run is translated."""
 RENAME_NOTES: Final = MappingProxyType({"model.base": " Initial encoder weights are model.ckpt."})
 """Additions to the message about an old name, by new name."""
 
@@ -59,23 +60,6 @@ ShareBelowOne = Annotated[float, Ge(0), Lt(1)]
 
 MAY_CHANGE: Final = MappingProxyType({"may_change_on_resume": True})
 """Metadata of a field whose setting does not change the numbers, so that a resumed run may have another one."""
-
-
-class Setting:
-    """One value as a user wrote it.
-
-    Not a dataclass, because OmegaConf would take a dataclass for a section of its own and look into it.
-
-    Attributes:
-        value: Parsed scalar, or a list of settings.
-        text: Characters of the value as written; fields that hold text take these.
-        where: File and line, or the command-line override.
-    """
-
-    def __init__(self, value: Any, text: str, where: str) -> None:
-        self.value = value
-        self.text = text
-        self.where = where
 
 
 def packaged_config(relative: str) -> Path:
@@ -126,7 +110,7 @@ def load_config(
             problem = f"an override must look like key.sub=value, got {override!r}."
             check.reject(override, problem, Setting(None, "", "command line (ARGS=...)"))
             continue
-        nested: Any = _read_override(
+        nested: Any = read_override(
             text, takes_text=_takes_text(_kind_of(schema, key)), where=f"command line, {override}"
         )
         for part in reversed(key.split(".")):
@@ -259,7 +243,10 @@ def dotted_keys(schema: type, prefix: str = "") -> list[str]:
 
 
 def plain_value(value: object) -> object:
-    """Return one value of a configuration as YAML holds it: enums by value, paths as text, sections as mappings."""
+    """Return one value of a configuration as YAML holds it.
+
+    Enums are given by value, paths as text, and sections as mappings.
+    """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: plain_value(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, Enum):
@@ -273,131 +260,10 @@ def plain_value(value: object) -> object:
     return value
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Read a plain YAML (or JSON) file of keys and values.
-
-    Raises:
-        UsageError: If it is missing, too large, or uses tags, aliases, duplicate keys or YAML 1.1 forms of numbers.
-    """
-    values = _values(_read_file(path))
-    assert isinstance(values, dict)
-    return values
-
-
-def _values(settings: Any) -> Any:
-    if isinstance(settings, Mapping):
-        return {key: _values(value) for key, value in settings.items()}
-    if isinstance(settings, Setting):
-        return _values(settings.value)
-    return [_values(value) for value in settings] if isinstance(settings, list) else settings
-
-
-# Reading: YAML text becomes nested mappings whose leaves are settings.
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """SafeLoader that refuses aliases and resolves scalars by YAML 1.2's core schema."""
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError(f"anchors and aliases are not allowed (line {self.peek_event().start_mark.line + 1})")
-        return super().compose_node(parent, index)
-
-
-def _core_schema_resolvers() -> dict[str, list[tuple[str, Any]]]:
-    """Return YAML 1.2's rules, which have no dates and no octal, hexadecimal or base-60 numbers."""
-    number_start = list("-+0123456789.")
-    digits = r"(?:0|[1-9][0-9]*)"
-    rules = [
-        ("bool", r"^(?:true|True|TRUE|false|False|FALSE)$", list("tTfF")),
-        ("int", rf"^[-+]?{digits}$", number_start),
-        ("float", rf"^[-+]?(?:\.[0-9]+|{digits}(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?$", number_start),
-        ("null", r"^(?:~|null|Null|NULL|)$", ["~", "n", "N", ""]),
-    ]
-    table: dict[str, list[tuple[str, Any]]] = {}
-    for kind, pattern, starts in rules:
-        for start in starts:
-            table.setdefault(start, []).append((f"tag:yaml.org,2002:{kind}", re.compile(pattern)))
-    return table
-
-
-_StrictLoader.yaml_implicit_resolvers = _core_schema_resolvers()
-_PLAIN_TAGS = {f"tag:yaml.org,2002:{kind}" for kind in ("str", "int", "float", "bool", "null", "map", "seq")}
-
-
 def _read_layer(layer: Path | Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(layer, Path):
-        return _read_file(layer)
+        return read_settings_file(layer)
     return {str(key): _from_python(value) for key, value in layer.items()}
-
-
-def _read_file(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise UsageError("the configuration file does not exist.", where=path.name)
-    if path.stat().st_size > MAX_CONFIG_BYTES:
-        raise UsageError(f"a configuration file must be under {MAX_CONFIG_BYTES} bytes.", where=path.name)
-    try:
-        content = _compose(path.read_text(encoding="utf-8-sig"), where=path.name)
-    except (yaml.YAMLError, ValueError, RecursionError) as err:
-        raise UsageError(
-            f"the configuration file is not plain YAML: {_yaml_problem(err)}. Write one `key: value` per line and nest "
-            "with spaces.",
-            where=path.name,
-        ) from err
-    if content is None:
-        return {}
-    if not isinstance(content, dict):
-        raise UsageError("a configuration file must hold keys and values at its top level.", where=path.name)
-    return content
-
-
-def _read_override(text: str, *, takes_text: bool, where: str) -> Any:
-    text = text.strip()
-    try:
-        content = _compose(text, where="")
-    except (yaml.YAMLError, ValueError, RecursionError):
-        content = Setting(text, text, where)
-    if takes_text and not isinstance(content, Setting):
-        # A path may look like YAML's collections: [x].zarr is a list, C:\\x: y a mapping.
-        content = Setting(text, text, where)
-    return _placed(content or Setting(None, "", where), where)
-
-
-def _placed(content: Any, where: str) -> Any:
-    """Return settings of an override with the override as their place."""
-    if isinstance(content, Mapping):
-        return {key: _placed(value, where) for key, value in content.items()}
-    value = [_placed(child, where) for child in content.value] if isinstance(content.value, list) else content.value
-    return Setting(value, content.text, where)
-
-
-def _compose(text: str, *, where: str) -> Any:
-    """Parse YAML into nested mappings of ``Setting``; None for an empty document."""
-    loader = _StrictLoader(text)
-    try:
-        node = loader.get_single_node()
-        return None if node is None else _from_node(loader, node, text, where)
-    finally:
-        loader.dispose()
-
-
-def _from_node(loader: _StrictLoader, node: Any, text: str, where: str) -> Any:
-    line = node.start_mark.line + 1
-    place = f"{where}, line {line}"
-    if node.tag not in _PLAIN_TAGS:
-        raise yaml.YAMLError(f"the tag {node.tag!r} is not allowed (line {line})")
-    if isinstance(node, yaml.MappingNode):
-        mapping: dict[str, Any] = {}
-        for key_node, value_node in node.value:
-            key = str(key_node.value)
-            if key in mapping:
-                raise yaml.YAMLError(f"duplicate key {key!r} in line {key_node.start_mark.line + 1}")
-            mapping[key] = _from_node(loader, value_node, text, where)
-        return mapping
-    if isinstance(node, yaml.SequenceNode):
-        children = [_from_node(loader, child, text, where) for child in node.value]
-        return Setting(children, text[node.start_mark.index : node.end_mark.index], place)
-    return Setting(loader.construct_object(node), str(node.value), place)
 
 
 def _from_python(value: Any) -> Any:
@@ -421,13 +287,6 @@ def _omega(content: Mapping[str, Any]) -> Any:
     return OmegaConf.create(dict(content), flags={"allow_objects": True})
 
 
-def _yaml_problem(err: Exception) -> str:
-    mark = getattr(err, "problem_mark", None)
-    if mark is None:
-        return str(err).splitlines()[0]
-    return f"{getattr(err, 'problem', None) or 'it cannot be read'} (line {mark.line + 1})"
-
-
 # Checking: nested settings are compared with the dataclasses.
 
 _EXPECTED = {
@@ -439,12 +298,12 @@ _EXPECTED = {
     "dict": "hold keys and values",
     "dataclass": "hold keys and values",
 }
-"""What a field takes, by the first word of pydantic's error type."""
+"""Requirement of a field, by the first word of pydantic's error type."""
 _RANGES = {"gt": "greater than", "ge": "at least", "lt": "less than", "le": "at most"}
 
 
 class _Check:
-    """One configuration being checked: the places of its values and the problems found so far."""
+    """Check of one configuration, with the places of its values and the problems found so far."""
 
     def __init__(self, schema: type) -> None:
         self.schema = schema
@@ -453,7 +312,10 @@ class _Check:
         """Problem and place by dotted key."""
 
     def plain_section(self, schema: type, settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-        """Return the values of one section as JSON holds them; what cannot be a value is recorded and left out."""
+        """Return the values of one section as JSON holds them.
+
+        Content that cannot be a value is recorded as a problem and left out.
+        """
         hints = get_type_hints(schema)
         plain: dict[str, Any] = {}
         for name, content in settings.items():

@@ -17,7 +17,7 @@ class ExitCode(IntEnum):
     NUMERICAL = 6
     INTERNAL = 7
     STOPPED_SAVED = 75
-    """Code of a run that stopped with everything saved (``EX_TEMPFAIL``); the same command resumes it."""
+    """Code of a run that stopped with everything saved (``EX_TEMPFAIL``). The same command resumes it."""
     INTERRUPTED = 130
 
 
@@ -86,7 +86,7 @@ class NumericalError(SamgraftError, ArithmeticError):
 
 
 class StoppedAndSaved(SamgraftError):
-    """A signal asked to stop; everything is saved and the same command continues."""
+    """A stop by a signal, after which everything is saved and the same command resumes."""
 
     exit_code = ExitCode.STOPPED_SAVED
 

@@ -40,9 +40,9 @@ import numpy as np
 import numpy.typing as npt
 from samgraft.finetune.classes import ClassTable
 from samgraft.finetune.prompting.prompts import NEGATIVE, POSITIVE
-from samgraft.shared.config import read_yaml
 from samgraft.shared.errors import UsageError
 from samgraft.shared.files import file_sha256
+from samgraft.shared.settings import read_yaml
 
 log = logging.getLogger(__name__)
 

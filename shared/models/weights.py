@@ -1,4 +1,4 @@
-"""Former home of the weights readers; cards of earlier releases import them from here."""
+"""Former import path of the weights readers, which cards of earlier releases name."""
 
 from samgraft.shared.weights.load import load_image_encoder, load_sam, read_weights
 
