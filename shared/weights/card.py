@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from samgraft.shared.encoders.registry import arch_names
 from samgraft.shared.errors import WeightsError
 from samgraft.shared.files import write_text
 
@@ -95,8 +96,10 @@ class Card:
                 raise WeightsError(f"card field {name} must be {kind}, got {values[name]!r}.", where=where)
         if values["image_size"] <= 0:
             raise WeightsError(f"card field image_size must be positive, got {values['image_size']}.", where=where)
+        # A baseline network has no encoder, so its card has two empty lists.
+        is_baseline = values["arch"] not in arch_names() and values["pixel_mean"] == values["pixel_std"] == []
         for name, smallest in (("pixel_mean", -math.inf), ("pixel_std", 0.0)):
-            if not _are_statistics(values[name], larger_than=smallest):
+            if not is_baseline and not _are_statistics(values[name], larger_than=smallest):
                 sign = "positive " if name == "pixel_std" else ""
                 raise WeightsError(
                     f"card field {name} must be three finite {sign}numbers, got {values[name]!r}. Take them from the "

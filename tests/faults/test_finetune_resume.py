@@ -119,7 +119,7 @@ def test_early_end__is_recorded_and_not_repeated(lab, caplog):
     with caplog.at_level("INFO"):
         path = run(lab, "early", *overrides)
     # Rounds at 2 (the first after warm-up), 4 and 6.
-    assert "training ends at step 6 of 40: 2 validation rounds brought no higher Dice" in caplog.text
+    assert "training ends at step 6 of 40: 2 validation rounds had no higher Dice" in caplog.text
     assert [line["step"] for line in results(path)[1]][-1] == 6
     assert read_model(path).card.steps == 6
     again = json.loads((path / "validation.json").read_text())
@@ -141,7 +141,7 @@ def test_measure_cost__out_of_memory_gives_advice(lab, monkeypatch):
 def test_last_validation__runs_on_the_device(lab, monkeypatch):
     """On a CPU every scan of a vit_b takes minutes, so a GPU would wait for hours after its training."""
     events = []
-    measure, cpu = train.measure, Segmenter.cpu
+    measure, cpu = train.score_scans, Segmenter.cpu
     monkeypatch.setattr(train, "score_scans", lambda *args: events.append("measured") or measure(*args))
     monkeypatch.setattr(Segmenter, "cpu", lambda self: events.append("off the device") or cpu(self))
     run(lab, "order")
@@ -177,17 +177,20 @@ def test_baseline__is_evaluated_and_never_released(lab, monkeypatch, capsys, mod
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (("model.arch=unet2d",), "leave out CKPT"),
+        (("model.arch=unet2d",), "Remove CKPT"),
         (("model.arch=unet2d", "model.ckpt=null", "prompt.mode=box"), "takes no prompts"),
-        (("model.arch=unet3d", "model.ckpt=null", "data.few_shot.num=2", "data.few_shot.unit=slices"), "3D baselines"),
-        (("model.ckpt=null",), "model.ckpt must say"),
+        (
+            ("model.arch=unet3d", "model.ckpt=null", "data.few_shot.num=2", "data.few_shot.unit=slices"),
+            "a 3D baseline trains on volumes",
+        ),
+        (("model.ckpt=null",), "CKPT and BASE are both missing"),
         (("model.arch=unet2d", "model.ckpt=null", "data.batch_size=999"), "batch_size must be at most"),
         (("data.few_shot.num=99",), "got 99"),
         (("loss.class_weights=[1, 2]",), "one per class"),
         (("prompt.mode=bocks",), "one of none, box, points, mask, clicks, got 'bocks'"),
         (("prompt.mode=box", "loss.class_weights=[1]"), "no effect with prompts"),
         (("data.regions={a: [5]}",), "got 5; it has 1"),
-        (("data.regions={a: [1]}", "data.classes=[1]"), "not both"),
+        (("data.regions={a: [1]}", "data.classes=[1]"), "both given"),
     ],
 )
 def test_finetune__bad_input_is_refused_before_a_run_folder_exists(lab, settings, message):
