@@ -1,1 +1,1 @@
-"""What leaves the lab: one folder that every client loads, with its card."""
+"""Release of fine-tuned models in every format, with their card."""

@@ -1,4 +1,4 @@
-"""MONAI transforms of a released bundle: how a scan reaches the network, exactly as in training.
+"""MONAI transforms of a released bundle, which prepare a scan exactly as in training.
 
 Axis letters: X, Y, Z = columns, rows, slices of the canonical grid.
 """
@@ -20,7 +20,7 @@ from samgraft.shared.scans.volume import Modality
 
 
 class DisplayOrientationd(MapTransform):
-    """Permute and flip axes so that the last one is the slice axis and slices lie as radiologists hang them."""
+    """Reorientation to the slice axis last and to slices in radiological display orientation."""
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Reorient a ``MetaTensor`` (1, i, j, k) to (1, X, Y, Z)."""
@@ -32,7 +32,7 @@ class DisplayOrientationd(MapTransform):
 
 
 class NormaliseIntensityd(MapTransform):
-    """Native units to [0, 1] by statistics of the volume's non-air voxels, with the preset of training."""
+    """Intensity normalisation to [0, 1] by statistics of the non-air voxels, with the preset of training."""
 
     def __init__(self, keys: KeysCollection, *, preset: Mapping[str, Any], modality: str) -> None:
         super().__init__(keys)
@@ -40,9 +40,10 @@ class NormaliseIntensityd(MapTransform):
         self.modality = Modality(modality)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """Normalise (1, X, Y, Z); metadata stay."""
+        """Normalise volumes (1, X, Y, Z) and keep their metadata."""
         out = dict(data)
         for key in self.key_iterator(out):
+            # The statistics are those of the whole volume, as in training, so that slices stay comparable.
             volume_ZYX = np.ascontiguousarray(out[key].numpy()[0].transpose(2, 1, 0))
             stats = measure_intensity(volume_ZYX, modality=self.modality)
             scaled = np.stack([normalise(slice_YX, stats, self.preset) for slice_YX in volume_ZYX])

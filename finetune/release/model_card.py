@@ -1,7 +1,11 @@
-"""README.md of a release: a Hugging Face model card whose every number is read from files of the run."""
+"""The model card of a fine-tuned model, the README.md of its release.
+
+Every number is read from files of the run.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,9 +13,9 @@ from typing import Any
 
 from samgraft.finetune.evaluation.scores import METRIC_BY_KEY, class_names, interval_of, read_cases
 from samgraft.finetune.evaluation.statistics import Interval
+from samgraft.finetune.model_folder import BASE_FILE
 from samgraft.finetune.task import Task
 from samgraft.shared.encoders.base import SAM_PIXEL_MEAN
-from samgraft.shared.encoders.registry import arch_spec
 from samgraft.shared.release.card_page import (
     LIMITS,
     contents_section,
@@ -19,39 +23,36 @@ from samgraft.shared.release.card_page import (
     input_section,
     licence_section,
     statement_section,
+    table_cell,
     write_card_page,
 )
 from samgraft.shared.release.formats import Artefact
 from samgraft.shared.release.licence import Licence
+from samgraft.shared.release.subject import Subject
 from samgraft.shared.weights.card import Card
 
-SAM_IMAGE_SIZE = 1024
-SAM_CLASSES = 3
-"""segment_anything's registry builds three multimask tokens."""
-SLICE_LIMIT = "Slices are segmented one by one: neighbouring slices may disagree."
-
-
+SLICE_LIMIT = "Slices are segmented one by one, so the masks of neighbouring slices may differ."
 SHOWN = ("dice", "nsd", "hd95_mm")
-"""Columns of cases.csv that the card shows; all others are in the file."""
+"""Columns of cases.csv that the card shows."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TestScores:
-    """What cases.csv of the test part says."""
+    """Scores of the test part, from its cases.csv."""
 
     num_patients: int
     num_cases: int
     per_class: dict[str, dict[str, Interval | None]]
-    """Class name to metric to its mean over patients."""
+    """Mean over patients of each metric, by class name and then by metric."""
     mean: float | None
-    """Dice over classes, scans, patients."""
+    """Dice, averaged over classes, scans and patients."""
 
 
 def read_test_scores(path: Path) -> TestScores | None:
-    """Read ``cases.csv`` of an evaluation; None if there is none.
+    """Read ``cases.csv`` of an evaluation, or return None if the file does not exist.
 
     Raises:
-        DataError: If it is not what ``evaluate`` writes.
+        DataError: If the file was not written by ``evaluate``.
     """
     if not path.is_file():
         return None
@@ -73,18 +74,32 @@ def write_model_card(
     title: str,
     card: Card,
     task: Task,
+    subject: Subject,
     licence: Licence,
     scores: TestScores | None,
     artefacts: Sequence[Artefact],
     statement: str | None = None,
     postprocessing: str = "none",
 ) -> None:
-    """Write ``README.md``."""
+    """Write ``README.md`` after the weights, which decide what it describes.
+
+    Args:
+        folder: Release folder with its weights.
+        title: Name of the release.
+        card: Card of the released weights.
+        task: Classes, input and split of the model.
+        subject: Released weights.
+        licence: Terms.
+        scores: Scores of the test part, None if it was not evaluated.
+        artefacts: Files and folders with weights.
+        statement: Sentence of the releaser on the scans.
+        postprocessing: Description of the post-processing.
+    """
     sections = {
-        "": _what(card, task),
+        "": _summary(card, task),
         "Scores": _scores(task, scores),
-        "Files": contents_section(artefacts),
-        "Use": _use(card, task, {a.path for a in artefacts}),
+        "Files": contents_section(artefacts, in_registry=subject.why_not_stock is None),
+        "Use": _use(folder, card, task, subject, {a.path for a in artefacts}),
         "Post-processing": f"Chosen on validation patients: {postprocessing}. `predict` and `evaluate` apply it.",
         "Input": input_section(
             card, image_size=task.image_size, intensity=task.intensity, keep_aspect=task.keep_aspect
@@ -106,7 +121,7 @@ def _results(title: str, scores: TestScores | None) -> dict[str, Any]:
     return {"model-index": [{"name": title, "results": [result]}]}
 
 
-def _what(card: Card, task: Task) -> str:
+def _summary(card: Card, task: Task) -> str:
     classes = ", ".join(f"{name} (label {i})" for i, name in zip(task.class_ids, task.class_names, strict=True))
     history = f" Its image encoder went through {card.objective} on unlabelled scans first." if card.objective else ""
     return (
@@ -122,7 +137,7 @@ def _scores(task: Task, scores: TestScores | None) -> str:
     if scores:
         for name, intervals in scores.per_class.items():
             cells = [interval.render() if (interval := intervals[metric]) else "n/a" for metric in SHOWN]
-            lines.append(f"| test | {name} | {' | '.join(cells)} |")
+            lines.append(f"| test | {table_cell(name)} | {' | '.join(cells)} |")
     else:
         lines.append("| test | - | not evaluated |" + " |" * (len(SHOWN) - 1))
     validation = task.validation
@@ -136,45 +151,59 @@ def _scores(task: Task, scores: TestScores | None) -> str:
     )
 
 
-def _use(card: Card, task: Task, paths: set[str]) -> str:
-    in_registry = arch_spec(card.arch, card.stem).registry_name is not None
-    stock = in_registry and task.image_size == SAM_IMAGE_SIZE and len(task.class_ids) <= SAM_CLASSES
-    builder = (
-        "from segment_anything import sam_model_registry\n"
-        f'sam = sam_model_registry["{card.arch}"](checkpoint="sam.pth")'
-        if stock
-        else "from samgraft.shared.weights.load import load_sam\n"
-        f'sam = load_sam("sam.safetensors", image_size={task.image_size})'
-    )
+def _use(folder: Path, card: Card, task: Task, subject: Subject, paths: set[str]) -> str:
+    """Return the lines of Python that load each format, which a test executes."""
     output = (
         "the first mask (`multimask_output=False`), pixels with logit above 0"
         if len(task.class_ids) == 1
         else f"masks 1 to {len(task.class_ids)} (`multimask_output=True`) are the classes in order; background has "
         "logit 0, the largest logit wins"
     )
-    if "base.safetensors" in paths:
-        builder = (
-            "from pathlib import Path\nfrom samgraft.finetune.model_folder import read_model\n"
-            'sam = read_model(Path(".")).segmenter.sam  # base.safetensors with adapter/'
-        )
-    blocks = [f"```python\n{builder}\n```\n\nNo prompt; {output}."]
+    blocks = [f"{_sam_lines(task, subject, paths)}\n\nNo prompt; {output}."]
     if "transformers" in paths:
-        blocks.append(
-            '```python\nfrom transformers import SamModel\nmodel = SamModel.from_pretrained("transformers")\n```'
-        )
+        blocks.append(_python("from transformers import SamModel", 'model = SamModel.from_pretrained("transformers")'))
     if "peft" in paths:
-        blocks.append(
-            "```python\nfrom peft import PeftModel\nfrom samgraft.shared.weights.load import load_sam\n"
-            f'base = load_sam("peft/base.safetensors", image_size={task.image_size})  '
-            "# or the base named in adapter_config.json\n"
-            'model = PeftModel.from_pretrained(base, "peft")\n```'
-        )
+        blocks.append(_peft_lines(folder / "peft", task))
     if list(card.pixel_mean) != list(SAM_PIXEL_MEAN):
         blocks.append(
             "Pixel statistics are not SAM's: `load_sam` sets them from `card.json`; with other builders set "
             f"`sam.pixel_mean` to {card.pixel_mean} and `sam.pixel_std` to {card.pixel_std}."
         )
     return "\n\n".join(blocks)
+
+
+def _python(*lines: str) -> str:
+    return "\n".join(["```python", *lines, "```"])
+
+
+def _sam_lines(task: Task, subject: Subject, paths: set[str]) -> str:
+    if BASE_FILE in paths:
+        return _python(
+            "from samgraft.finetune.model_folder import read_model",
+            f'sam = read_model(".").segmenter.sam  # {BASE_FILE} with adapter/',
+        )
+    reason = subject.why_not_stock
+    if reason is None:
+        return _python(
+            "from segment_anything import sam_model_registry",
+            f'sam = sam_model_registry["{subject.spec.registry_name}"](checkpoint="sam.pth")',
+        )
+    lines = _python(
+        "from samgraft.shared.weights.load import load_sam", f'sam = load_sam("sam.pth", image_size={task.image_size})'
+    )
+    return f"{lines}\n\nsegment_anything's `sam_model_registry` does not load `sam.pth`, because {reason}."
+
+
+def _peft_lines(folder: Path, task: Task) -> str:
+    # Published base weights are not copied into the release. The adapter's configuration then names them.
+    base = str(json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"])
+    path = f"peft/{base}" if (folder / base).is_file() else f"PATH_OF_{base}"
+    return _python(
+        "from peft import PeftModel",
+        "from samgraft.shared.weights.load import load_sam",
+        f'base = load_sam("{path}", image_size={task.image_size})',
+        'model = PeftModel.from_pretrained(base, "peft")',
+    )
 
 
 def _data(card: Card, task: Task) -> str:

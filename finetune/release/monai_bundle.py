@@ -1,7 +1,7 @@
-"""A MONAI bundle of a fine-tuned model: metadata, an inference configuration, weights; for tools that run bundles.
+"""The MONAI bundle of a fine-tuned model, with metadata, inference configuration and weights.
 
-The configuration names classes of this package: whoever runs a bundle trusts it, as with every bundle. This project
-never reads one that it did not write in the same minute.
+MONAI executes a bundle's configuration, so users should run bundles from trusted sources only. samgraft itself runs no
+bundle except the one that it has just written, for the load-back check.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def monai_format(model: FinishedModel) -> Format:
 
     def why_not(_: Subject) -> str | None:
         if importlib.util.find_spec("jsonschema") is None:
-            return "jsonschema not installed, and metadata are not released unchecked: pip install 'samgraft[monai]'"
+            return "jsonschema, which checks the metadata, is not installed. Run pip install 'samgraft[monai]'."
         return None
 
     def write(subject: Subject, folder: Path) -> list[Artefact]:
@@ -55,13 +55,13 @@ _README = """Run in the bundle's folder, with samgraft installed:
     python -m monai.bundle run --config_file configs/inference.json --meta_file configs/metadata.json \\
         --bundle_root . --image scan.nii.gz
 
-The mask is written on the scan's own grid into `output/`. What the model is, its scores, limits and licence are in
-the release's README.md.
+The mask is written on the scan's own grid into `output/`. The release's README.md describes the model, its scores,
+limits and licence.
 """
 
 
 def metadata(model: FinishedModel) -> dict[str, Any]:
-    """Return ``configs/metadata.json``."""
+    """Return the content of ``configs/metadata.json``."""
     task = model.task
     channels = {"0": "background", **{str(i): name for i, name in enumerate(task.class_names, start=1)}}
     image = {
@@ -93,7 +93,7 @@ def metadata(model: FinishedModel) -> dict[str, Any]:
         "name": "samgraft model",
         "task": f"Segmentation of {', '.join(task.class_names)} in {task.modality} slices",
         "description": "Segment Anything, fine-tuned to segment named classes without prompts.",
-        "authors": "whoever made this release",
+        "authors": "the releaser",
         "copyright": "see the release's README.md",
         "data_source": "see the release's README.md",
         "data_type": "nibabel",
@@ -106,12 +106,13 @@ def metadata(model: FinishedModel) -> dict[str, Any]:
 
 
 def inference_config(model: FinishedModel, subject: Subject) -> dict[str, Any]:
-    """Return ``configs/inference.json``."""
+    """Return the content of ``configs/inference.json``."""
     task = model.task
     return {
         "imports": ["$import torch"],
         "bundle_root": ".",
         "device": "$torch.device('cuda' if torch.cuda.is_available() else 'cpu')",
+        # The two settings that users override on the command line.
         "image": "scan.nii.gz",
         "output_dir": "$@bundle_root + '/output'",
         "network_def": {
@@ -125,6 +126,7 @@ def inference_config(model: FinishedModel, subject: Subject) -> dict[str, Any]:
         "weights": "$torch.load(@bundle_root + '/models/model.pt', map_location='cpu', weights_only=True)",
         "network": "$(@network_def.load_state_dict(@weights, strict=True), @network_def.to(@device).eval())[1]",
         "preprocessing": _preprocessing(task),
+        # -1 takes the whole slice, whose size differs between scans.
         "inferer": {"_target_": "SliceInferer", "roi_size": [-1, -1], "spatial_dim": 2, "sw_batch_size": 8},
         "postprocessing": _postprocessing([0, *task.class_ids]),
         "data": "$@preprocessing({'image': @image})",
@@ -154,7 +156,7 @@ def _preprocessing(task: Task) -> dict[str, Any]:
 
 
 def _postprocessing(ids: list[int]) -> dict[str, Any]:
-    """Channels to label ids, saved on the scan's own grid."""
+    """Return the transforms from channels to label ids, saved on the scan's own grid."""
     save = {
         "_target_": "SaveImaged",
         "keys": "pred",
@@ -177,13 +179,18 @@ def _postprocessing(ids: list[int]) -> dict[str, Any]:
 
 
 def synthetic_volume(probe: Mapping[str, Tensor]) -> np.ndarray[Any, np.dtype[np.int16]]:
-    """Return a small scan (Z, H, W), not square, made of the probe's images."""
+    """Return a small scan (Z, H, W) made of the probe's images."""
+    # Not square, so that exchanged axes and a wrong padding are found.
     images_NSS = probe["images_NSS3"][..., 0]
     return np.ascontiguousarray(images_NSS[:, :, : 3 * images_NSS.shape[2] // 4].numpy().astype(np.int16))
 
 
 def expected_slices(model: FinishedModel, probe: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return what a bundle must give for the synthetic volume: ``slices``, logits (Z, 1 + C, H, W)."""
+    """Compute the outputs that a bundle must reproduce for the synthetic volume.
+
+    Returns:
+        ``slices``, logits (Z, 1 + C, H, W) with the background first.
+    """
     volume_ZHW = synthetic_volume(probe)
     config = model.task.inference()
     stats = measure_intensity(volume_ZHW, modality=Modality(model.task.modality))

@@ -1,7 +1,7 @@
-"""The release of a model whose updates cannot be merged: base weights and adapter side by side, read by this project.
+"""The format of models whose adapters cannot be merged, with base weights and adapter in separate files.
 
-No plain SAM file can say what such a model learnt, so none is written: a base under the name ``sam.pth`` would load
-everywhere and segment as if it had never been trained.
+No SAM file is written for such a model, because a SAM file could hold the base weights only. Under the name ``sam.pth``
+they would load everywhere and segment without the training.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from samgraft.shared.release.subject import Subject, decoder_outputs
 from torch import Tensor
 
 CANNOT_MERGE = (
-    "its adapters cannot be merged into SAM's weights: the release holds base weights and adapter, which evaluate and "
-    "predict read. For plain SAM files train with METHOD=lora."
+    "its adapters cannot be merged into SAM's weights. The release contains base weights and adapter, which evaluate "
+    "and predict read. For plain SAM files train with METHOD=lora."
 )
 
 
 def pair_formats(model: FinishedModel, others: Sequence[Format]) -> list[Format]:
-    """Return the pair, and the formats that it leaves out with the reason."""
+    """Return the pair format, and all others with the reason why they are left out."""
 
     def write(subject: Subject, folder: Path) -> list[Artefact]:
         (folder / ADAPTER_FOLDER).mkdir()
@@ -40,19 +40,20 @@ def pair_formats(model: FinishedModel, others: Sequence[Format]) -> list[Format]
 
 
 def pair_subject(model: FinishedModel) -> Subject:
-    """Return the base weights as what is released; the adapter's effect is checked through ``pair_outputs``."""
+    """Return the base weights, without the adapter, as the weights to release."""
     sam = model.segmenter.sam
     return Subject(tensors=base_tensors(sam), spec=sam.image_encoder.spec, image_size=model.segmenter.image_size)
 
 
 @torch.inference_mode()
 def pair_outputs(model: FinishedModel, probe: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the outputs of the model with its adapter, under the names of a SAM's own."""
+    """Compute the outputs of the model with its adapter, under the names of a SAM's outputs."""
     sam = model.segmenter.sam.eval()
     embeddings = sam.image_encoder(probe["pixels_N3SS"])
     return {"embeddings": embeddings, **decoder_outputs(sam, embeddings, probe["boxes_N4"])}
 
 
 def pair_client(path: Path, probe: Mapping[str, Tensor], options: Mapping[str, Any]) -> Outputs:
-    """Read the release as ``predict`` does: strictly, both files by the digest of the card."""
+    """Load the release as ``predict`` does and compute the probe."""
+    # read_model refuses files whose hashes are not those in the card.
     return pair_outputs(read_model(path.parent), probe), "samgraft: base weights with their adapter"

@@ -1,4 +1,4 @@
-"""A release of a fine-tuned model: merged weights in every format that applies, card, task, checksums."""
+"""Release of a fine-tuned model in every format that applies, with card, task and checksums."""
 
 from __future__ import annotations
 
@@ -29,30 +29,31 @@ CLIENTS_MODULE = "samgraft.finetune.release.release_clients"
 
 
 def release_model(request: ReleaseRequest) -> Released:
-    """Write a release folder; it appears whole, checked and clean, or not at all.
+    """Write a checked release folder atomically.
 
     Raises:
         UsageError: Without a licence, for a format that does not apply, or with ``--continuable``.
         StorageError: If ``out`` exists.
-        WeightsError: If the run has no finished model, or a file does not give the same outputs when loaded back.
+        WeightsError: If the run has no finished model, or a file does not load back with equal outputs.
         DataError: If the privacy gate finds anything.
     """
     model = read_model(request.run)
     licence = decide_licence(request.licence, model.card, next_command=request.with_licence)
     if request.continuable:
-        raise UsageError("--continuable is for runs of stage 1: a fine-tuned model has no self-supervised state.")
+        raise UsageError("--continuable applies to runs of stage 1 only. Leave it out for a fine-tuned model.")
     refuse_existing(request.out)
     subject = _subject(model)
     formats, left_out = choose_formats(_formats(model, request.run), request.formats, subject)
 
     def write_texts(folder: Path, artefacts: Sequence[Artefact]) -> None:
-        _write_texts(model, request, folder, artefacts, licence=licence)
+        _write_texts(model, request, folder, artefacts, subject=subject, licence=licence)
 
     contents = Contents(
         subject=subject,
         formats=formats,
         write_texts=write_texts,
         clients_module=CLIENTS_MODULE,
+        # Pseudonyms are not released either, because others could link them to the same patients elsewhere.
         identifiers=[*request.identifiers, *_pseudonyms(model.task)],
         extra_outputs=lambda probe: (expected_slices if model.is_merged else pair_outputs)(model, probe),
     )
@@ -72,12 +73,20 @@ def _formats(model: FinishedModel, run: Path) -> list[Format]:
 
 
 def _write_texts(
-    model: FinishedModel, request: ReleaseRequest, folder: Path, artefacts: Sequence[Artefact], *, licence: Licence
+    model: FinishedModel,
+    request: ReleaseRequest,
+    folder: Path,
+    artefacts: Sequence[Artefact],
+    *,
+    subject: Subject,
+    licence: Licence,
 ) -> None:
     scores = read_test_scores(request.run / "evaluation" / "test" / "cases.csv")
     if scores is None:
         name = request.run.name
-        log.warning("no test scores: the card will say so. samgraft evaluate %s --split test makes them.", name)
+        log.warning(
+            "the card will have no test scores. Run samgraft evaluate %s --split test first to include them.", name
+        )
     postprocessing = read_postprocessing(
         model.folder, weights_sha256=model.card.weights_sha256, classes=model.task.classes
     )
@@ -88,19 +97,23 @@ def _write_texts(
         title=request.out.name,
         card=card,
         task=model.task,
+        subject=subject,
         licence=licence,
         scores=scores,
         artefacts=artefacts,
         statement=request.statement,
         postprocessing=postprocessing.describe(model.task.classes),
     )
+    # The split consists of patient ids.
     dataclasses.replace(model.task, split={}).write(folder)
     if postprocessing.steps:
+        # The released file has other bytes than the run's, so its post-processing needs the new hash.
         dataclasses.replace(postprocessing, weights_sha256=card.weights_sha256 or "").write(folder)
 
 
 def _public_card(card: Card, *, licence: str, digest: str) -> Card:
-    """Leave patient ids out, even pseudonymous ones; content hashes stay: others find leaks by them."""
+    """Return the card without patient ids, even pseudonymous ones."""
+    # Content hashes stay, because users of the release find leaks by them.
     manifest = {key: value for key, value in card.data_manifest.items() if key != "patient_ids"}
     if isinstance(manifest.get("pretraining"), dict):
         manifest["pretraining"] = {k: v for k, v in manifest["pretraining"].items() if k != "patient_ids"}

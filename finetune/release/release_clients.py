@@ -1,6 +1,8 @@
-"""Clients of the formats that only fine-tuned models have: peft and MONAI. Run in a fresh process by ``load_back``.
+"""Clients of the formats that only fine-tuned models have, which are peft, MONAI and the pair.
 
-python -m samgraft.finetune.release.release_clients JOB.json
+``load_back`` runs this module in a fresh process:
+
+    python -m samgraft.finetune.release.release_clients JOB.json
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ SCRATCH = "scratch"
 
 @torch.inference_mode()
 def peft_client(path: Path, probe: Mapping[str, Tensor], options: Mapping[str, Any]) -> Outputs:
-    """Build the base strictly and put the adapter on it with ``PeftModel.from_pretrained``."""
+    """Load the base weights strictly and add the adapter with ``PeftModel.from_pretrained``."""
     from peft import PeftModel
 
     size = int(probe["pixels_N3SS"].shape[-1])
@@ -54,11 +56,12 @@ def monai_client(path: Path, probe: Mapping[str, Tensor], options: Mapping[str, 
     try:
         shutil.copyfile(SCHEMA, scratch / SCHEMA.name)
         metadata = path / "configs" / "metadata.json"
-        # A file that is already at ``filepath`` is not downloaded.
+        # MONAI would download the schema, but it uses a file that already exists at ``filepath``.
         sha256 = file_sha256(SCHEMA)
         verify_metadata(
             meta_file=str(metadata), filepath=str(scratch / SCHEMA.name), hash_val=sha256, hash_type="sha256"
         )
+        # The affine has flipped axes and thick slices, so that a bundle without reorientation fails here.
         volume_XYZ = synthetic_volume(probe).transpose(2, 1, 0)
         nib.save(nib.Nifti1Image(volume_XYZ, np.diag([-1.0, -1.0, 5.0, 1.0])), scratch / "scan.nii.gz")
         parser = ConfigParser()
@@ -69,17 +72,19 @@ def monai_client(path: Path, probe: Mapping[str, Tensor], options: Mapping[str, 
         logits = parser.get_parsed_content("logits")
         parser.get_parsed_content("run")
         [mask] = (scratch / "out").glob("*.nii.gz")
-        _same_grid(mask, scratch / "scan.nii.gz")
+        _check_grid(mask, scratch / "scan.nii.gz")
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     slices = torch.as_tensor(logits.as_tensor() if hasattr(logits, "as_tensor") else logits).permute(3, 0, 2, 1)
     return {"slices": slices}, "MONAI's ConfigParser, a synthetic scan through it"
 
 
-def _same_grid(mask: Path, scan: Path) -> None:
+def _check_grid(mask: Path, scan: Path) -> None:
     found, wanted = (nib.Nifti1Image.from_filename(str(path)) for path in (mask, scan))
     if found.shape != wanted.shape or not np.allclose(found.affine, wanted.affine):
-        raise ValueError(f"the bundle's mask must lie on the scan's grid, got shape {found.shape} for {wanted.shape}.")
+        raise ValueError(
+            f"the bundle's mask is not on the scan's grid (got shape {found.shape}, expected {wanted.shape})."
+        )
 
 
 CLIENTS: dict[str, Client] = {"peft": peft_client, "monai": monai_client, "pair": pair_client}

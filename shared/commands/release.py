@@ -83,7 +83,7 @@ def _releaser(path: Path) -> Any:
             [point] = entry_points(group="samgraft.releases", name=stage)
             return point.load()
     raise WeightsError(
-        f"a finished run must hold {' or '.join(RESULT_OF_STAGE.values())}, got neither. Finish the run.",
+        f"the run is not finished (it has neither {' nor '.join(RESULT_OF_STAGE.values())}).",
         where=path.name,
         next_command="the command that started the run; it resumes",
     )

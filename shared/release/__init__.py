@@ -1,1 +1,1 @@
-"""What both stages need to release weights: formats, load-back in a fresh process, card, licence, privacy gate."""
+"""Formats, load-back check, card, licence and privacy gate of a release, for both stages."""

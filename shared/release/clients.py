@@ -1,7 +1,7 @@
-"""Loads a released file as a stranger would, with the library it is meant for, and computes the probe.
+"""Clients that load a released file with the library it is meant for and compute the probe.
 
-Stock SAMs (vit_b, vit_l, vit_h at 1024 px) go through segment_anything's own registry, which loads strictly; others
-through this project's builder, strictly as well.
+Weights of a published shape (vit_b, vit_l, vit_h at 1024 px) are loaded by segment_anything's registry, all others by
+this project's builder. Both load strictly.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ from segment_anything import SamPredictor, sam_model_registry
 from torch import Tensor
 
 Outputs = tuple[dict[str, Tensor], str]
-"""Outputs of the probe by name, and in words how the file was loaded."""
+"""Outputs of the probe by name, and a description of how the file was loaded."""
 Client = Callable[[Path, Mapping[str, Tensor], Mapping[str, Any]], Outputs]
 
 
 def read_subject(path: Path, *, image_size: int) -> Subject:
-    """Read a released ``.safetensors`` or ``.pth`` as it is, without this project's tolerant reader."""
+    """Read a released ``.safetensors`` or ``.pth`` file strictly."""
+    # Not read_weights, which also accepts and converts foreign layouts and would hide a fault of the released file.
     is_pth = path.suffix == ".pth"
     tensors = torch.load(path, map_location="cpu", weights_only=True) if is_pth else load_file(path)
     return Subject(tensors=tensors, spec=spec_from_tensors(tensors), image_size=image_size)
@@ -32,11 +33,11 @@ def read_subject(path: Path, *, image_size: int) -> Subject:
 
 @torch.inference_mode()
 def segment_anything_client(path: Path, probe: Mapping[str, Tensor], options: Mapping[str, Any]) -> Outputs:
-    """Build a SAM strictly and segment through ``SamPredictor``, as its users do; or an encoder alone."""
+    """Load a SAM strictly and segment with ``SamPredictor``, or load an encoder alone."""
     subject = read_subject(path, image_size=int(probe["pixels_N3SS"].shape[-1]))
     if not subject.is_whole:
         return _encoder_alone(subject, probe)
-    if subject.is_stock:
+    if subject.why_not_stock is None:
         sam = sam_model_registry[str(subject.spec.registry_name)]()
         sam.load_state_dict(dict(subject.tensors), strict=True)
         sam.eval()
@@ -44,7 +45,8 @@ def segment_anything_client(path: Path, probe: Mapping[str, Tensor], options: Ma
     else:
         sam = subject.build()
         builder = f"samgraft's builder for {subject.spec.arch} at {subject.image_size} px, SamPredictor"
-    for name in ("pixel_mean", "pixel_std"):  # MedSAM's differ from SAM's and are not in the file; the card names them
+    # Pixel statistics are not in the file and MedSAM's differ from SAM's. The card names them for users.
+    for name in ("pixel_mean", "pixel_std"):
         getattr(sam, name).copy_(torch.tensor(options[name]).view(-1, 1, 1))
     predictor = SamPredictor(sam)
     embeddings, boxes = [], []
@@ -58,10 +60,10 @@ def segment_anything_client(path: Path, probe: Mapping[str, Tensor], options: Ma
 
 
 def _encoder_alone(subject: Subject, probe: Mapping[str, Tensor]) -> Outputs:
-    name = subject.spec.registry_name
-    if name is None or subject.image_size != subject.spec.native_image_size:
+    if subject.why_not_stock is not None:
         title = f"samgraft's encoder for {subject.spec.arch} at {subject.image_size} px"
         return {"embeddings": subject.build_encoder()(probe["pixels_N3SS"])}, title
+    name = str(subject.spec.registry_name)
     encoder = sam_model_registry[name]().image_encoder
     encoder.load_state_dict(subject.encoder_tensors(), strict=True)
     title = f"segment_anything's ImageEncoderViT of {name}"
@@ -70,15 +72,22 @@ def _encoder_alone(subject: Subject, probe: Mapping[str, Tensor]) -> Outputs:
 
 @torch.inference_mode()
 def transformers_client(path: Path, probe: Mapping[str, Tensor], options: Mapping[str, Any]) -> Outputs:
-    """Open a folder with ``SamModel`` (or ``SamVisionModel``) and refuse any key that is missing or left over."""
+    """Load a folder with ``SamModel`` or ``SamVisionModel`` and refuse missing and unexpected keys.
+
+    Raises:
+        WeightsError: If transformers reports any difference between the file and its model.
+    """
     from transformers import SamModel, SamVisionModel
 
     is_encoder = options.get("encoder", False)
     kind: Any = SamVisionModel if is_encoder else SamModel
     model, info = kind.from_pretrained(str(path), output_loading_info=True)
+    # transformers only warns of missing keys and fills them with random values.
     problems = {k: sorted(map(str, v)) for k, v in info.items() if v}
     if problems:
-        raise WeightsError(f"transformers must find exactly its keys, got {str(problems)[:200]}.", where=path.name)
+        raise WeightsError(
+            f"the keys are not exactly those of transformers' model (got {str(problems)[:200]}).", where=path.name
+        )
     model.eval()
     pixels = probe["pixels_N3SS"]
     if is_encoder:
@@ -91,7 +100,7 @@ def transformers_client(path: Path, probe: Mapping[str, Tensor], options: Mappin
 
 
 def onnx_client(path: Path, probe: Mapping[str, Tensor], options: Mapping[str, Any]) -> Outputs:
-    """Run encoder and decoders in ONNX Runtime on the CPU."""
+    """Run encoder and decoders with ONNX Runtime on the CPU."""
     import onnxruntime
 
     def run(name: str, **inputs: Tensor) -> list[Tensor]:
@@ -107,13 +116,14 @@ def onnx_client(path: Path, probe: Mapping[str, Tensor], options: Mapping[str, A
         masks = []
         for embedding, box_4 in zip(embeddings, probe["boxes_N4"], strict=True):
             _, _, low_res = run("decoder.onnx", image_embeddings=embedding[None], **_box_prompt(box_4, size, embedding))
+            # The first mask is that of the single-mask token, which SamPredictor leaves out for multimask outputs.
             masks.append(low_res[:, 1:])
         outputs["boxes"] = torch.cat(masks)
     return outputs, f"ONNX Runtime {onnxruntime.__version__}"
 
 
 def _box_prompt(box_4: Tensor, size: int, embedding_Chw: Tensor) -> dict[str, Tensor]:
-    """A box is two points with labels 2 and 3 in segment_anything's ONNX convention."""
+    # In segment_anything's ONNX convention a box is two points, with label 2 at the top left and 3 at the bottom right.
     side = 4 * embedding_Chw.shape[-1]
     return {
         "point_coords": box_4.view(1, 2, 2),

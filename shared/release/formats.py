@@ -1,6 +1,6 @@
-"""The formats of a release that need nothing beside the weights, and what a format is.
+"""The definition of a release format, and the formats ``sam`` and ``transformers``.
 
-Every format writes files, and names for each the client that must load it back (``clients.py``).
+Every format writes files and names for each the client that must load it back (``clients.py``).
 """
 
 from __future__ import annotations
@@ -22,44 +22,44 @@ ENCODER_NAMES = ("encoder.safetensors", "encoder.pth")
 
 @dataclass(frozen=True, kw_only=True)
 class Artefact:
-    """A file or folder of a release, and who loads it back."""
+    """A file or folder of a release, and the client that loads it back."""
 
     path: str
-    """Inside the release folder."""
+    """Path inside the release folder."""
     client: str
-    """A key of ``clients.CLIENTS`` or of a stage's own."""
+    """Key of ``clients.CLIENTS`` or of the clients of a stage."""
     options: dict[str, Any] = field(default_factory=dict)
-    """What the client must know beside the path; plain values."""
+    """Further arguments of the client. They must be values that JSON can express."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Format:
-    """One way to give weights away."""
+    """One file format of released weights."""
 
     name: str
-    """As in ``--format``."""
+    """Name in ``--format``."""
     why_not: Callable[[Subject], str | None]
-    """Why this model cannot have the format, in words; None if it can."""
+    """Function that returns the reason why a model cannot have the format, or None if it can."""
     write: Callable[[Subject, Path], list[Artefact]]
-    """Writes into a release folder."""
+    """Function that writes the files into a release folder."""
 
 
 def choose_formats(
     formats: Sequence[Format], wanted: Sequence[str] | None, subject: Subject
 ) -> tuple[list[Format], list[str]]:
-    """Return the formats to write, and a line for each that does not apply.
+    """Return the formats to write, and a line for each that is left out.
 
     Args:
-        formats: Every format of this stage; ``sam`` comes first and is always written.
-        wanted: Names from ``--format``; None takes all that apply.
-        subject: What is released.
+        formats: Every format of this stage. ``sam`` comes first and is always written.
+        wanted: Names from ``--format``. None selects all that apply.
+        subject: Weights to release.
 
     Raises:
-        UsageError: If a name is unknown, or a format asked for by name cannot be written.
+        UsageError: If a name is unknown, or a format that was requested by name cannot be written.
     """
     known = {f.name: f for f in formats}
-    if strangers := [name for name in wanted or () if name not in known]:
-        raise UsageError(f"--format must be of {', '.join(known)}, got {', '.join(strangers)}.")
+    if unknown := [name for name in wanted or () if name not in known]:
+        raise UsageError(f"--format has an unknown name (got {', '.join(unknown)}, expected {', '.join(known)}).")
     chosen, lines = [], []
     for format_ in formats:
         if wanted is not None and format_.name not in wanted and format_.name != "sam":
@@ -68,6 +68,7 @@ def choose_formats(
         if reason is None:
             chosen.append(format_)
         elif wanted is not None and format_.name in wanted:
+            # A format that was requested by name must not be missing from the release without an error.
             raise UsageError(
                 f"format {format_.name} cannot be written: {reason}",
                 kept="the run; nothing was released",
@@ -81,7 +82,7 @@ def choose_formats(
 def _write_sam(subject: Subject, folder: Path) -> list[Artefact]:
     names = SAM_NAMES if subject.is_whole else ENCODER_NAMES
     write_tensors(folder / names[0], subject.tensors)
-    # torch names the archive's inner folder after the file: nothing that identifies.
+    # torch stores the file's name in the archive, so the file must get its final name at once.
     write_pth(folder / names[1], subject.tensors)
     statistics = {"pixel_mean": list(subject.spec.pixel_mean), "pixel_std": list(subject.spec.pixel_std)}
     return [Artefact(path=name, client="segment_anything", options=statistics) for name in names]

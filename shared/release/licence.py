@@ -1,4 +1,7 @@
-"""The licence of a release: asked for, never guessed, and not freer than its base weights."""
+"""The licence of a release.
+
+The user states it. It must not allow commercial use if the licence of the base weights does not.
+"""
 
 from __future__ import annotations
 
@@ -22,49 +25,54 @@ KNOWN_BASES: dict[str, tuple[str, str]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Licence:
-    """What the card says about terms."""
+    """Terms of a release and of its base weights."""
 
     name: str
     """SPDX name, lower case as the Hugging Face hub writes it."""
     base_name: str
     base_licence: str | None
-    """None if the base weights are not known by their hash and their card is silent."""
+    """None if neither the hash of the base weights nor their card identifies the licence."""
 
 
 def decide_licence(name: str | None, card: Card, *, next_command: str) -> Licence:
-    """Check the licence that was asked for against the base weights'.
+    """Check the chosen licence against that of the base weights.
 
     Args:
         name: SPDX name such as ``cc-by-4.0``.
-        card: Of the run; says what the weights started from.
-        next_command: Shown when the licence is missing.
+        card: Card of the run, which names the base weights.
+        next_command: Command that the message shows when the licence is missing.
 
     Raises:
-        UsageError: Without a licence, or if the base weights forbid commercial use and this licence allows it.
+        UsageError: If the licence is missing, is not one name, or allows commercial use and the base weights do not.
     """
     if not name or not name.strip():
         raise UsageError(
-            "a release must state its licence; the base weights' and the data's terms limit the choice.",
+            "the licence of the release is missing. Choose one that the terms of base weights and data allow.",
             next_command=next_command,
         )
     name = name.strip().lower()
     if not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", name):
-        raise UsageError(f"--license must be one SPDX name such as cc-by-4.0, got {name!r}.", next_command=next_command)
+        raise UsageError(
+            f"--license is not one SPDX name (got {name!r}, expected a name such as cc-by-4.0).",
+            next_command=next_command,
+        )
+    # The hash identifies published files for certain; a card may have been edited.
     known = KNOWN_BASES.get(card.base_sha256 or "")
     base_name = known[0] if known else card.base_name or "unknown"
     base_licence = known[1] if known else card.license
     if base_licence and is_non_commercial(base_licence) and not is_non_commercial(name):
         raise UsageError(
-            f"--license must not allow more than the base weights' {base_licence} (non-commercial), got {name}.",
+            f"--license allows commercial use, but the base weights do not (got {name}, base weights: {base_licence}).",
             where=base_name,
             next_command=f"--license {base_licence.lower()}, or other base weights",
         )
     if base_licence is None:
-        log.warning("the licence of the base weights (%s) is not known: make sure that %s fits it.", base_name, name)
+        log.warning("the licence of the base weights (%s) is unknown. Check that it permits %s.", base_name, name)
     return Licence(name=name, base_name=base_name, base_licence=base_licence)
 
 
 def is_non_commercial(licence: str) -> bool:
-    """True for licences with a non-commercial clause (``cc-by-nc-4.0``, ``polyform-noncommercial-1.0.0``)."""
+    """Return True for licences with a non-commercial clause (``cc-by-nc-4.0``, ``polyform-noncommercial-1.0.0``)."""
+    # Whole words, because "ncsa" contains the letters of "nc" and is a permissive licence.
     words = re.split(r"[^a-z]+", licence.lower())
     return "nc" in words or "noncommercial" in words

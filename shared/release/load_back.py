@@ -1,8 +1,8 @@
-"""Every artefact of a release, loaded in one fresh process and compared with the run's own model.
+"""The load-back check, which compares every released file with the run's model in a fresh process.
 
     python -m samgraft.shared.release.load_back JOB.json
 
-A stage with clients of its own runs its own module in the same way (``main(arguments, clients)``).
+A stage with further clients runs its own module in the same way (``main(arguments, clients)``).
 """
 
 from __future__ import annotations
@@ -29,21 +29,24 @@ from torch import Tensor
 log = logging.getLogger(__name__)
 
 MAX_DIFFERENCE = 1e-4
-"""Largest difference of an output between the run's model and a released file loaded back, relative to the largest
-expected value if that is above 1: logits span tens, and float32 keeps seven digits."""
+"""Largest allowed difference between outputs of the run's model and of a released file.
+
+It is relative to the largest expected value if that is above 1, because logits reach several tens and float32 has seven
+digits.
+"""
 THIS_MODULE = "samgraft.shared.release.load_back"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Checked:
-    """One artefact, loaded back in a fresh process."""
+    """One artefact that was loaded back."""
 
     path: str
     loaded_by: str
     max_difference: float
-    """Absolute, over all outputs of the probe."""
+    """Largest absolute difference over all outputs of the probe."""
     outputs: tuple[str, ...]
-    """Which outputs were compared."""
+    """Names of the compared outputs."""
 
 
 def load_back(
@@ -57,14 +60,14 @@ def load_back(
     """Load every artefact in a fresh process and compare its outputs.
 
     Args:
-        folder: The release, not yet in place.
-        artefacts: What its formats wrote.
-        probe: Inputs.
+        folder: Release folder, possibly under a temporary name.
+        artefacts: Files and folders that the formats wrote.
+        probe: Inputs, from ``make_probe``.
         expected: Outputs of the run's model.
-        module: Module whose ``main`` knows the clients.
+        module: Module to run, whose ``main`` has the clients of the artefacts.
 
     Raises:
-        WeightsError: If one does not load or gives other outputs.
+        WeightsError: If an artefact does not load or gives other outputs.
     """
     scratch = folder.with_name(f"{folder.name}.check")
     scratch.mkdir()
@@ -72,8 +75,8 @@ def load_back(
         save_file({k: v.contiguous() for k, v in probe.items()}, scratch / "probe.safetensors")
         results = _in_fresh_process(folder, artefacts, scratch, module)
         return [
-            _compare(artefact, said, load_file(scratch / f"{index}.safetensors"), expected)
-            for index, (artefact, said) in enumerate(zip(artefacts, results, strict=True))
+            _compare(artefact, loaded_by, load_file(scratch / f"{index}.safetensors"), expected)
+            for index, (artefact, loaded_by) in enumerate(zip(artefacts, results, strict=True))
         ]
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -86,9 +89,11 @@ def _in_fresh_process(folder: Path, artefacts: Sequence[Artefact], scratch: Path
         "artefacts": [{**dataclasses.asdict(a), "path": str(folder / a.path)} for a in artefacts],
     }
     (scratch / "job.json").write_text(json.dumps(job), encoding="utf-8")
+    # Offline, because transformers would otherwise fetch a missing file from the hub and hide that it is missing here.
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
     command = [sys.executable, "-m", module, str(scratch / "job.json")]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    # Libraries print to stdout as well, so only the lines that main writes are read.
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith(('{"loaded_by"', '{"refused"'))]
     loaded = [str(line["loaded_by"]) for line in lines if "loaded_by" in line]
     if done.returncode != 0 or len(loaded) != len(artefacts):
@@ -97,7 +102,7 @@ def _in_fresh_process(folder: Path, artefacts: Sequence[Artefact], scratch: Path
         reasons += done.stderr.strip().splitlines()[-1:] or ["no message"]
         log.debug("%s", done.stderr)
         raise WeightsError(
-            f"a released file must load strictly, {failed} does not: {reasons[0].replace(str(folder), '')[:300]}",
+            f"{failed} does not load strictly: {reasons[0].replace(str(folder), '')[:300]}",
             kept="the run; nothing was released",
         )
     return loaded
@@ -109,15 +114,17 @@ def _compare(artefact: Artefact, loaded_by: str, got: dict[str, Tensor], expecte
         reference = expected[name]
         if value.shape != reference.shape:
             raise WeightsError(
-                f"{artefact.path} must give {name} of shape {tuple(reference.shape)}, got {tuple(value.shape)}.",
+                f"{artefact.path} gives {name} of another shape (got {tuple(value.shape)}, expected "
+                f"{tuple(reference.shape)}).",
                 kept="the run; nothing was released",
             )
         difference = float((value - reference).abs().max())
         scale = max(1.0, float(reference.abs().max()))
+        # Written this way round, NaN is refused too.
         if not difference <= MAX_DIFFERENCE * scale:
             raise WeightsError(
-                f"{artefact.path} must give the run's outputs when loaded back, {name} differ by {difference:.2e} "
-                f"(values reach {scale:.1f}).",
+                f"{artefact.path} does not give the run's outputs when loaded back ({name} differ by {difference:.2e}, "
+                f"values reach {scale:.1f}).",
                 kept="the run; nothing was released",
             )
         worst = max(worst, difference)
@@ -125,7 +132,10 @@ def _compare(artefact: Artefact, loaded_by: str, got: dict[str, Tensor], expecte
 
 
 def main(arguments: Sequence[str], clients: Mapping[str, Any] | None = None) -> int:
-    """Load, compute, write; the first failure ends it with its reason and an exit code that is not 0."""
+    """Load every artefact of a job and write its outputs.
+
+    The first failure ends the process with exit code 1 and one line with the reason.
+    """
     from samgraft.shared.release.clients import CLIENTS
 
     known = {**CLIENTS, **(clients or {})}
@@ -134,13 +144,13 @@ def main(arguments: Sequence[str], clients: Mapping[str, Any] | None = None) -> 
     for index, artefact in enumerate(job["artefacts"]):
         try:
             with torch.no_grad():
-                outputs, said = known[artefact["client"]](Path(artefact["path"]), probe, artefact["options"])
+                outputs, loaded_by = known[artefact["client"]](Path(artefact["path"]), probe, artefact["options"])
         except Exception as err:
             traceback.print_exc()
             sys.stdout.write(json.dumps({"refused": f"{type(err).__name__}: {_root_cause(err)}"}) + "\n")
             return 1
         save_file({k: v.contiguous() for k, v in outputs.items()}, Path(job["out"]) / f"{index}.safetensors")
-        sys.stdout.write(json.dumps({"loaded_by": said}) + "\n")
+        sys.stdout.write(json.dumps({"loaded_by": loaded_by}) + "\n")
         sys.stdout.flush()
     return 0
 

@@ -1,7 +1,8 @@
-"""ONNX: the image encoder, and the decoder with prompts (segment_anything's own interface) and without.
+"""The ONNX format, with the image encoder and the decoder with and without prompts.
 
-One file each, no external data (CVE-2022-25882, CVE-2024-27318 are path traversals through it). Plain ViTs are exported
-from segment_anything's own encoder with the released weights in it: plain operators, no custom kernels.
+The prompted decoder has the inputs and outputs of segment_anything's export script. Every model is one file without
+external data, because CVE-2022-25882 and CVE-2024-27318 are path traversals through external data. Plain ViTs are
+exported from segment_anything's encoder with the released weights, so the graph has standard operators only.
 """
 
 from __future__ import annotations
@@ -22,18 +23,18 @@ from torch import Tensor, nn
 
 OPSET = 17
 MAX_BYTES = 2_000_000_000
-"""One protobuf file holds 2 GiB; vit_h's encoder in float32 has 2.5 GB."""
+"""Limit of an encoder in bytes, because one protobuf file holds 2 GiB. ViT-H in float32 has 2.5 GB."""
 
 
 class AutomaticDecoder(nn.Module):
-    """Decodes image embeddings without any prompt: (N, 1 + M, 4h, 4w) logits, the first token's first, and IoU."""
+    """Decoder without prompts, from image embeddings to masks of every mask token."""
 
     def __init__(self, sam: Sam) -> None:
         super().__init__()
         self.sam = sam
 
     def forward(self, image_embeddings: Tensor) -> tuple[Tensor, Tensor]:
-        """Return logits and predicted IoU of every mask token."""
+        """Return logits (N, 1 + M, 4h, 4w) and predicted IoU (N, 1 + M) with the first token first."""
         pairs = [decode_automatic(self.sam, image_embeddings, multimask=multimask) for multimask in (False, True)]
         return torch.cat([logits for logits, _ in pairs], dim=1), torch.cat([iou for _, iou in pairs], dim=1)
 
@@ -42,7 +43,7 @@ def _why_not(subject: Subject) -> str | None:
     if "onnx" not in subject.spec.release_formats:
         return f"encoders of {subject.spec.arch} cannot be exported to ONNX."
     if missing := [name for name in ("onnx", "onnxruntime") if importlib.util.find_spec(name) is None]:
-        return f"{' and '.join(missing)} not installed: pip install 'samgraft[onnx]'"
+        return f"{' and '.join(missing)} not installed. Run pip install 'samgraft[onnx]'."
     num_bytes = sum(t.numel() * t.element_size() for t in subject.encoder_tensors().values())
     if num_bytes > MAX_BYTES:
         return f"the encoder has {num_bytes / 1e9:.1f} GB and one ONNX file holds 2 GiB."
@@ -71,7 +72,7 @@ def _write(subject: Subject, folder: Path) -> list[Artefact]:
 
 
 def _export_prompted(sam: Sam, embeddings: Tensor, path: Path, *, side: int) -> None:
-    """Export segment_anything's own ``SamOnnxModel``, with the names its script gives inputs and outputs."""
+    """Export ``SamOnnxModel`` with the input and output names of segment_anything's script."""
     inputs = {
         "image_embeddings": embeddings,
         "point_coords": torch.rand(1, 5, 2) * sam.image_encoder.img_size,
@@ -100,13 +101,14 @@ def _export(
     outputs: list[str],
     dynamic: dict[str, dict[int, str]] | None = None,
 ) -> None:
-    """Trace to ONNX in memory and strip what the exporter notes about this machine (stack traces with file names)."""
+    """Trace a module to ONNX in memory, remove paths of this machine, and save it."""
     import onnx
 
     axes: dict[str, dict[int, str]] = {name: {0: "batch"} for name in (inputs[0], outputs[0])} if not dynamic else {}
-    stream: Any = io.BytesIO()  # accepted, though not in torch's annotation
+    stream: Any = io.BytesIO()  # torch accepts a stream, but its annotation does not list it
     with torch.inference_mode(), warnings.catch_warnings():
-        # The tracer warns of every branch in Python; only batch and points may vary, and outputs are checked.
+        # The tracer warns of every branch in Python. Only the number of images or points varies, and the load-back
+        # check compares the outputs.
         warnings.simplefilter("ignore")
         torch.onnx.export(
             module.eval(),
@@ -119,6 +121,7 @@ def _export(
             dynamo=False,
         )
     model: Any = onnx.load_from_string(stream.getvalue())
+    # The exporter stores stack traces with file names, which identify the user and the machine.
     for node in model.graph.node:
         node.doc_string = ""
         del node.metadata_props[:]

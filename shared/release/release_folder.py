@@ -1,4 +1,4 @@
-"""A release folder: written beside its place, loaded back, searched, summed, and only then given its name."""
+"""Atomic writing of a release folder, with load-back check, privacy gate and checksums."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ CHECKSUMS = "SHA256SUMS"
 
 @dataclass(frozen=True, kw_only=True)
 class Contents:
-    """What goes into a folder beside the formats."""
+    """Content of a release folder and how it is checked."""
 
     subject: Subject
     formats: Sequence[Format]
     write_texts: Callable[[Path, Sequence[Artefact]], None]
-    """Writes card.json, README.md and the like, after the formats: it may hash their files."""
+    """Function that writes card.json, README.md and similar files. It runs last, so it may hash the weights."""
     clients_module: str
-    """Module whose ``main`` loads the artefacts back."""
+    """Module that is run in a fresh process to load the artefacts back."""
     identifiers: Collection[str] = ()
-    """Strings that must occur nowhere, such as pseudonyms of patients."""
+    """Strings that must not occur in any file, such as pseudonyms of patients."""
     extra_outputs: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] | None = None
-    """Given the probe, further expected outputs for a stage's own clients."""
+    """Function from the probe to further expected outputs, for the clients of one stage."""
 
 
 def build_release(out: Path, contents: Contents) -> list[Checked]:
-    """Write a release; it appears whole, checked and clean, or not at all.
+    """Write and check a release atomically.
 
     Raises:
         StorageError: If ``out`` exists.
@@ -47,6 +47,7 @@ def build_release(out: Path, contents: Contents) -> list[Checked]:
         DataError: If the privacy gate finds anything.
     """
     refuse_existing(out)
+    # Every step works in a hidden folder, so that a failure or a crash never leaves an unchecked release.
     partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
     partial.mkdir(parents=True)
     try:
@@ -55,9 +56,10 @@ def build_release(out: Path, contents: Contents) -> list[Checked]:
             log.info("writing %s ...", format_.name)
             artefacts += format_.write(contents.subject, partial)
         contents.write_texts(partial, artefacts)
-        log.info("loading %d artefacts back in a fresh process ...", len(artefacts))
+        log.info("loading %d files and folders back in a fresh process ...", len(artefacts))
         checked = _check(partial, artefacts, contents)
         refuse_findings(scan_folder(partial, known=contents.identifiers))
+        # Last, because the checksums cover every other file.
         write_checksums(partial)
         move(partial, out)
     finally:
@@ -66,13 +68,19 @@ def build_release(out: Path, contents: Contents) -> list[Checked]:
 
 
 def refuse_existing(out: Path) -> None:
-    """Refuse a folder that is there already, before anything costly is done."""
+    """Refuse an output folder that already exists.
+
+    Raises:
+        StorageError: If it exists.
+    """
     if out.exists():
-        raise StorageError("the release folder must not exist yet.", where=out.name, kept="what is in it")
+        raise StorageError(
+            "the release folder already exists. Choose another --out or remove it.", where=out.name, kept="its files"
+        )
 
 
 def write_checksums(folder: Path) -> None:
-    """Write ``SHA256SUMS`` over every file, as ``sha256sum -c`` reads it."""
+    """Write ``SHA256SUMS`` of every file for ``sha256sum -c``."""
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != CHECKSUMS)
     lines = [f"{file_sha256(path)}  {path.relative_to(folder).as_posix()}" for path in files]
     (folder / CHECKSUMS).write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""What a user asks of ``samgraft release``, whatever the stage of the run."""
+"""The request and the result of ``samgraft release``, the same for both stages."""
 
 from __future__ import annotations
 
@@ -10,32 +10,32 @@ from samgraft.shared.release.load_back import Checked
 
 @dataclass(frozen=True, kw_only=True)
 class ReleaseRequest:
-    """One release."""
+    """One release that the user wants."""
 
     run: Path
     """A finished run of either stage."""
     out: Path
-    """Folder to create; must not exist."""
+    """Folder to create. It must not exist."""
     licence: str | None = None
-    """SPDX name such as ``cc-by-4.0``; asked for, never guessed."""
+    """SPDX name such as ``cc-by-4.0``. There is no default."""
     formats: tuple[str, ...] | None = None
-    """Names of formats; None takes all that apply."""
+    """Names of formats. None selects all that apply."""
     statement: str | None = None
-    """Words of the releaser on the data: origin, consent, de-identification."""
+    """Sentence of the releaser on origin, consent and de-identification of the scans."""
     identifiers: tuple[str, ...] = ()
-    """Further strings that must occur in no byte."""
+    """Further strings that must not occur in any file."""
     continuable: bool = False
-    """Stage 1: add what continues the self-supervised training, after an audit of what it gives away."""
+    """True to add decoder, teacher and optimizer of stage 1, after a membership audit."""
 
     @property
     def with_licence(self) -> str:
-        """The command with a licence, ready to paste."""
+        """Complete command with a licence."""
         return f"samgraft release {self.run.name} --out {self.out.name} --license cc-by-4.0"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Released:
-    """What was released and what was not."""
+    """Files that were released, and formats that were left out."""
 
     checked: list[Checked]
     left_out: list[str] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""What a release is made of, and the probe that tells whether a file loaded elsewhere still is the same model.
+"""The weights of a release, and the probe that compares a released file with the run's model.
 
 Shape letters: N = probe images; S = image side (pixels); h, w = embedding grid; M = masks; 4 = a box, XYXY.
 """
@@ -15,15 +15,17 @@ from segment_anything.modeling import Sam
 from torch import Tensor
 
 NUM_PROBES = 2
+STOCK_MASK_TOKENS = 4
+"""Number of mask tokens that segment_anything's registry builds."""
 ENCODER_PREFIX = "image_encoder."
 
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:
-    """Merged weights under segment_anything's names: a whole SAM, or its image encoder alone."""
+    """Weights to release under segment_anything's names, of a whole SAM or of its image encoder."""
 
     tensors: Mapping[str, Tensor]
-    """Keys ``image_encoder.*``, for a whole SAM ``prompt_encoder.*`` and ``mask_decoder.*`` too."""
+    """Tensors ``image_encoder.*``, and ``prompt_encoder.*`` and ``mask_decoder.*`` for a whole SAM."""
     spec: EncoderSpec
     image_size: int
     """Side of the square input in pixels."""
@@ -35,23 +37,30 @@ class Subject:
 
     @property
     def num_mask_tokens(self) -> int:
-        """Mask tokens of the decoder; 4 in every published SAM."""
+        """Number of mask tokens of the decoder, which is 4 in every published SAM."""
         return int(self.tensors["mask_decoder.mask_tokens.weight"].shape[0])
 
     @property
-    def is_stock(self) -> bool:
-        """True if segment_anything's own registry builds it: a published plain ViT at its size, 4 mask tokens."""
-        fits = self.spec.registry_name is not None and self.image_size == self.spec.native_image_size
-        return fits and self.num_mask_tokens == 4
+    def why_not_stock(self) -> str | None:
+        """Reason why segment_anything's registry cannot load these weights, or None if it can."""
+        # The registry loads strictly. It builds three shapes, at one image size and with one number of mask tokens.
+        if self.spec.registry_name is None:
+            return f"it has no entry for {self.spec.arch}"
+        if self.image_size != self.spec.native_image_size:
+            native = self.spec.native_image_size
+            return f"it builds a model for {native} px and these weights are for {self.image_size} px"
+        if self.is_whole and self.num_mask_tokens != STOCK_MASK_TOKENS:
+            return f"it builds {STOCK_MASK_TOKENS} mask tokens and these weights have {self.num_mask_tokens}"
+        return None
 
     def build(self) -> Sam:
-        """Return the SAM, strictly loaded, in eval mode."""
+        """Build the SAM, load it strictly, and set eval mode."""
         sam = build_sam(self.spec, image_size=self.image_size, num_multimask_outputs=self.num_mask_tokens - 1)
         sam.load_state_dict(dict(self.tensors), strict=True)
         return sam.eval()
 
     def build_encoder(self) -> ImageEncoder:
-        """Return the image encoder, strictly loaded, in eval mode."""
+        """Build the image encoder, load it strictly, and set eval mode."""
         encoder = self.spec.build(image_size=self.image_size)
         encoder.load_state_dict(self.encoder_tensors(), strict=True)
         return encoder.eval()
@@ -64,11 +73,11 @@ class Subject:
 def make_probe(subject: Subject) -> dict[str, Tensor]:
     """Return seeded images and one box each.
 
-    ``images_NSS3`` is uint8, because ``SamPredictor`` takes nothing else; ``pixels_N3SS`` is what an encoder gets.
+    ``images_NSS3`` is uint8 for ``SamPredictor``. ``pixels_N3SS`` is the same after SAM's normalisation, for encoders.
     """
     size, generator = subject.image_size, torch.Generator().manual_seed(0)
     noise = torch.rand(NUM_PROBES, 1, size, size, generator=generator)
-    # Some structure beside the noise: flat weights would hide a shifted or mirrored grid.
+    # The ramp is not symmetric. With noise alone, a shifted or mirrored grid could give almost the same outputs.
     ramp = torch.linspace(0, 1, size).view(1, 1, 1, size) * torch.linspace(1, 0.3, size).view(1, 1, size, 1)
     images_N1SS = ((0.5 * noise + 0.5 * ramp) * 255).round()
     images_NSS3 = images_N1SS.to(torch.uint8).permute(0, 2, 3, 1).repeat(1, 1, 1, 3).contiguous()
@@ -79,8 +88,9 @@ def make_probe(subject: Subject) -> dict[str, Tensor]:
 
 @torch.inference_mode()
 def expected_outputs(subject: Subject, probe: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return what every client must give for the probe: ``embeddings``, and for a SAM ``automatic`` and ``boxes``.
+    """Compute the outputs for the probe that every client must reproduce.
 
+    They are ``embeddings``, and for a whole SAM also ``automatic`` and ``boxes``.
     ``automatic`` (N, 1 + M, 4h, 4w) and ``boxes`` (N, M, 4h, 4w) are logits at SAM's own resolution.
     """
     if not subject.is_whole:
@@ -91,7 +101,7 @@ def expected_outputs(subject: Subject, probe: Mapping[str, Tensor]) -> dict[str,
 
 
 def decoder_outputs(sam: Sam, embeddings_NChw: Tensor, boxes_N4: Tensor) -> dict[str, Tensor]:
-    """Return the logits without prompt (first token, then all others) and with one box per image."""
+    """Compute the logits without prompt (first token, then all others) and with one box per image."""
     automatic = [decode_automatic(sam, embeddings_NChw, multimask=multimask)[0] for multimask in (False, True)]
     boxes, _ = decode_boxes(sam, embeddings_NChw, boxes_N4, multimask=True)
     return {"automatic": torch.cat(automatic, dim=1), "boxes": boxes}

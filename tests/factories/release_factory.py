@@ -1,4 +1,4 @@
-"""Finished runs of both stages as they lie on disk, without training: adapters and objectives get random weights."""
+"""Finished runs of both stages on disk, with random instead of trained weights."""
 
 from __future__ import annotations
 
@@ -32,7 +32,10 @@ def _card(spec, image_size: int, **facts) -> Card:
 
 
 def finished_model(root: Path, spec, *, image_size: int, num_classes: int = 1) -> Path:
-    """A stage-2 run with a LoRA adapter; returns its folder. The base lies beside it."""
+    """Write a stage-2 run with a LoRA adapter and return its folder.
+
+    The base weights are in ``root``.
+    """
     base = root / "base.safetensors"
     sam = make_sam(spec, image_size=image_size)
     write_tensors(base, sam.state_dict())
@@ -50,7 +53,8 @@ def finished_model(root: Path, spec, *, image_size: int, num_classes: int = 1) -
     card = _card(spec, image_size, stage="model", intensity=preset.to_dict(), base_name="base.safetensors",
                  base_sha256=file_sha256(base), data_manifest=manifest)  # fmt: skip
     task = Task(
-        class_ids=[3, 5][:num_classes], class_names=["lesion", "organ"][:num_classes], modality="mri",
+        class_ids=[3, 5, 7, 8, 9][:num_classes],
+        class_names=["lesion", "organ", "edema", "core", "rim"][:num_classes], modality="mri",
         image_size=image_size, keep_aspect=True, intensity=preset.to_dict(), store_fingerprint="0" * 64,
         split_sha256="1" * 64, split=PATIENTS, validation={"zero_shot": 0.0125, "start": 0.031, "best": 0.4567},
     )  # fmt: skip
@@ -63,7 +67,7 @@ def finished_model(root: Path, spec, *, image_size: int, num_classes: int = 1) -
 
 
 def write_scores(run: Path) -> Path:
-    """Scores of seven patients as ``evaluate`` writes them."""
+    """Write scores of seven patients as ``evaluate`` does and return their folder."""
     folder = run / "evaluation" / "test"
     rows = [
         {column: 1.0 for column in CASE_COLUMNS}
@@ -76,7 +80,7 @@ def write_scores(run: Path) -> Path:
 
 
 def finished_encoder(root: Path, store_path: Path, spec, *, image_size: int, method: str = "masked_image") -> Path:
-    """A stage-1 run with its SSL state; returns its folder."""
+    """Write a stage-1 run with its SSL state and return its folder."""
     layers = [
         packaged_config(f"pretrain/{method}-cpu.yaml"),
         {"modality": "mri", "data": {"store": str(store_path)}},
@@ -101,7 +105,10 @@ def finished_encoder(root: Path, store_path: Path, spec, *, image_size: int, met
 
 
 class InThisProcess:
-    """Stands for the fresh process of ``load_back``, which costs seconds; the slow end-to-end test starts real ones."""
+    """Double of ``subprocess`` that runs ``load_back`` in this process.
+
+    A fresh process costs seconds. The slow end-to-end test starts real ones.
+    """
 
     def __init__(self, capsys, clients=None) -> None:
         self.capsys, self.clients = capsys, clients

@@ -1,4 +1,4 @@
-"""What is written opens in the libraries it is for, with equal outputs; what does not apply says why."""
+"""Released files load in the libraries that they are for, with equal outputs."""
 
 import json
 
@@ -37,8 +37,8 @@ def encoder(released):
 def assert_equal_outputs(artefacts, folder, probe, expected, names):
     assert artefacts
     for artefact in artefacts:
-        outputs, said = CLIENTS[artefact.client](folder / artefact.path, probe, artefact.options)
-        assert said
+        outputs, loaded_by = CLIENTS[artefact.client](folder / artefact.path, probe, artefact.options)
+        assert loaded_by
         assert set(outputs) == names
         for name, value in outputs.items():
             assert value.shape == expected[name].shape
@@ -70,7 +70,7 @@ def test_transformers_folder__opens_with_no_key_left_over(released, encoder, tmp
     alone.mkdir()
     artefacts = TRANSFORMERS_FORMAT.write(encoder[0], alone)
     assert_equal_outputs(artefacts, alone, probe, expected, {"embeddings"})
-    with pytest.raises(WeightsError, match="must be of an image encoder alone"):
+    with pytest.raises(WeightsError, match="must be those of an image encoder alone"):
         save_transformers_encoder(subject.tensors, alone, subject.spec, image_size=subject.image_size)
 
 
@@ -89,14 +89,14 @@ def test_onnx__runs_in_onnx_runtime_as_single_files_without_traces_of_this_machi
         assert not any(t.data_location == onnx.TensorProto.EXTERNAL for t in model.graph.initializer)
 
 
-def test_onnx__is_left_out_in_words(released, monkeypatch):
+def test_onnx__too_large_or_not_installed_is_left_out_with_a_reason(released, monkeypatch):
     monkeypatch.setattr(onnx_format, "MAX_BYTES", 10)
     assert "one ONNX file holds 2 GiB" in ONNX_FORMAT.why_not(released[0])
     monkeypatch.setattr(onnx_format.importlib.util, "find_spec", lambda name: None)
     assert "pip install 'samgraft[onnx]'" in ONNX_FORMAT.why_not(released[0])
 
 
-def test_choose_formats__what_does_not_apply_is_a_line_and_asked_for_an_error():
+def test_choose_formats__inapplicable_format_is_a_line_or_an_error_if_requested():
     spec, size = CASES["vit_t"]
     subject = Subject(tensors=make_sam(spec, image_size=size).state_dict(), spec=spec, image_size=size)
     formats = [SAM_FORMAT, TRANSFORMERS_FORMAT]
@@ -105,12 +105,12 @@ def test_choose_formats__what_does_not_apply_is_a_line_and_asked_for_an_error():
     assert lines[0].startswith("transformers: left out, ")
     with pytest.raises(UsageError, match="format transformers cannot be written"):
         choose_formats(formats, ["transformers"], subject)
-    with pytest.raises(UsageError, match="--format must be of sam, transformers, got torchscript"):
+    with pytest.raises(UsageError, match=r"unknown name \(got torchscript, expected sam, transformers\)"):
         choose_formats(formats, ["torchscript"], subject)
 
 
 class FakeProcess:
-    """Runs load_back's main in this process: a fresh one costs seconds; the end-to-end test starts real ones."""
+    """Double of ``subprocess`` that runs load_back's main in this process, because a fresh one costs seconds."""
 
     def __init__(self, capsys):
         self.capsys = capsys
@@ -137,7 +137,7 @@ def test_load_back__refuses_other_outputs_and_files_that_do_not_open(tmp_path, m
     with pytest.raises(WeightsError, match="boxes differ by"):
         load_back(folder, artefacts, probe=probe, expected=off)
     (folder / "sam.pth").write_bytes(b"not weights")
-    with pytest.raises(WeightsError, match=r"sam\.pth does not: "):
+    with pytest.raises(WeightsError, match=r"sam\.pth does not load strictly: "):
         load_back(folder, artefacts, probe=probe, expected=expected)
     tensors = dict(subject.tensors)
     tensors.pop("mask_decoder.iou_token.weight")
@@ -154,5 +154,5 @@ def test_transformers_client__refuses_missing_keys(tmp_path):
     config = json.loads((tmp_path / "transformers" / "config.json").read_text())
     config["vision_config"]["num_hidden_layers"] = 3
     (tmp_path / "transformers" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(WeightsError, match="must find exactly its keys"):
+    with pytest.raises(WeightsError, match="not exactly those of transformers"):
         CLIENTS["transformers"](tmp_path / "transformers", make_probe(subject), artefact.options)

@@ -1,4 +1,4 @@
-"""A licence is asked for, never guessed, and is not freer than the base weights'."""
+"""The licence of a release is required and does not allow more than that of the base weights."""
 
 import logging
 
@@ -16,31 +16,31 @@ def card(**facts):
 
 
 @pytest.mark.parametrize("name", [None, "", "  "])
-def test_licence__is_asked_for(name):
-    with pytest.raises(UsageError, match="must state its licence") as refusal:
+def test_licence__missing_is_refused(name):
+    with pytest.raises(UsageError, match="licence of the release is missing") as refusal:
         decide_licence(name, card(), next_command=COMMAND)
     assert refusal.value.next_command == COMMAND
 
 
-def test_licence__must_be_one_name():
-    with pytest.raises(UsageError, match="must be one SPDX name"):
+def test_licence__several_words_are_refused():
+    with pytest.raises(UsageError, match="is not one SPDX name"):
         decide_licence("do what you want", card(), next_command=COMMAND)
 
 
-def test_licence__non_commercial_base_is_not_freed():
+def test_licence__commercial_use_of_a_non_commercial_base_is_refused():
     base = card(license="CC-BY-NC-4.0", base_name="x")
-    with pytest.raises(UsageError, match=r"must not allow more than the base weights' CC-BY-NC-4\.0"):
+    with pytest.raises(UsageError, match=r"allows commercial use.*base weights: CC-BY-NC-4\.0"):
         decide_licence("cc-by-4.0", base, next_command=COMMAND)
     assert decide_licence("CC-BY-NC-SA-4.0", base, next_command=COMMAND).name == "cc-by-nc-sa-4.0"
 
 
-def test_licence__known_bases_are_told_by_their_hash_and_others_warned_of(caplog):
+def test_licence__base_weights_are_identified_by_hash_and_others_give_a_warning(caplog):
     caplog.set_level(logging.WARNING)
     known = decide_licence("mit", card(base_sha256=OFFICIAL["sam_vit_b"].sha256), next_command=COMMAND)
     assert (known.base_name, known.base_licence) == ("sam_vit_b", "Apache-2.0")
     assert not caplog.records
     assert decide_licence("mit", card(base_sha256="0" * 64), next_command=COMMAND).base_licence is None
-    assert "not known" in caplog.text
+    assert "is unknown" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -53,5 +53,5 @@ def test_licence__known_bases_are_told_by_their_hash_and_others_warned_of(caplog
         ("ncsa", False),
     ],
 )
-def test_non_commercial(name, expected):
+def test_is_non_commercial__finds_the_clause_as_a_word(name, expected):
     assert is_non_commercial(name) is expected

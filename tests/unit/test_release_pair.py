@@ -1,4 +1,4 @@
-"""A model that cannot be merged is released as base and adapter, loads back as it was, and refuses to be plain SAM."""
+"""Release of a model that cannot be merged, as base weights and adapter."""
 
 import numpy as np
 import pytest
