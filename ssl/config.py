@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import field
 
@@ -150,7 +151,8 @@ class ProbeConfig:
             raise ValueError("probe.split would be ignored without probe.store. Set probe.store too.")
 
 
-@dataclass(frozen=True, kw_only=True)
+# A plain dataclass, so that the sections are resolved when a configuration is loaded: ``ObjectiveConfig`` is generated.
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class PretrainConfig:
     """All settings of a stage-1 run."""
 

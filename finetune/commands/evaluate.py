@@ -75,7 +75,6 @@ def run(arguments: argparse.Namespace) -> int:
     device = choose_device(arguments.device, precision=arguments.precision)
     model.segmenter.to(device.torch_device)
     is_bf16 = device.precision == "bf16-mixed"
-    postprocessing = _postprocessing(arguments, model, store, split)
     evaluation = evaluate(
         model,
         store,
@@ -83,7 +82,7 @@ def run(arguments: argparse.Namespace) -> int:
         part=arguments.split,
         batch_size=arguments.batch_size,
         tolerance_mm=arguments.tolerance_mm,
-        postprocessing=postprocessing,
+        postprocessing=_postprocessing(arguments, model, store, split),
         bf16=is_bf16,
         on_case=_log_case,
     )

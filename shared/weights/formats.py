@@ -58,7 +58,8 @@ def convert_to_sam(raw: RawFile) -> SamTensors:
     # Training programs nest the weights in dictionaries of any depth. Joined names make them all look the same.
     flat = _without_wrapping(dict(iterate_tensors(raw.content)), notes)
     _refuse_adapters(flat, raw.name)
-    if (family := find_family(flat, OTHER_ENCODERS)) is not None:
+    is_registered = any(f"image_encoder.{anchor}" in flat for anchor in encoder_anchors())
+    if not is_registered and (family := find_family(flat, OTHER_ENCODERS)) is not None:
         raise family_error(family, name=raw.name)
     try:
         return _convert(flat, notes)

@@ -184,7 +184,7 @@ def check_pickle(pickled: bytes, *, name: str) -> None:
         outermost = next(g for g in pickle_globals(pickled) if not _is_plain(g))
         raise WeightsError(
             f"the file contains a whole pickled module ({outermost}), which only its own program can load. Load it "
-            "there, and save its tensors with torch.save(model.state_dict(), FILE).",
+            "there, and save its tensors: torch.save(module.state_dict(), FILE).",
             where=name,
         )
     if foreign:
