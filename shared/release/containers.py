@@ -1,8 +1,7 @@
 """The contents of released files, split into text, unknown bytes and numbers.
 
 The privacy gate searches the three differently: in the numbers of weights and pixels, short texts occur by chance.
-Archives are unpacked. A container that cannot be read here is refused, because what is unknown is not known to be
-clean.
+Archives are unpacked. A container that cannot be read here is refused, because it may contain anything.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import mmap
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path, PurePosixPath
@@ -26,15 +25,15 @@ import numpy as np
 from samgraft.shared.errors import DataError
 
 CHUNK = 512 * 1024
-"""Bytes that are searched at a time; pieces that fit the cache are searched faster."""
+"""Bytes that are searched at a time, few enough for the processor's cache."""
 OVERLAP = 4096
 """Bytes that neighbouring pieces share, so that nothing is missed at a border."""
 TEXT_SUFFIXES = {".json", ".md", ".txt", ".csv", ".yaml", ".yml", ".html", ".cfg"}
 TEXT_NAMES = {"SHA256SUMS", "LICENSE"}
 MAX_DEPTH = 4
-"""Archives within archives."""
+"""Number of archives within archives."""
 MAX_UNPACKED = 8 << 30
-"""Bytes of one member; nothing in a release is packed and larger."""
+"""Largest number of bytes of an unpacked member. Nothing in a release is packed and larger."""
 
 
 class Kind(Enum):
@@ -63,7 +62,7 @@ def regions(file: IO[bytes], name: str, *, depth: int = 1) -> Iterator[Region]:
 
     Args:
         file: Open file, at any position.
-        name: Name for messages; its suffix tells text and weights formats.
+        name: Name for messages; its suffix decides between text and weights formats.
         depth: Number of archives around it, plus one.
 
     Raises:
@@ -89,8 +88,17 @@ def regions(file: IO[bytes], name: str, *, depth: int = 1) -> Iterator[Region]:
     elif packing := next((kind for magic, kind in _PACKINGS.items() if head.startswith(magic)), None):
         yield from _packed(file, name, packing, depth)
     else:
-        is_text = suffix in TEXT_SUFFIXES or PurePosixPath(name).name in TEXT_NAMES
+        is_text = suffix in TEXT_SUFFIXES or PurePosixPath(name).name in TEXT_NAMES or _starts_as_text(file)
         yield from _pieces(file, name, Kind.TEXT if is_text else Kind.BINARY)
+
+
+def _starts_as_text(file: IO[bytes]) -> bool:
+    """Return True if the file begins with UTF-8 text, whatever its suffix."""
+    file.seek(0)
+    head = file.read(4096)
+    # The last character may be cut.
+    text = head.decode("utf-8", "replace").removesuffix("\ufffd")
+    return bool(head) and "\ufffd" not in text and all(letter.isprintable() or letter.isspace() for letter in text)
 
 
 def number_regions(file: IO[bytes], name: str) -> Iterator[Region]:
@@ -131,7 +139,7 @@ def _pieces(file: IO[bytes], name: str, kind: Kind, *, start: int = 0, end: int 
 
 
 def _safetensors(file: IO[bytes], name: str) -> Iterator[Region]:
-    """Yield tensor names and metadata as text and tensors as numbers; the header's offsets are left out."""
+    """Yield tensor names and metadata as text and tensors as numbers, without the offsets of the header."""
     size = file.seek(0, io.SEEK_END)
     file.seek(0)
     length = int.from_bytes(file.read(8), "little")
@@ -148,19 +156,21 @@ def _safetensors(file: IO[bytes], name: str) -> Iterator[Region]:
 
 
 def _zarr_metadata(file: IO[bytes], name: str) -> Iterator[Region]:
-    """Yield keys and strings as text; shapes and chunk sizes are left out, because they read like long numbers."""
+    """Yield keys, strings and all attributes as text, without shapes and chunk sizes, which look like long numbers."""
     file.seek(0)
     texts: list[str] = []
 
-    def collect(value: Any) -> None:
+    def collect(value: Any, *, is_attribute: bool = False) -> None:
         if isinstance(value, dict):
-            texts.extend(map(str, value))
-            value = list(value.values())
-        if isinstance(value, list):
+            for key, child in value.items():
+                texts.append(str(key))
+                # Attributes are the user's. A number there may be a patient's.
+                collect(child, is_attribute=is_attribute or key == "attributes")
+        elif isinstance(value, list):
             for child in value:
-                collect(child)
-        elif isinstance(value, str):
-            texts.append(value)
+                collect(child, is_attribute=is_attribute)
+        elif isinstance(value, str) or is_attribute:
+            texts.append(str(value))
 
     try:
         collect(json.load(file))
@@ -176,15 +186,19 @@ def _npy(file: IO[bytes], name: str) -> Iterator[Region]:
     except (ValueError, EOFError, OSError) as err:
         raise DataError("an array in a release is damaged or contains pickled objects.", where=name) from err
     yield from _values(array, name)
+    # Bytes may follow the array.
+    yield from _pieces(file, name, Kind.NUMBERS)
 
 
 def _values(array: np.ndarray[Any, Any], name: str) -> Iterator[Region]:
-    if array.dtype.kind in "US":
-        texts = [str(text) if array.dtype.kind == "U" else text.decode("utf-8", "replace") for text in array.ravel()]
-        yield Region(name, 0, "\n".join(texts).encode(), Kind.TEXT)
+    # Strings of variable length (kinds T and O) are pointers in the array's own bytes.
+    if array.dtype.kind in "USTO":
+        texts = [text.decode("utf-8", "replace") if isinstance(text, bytes) else str(text) for text in array.ravel()]
+        yield Region(name, 0, "\n".join(texts).encode("utf-8", "replace"), Kind.TEXT)
         return
-    if array.dtype.names:
-        yield Region(name, 0, "\n".join(array.dtype.names).encode(), Kind.TEXT)
+    for field in array.dtype.names or ():
+        yield Region(name, 0, field.encode(), Kind.TEXT)
+        yield from _values(array[field], name)
     yield from _pieces(io.BytesIO(array.tobytes()), name, Kind.NUMBERS)
 
 
@@ -197,6 +211,13 @@ _PACKINGS: Mapping[bytes, str] = {
     b"\x28\xb5\x2f\xfd": "zstd",
     b"7z\xbc\xaf\x27\x1c": "7z",
     b"Rar!": "rar",
+    b"\x04\x22\x4d\x18": "lz4",
+    b"\x1f\x9d": "compress",
+    b"MSCF": "cab",
+    b"\x89HDF": "HDF5",
+    b"MATLAB 5.0 MAT": "MATLAB data",
+    b"PAR1": "Parquet",
+    b"%PDF": "PDF",
 }
 _READERS: Mapping[str, Any] = {"gzip": gzip.open, "bzip2": bz2.open, "xz": lzma.open}
 
@@ -206,6 +227,7 @@ def _zip(file: IO[bytes], name: str, depth: int) -> Iterator[Region]:
     covered: list[tuple[int, int]] = []
     try:
         with zipfile.ZipFile(file) as archive:
+            names = set(archive.namelist())
             for info in archive.infolist():
                 member = f"{name}:{info.filename}"
                 yield Region(member, 0, b"\n".join([info.filename.encode(), info.comment, info.extra]), Kind.TEXT)
@@ -215,7 +237,7 @@ def _zip(file: IO[bytes], name: str, depth: int) -> Iterator[Region]:
                 if info.file_size > MAX_UNPACKED:
                     raise _too_large(member)
                 content = io.BytesIO(archive.read(info))
-                if _is_tensor(info.filename):
+                if _is_tensor(info.filename, names):
                     yield from _pieces(content, member, Kind.NUMBERS)
                 else:
                     yield from regions(content, member, depth=depth + 1)
@@ -224,10 +246,11 @@ def _zip(file: IO[bytes], name: str, depth: int) -> Iterator[Region]:
     yield from _between(file, name, covered)
 
 
-def _is_tensor(member: str) -> bool:
+def _is_tensor(member: str, names: Collection[str]) -> bool:
     """Return True for the members of torch's .pth that contain a tensor's numbers."""
     path = PurePosixPath(member)
-    return path.parent.name == "data" and path.name.isdigit()
+    is_torch = (path.parent.parent / "data.pkl").as_posix() in names
+    return is_torch and path.parent.name == "data" and path.name.isdigit()
 
 
 def _member_data(file: IO[bytes], info: zipfile.ZipInfo) -> tuple[int, int]:
@@ -239,7 +262,7 @@ def _member_data(file: IO[bytes], info: zipfile.ZipInfo) -> tuple[int, int]:
 
 
 def _between(file: IO[bytes], name: str, covered: list[tuple[int, int]]) -> Iterator[Region]:
-    """Yield the bytes outside of the covered parts: headers, padding, and anything before or after."""
+    """Yield the bytes outside of the covered parts, such as headers, padding and anything at the end."""
     size = file.seek(0, io.SEEK_END)
     position = 0
     for start, end in [*sorted(covered), (size, size)]:
@@ -252,7 +275,9 @@ def _packed(file: IO[bytes], name: str, packing: str, depth: int) -> Iterator[Re
     if packing not in _READERS:
         raise DataError(f"a file in a release cannot be searched, because it is packed as {packing}.", where=name)
     file.seek(0)
-    yield Region(name, 0, file.read(1024), Kind.BINARY)  # gzip's header names the original file
+    # The header of gzip names the original file, and bytes may follow the packed part.
+    yield Region(name, 0, file.read(1024), Kind.BINARY)
+    yield from _pieces(file, name, Kind.NUMBERS)
     file.seek(0)
     try:
         with _READERS[packing](file) as stream:
@@ -278,22 +303,28 @@ _PICTURES = (b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"\xff\xd8\xff", b"II*\
 def _picture(file: IO[bytes], name: str) -> Iterator[Region]:
     """Yield a picture's metadata as text, and its pixels and compressed bytes as numbers."""
     from PIL import Image, ImageSequence
+    from PIL.ExifTags import IFD
 
     file.seek(0)
     try:
         with Image.open(file) as picture:
-            facts: dict[Any, Any] = dict(picture.info) | dict(getattr(picture, "text", {})) | dict(picture.getexif())
-            frames = [np.asarray(frame).tobytes() for frame in ImageSequence.Iterator(picture)]
+            exif = picture.getexif()
+            facts = [*exif.items(), *dict(getattr(picture, "text", {})).items()]
+            # Artist and camera are in the first directory, user comments and places in those below it.
+            facts += [fact for directory in IFD for fact in exif.get_ifd(directory).items()]
+            frames = []
+            for frame in ImageSequence.Iterator(picture):
+                # Every frame of a GIF can have a comment of its own.
+                facts += frame.info.items()
+                frames.append(np.asarray(frame).tobytes())
     except Exception as err:
         raise DataError("a picture in a release cannot be read.", where=name) from err
-    yield Region(f"{name}:(metadata)", 0, "\n".join(map(_fact, facts.items())).encode(), Kind.TEXT)
-    for number, frame in enumerate(frames):
-        yield from _pieces(io.BytesIO(frame), f"{name}:frame{number}", Kind.NUMBERS)
+    yield Region(f"{name}:(metadata)", 0, "\n".join(map(_fact, facts)).encode("utf-8", "replace"), Kind.TEXT)
+    for number, pixels in enumerate(frames):
+        yield from _pieces(io.BytesIO(pixels), f"{name}:frame{number}", Kind.NUMBERS)
     yield from _pieces(file, name, Kind.NUMBERS)
     file.seek(0)
-    content = file.read()
-    if end := _end_of_png(content):
-        yield Region(f"{name}:(after)", end, content[end:], Kind.BINARY)
+    yield from _between(file, name, _parts_without_text(file.read()))
 
 
 def _fact(item: tuple[Any, Any]) -> str:
@@ -301,9 +332,25 @@ def _fact(item: tuple[Any, Any]) -> str:
     return f"{key} {value.decode('utf-8', 'replace') if isinstance(value, bytes) else value}"
 
 
-def _end_of_png(content: bytes) -> int | None:
-    marker = content.find(b"IEND")
-    return marker + 8 if content.startswith(b"\x89PNG") and marker >= 0 else None
+def _parts_without_text(content: bytes) -> list[tuple[int, int]]:
+    """Return the parts of a PNG or JPEG without readable text. Pictures of other kinds are one such part."""
+    if content.startswith(b"\xff\xd8"):
+        return [(content.find(b"\xff\xda"), content.rfind(b"\xff\xd9"))]
+    if not content.startswith(b"\x89PNG"):
+        return [(0, len(content))]
+    position = 8
+    parts: list[tuple[int, int]] = []
+    while position + 8 <= len(content):
+        length, kind = struct.unpack(">I4s", content[position : position + 8])
+        end = position + 8 + length
+        # Compressed text and profiles were read as metadata. Of all other chunks only the data are searched, because
+        # the letters of the chunk's type would join its first word.
+        is_compressed = kind in (b"IDAT", b"fdAT", b"zTXt", b"iTXt", b"iCCP")
+        parts += [(position, end + 4)] if is_compressed else [(position, position + 8), (end, end + 4)]
+        position = end + 4
+        if kind == b"IEND":
+            break
+    return parts
 
 
 # ONNX: a protocol buffer, read by its wire format, so that the gate needs no onnx package.

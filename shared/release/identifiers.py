@@ -27,14 +27,20 @@ import numpy.typing as npt
 MIN_WORD = 6
 """Shorter identifiers (``root`` has 4 characters) are searched as whole words, and in text only."""
 MIN_NORMALISED = 8
-"""Letters of an identifier without its separators; shorter ones would match inside ordinary words."""
+"""Fewest letters of an identifier that is searched without separators. Shorter ones occur inside ordinary words."""
 MIN_IN_NUMBERS = 8
 """Characters of the shortest identifier that is searched in numbers."""
+KNOWN = "known identifier"
+"""Kind of the identifiers that the user or the run gives."""
 CHANCE = 1e-6
 """Accepted probability that one release is refused because its numbers read like an identifier."""
 MAX_PERMUTED_WORDS = 3
-_SEPARATORS = re.compile(r"[\s_\-.,;^/\\]+")
-_JSON_ESCAPE = re.compile(r"\\u([0-9a-fA-F]{4})")
+_SEPARATORS = re.compile(r"[\W_]+")
+_ESCAPE = re.compile(r"\\u([0-9a-fA-F]{4})|\\x([0-9a-fA-F]{2})")
+_WITHOUT_STROKE = str.maketrans({"ø": "o", "ł": "l", "đ": "d", "æ": "ae", "œ": "oe", "ı": "i"})
+"""Letters that Unicode does not decompose into a letter and an accent."""
+_TRANSLITERATION = str.maketrans({"ä": "ae", "ö": "oe", "ü": "ue", "å": "aa", "ø": "oe"})
+"""Spellings of letters in systems without accents, such as ``MUELLER`` in DICOM files."""
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -44,7 +50,7 @@ class Identifier:
     """One string to search for."""
 
     kind: str
-    """Words for a message, such as "host name"; the string itself is never repeated."""
+    """Description for a message, such as "host name". The string itself is never repeated."""
     text: str
 
 
@@ -59,6 +65,8 @@ class IdentifierSearch:
         known = [i for i in identifiers if i.text.strip(" /\\")]
         long = [i for i in known if len(i.text) >= MIN_WORD]
         self._words = [(i.kind, _word_pattern(i.text)) for i in known if len(i.text) < MIN_WORD]
+        # Short names ("Li, Anna") and ids ("P-01") are compared word by word, in every order.
+        self._short = {words: i.kind for i in known if i.kind == KNOWN for words in _short_word_orders(i.text)}
         self._exact = _Automaton({form: i.kind for i in long for form in encodings(i.text)})
         self._normalised = _Automaton({form.encode(): i.kind for i in known for form in normalised_forms(i.text)})
         ascii_texts = {i.text.lower(): i.kind for i in long if i.text.isascii() and len(i.text) >= MIN_IN_NUMBERS}
@@ -79,12 +87,18 @@ class IdentifierSearch:
         yield from self._exact.find(content.lower())
 
     def in_readable(self, text: bytes) -> Iterator[tuple[int, str]]:
-        """Yield kind of every identifier in readable text, however it is spelled; the offset is that of the text."""
+        """Yield the kind of every identifier in readable text in any spelling, with the offset 0."""
         for kind, pattern in self._words:
             if pattern.search(text):
                 yield 0, kind
-        for _, kind in self._normalised.find(normalise(text.decode("utf-8", errors="replace")).encode()):
+        plain = _plain(text.decode("utf-8", errors="replace"))
+        for _, kind in self._normalised.find(_SEPARATORS.sub("", plain).encode("utf-8", "replace")):
             yield 0, kind
+        if self._short:
+            words = _SEPARATORS.split(plain)
+            for length in {len(order) for order in self._short}:
+                windows = zip(*(words[start:] for start in range(length)), strict=False)
+                yield from ((0, self._short[window]) for window in windows if window in self._short)
 
     def in_numbers(
         self, content: bytes, runs: Iterable[tuple[int, int, bytes]], *, num_bytes: int
@@ -162,19 +176,45 @@ def encodings(text: str) -> set[bytes]:
     return found
 
 
+def unescape(text: str) -> str:
+    """Resolve the escapes of URLs, HTML, JSON and Python in text."""
+    text = html.unescape(unquote(text))
+    return _ESCAPE.sub(lambda match: chr(int(match.group(1) or match.group(2), 16)), text)
+
+
+def _plain(text: str) -> str:
+    """Return text with escapes resolved and without case and accents."""
+    decomposed = unicodedata.normalize("NFKD", unescape(text).casefold().translate(_WITHOUT_STROKE))
+    # Format characters, such as soft hyphens and zero-width spaces, are invisible.
+    kept = (letter for letter in decomposed if not unicodedata.combining(letter))
+    return "".join(letter for letter in kept if letter.isascii() or unicodedata.category(letter) != "Cf")
+
+
 def normalise(text: str) -> str:
     """Return text with escapes resolved and without case, accents and separators."""
-    text = html.unescape(unquote(text.replace("+", " ")))
-    text = _JSON_ESCAPE.sub(lambda match: chr(int(match.group(1), 16)), text)
-    decomposed = unicodedata.normalize("NFKD", text.casefold())
-    return _SEPARATORS.sub("", "".join(letter for letter in decomposed if not unicodedata.combining(letter)))
+    return _SEPARATORS.sub("", _plain(text))
+
+
+def _word_orders(text: str) -> set[tuple[str, ...]]:
+    """Return the words of an identifier without case and accents, in every order."""
+    orders: set[tuple[str, ...]] = set()
+    lower = unicodedata.normalize("NFC", text).casefold()
+    for spelling in (lower, lower.translate(_TRANSLITERATION)):
+        words = [word for word in _SEPARATORS.split(_plain(spelling)) if word]
+        orders |= set(permutations(words)) if len(words) <= MAX_PERMUTED_WORDS else {tuple(words)}
+    return orders
+
+
+def _short_word_orders(text: str) -> set[tuple[str, ...]]:
+    """Return the word orders of an identifier that is too short for the search without separators."""
+    orders = _word_orders(text)
+    # A single character would be found in almost every text.
+    return {words for words in orders if 2 <= len("".join(words)) < MIN_NORMALISED}
 
 
 def normalised_forms(text: str) -> set[str]:
     """Return the normalised identifier, with its words in every order."""
-    words = [word for word in _SEPARATORS.split(text) if word]
-    orders = permutations(words) if len(words) <= MAX_PERMUTED_WORDS else [tuple(words)]
-    forms = {normalise("".join(order)) for order in orders}
+    forms = {"".join(order) for order in _word_orders(text)}
     return {form for form in forms if len(form) >= MIN_NORMALISED}
 
 
@@ -197,7 +237,7 @@ def long_runs(content: bytes, min_length: int) -> Iterator[tuple[int, int, bytes
 def _runs(printable: npt.NDArray[np.bool_], min_length: int) -> Iterator[tuple[int, int]]:
     """Yield start and end of every run of at least ``min_length`` true values."""
     # A run of 7 covers an aligned block of 4. In random numbers a block in 53 is printable, but only one in a thousand
-    # of them is part of a long run, which its 4 neighbours on both sides tell.
+    # of them is part of a long run, as its 4 neighbours on both sides show.
     length = len(printable) // 4 * 4
     first = 4 * np.flatnonzero(printable[:length].view(np.uint32) == 0x01010101)
     padded = np.concatenate([np.zeros(4, bool), printable, np.zeros(8, bool)])

@@ -8,13 +8,14 @@ import lzma
 import socket
 import unicodedata
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import zarr
-from PIL import Image, PngImagePlugin
+from PIL import Image, PngImagePlugin, TiffImagePlugin
 from safetensors.torch import save_file
 from samgraft.shared.errors import DataError
 from samgraft.shared.release import containers, privacy
@@ -29,7 +30,7 @@ KNOWN = ["CanaryHospital"]
 
 @pytest.fixture
 def clean(tmp_path: Path) -> Path:
-    """A folder like a release: hashes, decimals, tensors, a zip with torch's own digits."""
+    """Folder like a release, with hashes, decimals, tensors, and torch's own digits."""
     folder = tmp_path / "release"
     folder.mkdir()
     generator = torch.Generator().manual_seed(0)
@@ -152,7 +153,7 @@ def test_gate__finds_the_canary(clean, plant, monkeypatch):
     ],
 )
 def test_gate__short_chance_matches_count_outside_of_tensors_only(clean, text, in_text, in_tensor):
-    """Of the numbers of a large optimizer some always read like a@b.c."""
+    # In the numbers of a large optimizer, some bytes always read like a@b.c.
     tensors = {"w": torch.tensor(list(text), dtype=torch.uint8)}
     save_file(tensors, clean / "sam.safetensors")
     torch.save(tensors, clean / "sam.pth")
@@ -278,6 +279,10 @@ SPELLINGS = {
     "no separator": "AnnaMüller",
     "reversed": "Müller, Anna",
     "DICOM form": "MÜLLER^ANNA",
+    "transliterated": "MUELLER^ANNA",
+    "Python escape": "Anna M\\xfcller",
+    "JSON list": '["Müller", "Anna"]',
+    "soft hyphen": "Anna Mül\u00adler",
 }
 
 
@@ -366,6 +371,97 @@ def test_gate__finds_a_name_in_every_spelling_and_container(tmp_path, spelling, 
 def test_gate__finds_a_name_in_every_encoding_of_unknown_bytes(tmp_path, encoding, case):
     (tmp_path / "blob.bin").write_bytes(b"\0\1\2" + case(PERSON).encode(encoding) + b"\0\1\2")
     assert {f.kind for f in scan_folder(tmp_path, known=[PERSON])} == {"known identifier"}
+
+
+def write_bytes(name, content):
+    def write(folder):
+        (folder / name).write_bytes(content)
+
+    return write
+
+
+def string_array_of_zarr(folder):
+    array = zarr.create_array(str(folder / "map.zarr"), shape=(2,), dtype=str)
+    array[:] = np.array(["scan", "Anna Müller"])
+
+
+def number_in_zarr_attribute(folder):
+    zarr.create_array(str(folder / "map.zarr"), shape=(4,), dtype="f4", attributes={"subject": {"id": 4711081500}})
+
+
+def structured_npz(folder):
+    np.savez(folder / "stats.npz", np.array([(1.0, "Müller, Anna")], dtype=[("dice", "f4"), ("who", "U20")]))
+
+
+def second_frame_of_gif(folder):
+    file = folder / "figure.gif"
+    Image.new("L", (8, 8)).save(file, save_all=True, append_images=[Image.new("L", (8, 8), 9)], duration=100)
+    first, mark, second = file.read_bytes().rpartition(b"\x21\xf9")
+    file.write_bytes(first + b"\x21\xfe\x07Anna Li\0" + mark + second)
+
+
+def private_chunk_of_png(folder):
+    Image.new("L", (8, 8)).save(folder / "figure.png")
+    content = (folder / "figure.png").read_bytes()
+    data = b"prVtLi, Anna was here"
+    chunk = (len(data) - 4).to_bytes(4, "big") + data + zlib.crc32(data).to_bytes(4, "big")
+    (folder / "figure.png").write_bytes(content[:33] + chunk + content[33:])
+
+
+def exif_of_the_camera(folder):
+    tags = TiffImagePlugin.ImageFileDirectory_v2()
+    tags[0x8769] = {0xA430: "Li, Anna"}
+    Image.new("L", (8, 8)).save(folder / "figure.tif", tiffinfo=tags)
+
+
+def text_in_a_folder_of_digits(folder):
+    with zipfile.ZipFile(folder / "pack.bin", "w") as archive:
+        archive.writestr("x/data/0", "Li, Anna")
+
+
+HIDDEN = [
+    write_bytes("a.json", b'{"from": "D:\\\\scans\\\\x"}'),
+    write_bytes("a.md", b"see file:///home/jane/scans"),
+    write_bytes("a.md", b"see jane&#64;site.org"),
+    write_bytes("a.md", b"scan.4711081500.nii"),
+    write_bytes("a.md", b"scan.1.2.840.113619.2.55.3.604688.dcm"),
+    write_bytes("a.md", "Möller^Jörg".encode()),
+    write_bytes("a.csv", "id\tM\njane@site.org\t4711081500".encode("utf-16")),
+    write_bytes("a.csv", "name;age\nMüller, Anna;47\n".encode("latin-1")),
+    write_bytes("a.csv", "name\nMüller, Anna\n".encode("utf-16")),
+    write_bytes("a.tsv", b"id\tP-1\n"),
+    write_bytes("a.md", b"of P_1_t1"),
+    write_bytes("a.md", b"by LI, ANNA"),
+    write_bytes("a.LOG", b"x"),
+    string_array_of_zarr,
+    number_in_zarr_attribute,
+    structured_npz,
+    second_frame_of_gif,
+    private_chunk_of_png,
+    exif_of_the_camera,
+    text_in_a_folder_of_digits,
+]
+
+
+@pytest.mark.parametrize("write", HIDDEN, ids=[f"{i}-{w.__qualname__.split('.')[0]}" for i, w in enumerate(HIDDEN)])
+def test_gate__finds_what_other_formats_and_spellings_hide(tmp_path, write):
+    write(tmp_path)
+    assert scan_folder(tmp_path, known=["Anna Müller", "Anna Li", "P-1"])
+    assert scan_folder(tmp_path / "none", known=["Anna Li"]) == []
+
+
+@pytest.mark.parametrize("head", [b"\x89HDF\r\n", b"%PDF-1.7", b"PAR1", b"MATLAB 5.0 MAT-file", b"\x04\x22\x4d\x18"])
+def test_gate__compressed_formats_without_a_reader_are_refused(tmp_path, head):
+    (tmp_path / "blob.bin").write_bytes(head + bytes(50))
+    with pytest.raises(DataError, match="cannot be searched, because it is packed as"):
+        scan_folder(tmp_path)
+
+
+def test_gate__ordinary_text_has_no_finding(tmp_path):
+    text = "See https://site.org/a/b, 0.12345678 and 12.345678, x:/ and P 10, Anna and Li; step 3:/4.\n"
+    (tmp_path / "README.md").write_text(text)
+    (tmp_path / "notes.bin").write_text(text)
+    assert scan_folder(tmp_path, known=["Anna Li", "P-1"]) == []
 
 
 def random_floats(seed, *, megabytes):
@@ -458,7 +554,7 @@ def test_gate__linked_and_copied_files_are_searched_once(tmp_path, monkeypatch):
     assert opened == ["a.bin", "d.bin"]
 
 
-def test_gate__copy_with_a_telling_name_is_found(tmp_path):
+def test_gate__copy_with_an_identifier_in_its_name_is_found(tmp_path):
     (tmp_path / "a.bin").write_bytes(b"x" * 1000)
     (tmp_path / "CanaryHospital.bin").write_bytes(b"x" * 1000)
     assert [f.file for f in scan_folder(tmp_path, known=KNOWN)] == ["CanaryHospital.bin"]
