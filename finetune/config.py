@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
 from enum import Enum
 
+from pydantic.dataclasses import dataclass
 from samgraft.finetune.adapters import AdapterConfig, TuningScope
 from samgraft.finetune.baselines.networks import BaselineConfig
 from samgraft.finetune.embedding_cache import CacheConfig
 from samgraft.finetune.few_shot import FewShotConfig
 from samgraft.finetune.loss import LossConfig
 from samgraft.finetune.prompting.prompt_sampling import PromptConfig
+from samgraft.shared.config import NonNegativeInt, PositiveInt, ShareBelowOne
 from samgraft.shared.samples.augment import AugmentConfig
 from samgraft.shared.samples.dataset import check_neighbours
 from samgraft.shared.samples.sampler import check_seed
@@ -31,17 +33,17 @@ class DataConfig:
     regions: dict[str, list[int]] = field(default_factory=dict)
     """Overlapping classes as label ids by name, instead of ``classes``, e.g. ``whole`` with 1 and 2. Each has its
     own sigmoid."""
-    batch_size: int = 8
+    batch_size: PositiveInt = 8
     """Slices per micro-step and process."""
     keep_aspect: bool = True
     """True pads slices to a square (right, bottom), False changes their aspect ratio."""
-    min_foreground_fraction: float = 0.05
+    min_foreground_fraction: ShareBelowOne = 0.05
     """Smallest share of non-air pixels of a training slice. Validation and test use all slices."""
     labelled_slices_only: bool = False
     """True trains on slices with a label only, as the study did. Validation and test use all slices."""
     few_shot: FewShotConfig = field(default_factory=FewShotConfig)
     """Random part of the training patients or slices."""
-    foreground_fraction: float = 0.67
+    foreground_fraction: ShareBelowOne = 0.67
     """Share of training slices that show a class, reached by repeating them. 0 repeats none."""
     num_neighbours: int | None = None
     """Neighbours on each side as further channels. 1 uses the slices before and after (2.5D), 0 repeats the slice. null
@@ -64,14 +66,7 @@ class DataConfig:
     """True allows validation or test patients in the encoder's pretraining. The card of the model reports it."""
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise ValueError(f"data.batch_size must be at least 1, got {self.batch_size}.")
         check_neighbours(self.num_neighbours or 0)
-        if not 0 <= self.foreground_fraction < 1 or not 0 <= self.min_foreground_fraction < 1:
-            raise ValueError(
-                "data.foreground_fraction and data.min_foreground_fraction must lie in [0, 1), got "
-                f"{self.foreground_fraction} and {self.min_foreground_fraction}."
-            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,43 +81,27 @@ class ModelConfig:
     arch: str | None = None
     """Expected architecture. null takes that of the weights. unet2d, unet3d, dynunet2d or dynunet3d trains a baseline
     from scratch instead of SAM."""
-    image_size: int | None = None
+    image_size: PositiveInt | None = None
     """Side of the square input in pixels. null takes the encoder's."""
-
-    def __post_init__(self) -> None:
-        if self.image_size is not None and self.image_size < 1:
-            raise ValueError(f"model.image_size must be positive or null, got {self.image_size}.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class WatchConfig:
     """Validation rounds, pictures and the early end."""
 
-    validate_every_n_steps: int = 50
+    validate_every_n_steps: PositiveInt = 50
     """Steps between validation rounds on whole scans. There is always one at the last step. The best one is kept."""
-    num_overlays: int = 6
+    num_overlays: PositiveInt = 6
     """Number of slices per scan in TensorBoard and the report."""
     log_images: bool = False
     """True writes pictures of slices, which are patient images. Only the public demo scans set it."""
-    batch_size: int = 8
+    batch_size: PositiveInt = 8
     """Number of slices per forward pass of validation."""
-    patience_rounds: int | None = None
+    patience_rounds: PositiveInt | None = None
     """Number of successive validation rounds without a higher foreground Dice that end the run. null trains to the last
     step."""
-    min_steps: int = 0
+    min_steps: NonNegativeInt = 0
     """First step at which the run may end early. It never ends before warm-up and patience_rounds rounds after it."""
-
-    def __post_init__(self) -> None:
-        if (self.patience_rounds is not None and self.patience_rounds < 1) or self.min_steps < 0:
-            raise ValueError(
-                f"watch.patience_rounds must be at least 1 or null and watch.min_steps at least 0, got "
-                f"{self.patience_rounds} and {self.min_steps}."
-            )
-        if self.validate_every_n_steps < 1 or self.batch_size < 1 or self.num_overlays < 1:
-            raise ValueError(
-                "watch.validate_every_n_steps, watch.num_overlays and watch.batch_size must be at least 1, got "
-                f"{self.validate_every_n_steps}, {self.num_overlays} and {self.batch_size}."
-            )
 
 
 class Schedule(Enum):

@@ -135,7 +135,7 @@ def test_finetune__bad_input_gives_its_exit_code(place, monkeypatch, capsys, arg
 
 
 def test_model_config__image_size_0_is_refused():
-    with pytest.raises(ValueError, match=r"model\.image_size must be positive or null, got 0"):
+    with pytest.raises(ValueError, match=r"image_size\n  Input should be"):
         ModelConfig(image_size=0)
 
 

@@ -129,7 +129,7 @@ def test_main__a_container_that_grants_fewer_cores_gets_fewer_threads(
     with caplog.at_level(logging.INFO):
         assert cli.main(["train"]) == 0
     assert seen == ["1"]
-    assert "1 of the 64 cores" in caplog.text
+    assert "1 of 64 visible cores" in caplog.text
 
 
 def test_main__without_command_lists_them_and_fails(command, capsys: pytest.CaptureFixture[str]) -> None:
