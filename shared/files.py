@@ -211,7 +211,7 @@ def read_with_retry(read: Callable[[], Result], *, where: str) -> Result:
         if not is_transient(err):
             raise
         raise StorageError(
-            f"the drive does not answer after {NUM_ATTEMPTS} attempts ({err.strerror}).",
+            f"the drive does not respond after {NUM_ATTEMPTS} attempts ({err.strerror}).",
             where=where,
             kept="everything that was written before",
             next_command="check the drive and its mount, then run the same command again",

@@ -77,7 +77,7 @@ def test_build_store__source_on_a_failing_drive_is_read_again(tmp_path, failing,
 def test_build_store__source_on_a_dead_drive_gives_exit_code_5(tmp_path, failing):
     cases = make_cases(tmp_path / "in", num_patients=2, labelled=False)
     failing(errno.EIO, 10**6, "case01_0.nii.gz")
-    with pytest.raises(StorageError, match=r"does not answer after 4 attempts") as caught:
+    with pytest.raises(StorageError, match=r"does not respond after 4 attempts") as caught:
         build(cases, tmp_path / "s.zarr")
     assert caught.value.exit_code == 5
     with pytest.raises(DataError, match="no completion mark"):

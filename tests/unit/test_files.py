@@ -156,7 +156,7 @@ def test_retry__other_errors_are_raised_at_once(code: int) -> None:
 
 
 def test_read_with_retry__error_that_stays_is_a_storage_error() -> None:
-    with pytest.raises(StorageError, match=r"does not answer after 4 attempts \(Input/output error\)") as refusal:
+    with pytest.raises(StorageError, match=r"does not respond after 4 attempts \(Input/output error\)") as refusal:
         read_with_retry(Failing(*[errno.EIO] * 4), where="scan.nii.gz")
     assert refusal.value.where == "scan.nii.gz"
 
