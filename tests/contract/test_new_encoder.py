@@ -178,7 +178,7 @@ def test_new_encoder__other_formats_are_left_out_with_a_reason(toy: ToySpec) -> 
     subject = Subject(tensors=make_sam(toy, image_size=SIZE).state_dict(), spec=toy, image_size=SIZE)
     assert "cannot express toy_16" in str(TRANSFORMERS_FORMAT.why_not(subject))
     assert "toy_16 cannot be exported to ONNX" in str(ONNX_FORMAT.why_not(subject))
-    assert not subject.is_stock
+    assert subject.why_not_stock == "it has no entry for toy_16"
 
 
 def test_new_encoder__is_listed_and_read_back_from_a_stored_shape(toy: ToySpec) -> None:
