@@ -105,7 +105,7 @@ def test_read_weights__unfinished_lora_run_is_refused(tmp_path):
         WeightsError, match=r"16 layers with adapters that are not merged. Finish the run first"
     ) as refusal:
         read_weights(tmp_path / "state.safetensors")
-    assert "it goes on, and BASE=runs/NAME is then its result" in str(refusal.value.next_command)
+    assert "which resumes it; BASE=runs/NAME is then its result" in str(refusal.value.next_command)
 
 
 def test_restore__another_image_size_resizes_positions(run):
