@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from PIL import Image
-from samgraft.finetune.training.report import _next
+from samgraft.finetune.training.report import _next_steps
 from samgraft.shared.report.page import (
     KeyValues,
     Picture,
@@ -105,6 +105,7 @@ def test_path_for_report__absolute_path_loses_its_folders() -> None:
 
 @pytest.mark.parametrize(("runs", "shown"), [("/vol/name/runs", "'a b'"), ("other", "'other/a b'")])
 def test_finetune_report__names_the_run_without_its_folders(runs: str, shown: str) -> None:
-    text = _next(SimpleNamespace(path=Path(runs) / "a b")).text
+    prepared = SimpleNamespace(split=SimpleNamespace(test=["p_1"]))
+    text = "\n".join(part.text for part in _next_steps(SimpleNamespace(path=Path(runs) / "a b"), prepared))
     assert f"RUN={shown} SPLIT=test" in text
     assert f"RUN={shown} OUT='releases/a b'" in text
