@@ -313,7 +313,8 @@ def _labels_per_image(
                 "or give image and label in a CSV list."
             )
         if left := [p.name for p in candidates if p not in chosen]:
-            found.notes.append(f"{scan_stem(image)} has a better label, not used: {', '.join(sorted(left))}")
+            unused = ", ".join(sorted(left))
+            found.notes.append(f"{scan_stem(image)} has a label that matches better than {unused}")
         fitting[image] = sorted(chosen)
     return fitting, refusals
 
