@@ -81,7 +81,7 @@ def test_keys__every_one_that_is_named_can_be_set():
     known |= set(RENAMED_KEYS)  # Earlier names, which are refused with the new one.
     sections = "|".join(sorted({key.split(".")[0] for key in known if "." in key}))
     pattern = re.compile(rf"(?<![\w./-])(?:{sections})(?:\.[a-z][a-z_0-9]*)+")
-    files = (".safetensors", ".pt", ".npz", ".json", ".onnx")
+    files = (".safetensors", ".pt", ".pkl", ".npz", ".json", ".onnx")
     named = [(place, key) for place, text in texts() for key in pattern.findall(text) if not key.endswith(files)]
     assert len(named) > 50
     assert [(place, key) for place, key in named if key not in known] == []
