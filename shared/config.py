@@ -136,7 +136,7 @@ def translate_renamed_keys(flat: Mapping[str, Any]) -> dict[str, Any]:
 def read_stored_config(path: Path) -> dict[str, Any]:
     """Return the stored configuration of a run with the names of today, as a layer for ``load_config``."""
     nested: dict[str, Any] = {}
-    stored = dict(_dotted(yaml.safe_load(path.read_text(encoding="utf-8")), ""))
+    stored = flatten_settings(yaml.safe_load(path.read_text(encoding="utf-8")))
     for key, value in translate_renamed_keys(stored).items():
         *sections, name = key.split(".")
         section = nested
@@ -146,12 +146,15 @@ def read_stored_config(path: Path) -> dict[str, Any]:
     return nested
 
 
-def _dotted(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+def flatten_settings(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested settings by dotted key. An empty mapping counts as a value."""
+    flat: dict[str, Any] = {}
     for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _dotted(value, f"{prefix}{key}.")
+        if isinstance(value, Mapping) and value:
+            flat |= flatten_settings(value, f"{prefix}{key}.")
         else:
-            yield f"{prefix}{key}", value
+            flat[f"{prefix}{key}"] = value
+    return flat
 
 
 def read_settings(layers: Sequence[Path | Mapping[str, Any]], overrides: Sequence[str]) -> dict[str, str]:

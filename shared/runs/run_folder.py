@@ -12,7 +12,6 @@ import os
 import shlex
 import socket
 import sys
-from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from samgraft.shared.config import (
     config_to_dict,
     config_to_yaml,
     default_settings,
+    flatten_settings,
     keys_that_may_change,
     translate_renamed_keys,
 )
@@ -255,16 +255,16 @@ def _check_same_run(path: Path, *, config: object, stage: str) -> None:
         return
     try:
         text = stored.read_text(encoding="utf-8")
-        before = translate_renamed_keys(_flat(yaml.safe_load(text)))
+        before = translate_renamed_keys(flatten_settings(yaml.safe_load(text)))
     except (yaml.YAMLError, UnicodeDecodeError, AttributeError) as err:
         raise UsageError("config.yaml of the run is damaged.", where=path.name) from err
     if f"stage: {stage}\n" not in text.split("\n", 1)[0] + "\n":
         raise UsageError(
             f"the folder contains a run of another stage than {stage}. Choose another NAME=.", where=path.name
         )
-    now = _flat(config_to_dict(config))
+    now = flatten_settings(config_to_dict(config))
     # A run of an older version lacks newer settings. Their defaults reproduce what that version did.
-    before = {**{k: v for k, v in _flat(default_settings(type(config))).items() if k in now}, **before}
+    before = {**{k: v for k, v in flatten_settings(default_settings(type(config))).items() if k in now}, **before}
     free = tuple(keys_that_may_change(type(config)))
     different = [
         f"{key}: {before.get(key, 'not set')} -> {now.get(key, 'not set')}"
@@ -280,16 +280,6 @@ def _check_same_run(path: Path, *, config: object, stage: str) -> None:
             where=path.name,
             kept="the earlier run, unchanged",
         )
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping) and value:
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
 
 
 def _now() -> str:
