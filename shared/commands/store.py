@@ -50,6 +50,7 @@ def _add_source_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--site-pattern", help="the same for site or scanner")
     parser.add_argument("--label-map", default="", help="1=1,4=3,9=0: label id in the files = in the store, 0 drops it")
     parser.add_argument("--label-names", default="", help="1=tumour,2=oedema")
+    parser.add_argument("--label-desc", help="lesion: the BIDS labels with desc-lesion, when there are several")
     parser.add_argument("--frame", type=int, help="which volume of 4D files")
     parser.add_argument("--allow-gaps", action="store_true", help="accept missing DICOM slices")
     parser.add_argument("--round-labels", action="store_true", help="round label values that are nearly whole")
@@ -175,6 +176,7 @@ def _scan_request(arguments: argparse.Namespace, source: Path) -> ScanRequest:
             site_pattern=arguments.site_pattern,
             label_map=parse_label_map(arguments.label_map) or None,
             label_names=parse_label_names(arguments.label_names) or None,
+            label_desc=arguments.label_desc,
             frame=arguments.frame,
             allow_gaps=arguments.allow_gaps,
             round_labels=arguments.round_labels,

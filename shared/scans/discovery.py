@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import re
+import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
@@ -26,6 +28,8 @@ class SourceOptions:
     label_map: Mapping[int, int] | None = None
     """Map from label id in the files to label id in the store. 0 drops an id."""
     label_names: Mapping[int, str] | None = None
+    label_desc: str | None = None
+    """Value of ``desc-`` of the BIDS labels to use. None uses all."""
     frame: int | None = None
     """Index of the volume to read from 4D files."""
     allow_gaps: bool = False
@@ -50,15 +54,37 @@ class Discovery:
 
     def finish(self) -> None:
         """Sort the cases, refuse copies that contradict each other, and list images without label."""
-        counts = Counter(case.name for case in self.cases)
-        # The same number in imagesTr and imagesTs needs the folder to be a name.
-        for number, case in enumerate(self.cases):
-            name = case.name if counts[case.name] == 1 else f"{case.scan.paths[0].parent.name}/{case.name}"
-            self.cases[number] = _refuse_twin(replace(case, name=name))
+        self.cases = [_refuse_twin(case) for case in _merge_listed_twice(self.cases, self.left_out)]
+        # The same number in imagesTr and imagesTs needs the folder to be a name, and a.nii beside a.nii.gz its ending.
+        for longer_name in (lambda path, name: f"{path.parent.name}/{name}", lambda path, _: "/".join(path.parts[-2:])):
+            counts = Counter(case.name for case in self.cases)
+            self.cases = [
+                case if counts[case.name] == 1 else replace(case, name=longer_name(case.scan.paths[0], case.name))
+                for case in self.cases
+            ]
+        self._unify_patients()
+        self._note_shared_labels()
         self.labels_without_image.sort()
         self.cases.sort(key=lambda case: case.name)
         if any(case.labels for case in self.cases):
             self.images_without_label = [case.name for case in self.cases if not case.labels]
+
+    def _unify_patients(self) -> None:
+        """Give patients one spelling, because ``P01`` and ``p 01`` in two splits would be a leak."""
+        spellings: dict[str, set[str]] = defaultdict(set)
+        for case in self.cases:
+            spellings[_one_spelling(case.patient_key)].add(case.patient_key)
+        self.cases = [replace(case, patient_key=min(spellings[_one_spelling(case.patient_key)])) for case in self.cases]
+        if many := sum(1 for keys in spellings.values() if len(keys) > 1):
+            self.notes.append(f"{many} patients are written in several ways (upper case, spaces) and count as one each")
+
+    def _note_shared_labels(self) -> None:
+        patients: dict[Path, set[str]] = defaultdict(set)
+        for case in self.cases:
+            for label in case.labels:
+                patients[label.scan.paths[0]].add(case.patient_key)
+        if shared := sorted(path.name for path, keys in patients.items() if len(keys) > 1):
+            self.notes.append(f"{len(shared)} labels belong to scans of several patients each, e.g. {shared[0]}")
 
 
 class NameRules:
@@ -86,7 +112,7 @@ def patients_by_path(relatives: Iterable[str], found: Discovery) -> dict[str, st
     """Return the patient of every path of a source without patient ids, with notes on doubtful decisions.
 
     A patient is the first folder that is no general one (``train``, ``images``, ``T1``). Without such a folder it is
-    the file itself, together with the files whose names differ only in frame, time point, contrast or side.
+    the file itself. Files and folders whose names differ only in frame, time point, contrast or side are one patient.
     """
     by_folder: dict[str, str] = {}
     by_stem: dict[str, list[str]] = defaultdict(list)
@@ -99,6 +125,10 @@ def patients_by_path(relatives: Iterable[str], found: Discovery) -> dict[str, st
         stem = patient_of_stem(scan_stem(path.name))
         # Bare numbers start again in every part of a split: 001 in imagesTr and in imagesTs are two patients.
         by_stem[f"{path.parent}/{stem}" if stem.isdecimal() else stem].append(relative)
+    folder_of = merge_patients(
+        {folder: patient_of_stem(folder, is_file=False) for folder in by_folder.values()}, found, "folders"
+    )
+    by_folder = {relative: folder_of[folder] for relative, folder in by_folder.items()}
     _note_folders(by_folder, found)
     merged = merge_patients({r: stem for stem, group in by_stem.items() for r in group}, found)
     if any(merged[r] == r for r in merged):
@@ -106,22 +136,64 @@ def patients_by_path(relatives: Iterable[str], found: Discovery) -> dict[str, st
     return by_folder | merged
 
 
-def merge_patients(id_of: Mapping[str, str], found: Discovery) -> dict[str, str]:
+def merge_patients(id_of: Mapping[str, str], found: Discovery, what: str = "scans") -> dict[str, str]:
     """Return the patient of every case, which is the case itself unless others share its id.
 
     Args:
         id_of: Case -> its id without frame, time point, contrast or side.
         found: Discovery that gets a note about merged cases.
+        what: Name of the cases in the note.
     """
     counts = Counter(id_of.values())
     merged = {case: patient if counts[patient] > 1 else case for case, patient in id_of.items()}
     if num := sum(1 for case in merged if counts[id_of[case]] > 1):
         patients = sum(1 for count in counts.values() if count > 1)
         found.notes.append(
-            f"{num} scans count as {patients} patients, because their names differ only in frame, time point, contrast "
-            "or side; else give --patient-pattern"
+            f"{num} {what} count as {patients} patients, because their names differ only in frame, time point, "
+            "contrast or side; else give --patient-pattern"
         )
     return merged
+
+
+def class_ids_of(names: Iterable[str], options: SourceOptions, found: Discovery) -> dict[str, int]:
+    """Give classes that files name an id each, and record their names.
+
+    The ids of ``--label-names`` count. Otherwise they follow the alphabet and not the files, so that they do not change
+    when a case is added, and leave out ids that other labels of the source have.
+
+    Raises:
+        UsageError: If ``--label-names`` lacks a class.
+    """
+    wanted = sorted(set(names))
+    if options.label_names is not None:
+        ids = {name: number for number, name in options.label_names.items()}
+        if missing := [name for name in wanted if name not in ids]:
+            raise UsageError(f"--label-names must have the classes that files name, {', '.join(missing)} is missing.")
+        return ids
+    if not wanted:
+        return {}
+    ids = {name: number for number, name in (found.label_names or {}).items()}
+    targets = set((options.label_map or {}).values()) - {0}
+    free = (number for number in itertools.count(1) if number not in targets | set(ids.values()))
+    for name in wanted:
+        if name not in ids:
+            ids[name] = next(free)
+    found.label_names = {number: f"label {number}" for number in targets} | {
+        number: name for name, number in ids.items()
+    }
+    return ids
+
+
+def refuse_unnamed(labels: Sequence[LabelFiles], options: SourceOptions, found: Discovery) -> str | None:
+    """Return why labels with ids cannot be put beside labels with one class per file, or None if they can."""
+    named = found.label_names is not None and options.label_map is None and options.label_names is None
+    if named and any(label.class_id is None and label.ids is None for label in labels):
+        # Id 1 of this file would silently get the name of the first class of the other files.
+        return (
+            "the label has ids, while other files of the source name one class each. Add the class to the name "
+            "(CASE_seg_NAME), or pass --label-map for the ids, e.g. --label-map 1=1,2=2; named classes get free ids."
+        )
+    return None
 
 
 def label_files(path: Path, reader: str, options: SourceOptions, *, class_id: int | None = None) -> LabelFiles:
@@ -170,11 +242,16 @@ def _whole(text: str, option: str) -> int:
 def _note_folders(by_folder: Mapping[str, str], found: Discovery) -> None:
     """Note folders that may hold several patients. Whether they do cannot be decided from names."""
     subfolders: dict[str, set[str]] = defaultdict(set)
+    stems: dict[str, set[str]] = defaultdict(set)
     for relative, folder in by_folder.items():
-        parts = PurePosixPath(relative).parts
-        place = parts.index(folder)
-        if len(parts) > place + 2:
-            subfolders[folder].add(parts[place + 1])
+        path = PurePosixPath(relative)
+        place = path.parts.index(patient_folder(path) or path.parts[0])
+        if len(path.parts) > place + 2:
+            subfolders[folder].add(path.parts[place + 1])
+            continue
+        stem = patient_of_stem(scan_stem(path.name))
+        if any(char.isdigit() for char in stem):
+            stems[folder].add(stem)
     if len(by_folder) > 1 and len(set(by_folder.values())) == 1:
         found.notes.append(
             f"{len(by_folder)} scans are below one folder and count as one patient: give the folder below it, or "
@@ -185,6 +262,33 @@ def _note_folders(by_folder: Mapping[str, str], found: Discovery) -> None:
             f"{len(many)} folders count as one patient each but hold more than three folders, e.g. {many[0]}: if those "
             "are the patients, give --patient-pattern"
         )
+    elif many := sorted(folder for folder, names in stems.items() if len(names) > 3):
+        found.notes.append(
+            f"{len(many)} folders count as one patient each but hold scans with more than three numbered names, e.g. "
+            f"{many[0]}: if those are the patients, give --patient-pattern"
+        )
+
+
+def _merge_listed_twice(cases: Sequence[SourceCase], left_out: Counter[str]) -> list[SourceCase]:
+    """Keep one of the cases with the same files, or refuse it if patients or labels contradict each other."""
+    groups: dict[tuple[object, ...], list[SourceCase]] = defaultdict(list)
+    for case in cases:
+        groups[(*(path.resolve() for path in case.scan.paths), case.scan.frame)].append(case)
+    merged = []
+    for group in groups.values():
+        first = next((case for case in group if case.labels), group[0])
+        if len(group) > 1:
+            left_out["note: image listed more than once, read once"] += len(group) - 1
+            labels = {tuple(label.scan.paths for label in case.labels) for case in group if case.labels}
+            if len(labels) > 1 or len({case.patient_key for case in group}) > 1:
+                reason = f"the image is listed {len(group)} times with different labels or patients. Keep one entry."
+                first = replace(first, refusal=reason)
+        merged.append(first)
+    return merged
+
+
+def _one_spelling(patient: str) -> str:
+    return " ".join(unicodedata.normalize("NFKC", patient).casefold().split())
 
 
 def _refuse_twin(case: SourceCase) -> SourceCase:

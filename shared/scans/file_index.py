@@ -35,6 +35,20 @@ ZARR_MARKS = {"zarr.json", ".zgroup", ".zarray"}
 HIDDEN = "hidden file or folder"
 BROKEN_LINK = "broken link"
 _SYSTEM_NAMES = {"__macosx", "thumbs.db", "desktop.ini", "lost+found"}
+_COPIES = (
+    "~",
+    ".bak",
+    ".backup",
+    ".orig",
+    ".old",
+    ".tmp",
+    ".temp",
+    ".part",
+    ".partial",
+    ".crdownload",
+    ".download",
+    ".swp",
+)
 # First bytes of the text files that git-lfs and git-annex leave in place of contents that were not downloaded.
 _POINTER_MARKS = (b"version https://git-lfs", b"/annex/objects/")
 _MAX_POINTER_BYTES = 1024
@@ -81,6 +95,8 @@ def reason_to_leave_out(path: Path, size: int) -> str | None:
     """Return why a file cannot be a scan whatever its name is, or None."""
     if path.name.startswith(".") or path.name.lower() in _SYSTEM_NAMES:
         return HIDDEN
+    if path.name.lower().endswith(_COPIES):
+        return "backup or unfinished copy"
     if 0 < size <= _MAX_POINTER_BYTES and path.read_bytes().lstrip().startswith(_POINTER_MARKS):
         return "git-lfs or git-annex pointer without content (download it)"
     return None

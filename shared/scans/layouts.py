@@ -5,28 +5,37 @@ from __future__ import annotations
 import csv
 import json
 import re
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections import Counter, defaultdict
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from samgraft.shared.errors import DataError
+from samgraft.shared.errors import DataError, UsageError
 from samgraft.shared.scans.case import LabelFiles, SourceCase
 from samgraft.shared.scans.discovery import (
     Discovery,
     NameRules,
     SourceOptions,
+    class_ids_of,
     label_files,
     merge_patients,
     patients_by_path,
+    refuse_unnamed,
 )
-from samgraft.shared.scans.file_index import BROKEN_LINK, FileIndex, index_files, reason_to_leave_out
+from samgraft.shared.scans.file_index import FileIndex, index_files, reason_to_leave_out
 from samgraft.shared.scans.names import patient_of_stem
 from samgraft.shared.scans.readers.registry import READERS, format_by_content, format_by_suffix, scan_stem
 from samgraft.shared.scans.readers.scan import ScanFiles, ScanFormat
 
 CSV_COLUMNS = ("image", "label", "patient", "study", "site")
+# Other names of the columns. A list whose labels or patients are not read would be used without them.
+_COLUMN_WORDS = {
+    "label": {"mask", "masks", "labels", "seg", "segmentation", "gt", "groundtruth", "annotation", "roi"},
+    "patient": {"patients", "subject", "subjects", "case", "pid", "participant", "id"},
+    "site": {"center", "centre", "scanner", "hospital"},
+    "study": {"session", "visit"},
+}
 _CHANNEL = re.compile(r"(?P<case>.+)_(?P<channel>\d{4})")
 _LABEL_ENDINGS = ("_dseg", "_mask")
 _IGNORED_ENTITIES = ("desc-", "space-", "label-", "atlas-", "res-")
@@ -93,17 +102,13 @@ def msd_cases(root: Path, options: SourceOptions) -> Discovery:
     parts = ("training", "validation", "test", "testing")
     entries = [entry for part in parts for entry in _entries(values, part, root)]
     # Channels are volumes of one 4D file, unless the list has a file for each of them.
-    channels = values.get("modality") if not any(is_channel for _, _, is_channel in entries) else None
+    channels = values.get("modality") if all(entry.image == entry.first for entry in entries) else None
     num_channels = len(channels) if isinstance(channels, Mapping) and channels else 1
-    present: list[tuple[Path, str | None]] = []
-    for image, label, _ in entries:
-        reason = _reason_missing(_inside(root, image))
-        if reason is None:
-            present.append((_inside(root, image), label))
-        else:
-            found.left_out[reason] += 1
-    patients = merge_patients({scan_stem(path): patient_of_stem(scan_stem(path)) for path, _ in present}, found)
-    for path, label in present:
+    present = _present_entries(root, entries, found)
+    # The files of one entry are one patient, whatever their names are.
+    patients = merge_patients({e.first: patient_of_stem(scan_stem(e.first)) for _, e in present}, found)
+    for path, entry in present:
+        label = entry.label
         label_path = _inside(root, label) if label else None
         if label_path is not None and not label_path.is_file():
             found.notes.append(f"the label of {path.name} is listed but missing")
@@ -112,7 +117,9 @@ def msd_cases(root: Path, options: SourceOptions) -> Discovery:
         for channel in range(num_channels):
             frame = options.frame if num_channels == 1 else channel
             name = stem if num_channels == 1 else f"{stem}_{channel:04d}"
-            case = _named_case(path, label_path, name, rules, root, options, patient=patients[stem], frame=frame)
+            patient = patients[entry.first]
+            patient = scan_stem(entry.first) if patient == entry.first else patient
+            case = _named_case(path, label_path, name, rules, root, options, patient=patient, frame=frame)
             found.cases.append(case)
     return found
 
@@ -136,11 +143,13 @@ def bids_cases(root: Path, options: SourceOptions) -> Discovery:
             found.left_out["BIDS image that is not anatomical"] += 1
     if others := len(index.files) - len(index.single_files()):
         found.left_out["BIDS image that is not anatomical"] += others
-    class_ids = _bids_class_ids(labels)
-    if class_ids and found.label_names is None:
-        found.label_names = {number: name for name, number in class_ids.items()}
+    if options.label_desc is not None:
+        labels = _with_description(labels, options.label_desc, found)
+    has_table = found.label_names is not None
+    class_ids = class_ids_of(_bids_classes(labels), options, found)
+    kinds = _kinds_of_masks(labels)
     for entities, paths in images.items():
-        chosen, refusals = _labels_per_image(paths, labels.pop(entities, []), found)
+        chosen, refusals = _labels_per_image(paths, labels.pop(entities, []), found, kinds=kinds)
         for path in paths:
             stem = scan_stem(path)
             subject = stem.split("_")[0]
@@ -150,7 +159,8 @@ def bids_cases(root: Path, options: SourceOptions) -> Discovery:
                 label_files(p, index.files[p], options, class_id=class_ids.get(_entity(p, "label")))
                 for p in chosen[path]
             ]
-            found.cases.append(replace(case, labels=tuple(parts_of), refusal=refusals.get(path)))
+            refusal = refusals.get(path) or (None if has_table else refuse_unnamed(parts_of, options, found))
+            found.cases.append(replace(case, labels=tuple(parts_of), refusal=refusal))
     found.labels_without_image += [p.name for paths in labels.values() for p in paths]
     return found
 
@@ -165,7 +175,7 @@ def csv_cases(path: Path, options: SourceOptions) -> Discovery:
     """
     found = Discovery(layout="CSV list")
     rules = NameRules(options)
-    rows = _csv_rows(path)
+    rows = _csv_rows(path, found)
     unnamed = [row["image"] for _, row in rows if row.get("image") and not row.get("patient")]
     patients = {} if rules.has_patient else patients_by_path(unnamed, found)
     for number, row in rows:
@@ -195,7 +205,7 @@ def csv_cases(path: Path, options: SourceOptions) -> Discovery:
     return found
 
 
-def _csv_rows(path: Path) -> list[tuple[int, dict[str, str]]]:
+def _csv_rows(path: Path, found: Discovery) -> list[tuple[int, dict[str, str]]]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as err:
@@ -215,6 +225,7 @@ def _csv_rows(path: Path) -> list[tuple[int, dict[str, str]]]:
                 lowered = [v.lower() for v in values]
                 if "image" in lowered:
                     header = lowered
+                    _check_columns(header, path, found)
                     continue
                 header = CSV_COLUMNS
             if len(values) > len(header):
@@ -227,6 +238,19 @@ def _csv_rows(path: Path) -> list[tuple[int, dict[str, str]]]:
     except csv.Error as err:
         raise DataError(f"line {reader.line_num} is not CSV ({err}).", where=path.name) from err
     return rows
+
+
+def _check_columns(header: Sequence[str], path: Path, found: Discovery) -> None:
+    """Refuse columns that may hold labels or patients under another name, and note the other unknown ones."""
+    if repeated := [name for name, count in Counter(header).items() if count > 1]:
+        raise DataError(f"a column must be there once, {', '.join(repeated)} is repeated.", where=path.name)
+    unknown = [name for name in header if name and name not in CSV_COLUMNS]
+    for name in unknown:
+        meant = next((column for column, words in _COLUMN_WORDS.items() if set(re.split(r"\W|_", name)) & words), None)
+        if meant is not None and meant not in header:
+            raise DataError(f"the column {name} is not known. Call it {meant}, or remove it.", where=path.name)
+    if unknown:
+        found.notes.append(f"columns of the list that are not used: {', '.join(unknown)}")
 
 
 def _listed_scan(path: Path, options: SourceOptions) -> ScanFiles:
@@ -283,12 +307,12 @@ def _is_one_scan(index: FileIndex, path: Path) -> bool:
 
 
 def _labels_per_image(
-    images: Sequence[Path], labels: Sequence[Path], found: Discovery
+    images: Sequence[Path], labels: Sequence[Path], found: Discovery, *, kinds: Collection[str]
 ) -> tuple[dict[Path, list[Path]], dict[Path, str]]:
     """Choose the labels of images that share their entities, or refuse an image if no rule decides.
 
     Rules, in this order: ``space-`` names the image; ``_dseg`` (all classes) goes before ``_mask`` (one class); masks
-    with different ``label-`` are classes of one label; brain masks are no label beside others.
+    with ``label-`` go before others and are classes of one label. Masks of several ``kinds`` need a choice.
     """
     fitting: dict[Path, list[Path]] = {image: [] for image in images}
     for label in labels:
@@ -304,13 +328,20 @@ def _labels_per_image(
         segmentations = [p for p in candidates if scan_stem(p).endswith("_dseg")]
         # Sort order must never decide: a brain mask sorts before a lesion mask.
         masks = [p for p in candidates if p not in segmentations]
-        specific = [p for p in masks if _entity(p, "desc") != "brain" and _entity(p, "label") != "brain"]
+        specific = [p for p in masks if _entity(p, "label") not in ("", "brain")]
         chosen = segmentations or specific or masks
         names = [_entity(p, "label") for p in chosen]
         if len(chosen) > 1 and ("" in names or len(set(names)) < len(names) or segmentations):
+            choice = next((desc for p in sorted(chosen) if (desc := _entity(p, "desc")) not in ("", "brain")), "NAME")
             refusals[image] = (
-                f"the image has {len(chosen)} labels ({', '.join(sorted(p.name for p in chosen))}). Keep one of them, "
-                "or give image and label in a CSV list."
+                f"the image has {len(chosen)} labels ({', '.join(sorted(p.name for p in chosen))}). Choose with "
+                f"--label-desc {choice}, or give image and label in a CSV list."
+            )
+        elif chosen and chosen == masks and len(kinds) > 1:
+            # The brain mask of one subject and the lesion mask of another would become one class.
+            refusals[image] = (
+                f"the masks of the data set show several things (desc-{', desc-'.join(sorted(kinds))}). Choose with "
+                "--label-desc NAME."
             )
         if left := [p.name for p in candidates if p not in chosen]:
             unused = ", ".join(sorted(left))
@@ -319,10 +350,29 @@ def _labels_per_image(
     return fitting, refusals
 
 
-def _bids_class_ids(labels: Mapping[str, Sequence[Path]]) -> dict[str, int]:
-    masks = [p for paths in labels.values() for p in paths if scan_stem(p).endswith("_mask")]
-    names = sorted({_entity(p, "label") for p in masks} - {"", "brain"})
-    return {name: number for number, name in enumerate(names, start=1)}
+def _with_description(labels: Mapping[str, Sequence[Path]], wanted: str, found: Discovery) -> dict[str, list[Path]]:
+    """Return the labels with ``desc-WANTED`` and count the others."""
+    kept = {key: [p for p in paths if _entity(p, "desc") == wanted] for key, paths in labels.items()}
+    every, chosen = (sum(map(len, group.values())) for group in (labels, kept))
+    if not chosen:
+        names = sorted({_entity(p, "desc") for paths in labels.values() for p in paths} - {""})
+        raise UsageError(f"--label-desc must be among {', '.join(names) or 'none'}, got {wanted}.")
+    if every > chosen:
+        found.left_out["label of another --label-desc"] += every - chosen
+    return kept
+
+
+def _masks(labels: Mapping[str, Sequence[Path]]) -> list[Path]:
+    return [p for paths in labels.values() for p in paths if scan_stem(p).endswith("_mask")]
+
+
+def _bids_classes(labels: Mapping[str, Sequence[Path]]) -> set[str]:
+    return {_entity(p, "label") for p in _masks(labels)} - {"", "brain"}
+
+
+def _kinds_of_masks(labels: Mapping[str, Sequence[Path]]) -> set[str]:
+    """Return what the masks without ``label-`` show, by their ``desc-``."""
+    return {_entity(p, "desc") or "none" for p in _masks(labels) if _entity(p, "label") in ("", "brain")}
 
 
 def _entity(path: Path, name: str) -> str:
@@ -383,13 +433,23 @@ def _names_from_json(values: Mapping[str, Any], root: Path, options: SourceOptio
     return {label_id: text for label_id, text in names.items() if label_id not in ignored}
 
 
-def _entries(values: Mapping[str, Any], part: str, root: Path) -> list[tuple[str, str | None, bool]]:
-    """Return image, label, and whether the image is one channel of its case, for each file of a part."""
+@dataclass(frozen=True)
+class _Entry:
+    """One file of a list."""
+
+    image: str
+    label: str | None
+    first: str
+    """First image of the case, which is another one for the second and later channels."""
+
+
+def _entries(values: Mapping[str, Any], part: str, root: Path) -> list[_Entry]:
+    """Return each image of a part with its label."""
     where = f"{root.name}/dataset.json"
     entries = values.get(part) or []
     if not isinstance(entries, list):
         raise DataError(f"{part} must be a list, got {type(entries).__name__}.", where=where)
-    files: list[tuple[str, str | None, bool]] = []
+    files: list[_Entry] = []
     for entry in entries:
         images, label = (entry.get("image"), entry.get("label")) if isinstance(entry, Mapping) else (entry, None)
         images = images if isinstance(images, list) else [images]
@@ -399,20 +459,30 @@ def _entries(values: Mapping[str, Any], part: str, root: Path) -> list[tuple[str
             raise DataError(
                 f"a case of {part} must have the path of its image and of one label, got {entry!r}.", where=where
             )
-        files += [(image, label, len(images) > 1) for image in images]
+        files += [_Entry(image, label, images[0]) for image in images]
     return files
 
 
 def _any_listed(values: Mapping[str, Any], root: Path) -> bool:
-    return any((root / image).is_file() for image, _, _ in _entries(values, "training", root))
+    return any((root / entry.image).is_file() for entry in _entries(values, "training", root))
 
 
-def _reason_missing(path: Path) -> str | None:
-    if path.is_symlink() and not path.exists():
-        return BROKEN_LINK
-    if not path.is_file():
-        return "listed in dataset.json but not there"
-    return reason_to_leave_out(path, path.stat().st_size)
+def _present_entries(root: Path, entries: Sequence[_Entry], found: Discovery) -> list[tuple[Path, _Entry]]:
+    """Return the entries whose image is a scan, and count missing and unlisted files."""
+    index = index_files(root)
+    found.left_out, found.notes = index.left_out, list(index.notes)
+    scans = {path.resolve() for path in index.files}
+    present = []
+    for entry in entries:
+        path = _inside(root, entry.image)
+        if path.resolve() in scans:
+            present.append((path, entry))
+        elif not path.exists() and not path.is_symlink():  # other files were counted when they were indexed
+            found.left_out["listed in dataset.json but not there"] += 1
+    listed = {_inside(root, name).resolve() for e in entries for name in (e.image, e.label) if name}
+    if unlisted := len(scans - listed):
+        found.left_out["scan that dataset.json does not list"] += unlisted
+    return present
 
 
 def _inside(root: Path, listed: str) -> Path:

@@ -8,8 +8,9 @@ time point or a side do not identify a patient.
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import PurePath
 
 from samgraft.shared.scans.readers.registry import scan_stem
@@ -52,6 +53,13 @@ _PLACEHOLDERS = _word_set(
     "noname noid id subject subj pseudonym redacted hidden empty default"
 )
 _JOINED = re.compile(r"(?i)(ground|label|time|follow)[-_. ]?(truth|maps?|point|up)s?(?![a-z])")
+_NUMBERED_MODALITY = re.compile(r"(?:mr|ct|pet|us|cta|mra)\d{1,2}")
+# Words before a number that separates stacks of pictures.
+_OWNER = re.compile(r"(?:^|_)(?:p|pt|pat|patient|case|c|sub|subj|subject|id|vol|volume|study|series|ser|acc)_?$")
+_UID = re.compile(r"\d+(?:\.\d+){3,}")
+_SUBJECT = re.compile(r"sub-[A-Za-z0-9]+")
+# Eight digits that are a day.
+_DAY = re.compile(r"(?:19|20)\d{2}(?:0[1-9]|1[0-2])(?:0[1-9]|[12]\d|3[01])")
 _NUMBERED_ROLE = re.compile(r"^(?P<role>[A-Za-z]+)(?P<number>\d+)$")
 _CAMEL_PART = re.compile(r"^(?P<role>[A-Za-z]+?)(?P<part>Tr|Ts|Te|Val|Va|Train|Test|TR|TS|tr|ts)$")
 
@@ -81,6 +89,25 @@ class NamedFile:
         return self.role_index is not None or (self.in_label_folder and not is_plainly_image)
 
     @property
+    def picture_classes(self) -> tuple[str, ...]:
+        """Words after the role word of a picture's name, which separate the masks of one slice."""
+        if self.role_index is None:
+            return ()
+        before, after = self.words[: self.role_index], self.words[self.role_index + 1 :]
+        # In x_001_mask_1 the second number is that of the mask, in mask_001 the number is that of the slice.
+        is_numbered = any(char.isdigit() for word in before for char in word)
+        return tuple(word for word in after if is_numbered or not any(char.isdigit() for char in word))
+
+    @property
+    def slice_text(self) -> str:
+        """Words of a picture's name that place it in a stack."""
+        classes = self.picture_classes
+        before = self.words if self.role_index is None else self.words[: self.role_index]
+        after = () if self.role_index is None else self.words[self.role_index + 1 :]
+        words = (*before, *(word for word in after if word not in classes))
+        return "_".join(word for word in words if word not in _ROLE_WORDS)
+
+    @property
     def key(self) -> tuple[str, ...]:
         """Folders and the words that are left without role words."""
         return (*self.folders, *(word for word in self.words if word not in _ROLE_WORDS))
@@ -105,10 +132,64 @@ class NamedFile:
         for end in range(len(pairs) - 1, 0, -1):
             yield (*self.folders, *(w for w, _ in pairs[:end])), _class_name([o for _, o in pairs[end:]])
 
-    @property
-    def class_name(self) -> str | None:
-        """Class that the whole name gives, for a label in the folder of its only image (``liver.nii.gz``)."""
-        return _class_name(self.original)
+    def class_beside(self, image: NamedFile) -> str | None:
+        """Return the class that the whole name gives, for a label in the folder of its only image (``liver.nii.gz``).
+
+        Words that the image has as well belong to the case. With them every case would have a class of its own.
+        """
+        return _class_name([word for word in self.original if word.lower() not in (*image.words, *image.folders)])
+
+
+@dataclass(frozen=True)
+class SliceGroup:
+    """Pictures of one folder that are the slices of one stack."""
+
+    name: str
+    """What the names of the pictures share. Empty if all pictures of the folder are one stack."""
+    members: tuple[int, ...]
+    """Positions of the pictures in the list that was grouped, in the order of slices."""
+    numbers: tuple[int, ...]
+    """Slice number of each member, empty if the names have none that differs."""
+    is_ordered: bool = True
+    """False if the names have no numbers that order them."""
+
+
+def group_slices(texts: Sequence[str]) -> list[SliceGroup]:
+    """Group the names of pictures into stacks by the numbers in them.
+
+    The last number that differs is that of the slice. Earlier numbers (``p1_s001``, ``p2_s001``) separate stacks if
+    slice numbers are repeated, or if a word for patients or series is before them. Times of exposure are no such words.
+    """
+    families: dict[str, list[int]] = defaultdict(list)
+    for place, text in enumerate(texts):
+        families[re.sub(r"\d+", "#", text)].append(place)
+    groups = [group for members in families.values() for group in _groups_of_family(texts, members)]
+    if len(groups) == 1:
+        return [replace(groups[0], name="")]
+    if len(families) == len(texts):
+        return [SliceGroup("", tuple(range(len(texts))), (), is_ordered=False)]
+    return groups
+
+
+def _groups_of_family(texts: Sequence[str], members: Sequence[int]) -> list[SliceGroup]:
+    numbers = {place: [int(digits) for digits in re.findall(r"\d+", texts[place])] for place in members}
+    differing = [i for i, column in enumerate(zip(*numbers.values(), strict=True)) if len(set(column)) > 1]
+    if not differing:
+        return [SliceGroup(texts[members[0]], tuple(members), ())]
+    *earlier, last = differing
+    words = re.split(r"\d+", texts[members[0]])
+    is_repeated = len({numbers[place][last] for place in members}) < len(members)
+    if not is_repeated:
+        earlier = [i for i in earlier if _OWNER.search(words[i])]
+    groups: dict[tuple[int, ...], list[int]] = defaultdict(list)
+    for place in sorted(members, key=lambda place: numbers[place]):
+        groups[tuple(numbers[place][i] for i in earlier)].append(place)
+    found = []
+    for group in groups.values():
+        digits = re.findall(r"\d+", texts[group[0]])
+        parts = [word + ("" if i == last or i == len(digits) else digits[i]) for i, word in enumerate(words)]
+        found.append(SliceGroup("".join(parts).strip("_"), tuple(group), tuple(numbers[p][last] for p in group)))
+    return found
 
 
 def split_name(relative: PurePath) -> NamedFile:
@@ -138,26 +219,37 @@ def split_name(relative: PurePath) -> NamedFile:
 def patient_folder(relative: PurePath) -> str | None:
     """Return the first folder of a path that can be a patient's, or None.
 
-    Role folders, parts of a split and contrasts (``images``, ``train``, ``T1``) are skipped.
+    Role folders, parts of a split and contrasts (``images``, ``train``, ``T1``) are skipped. A folder ``sub-01`` of
+    BIDS counts wherever it is.
     """
-    return next((part for part in relative.parent.parts if not _is_general(part)), None)
+    parts = relative.parent.parts
+    return next((part for part in parts if _SUBJECT.fullmatch(part)), None) or next(
+        (part for part in parts if not _is_general(part)), None
+    )
 
 
-def patient_of_stem(stem: str) -> str:
+def patient_of_stem(stem: str, *, is_file: bool = True) -> str:
     """Return a case id without the words that number scans of one patient.
+
+    The name of a file may end with a channel of nnU-Net (``CASE_0000``); that of a folder may not, as ``OAS1_0001``.
 
     ``patient001_frame01`` and ``patient001_frame12`` are one patient, as are ``P01_T1_pre`` and ``P01_T2_post``. A
     merge that is wrong costs variety, while a split of one patient over train and test makes every result wrong.
     """
     parts = re.split(r"([-_. ]+)", stem)
+    if _UID.fullmatch(stem):
+        return stem  # its last number is no channel
+    if is_file and re.fullmatch(r"0\d{3}", parts[-1]) and any(char.isdigit() for char in "".join(parts[-3:-1])):
+        parts = parts[:-2]
     while len(parts) > 2:
         word, previous = parts[-1].lower(), parts[-3].lower()
+        is_time_point = re.fullmatch(r"\d{3}", word) and re.fullmatch(r"\d{5,6}", previous)  # BraTS: 00123-001
+        is_day = _DAY.fullmatch(word) and any(char.isdigit() for char in "".join(parts[:-2]))
+        is_repeat = _REPEAT.match(word) or _NUMBERED_MODALITY.fullmatch(word) or is_time_point or is_day
         if word.isdecimal() and previous in _REPEATS:
             parts = parts[:-4]
-        elif _REPEAT.match(word) or word in _CONTRASTS | _STATES | _ROLE_WORDS:
+        elif is_repeat or word in _CONTRASTS | _STATES | _ROLE_WORDS:
             parts = parts[:-2]
-        elif re.fullmatch(r"\d{4}", word) and len(parts) > 2 and any(c.isdigit() for c in previous):
-            parts = parts[:-2]  # channel of nnU-Net, CASE_0000
         else:
             break
     return "".join(parts) or stem

@@ -23,6 +23,15 @@ NEAR_ISOTROPIC_RATIO = 2.0
 2 a reformatted slice still has nearly square pixels after the resize to the encoder's input."""
 MAX_SHEAR_COSINE = 1e-3
 """Cosine between two voxel axes above which a grid counts as sheared (0.06 degrees. Headers are rounded)."""
+MM_PER_UNIT = {
+    **dict.fromkeys(("", "mm", "millimeter", "millimeters", "millimetre", "millimetres"), 1.0),
+    **dict.fromkeys(("cm", "centimeter", "centimeters", "centimetre", "centimetres"), 10.0),
+    **dict.fromkeys(("m", "meter", "meters", "metre", "metres"), 1000.0),
+    **dict.fromkeys(("um", "µm", "μm", "micron", "microns", "micrometer", "micrometers", "micrometre"), 0.001),
+    **dict.fromkeys(("nm", "nanometer", "nanometers", "nanometre", "nanometres"), 1e-6),
+    **dict.fromkeys(("in", "inch", "inches"), 25.4),
+}
+"""Millimetres per unit of length, by the names that file formats use. A file without a unit is in mm."""
 PLAUSIBLE_SPACING_MM = (0.01, 50.0)
 
 

@@ -7,13 +7,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
 from samgraft.shared.errors import DataError, UsageError
 from samgraft.shared.scans.case import LabelFiles, SourceCase
 from samgraft.shared.scans.dicom_index import group_dicom, series_of_segmentation
-from samgraft.shared.scans.discovery import Discovery, NameRules, SourceOptions, patients_by_path
+from samgraft.shared.scans.discovery import (
+    Discovery,
+    NameRules,
+    SourceOptions,
+    class_ids_of,
+    patients_by_path,
+    refuse_unnamed,
+)
 from samgraft.shared.scans.file_index import ZARR, ZARR_MARKS, FileIndex, index_files
 from samgraft.shared.scans.layouts import bids_cases, csv_cases, detect_layout, msd_cases, nnunet_cases
-from samgraft.shared.scans.names import NamedFile, split_name
+from samgraft.shared.scans.names import NamedFile, SliceGroup, group_slices, split_name
 from samgraft.shared.scans.readers.dicom_seg import segment_names
 from samgraft.shared.scans.readers.images import count_pages, natural_order
 from samgraft.shared.scans.readers.scan import ScanFiles, ScanFormat
@@ -33,6 +41,10 @@ class FoundScan:
     """Patient id of the header, empty if there is none."""
     study: str = ""
     site: str | None = None
+    slices: tuple[int, ...] = ()
+    """Numbers of the slices of a stack of pictures, by their names."""
+    refusal: str | None = None
+    """Reason to refuse the scan, found by its name alone."""
     segments: tuple[LabelFiles, ...] = ()
     """DICOM segmentations that refer to this series."""
 
@@ -73,6 +85,8 @@ def discover(source: Path, options: SourceOptions | None = None) -> Discovery:
     refuse_zarr(source)
     layout = detect_layout(source)
     found = _LAYOUTS[layout](source, options) if layout in _LAYOUTS else plain_cases(source, options)
+    if source.is_file() and layout == "plain":
+        found = _only_file(source, found)
     if options.label_names is not None:
         found.label_names = dict(options.label_names)
     found.finish()
@@ -84,6 +98,12 @@ def discover(source: Path, options: SourceOptions | None = None) -> Discovery:
             f"no scan was found (layout: {found.layout}; left out: {counts or 'nothing'}).", where=str(source)
         )
     return found
+
+
+def _only_file(source: Path, found: Discovery) -> Discovery:
+    """Return the case of one file, with its labels from the same folder."""
+    cases = [case for case in found.cases if source in case.scan.paths]
+    return Discovery(layout="one file", cases=cases, label_names=found.label_names)
 
 
 def refuse_zarr(source: Path) -> None:
@@ -102,10 +122,11 @@ def plain_cases(root: Path, options: SourceOptions) -> Discovery:
     root = root if root.is_dir() else root.parent
     index = index_files(root)
     found = Discovery(layout="plain folder", left_out=index.left_out, notes=list(index.notes))
-    scans = [*_single_files(index, options), *_pictures(index, options), *_dicom(index, options, found)]
+    scans = [*_single_files(index, options), *_pictures(index, options, found), *_dicom(index, options, found)]
     images = [scan for scan in scans if not scan.name.is_label]
     labels = [scan for scan in scans if scan.name.is_label]
-    labels_of = _pair_labels(images, labels, options, found)
+    refusals = {scan.files.name: scan.refusal for scan in images if scan.refusal is not None}
+    labels_of = _pair_labels(images, labels, options, found, refusals)
     rules = NameRules(options)
     paths = [scan.relative.as_posix() for scan in images if not scan.patient]
     patients = {} if rules.has_patient else patients_by_path(paths, found)
@@ -120,7 +141,8 @@ def plain_cases(root: Path, options: SourceOptions) -> Discovery:
                 scan=scan.files,
                 labels=(*scan.segments, *labels_of.get(scan.files.name, ())),
                 is_named_image=False,
-                refusal=_refusal(labels_of.get(scan.files.name, ()), options, found),
+                refusal=refusals.get(scan.files.name)
+                or refuse_unnamed(labels_of.get(scan.files.name, ()), options, found),
             )
         )
     _note_dicom_patients(images, rules, found)
@@ -142,7 +164,7 @@ def _single_files(index: FileIndex, options: SourceOptions) -> list[FoundScan]:
     return scans
 
 
-def _pictures(index: FileIndex, options: SourceOptions) -> list[FoundScan]:
+def _pictures(index: FileIndex, options: SourceOptions, found: Discovery) -> list[FoundScan]:
     """Group pictures into stacks, or take each as a scan. A TIFF with several pages is a volume of its own."""
     scans: list[FoundScan] = []
     stacks: dict[tuple[Path, bool, tuple[str, ...]], list[Path]] = defaultdict(list)
@@ -154,19 +176,37 @@ def _pictures(index: FileIndex, options: SourceOptions) -> list[FoundScan]:
             scans.append(FoundScan(files=files, relative=relative, name=name))
             continue
         # Slices and their masks may share a folder; masks of several classes are stacks of their own.
-        after = name.words[name.role_index + 1 :] if name.role_index is not None else ()
-        classes = tuple(word for word in after if not any(char.isdigit() for char in word))
-        stacks[path.parent, name.is_label, classes].append(path)
+        stacks[path.parent, name.is_label, name.picture_classes].append(path)
     for (folder, is_label, classes), paths in stacks.items():
-        ordered = tuple(sorted(paths, key=natural_order))
-        relative = folder.relative_to(index.root)
-        # A role word that only the files have is given to the stack: its folder alone would make it an image.
-        stem = "_".join(("seg", *classes)) if is_label else "image"
-        folder_name = relative.as_posix()
-        text = folder_name if not is_label else f"{folder_name} {stem}"
-        files = ScanFiles(format=ScanFormat.IMAGES, paths=ordered, name=text)
-        scans.append(FoundScan(files=files, relative=relative / "stack", name=split_name(relative / stem)))
+        paths.sort(key=natural_order)
+        for group in group_slices([split_name(path.relative_to(index.root)).slice_text for path in paths]):
+            chosen = tuple(paths[place] for place in group.members)
+            scans.append(_stack(folder.relative_to(index.root), chosen, group, classes if is_label else None))
+    if many := sum(1 for scan in scans if scan.slices and scan.relative.name != "stack"):
+        found.notes.append(f"{many} stacks of pictures share a folder with others and are separated by their names")
+    if gaps := [scan.files.name for scan in scans if len(set(np.diff(scan.slices))) > 1]:
+        found.notes.append(f"{len(gaps)} stacks of pictures lack slices by their numbers, e.g. {gaps[0]}")
     return scans
+
+
+def _stack(folder: Path, paths: tuple[Path, ...], group: SliceGroup, classes: tuple[str, ...] | None) -> FoundScan:
+    """Describe a stack of pictures. ``classes`` is None for images."""
+    # A role word that only the files have is given to the stack: its folder alone would make it an image.
+    stem = "_".join(filter(None, (group.name, *(("image",) if classes is None else ("seg", *classes)))))
+    name = " ".join(filter(None, (folder.as_posix(), group.name if classes is None else stem)))
+    refusal = None
+    if not group.is_ordered:
+        refusal = (
+            "the names of the pictures have no numbers that order them as slices. Number them, or pass "
+            "--pictures single."
+        )
+    return FoundScan(
+        files=ScanFiles(format=ScanFormat.IMAGES, paths=paths, name=name),
+        relative=folder / (group.name or "stack"),
+        name=split_name(folder / stem),
+        slices=group.numbers,
+        refusal=refusal,
+    )
 
 
 def _dicom(index: FileIndex, options: SourceOptions, found: Discovery) -> list[FoundScan]:
@@ -204,9 +244,13 @@ def _dicom(index: FileIndex, options: SourceOptions, found: Discovery) -> list[F
 
 
 def _pair_labels(
-    images: Sequence[FoundScan], labels: Sequence[FoundScan], options: SourceOptions, found: Discovery
+    images: Sequence[FoundScan],
+    labels: Sequence[FoundScan],
+    options: SourceOptions,
+    found: Discovery,
+    refusals: dict[str, str],
 ) -> dict[str, list[LabelFiles]]:
-    """Return the label files of every image by its name. List labels without an image."""
+    """Return the label files of every image by its name. List labels without an image, and refuse contradictions."""
     index = _ImageIndex()
     for image in images:
         index.add(image)
@@ -217,16 +261,18 @@ def _pair_labels(
         if not owners:
             found.labels_without_image.append(label.files.name)
         shared += len(owners) > 1
+        for image in owners:
+            if len(image.slices) == len(label.slices) and image.slices != label.slices:
+                # Both are sorted by their numbers, so that every mask would lie on a neighbour of its slice.
+                differing = next(pair for pair in zip(image.slices, label.slices, strict=True) if pair[0] != pair[1])
+                refusals[image.files.name] = (
+                    f"slices of pictures and masks must have the same numbers (got {differing[0]} and {differing[1]}). "
+                    "Rename them."
+                )
         pairs += [(image, label, class_name) for image in owners]
     if shared:
         found.notes.append(f"{shared} labels belong to several images each (channels of one case)")
-    names = sorted({name for _, _, name in pairs if name})
-    # By name and not by order of files, so that the ids do not change when a case is added.
-    class_ids = {name: number for number, name in enumerate(names, start=1)}
-    if class_ids:
-        found.label_names = {number: name for name, number in class_ids.items()}
-        for target in sorted(set((options.label_map or {}).values()) - {0}):
-            found.label_names.setdefault(target, f"label {target}")
+    class_ids = class_ids_of((name for _, _, name in pairs if name), options, found)
     return _label_files(pairs, class_ids, options, found)
 
 
@@ -255,18 +301,6 @@ def _label_files(
     return labels_of
 
 
-def _refusal(labels: Sequence[LabelFiles], options: SourceOptions, found: Discovery) -> str | None:
-    """Return why labels with ids cannot be put beside labels with one class per file, or None if they can."""
-    named = found.label_names is not None and options.label_map is None and options.label_names is None
-    if named and any(label.class_id is None and label.ids is None for label in labels):
-        # Id 1 of this file would silently get the name of the first class of the other files.
-        return (
-            "the label has ids, while other files of the source name one class each. Add the class to the name "
-            "(CASE_seg_NAME), or pass --label-map for the ids."
-        )
-    return None
-
-
 def _owners(label: FoundScan, index: _ImageIndex) -> tuple[list[FoundScan], str | None]:
     """Return the images that a label belongs to, and the class that its name gives.
 
@@ -288,8 +322,11 @@ def _owners(label: FoundScan, index: _ImageIndex) -> tuple[list[FoundScan], str 
     if len(loose := index.by_loose_key.get(label.name.loose_key, [])) == 1:
         return loose, None
     alone = index.by_folder.get(label.name.folders, [])
-    if len(alone) == 1 and (label.name.folders or not label.name.key):
-        return alone, label.name.class_name
+    # Directly below the root, files of many patients may lie side by side. Only a folder of labels or a stack of slices
+    # then shows that its only image is meant.
+    is_sure = label.name.folders or not label.name.key or label.name.in_label_folder or label.slices
+    if len(alone) == 1 and is_sure:
+        return alone, label.name.class_beside(alone[0].name)
     return [], None
 
 
@@ -305,10 +342,9 @@ def _segment_ids(
             names[path] = segment_names(path)
         except (DataError, ValueError, TypeError, AttributeError):
             names[path] = {}  # the reader refuses the file by name
-    ids = {name: number for number, name in enumerate(sorted({n for one in names.values() for n in one.values()}), 1)}
     if options.label_map is not None:
         return dict.fromkeys(paths, options.label_map)
-    found.label_names = {number: name for name, number in ids.items()}
+    ids = class_ids_of((name for one in names.values() for name in one.values()), options, found)
     return {path: {number: ids[name] for number, name in one.items()} for path, one in names.items()}
 
 

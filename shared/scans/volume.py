@@ -128,13 +128,18 @@ def to_storable_dtype(array: Array, *, where: str) -> Array:
     Float64 becomes float32 and 64-bit integers the smallest type that holds them exactly.
 
     Raises:
-        DataError: If voxels are not real numbers.
+        DataError: If voxels are not real numbers or too large.
     """
     check_real_numbers(array, where=where)
     if array.dtype.kind == "b":
         return array.astype(np.uint8)
     if array.dtype.kind == "f":
-        return array.astype(np.float32, copy=False)
+        with np.errstate(over="ignore"):
+            single = array.astype(np.float32, copy=False)
+        # Infinite values of the scan itself were refused or replaced before.
+        if not np.isfinite(single).all() and np.isfinite(array).all():
+            raise DataError("voxels must fit float32, got larger values. Divide them by a constant.", where=where)
+        return single
     if array.dtype.itemsize <= 4:
         return array.astype(array.dtype.newbyteorder("="), copy=False)
     # Many programs write 12-bit scans as int64; the smallest exact type keeps the store small and lossless.
@@ -143,7 +148,7 @@ def to_storable_dtype(array: Array, *, where: str) -> Array:
         info = np.iinfo(name)
         if info.min <= low and high <= info.max:
             return array.astype(name)
-    return array.astype(np.float32)
+    raise DataError(f"voxels must fit 32 bits, got {low}..{high}. Divide them by a constant.", where=where)
 
 
 def rescale_values(array: Array, *, slope: float, intercept: float) -> Array:

@@ -55,12 +55,23 @@ def summarise(found: Discovery, report: BuildReport) -> dict[str, Any]:
         "near_duplicates": sorted(near),
         "refused": dict(sorted(report.refused.items())),
         "notes": _count(note for record in records for note in record.notes),
-        "source_notes": found.notes,
+        "source_notes": [*found.notes, *_note_on_mask_values(labelled, found.label_names)],
         "left_out": dict(found.left_out.most_common()),
         "labels_without_image": found.labels_without_image,
         "images_without_label": found.images_without_label,
         "privacy": _count(kind for result in report.results for kind in result.privacy),
     }
+
+
+def _note_on_mask_values(labelled: Sequence[SeriesRecord], label_names: Mapping[int, str] | None) -> list[str]:
+    """Return a note if masks of one class each hold different ids, such as 1 in some files and 255 in others."""
+    ids = _count(str(next(iter(r.label_voxels))) for r in labelled if len(r.label_voxels) == 1)
+    is_mixed = len(ids) > 1 and "255" in ids and all(len(record.label_voxels) < 2 for record in labelled)
+    if label_names is not None or not is_mixed:
+        return []
+    return [
+        f"some labels hold only id 255 and others only {', '.join(sorted(set(ids) - {'255'}))}: --label-map joins them"
+    ]
 
 
 def spacing_ranges(records: Sequence[SeriesRecord]) -> dict[str, list[float]]:

@@ -205,7 +205,7 @@ def test_read_nrrd__units_are_converted_to_mm(tmp_path, unit, size, spacing, fie
 
 def test_read_nrrd__impossible_units_and_directions_are_refused(tmp_path):
     base = {"space": "left-posterior-superior", "space origin": np.zeros(3)}
-    for name, units in (("a", ["inch"] * 3), ("b", ["mm", "mm", "cm"])):
+    for name, units in (("a", ["furlong"] * 3), ("b", ["mm", "mm", "cm"])):
         nrrd.write(
             str(tmp_path / f"{name}.nrrd"), IMAGE.T, {**base, "space directions": np.eye(3), "space units": units}
         )

@@ -6,13 +6,14 @@ import tarfile
 
 import numpy as np
 import pytest
-from samgraft.shared.errors import DataError
+from samgraft.shared.errors import DataError, UsageError
 from samgraft.shared.scans.case import is_label_map
 from samgraft.shared.scans.discovery import SourceOptions, parse_label_map
 from samgraft.shared.scans.names import is_placeholder_id, patient_of_stem
 from samgraft.shared.scans.sources import discover
 from samgraft.shared.scans.volume import Modality
 from samgraft.shared.store.build import examine_cases
+from samgraft.shared.store.build_report import summarise
 from samgraft.shared.store.examine import BuildSettings
 from store_factory import make_scan, write_nifti
 
@@ -336,9 +337,32 @@ def bids(tmp_path, *labels, image="sub-01_T1w.nii.gz"):
     return case, [path.name for label in case.labels for path in label.scan.paths]
 
 
-def test_bids_cases__brain_mask_is_no_label_beside_another(tmp_path):
-    _, chosen = bids(tmp_path, "sub-01_desc-brain_mask.nii.gz", "sub-01_desc-lesion_mask.nii.gz")
-    assert chosen == ["sub-01_desc-lesion_mask.nii.gz"]
+def test_bids_cases__masks_of_several_things_need_a_choice(tmp_path):
+    case, _ = bids(tmp_path, "sub-01_desc-brain_mask.nii.gz", "sub-01_desc-lesion_mask.nii.gz")
+    assert "Choose with --label-desc lesion" in case.refusal
+    found = discover(tmp_path, SourceOptions(label_desc="lesion"))
+    assert [path.name for label in found.cases[0].labels for path in label.scan.paths] == [
+        "sub-01_desc-lesion_mask.nii.gz"
+    ]
+    assert found.left_out["label of another --label-desc"] == 1
+    with pytest.raises(UsageError, match="--label-desc must be among brain, lesion, got tumour"):
+        discover(tmp_path, SourceOptions(label_desc="tumour"))
+
+
+def test_bids_cases__brain_mask_of_one_subject_and_lesion_mask_of_another_are_not_one_class(tmp_path):
+    (tmp_path / "dataset_description.json").write_text("{}")
+    for subject, name in (("01", "brain"), ("02", "lesion")):
+        write(tmp_path / f"sub-{subject}" / "anat", f"sub-{subject}_T1w.nii.gz")
+        folder = tmp_path / "derivatives" / "x" / f"sub-{subject}" / "anat"
+        write(folder, f"sub-{subject}_desc-{name}_mask.nii.gz", array=LABEL)
+    assert all("show several things (desc-brain, desc-lesion)" in r for r in examine(tmp_path).refused.values())
+    assert set(examine(tmp_path, SourceOptions(label_desc="lesion")).refused) == set()
+
+
+def test_bids_cases__mask_with_a_label_goes_before_others(tmp_path):
+    case, chosen = bids(tmp_path, "sub-01_desc-brain_mask.nii.gz", "sub-01_label-lesion_mask.nii.gz")
+    assert chosen == ["sub-01_label-lesion_mask.nii.gz"]
+    assert case.refusal is None
 
 
 def test_bids_cases__dseg_goes_before_mask(tmp_path):
@@ -383,3 +407,147 @@ def test_read_label__frame_is_chosen_in_labels_too(tmp_path):
     assert "--frame 0" in examine(tmp_path).refused["a.nii"]
     (record,) = examine(tmp_path, SourceOptions(frame=0)).records
     assert record.label_voxels == {1: int(LABEL.sum())}
+
+
+# One patient under several names, one file in several entries -------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("folders", "num_patients"),
+    [
+        (("BraTS-GLI-00000-000", "BraTS-GLI-00000-001", "BraTS-GLI-00002-000"), 2),
+        (("OAS1_0001_MR1", "OAS1_0001_MR2", "OAS1_0002_MR1"), 2),
+        (("P01_20190101", "P01_20200101", "P02_20190101"), 2),
+        (("case_00001", "case_00002"), 2),
+        (("1.2.3.4.0001", "1.2.3.4.0002"), 2),
+        (("P01", "p01"), 1),
+        (("R001/sub-a", "R001/sub-b"), 2),
+    ],
+)
+def test_discover__folders_of_one_patient_are_merged(tmp_path, folders, num_patients):
+    write(tmp_path, *[f"{folder}/t1.nii.gz" for folder in folders])
+    found = discover(tmp_path)
+    assert len({case.patient_key for case in found.cases}) == num_patients
+    is_merged = num_patients < len(folders)
+    assert any("count as" in note for note in found.notes) == is_merged
+
+
+def test_discover__folders_with_many_numbered_scans_are_noted(tmp_path):
+    write(tmp_path, *[f"{kind}/{kind}_{n}x.nii.gz" for kind in ("benign", "malignant") for n in range(4)])
+    assert any("more than three numbered names, e.g. benign" in note for note in discover(tmp_path).notes)
+
+
+def test_msd_cases__files_of_one_entry_are_one_patient(tmp_path):
+    write(tmp_path, "imagesTr/t1x.nii.gz", "imagesTr/other.nii.gz", "imagesTr/unlisted.nii.gz")
+    entry = {"image": ["imagesTr/t1x.nii.gz", "imagesTr/other.nii.gz"]}
+    (tmp_path / "dataset.json").write_text(json.dumps({"training": [entry]}))
+    found = discover(tmp_path)
+    assert [case.patient_key for case in found.cases] == ["t1x", "t1x"]
+    assert found.left_out["scan that dataset.json does not list"] == 1
+
+
+def test_discover__image_listed_twice_is_read_once_or_refused(tmp_path):
+    write(tmp_path, "a.nii.gz", "b.nii.gz", "a_seg.nii.gz")
+    table = tmp_path / "list.csv"
+    table.write_text("image,label,patient\na.nii.gz,a_seg.nii.gz,X\n./a.nii.gz,,X\nb.nii.gz,,Y\nb.nii.gz,,Z\n")
+    found = discover(table)
+    assert {case.name: len(case.labels) for case in found.cases} == {"a.nii.gz": 1, "b.nii.gz": 0}
+    assert found.left_out["note: image listed more than once, read once"] == 2
+    report = examine_cases(found.cases, settings=SETTINGS)
+    assert report.refused == {
+        "b.nii.gz": "the image is listed 2 times with different labels or patients. Keep one entry."
+    }
+
+
+def test_bids_cases__plain_and_compressed_copy_are_refused_by_name(tmp_path):
+    (tmp_path / "dataset_description.json").write_text("{}")
+    write(tmp_path / "sub-01" / "anat", "sub-01_T1w.nii", "sub-01_T1w.nii.gz")
+    refused = examine(tmp_path).refused
+    assert sorted(refused) == ["anat/sub-01_T1w.nii", "anat/sub-01_T1w.nii.gz"]
+
+
+def test_discover__label_of_several_patients_is_noted(tmp_path):
+    write(tmp_path, "a.nii.gz", "b.nii.gz", "x_seg.nii.gz")
+    (tmp_path / "list.csv").write_text("image,label\na.nii.gz,x_seg.nii.gz\nb.nii.gz,x_seg.nii.gz\n")
+    assert (
+        "1 labels belong to scans of several patients each, e.g. x_seg.nii.gz" in discover(tmp_path / "list.csv").notes
+    )
+
+
+@pytest.mark.parametrize(
+    ("header", "meant"), [("image,mask", "label"), ("image,subject_id", "patient"), ("image,image", "there once")]
+)
+def test_csv_cases__column_that_may_be_needed_is_refused(tmp_path, header, meant):
+    write(tmp_path, "a.nii.gz")
+    (tmp_path / "list.csv").write_text(f"{header}\na.nii.gz,a.nii.gz\n")
+    with pytest.raises(DataError, match=meant):
+        discover(tmp_path / "list.csv")
+
+
+def test_csv_cases__other_columns_are_noted(tmp_path):
+    write(tmp_path, "a.nii.gz")
+    (tmp_path / "list.csv").write_text("image,age\na.nii.gz,31\n")
+    assert "columns of the list that are not used: age" in discover(tmp_path / "list.csv").notes
+
+
+@pytest.mark.parametrize("ending", [".part", "~", ".bak", ".orig"])
+def test_discover__backup_copies_are_left_out(tmp_path, ending):
+    write(tmp_path, "a.nii.gz", "b.nii.gz")
+    (tmp_path / "b.nii.gz").rename(tmp_path / f"b.nii.gz{ending}")
+    found = discover(tmp_path)
+    assert [case.name for case in found.cases] == ["a.nii.gz"]
+    assert found.left_out["backup or unfinished copy"] == 1
+
+
+def test_discover__a_file_is_not_its_folder(tmp_path):
+    write(tmp_path, "a.nii.gz", "b.nii.gz", "a_seg.nii.gz")
+    (case,) = discover(tmp_path / "a.nii.gz").cases
+    assert (case.name, len(case.labels)) == ("a.nii.gz", 1)
+
+
+# Ids of named classes -----------------------------------------------------------------------------------------------
+
+
+def test_class_ids__ids_of_other_labels_stay_free(tmp_path):
+    write(tmp_path, "P1/ct.nii.gz", "P2/ct.nii.gz", "P2/seg.nii.gz")
+    write(tmp_path, "P1/segmentations/liver.nii.gz", array=LABEL)
+    assert "--label-map 1=1,2=2" in examine(tmp_path).refused["P2/ct.nii.gz"]
+    options = SourceOptions(label_map=parse_label_map("1=1"))
+    assert discover(tmp_path, options).label_names == {1: "label 1", 2: "liver"}
+    assert [sorted(record.label_voxels) for record in examine(tmp_path, options).records] == [[2], [1]]
+
+
+def test_class_ids__names_of_the_user_decide(tmp_path):
+    write(tmp_path, "P1/ct.nii.gz")
+    write(tmp_path, "P1/segmentations/liver.nii.gz", "P1/segmentations/spleen.nii.gz", array=LABEL * 0)
+    names = {7: "liver", 3: "spleen"}
+    (case,) = discover(tmp_path, SourceOptions(label_names=names)).cases
+    assert {label.scan.name: label.class_id for label in case.labels} == {"liver.nii.gz": 7, "spleen.nii.gz": 3}
+    with pytest.raises(UsageError, match="--label-names must have the classes that files name, spleen is missing"):
+        discover(tmp_path, SourceOptions(label_names={1: "liver"}))
+
+
+def test_class_ids__case_is_no_part_of_a_class(tmp_path):
+    for number in ("1", "2"):
+        stem = f"Training/sub-r{number}/anat/sub-r{number}_ses-1"
+        write(tmp_path, f"{stem}_T1w.nii.gz")
+        write(tmp_path, f"{stem}_label-L_desc-T1lesion_mask.nii.gz", array=LABEL)
+    found = discover(tmp_path)
+    assert found.label_names == {1: "L_desc_T1lesion"}
+
+
+@pytest.mark.parametrize(("factor", "message"), [(1e300, "must fit float32"), (2**40, "must fit 32 bits")])
+def test_to_storable_dtype__values_that_would_change_are_refused(tmp_path, factor, message):
+    np.save(tmp_path / "a.npy", IMAGE.astype(np.float64 if isinstance(factor, float) else np.int64) * factor)
+    assert message in examine(tmp_path).refused["a.npy"]
+
+
+def test_summarise__masks_of_1_and_255_are_noted(tmp_path):
+    for name, factor in (("a", 1), ("b", 255)):
+        write(tmp_path, f"{name}.nii.gz")
+        write(tmp_path, f"{name}_seg.nii.gz", array=LABEL * factor)
+    found = discover(tmp_path)
+    notes = summarise(found, examine(tmp_path))["source_notes"]
+    assert "some labels hold only id 255 and others only 1: --label-map joins them" in notes
+    report = examine(tmp_path, SourceOptions(label_map=parse_label_map("1=1,255=1")))
+    assert {tuple(record.label_voxels) for record in report.records} == {(1,)}

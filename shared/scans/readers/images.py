@@ -1,6 +1,7 @@
 """Stacks of PNG, TIFF and JPEG files, one file per slice in natural order, or multi-page TIFF volumes.
 
 A file ``spacing.json`` in the folder gives the geometry that pictures lack: ``{"spacing_mm": [z, row, col]}``.
+Without it, sizes that ImageJ or OME wrote into a TIFF count.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from PIL import Image, ImageOps, ImageSequence, UnidentifiedImageError
 from samgraft.shared.errors import DataError
 from samgraft.shared.scans.orientation import axial_affine
 from samgraft.shared.scans.readers.scan import ScanFiles, ScanFormat, ScanReader
+from samgraft.shared.scans.readers.tiff_header import check_tiff, tiff_spacing, with_tiff_sign
 from samgraft.shared.scans.readers.verified import read_bytes
 from samgraft.shared.scans.volume import RawScan
 
@@ -29,16 +31,6 @@ MAX_PIXELS = 64_000_000
 EXIF_ORIENTATION = 0x0112
 _PICTURE_ERRORS = (UnidentifiedImageError, OSError, SyntaxError, ValueError, UserWarning, RuntimeWarning)
 _COLOR_TYPES_OF_PNG = {2: "color", 4: "gray with transparency", 6: "color with transparency"}
-# TIFF tags, by their numbers in the TIFF 6.0 specification.
-_BITS_PER_SAMPLE, _COMPRESSION, _PHOTOMETRIC, _DESCRIPTION, _SAMPLES_PER_PIXEL, _SAMPLE_FORMAT = (
-    258,
-    259,
-    262,
-    270,
-    277,
-    339,
-)
-_LOSSY_COMPRESSIONS = {6, 7, 33003, 33005, 34712}
 
 
 def read_image_stack(paths: Sequence[Path], *, where: str, as_label: bool = False) -> RawScan:
@@ -57,17 +49,26 @@ def read_image_stack(paths: Sequence[Path], *, where: str, as_label: bool = Fals
     slices: list[Any] = []
     digests: list[str] = []
     notes: set[str] = set()
+    spacings: set[tuple[float, float, float] | None] = set()
     for path in sorted(paths, key=natural_order):
         data, digest = read_bytes(path, where=where)
         digests.append(digest)
         name = f"{where}: {path.name}" if len(paths) > 1 else where
         slices += _pages(data, where=name, as_label=as_label, notes=notes)
+        spacings.add(None if as_label else _spacing_in_header(data, where=name))
     if len(sizes := {s.shape for s in slices}) > 1:
         raise DataError(f"slices of a stack must have one size, got {sorted(sizes)}.", where=where)
     dtype = np.result_type(*{s.dtype for s in slices})
     array_zyx = np.stack([s.astype(dtype, copy=False) for s in slices])
     spacing, has_spacing = read_spacing_file(paths[0].parent / SPACING_FILE, where=where)
-    if not has_spacing:
+    if not has_spacing and len(spacings) > 1:
+        raise DataError(
+            f"slices of a stack must have one spacing, got {len(spacings)}. Give {SPACING_FILE}.", where=where
+        )
+    if not has_spacing and (in_header := spacings.pop()) is not None:
+        spacing, note = in_header, "spacing taken from the TIFF header"
+        notes.add(note)
+    elif not has_spacing:
         notes.add("no spacing.json: spacing taken as 1 mm")
     return RawScan(
         array_ijk=array_zyx.transpose(2, 1, 0),
@@ -89,6 +90,8 @@ def inspect_pictures(paths: Sequence[Path], *, where: str) -> tuple[str, ...]:
             with path.open("rb") as file, _open_picture(file) as image:
                 file.seek(0)
                 _check_header(image, file.read(32), as_label=False, where=where)
+                if image.format == "TIFF":
+                    tiff_spacing(image, where=where)
         except _PICTURE_ERRORS as err:
             if isinstance(err, DataError):
                 raise
@@ -139,6 +142,11 @@ def _pages(data: bytes, *, where: str, as_label: bool, notes: set[str]) -> list[
         raise _damaged_picture(err, where=where) from err
 
 
+def _spacing_in_header(data: bytes, *, where: str) -> tuple[float, float, float] | None:
+    with _open_picture(io.BytesIO(data)) as image:
+        return tiff_spacing(image, where=where) if image.format == "TIFF" else None
+
+
 @contextmanager
 def _open_picture(file: IO[bytes]) -> Iterator[Image.Image]:
     """Open a picture with Pillow's warnings about size and damage as errors."""
@@ -172,50 +180,12 @@ def _check_header(image: Image.Image, head: bytes, *, as_label: bool, where: str
                 where=where,
             )
     if image.format == "TIFF":
-        _check_tiff(image, as_label=as_label, where=where)
+        check_tiff(image, as_label=as_label, where=where)
 
 
 def _png_type(head: bytes) -> tuple[int, int]:
     """Return bit depth and color type, bytes 24 and 25 of every PNG file."""
     return (head[24], head[25]) if len(head) > 25 else (8, 0)
-
-
-def _check_tiff(image: Any, *, as_label: bool, where: str) -> None:
-    tags = image.tag_v2
-    bits, samples = _tiff_type(image)
-    if (bits, samples) not in {(1, 1), (8, 1), (8, 2), (16, 1), (16, 2), (32, 1), (32, 2), (32, 3)}:
-        raise DataError(f"TIFF samples must have 1, 8, 16 or 32 bits, got {bits}. Convert the file.", where=where)
-    if bits > 8 and int(tags.get(_SAMPLES_PER_PIXEL, 1)) > 1:  # Pillow keeps only the upper 8 bits of these
-        raise DataError(f"TIFF of {bits} bits must be plain gray, got several channels. Save gray values.", where=where)
-    if as_label and tags.get(_COMPRESSION) in _LOSSY_COMPRESSIONS:
-        raise DataError("a label must not be compressed with loss: its ids change. Use PNG.", where=where)
-    # WhiteIsZero pictures store bright as low. Pillow inverts those of 8 bits and not those of 16.
-    if tags.get(_PHOTOMETRIC) == 0:
-        raise DataError("TIFF must store black as 0, got WhiteIsZero. Save it again as BlackIsZero.", where=where)
-    text = tags.get(_DESCRIPTION, "")
-    text = text.decode("utf-8", "replace") if isinstance(text, bytes) else str(text)
-    if text.startswith("ImageJ="):
-        numbers = {name: int(n) for name, n in re.findall(r"^(images|channels|frames)=(\d+)", text, re.MULTILINE)}
-    else:
-        found = dict(re.findall(r'\b(SizeC|SizeT)="(\d+)"', text)) if "<OME" in text else {}
-        numbers = {"channels": int(found.get("SizeC", 1)), "frames": int(found.get("SizeT", 1))}
-    if numbers.get("channels", 1) > 1 or numbers.get("frames", 1) > 1:
-        raise DataError("pages of a TIFF must be slices, got channels or time points too. Export one.", where=where)
-    # ImageJ writes files above 4 GB with one page entry and the other slices behind it, where Pillow cannot see them.
-    if numbers.get("images", 1) > getattr(image, "n_frames", 1):
-        raise DataError(
-            f"the TIFF announces {numbers['images']} slices, {getattr(image, 'n_frames', 1)} can be read. Save it "
-            "again as a plain multi-page TIFF.",
-            where=where,
-        )
-
-
-def _tiff_type(image: Any) -> tuple[int, int]:
-    """Return bits per sample and sample format (1 unsigned, 2 signed, 3 float)."""
-    bits, samples = image.tag_v2.get(_BITS_PER_SAMPLE, (1,)), image.tag_v2.get(_SAMPLE_FORMAT, (1,))
-    return (max(bits) if isinstance(bits, tuple) else int(bits)), (
-        max(samples) if isinstance(samples, tuple) else int(samples)
-    )
 
 
 def _pixels(page: Image.Image, head: bytes, *, where: str, as_label: bool, notes: set[str]) -> Any:
@@ -239,22 +209,12 @@ def _pixels(page: Image.Image, head: bytes, *, where: str, as_label: bool, notes
         # Pillow spreads 2 and 4 bits over 0..255, which turns a label of 3 into 255.
         return array // np.uint8(255 // (2**depth - 1))
     if page.format == "TIFF" and array.ndim == 2:
-        array = _with_tiff_sign(page, array)
+        array = with_tiff_sign(page, array)
     if page.mode in ("LA", "RGBA"):
         _check_alpha(array[..., -1], where=where)
         notes.add("transparency dropped, it is the same everywhere")
         array = array[..., 0] if page.mode == "LA" else array[..., :3]
     return array if array.ndim == 2 else _gray_of_color(array, where=where, notes=notes)
-
-
-def _with_tiff_sign(page: Any, array: Any) -> Any:
-    """Give the samples their own sign, because Pillow reads int8 as uint8 and uint32 as int32."""
-    bits, samples = _tiff_type(page)
-    if bits == 8 and samples == 2:
-        return array.view(np.int8)
-    if bits == 32 and samples == 1 and array.dtype == np.int32:
-        return array.view(np.uint32)
-    return array
 
 
 def _check_alpha(alpha_HW: Any, *, where: str) -> None:

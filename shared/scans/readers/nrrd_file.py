@@ -10,7 +10,7 @@ from typing import Any
 import nrrd
 import numpy as np
 from samgraft.shared.errors import DataError
-from samgraft.shared.scans.orientation import axial_affine, check_spacing
+from samgraft.shared.scans.orientation import MM_PER_UNIT, axial_affine, check_spacing
 from samgraft.shared.scans.readers.scan import ScanFiles, ScanFormat, ScanReader
 from samgraft.shared.scans.readers.verified import gunzip, read_bytes, read_head
 from samgraft.shared.scans.volume import RawScan
@@ -23,12 +23,6 @@ _SPACES = {
     "las": (-1, 1, 1),
     "left-posterior-superior": (-1, -1, 1),
     "lps": (-1, -1, 1),
-}
-_MM_PER_UNIT = {
-    **dict.fromkeys(("", "mm", "millimeter", "millimeters", "millimetre", "millimetres"), 1.0),
-    **dict.fromkeys(("cm", "centimeter", "centimeters", "centimetre", "centimetres"), 10.0),
-    **dict.fromkeys(("m", "meter", "meters", "metre", "metres"), 1000.0),
-    **dict.fromkeys(("um", "µm", "μm", "micron", "microns", "micrometer", "micrometers", "micrometre"), 0.001),
 }
 _MAX_HEADER_BYTES = 1 << 20
 
@@ -138,9 +132,9 @@ def _affine(header: Any, *, where: str) -> tuple[Any, tuple[str, ...], bool]:
 def _unit(header: Any, *, where: str) -> tuple[float, tuple[str, ...]]:
     """Return millimetres per unit of length. A file without units is in mm, as 3D Slicer writes it."""
     units = {str(unit).strip().strip('"').lower() for unit in header.get("space units", header.get("units", []))}
-    if unknown := sorted(units - set(_MM_PER_UNIT)):
-        raise DataError(f"the NRRD unit must be mm, cm, m or um, got {', '.join(unknown)}.", where=where)
-    scales = {_MM_PER_UNIT[unit] for unit in units}
+    if unknown := sorted(units - set(MM_PER_UNIT)):
+        raise DataError(f"the NRRD unit must be one of length (mm, cm, m, um), got {', '.join(unknown)}.", where=where)
+    scales = {MM_PER_UNIT[unit] for unit in units}
     if len(scales) > 1:
         raise DataError(f"NRRD axes must have one unit, got {', '.join(sorted(units))}.", where=where)
     scale = scales.pop() if scales else 1.0
