@@ -29,6 +29,7 @@ from samgraft.finetune.adapters import AdapterConfig, Targets, TuningScope, adap
 from samgraft.finetune.embedding_cache import CacheType, EmbeddingCache, RecordShape
 from samgraft.finetune.loss import SegmentationLoss
 from samgraft.finetune.segmenter import Segmenter
+from samgraft.shared.encoders.base import ImageFeatures
 from samgraft.shared.encoders.sam import build_sam
 from segment_anything import sam_model_registry
 from segment_anything.modeling import Sam
@@ -52,7 +53,7 @@ class Training:
     def loss_of(self, images: Tensor, labels: Tensor, *, embeddings: Tensor | None = None) -> Tensor:
         """Return the loss; with embeddings the encoder is left out."""
         with torch.autocast(self.device, dtype=torch.bfloat16, enabled=self.half):
-            logits = self.segmenter(images) if embeddings is None else self.segmenter.decode(embeddings)
+            logits = self.segmenter(images) if embeddings is None else self.segmenter.decode(ImageFeatures(embeddings))
             return self.loss(logits.float(), labels)
 
     def step(self, images: Tensor, labels: Tensor, *, embeddings: Tensor | None = None) -> None:
@@ -143,16 +144,16 @@ def cached_epoch(arguments: argparse.Namespace) -> list[str]:
     samples = [sample(1, size, arguments.device, seed=i) for i in range(slices)]
     grid = size // 16
     with tempfile.TemporaryDirectory() as folder:
-        shape = RecordShape(embedding_Chw=(256, grid, grid), image_size=size, dtype=CacheType.FP16)
+        shape = RecordShape(maps=((256, grid, grid),), image_size=size, dtype=CacheType.FP16)
         cache = EmbeddingCache(Path(folder), shape, num_records=slices, facts={"benchmark": size})
 
-        def embedded(first: int) -> Iterator[tuple[Tensor, Tensor]]:
+        def embedded(first: int) -> Iterator[tuple[ImageFeatures, Tensor]]:
             for images, labels in samples[first:]:
                 with torch.no_grad(), torch.autocast(arguments.device, dtype=torch.bfloat16, enabled=arguments.half):
                     yield training.segmenter.embed(images), labels
 
         cache.fill(embedded)
-        kept, label = cache.read(0)
+        [kept], label = cache.read(0)
         with torch.no_grad():
             images, labels = samples[0]
             direct = training.loss_of(images, labels)

@@ -29,6 +29,7 @@ from samgraft.finetune.classes import ClassTable
 from samgraft.finetune.inference import InferenceConfig, segment_volume
 from samgraft.finetune.prediction.predictor import default_batch_size
 from samgraft.finetune.segmenter import Segmenter
+from samgraft.shared.encoders.base import ImageFeatures
 from samgraft.shared.encoders.registry import arch_spec
 from samgraft.shared.encoders.sam import build_sam, decode_automatic, to_pixels
 from samgraft.shared.scans.intensity import IntensityPreset, measure_intensity, normalise
@@ -78,7 +79,7 @@ def logits_of(sam, frames, *, bf16):
     """Low-resolution logits without a prompt."""
     with torch.inference_mode(), torch.autocast(frames.device.type, dtype=torch.bfloat16, enabled=bf16):
         embeddings = sam.image_encoder(to_pixels(frames, arch_spec("vit_t")))
-        return decode_automatic(sam, embeddings, multimask=False)[0].float()
+        return decode_automatic(sam, ImageFeatures(embeddings), multimask=False)[0].float()
 
 
 def clock(device):

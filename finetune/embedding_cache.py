@@ -5,7 +5,8 @@ encoder, store, list of slices, augmentation and set of sizes. The hash of these
 cache is never out of date: other facts have another folder.
 
     FOLDER/<key>/facts.json       facts of which the key is the hash
-                 embeddings.bin   records of equal size, (C, h, w) in half precision, divided by a power of two
+                 embeddings.bin   records of equal size in half precision, divided by a power of two: the embedding
+                                  (C, h, w) and after it the finer maps, if the mask decoder reads any
                  labels.bin       label ids (S, S), compressed with zlib
                  index.jsonl      one line per record with the exponent and the sizes and crc32c of both files
                  complete.json    sha256 of the index, written last
@@ -23,9 +24,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -35,6 +37,7 @@ import google_crc32c
 import numpy as np
 import numpy.typing as npt
 import torch
+from samgraft.shared.encoders.base import ImageFeatures
 from samgraft.shared.errors import DataError, StorageError
 from samgraft.shared.files import file_sha256, write_json, write_text
 from torch import Tensor
@@ -90,14 +93,20 @@ class CacheConfig:
 class RecordShape:
     """Sizes and number format of one record."""
 
-    embedding_Chw: tuple[int, int, int]
+    maps: tuple[tuple[int, int, int], ...]
+    """Shapes (C, h, w) of the embedding and of the finer maps after it."""
     image_size: int
     dtype: CacheType
 
     @property
+    def map_sizes(self) -> list[int]:
+        """Number of values of every map."""
+        return [math.prod(one) for one in self.maps]
+
+    @property
     def embedding_bytes(self) -> int:
-        """Size of one embedding in bytes."""
-        return 2 * int(np.prod(self.embedding_Chw))
+        """Size of one record's maps in bytes."""
+        return 2 * sum(self.map_sizes)
 
     @property
     def expected_bytes(self) -> int:
@@ -141,12 +150,12 @@ class EmbeddingCache:
             )
         return need
 
-    def fill(self, batches: Callable[[int], Iterator[tuple[Tensor, Tensor]]]) -> None:
+    def fill(self, batches: Callable[[int], Iterator[tuple[ImageFeatures, Tensor]]]) -> None:
         """Compute and write the missing records.
 
         Args:
-            batches: Function of the first missing record that yields embeddings (N, C, h, w) and labels (N, S, S) in
-                the order of the records, up to the last one.
+            batches: Function of the first missing record that yields features of N slices and labels (N, S, S) in the
+                order of the records, up to the last one.
 
         Raises:
             DataError: If a file on disk does not match its index.
@@ -162,10 +171,10 @@ class EmbeddingCache:
             (self.path / INDEX).open("a", encoding="utf-8") as index,
         ):
             count = first
-            for embeddings_NChw, labels_NSS in batches(first) if first < self.num_records else ():
+            for features, labels_NSS in batches(first) if first < self.num_records else ():
                 lines = []
-                for embedding, label in zip(embeddings_NChw, labels_NSS, strict=True):
-                    record, exponent = _encode(embedding, self.shape)
+                for *maps, label in zip(features.embeddings, *features.high_res, labels_NSS, strict=True):
+                    record, exponent = _encode(maps, self.shape)
                     packed = zlib.compress(label.cpu().numpy().astype(np.int32).tobytes(), 1)
                     embeddings.write(record)
                     labels.write(packed)
@@ -186,8 +195,8 @@ class EmbeddingCache:
         digest = file_sha256(self.path / INDEX)
         write_text(self.path / COMPLETE, json.dumps({"index_sha256": digest, "records": count}) + "\n")
 
-    def read(self, record: int) -> tuple[Tensor, Tensor]:
-        """Return one embedding (C, h, w) in float32 and its label ids (S, S) int64.
+    def read(self, record: int) -> tuple[list[Tensor], Tensor]:
+        """Return the maps (C, h, w) of one record in float32 and its label ids (S, S) int64.
 
         Raises:
             DataError: If the record's checksum differs.
@@ -261,28 +270,28 @@ class EmbeddingMemory:
 
     def __init__(self, *, limit_bytes: int) -> None:
         self.limit_bytes = limit_bytes
-        self._kept: dict[str, Tensor] = {}
+        self._kept: dict[str, ImageFeatures] = {}
         self._bytes = 0
 
-    def lookup(self, images_N1SS: Tensor, embed: Callable[[Tensor], Tensor]) -> Tensor:
-        """Return the embeddings of a batch, computed only the first time."""
+    def lookup(self, images_N1SS: Tensor, embed: Callable[[Tensor], ImageFeatures]) -> ImageFeatures:
+        """Return the features of a batch, computed only the first time."""
         key = hashlib.sha256(images_N1SS.cpu().contiguous().numpy().tobytes()).hexdigest()
         # Whole batches only. The same slice in a batch of another size may differ in the last bits, and a resumed run
         # must compute exactly what the first run computed.
         if key in self._kept:
-            return self._kept[key].to(images_N1SS.device)
-        embeddings = embed(images_N1SS)
-        size = embeddings.numel() * embeddings.element_size()
+            return self._kept[key].map(lambda one: one.to(images_N1SS.device))
+        features = embed(images_N1SS)
+        size = sum(one.numel() * one.element_size() for one in (features.embeddings, *features.high_res))
         if self._bytes + size <= self.limit_bytes:
-            self._kept[key] = embeddings.detach().cpu().clone()
+            self._kept[key] = features.map(lambda one: one.detach().cpu().clone())
             self._bytes += size
-        return embeddings
+        return features
 
 
-def _encode(embedding_Chw: Tensor, shape: RecordShape) -> tuple[bytes, int]:
-    if tuple(embedding_Chw.shape) != shape.embedding_Chw:
-        raise ValueError(f"an embedding must have shape {shape.embedding_Chw}, got {tuple(embedding_Chw.shape)}.")
-    values = embedding_Chw.detach().cpu().float()
+def _encode(maps: Sequence[Tensor], shape: RecordShape) -> tuple[bytes, int]:
+    if (found := tuple(tuple(one.shape) for one in maps)) != shape.maps:
+        raise ValueError(f"an embedding must have shapes {shape.maps}, got {found}.")
+    values = torch.cat([one.detach().cpu().float().flatten() for one in maps])
     largest = float(values.abs().max())
     if not np.isfinite(largest):
         raise DataError("an embedding has NaN or Inf: the encoder's weights or the slice are damaged.")
@@ -293,10 +302,11 @@ def _encode(embedding_Chw: Tensor, shape: RecordShape) -> tuple[bytes, int]:
     return stored.contiguous().view(torch.int16).numpy().tobytes(), exponent
 
 
-def _decode(stored: bytes, exponent: int, shape: RecordShape) -> Tensor:
-    raw: npt.NDArray[np.int16] = np.frombuffer(stored, dtype=np.int16).reshape(shape.embedding_Chw).copy()
+def _decode(stored: bytes, exponent: int, shape: RecordShape) -> list[Tensor]:
+    raw: npt.NDArray[np.int16] = np.frombuffer(stored, dtype=np.int16).copy()
     half = torch.from_numpy(raw).view(torch.float16 if shape.dtype is CacheType.FP16 else torch.bfloat16)
-    return torch.ldexp(half.float(), torch.tensor(exponent))
+    values = torch.ldexp(half.float(), torch.tensor(exponent))
+    return [one.view(size) for one, size in zip(values.split(shape.map_sizes), shape.maps, strict=True)]
 
 
 def _read_index(path: Path) -> list[IndexLine]:

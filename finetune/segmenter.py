@@ -9,7 +9,8 @@ import copy
 from typing import TYPE_CHECKING
 
 import torch
-from samgraft.shared.encoders.sam import decode_automatic, to_pixels
+from samgraft.shared.encoders.base import ImageFeatures
+from samgraft.shared.encoders.sam import decode_automatic, encode_images, to_pixels
 from segment_anything.modeling import Sam
 from torch import Tensor, nn
 
@@ -48,21 +49,20 @@ class Segmenter(nn.Module):
         """
         return self.decode(self.embed(images_N1SS))
 
-    def embed(self, images_N1SS: Tensor) -> Tensor:
-        """Return image embeddings (N, 256, h, w), in eval mode from ``embedding_memory`` if there is one."""
+    def embed(self, images_N1SS: Tensor) -> ImageFeatures:
+        """Return what the decoder reads of slices, in eval mode from ``embedding_memory`` if there is one."""
         # In training every batch has another augmentation, so nothing repeats.
         if self.embedding_memory is not None and not self.training:
             return self.embedding_memory.lookup(images_N1SS, self._encode)
         return self._encode(images_N1SS)
 
-    def decode(self, embeddings_NChw: Tensor) -> Tensor:
-        """Return the logits of ``forward`` for slices with these embeddings."""
-        logits, _ = decode_automatic(self.sam, embeddings_NChw, multimask=self.num_classes > 1)
+    def decode(self, features: ImageFeatures) -> Tensor:
+        """Return the logits of ``forward`` for slices with these features."""
+        logits, _ = decode_automatic(self.sam, features, multimask=self.num_classes > 1)
         return logits[:, : self.num_classes]
 
-    def _encode(self, images_N1SS: Tensor) -> Tensor:
-        embeddings: Tensor = self.sam.image_encoder(to_pixels(images_N1SS, self.sam.image_encoder.spec))
-        return embeddings
+    def _encode(self, images_N1SS: Tensor) -> ImageFeatures:
+        return encode_images(self.sam, to_pixels(images_N1SS, self.sam.image_encoder.spec))
 
 
 def add_class_tokens(sam: Sam, *, num_classes: int) -> None:

@@ -20,6 +20,7 @@ from samgraft.finetune.adapters.placement import (
 )
 from samgraft.finetune.adapters.saving import keep_base_sha256, keep_initial_factors
 from samgraft.shared.encoders.base import EncoderSpec
+from samgraft.shared.encoders.sam import DECODERS
 from samgraft.shared.errors import WeightsError
 from samgraft.shared.weights.save import tensors_sha256
 from segment_anything.modeling import Sam
@@ -29,6 +30,10 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 log = logging.getLogger(__name__)
+
+
+_OBJECT_SCORE = "mask_decoder.pred_obj_score_head."
+"""Head of SAM 2's object score, which no loss of this project reads."""
 
 
 def adapt(
@@ -155,19 +160,21 @@ def _unfreeze(sam: Sam, config: AdapterConfig, blocks: Iterable[str], *, used: S
     Tensors that no loss reaches stay frozen, except with ``heads: released``, because the study's code trained them.
     """
     sam.requires_grad_(False)
-    prefixes = ["mask_decoder."]
+    prefixes, frozen = ["mask_decoder."], DECODERS[sam.image_encoder.spec.decoder].projections
     if is_everywhere(config):
         prefixes.append("image_encoder.")
     elif config.scope is TuningScope.ENCODER_DECODER:
         prefixes += [f"{name}." for name in blocks] + ["image_encoder.neck."]
     elif config.scope is TuningScope.NECK_DECODER:
         prefixes.append("image_encoder.neck.")
+    if config.scope is not TuningScope.DECODER:
+        frozen = ()
     # The study's code trained these parts whole, even where no loss reaches them. heads=released keeps its counts.
     released = config.heads is Heads.RELEASED
     if released:
         prefixes.append("prompt_encoder.")
     for name, parameter in sam.named_parameters():
-        if not name.startswith(tuple(prefixes)):
+        if not name.startswith(tuple(prefixes)) or name.startswith(frozen):
             continue
         if not released and _is_unreached(name, used):
             continue
@@ -180,6 +187,6 @@ def _unfreeze(sam: Sam, config: AdapterConfig, blocks: Iterable[str], *, used: S
 
 
 def _is_unreached(name: str, used: Iterable[str]) -> bool:
-    """Return True for the IoU head without prompts and for hypernetworks of no class."""
-    heads = ("mask_decoder.iou_prediction_head.", "mask_decoder.output_hypernetworks_mlps.")
+    """Return True for SAM 2's object score, the IoU head without prompts and hypernetworks of no class."""
+    heads = ("mask_decoder.iou_prediction_head.", "mask_decoder.output_hypernetworks_mlps.", _OBJECT_SCORE)
     return name.startswith(heads) and not name.startswith(tuple(f"{head}." for head in used))

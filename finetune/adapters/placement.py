@@ -12,14 +12,12 @@ from collections.abc import Sequence
 from samgraft.finetune.adapters.choices import Heads, Placement, Targets, TuningScope
 from samgraft.finetune.adapters.methods import AdapterConfig
 from samgraft.shared.encoders.base import EncoderSpec
+from samgraft.shared.encoders.sam import DECODERS, Decoder
 from samgraft.shared.errors import UsageError
 
 _DECODER_ATTENTION = r"mask_decoder\.transformer\.(layers\.\d+\.\w*attn\w*|final_attn_token_to_image)"
-DECODER_LINEAR = rf"({_DECODER_ATTENTION}\.([qkv]_proj|out_proj)|mask_decoder\.transformer\.layers\.\d+\.mlp\.lin[12])"
 DECODER_QV = rf"{_DECODER_ATTENTION}\.[qv]_proj"
 DECODER_NORMS = r"mask_decoder\.transformer\.(layers\.\d+\.norm\d|norm_final_attn)"
-NECK_CONVS = r"image_encoder\.neck\.[02]"
-NECK_NORMS = r"image_encoder\.neck\.[13]"
 ENCODER_PREFIX = "image_encoder."
 
 
@@ -61,15 +59,17 @@ def target_pattern(spec: EncoderSpec, config: AdapterConfig) -> str:
     blocks, layers = chosen_blocks(spec, config), spec.layers
     has_encoder = bool(blocks)
     if placement is Placement.NORMS:
-        return _either([*_inside(blocks, layers.norms), *[NECK_NORMS][: int(has_encoder)], DECODER_NORMS])
+        neck = [_in_encoder(layers.neck_norms)] if has_encoder and layers.neck_norms else []
+        return _either([*_inside(blocks, layers.norms), *neck, DECODER_NORMS])
     if config.targets is Targets.QV:
         return _either([*_inside(blocks, layers.qkv), DECODER_QV])
-    parts = [*_inside(blocks, layers.linear), DECODER_LINEAR]
+    decoder = DECODERS[spec.decoder]
+    parts = [*_inside(blocks, layers.linear), _decoder_linear(decoder)]
     if config.targets is Targets.LINEAR_CONV and has_encoder:
-        parts.append(NECK_CONVS)
+        parts += [_in_encoder(layers.neck_convolutions), *map(re.escape, decoder.projections)]
         # Convolutions are outside of the transformer blocks, so they train only when no blocks were chosen.
         if layers.convolutions is not None and is_everywhere(config):
-            parts.append(re.escape(ENCODER_PREFIX) + layers.convolutions)
+            parts.append(_in_encoder(layers.convolutions))
     return _either(parts)
 
 
@@ -119,7 +119,7 @@ def whole_modules(
     if config.heads is Heads.RELEASED:
         names = _released_heads(spec, config, num_mask_tokens=num_mask_tokens)
     if config.scope is TuningScope.NECK_DECODER:
-        names.append("image_encoder.neck")
+        names += ["image_encoder.neck", *DECODERS[spec.decoder].projections]
     return names
 
 
@@ -138,6 +138,16 @@ def _released_heads(spec: EncoderSpec, config: AdapterConfig, *, num_mask_tokens
 
 def _inside(blocks: Sequence[str], tail: str) -> list[str]:
     return [f"({'|'.join(re.escape(name) for name in blocks)})\\.{tail}"] if blocks else []
+
+
+def _decoder_linear(decoder: Decoder) -> str:
+    """Return the expression of all projections and MLP layers of a mask decoder's transformer."""
+    mlp = rf"mask_decoder\.transformer\.layers\.\d+\.mlp\.{decoder.mlp}"
+    return rf"({_DECODER_ATTENTION}\.([qkv]_proj|out_proj)|{mlp})"
+
+
+def _in_encoder(pattern: str) -> str:
+    return re.escape(ENCODER_PREFIX) + pattern
 
 
 def _either(parts: Sequence[str]) -> str:

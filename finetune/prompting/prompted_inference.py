@@ -31,6 +31,7 @@ from samgraft.finetune.prompting.prompt_sampling import (
 )
 from samgraft.finetune.prompting.prompts import Prompt, box_to_frame, points_to_frame, predict_prompts
 from samgraft.finetune.segmenter import Segmenter
+from samgraft.shared.encoders.base import ImageFeatures
 from samgraft.shared.samples.frame import InputFrame, image_to_frame, logits_to_native
 from torch import Tensor
 
@@ -80,7 +81,7 @@ def label_prompts(segmenter: Segmenter, label_ZHW: Labels, series_id: str, class
 
 def segment_prompted_slices(
     segmenter: Segmenter,
-    embeddings_NChw: Tensor,
+    features: ImageFeatures,
     prompts: Sequence[ClassPrompt],
     *,
     classes: ClassTable,
@@ -91,7 +92,7 @@ def segment_prompted_slices(
 
     Args:
         segmenter: Model in eval mode, without gradients.
-        embeddings_NChw: Embeddings of the slices.
+        features: Features of the slices.
         prompts: Any number per slice and class; none leaves the slice empty.
         classes: Classes of the model.
         frame: Position of the slices in the encoder's input.
@@ -101,10 +102,10 @@ def segment_prompted_slices(
         Label ids (N, H, W), or bits of overlapping classes. Of several prompts of a class a pixel gets the highest
         logit, and where exclusive classes overlap the higher logit decides.
     """
-    shape = (len(embeddings_NChw), classes.num_classes, *frame.native_hw)
-    logits_NCHW = torch.full(shape, NO_PROMPT_LOGIT, device=embeddings_NChw.device)
+    shape = (len(features.embeddings), classes.num_classes, *frame.native_hw)
+    logits_NCHW = torch.full(shape, NO_PROMPT_LOGIT, device=features.embeddings.device)
     if prompts:
-        logits_PHW = _prompt_logits(segmenter, embeddings_NChw, prompts, frame, num_corrections)
+        logits_PHW = _prompt_logits(segmenter, features, prompts, frame, num_corrections)
         for one, logits_HW in zip(prompts, logits_PHW, strict=True):
             place = logits_NCHW[one.prompt.image, one.channel]
             torch.maximum(place, logits_HW, out=place)
@@ -128,7 +129,7 @@ def mask_to_frame(mask_HW: Bools, *, frame: InputFrame, side: int) -> Tensor:
 
 def _prompt_logits(
     segmenter: Segmenter,
-    embeddings_NChw: Tensor,
+    features: ImageFeatures,
     prompts: Sequence[ClassPrompt],
     frame: InputFrame,
     num_corrections: int,
@@ -137,7 +138,7 @@ def _prompt_logits(
     current = [one.prompt for one in prompts]
     for number in range(1 + num_corrections):
         low_res_Phw, _ = predict_prompts(
-            segmenter.sam, embeddings_NChw, [prompt_to_frame(prompt, frame) for prompt in current]
+            segmenter.sam, features, [prompt_to_frame(prompt, frame) for prompt in current]
         )
         low_res_Phw = low_res_Phw.float()  # under bf16 autocast resizing and maxima would lose digits
         logits_PHW = logits_to_native(low_res_Phw[:, None], frame)[:, 0]

@@ -23,6 +23,7 @@ from samgraft.finetune.prompting.prompt_sampling import (
     thin_out,
 )
 from samgraft.finetune.prompting.prompts import Prompt, best_masks, decode_prompts
+from samgraft.shared.encoders.base import ImageFeatures
 from segment_anything.modeling import Sam
 from torch import Tensor, nn
 
@@ -47,13 +48,13 @@ class PromptedLoss(nn.Module):
         self.seed = seed
 
     def forward(
-        self, sam: Sam, image_embeddings_NChw: Tensor, masks_NCSS: Tensor, sample_counters: Sequence[int]
+        self, sam: Sam, features: ImageFeatures, masks_NCSS: Tensor, sample_counters: Sequence[int]
     ) -> dict[str, Tensor]:
         """Return ``loss`` and its parts, a loss of 0 for a batch without objects.
 
         Args:
             sam: Model; its prompt encoder and mask decoder are used.
-            image_embeddings_NChw: Embeddings of the slices.
+            features: Features of the slices.
             masks_NCSS: Pixels of every class in the input frame, bool.
             sample_counters: Counters of the slices. With the seed they determine objects and prompts.
         """
@@ -61,15 +62,15 @@ class PromptedLoss(nn.Module):
         if not drawn:
             # The zero depends on every trained parameter, so that backward, gradient synchronisation and the optimizer
             # step work as in any other step.
-            nothing = sum((p.sum() * 0.0 for p in sam.parameters() if p.requires_grad), image_embeddings_NChw.sum() * 0)
+            nothing = sum((p.sum() * 0.0 for p in sam.parameters() if p.requires_grad), features.embeddings.sum() * 0)
             return {"loss": nothing}
         prompts = [one.prompt for one in drawn]
         objects_PSS = np.stack([one.true_HW for one in drawn if one.true_HW is not None])
-        true_PSS = torch.from_numpy(objects_PSS).to(image_embeddings_NChw.device)
+        true_PSS = torch.from_numpy(objects_PSS).to(features.embeddings.device)
         rounds = 1 + (self.prompt.num_clicks if self.prompt.mode is PromptMode.CLICKS else 0)
-        mask_loss = iou_loss = image_embeddings_NChw.new_zeros((), dtype=torch.float32)
+        mask_loss = iou_loss = features.embeddings.new_zeros((), dtype=torch.float32)
         for number in range(rounds):
-            per_mask_P, iou_error_P, best_Phw = self._decode(sam, image_embeddings_NChw, prompts, true_PSS)
+            per_mask_P, iou_error_P, best_Phw = self._decode(sam, features, prompts, true_PSS)
             mask_loss = mask_loss + per_mask_P.mean() / rounds
             iou_loss = iou_loss + iou_error_P.mean() / rounds
             if number + 1 < rounds:
@@ -90,7 +91,7 @@ class PromptedLoss(nn.Module):
         return drawn
 
     def _decode(
-        self, sam: Sam, image_embeddings_NChw: Tensor, prompts: Sequence[Prompt], true_PSS: Tensor
+        self, sam: Sam, features: ImageFeatures, prompts: Sequence[Prompt], true_PSS: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return loss, squared error of the IoU and best mask of every prompt."""
         places: list[int] = []
@@ -100,7 +101,7 @@ class PromptedLoss(nn.Module):
             if not chosen:
                 continue
             logits_PMhw, iou_PM = decode_prompts(
-                sam, image_embeddings_NChw, [prompts[place] for place in chosen], multimask=ambiguous
+                sam, features, [prompts[place] for place in chosen], multimask=ambiguous
             )
             count, masks = iou_PM.shape
             true = true_PSS[chosen].repeat_interleave(masks, dim=0)

@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from samgraft.shared.encoders.base import ImageFeatures
+from samgraft.shared.encoders.sam import decode_pairs, embed_prompts
 from samgraft.shared.samples.frame import InputFrame
 from segment_anything.modeling import Sam
 from torch import Tensor
@@ -60,7 +62,7 @@ class Prompt:
 
 def decode_prompts(
     sam: Sam,
-    image_embeddings_BChw: Tensor,
+    features: ImageFeatures,
     prompts: Sequence[Prompt],
     *,
     multimask: bool,
@@ -72,7 +74,7 @@ def decode_prompts(
 
     Args:
         sam: Model; its prompt encoder and mask decoder are used.
-        image_embeddings_BChw: Embeddings from ``sam.image_encoder``.
+        features: Features of the images, from ``encode_images``.
         prompts: Any mixture, at least one.
         multimask: False decodes the first mask token only (M = 1), True all the others.
         max_per_pass: Limit for memory; it does not change the masks.
@@ -91,18 +93,18 @@ def decode_prompts(
         for start in range(0, len(places), max_per_pass):
             chosen = places[start : start + max_per_pass]
             logits_PMhw, iou_PM = _decode_group(
-                sam, image_embeddings_BChw, [prompts[place] for place in chosen], multimask=multimask
+                sam, features, [prompts[place] for place in chosen], multimask=multimask
             )
             logits.append(logits_PMhw)
             ious.append(iou_PM)
             order += chosen
     # The passes are in the order of the groups; this permutation restores the order of the prompts.
-    back = torch.argsort(torch.tensor(order, device=image_embeddings_BChw.device))
+    back = torch.argsort(torch.tensor(order, device=features.embeddings.device))
     return torch.cat(logits)[back], torch.cat(ious)[back]
 
 
 def predict_prompts(
-    sam: Sam, image_embeddings_BChw: Tensor, prompts: Sequence[Prompt], *, max_per_pass: int = MAX_PROMPTS_PER_PASS
+    sam: Sam, features: ImageFeatures, prompts: Sequence[Prompt], *, max_per_pass: int = MAX_PROMPTS_PER_PASS
 ) -> tuple[Tensor, Tensor]:
     """Predict one mask per prompt.
 
@@ -122,7 +124,7 @@ def predict_prompts(
         if chosen:
             decoded = decode_prompts(
                 sam,
-                image_embeddings_BChw,
+                features,
                 [prompts[place] for place in chosen],
                 multimask=ambiguous,
                 max_per_pass=max_per_pass,
@@ -131,7 +133,7 @@ def predict_prompts(
             logits.append(best_Phw)
             ious.append(iou_P)
             places += chosen
-    back = torch.argsort(torch.tensor(places, device=image_embeddings_BChw.device))
+    back = torch.argsort(torch.tensor(places, device=features.embeddings.device))
     return torch.cat(logits)[back], torch.cat(ious)[back]
 
 
@@ -165,30 +167,18 @@ def _scales(frame: InputFrame) -> tuple[float, float]:
 
 
 def _decode_group(
-    sam: Sam, image_embeddings_BChw: Tensor, prompts: Sequence[Prompt], *, multimask: bool
+    sam: Sam, features: ImageFeatures, prompts: Sequence[Prompt], *, multimask: bool
 ) -> tuple[Tensor, Tensor]:
     """Decode prompts that have the same parts in one pass."""
-    device = image_embeddings_BChw.device
-    # Under bf16 autocast the prompt encoder would compute positions in bf16, an error of 0.1.
-    with torch.autocast(device.type, enabled=False):
-        sparse_PNC, dense_PChw = sam.prompt_encoder(
-            points=_stacked_points(prompts, device),
-            boxes=_stacked([p.box for p in prompts], device),
-            masks=_stacked([None if p.mask is None else p.mask[None] for p in prompts], device),
-        )
-        image_pe_1Chw = sam.prompt_encoder.get_dense_pe()
-    images = torch.tensor([prompt.image for prompt in prompts], device=device)
-    # The decoder repeats one image for all prompts and adds their dense embeddings. With zeros as the image and each
-    # prompt's own image added to its dense embedding, it decodes any assignment of prompts to images bit-exactly.
-    dense_PChw = image_embeddings_BChw[images] + dense_PChw
-    logits, iou = sam.mask_decoder(
-        image_embeddings=torch.zeros_like(dense_PChw[:1]),
-        image_pe=image_pe_1Chw,
-        sparse_prompt_embeddings=sparse_PNC,
-        dense_prompt_embeddings=dense_PChw,
-        multimask_output=multimask,
+    device = features.embeddings.device
+    sparse_PNC, dense_PChw = embed_prompts(
+        sam,
+        points=_stacked_points(prompts, device),
+        boxes=_stacked([p.box for p in prompts], device),
+        masks=_stacked([None if p.mask is None else p.mask[None] for p in prompts], device),
     )
-    return logits, iou
+    images = torch.tensor([prompt.image for prompt in prompts], device=device)
+    return decode_pairs(sam, features.of_images(images), sparse_PNC, dense_PChw, multimask=multimask)
 
 
 def _stacked(parts: Sequence[Tensor | None], device: torch.device) -> Tensor | None:

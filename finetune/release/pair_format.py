@@ -17,7 +17,7 @@ from samgraft.finetune.adapters import base_tensors
 from samgraft.finetune.model_folder import ADAPTER_FOLDER, BASE_FILE, PAIR_FILES, FinishedModel, read_model
 from samgraft.shared.release.clients import Outputs
 from samgraft.shared.release.formats import Artefact, Format
-from samgraft.shared.release.subject import Subject, decoder_outputs
+from samgraft.shared.release.subject import Subject, sam_outputs
 from torch import Tensor
 
 CANNOT_MERGE = (
@@ -48,9 +48,7 @@ def pair_subject(model: FinishedModel) -> Subject:
 @torch.inference_mode()
 def pair_outputs(model: FinishedModel, probe: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Compute the outputs of the model with its adapter, under the names of a SAM's outputs."""
-    sam = model.segmenter.sam.eval()
-    embeddings = sam.image_encoder(probe["pixels_N3SS"])
-    return {"embeddings": embeddings, **decoder_outputs(sam, embeddings, probe["boxes_N4"])}
+    return sam_outputs(model.segmenter.sam.eval(), probe)
 
 
 def pair_client(path: Path, probe: Mapping[str, Tensor], options: Mapping[str, Any]) -> Outputs:

@@ -21,7 +21,7 @@ from samgraft.finetune.release.pair_format import pair_client
 from samgraft.shared.files import file_sha256
 from samgraft.shared.release.clients import Client, Outputs, read_subject
 from samgraft.shared.release.load_back import main
-from samgraft.shared.release.subject import decoder_outputs
+from samgraft.shared.release.subject import sam_outputs
 from samgraft.shared.weights.load import load_sam
 from torch import Tensor
 
@@ -41,9 +41,7 @@ def peft_client(path: Path, probe: Mapping[str, Tensor], options: Mapping[str, A
         sam = read_subject(path / "base.safetensors", image_size=size).build()
     model = PeftModel.from_pretrained(sam, str(path)).eval()
     adapted: Any = model.base_model.model
-    embeddings = adapted.image_encoder(probe["pixels_N3SS"])
-    outputs = {"embeddings": embeddings, **decoder_outputs(adapted, embeddings, probe["boxes_N4"])}
-    return outputs, "peft's PeftModel.from_pretrained on the base"
+    return sam_outputs(adapted, probe), "peft's PeftModel.from_pretrained on the base"
 
 
 def monai_client(path: Path, probe: Mapping[str, Tensor], options: Mapping[str, Any]) -> Outputs:

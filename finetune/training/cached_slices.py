@@ -15,6 +15,8 @@ from samgraft.finetune.config import FinetuneConfig
 from samgraft.finetune.embedding_cache import EmbeddingCache, RecordShape
 from samgraft.finetune.segmenter import Segmenter
 from samgraft.shared.config import config_to_dict
+from samgraft.shared.encoders.base import ImageFeatures
+from samgraft.shared.encoders.sam import feature_shapes, feature_tensors
 from samgraft.shared.errors import UsageError
 from samgraft.shared.runs.environment import processes_expected
 from samgraft.shared.samples.dataset import SliceDataset, batch_to_input, collate_slices
@@ -31,8 +33,8 @@ log = logging.getLogger(__name__)
 class CachedSample(TypedDict):
     """One sample of the decoder's training."""
 
-    embedding: Tensor
-    """Image embedding (C, h, w), float32."""
+    maps: list[Tensor]
+    """Image embedding (C, h, w) and finer maps after it, float32."""
     label: Tensor
     """Label ids (S, S), int64."""
     sample_counter: int
@@ -41,7 +43,7 @@ class CachedSample(TypedDict):
 class CachedBatch(TypedDict):
     """Samples of one batch."""
 
-    embeddings_NChw: Tensor
+    features: ImageFeatures
     labels_NSS: Tensor
     sample_counter: Tensor
 
@@ -65,14 +67,15 @@ class CachedSlices(Dataset[CachedSample]):
         index, sample_counter = item
         # Not drawn from a running generator: a resumed run must read the same variant for the same sample.
         variant = int(sample_generator(self.seed, sample_counter).integers(self.variants))
-        embedding, label = self.cache.read(self._unique_of[index] * self.variants + variant)
-        return {"embedding": embedding, "label": label, "sample_counter": sample_counter}
+        maps, label = self.cache.read(self._unique_of[index] * self.variants + variant)
+        return {"maps": maps, "label": label, "sample_counter": sample_counter}
 
 
 def collate_cached(samples: Sequence[CachedSample]) -> CachedBatch:
     """Stack samples, which are of equal size."""
+    embeddings, *high_res = (torch.stack(one) for one in zip(*(sample["maps"] for sample in samples), strict=True))
     return {
-        "embeddings_NChw": torch.stack([sample["embedding"] for sample in samples]),
+        "features": ImageFeatures(embeddings, tuple(high_res)),
         "labels_NSS": torch.stack([sample["label"] for sample in samples]),
         "sample_counter": torch.tensor([sample["sample_counter"] for sample in samples]),
     }
@@ -88,13 +91,13 @@ def plan_cache(
     """
     spec = segmenter.sam.image_encoder.spec
     size = segmenter.image_size
-    grid = size // spec.stride
-    shape = RecordShape(embedding_Chw=(spec.neck_dim, grid, grid), image_size=size, dtype=config.cache.dtype)
+    maps = tuple(feature_shapes(segmenter.sam))
+    shape = RecordShape(maps=maps, image_size=size, dtype=config.cache.dtype)
     unique = tuple(dict.fromkeys(dataset.slices))
     # Everything that changes an embedding or a label must be listed here, or a run would read those of another one.
     facts = {
         "schema": 1,
-        "encoder": tensors_sha256(segmenter.sam.image_encoder.state_dict()),
+        "encoder": tensors_sha256(feature_tensors(segmenter.sam)),
         "pixels": [list(spec.pixel_mean), list(spec.pixel_std)],
         "store": dataset.store.fingerprint,
         "slices": [[ref.series_id, ref.slice_index, ref.plane.value if ref.plane else None] for ref in unique],
@@ -160,8 +163,8 @@ def _embedded(
     device: DeviceChoice,
     *,
     first: int,
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield embeddings and labels in the order of the records, from record ``first`` on."""
+) -> Iterator[tuple[ImageFeatures, Tensor]]:
+    """Yield features and labels in the order of the records, from record ``first`` on."""
     plain = SliceDataset(
         dataset.store,
         cached.unique,
@@ -182,8 +185,8 @@ def _embedded(
         )
         assert labels is not None
         with torch.no_grad(), torch.autocast(device.torch_device.type, dtype=torch.bfloat16, enabled=half):
-            embeddings = segmenter.embed(images)
-        yield embeddings, labels
+            features = segmenter.embed(images)
+        yield features, labels
         done = records[-1] + 1
         if done * 10 // total > start * 10 // total:
             log.info("embeddings: %d of %d", done, total)

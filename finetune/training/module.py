@@ -14,6 +14,7 @@ from samgraft.finetune.loss import SegmentationLoss
 from samgraft.finetune.prompting.prompted_loss import PromptedLoss
 from samgraft.finetune.segmenter import Segmenter
 from samgraft.finetune.training.cached_slices import CachedBatch
+from samgraft.shared.encoders.base import ImageFeatures
 from samgraft.shared.samples.dataset import SliceBatch, batch_to_input
 from samgraft.shared.training.optim import build_optimizer
 from torch import Tensor
@@ -43,13 +44,13 @@ class FinetuneModule(pl.LightningModule):
         if isinstance(self.segmenter, SliceBaseline):
             inputs, label = self._plain(batch)
             return {"loss": self.loss(self.segmenter(inputs), self.classes.to_target(label))}
-        embeddings_NChw, labels_NSS = self._embedded(batch)
+        features, labels_NSS = self._embedded(batch)
         if self.config.prompt.is_prompted:
             masks_NCSS = self.classes.to_masks(labels_NSS)
             counters = batch["sample_counter"].tolist()
-            losses: dict[str, Tensor] = self.prompted_loss(self.segmenter.sam, embeddings_NChw, masks_NCSS, counters)
+            losses: dict[str, Tensor] = self.prompted_loss(self.segmenter.sam, features, masks_NCSS, counters)
         else:
-            logits_NChw = self.segmenter.decode(embeddings_NChw)
+            logits_NChw = self.segmenter.decode(features)
             losses = {"loss": self.loss(logits_NChw, self.classes.to_target(labels_NSS))}
         # peft adds this penalty in its own forward, which is not called here.
         if self.rank_updates is not None:
@@ -80,11 +81,11 @@ class FinetuneModule(pl.LightningModule):
             return batch["volume"], batch["label"]
         return self._framed(batch)
 
-    def _embedded(self, batch: SliceBatch | CachedBatch) -> tuple[Tensor, Tensor]:
-        """Return embeddings and label ids from the encoder or from the cache."""
-        if "embeddings_NChw" in batch:
+    def _embedded(self, batch: SliceBatch | CachedBatch) -> tuple[ImageFeatures, Tensor]:
+        """Return features and label ids from the encoder or from the cache."""
+        if "features" in batch:
             cached = cast(CachedBatch, batch)
-            return cached["embeddings_NChw"], cached["labels_NSS"]
+            return cached["features"], cached["labels_NSS"]
         images_NCSS, labels_NSS = self._framed(batch)
         return self.segmenter.embed(images_NCSS), labels_NSS
 

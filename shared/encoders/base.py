@@ -6,8 +6,8 @@ An encoder family is one file in this folder and one line in ``registry.FAMILIES
 
 An encoder of several scales (Hiera of SAM 2) fits in as follows. ``forward_features`` returns its maps at ``stride``
 and coarser, upsampled to ``stride`` and concatenated along the channels, which its neck reduces to the image
-embeddings: with nearest upsampling this equals a feature pyramid. Finer maps, which SAM 2's mask decoder reads beside
-the embeddings, need one more method here.
+embeddings: with nearest upsampling this equals a feature pyramid. ``forward_with_high_res`` adds finer maps, which
+SAM 2's mask decoder reads beside the embeddings.
 
 Shape letters: B = images; S = image side (pixels); h, w = grid of ``token_mask``; C = channels; N = kept tokens;
 P = numbers per patch.
@@ -17,11 +17,11 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from functools import partial
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -55,6 +55,27 @@ class LayerNames:
     """MLP module."""
     convolutions: str | None = None
     """Convolutions outside the transformer blocks that LoRA can be merged into, relative to the encoder."""
+    neck_convolutions: str = r"neck\.[02]"
+    """Convolutions of the neck, relative to the encoder."""
+    neck_norms: str | None = r"neck\.[13]"
+    """Norm layers of the neck, relative to the encoder. None if it has none."""
+
+
+class ImageFeatures(NamedTuple):
+    """Image embeddings, and the finer maps that some mask decoders read beside them."""
+
+    embeddings: Tensor
+    """Shape (B, C, h, w)."""
+    high_res: tuple[Tensor, ...] = ()
+    """Maps (B, C_i, h_i, w_i) of the same images, from fine to coarse. Empty for decoders of the first SAM."""
+
+    def of_images(self, images: Tensor | slice) -> ImageFeatures:
+        """Return the features of chosen images, in this order."""
+        return self.map(lambda one: one[images])
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> ImageFeatures:
+        """Return the features with a function applied to every map."""
+        return ImageFeatures(change(self.embeddings), tuple(change(one) for one in self.high_res))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +106,8 @@ class EncoderSpec(ABC):
     """Layers that adapters change."""
     default_objective: ClassVar[str]
     """Objective of stage 1 when none is given."""
+    decoder: ClassVar[str] = "sam"
+    """Prompt encoder and mask decoder that belong to this family, a key of ``sam.DECODERS``."""
     release_formats: ClassVar[frozenset[str]] = frozenset({"sam", "onnx"})
     """Release formats that this family supports, among ``sam``, ``transformers`` and ``onnx``."""
 
@@ -268,6 +291,10 @@ class ImageEncoder(nn.Module, ABC):
         """Return image embeddings of shape (B, neck_dim, S/stride, S/stride)."""
         out: Tensor = self.neck(self.forward_features(images_B3SS))
         return out
+
+    def forward_with_high_res(self, images_B3SS: Tensor) -> ImageFeatures:
+        """Return the image embeddings, and finer maps of ``neck_dim`` channels if the family has them."""
+        return ImageFeatures(self(images_B3SS))
 
     @abstractmethod
     def forward_features(

@@ -1,4 +1,7 @@
-"""SAM models around the image encoders, their pixel scale, and their mask decoder.
+"""SAM models around the image encoders, their pixel scale, and the decoding of masks.
+
+Encoders of every family and the decoders of SAM and SAM 2 are used through the functions of this module. Images become
+``ImageFeatures``, and prompts and features become masks.
 
 Shape letters: B = images; S = image side (pixels); h, w = embedding grid; C = embedding channels; N = prompt tokens;
 M = masks per prompt.
@@ -6,10 +9,51 @@ M = masks per prompt.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
-from samgraft.shared.encoders.base import EncoderSpec
+from samgraft.shared.encoders.base import EncoderSpec, ImageFeatures
 from samgraft.shared.encoders.registry import arch_spec
+from samgraft.shared.encoders.sam2_decoder import Sam2MaskDecoder, Sam2PromptEncoder
 from segment_anything.modeling import MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
+
+
+def build_sam_decoder(*, dim: int, num_multimask_outputs: int) -> MaskDecoder:
+    """Build segment_anything's mask decoder with fresh weights for image embeddings of ``dim`` channels."""
+    return MaskDecoder(
+        num_multimask_outputs=num_multimask_outputs,
+        transformer=TwoWayTransformer(depth=2, embedding_dim=dim, mlp_dim=8 * dim, num_heads=8),
+        transformer_dim=dim,
+        iou_head_depth=3,
+        iou_head_hidden_dim=dim,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decoder:
+    """Prompt encoder and mask decoder of one generation of SAM."""
+
+    prompt_encoder: type[PromptEncoder]
+    mask_decoder: Callable[..., MaskDecoder]
+    """Function of ``dim`` and ``num_multimask_outputs`` that builds the mask decoder."""
+    mlp: str
+    """Linear layers of an MLP in its transformer, as a regular expression."""
+    projections: tuple[str, ...] = ()
+    """Layers of the mask decoder that are applied with the image encoder, by the names of the whole model. They count
+    as part of the neck."""
+
+
+DECODERS = {
+    "sam": Decoder(prompt_encoder=PromptEncoder, mask_decoder=build_sam_decoder, mlp="lin[12]"),
+    "sam2": Decoder(
+        prompt_encoder=Sam2PromptEncoder,
+        mask_decoder=Sam2MaskDecoder,
+        mlp=r"layers\.[01]",
+        projections=("mask_decoder.conv_s0", "mask_decoder.conv_s1"),
+    ),
+}
+"""Decoders by the value of ``EncoderSpec.decoder``."""
 
 
 def build_sam(
@@ -32,23 +76,16 @@ def build_sam(
     """
     spec = arch_spec(arch, stem)
     image_size = spec.native_image_size if image_size is None else image_size
-    encoder = spec.build(image_size=image_size)
-    grid = image_size // spec.stride
+    decoder = DECODERS[spec.decoder]
     sam = Sam(
-        image_encoder=encoder,
-        prompt_encoder=PromptEncoder(
+        image_encoder=spec.build(image_size=image_size),
+        prompt_encoder=decoder.prompt_encoder(
             embed_dim=spec.neck_dim,
-            image_embedding_size=(grid, grid),
+            image_embedding_size=(image_size // spec.stride, image_size // spec.stride),
             input_image_size=(image_size, image_size),
             mask_in_chans=16,
         ),
-        mask_decoder=MaskDecoder(
-            num_multimask_outputs=num_multimask_outputs,
-            transformer=TwoWayTransformer(depth=2, embedding_dim=spec.neck_dim, mlp_dim=8 * spec.neck_dim, num_heads=8),
-            transformer_dim=spec.neck_dim,
-            iou_head_depth=3,
-            iou_head_hidden_dim=spec.neck_dim,
-        ),
+        mask_decoder=decoder.mask_decoder(dim=spec.neck_dim, num_multimask_outputs=num_multimask_outputs),
         pixel_mean=list(spec.pixel_mean),
         pixel_std=list(spec.pixel_std),
     )
@@ -79,9 +116,34 @@ def to_pixels(
     return images_N1SS * (255.0 / std) - mean / std
 
 
-def decode_automatic(
-    sam: Sam, image_embeddings_BChw: torch.Tensor, *, multimask: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
+def encode_images(sam: Sam, pixels_B3SS: torch.Tensor) -> ImageFeatures:
+    """Return what the mask decoder reads of images.
+
+    Args:
+        sam: Model whose image encoder is used, and whose mask decoder projects the finer maps if it reads any.
+        pixels_B3SS: Images after :func:`to_pixels`.
+    """
+    embeddings, high_res = sam.image_encoder.forward_with_high_res(pixels_B3SS)
+    # SAM 2 projects the maps once per image. Projected maps are an eighth of the size, in memory and in a cache.
+    return ImageFeatures(embeddings, sam.mask_decoder.project_high_res(high_res) if high_res else ())
+
+
+def feature_shapes(sam: Sam) -> list[tuple[int, int, int]]:
+    """Return the shapes (C, h, w) of one image's features, the embeddings first."""
+    grid = sam.image_encoder.img_size // sam.image_encoder.spec.stride
+    finer = sam.mask_decoder.high_res_shapes(grid) if isinstance(sam.mask_decoder, Sam2MaskDecoder) else []
+    return [(sam.image_encoder.spec.neck_dim, grid, grid), *finer]
+
+
+def feature_tensors(sam: Sam) -> dict[str, torch.Tensor]:
+    """Return all tensors that the features of an image depend on."""
+    # The encoder's tensors have no prefix, because caches of embeddings have been named by their hash without it.
+    layers = DECODERS[sam.image_encoder.spec.decoder].projections
+    projections = {name: tensor for name, tensor in sam.state_dict().items() if name.startswith(layers)}
+    return {**sam.image_encoder.state_dict(), **projections}
+
+
+def decode_automatic(sam: Sam, features: ImageFeatures, *, multimask: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Decode a batch of images without any prompt.
 
     segment_anything's decoder repeats the image embeddings for each prompt, so it fails for B images with B prompts.
@@ -89,51 +151,94 @@ def decode_automatic(
 
     Args:
         sam: Model whose prompt encoder and mask decoder are used.
-        image_embeddings_BChw: Output of ``sam.image_encoder``.
+        features: Features of B images.
         multimask: True decodes all mask tokens but the first, False only the first (1 mask).
 
     Returns:
         ``low_res_logits`` (B, M, 4h, 4w) and ``iou_predictions`` (B, M).
     """
-    # Under bf16 autocast the prompt encoder would compute positions in bf16, with an error of 0.1.
-    with torch.autocast(image_embeddings_BChw.device.type, enabled=False):
-        sparse_1NC, dense_1Chw = sam.prompt_encoder(points=None, boxes=None, masks=None)
-        image_pe_1Chw = sam.prompt_encoder.get_dense_pe()
-    logits, iou = sam.mask_decoder(
-        image_embeddings=image_embeddings_BChw,
-        image_pe=image_pe_1Chw,
-        sparse_prompt_embeddings=sparse_1NC,
-        dense_prompt_embeddings=dense_1Chw,
-        multimask_output=multimask,
-    )
-    return logits, iou
+    return _decode(sam, features, *embed_prompts(sam), multimask=multimask)
 
 
 def decode_boxes(
-    sam: Sam, image_embeddings_BChw: torch.Tensor, boxes_B4: torch.Tensor, *, multimask: bool
+    sam: Sam, features: ImageFeatures, boxes_B4: torch.Tensor, *, multimask: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Decode a batch of images with one box each.
 
     Args:
         sam: Model whose prompt encoder and mask decoder are used.
-        image_embeddings_BChw: Output of ``sam.image_encoder``.
+        features: Features of B images.
         boxes_B4: Boxes as XYXY in input-frame pixels.
         multimask: As in :func:`decode_automatic`.
 
     Returns:
         ``low_res_logits`` (B, M, 4h, 4w) and ``iou_predictions`` (B, M).
     """
-    with torch.autocast(image_embeddings_BChw.device.type, enabled=False):
-        sparse_BNC, dense_BChw = sam.prompt_encoder(points=None, boxes=boxes_B4.float(), masks=None)
-        image_pe_1Chw = sam.prompt_encoder.get_dense_pe()
+    sparse_BNC, dense_BChw = embed_prompts(sam, boxes=boxes_B4.float())
+    one_by_one = [slice(i, i + 1) for i in range(len(boxes_B4))]
     decoded = [
-        sam.mask_decoder(
-            image_embeddings=image_embeddings_BChw[i : i + 1],
-            image_pe=image_pe_1Chw,
-            sparse_prompt_embeddings=sparse_BNC[i : i + 1],
-            dense_prompt_embeddings=dense_BChw[i : i + 1],
-            multimask_output=multimask,
-        )
-        for i in range(len(boxes_B4))
+        _decode(sam, features.of_images(one), sparse_BNC[one], dense_BChw[one], multimask=multimask)
+        for one in one_by_one
     ]
     return torch.cat([logits for logits, _ in decoded]), torch.cat([iou for _, iou in decoded])
+
+
+def decode_pairs(
+    sam: Sam, features: ImageFeatures, sparse_PNC: torch.Tensor, dense_PChw: torch.Tensor, *, multimask: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Decode embedded prompts, each on an image of its own.
+
+    Args:
+        sam: Model whose mask decoder is used.
+        features: Features of P images, one per prompt. An image may occur several times.
+        sparse_PNC: Result of :func:`embed_prompts`.
+        dense_PChw: The same.
+        multimask: As in :func:`decode_automatic`.
+
+    Returns:
+        ``low_res_logits`` (P, M, 4h, 4w) and ``iou_predictions`` (P, M).
+    """
+    # segment_anything's decoder repeats one image for all prompts and adds their dense embeddings. With zeros as the
+    # image and each prompt's own image added to its dense embedding, it decodes any assignment bit-exactly.
+    dense_PChw = features.embeddings + dense_PChw
+    zeros = ImageFeatures(torch.zeros_like(dense_PChw[:1]), features.high_res)
+    return _decode(sam, zeros, sparse_PNC, dense_PChw, multimask=multimask)
+
+
+def embed_prompts(
+    sam: Sam,
+    *,
+    points: tuple[torch.Tensor, torch.Tensor] | None = None,
+    boxes: torch.Tensor | None = None,
+    masks: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return sparse (P, N, C) and dense (P, C, h, w) embeddings of prompts.
+
+    Without a prompt they are those of one empty prompt.
+
+    Args:
+        sam: Model whose prompt encoder is used.
+        points: Coordinates (P, K, 2) as x, y in input-frame pixels and labels (P, K).
+        boxes: Boxes (P, 4) as XYXY in input-frame pixels.
+        masks: Logits (P, 1, 4h, 4w).
+    """
+    # Under bf16 autocast the prompt encoder would compute positions in bf16, with an error of 0.1.
+    with torch.autocast(sam.device.type, enabled=False):
+        sparse_PNC, dense_PChw = sam.prompt_encoder(points=points, boxes=boxes, masks=masks)
+    return sparse_PNC, dense_PChw
+
+
+def _decode(
+    sam: Sam, features: ImageFeatures, sparse_PNC: torch.Tensor, dense_PChw: torch.Tensor, *, multimask: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    with torch.autocast(sam.device.type, enabled=False):
+        image_pe_1Chw = sam.prompt_encoder.get_dense_pe()
+    logits, iou = sam.mask_decoder(
+        image_embeddings=features.embeddings,
+        image_pe=image_pe_1Chw,
+        sparse_prompt_embeddings=sparse_PNC,
+        dense_prompt_embeddings=dense_PChw,
+        multimask_output=multimask,
+        **({"high_res": features.high_res} if features.high_res else {}),
+    )
+    return logits, iou

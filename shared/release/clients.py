@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from samgraft.shared.encoders.base import ImageFeatures
 from samgraft.shared.encoders.registry import spec_from_tensors
 from samgraft.shared.errors import WeightsError
 from samgraft.shared.release.subject import Subject, decoder_outputs
@@ -55,7 +56,7 @@ def segment_anything_client(path: Path, probe: Mapping[str, Tensor], options: Ma
         embeddings.append(predictor.get_image_embedding())
         box_14 = predictor.transform.apply_boxes_torch(box_4[None], predictor.original_size)
         boxes.append(predictor.predict_torch(None, None, boxes=box_14, multimask_output=True, return_logits=True)[2])
-    outputs = decoder_outputs(sam, torch.cat(embeddings), probe["boxes_N4"])
+    outputs = decoder_outputs(sam, ImageFeatures(torch.cat(embeddings)), probe["boxes_N4"])
     return {**outputs, "embeddings": torch.cat(embeddings), "boxes": torch.cat(boxes)}, builder
 
 

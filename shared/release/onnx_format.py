@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from samgraft.shared.encoders.base import ImageFeatures
 from samgraft.shared.encoders.sam import decode_automatic
 from samgraft.shared.release.formats import Artefact, Format
 from samgraft.shared.release.subject import Subject
@@ -35,7 +36,8 @@ class AutomaticDecoder(nn.Module):
 
     def forward(self, image_embeddings: Tensor) -> tuple[Tensor, Tensor]:
         """Return logits (N, 1 + M, 4h, 4w) and predicted IoU (N, 1 + M) with the first token first."""
-        pairs = [decode_automatic(self.sam, image_embeddings, multimask=multimask) for multimask in (False, True)]
+        features = ImageFeatures(image_embeddings)
+        pairs = [decode_automatic(self.sam, features, multimask=multimask) for multimask in (False, True)]
         return torch.cat([logits for logits, _ in pairs], dim=1), torch.cat([iou for _, iou in pairs], dim=1)
 
 

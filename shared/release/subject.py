@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from samgraft.shared.encoders.base import EncoderSpec, ImageEncoder
-from samgraft.shared.encoders.sam import build_sam, decode_automatic, decode_boxes, to_pixels
+from samgraft.shared.encoders.base import EncoderSpec, ImageEncoder, ImageFeatures
+from samgraft.shared.encoders.sam import build_sam, decode_automatic, decode_boxes, encode_images, to_pixels
 from segment_anything.modeling import Sam
 from torch import Tensor
 
@@ -96,12 +96,17 @@ def expected_outputs(subject: Subject, probe: Mapping[str, Tensor]) -> dict[str,
     if not subject.is_whole:
         return {"embeddings": subject.build_encoder()(probe["pixels_N3SS"])}
     sam = subject.build()
-    embeddings = sam.image_encoder(probe["pixels_N3SS"])
-    return {"embeddings": embeddings, **decoder_outputs(sam, embeddings, probe["boxes_N4"])}
+    return sam_outputs(sam, probe)
 
 
-def decoder_outputs(sam: Sam, embeddings_NChw: Tensor, boxes_N4: Tensor) -> dict[str, Tensor]:
+def sam_outputs(sam: Sam, probe: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Compute image embeddings and the logits of :func:`decoder_outputs` for the probe."""
+    features = encode_images(sam, probe["pixels_N3SS"])
+    return {"embeddings": features.embeddings, **decoder_outputs(sam, features, probe["boxes_N4"])}
+
+
+def decoder_outputs(sam: Sam, features: ImageFeatures, boxes_N4: Tensor) -> dict[str, Tensor]:
     """Compute the logits without prompt (first token, then all others) and with one box per image."""
-    automatic = [decode_automatic(sam, embeddings_NChw, multimask=multimask)[0] for multimask in (False, True)]
-    boxes, _ = decode_boxes(sam, embeddings_NChw, boxes_N4, multimask=True)
+    automatic = [decode_automatic(sam, features, multimask=multimask)[0] for multimask in (False, True)]
+    boxes, _ = decode_boxes(sam, features, boxes_N4, multimask=True)
     return {"automatic": torch.cat(automatic, dim=1), "boxes": boxes}

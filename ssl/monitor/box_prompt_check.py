@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from samgraft.shared.encoders.base import ImageEncoder
+from samgraft.shared.encoders.base import ImageEncoder, ImageFeatures
 from samgraft.shared.encoders.sam import decode_boxes
 from samgraft.shared.errors import UsageError, WeightsError
 from samgraft.shared.samples.frame import InputFrame, logits_to_native
@@ -91,7 +91,8 @@ class BoxPromptCheck:
         embeddings_BChw = encoder.neck(features_BChw[rows]).float()
         frames = [self.slices.frames[box.slice_number] for box in chosen]
         boxes_B4 = torch.tensor([box.in_frame(f) for box, f in zip(chosen, frames, strict=True)])
-        logits, _ = decode_boxes(self.decoder, embeddings_BChw, boxes_B4.to(features_BChw.device), multimask=False)
+        features = ImageFeatures(embeddings_BChw)
+        logits, _ = decode_boxes(self.decoder, features, boxes_B4.to(features_BChw.device), multimask=False)
         for box, frame, logits_1hw in zip(chosen, frames, logits, strict=True):
             predicted_HW = logits_to_native(logits_1hw[None].float(), frame)[0, 0].cpu() > 0
             true_HW = self.slices.labels[box.slice_number] == box.class_id

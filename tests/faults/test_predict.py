@@ -403,11 +403,11 @@ def test_predictor__box_in_a_slice_equals_segment_anything(lab):
     labels = predictor(volume, prompts=[SlicePrompt(where="", slice_index=2, channel=0, box=box)])
     sam = predictor.model.segmenter.sam
     image = normalise(volume[2], record.stats, predictor.model.task.inference().intensity)
-    from samgraft.shared.encoders.sam import decode_boxes, to_pixels
+    from samgraft.shared.encoders.sam import decode_boxes, encode_images, to_pixels
 
     with torch.inference_mode():
-        embedding = sam.image_encoder(to_pixels(torch.from_numpy(image)[None, None], sam.image_encoder.spec))
-        logits, _ = decode_boxes(sam, embedding, torch.tensor([box]), multimask=False)
+        features = encode_images(sam, to_pixels(torch.from_numpy(image)[None, None], sam.image_encoder.spec))
+        logits, _ = decode_boxes(sam, features, torch.tensor([box]), multimask=False)
         expected = sam.postprocess_masks(logits, (32, 32), (32, 32))[0, 0] > 0
     assert np.array_equal(labels[2] > 0, expected.numpy())
     assert not labels[[0, 1, 3]].any()

@@ -12,6 +12,7 @@ from samgraft.finetune.training.cached_slices import CachedSlices, collate_cache
 from samgraft.finetune.training.preparation import prepare, use_cached_embeddings
 from samgraft.shared.cli import main
 from samgraft.shared.config import load_config
+from samgraft.shared.encoders.base import ImageFeatures
 from samgraft.shared.errors import DataError, StorageError, UsageError
 from samgraft.shared.files import write_tensors
 from samgraft.shared.samples.dataset import batch_to_input, collate_slices
@@ -20,7 +21,7 @@ from samgraft.shared.training.device import choose_device
 from store_factory import make_store
 from tiny_sams import tiny_sam
 
-SHAPE = RecordShape(embedding_Chw=(4, 3, 3), image_size=8, dtype=CacheType.FP16)
+SHAPE = RecordShape(maps=((4, 3, 3),), image_size=8, dtype=CacheType.FP16)
 DEVICE = choose_device("cpu", precision="fp32")
 
 
@@ -35,10 +36,13 @@ def labels(count):
 def filled(folder, *, count=5, facts=None, scale=1.0, shape=SHAPE):
     cache = EmbeddingCache(folder, shape, num_records=count, facts=facts or {"encoder": "a"})
     values, ids = embeddings(count, scale=scale), labels(count)
+    # Further maps of a record have the same values, with more rows.
+    finer = tuple(embeddings(count, scale=scale, seed=i).repeat(1, 1, 2, 2) for i in range(1, len(shape.maps)))
+    features = ImageFeatures(values, finer)
 
     def batches(first):
         for start in range(first, count, 2):
-            yield values[start : start + 2], ids[start : start + 2]
+            yield features.of_images(slice(start, start + 2)), ids[start : start + 2]
 
     cache.fill(batches)
     return cache, values, ids
@@ -50,13 +54,22 @@ def test_cache_read__embedding_is_exact_to_the_formats_precision(tmp_path, dtype
     shape = dataclasses.replace(SHAPE, dtype=dtype)
     cache, values, ids = filled(tmp_path, scale=scale, shape=shape)
     for record in (4, 0, 2):
-        embedding, label = cache.read(record)
+        [embedding], label = cache.read(record)
         assert torch.equal(label, ids[record])
         largest = values[record].abs().max()
         assert ((embedding - values[record]).abs() <= bound * values[record].abs() + 1e-6 * largest).all()
     assert (cache.path / "embeddings.bin").stat().st_size == 5 * 2 * 4 * 3 * 3
     again = pickle.loads(pickle.dumps(cache))
-    assert torch.equal(again.read(3)[0], cache.read(3)[0])
+    assert torch.equal(again.read(3)[0][0], cache.read(3)[0][0])
+
+
+def test_cache_read__finer_maps_follow_the_embedding(tmp_path):
+    shape = dataclasses.replace(SHAPE, maps=((4, 3, 3), (4, 6, 6)))
+    cache, values, _ = filled(tmp_path, shape=shape)
+    (embedding, finer), _ = cache.read(2)
+    torch.testing.assert_close(embedding, values[2], atol=1e-3, rtol=2**-11)
+    torch.testing.assert_close(finer, embeddings(5, seed=1)[2].repeat(1, 2, 2), atol=1e-3, rtol=2**-11)
+    assert (cache.path / "embeddings.bin").stat().st_size == 5 * 2 * (4 * 9 + 4 * 36)
 
 
 def test_cache_fill__resumed_after_a_kill_gives_the_same_bytes(tmp_path):
@@ -66,7 +79,7 @@ def test_cache_fill__resumed_after_a_kill_gives_the_same_bytes(tmp_path):
 
     def dying(first):
         firsts.append(first)
-        yield values[:2], ids[:2]
+        yield ImageFeatures(values[:2]), ids[:2]
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -79,7 +92,7 @@ def test_cache_fill__resumed_after_a_kill_gives_the_same_bytes(tmp_path):
 
     def rest(first):
         firsts.append(first)
-        yield values[first:], ids[first:]
+        yield ImageFeatures(values[first:]), ids[first:]
 
     cache.fill(rest)
     assert firsts == [0, 2]
@@ -122,7 +135,7 @@ def test_check_disk__too_little_space_is_refused_before_writing(tmp_path, monkey
 def test_cache_fill__nan_is_refused(tmp_path):
     cache = EmbeddingCache(tmp_path, SHAPE, num_records=1, facts={})
     with pytest.raises(DataError, match="has NaN or Inf"):
-        cache.fill(lambda first: iter([(torch.full((1, 4, 3, 3), float("nan")), labels(1))]))
+        cache.fill(lambda first: iter([(ImageFeatures(torch.full((1, 4, 3, 3), float("nan"))), labels(1))]))
 
 
 def test_embedding_memory__batch_is_computed_once_within_the_limit():
@@ -130,12 +143,14 @@ def test_embedding_memory__batch_is_computed_once_within_the_limit():
 
     def embed(images):
         calls.append(len(images))
-        return images.mean(dim=1, keepdim=True) * 2
+        return ImageFeatures(images * 2, (images * 3,))
 
     first, second = torch.rand(2, 1, 4, 4), torch.rand(3, 1, 4, 4)
-    memory = EmbeddingMemory(limit_bytes=2 * 16 * 4)
+    memory = EmbeddingMemory(limit_bytes=2 * 2 * 16 * 4)
     for images in (first, second, first, second):
-        assert torch.equal(memory.lookup(images, embed), images * 2)
+        embeddings, [finer] = memory.lookup(images, embed)
+        assert torch.equal(embeddings, images * 2)
+        assert torch.equal(finer, images * 3)
     assert calls == [2, 3, 3]
 
 
@@ -171,7 +186,7 @@ def test_cached_slices__equal_the_encoders_embeddings(place):
     assert cached.cache.num_records == 2 * len(cached.unique)
 
     shown = [cached[3, counter] for counter in range(6)]
-    distinct = {sample["embedding"].sum().item() for sample in shown}
+    distinct = {sample["maps"][0].sum().item() for sample in shown}
     assert len(distinct) == 2
     position = prepared.dataset.slices.index(prepared.dataset.slices[3])
     unique = cached.unique.index(prepared.dataset.slices[3])
@@ -179,13 +194,13 @@ def test_cached_slices__equal_the_encoders_embeddings(place):
         record = 2 * unique + variant
         batch = collate_slices([prepared.dataset[position, record]])
         images, ids, _ = batch_to_input(batch, image_size=32, keep_aspect=True, device="cpu")
-        embedding, label = cached.cache.read(record)
+        [embedding], label = cached.cache.read(record)
         with torch.no_grad():
-            expected = prepared.segmenter.eval().embed(images)[0]
+            expected = prepared.segmenter.eval().embed(images).embeddings[0]
         torch.testing.assert_close(embedding, expected, atol=2e-3, rtol=2e-3)
         assert torch.equal(label, ids[0])
     batch = collate_cached(shown[:2])
-    assert batch["embeddings_NChw"].shape == (2, 16, 8, 8)
+    assert batch["features"].embeddings.shape == (2, 16, 8, 8)
     assert batch["labels_NSS"].shape == (2, 32, 32)
 
 

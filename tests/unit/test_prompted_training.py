@@ -15,6 +15,7 @@ from samgraft.finetune.prompting.prompted_inference import label_prompts, prompt
 from samgraft.finetune.prompting.prompted_loss import PromptedLoss, _iou
 from samgraft.finetune.prompting.prompts import Prompt, decode_prompts
 from samgraft.finetune.segmenter import Segmenter
+from samgraft.shared.encoders.base import ImageFeatures
 from samgraft.shared.samples.frame import fit_frame
 from torch import nn
 
@@ -37,18 +38,18 @@ def batch():
 
 
 @pytest.fixture(scope="module")
-def embeddings():
-    return torch.randn(2, 32, 8, 8, generator=torch.Generator().manual_seed(0))
+def features():
+    return ImageFeatures(torch.randn(2, 32, 8, 8, generator=torch.Generator().manual_seed(0)))
 
 
-def test_fixture__embeddings_fit_the_decoder(embeddings):
+def test_fixture__embeddings_fit_the_decoder(features):
     sam = make_sam(tiny_vit_t_spec(), image_size=SIZE)
-    assert embeddings.shape[1:] == (sam.prompt_encoder.embed_dim, *sam.prompt_encoder.image_embedding_size)
+    assert features.embeddings.shape[1:] == (sam.prompt_encoder.embed_dim, *sam.prompt_encoder.image_embedding_size)
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])
 @pytest.mark.parametrize("mode", MODES)
-def test_prompted_loss__mode_moves_its_mask_tokens_and_the_iou_head(mode, method, embeddings):
+def test_prompted_loss__mode_moves_its_mask_tokens_and_the_iou_head(mode, method, features):
     config = config_of(mode)
     sam = make_sam(tiny_vit_t_spec(), image_size=SIZE)
     torch.manual_seed(1)
@@ -59,7 +60,7 @@ def test_prompted_loss__mode_moves_its_mask_tokens_and_the_iou_head(mode, method
     optimizer = torch.optim.SGD(trainable_tensors(sam).values(), lr=0.1)
     for step in range(3):
         optimizer.zero_grad()
-        loss(sam, embeddings, batch(), [2 * step, 2 * step + 1])["loss"].backward()
+        loss(sam, features, batch(), [2 * step, 2 * step + 1])["loss"].backward()
         optimizer.step()
     moved = {name for name, tensor in sam.state_dict().items() if not torch.equal(before[name], tensor)}
     assert moved <= set(trainable_tensors(sam))
@@ -73,7 +74,7 @@ def test_prompted_loss__mode_moves_its_mask_tokens_and_the_iou_head(mode, method
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_prompted_loss__equal_counters_give_equal_prompts(mode, embeddings):
+def test_prompted_loss__equal_counters_give_equal_prompts(mode, features):
     sam = make_sam(tiny_vit_t_spec(), image_size=SIZE)
     loss = PromptedLoss(config_of(mode), LossConfig(), seed=0)
 
@@ -81,43 +82,43 @@ def test_prompted_loss__equal_counters_give_equal_prompts(mode, embeddings):
         loss.seed = seed
         torch.manual_seed(int(torch.randint(1000, ()).item()))
         with torch.no_grad():
-            return loss(sam, embeddings, batch(), counters)["loss"].item()
+            return loss(sam, features, batch(), counters)["loss"].item()
 
     assert value([5, 6]) == value([5, 6])
     assert len({value([5, 6]), value([7, 8]), value([5, 6], seed=1)}) > 1
 
 
-def test_prompted_loss__no_object_gives_zero_gradients(embeddings):
+def test_prompted_loss__no_object_gives_zero_gradients(features):
     sam = make_sam(tiny_vit_t_spec(), image_size=SIZE)
     adapt(sam, AdapterConfig(method="full"), num_classes=1, prompted_tokens=(0,))
     out = PromptedLoss(config_of(PromptMode.BOX), LossConfig(), seed=0)(
-        sam, embeddings, torch.zeros_like(batch()), [0, 1]
+        sam, features, torch.zeros_like(batch()), [0, 1]
     )
     out["loss"].backward()
     assert out["loss"].item() == 0
     assert all(p.grad is not None and not p.grad.any() for p in trainable_tensors(sam).values())
 
 
-def test_prompted_loss__single_point_uses_its_best_mask(embeddings):
+def test_prompted_loss__single_point_uses_its_best_mask(features):
     sam = make_sam(tiny_vit_t_spec(), image_size=SIZE)
     config = config_of(PromptMode.POINTS, iou_weight=0.0)
     loss = PromptedLoss(config, LossConfig(), seed=3)
     masks = batch()[:1, :1]
     with torch.no_grad():
-        whole = loss(sam, embeddings[:1], masks, [4])["loss"]
+        whole = loss(sam, features.of_images(slice(1)), masks, [4])["loss"]
         prompts = [one.prompt for one in loss._draw(sam, masks, [4])]
-        logits, _ = decode_prompts(sam, embeddings[:1], prompts, multimask=True)
+        logits, _ = decode_prompts(sam, features.of_images(slice(1)), prompts, multimask=True)
         each = MaskLoss()(logits[0], masks[0].expand(3, -1, -1))
     assert whole.item() == pytest.approx(each.min().item(), abs=1e-6)
     assert each.max() - each.min() > 1e-3
 
 
-def test_prompted_loss__iou_weight_and_clicks_change_the_loss(embeddings):
+def test_prompted_loss__iou_weight_and_clicks_change_the_loss(features):
     sam = make_sam(tiny_vit_t_spec(), image_size=SIZE)
 
     def value(config):
         with torch.no_grad():
-            return PromptedLoss(config, LossConfig(), seed=0)(sam, embeddings, batch(), [0, 1])
+            return PromptedLoss(config, LossConfig(), seed=0)(sam, features, batch(), [0, 1])
 
     with_iou, without = value(config_of(PromptMode.BOX)), value(config_of(PromptMode.BOX, iou_weight=0.0))
     assert with_iou["loss"] - without["loss"] == pytest.approx(with_iou["loss/iou"].item(), abs=1e-6)
@@ -134,7 +135,7 @@ def test_iou__diagonal_and_half_give_one_fifth():
 
 
 @pytest.mark.parametrize("unit", PromptUnit)
-def test_prompted_loss__unit_determines_the_number_of_prompts(unit, embeddings):
+def test_prompted_loss__unit_determines_the_number_of_prompts(unit, features):
     sam = make_sam(tiny_vit_t_spec(), image_size=SIZE)
     masks = batch()
     masks[1, 1, 20:24, 20:24] = True
@@ -150,7 +151,7 @@ class FillsBoxes:
     def __init__(self):
         self.received = []
 
-    def __call__(self, sam, embeddings, prompts):
+    def __call__(self, sam, features, prompts):
         self.received.append(prompts)
         columns = torch.arange(SIZE).float()
         out = []
@@ -170,12 +171,12 @@ def label_slices():
     return label
 
 
-def segment_slices(segmenter, embeddings, label, classes, config):
+def segment_slices(segmenter, features, label, classes, config):
     frame = fit_frame(label.shape[1:], image_size=SIZE, keep_aspect=True)
     source = label_prompts(segmenter, label, "s_1", classes, config.for_evaluation())
     return segment_prompted_slices(
         segmenter,
-        embeddings,
+        features,
         source.prompts_of(range(len(label)), frame),
         classes=classes,
         frame=frame,
@@ -187,7 +188,7 @@ def segmented(monkeypatch, classes, config, label):
     fake = FillsBoxes()
     monkeypatch.setattr(prompted_inference, "predict_prompts", fake)
     segmenter = Segmenter(make_sam(tiny_vit_t_spec(), image_size=SIZE), num_classes=2)
-    return segment_slices(segmenter, torch.zeros(3, 32, 8, 8), label, classes, config), fake
+    return segment_slices(segmenter, ImageFeatures(torch.zeros(3, 32, 8, 8)), label, classes, config), fake
 
 
 def test_inference__filled_boxes_reproduce_the_label(monkeypatch):
@@ -227,9 +228,9 @@ def test_inference__jitter_is_off_by_default_and_repeatable(monkeypatch):
 @pytest.mark.parametrize("mode", MODES)
 def test_inference__every_mode_is_repeatable(mode):
     segmenter = Segmenter(make_sam(tiny_vit_t_spec(), image_size=SIZE), num_classes=2).eval()
-    embeddings = torch.randn(3, 32, 8, 8, generator=torch.Generator().manual_seed(0))
+    features = ImageFeatures(torch.randn(3, 32, 8, 8, generator=torch.Generator().manual_seed(0)))
     with torch.no_grad():
-        first, again = (segment_slices(segmenter, embeddings, label_slices(), TWO, config_of(mode)) for _ in range(2))
+        first, again = (segment_slices(segmenter, features, label_slices(), TWO, config_of(mode)) for _ in range(2))
     assert np.array_equal(first, again)
     assert set(np.unique(first)) <= {0, 3, 7}
     assert not first[1].any()
@@ -256,7 +257,7 @@ def test_segmenter__three_equal_channels_equal_one():
         torch.testing.assert_close(segmenter(images.expand(-1, 3, -1, -1)), one)
         other = images.expand(-1, 3, -1, -1).clone()
         other[:, 2] += 0.5
-        assert not torch.allclose(segmenter.embed(other), segmenter.embed(images), atol=1e-4)
+        assert not torch.allclose(segmenter.embed(other).embeddings, segmenter.embed(images).embeddings, atol=1e-4)
 
 
 def test_for_evaluation__automatic_mode_is_unchanged():
@@ -267,7 +268,7 @@ def test_for_evaluation__automatic_mode_is_unchanged():
     )
 
 
-def test_adapt__prompt_encoder_stays_frozen(embeddings):
+def test_adapt__prompt_encoder_stays_frozen(features):
     sam = make_sam(tiny_vit_t_spec(), image_size=SIZE)
     adapt(sam, AdapterConfig(method="full"), num_classes=1, prompted_tokens=(0,))
     assert not any(p.requires_grad for p in sam.prompt_encoder.parameters())

@@ -31,6 +31,7 @@ from samgraft.finetune.prompting.prompts import (
     points_to_frame,
     predict_prompts,
 )
+from samgraft.shared.encoders.base import ImageFeatures
 from samgraft.shared.samples.frame import fit_frame
 
 SIZE = 32
@@ -46,9 +47,11 @@ def sam():
 
 
 @pytest.fixture(scope="module")
-def embeddings(sam):
+def features(sam):
     grid = sam.prompt_encoder.image_embedding_size
-    return torch.randn(3, sam.prompt_encoder.embed_dim, *grid, generator=torch.Generator().manual_seed(0))
+    return ImageFeatures(
+        torch.randn(3, sam.prompt_encoder.embed_dim, *grid, generator=torch.Generator().manual_seed(0))
+    )
 
 
 def mask_of(sam, image=1):
@@ -56,14 +59,14 @@ def mask_of(sam, image=1):
     return Prompt(image=image, mask=torch.randn(side, side, generator=torch.Generator().manual_seed(2)))
 
 
-def one_by_one(sam, embeddings, prompt, *, multimask):
+def one_by_one(sam, features, prompt, *, multimask):
     """Decode one prompt as segment_anything's own predictor does."""
     points = None if prompt.points is None else (prompt.points[None], prompt.labels[None])
     boxes = None if prompt.box is None else prompt.box[None]
     masks = None if prompt.mask is None else prompt.mask[None, None]
     sparse, dense = sam.prompt_encoder(points=points, boxes=boxes, masks=masks)
     return sam.mask_decoder(
-        image_embeddings=embeddings[prompt.image : prompt.image + 1],
+        image_embeddings=features.embeddings[prompt.image : prompt.image + 1],
         image_pe=sam.prompt_encoder.get_dense_pe(),
         sparse_prompt_embeddings=sparse,
         dense_prompt_embeddings=dense,
@@ -73,41 +76,41 @@ def one_by_one(sam, embeddings, prompt, *, multimask):
 
 @pytest.mark.parametrize("multimask", [False, True])
 @pytest.mark.parametrize("max_per_pass", [1, 2, 64])
-def test_decode_prompts__mixed_prompts_equal_segment_anything_one_by_one(sam, embeddings, multimask, max_per_pass):
+def test_decode_prompts__mixed_prompts_equal_segment_anything_one_by_one(sam, features, multimask, max_per_pass):
     """Boxes, different numbers of points, masks and mixtures over three images, in any order."""
     second_mask = dataclasses.replace(mask_of(sam, image=0), mask=-mask_of(sam).mask)
     prompts = [BOX, POINT, mask_of(sam), THREE, dataclasses.replace(BOX, image=2), BOX_POINT, second_mask]
     with torch.no_grad():
-        logits, iou = decode_prompts(sam, embeddings, prompts, multimask=multimask, max_per_pass=max_per_pass)
+        logits, iou = decode_prompts(sam, features, prompts, multimask=multimask, max_per_pass=max_per_pass)
         for place, prompt in enumerate(prompts):
-            expected_logits, expected_iou = one_by_one(sam, embeddings, prompt, multimask=multimask)
+            expected_logits, expected_iou = one_by_one(sam, features, prompt, multimask=multimask)
             torch.testing.assert_close(logits[place], expected_logits[0], atol=1e-5, rtol=1e-5)
             torch.testing.assert_close(iou[place], expected_iou[0], atol=1e-5, rtol=1e-5)
     assert logits.shape[1] == (3 if multimask else 1)
     assert (logits[0] - logits[4]).abs().max() > 1e-3, "the image must change the logits"
 
 
-def test_decode_prompts__autocast_keeps_exact_positions(sam, embeddings):
+def test_decode_prompts__autocast_keeps_exact_positions(sam, features):
     """Positions in bf16 would be wrong by up to 0.1."""
     with torch.no_grad():
-        exact, _ = decode_prompts(sam, embeddings, [BOX], multimask=False)
+        exact, _ = decode_prompts(sam, features, [BOX], multimask=False)
         encoded = []
         keep = sam.mask_decoder.register_forward_pre_hook(
             lambda _, args, kwargs: encoded.append(kwargs["sparse_prompt_embeddings"]), with_kwargs=True
         )
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            decode_prompts(sam, embeddings, [BOX], multimask=False)
+            decode_prompts(sam, features, [BOX], multimask=False)
         keep.remove()
         expected, _ = sam.prompt_encoder(points=None, boxes=BOX.box[None], masks=None)
     assert torch.equal(encoded[0], expected)
     assert torch.isfinite(exact).all()
 
 
-def test_predict_prompts__single_point_uses_the_best_of_three_masks(sam, embeddings):
+def test_predict_prompts__single_point_uses_the_best_of_three_masks(sam, features):
     with torch.no_grad():
-        logits, iou = predict_prompts(sam, embeddings, [BOX, POINT, THREE])
-        three, ious = decode_prompts(sam, embeddings, [POINT], multimask=True)
-        single, _ = decode_prompts(sam, embeddings, [BOX, THREE], multimask=False)
+        logits, iou = predict_prompts(sam, features, [BOX, POINT, THREE])
+        three, ious = decode_prompts(sam, features, [POINT], multimask=True)
+        single, _ = decode_prompts(sam, features, [BOX, THREE], multimask=False)
     assert torch.allclose(logits[1], three[0, ious[0].argmax()], atol=1e-6)
     assert iou[1].item() == pytest.approx(ious.max().item(), abs=1e-6)
     assert torch.allclose(logits[[0, 2]], single[:, 0], atol=1e-6)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from model_factory import make_sam, tiny_plain_spec, tiny_vit_t_spec
 from samgraft.shared.encoders.base import freeze_batch_norm
 from samgraft.shared.encoders.registry import arch_spec
-from samgraft.shared.encoders.sam import build_sam, decode_boxes, to_pixels
+from samgraft.shared.encoders.sam import build_sam, decode_boxes, encode_images, to_pixels
 from samgraft.shared.encoders.tiny_vit import Stem, TinyViTEncoder
 from samgraft.shared.errors import UsageError
 from samgraft.shared.weights.load import load_sam
@@ -158,8 +158,8 @@ def test_lite_medsam__finds_a_tumour_from_its_box() -> None:
     assert image.shape[-2:] == (256, 256)
     sam = load_sam(weights)
     with torch.no_grad():
-        embeddings = sam.image_encoder(to_pixels(image, sam.image_encoder.spec))
-        logits, _ = decode_boxes(sam, embeddings, box, multimask=False)
+        features = encode_images(sam, to_pixels(image, sam.image_encoder.spec))
+        logits, _ = decode_boxes(sam, features, box, multimask=False)
     found = logits[0, 0] > 0
     dice = 2 * (found & truth).sum() / (found.sum() + truth.sum())
     assert dice > 0.9
