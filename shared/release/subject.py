@@ -100,7 +100,7 @@ def expected_outputs(subject: Subject, probe: Mapping[str, Tensor]) -> dict[str,
 
 
 def sam_outputs(sam: Sam, probe: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Compute image embeddings and the logits of :func:`decoder_outputs` for the probe."""
+    """Compute image embeddings and all logits for the probe."""
     features = encode_images(sam, probe["pixels_N3SS"])
     return {"embeddings": features.embeddings, **decoder_outputs(sam, features, probe["boxes_N4"])}
 
