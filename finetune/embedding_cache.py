@@ -36,7 +36,9 @@ from typing import Any
 import google_crc32c
 import numpy as np
 import numpy.typing as npt
+import pydantic.dataclasses
 import torch
+from samgraft.shared.config import NonNegativeInt
 from samgraft.shared.encoders.base import ImageFeatures
 from samgraft.shared.errors import DataError, StorageError
 from samgraft.shared.files import file_sha256, write_json, write_text
@@ -66,11 +68,11 @@ class CacheType(Enum):
     """Format with 8 significant bits, in which the encoder computes under bf16."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@pydantic.dataclasses.dataclass(frozen=True, kw_only=True)
 class CacheConfig:
     """Cache of embeddings, for ``adapter.scope=decoder`` only."""
 
-    variants: int = 0
+    variants: NonNegativeInt = 0
     """Augmented variants of every training slice, each embedded once. 0 runs the encoder at every step. A few variants
     are enough for few slices: each epoch draws among them."""
     dtype: CacheType = CacheType.FP16
@@ -78,15 +80,8 @@ class CacheConfig:
     folder: str | None = None
     """Folder of all caches. null is ``NAME.embeddings`` next to the store. Runs with different decoders share a
     cache."""
-    validation_mb: int = 2048
+    validation_mb: NonNegativeInt = 2048
     """Memory in MiB for embeddings of validation slices, which are equal in every round. 0 computes them each time."""
-
-    def __post_init__(self) -> None:
-        if self.variants < 0 or self.validation_mb < 0:
-            raise ValueError(
-                f"cache.variants and cache.validation_mb must not be negative, got {self.variants} and "
-                f"{self.validation_mb}."
-            )
 
 
 @dataclass(frozen=True, kw_only=True)

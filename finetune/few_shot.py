@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from enum import Enum
 
+from pydantic.dataclasses import dataclass
+from samgraft.shared.config import NonNegativeInt, PositiveInt
 from samgraft.shared.samples.slices import select_few_shot
 from samgraft.shared.samples.split import Split
 from samgraft.shared.store.store import SliceStore
@@ -24,19 +25,13 @@ class Unit(Enum):
 class FewShotConfig:
     """Random part of the training data. Validation and test data stay complete."""
 
-    num: int | None = None
+    num: PositiveInt | None = None
     """Number of patients or slices to train on. null takes all."""
     unit: Unit = Unit.PATIENTS
     """Unit of ``num``, patients or slices."""
-    repeat: int = 0
+    repeat: NonNegativeInt = 0
     """Number of the draw, 0, 1, 2, ... Draws of one number are nested, so that 5 patients include the 3 of a smaller
     draw."""
-
-    def __post_init__(self) -> None:
-        if (self.num is not None and self.num < 1) or self.repeat < 0:
-            raise ValueError(
-                f"data.few_shot.num must be at least 1 or null and repeat at least 0, got {self.num} and {self.repeat}."
-            )
 
 
 def draw_few_shot(split: Split, store: SliceStore, config: FewShotConfig) -> Split:

@@ -9,12 +9,15 @@ sides. All but ``MaskLoss`` work on volumes too, with one more axis.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import field
 from enum import Enum
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
+from annotated_types import Ge
+from pydantic.dataclasses import dataclass
+from samgraft.shared.config import NonNegative, Positive
 from samgraft.shared.errors import UsageError
 from torch import Tensor, nn
 
@@ -44,42 +47,29 @@ class LossConfig:
     """Overlap term, dice or tversky."""
     pixel: PixelTerm = PixelTerm.CROSS_ENTROPY
     """Pixel term, cross_entropy or focal."""
-    dice_weight: float = 1.0
+    dice_weight: NonNegative = 1.0
     """Weight of the overlap term, which is taken over the foreground of the whole batch (per mask with prompts)."""
-    ce_weight: float = 1.0
+    ce_weight: NonNegative = 1.0
     """Weight of the pixel term, which is taken over all pixels."""
-    boundary_weight: float = 0.0
+    boundary_weight: NonNegative = 0.0
     """Weight of Kervadec's boundary loss (arXiv 1812.07032). Start near 0.01, together with an overlap term. It
     computes distance maps on the CPU in some milliseconds per slice and class."""
-    focal_gamma: float = 2.0
+    focal_gamma: NonNegative = 2.0
     """Exponent of the focal term."""
-    tversky_fp: float = 0.3
+    tversky_fp: Positive = 0.3
     """Weight of false positives."""
-    tversky_fn: float = 0.7
+    tversky_fn: Positive = 0.7
     """Weight of false negatives. Misses cost more when it is above tversky_fp (arXiv 1706.05721)."""
-    class_weights: list[float] = field(default_factory=list)
+    class_weights: list[Positive] = field(default_factory=list)
     """Weights of the classes in the order of data.classes or data.regions, relative to the background's 1. Empty
     weights all classes equally."""
-    size: int | None = None
+    size: Annotated[int, Ge(8)] | None = None
     """Side of the grid of the loss in pixels. null takes the input's. Logits are resized bilinearly and labels by
     nearest neighbour. A grid smaller than the input can lose structures of single pixels."""
 
     def __post_init__(self) -> None:
-        weights = (self.dice_weight, self.ce_weight, self.boundary_weight)
-        if min(weights) < 0 or self.dice_weight + self.ce_weight == 0:
-            raise ValueError(
-                "loss.dice_weight, loss.ce_weight and loss.boundary_weight must not be negative, and the first two not "
-                f"both 0, got {weights}."
-            )
-        if self.tversky_fp <= 0 or self.tversky_fn <= 0 or self.focal_gamma < 0:
-            raise ValueError(
-                "loss.tversky_fp and loss.tversky_fn must be positive and loss.focal_gamma not negative, got "
-                f"{self.tversky_fp}, {self.tversky_fn} and {self.focal_gamma}."
-            )
-        if any(weight <= 0 for weight in self.class_weights):
-            raise ValueError(f"loss.class_weights must be positive, got {self.class_weights}.")
-        if self.size is not None and self.size < 8:
-            raise ValueError(f"loss.size must be at least 8 or null, got {self.size}.")
+        if self.dice_weight + self.ce_weight == 0:
+            raise ValueError("loss.dice_weight and loss.ce_weight must not both be 0.")
 
     def check_classes(self, num_classes: int) -> None:
         """Refuse class weights that do not fit the classes.

@@ -51,12 +51,15 @@ PositiveInt = Annotated[int, Ge(1)]
 NonNegativeInt = Annotated[int, Ge(0)]
 Positive = Annotated[float, Gt(0)]
 NonNegative = Annotated[float, Ge(0)]
+AtLeastOne = Annotated[float, Ge(1)]
 Share = Annotated[float, Ge(0), Le(1)]
 """Fraction from 0 to 1."""
 PositiveShare = Annotated[float, Gt(0), Le(1)]
 """Fraction above 0, up to 1."""
 ShareBelowOne = Annotated[float, Ge(0), Lt(1)]
 """Fraction from 0 to below 1."""
+OpenShare = Annotated[float, Gt(0), Lt(1)]
+"""Fraction above 0 and below 1."""
 
 MAY_CHANGE: Final = MappingProxyType({"may_change_on_resume": True})
 """Metadata of a field whose setting does not change the numbers, so that a resumed run may have another one."""

@@ -12,11 +12,12 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
 import torch
+from pydantic.dataclasses import dataclass
+from samgraft.shared.config import PositiveInt, ShareBelowOne
 from samgraft.shared.encoders.base import ImageEncoder
 from samgraft.shared.errors import UsageError, WeightsError
 from torch import nn
@@ -44,13 +45,13 @@ class ScopeConfig:
 
     kind: Scope = Scope.ALL
     """Trained weights, all, last_blocks or lora, see ``Scope``."""
-    num_last_blocks: int | None = None
+    num_last_blocks: PositiveInt | None = None
     """Number of trained blocks for last_blocks."""
-    lora_r: int = 8
+    lora_r: PositiveInt = 8
     """Rank of each update for lora."""
-    lora_alpha: int = 8
+    lora_alpha: PositiveInt = 8
     """Scale of the updates for lora, which are multiplied by lora_alpha / lora_r."""
-    lora_dropout: float = 0.0
+    lora_dropout: ShareBelowOne = 0.0
     """Dropout probability on the input of the updates for lora."""
 
     def __post_init__(self) -> None:
@@ -59,8 +60,6 @@ class ScopeConfig:
                 "scope.num_last_blocks must be given for scope.kind=last_blocks and only then, got "
                 f"{self.num_last_blocks} for {self.kind.value}."
             )
-        if self.num_last_blocks is not None and self.num_last_blocks < 1:
-            raise ValueError(f"scope.num_last_blocks must be at least 1, got {self.num_last_blocks}.")
         defaults = {name: f.default for name, f in type(self).__dataclass_fields__.items()}
         changed = [n for n in ("lora_r", "lora_alpha", "lora_dropout") if getattr(self, n) != defaults[n]]
         if changed and self.kind is not Scope.LORA:
@@ -68,8 +67,6 @@ class ScopeConfig:
                 f"scope.{changed[0]} is set but scope.kind is {self.kind.value}, so it would be ignored. Use "
                 "scope.kind=lora, or remove it."
             )
-        if self.lora_r < 1 or self.lora_alpha < 1 or not 0 <= self.lora_dropout < 1:
-            raise ValueError("scope.lora_r and lora_alpha must be positive and lora_dropout must lie in [0, 1).")
 
 
 def apply_scope(encoder: ImageEncoder, scope: ScopeConfig, *, num_frozen_depths: int) -> list[str]:

@@ -14,9 +14,12 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+import pydantic.dataclasses
+from annotated_types import Ge, Gt, Le
 from samgraft.finetune.adapters.choices import BottleneckInit, Heads, Placement, Targets, TuningScope
+from samgraft.shared.config import NonNegativeInt, Positive, PositiveInt, ShareBelowOne
 from samgraft.shared.errors import UsageError
 
 if TYPE_CHECKING:
@@ -86,7 +89,7 @@ class MethodSpec:
         return option in self.options
 
 
-@dataclass(frozen=True, kw_only=True)
+@pydantic.dataclasses.dataclass(frozen=True, kw_only=True)
 class AdapterConfig:
     """Method, its options and the modules that train."""
 
@@ -96,26 +99,26 @@ class AdapterConfig:
     """Parts of SAM that change. The study's best models tune both."""
     targets: Targets = Targets.ALL_LINEAR
     """Layers that get an update. all_linear needs fewer steps than qv at equal rank and cost, and is merged too."""
-    blocks: list[int] = field(default_factory=list)
+    blocks: list[NonNegativeInt] = field(default_factory=list)
     """Encoder blocks that get an update, counted from 0 over the transformer blocks. Empty takes all."""
-    last_blocks: int | None = None
+    last_blocks: PositiveInt | None = None
     """Number of encoder blocks next to the neck that get an update. null takes all. Blocks below them keep nothing for
     the backward pass, so time and memory fall."""
     heads: Heads = Heads.NEEDED
     """Modules that train whole in the decoder."""
-    r: int = 8
+    r: PositiveInt = 8
     """Rank of each update (LoRA family, adalora, loha, lokr, hra)."""
-    lora_alpha: int = 8
+    lora_alpha: PositiveInt = 8
     """Numerator of the update's scale lora_alpha / r, which is 1 as in SAMed (LoRA family, adalora, loha, lokr)."""
-    lora_dropout: float = 0.0
+    lora_dropout: ShareBelowOne = 0.0
     """Dropout probability on the input of the update (LoRA family)."""
-    vera_r: int = 256
+    vera_r: PositiveInt = 256
     """Rank of vera's shared projections. They do not train, so it is large (the paper's value)."""
-    boft_block_size: int = 4
+    boft_block_size: Annotated[int, Ge(2)] = 4
     """Side of boft's rotations. Must divide the inputs of every layer."""
-    bottleneck_ratio: float = 0.25
+    bottleneck_ratio: Annotated[float, Gt(0), Le(4)] = 0.25
     """Hidden width of bottleneck adapters relative to the layer's width (the study's value)."""
-    bottleneck_mlp_scale: float = 0.5
+    bottleneck_mlp_scale: Positive = 0.5
     """Weight of the adapter that is parallel to the MLP (the study's value)."""
     bottleneck_init: BottleneckInit = BottleneckInit.ZERO
     """Initial weights of bottleneck adapters."""
@@ -126,20 +129,6 @@ class AdapterConfig:
             close = get_close_matches(self.method, METHODS, n=1)
             hint = f" Did you mean {close[0]!r}?" if close else ""
             raise ValueError(f"adapter.method must be one of {', '.join(METHODS)}, got {self.method!r}.{hint}")
-        if self.r < 1 or self.lora_alpha < 1:
-            raise ValueError(f"adapter.r and adapter.lora_alpha must be positive, got {self.r} and {self.lora_alpha}.")
-        if not 0 <= self.lora_dropout < 1:
-            raise ValueError(f"adapter.lora_dropout must lie in [0, 1), got {self.lora_dropout}.")
-        if self.vera_r < 1 or self.boft_block_size < 2:
-            raise ValueError(
-                f"adapter.vera_r must be positive and adapter.boft_block_size at least 2, got {self.vera_r} and "
-                f"{self.boft_block_size}."
-            )
-        if not 0 < self.bottleneck_ratio <= 4 or self.bottleneck_mlp_scale <= 0:
-            raise ValueError(
-                "adapter.bottleneck_ratio must lie in (0, 4] and adapter.bottleneck_mlp_scale be positive, got "
-                f"{self.bottleneck_ratio} and {self.bottleneck_mlp_scale}."
-            )
         self._check_placement()
         self._check_combination()
 
@@ -149,10 +138,8 @@ class AdapterConfig:
         return METHODS[self.method]
 
     def _check_placement(self) -> None:
-        if self.last_blocks is not None and self.last_blocks < 1:
-            raise ValueError(f"adapter.last_blocks must be at least 1 or null, got {self.last_blocks}.")
-        if any(index < 0 for index in self.blocks) or len(set(self.blocks)) != len(self.blocks):
-            raise ValueError(f"adapter.blocks must be different numbers of at least 0, got {self.blocks}.")
+        if len(set(self.blocks)) != len(self.blocks):
+            raise ValueError(f"adapter.blocks must be different numbers, got {self.blocks}.")
         if self.blocks and self.last_blocks is not None:
             raise ValueError("adapter.blocks and adapter.last_blocks must not both be given. Remove one of them.")
         if self.scope is not TuningScope.ENCODER_DECODER and (self.blocks or self.last_blocks is not None):

@@ -12,13 +12,16 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
+import pydantic.dataclasses
 import torch
+from annotated_types import Ge
 from samgraft.finetune.classes import ClassTable
 from samgraft.finetune.segmenter import Segmenter
+from samgraft.shared.config import PositiveInt, ShareBelowOne
 from samgraft.shared.errors import UsageError
 from samgraft.shared.scans.intensity import IntensityPreset, IntensityStats, normalise
 from samgraft.shared.weights.card import Card
@@ -50,31 +53,29 @@ class Baseline(Enum):
         return self.value.endswith("3d")
 
 
-@dataclass(frozen=True, kw_only=True)
+@pydantic.dataclasses.dataclass(frozen=True, kw_only=True)
 class BaselineConfig:
     """Size of the baseline networks. Read only with MODEL=unet2d, unet3d, dynunet2d or dynunet3d."""
 
-    base_channels: int = 32
+    base_channels: Annotated[int, Ge(4)] = 32
     """Channels of the first level, doubled at every downsampling step (32 in nnU-Net)."""
-    max_channels: int = 320
+    max_channels: PositiveInt = 320
     """Largest number of channels of a level (320 in nnU-Net 3D)."""
     patch_size: list[int] = field(default_factory=list)
     """Slices, rows and columns of a patch in 3D. Empty takes the median scan, cut to max_patch_voxels."""
-    max_patch_voxels: int = 2**18
+    max_patch_voxels: Annotated[int, Ge(MIN_SIDE**3)] = 2**18
     """Largest number of voxels of a planned patch in 3D. 64^3 suits a CPU or a small GPU, 128^3 a large one."""
-    overlap: float = 0.5
+    overlap: ShareBelowOne = 0.5
     """Overlap of neighbouring patches in 3D inference, as a fraction in [0, 1) (0.5 in nnU-Net)."""
 
     def __post_init__(self) -> None:
-        if self.base_channels < 4 or self.max_channels < self.base_channels:
+        if self.max_channels < self.base_channels:
             raise ValueError(
-                "baseline.base_channels must be at least 4 and max_channels not below it, got "
-                f"{self.base_channels} and {self.max_channels}."
+                "baseline.max_channels must be at least base_channels, got "
+                f"{self.max_channels} and {self.base_channels}."
             )
         if self.patch_size and (len(self.patch_size) != 3 or min(self.patch_size) < MIN_SIDE):
             raise ValueError(f"baseline.patch_size must be three sides of {MIN_SIDE} or more, got {self.patch_size}.")
-        if not 0 <= self.overlap < 1 or self.max_patch_voxels < MIN_SIDE**3:
-            raise ValueError("baseline.overlap must lie in [0, 1) and max_patch_voxels be at least 64.")
 
 
 @dataclass(frozen=True, kw_only=True)

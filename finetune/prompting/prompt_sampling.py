@@ -15,8 +15,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pydantic.dataclasses
 import torch
 from samgraft.finetune.prompting.prompts import NEGATIVE, POSITIVE, Prompt
+from samgraft.shared.config import NonNegative, NonNegativeInt, PositiveInt
 from scipy import ndimage
 from torch import Tensor
 
@@ -64,7 +66,7 @@ _READ_BY: dict[PromptMode, set[str]] = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
+@pydantic.dataclasses.dataclass(frozen=True, kw_only=True)
 class PromptConfig:
     """Kind of prompts and their inaccuracy. Mode ``none`` (automatic) uses no other field."""
 
@@ -72,41 +74,30 @@ class PromptConfig:
     """Kind of prompts, one of none, box, points, mask and clicks."""
     unit: PromptUnit = PromptUnit.COMPONENT
     """Unit of one prompt, component or class."""
-    max_objects: int = 8
+    max_objects: PositiveInt = 8
     """Largest number of objects per training slice, drawn at random from more. Validation uses all objects."""
-    min_pixels: int = 4
+    min_pixels: PositiveInt = 4
     """Smallest object with a prompt in training, pixels of the input frame. Smaller ones are artefacts of resizing."""
-    box_jitter: float = 0.1
+    box_jitter: NonNegative = 0.1
     """Standard deviation of each box edge as a share of the box's side (0.1 in SAM)."""
-    max_jitter: float = 0.02
+    max_jitter: NonNegative = 0.02
     """Largest shift of a box edge as a share of the input's side (20 of 1024 pixels in SAM)."""
-    num_positive: int = 1
-    """Number of points in the object, at least 1, mode points."""
-    num_negative: int = 0
+    num_positive: PositiveInt = 1
+    """Number of points in the object, mode points. Negative points alone mark no object."""
+    num_negative: NonNegativeInt = 0
     """Number of points outside the object, mode points. They are in its doubled box if that has room."""
-    mask_jitter: float = 0.15
+    mask_jitter: NonNegative = 0.15
     """Largest growth, shrinkage and shift of a mask prompt as a share of the object's side."""
-    num_clicks: int = 3
+    num_clicks: PositiveInt = 3
     """Number of corrections after the first prompt, mode clicks."""
-    eval_jitter: float = 0.0
+    eval_jitter: NonNegative = 0.0
     """Factor on all jitter in validation and evaluation, 0 for tight boxes and central points, 1 as in training."""
-    iou_weight: float = 1.0
+    iou_weight: NonNegative = 1.0
     """Weight of the squared error of the predicted IoU (1 in SAM)."""
 
     def __post_init__(self) -> None:
         if unused := self._unused_settings():
             raise ValueError(f"prompt.{unused[0]} has no effect with prompt.mode={self.mode.value}. Leave it out.")
-        if self.max_objects < 1 or self.min_pixels < 1 or self.num_clicks < 1:
-            raise ValueError("prompt.max_objects, min_pixels and num_clicks must be at least 1.")
-        # Negative points alone mark no object: a prompts file refuses to segment from them too.
-        if self.num_positive < 1 or self.num_negative < 0:
-            raise ValueError(
-                "prompt.num_positive must be at least 1 and num_negative at least 0, got "
-                f"{self.num_positive} and {self.num_negative}."
-            )
-        for name in ("box_jitter", "max_jitter", "mask_jitter", "eval_jitter", "iou_weight"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"prompt.{name} must not be negative, got {getattr(self, name)}.")
 
     @property
     def is_prompted(self) -> bool:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from samgraft.shared.config import NonNegativeInt
+
 ALL = 0
 """Value in ``shots`` for every training patient or slice."""
 
@@ -20,7 +22,7 @@ class DataSet:
     """Split file by patient. None uses <store>.split.json next to the store, or draws one with seed 0."""
     modality: str = "mri"
     """Modality of the scans."""
-    synthetic_patients: int = 0
+    synthetic_patients: NonNegativeInt = 0
     """Number of synthetic scans to make the store from. They show that a study runs and prove nothing."""
 
     def __post_init__(self) -> None:

@@ -45,12 +45,10 @@ class DecoderShape:
     num_heads: int
 
     def __post_init__(self) -> None:
-        if self.num_heads < 1 or self.dim < 1 or self.dim % (4 * self.num_heads):
+        if self.dim % (4 * self.num_heads):
             raise ValueError(
                 f"decoder_dim must be a multiple of 4 times num_decoder_heads, got {self.dim} and {self.num_heads}."
             )
-        if self.num_blocks < 1:
-            raise ValueError(f"num_decoder_blocks must be at least 1, got {self.num_blocks}.")
 
 
 class CrossBlock(nn.Module):

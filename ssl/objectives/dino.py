@@ -19,12 +19,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from lightly.loss import KoLeoLoss
+from pydantic.dataclasses import dataclass
+from samgraft.shared.config import NonNegative, OpenShare, Positive, PositiveInt, Share
 from samgraft.shared.errors import UsageError
 from samgraft.shared.scans.orientation import Plane
 from samgraft.shared.training.optim import cosine_value
@@ -48,70 +50,59 @@ class DINOConfig:
 
     crops: CropConfig = field(default_factory=CropConfig)
     """Views of a slice."""
-    output_dim: int = 8192
+    output_dim: PositiveInt = 8192
     """Prototypes of each head (DINO uses 65536 for a million photographs, and fewer slices need fewer)."""
-    head_hidden_dim: int = 2048
+    head_hidden_dim: PositiveInt = 2048
     """Width of the heads (DINO)."""
-    head_bottleneck_dim: int = 256
+    head_bottleneck_dim: PositiveInt = 256
     """Channels before the prototypes (DINO)."""
-    student_temp: float = 0.1
+    student_temp: Positive = 0.1
     """Temperature of the student's outputs (DINO)."""
-    teacher_temp: float = 0.07
+    teacher_temp: Positive = 0.07
     """Temperature of the teacher's outputs after the warm-up (DINOv2)."""
-    warmup_teacher_temp: float = 0.04
+    warmup_teacher_temp: Positive = 0.04
     """Temperature of the teacher's outputs at the first step, sharper than later, against a collapse (DINO)."""
-    teacher_temp_warmup: float = 0.3
+    teacher_temp_warmup: Share = 0.3
     """Share of the run over which the temperature rises linearly (DINO uses 30 of 100 epochs)."""
-    momentum: float = 0.994
+    momentum: Share = 0.994
     """EMA momentum of the teacher at the first step (DINOv2 uses 0.992), which rises along a cosine."""
-    final_momentum: float = 1.0
+    final_momentum: Share = 1.0
     """EMA momentum of the teacher at the last step (DINO)."""
-    center_momentum: float = 0.9
+    center_momentum: Share = 0.9
     """EMA momentum of the centers per step (DINO)."""
-    freeze_last_layer: float = 0.01
+    freeze_last_layer: Share = 0.01
     """Share of the run in which the prototypes are frozen (DINO uses 1 of 100 epochs)."""
-    ibot_weight: float = 1.0
+    ibot_weight: NonNegative = 1.0
     """Weight of the loss on hidden tokens (DINOv2). 0 hides nothing."""
-    koleo_weight: float = 0.1
+    koleo_weight: NonNegative = 0.1
     """Weight of the loss that keeps slices apart (DINOv2). 0 switches it off."""
     mask_kind: MaskKind = MaskKind.BLOCK
     """Spread of the hidden tokens, random or block."""
-    min_mask_ratio: float = 0.1
+    min_mask_ratio: OpenShare = 0.1
     """Smallest hidden fraction of the large view that has hidden tokens (iBOT)."""
-    max_mask_ratio: float = 0.5
+    max_mask_ratio: OpenShare = 0.5
     """Largest hidden fraction (iBOT)."""
-    mask_unit_px: int | None = None
+    mask_unit_px: PositiveInt | None = None
     """Side of a hidden square in pixels, a multiple of the encoder's stride. null takes one token of the windowed ViTs
     and about a tenth of the input for vit_t."""
     train_neck: bool = False
     """True trains SAM's neck and reads the features behind it. False keeps the neck's weights exactly."""
 
     def __post_init__(self) -> None:
-        if min(self.output_dim, self.head_hidden_dim, self.head_bottleneck_dim) < 1:
-            raise ValueError("dino's output_dim, head_hidden_dim and head_bottleneck_dim must be positive.")
-        if not 0 < self.warmup_teacher_temp <= self.teacher_temp or not self.teacher_temp <= self.student_temp:
+        if not self.warmup_teacher_temp <= self.teacher_temp <= self.student_temp:
             raise ValueError(
-                "temperatures must satisfy 0 < warmup_teacher_temp <= teacher_temp <= student_temp (a teacher softer "
+                "temperatures must satisfy warmup_teacher_temp <= teacher_temp <= student_temp (a teacher softer "
                 f"than its student collapses), got {self.warmup_teacher_temp}, {self.teacher_temp} and "
                 f"{self.student_temp}."
             )
-        if not 0 <= self.momentum <= self.final_momentum <= 1:
+        if self.momentum > self.final_momentum:
+            raise ValueError(f"momentum must be at most final_momentum, got {self.momentum} and {self.final_momentum}.")
+        if self.min_mask_ratio > self.max_mask_ratio:
             raise ValueError(
-                f"momentum must be at least 0 and at most final_momentum, and final_momentum at most 1, got "
-                f"{self.momentum} and {self.final_momentum}."
-            )
-        for name in ("teacher_temp_warmup", "freeze_last_layer", "center_momentum"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}.")
-        if not 0 < self.min_mask_ratio <= self.max_mask_ratio < 1:
-            raise ValueError(
-                "min_mask_ratio must be above 0 and at most max_mask_ratio, and max_mask_ratio below 1, got "
-                f"{self.min_mask_ratio} and {self.max_mask_ratio}."
+                f"min_mask_ratio must be at most max_mask_ratio, got {self.min_mask_ratio} and {self.max_mask_ratio}."
             )
         if self.mask_kind is MaskKind.PER_WINDOW:
             raise ValueError("dino's mask_kind must be random or block, got per_window.")
-        if self.ibot_weight < 0 or self.koleo_weight < 0:
-            raise ValueError("ibot_weight and koleo_weight must be at least 0.")
 
 
 class DINO(Objective):

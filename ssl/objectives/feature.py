@@ -21,12 +21,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from pydantic.dataclasses import dataclass
+from samgraft.shared.config import NonNegative, OpenShare, PositiveInt
 from samgraft.shared.encoders.base import TokenDroppingEncoder
 from samgraft.shared.encoders.sam import to_pixels
 from samgraft.shared.errors import UsageError
@@ -56,30 +57,26 @@ class FeatureConfig:
 
     target: FeatureTarget = FeatureTarget.EMBEDDINGS
     """Predicted features, embeddings or features, see ``FeatureTarget``."""
-    mask_ratio: float = 0.5
+    mask_ratio: OpenShare = 0.5
     """Fraction of tokens hidden, less than MAE's because features contain more than pixels."""
     mask_kind: MaskKind = MaskKind.RANDOM
     """Spread of the hidden tokens, random, block, or per_window (windowed ViTs only)."""
-    mask_unit_px: int | None = None
+    mask_unit_px: PositiveInt | None = None
     """Side of a hidden square in pixels. null takes one token of the windowed ViTs and about a tenth of the input for
     vit_t."""
-    visible_weight: float = 1.0
+    visible_weight: NonNegative = 1.0
     """Weight of the visible tokens' error relative to the hidden ones'. It keeps the encoder at SAM's features where
     the input is complete. 0 predicts hidden tokens only."""
     train_neck: bool = False
     """True trains SAM's neck too (target embeddings only)."""
-    decoder_dim: int = 256
+    decoder_dim: PositiveInt = 256
     """Channels of the decoder (windowed ViTs)."""
-    num_decoder_blocks: int = 2
+    num_decoder_blocks: PositiveInt = 2
     """Depth of the decoder (windowed ViTs)."""
-    num_decoder_heads: int = 4
+    num_decoder_heads: PositiveInt = 4
     """Attention heads of the decoder (windowed ViTs)."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.mask_ratio < 1:
-            raise ValueError(f"mask_ratio must lie between 0 and 1, got {self.mask_ratio}.")
-        if self.visible_weight < 0:
-            raise ValueError(f"visible_weight must be at least 0, got {self.visible_weight}.")
         if self.train_neck and self.target is FeatureTarget.FEATURES:
             raise ValueError(
                 "train_neck must be false with target features, which are taken before the neck, got true."

@@ -12,12 +12,14 @@ Source: Balestriero and LeCun, LeJEPA (2025), arXiv 2511.08544. Loss terms and h
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
 import torch
 from lightly.loss.lejepa_loss import SIGReg, lejepa_invariance_loss
 from lightly.models.modules.heads import LeJEPAProjectionHead
+from pydantic.dataclasses import dataclass
+from samgraft.shared.config import OpenShare, PositiveInt
 from samgraft.shared.scans.orientation import Plane
 from samgraft.ssl.objectives.objective import Objective, ObjectiveLoss, freeze_unused_neck
 from samgraft.ssl.objectives.panels import Panel, feature_panel
@@ -35,24 +37,17 @@ class LeJEPAConfig:
 
     crops: CropConfig = field(default_factory=CropConfig)
     """Views of a slice."""
-    sigreg_weight: float = 0.05
-    """Weight of the Gaussian term, the paper's lambda. Agreement has one minus this weight."""
-    num_directions: int = 1024
+    sigreg_weight: OpenShare = 0.05
+    """Weight of the Gaussian term, the paper's lambda. Agreement has one minus this weight, and
+    collapses alone."""
+    num_directions: PositiveInt = 1024
     """Random directions per step, the paper's slices."""
-    head_hidden_dim: int = 2048
+    head_hidden_dim: PositiveInt = 2048
     """Width of the projection head (paper)."""
-    output_dim: int = 64
+    output_dim: PositiveInt = 64
     """Channels in which views are compared (paper)."""
     train_neck: bool = False
     """True trains SAM's neck and reads the features behind it. False keeps the neck's weights exactly."""
-
-    def __post_init__(self) -> None:
-        if not 0 < self.sigreg_weight < 1:
-            raise ValueError(
-                f"sigreg_weight must lie between 0 and 1, got {self.sigreg_weight}. Agreement alone collapses."
-            )
-        if min(self.num_directions, self.head_hidden_dim, self.output_dim) < 1:
-            raise ValueError("lejepa's num_directions, head_hidden_dim and output_dim must be positive.")
 
 
 class LeJEPA(Objective):

@@ -18,13 +18,14 @@ for Masked Autoencoders (2024): the decoder, predictions for a part of the hidde
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from pydantic.dataclasses import dataclass
+from samgraft.shared.config import OpenShare, PositiveInt, PositiveShare
 from samgraft.shared.encoders.base import TokenDroppingEncoder
 from samgraft.shared.encoders.sam import to_pixels
 from samgraft.shared.errors import UsageError
@@ -53,7 +54,7 @@ class Layout(Enum):
 class MAEConfig:
     """Settings of the objective ``mae``."""
 
-    mask_ratio: float = 0.75
+    mask_ratio: OpenShare = 0.75
     """Fraction of tokens hidden (MAE)."""
     mask_kind: MaskKind = MaskKind.RANDOM
     """Spread of the hidden tokens, random, block, or per_window, which hides the same number in every attention window
@@ -64,21 +65,17 @@ class MAEConfig:
     """True normalises every hidden token's grey values by their own mean and deviation (MAE's better variant)."""
     decoder: DecoderKind = DecoderKind.CROSS
     """Attention pattern of the decoder, cross, windowed or full, see ``DecoderKind``."""
-    decoder_dim: int = 384
+    decoder_dim: PositiveInt = 384
     """Channels of the decoder."""
-    num_decoder_blocks: int = 2
+    num_decoder_blocks: PositiveInt = 2
     """Depth of the decoder."""
-    num_decoder_heads: int = 6
+    num_decoder_heads: PositiveInt = 6
     """Attention heads of the decoder."""
-    answered_share: float = 1.0
+    answered_share: PositiveShare = 1.0
     """Share of the hidden tokens that the decoder predicts, drawn anew for every sample. With decoder cross the others
     cost nothing (CrossMAE: a third is nearly as good)."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.mask_ratio < 1:
-            raise ValueError(f"mask_ratio must lie between 0 and 1, got {self.mask_ratio}.")
-        if not 0 < self.answered_share <= 1:
-            raise ValueError(f"answered_share must lie in (0, 1], got {self.answered_share}.")
         self.decoder_shape()
 
     def decoder_shape(self) -> DecoderShape:

@@ -19,8 +19,10 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
+import pydantic.dataclasses
 import torch
 import torch.nn.functional as F
+from samgraft.shared.config import NonNegativeInt, OpenShare, PositiveInt
 from samgraft.shared.encoders.sam import to_pixels
 from samgraft.shared.samples.dataset import centre_channel
 from samgraft.shared.scans.orientation import Plane
@@ -45,13 +47,13 @@ class PixelTarget(Enum):
     pictures need the hidden square's own mean and deviation."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@pydantic.dataclasses.dataclass(frozen=True, kw_only=True)
 class MaskedImageConfig:
     """Settings of the objective ``masked_image``."""
 
-    mask_ratio: float = 0.5
+    mask_ratio: OpenShare = 0.5
     """Fraction of squares hidden."""
-    mask_unit_px: int | None = 16
+    mask_unit_px: PositiveInt | None = 16
     """Side of a hidden square in pixels of the encoder's input, a multiple of the encoder's stride. null takes one
     token of the windowed ViTs and about a sixteenth of the input for vit_t."""
     mask_kind: MaskKind = MaskKind.RANDOM
@@ -60,28 +62,20 @@ class MaskedImageConfig:
     """Units of the prediction, slice or unit, see ``PixelTarget``."""
     train_neck: bool = False
     """True trains SAM's neck and reads the features behind it. False keeps the neck's weights exactly."""
-    decoder_dim: int = 192
+    decoder_dim: PositiveInt = 192
     """Channels of the decoder."""
     decoder_sees_pixels: bool = False
     """True gives the decoder the visible pixels, smoothed over the holes, as well as the features (a skip connection as
     in SparK). Pictures then get sharp in a short run, because grey values need not pass through the encoder, which has
     to supply only what smoothing cannot. False sends everything through the encoder, as in SimMIM."""
-    num_decoder_blocks: int = 2
+    num_decoder_blocks: NonNegativeInt = 2
     """Depth of the decoder, small because the encoder need not learn what the decoder can do alone."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.mask_ratio < 1:
-            raise ValueError(f"mask_ratio must lie between 0 and 1, got {self.mask_ratio}.")
         if self.mask_kind is MaskKind.PER_WINDOW:
             raise ValueError(
                 "mask_kind of masked_image must be random or block, because it hides whole squares, got per_window."
             )
-        if (
-            (self.mask_unit_px is not None and self.mask_unit_px < 1)
-            or self.decoder_dim < 1
-            or self.num_decoder_blocks < 0
-        ):
-            raise ValueError("mask_unit_px and decoder_dim must be positive and num_decoder_blocks at least 0.")
 
 
 class DecoderBlock(nn.Module):

@@ -11,10 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
+import pydantic.dataclasses
 import torch
 import torch.nn.functional as F
+from annotated_types import Ge
+from samgraft.shared.config import AtLeastOne, NonNegative, NonNegativeInt, PositiveInt, PositiveShare, Share
 from samgraft.shared.encoders.base import EncoderSpec
 from samgraft.shared.errors import UsageError
 from samgraft.shared.scans.orientation import Plane, has_mirror_image
@@ -29,57 +33,42 @@ CONTENT_LEVEL = 0.02
 """Grey value in [0, 1] above which a pixel is content and not air or padding."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@pydantic.dataclasses.dataclass(frozen=True, kw_only=True)
 class CropConfig:
     """Settings of the views of one slice."""
 
-    num_local_crops: int = 4
+    num_local_crops: NonNegativeInt = 4
     """Number of small views per slice (DINO uses 8). Each costs about a fifth of a large one."""
-    local_size_px: int | None = None
+    local_size_px: PositiveInt | None = None
     """Side of a small view in pixels, a multiple of the encoder's stride. null takes about 0.44 of the input, in whole
     attention windows where one fits."""
-    min_global_area: float = 0.4
+    min_global_area: PositiveShare = 0.4
     """Smallest share of the slice's content in a large view (DINOv2 uses 0.32). The largest share is 1."""
-    min_local_area: float = 0.08
+    min_local_area: PositiveShare = 0.08
     """Smallest share of the content in a small view (DINOv2 uses 0.05, but photographs contain more)."""
-    max_local_area: float = 0.4
+    max_local_area: PositiveShare = 0.4
     """Largest share of the content in a small view."""
-    max_aspect: float = 1.33
+    max_aspect: AtLeastOne = 1.33
     """Bound of height over width of a view, drawn from [1 / max_aspect, max_aspect]."""
-    flip_probability: float | None = None
+    flip_probability: Share | None = None
     """Probability of flipping a view left to right. Sagittal slices are never flipped. null takes
     ``data.augment.flip_columns_probability``, which depends on the modality, because CT and X-ray show organs that have
     a side."""
-    max_gamma: float = 1.4
+    max_gamma: AtLeastOne = 1.4
     """Bound of the gamma correction, an exponent drawn from [1 / max_gamma, max_gamma]. 1 switches it off."""
-    max_contrast: float = 1.3
+    max_contrast: AtLeastOne = 1.3
     """Bound of the contrast factor around the view's mean, drawn from [1 / max_contrast, max_contrast]."""
-    max_shift: float = 0.1
+    max_shift: NonNegative = 0.1
     """Largest shift of the brightness, grey values from 0 to 1."""
-    blur_probability: float = 0.3
+    blur_probability: Share = 0.3
     """Probability of a Gaussian blur."""
-    max_blur_sigma_px: float = 1.5
+    max_blur_sigma_px: Annotated[float, Ge(0.3)] = 1.5
     """Largest standard deviation of the blur, in pixels of the view. The smallest is 0.3."""
 
     def __post_init__(self) -> None:
-        if self.num_local_crops < 0:
-            raise ValueError(f"num_local_crops must be at least 0, got {self.num_local_crops}.")
-        if not 0 < self.min_local_area <= self.max_local_area <= 1 or not 0 < self.min_global_area <= 1:
+        if self.min_local_area > self.max_local_area:
             raise ValueError(
-                "crop areas must satisfy 0 < min_local_area <= max_local_area <= 1 and 0 < min_global_area <= 1, got "
-                f"{self.min_local_area}, {self.max_local_area} and {self.min_global_area}."
-            )
-        for name in ("max_aspect", "max_gamma", "max_contrast"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        for name in ("flip_probability", "blur_probability"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value <= 1:
-                raise ValueError(f"{name} must lie in [0, 1], got {value}.")
-        if self.max_blur_sigma_px < 0.3 or self.max_shift < 0:
-            raise ValueError(
-                "max_blur_sigma_px must be at least 0.3 and max_shift at least 0, got "
-                f"{self.max_blur_sigma_px} and {self.max_shift}."
+                f"min_local_area must be at most max_local_area, got {self.min_local_area} and {self.max_local_area}."
             )
 
     def plane_flip_probability(self, plane: Plane | None) -> float:

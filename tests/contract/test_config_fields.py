@@ -5,11 +5,13 @@ import dataclasses
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import get_args, get_type_hints
+from types import UnionType
+from typing import get_args, get_origin, get_type_hints
 
 import pytest
 from samgraft.finetune.config import FinetuneConfig
 from samgraft.finetune.study.config import StudyConfig
+from samgraft.shared.config import PositiveInt
 from samgraft.ssl.config import PretrainConfig
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -85,6 +87,33 @@ def unread_fields(parts: list[tuple[str, type]], reads: Reads) -> list[str]:
 @pytest.mark.parametrize("schema", CONFIGS, ids=lambda schema: schema.__name__)
 def test_config__every_field_is_read(schema: type, reads: Reads) -> None:
     assert unread_fields(list(sections(schema, "config")), reads) == []
+
+
+CHECKED_BY_FUNCTION = {"seed", "num_neighbours", "patch_size", "classes", "regions", "seeds", "shots"}
+"""Numbers whose range depends on more than a constant. Their classes check them."""
+
+
+def unbounded_numbers(part: type) -> list[str]:
+    """Return the numeric fields of a section that declare no range. A declared one is an ``Annotated`` type."""
+    found = []
+    for name, hint in get_type_hints(part, include_extras=True).items():
+        options = get_args(hint) if get_origin(hint) is UnionType else (hint,)
+        items = {item for option in options for item in (get_args(option) if get_origin(option) is list else (option,))}
+        if items & {int, float} and name not in CHECKED_BY_FUNCTION:
+            found.append(name)
+    return found
+
+
+@pytest.mark.parametrize("schema", CONFIGS, ids=lambda schema: schema.__name__)
+def test_config__every_number_declares_its_range(schema: type) -> None:
+    """Ranges on fields are checked all at once, each with its file and line."""
+    missing = {name: unbounded_numbers(part) for name, part in sections(schema, "config")}
+    assert {name: fields for name, fields in missing.items() if fields} == {}
+
+
+def test_unbounded_numbers__a_plain_number_is_found() -> None:
+    part = dataclasses.make_dataclass("Part", [("a", int), ("b", float | None), ("c", list[float]), ("d", PositiveInt)])
+    assert unbounded_numbers(part) == ["a", "b", "c"]
 
 
 def test_unread_fields__a_field_that_only_another_section_reads_is_found() -> None:

@@ -143,8 +143,8 @@ def test_feature__unsuitable_mask_is_refused():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"mask_ratio": 1.0}, "mask_ratio must lie between 0 and 1"),
-        ({"visible_weight": -1.0}, "visible_weight must be at least 0"),
+        ({"mask_ratio": 1.0}, r"mask_ratio\n  Input should be less than 1"),
+        ({"visible_weight": -1.0}, r"visible_weight\n  Input should be greater than or equal to 0"),
         ({"train_neck": True, "target": FeatureTarget.FEATURES}, "train_neck must be false with target features"),
         ({"decoder_dim": 100}, "decoder_dim must be a multiple of 4 times num_decoder_heads"),
     ],

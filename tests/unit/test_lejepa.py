@@ -103,8 +103,8 @@ def test_loss__falls_when_trained():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"sigreg_weight": 0.0}, r"sigreg_weight must lie between 0 and 1, got 0.0. Agreement alone collapses"),
-        ({"num_directions": 0}, "num_directions, head_hidden_dim and output_dim must be positive"),
+        ({"sigreg_weight": 0.0}, r"sigreg_weight\n  Input should be greater than 0"),
+        ({"num_directions": 0}, r"num_directions\n  Input should be greater than or equal to 1"),
     ],
 )
 def test_config__bad_setting_is_refused(settings, message):

@@ -198,8 +198,8 @@ def test_masked_image__unsuitable_square_is_refused(unit):
     ("settings", "message"),
     [
         ({"mask_kind": MaskKind.PER_WINDOW}, "mask_kind of masked_image must be random or block"),
-        ({"mask_ratio": 1.0}, "mask_ratio must lie between 0 and 1, got 1.0"),
-        ({"mask_unit_px": 0}, "must be positive"),
+        ({"mask_ratio": 1.0}, r"mask_ratio\n  Input should be less than 1"),
+        ({"mask_unit_px": 0}, r"mask_unit_px\n  Input should be greater than or equal to 1"),
     ],
 )
 def test_config__bad_setting_is_refused(settings, message):

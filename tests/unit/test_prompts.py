@@ -276,7 +276,7 @@ def test_add_correction_click__points_are_where_the_mask_is_wrong():
     ("values", "message"),
     [
         ({"num_clicks": 0}, "num_clicks"),
-        ({"num_positive": 0, "num_negative": 2}, "num_positive must be at least 1"),
+        ({"num_positive": 0, "num_negative": 2}, r"num_positive\n  Input should be greater than or equal to 1"),
         ({"box_jitter": -1.0}, "box_jitter"),
     ],
 )

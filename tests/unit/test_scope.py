@@ -154,9 +154,12 @@ def test_apply_scope__frozen_depths_with_lora_are_refused():
     [
         ({"kind": Scope.LAST_BLOCKS}, "num_last_blocks must be given for scope.kind=last_blocks and only then"),
         ({"num_last_blocks": 2}, "num_last_blocks must be given for scope.kind=last_blocks and only then"),
-        ({"kind": Scope.LAST_BLOCKS, "num_last_blocks": 0}, "num_last_blocks must be at least 1"),
+        (
+            {"kind": Scope.LAST_BLOCKS, "num_last_blocks": 0},
+            r"num_last_blocks\n  Input should be greater",
+        ),
         ({"lora_r": 4}, "scope.lora_r is set but scope.kind is all, so it would be ignored"),
-        ({"kind": Scope.LORA, "lora_r": 0}, "must be positive"),
+        ({"kind": Scope.LORA, "lora_r": 0}, r"lora_r\n  Input should be greater than or equal to 1"),
     ],
 )
 def test_config__bad_setting_is_refused(settings, message):
