@@ -6,6 +6,9 @@ rule, a mask where the logit is above 0, and several classes form a softmax.
 Overlapping classes (regions): each class is a union of label ids, e.g. whole tumour = core + oedema, with its own
 sigmoid. A store has one label id per voxel, so overlapping structures are unions of ids. Predictions have one bit per
 class.
+
+Voxels with ``IGNORE_LABEL`` are not annotated. They are no class and no background: losses skip them, and neither truth
+nor prediction is counted there. No model predicts it.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from samgraft.shared.errors import DataError, NumericalError, UsageError
+from samgraft.shared.scans.volume import IGNORE_LABEL as IGNORE_LABEL
 from samgraft.shared.store.series import SeriesRecord
 from samgraft.shared.store.store import SliceStore
 from torch import Tensor
@@ -116,8 +120,13 @@ class ClassTable:
         return torch.stack(masks, dim=1)
 
     def to_target(self, label_NHW: Tensor) -> Tensor:
-        """Return the target of ``SegmentationLoss``, channels (N, H, W) or the masks (N, C, H, W) of regions."""
-        return self.to_masks(label_NHW) if self.members else self.to_channels(label_NHW)
+        """Return the target of ``SegmentationLoss``, int64, with ``IGNORE_LABEL`` where nothing is annotated.
+
+        Channels (N, H, W) of exclusive classes, or masks (N, C, H, W) of 0 and 1 of regions.
+        """
+        if not self.members:
+            return self.to_channels(label_NHW).masked_fill(label_NHW == IGNORE_LABEL, IGNORE_LABEL)
+        return mark_ignored(self.to_masks(label_NHW), label_NHW)
 
     def from_logits(self, logits_NCHW: Tensor) -> Tensor:
         """Return predicted label ids (N, H, W), or bits of overlapping classes.
@@ -154,6 +163,16 @@ class ClassTable:
         """Map channels back to label ids, int64."""
         table = torch.tensor([BACKGROUND, *self.ids], device=channels.device)
         return table[channels.to(torch.int64)]
+
+
+def mark_ignored(masks_NCHW: Tensor, label_NHW: Tensor) -> Tensor:
+    """Return masks as 0 and 1, int64, with ``IGNORE_LABEL`` where the labels have it."""
+    return masks_NCHW.to(torch.int64).masked_fill((label_NHW == IGNORE_LABEL)[:, None], IGNORE_LABEL)
+
+
+def drop_ignored(predicted: Labels, true: Labels) -> Labels:
+    """Return a prediction with background where the truth is not annotated, so that nothing counts there."""
+    return np.where(true == IGNORE_LABEL, BACKGROUND, predicted)
 
 
 def choose_classes(

@@ -2,6 +2,9 @@
 
 Exclusive classes: softmax with the background's logit fixed to 0. Overlapping classes and prompted objects: sigmoid.
 
+Pixels of the target with ``IGNORE_LABEL`` change nothing: the loss is the one of the other pixels. Only the distance
+maps of the boundary term count them, as pixels outside the structure.
+
 Shape letters: N = slices, P = masks of prompts, C = foreground classes, S = side of the loss's grid, h, w = logits'
 sides. All but ``MaskLoss`` work on volumes too, with one more axis.
 """
@@ -17,9 +20,13 @@ import torch
 import torch.nn.functional as F
 from annotated_types import Ge
 from pydantic.dataclasses import dataclass
+from samgraft.finetune.classes import IGNORE_LABEL
 from samgraft.shared.config import NonNegative, Positive
 from samgraft.shared.errors import UsageError
 from torch import Tensor, nn
+
+NO_CLASS_LOGIT = -1e4
+"""Logit of pixels that are not annotated, whose probability is then 0."""
 
 
 class Overlap(Enum):
@@ -113,11 +120,12 @@ class SegmentationLoss(nn.Module):
         Args:
             low_res_logits_NChw: SAM's logits, of a quarter of the grid's size or any other.
             target: For exclusive classes the channel of each pixel (N, S, S), 0 = background, int64. For overlapping
-                classes masks (N, C, S, S), bool.
+                classes masks (N, C, S, S) of 0 and 1. Both with ``IGNORE_LABEL`` where nothing is annotated.
         """
         if target.ndim == low_res_logits_NChw.ndim - 1:
             target = target[:, None]
         logits, target = on_loss_grid(low_res_logits_NChw, target, size=self.config.size)
+        logits, target, ignored = _neutralise_ignored(logits, target)
         target = target.float() if self.overlapping else target
         # Exclusive classes need the background as a channel of the softmax.
         filled = logits if self.overlapping else with_background(logits)
@@ -126,9 +134,10 @@ class SegmentationLoss(nn.Module):
             per_class = self.overlap(filled, target).reshape(-1)
             loss = loss + self.config.dice_weight * self._mean_over_classes(per_class)
         if self.config.ce_weight:
-            loss = loss + self.config.ce_weight * self.pixel(filled, target)
+            loss = loss + self.config.ce_weight * self.pixel(filled, target, ignored)
         if self.boundary is not None:
-            per_class = self.boundary(filled, target).reshape(len(filled), -1).mean(dim=0)
+            per_class = self.boundary(filled, target).reshape(len(filled), -1)
+            per_class = (per_class * _rescale(ignored)).mean(dim=0)
             loss = loss + self.config.boundary_weight * self._mean_over_classes(per_class)
         return loss
 
@@ -138,7 +147,7 @@ class SegmentationLoss(nn.Module):
         weights = per_class.new_tensor(self.config.class_weights)
         return (weights * per_class).sum() / weights.sum()
 
-    def _pixel_term(self) -> Callable[[Tensor, Tensor], Tensor]:
+    def _pixel_term(self) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
         config = self.config
         if config.pixel is PixelTerm.FOCAL:
             from monai.losses.focal_loss import FocalLoss
@@ -150,22 +159,28 @@ class SegmentationLoss(nn.Module):
                 reduction="none",
             )
 
-            def focal_term(logits: Tensor, target: Tensor) -> Tensor:
+            def focal_term(logits: Tensor, target: Tensor, ignored: Tensor) -> Tensor:
                 # With a softmax only the term of the true class differs from 0, so the sum is one value per pixel.
                 values: Tensor = focal(logits, target)
                 values = (values * self._channel_weights(values)).sum(dim=1)
-                return values.mean() / (logits.shape[1] if self.overlapping else 1)
+                return values.mean() * _rescale(ignored, batch=True) / (logits.shape[1] if self.overlapping else 1)
 
             return focal_term
         if self.overlapping:
-            return lambda logits, target: (
-                F.binary_cross_entropy_with_logits(logits, target, reduction="none") * self._channel_weights(logits)
-            ).mean()
+            return lambda logits, target, ignored: (
+                (
+                    F.binary_cross_entropy_with_logits(logits, target, reduction="none") * self._channel_weights(logits)
+                ).mean()
+                * _rescale(ignored, batch=True)
+            )
 
-        def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+        def cross_entropy(logits: Tensor, target: Tensor, ignored: Tensor) -> Tensor:
             # PyTorch divides by the sum of the weights of the pixels, so that they change the balance, not the size.
             weights = logits.new_tensor([1.0, *config.class_weights]) if config.class_weights else None
-            return F.cross_entropy(logits, target[:, 0], weight=weights)
+            known = target.masked_fill(ignored, IGNORE_LABEL)[:, 0]
+            value = F.cross_entropy(logits, known, weight=weights, ignore_index=IGNORE_LABEL)
+            # The mean over no pixel is NaN. Its gradient is 0.
+            return torch.where(ignored.all(), torch.zeros_like(value), value)
 
         return cross_entropy
 
@@ -194,18 +209,20 @@ class MaskLoss(nn.Module):
 
         Args:
             low_res_logits_Phw: Logits of one mask each.
-            masks_PSS: True masks, bool.
+            masks_PSS: True masks of 0 and 1, with ``IGNORE_LABEL`` where nothing is annotated.
         """
         logits, target = on_loss_grid(low_res_logits_Phw[:, None], masks_PSS[:, None], size=self.config.size)
+        logits, target, ignored = _neutralise_ignored(logits, target)
+        scale_P = _rescale(ignored).flatten()
         target = target.float()
         loss = logits.new_zeros(len(logits))
         if self.config.dice_weight:
             loss = loss + self.config.dice_weight * self.overlap(logits, target).flatten(1).mean(dim=1)
         if self.config.ce_weight:
             pixel = self.focal or _binary_cross_entropy
-            loss = loss + self.config.ce_weight * pixel(logits, target).flatten(1).mean(dim=1)
+            loss = loss + self.config.ce_weight * pixel(logits, target).flatten(1).mean(dim=1) * scale_P
         if self.boundary is not None:
-            loss = loss + self.config.boundary_weight * self.boundary(logits, target).flatten(1).mean(dim=1)
+            loss = loss + self.config.boundary_weight * self.boundary(logits, target).flatten(1).mean(dim=1) * scale_P
         return loss
 
 
@@ -222,6 +239,31 @@ def on_loss_grid(logits_NChw: Tensor, target_NXSS: Tensor, *, size: int | None) 
     if logits_NChw.shape[2:] != target_NXSS.shape[2:]:
         logits_NChw = F.interpolate(logits_NChw, size=target_NXSS.shape[2:], mode="bilinear", align_corners=False)
     return logits_NChw, target_NXSS
+
+
+def _neutralise_ignored(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Make ignored pixels certain background, which adds nothing to any sum of a loss.
+
+    Returns:
+        Logits and target, and the ignored pixels (N, 1, ...).
+    """
+    ignored = target[:, :1] == IGNORE_LABEL
+    # Sigmoid and softmax of this logit are exactly 0 in float32, and no gradient flows into a filled value.
+    return logits.masked_fill(ignored, NO_CLASS_LOGIT), target.masked_fill(ignored, 0), ignored
+
+
+def _rescale(ignored: Tensor, *, batch: bool = False) -> Tensor:
+    """Return the factor from a mean over all pixels to one over the annotated pixels, 0 without any.
+
+    Args:
+        ignored: Ignored pixels (N, 1, ...).
+        batch: Return one factor for all slices instead of one each (N, 1).
+    """
+    pixels = ignored.reshape(1 if batch else len(ignored), -1)
+    known = (~pixels).sum(dim=1, keepdim=True)
+    # Exactly 1 without ignored pixels, so that such losses keep their bytes.
+    factor = pixels.shape[1] / known.clamp(min=1) * (known > 0)
+    return factor[0, 0] if batch else factor
 
 
 def _overlap_term(config: LossConfig, *, batch: bool, **options: Any) -> nn.Module:

@@ -75,10 +75,9 @@ class VolumePatches(Dataset[dict[str, Any]]):
         volume_ZHW, label_ZHW = self.store.read_volume(series_id), self.store.read_label_volume(series_id)
         start = self._place(label_ZHW, rng)
         record = self.store.record(series_id)
-        image = np.stack(
-            [normalise(slice_HW, record.stats, self.intensity) for slice_HW in cut(volume_ZHW, start, self.patch_size)]
-        )
-        label = cut(label_ZHW, start, self.patch_size).astype(np.int64)
+        patch_ZHW = cut(volume_ZHW, start, self.patch_size, padding=volume_ZHW.min())
+        image = np.stack([normalise(slice_HW, record.stats, self.intensity) for slice_HW in patch_ZHW])
+        label = cut(label_ZHW, start, self.patch_size, padding=0).astype(np.int64)
         moved, label_moved = augment_patch(
             torch.from_numpy(image), torch.from_numpy(label), self.augment, rng, plane=record.plane
         )
@@ -100,17 +99,13 @@ class VolumePatches(Dataset[dict[str, Any]]):
         return tuple(start)
 
 
-def cut(volume_ZHW: Array, start: Sequence[int], patch_size: Sequence[int]) -> Array:
-    """Cut a patch, padded with the smallest value of the volume (0 for labels)."""
+def cut(volume_ZHW: Array, start: Sequence[int], patch_size: Sequence[int], *, padding: Any) -> Array:
+    """Cut a patch, padded with a value outside the volume."""
     before = [max(0, -s) for s in start]
     after = [max(0, s + side - size) for s, side, size in zip(start, patch_size, volume_ZHW.shape, strict=True)]
     # A start below 0 means padding before the scan; slicing with a negative number would count from the end.
     inside = tuple(slice(max(0, s), s + side) for s, side in zip(start, patch_size, strict=True))
-    return np.pad(
-        volume_ZHW[inside],
-        list(zip(before, after, strict=True)),
-        constant_values=volume_ZHW.min() if any(before) or any(after) else 0,
-    )
+    return np.pad(volume_ZHW[inside], list(zip(before, after, strict=True)), constant_values=padding)
 
 
 def augment_patch(

@@ -11,7 +11,7 @@ import matplotlib as mpl
 import numpy as np
 import numpy.typing as npt
 from matplotlib.figure import Figure
-from samgraft.finetune.classes import ClassTable
+from samgraft.finetune.classes import IGNORE_LABEL, ClassTable
 from samgraft.finetune.evaluation.evaluate import Evaluation
 from samgraft.finetune.evaluation.overlays import choose_slices, overlay, slice_pictures
 from samgraft.finetune.evaluation.scores import (
@@ -65,9 +65,9 @@ class Pictured:
     classes: ClassTable
 
     def true_labels(self, series_id: str) -> npt.NDArray[np.int32]:
-        """Return the truth as the model's ids or bits, with other labels as background."""
+        """Return the truth as the model's ids or bits, with other labels as background and ``IGNORE_LABEL``."""
         label = self.store.read_label_volume(series_id)
-        true = np.zeros(label.shape, dtype=np.int32)
+        true = np.where(label == IGNORE_LABEL, IGNORE_LABEL, 0).astype(np.int32)
         for channel, label_id in enumerate(self.classes.ids):
             # A voxel has one id of exclusive classes, or several bits of overlapping ones.
             true[self.classes.true_mask(label, channel)] |= label_id
@@ -222,7 +222,7 @@ def _pictures(evaluation: Evaluation, chosen: Mapping[str, str], pictured: Pictu
             Picture(
                 png=image_grid([plain_tiles, tiles], column_titles=titles, cell_in=1.9),
                 caption=f"{name.capitalize()}: {_case_title(evaluation.rows, series_id)}. Truth outlined in green, "
-                "prediction filled in red.",
+                f"prediction filled in red.{' Dark areas are not annotated.' if (true == IGNORE_LABEL).any() else ''}",
             )
         )
     return parts

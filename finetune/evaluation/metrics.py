@@ -3,6 +3,8 @@
 If neither volume has the class, there is nothing to measure: every value is n/a and enters no mean (1 would reward
 scans without a lesion, 0 would punish them). If only one of them has it, Dice and IoU are 0. Sensitivity needs a true
 voxel, precision a predicted one and a relative volume error a true volume; otherwise they are n/a.
+
+Voxels whose truth is not annotated (``IGNORE_LABEL``) count neither as true nor as predicted.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from samgraft.finetune.classes import ClassTable
+from samgraft.finetune.classes import ClassTable, drop_ignored
 
 Labels = npt.NDArray[Any]
 
@@ -75,6 +77,7 @@ def class_scores(predicted: Labels, true: Labels, classes: ClassTable) -> list[C
     if predicted.shape != true.shape:
         raise ValueError(f"predicted must have the shape of true {true.shape}, got {predicted.shape}.")
     scores = []
+    predicted = drop_ignored(predicted, true)
     for channel, (label_id, name) in enumerate(zip(classes.ids, classes.names, strict=True)):
         in_prediction, in_truth = classes.predicted_mask(predicted, channel), classes.true_mask(true, channel)
         scores.append(

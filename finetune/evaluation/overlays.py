@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from samgraft.finetune.classes import IGNORE_LABEL
 from samgraft.shared.scans.intensity import IntensityPreset, normalise
 from samgraft.shared.store.store import SliceStore
 from scipy import ndimage
@@ -18,6 +19,8 @@ Rgb = npt.NDArray[np.float32]
 
 TRUTH_COLOR = (0.20, 0.85, 0.35)
 PREDICTION_COLOR = (1.0, 0.35, 0.25)
+IGNORED_BRIGHTNESS = 0.4
+"""Factor of the brightness of pixels that are not annotated."""
 MIN_SIDE = 256
 """Smallest length of the longer side of a picture, pixels."""
 
@@ -32,6 +35,8 @@ def choose_slices(true_ZHW: Array, *, number: int) -> list[int]:
 
 def overlay(image_HW: Array, *, true_HW: Array | None = None, predicted_HW: Array | None = None) -> Rgb:
     """Draw the truth as green outline and the prediction as red, half filled area on a slice.
+
+    Pixels that are not annotated are dark.
 
     Args:
         image_HW: Slice, values in [0, 1].
@@ -54,6 +59,7 @@ def overlay(image_HW: Array, *, true_HW: Array | None = None, predicted_HW: Arra
             picture[inside] = (1 - alpha) * picture[inside] + alpha * np.asarray(color, dtype=np.float32)
             outline = inside & ~ndimage.binary_erosion(inside, iterations=1 if factor == 1 else 2)
             picture[outline] = color
+        picture[big == IGNORE_LABEL] *= IGNORED_BRIGHTNESS
     return picture
 
 

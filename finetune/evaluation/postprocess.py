@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from samgraft.finetune.classes import ClassTable
+from samgraft.finetune.classes import ClassTable, drop_ignored
 from samgraft.finetune.evaluation.metrics import mean_over_patients
 from samgraft.shared.errors import UsageError, WeightsError
 from samgraft.shared.files import write_json
@@ -186,7 +186,7 @@ def _mean_dice(
         if steps:
             wanted = {classes.ids[channel]: steps}
             after = apply_postprocessing(predicted, wanted, is_overlapping=classes.is_overlapping)
-        found, truth = classes.predicted_mask(after, channel), classes.true_mask(true, channel)
+        found, truth = classes.predicted_mask(drop_ignored(after, true), channel), classes.true_mask(true, channel)
         total = int(found.sum()) + int(truth.sum())
         scores.append((patient, 2 * int((found & truth).sum()) / total if total else None))
     return mean_over_patients(scores)

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from samgraft.finetune.classes import ClassTable
+from samgraft.finetune.classes import IGNORE_LABEL, ClassTable, drop_ignored
 from samgraft.finetune.evaluation.metrics import ClassScore, class_scores, mean_or_none
 from samgraft.finetune.evaluation.statistics import Interval, bootstrap_mean
 from samgraft.finetune.evaluation.surface import SurfaceScore, surface_score
@@ -83,16 +83,18 @@ def case_rows(
 
     Args:
         predicted: Label ids (Z, H, W) on the scan's own grid.
-        true: Label ids of the same shape.
+        true: Label ids of the same shape. Where they are ``IGNORE_LABEL``, nothing is counted.
         record: Scan with its spacing.
         classes: Classes to score.
         tolerance_mm: Tolerance of the surface Dice.
     """
     rows = []
+    predicted = drop_ignored(predicted, true)
     for channel, score in enumerate(class_scores(predicted, true, classes)):
         surface = surface_score(
             classes.predicted_mask(predicted, channel),
             classes.true_mask(true, channel),
+            ignored=true == IGNORE_LABEL,
             spacing_mm=record.spacing_mm,
             tolerance_mm=tolerance_mm,
         )

@@ -8,6 +8,9 @@ If neither mask has the structure, there is nothing to measure and every value i
 surface Dice is 0 and both distances are the diagonal of the scan, the largest error that its grid allows: a miss must
 not score better than a bad hit, and dropping the case would reward it.
 
+Where voxels are not annotated, it is not known where the structure ends. Surface elements next to such a voxel are left
+out of both surfaces.
+
 Source: Nikolov et al., "Deep learning to achieve clinically applicable segmentation of head and neck anatomy for
 radiotherapy" (2018), and its reference implementation, package ``surface-distance``.
 """
@@ -47,7 +50,12 @@ class SurfaceScore:
 
 
 def surface_score(
-    predicted: Mask, true: Mask, *, spacing_mm: tuple[float, float, float], tolerance_mm: float = DEFAULT_TOLERANCE_MM
+    predicted: Mask,
+    true: Mask,
+    *,
+    spacing_mm: tuple[float, float, float],
+    tolerance_mm: float = DEFAULT_TOLERANCE_MM,
+    ignored: Mask | None = None,
 ) -> SurfaceScore | None:
     """Compare the surfaces of two masks.
 
@@ -57,9 +65,10 @@ def surface_score(
         true: Mask of the same shape.
         spacing_mm: Distance of slices, rows and columns.
         tolerance_mm: Largest distance that counts as agreement in ``nsd``.
+        ignored: Voxels that are not annotated, where both masks are empty. None if there are none.
 
     Returns:
-        None when both are empty.
+        None when both are empty, or have no surface away from ignored voxels.
 
     Raises:
         ValueError: If shapes differ or are not three-dimensional, or a length is not positive.
@@ -70,11 +79,15 @@ def surface_score(
         raise ValueError(f"spacing and tolerance must be positive, got {spacing_mm} and {tolerance_mm} mm.")
     if not predicted.any() and not true.any():
         return None
+    # One-sided: there is no distance, so the largest one that the grid allows is used.
+    diagonal = float(np.linalg.norm(np.asarray(predicted.shape) * np.asarray(spacing_mm)))
+    one_sided = SurfaceScore(nsd=0.0, hd95_mm=diagonal, mean_surface_distance_mm=diagonal)
     if not predicted.any() or not true.any():
-        # One-sided: there is no distance, so the largest one that the grid allows is used.
-        diagonal = float(np.linalg.norm(np.asarray(predicted.shape) * np.asarray(spacing_mm)))
-        return SurfaceScore(nsd=0.0, hd95_mm=diagonal, mean_surface_distance_mm=diagonal)
-    (to_true, area_predicted), (to_predicted, area_true) = _distances(predicted, true, spacing_mm)
+        return one_sided
+    ignored = ignored if ignored is not None and ignored.any() else None
+    (to_true, area_predicted), (to_predicted, area_true) = _distances(predicted, true, ignored, spacing_mm)
+    if not len(area_predicted) or not len(area_true):
+        return one_sided if len(area_predicted) or len(area_true) else None
     total = area_predicted.sum() + area_true.sum()
     within = area_predicted[to_true <= tolerance_mm].sum() + area_true[to_predicted <= tolerance_mm].sum()
     return SurfaceScore(
@@ -85,7 +98,7 @@ def surface_score(
 
 
 def _distances(
-    predicted: Mask, true: Mask, spacing_mm: tuple[float, float, float]
+    predicted: Mask, true: Mask, ignored: Mask | None, spacing_mm: tuple[float, float, float]
 ) -> tuple[tuple[Values, Values], tuple[Values, Values]]:
     """Return (distance, area) of every surface element of the prediction and of the truth."""
     # Imported here, because MONAI takes seconds and studies, comparisons and releases only read scores.
@@ -96,17 +109,33 @@ def _distances(
     # border of one voxel closes surfaces at the edge of the scan.
     pair = [np.pad(mask[box], 1) for mask in (predicted, true)]
     spacing: tuple[float, ...] = spacing_mm
+    known = None if ignored is None else _away_from(ignored, box)
     if predicted.shape[0] == 1:
         pair, spacing = [mask[1] for mask in pair], spacing_mm[1:]  # the slice between the two of the border
+        known = None if known is None else known[1]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # MONAI 1.6 warns about an argument that it passes itself
         edges, distances, areas = get_edge_surface_distance(
-            torch.from_numpy(pair[0]), torch.from_numpy(pair[1]), spacing=spacing, use_subvoxels=True, symmetric=True
+            torch.from_numpy(pair[0]),
+            torch.from_numpy(pair[1]),
+            spacing=spacing,
+            use_subvoxels=True,
+            symmetric=True,
+            mask=known,
         )
     found = [
         (_values(distance), _values(area[edge])) for distance, area, edge in zip(distances, areas, edges, strict=True)
     ]
     return found[0], found[1]
+
+
+def _away_from(ignored: Mask, box: tuple[slice, ...]) -> torch.Tensor:
+    """Return the surface elements around a box that touch no ignored voxel."""
+    # With the border of one voxel of the box: the structures often end exactly where the annotation ends.
+    around = np.pad(ignored, 1)[tuple(slice(part.start, part.stop + 2) for part in box)]
+    # An element lies between the 2 x 2 x 2 voxels that its index counts from.
+    touched = torch.nn.functional.max_pool3d(torch.from_numpy(around)[None].float(), 2, stride=1)[0]
+    return touched == 0
 
 
 def _percentile(distances: Values, areas: Values) -> float:

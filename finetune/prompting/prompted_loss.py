@@ -11,6 +11,7 @@ from functools import partial
 
 import numpy as np
 import torch
+from samgraft.finetune.classes import IGNORE_LABEL
 from samgraft.finetune.loss import LossConfig, MaskLoss, on_loss_grid
 from samgraft.finetune.prompting.prompt_sampling import (
     ClassPrompt,
@@ -55,7 +56,8 @@ class PromptedLoss(nn.Module):
         Args:
             sam: Model; its prompt encoder and mask decoder are used.
             features: Features of the slices.
-            masks_NCSS: Pixels of every class in the input frame, bool.
+            masks_NCSS: Pixels of every class in the input frame, 0 and 1, with ``IGNORE_LABEL`` where nothing is
+                annotated.
             sample_counters: Counters of the slices. With the seed they determine objects and prompts.
         """
         drawn = self._draw(sam, masks_NCSS, sample_counters)
@@ -66,7 +68,10 @@ class PromptedLoss(nn.Module):
             return {"loss": nothing}
         prompts = [one.prompt for one in drawn]
         objects_PSS = np.stack([one.true_HW for one in drawn if one.true_HW is not None])
-        true_PSS = torch.from_numpy(objects_PSS).to(features.embeddings.device)
+        device = features.embeddings.device
+        ignored_NSS = (masks_NCSS[:, 0] == IGNORE_LABEL).to(device)
+        true_PSS = torch.from_numpy(objects_PSS).to(device, torch.int64)
+        true_PSS = true_PSS.masked_fill(ignored_NSS[[one.prompt.image for one in drawn]], IGNORE_LABEL)
         rounds = 1 + (self.prompt.num_clicks if self.prompt.mode is PromptMode.CLICKS else 0)
         mask_loss = iou_loss = features.embeddings.new_zeros((), dtype=torch.float32)
         for number in range(rounds):
@@ -84,7 +89,8 @@ class PromptedLoss(nn.Module):
     def _draw(self, sam: Sam, masks_NCSS: Tensor, sample_counters: Sequence[int]) -> list[ClassPrompt]:
         to_mask = partial(mask_prompt, side=int(sam.prompt_encoder.mask_input_size[0]))
         drawn: list[ClassPrompt] = []
-        for image, (masks_CSS, counter) in enumerate(zip(masks_NCSS.cpu().numpy(), sample_counters, strict=True)):
+        present_NCSS = (masks_NCSS > 0).cpu().numpy()
+        for image, (masks_CSS, counter) in enumerate(zip(present_NCSS, sample_counters, strict=True)):
             rng = np.random.default_rng([self.seed, PROMPT_STREAM, int(counter)])
             objects = thin_out(find_objects(masks_CSS, self.prompt), self.prompt, rng)
             drawn += draw_prompts(objects, self.prompt, rng, image=image, to_mask=to_mask, central=False)
@@ -130,8 +136,8 @@ def _add_clicks(prompts: Sequence[Prompt], drawn: Sequence[ClassPrompt], best_Ph
 
 
 def _iou(logits_Phw: Tensor, true_PSS: Tensor) -> Tensor:
-    """Return the IoU (P,) of masks above 0 with the truth, on the grid of the truth."""
+    """Return the IoU (P,) of masks above 0 with the truth, on the annotated pixels of the truth's grid."""
     logits, _ = on_loss_grid(logits_Phw[:, None], true_PSS[:, None], size=None)
-    predicted = logits[:, 0] > 0
-    union = (predicted | true_PSS).flatten(1).sum(dim=1)
-    return (predicted & true_PSS).flatten(1).sum(dim=1) / union.clamp(min=1)
+    predicted, present = (logits[:, 0] > 0) & (true_PSS != IGNORE_LABEL), true_PSS > 0
+    union = (predicted | present).flatten(1).sum(dim=1)
+    return (predicted & present).flatten(1).sum(dim=1) / union.clamp(min=1)

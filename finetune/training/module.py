@@ -8,7 +8,7 @@ import pytorch_lightning as pl
 import torch
 from samgraft.finetune.adapters import RankUpdates, trainable_tensors
 from samgraft.finetune.baselines.networks import SliceBaseline
-from samgraft.finetune.classes import ClassTable
+from samgraft.finetune.classes import ClassTable, mark_ignored
 from samgraft.finetune.config import FinetuneConfig
 from samgraft.finetune.loss import SegmentationLoss
 from samgraft.finetune.prompting.prompted_loss import PromptedLoss
@@ -46,7 +46,7 @@ class FinetuneModule(pl.LightningModule):
             return {"loss": self.loss(self.segmenter(inputs), self.classes.to_target(label))}
         features, labels_NSS = self._embedded(batch)
         if self.config.prompt.is_prompted:
-            masks_NCSS = self.classes.to_masks(labels_NSS)
+            masks_NCSS = mark_ignored(self.classes.to_masks(labels_NSS), labels_NSS)
             counters = batch["sample_counter"].tolist()
             losses: dict[str, Tensor] = self.prompted_loss(self.segmenter.sam, features, masks_NCSS, counters)
         else:

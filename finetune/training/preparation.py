@@ -256,6 +256,7 @@ def training_set(
         split.train,
         min_foreground_fraction=config.data.min_foreground_fraction,
         labelled_only=config.data.labelled_slices_only,
+        annotated_only=True,
     )
     refs = keep_train_slices([ref for ref in refs if ref.series_id in labelled], split)
     flags = [has_foreground(store, ref, classes) for ref in refs]

@@ -51,6 +51,18 @@ def _add_source_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--label-map", default="", help="1=1,4=3,9=0: label id in the files = in the store, 0 drops it")
     parser.add_argument("--label-names", default="", help="1=tumour,2=oedema")
     parser.add_argument("--label-desc", help="lesion: the BIDS labels with desc-lesion, when there are several")
+    parser.add_argument(
+        "--ignore-label",
+        type=int,
+        metavar="ID",
+        help="label id of voxels that are not annotated, e.g. 255; never counted",
+    )
+    parser.add_argument(
+        "--empty-slices",
+        choices=["background", "ignore"],
+        default="background",
+        help="slices without any label: background, or not annotated",
+    )
     parser.add_argument("--frame", type=int, help="which volume of 4D files")
     parser.add_argument("--allow-gaps", action="store_true", help="accept missing DICOM slices")
     parser.add_argument("--round-labels", action="store_true", help="round label values that are nearly whole")
@@ -177,6 +189,7 @@ def _scan_request(arguments: argparse.Namespace, source: Path) -> ScanRequest:
             label_map=parse_label_map(arguments.label_map) or None,
             label_names=parse_label_names(arguments.label_names) or None,
             label_desc=arguments.label_desc,
+            ignore_label=arguments.ignore_label,
             frame=arguments.frame,
             allow_gaps=arguments.allow_gaps,
             round_labels=arguments.round_labels,
@@ -185,6 +198,7 @@ def _scan_request(arguments: argparse.Namespace, source: Path) -> ScanRequest:
         planes=tuple(known[name] for name in planes),
         zero_non_finite=arguments.nan_policy == "zero",
         accept_burned_in=arguments.accept_burned_in,
+        ignore_empty_slices=arguments.empty_slices == "ignore",
         num_workers=arguments.workers,
         overlays=arguments.overlays,
         report_file=arguments.report,

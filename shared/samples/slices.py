@@ -12,6 +12,7 @@ import numpy as np
 from samgraft.shared.errors import DataError
 from samgraft.shared.samples.split import Split
 from samgraft.shared.scans.orientation import Plane
+from samgraft.shared.scans.volume import IGNORE_LABEL
 from samgraft.shared.store.series import PlaneTable
 from samgraft.shared.store.store import SliceStore
 
@@ -35,6 +36,7 @@ def select_slices(
     planes: Sequence[Plane | str] = (),
     min_foreground_fraction: float = 0.0,
     labelled_only: bool = False,
+    annotated_only: bool = False,
 ) -> list[SliceRef]:
     """List the usable slices of some patients, and log how many were left out and why.
 
@@ -44,13 +46,14 @@ def select_slices(
         planes: Planes to list, where a series has them. Empty takes every series in its main plane.
         min_foreground_fraction: Smallest share of non-air pixels of a usable slice, 0 to 1.
         labelled_only: Leave out slices without a label pixel, and series without label.
+        annotated_only: Leave out slices on which every pixel is ignored.
 
     Raises:
         DataError: If no slice is left.
     """
     wanted = set(patient_ids)
     chosen = [Plane(plane) if isinstance(plane, str) else plane for plane in planes]
-    counts = {"other plane": 0, "air": 0, "no label": 0}
+    counts = {"other plane": 0, "air": 0, "no label": 0, "not annotated": 0}
     refs: list[SliceRef] = []
     for record in store.series:
         if record.patient_id not in wanted:
@@ -61,11 +64,14 @@ def select_slices(
         for plane in present:
             table = record.planes[plane or record.plane]
             labelled = _labelled_slices(table)
+            ignored = table.ignored_pixels >= table.shape_zyx[1] * table.shape_zyx[2]
             for index, fraction in enumerate(table.foreground_fraction):
                 if fraction < min_foreground_fraction:
                     counts["air"] += 1
                 elif labelled_only and not labelled[index]:
                     counts["no label"] += 1
+                elif annotated_only and ignored[index]:
+                    counts["not annotated"] += 1
                 else:
                     refs.append(SliceRef(record.series_id, index, plane))
     left_out = ", ".join(f"{number} {reason}" for reason, number in counts.items() if number)
@@ -111,8 +117,9 @@ def keep_train_slices(refs: Iterable[SliceRef], split: Split) -> list[SliceRef]:
 
 def _labelled_slices(table: PlaneTable) -> np.ndarray[Any, np.dtype[np.bool_]]:
     labelled_Z = np.zeros(table.shape_zyx[0], dtype=bool)
-    for pixels in table.label_pixels.values():
-        labelled_Z |= np.asarray(pixels) > 0
+    for label, pixels in table.label_pixels.items():
+        if label != IGNORE_LABEL:
+            labelled_Z |= np.asarray(pixels) > 0
     return labelled_Z
 
 

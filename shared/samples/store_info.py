@@ -35,6 +35,7 @@ def describe_store(store: SliceStore) -> dict[str, Any]:
             str(label): {"name": name, "voxels": sum(r.label_voxels.get(label, 0) for r in records)}
             for label, name in sorted(store.label_names.items())
         },
+        "ignored_voxels": sum(record.ignored_voxels for record in records),
         "split": None if split is None else {name: len(split.part(name)) for name in PARTS},
     }
 
@@ -55,6 +56,8 @@ def print_description(values: dict[str, Any], console: Console) -> None:
     table.add_row("intensity", f"{values['intensity']['name']} ({values['intensity']['kind']})")
     for label, entry in values["labels"].items():
         table.add_row(f"label {label}", f"{entry['name']}, {entry['voxels']:,} voxels")
+    if values["ignored_voxels"]:
+        table.add_row("not annotated", f"{values['ignored_voxels']:,} voxels, which are never counted")
     split = values["split"]
     table.add_row("split", "none" if split is None else ", ".join(f"{k} {v}" for k, v in split.items()))
     console.print(table, markup=False)

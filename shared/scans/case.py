@@ -13,11 +13,13 @@ from samgraft.shared.errors import DataError
 from samgraft.shared.scans.orientation import grids_agree, to_plane
 from samgraft.shared.scans.readers.registry import read_scan
 from samgraft.shared.scans.readers.scan import ScanFiles
-from samgraft.shared.scans.volume import Array, RawScan, Volume
+from samgraft.shared.scans.volume import IGNORE_LABEL, Array, RawScan, Volume
 
 LABEL_GRID_TOLERANCE_MM = 0.01
 """Largest distance between corners of image and label. Headers in float32 differ by micrometres."""
 MAX_LABEL_ID = 65535
+IGNORE_NAME = "ignore"
+"""Name that makes a label id mean "not annotated", as in nnU-Net's ``dataset.json``."""
 MAX_LABEL_MAP_VALUES = 1024
 """Largest number of different values of a label map. Atlases have a few hundred regions."""
 MAX_ODD_LABEL_VALUES = 16
@@ -50,6 +52,9 @@ class LabelFiles:
     """Id in the store of everything in this file, for one file per class."""
     round_values: bool = False
     """Permission to round values that are nearly whole numbers (0.999). Otherwise they are refused."""
+    ignore_id: int | None = None
+    """Id of voxels that are not annotated, after the map. They become ``IGNORE_LABEL``. With one file per class it is a
+    value of the file. None if there is no such id."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +123,7 @@ def read_label(case: SourceCase, scan: RawScan) -> tuple[Array, str]:
         DataError: If geometry differs from the scan's, a value is not a whole number, an id is not in the map, or two
             files claim one voxel.
     """
-    merged = np.zeros(scan.array_ijk.shape, dtype=np.uint16)
+    merged = np.zeros(scan.array_ijk.shape, dtype=np.int32)
     digests = []
     for label in case.labels:
         part = read_scan(label.scan, as_label=True, like=scan)
@@ -127,7 +132,7 @@ def read_label(case: SourceCase, scan: RawScan) -> tuple[Array, str]:
         clash = (merged != 0) & (ids_ijk != 0) & (merged != ids_ijk)
         if clash.any():
             pairs = sorted({(int(a), int(b)) for a, b in zip(merged[clash], ids_ijk[clash], strict=True)})
-            text = ", ".join(f"{a} and {b}" for a, b in pairs[:5])
+            text = ", ".join(f"{a} and {b}" for a, b in pairs[:5]).replace(str(IGNORE_LABEL), IGNORE_NAME)
             raise DataError(
                 f"{int(clash.sum())} voxels are claimed by two labels ({text}). Remove them from one of the files.",
                 where=case.name,
@@ -135,7 +140,13 @@ def read_label(case: SourceCase, scan: RawScan) -> tuple[Array, str]:
         # After the check for clashes, so the order of the files cannot matter.
         merged = np.where(ids_ijk != 0, ids_ijk, merged)
         digests.append(part.source_sha256)
-    return merged.astype(np.min_scalar_type(int(merged.max()))), "+".join(digests)
+    return to_small_dtype(merged), "+".join(digests)
+
+
+def to_small_dtype(label: Array) -> Array:
+    """Return label ids in the smallest type that holds them, signed if voxels are ignored."""
+    low, high = int(label.min(initial=0)), int(label.max(initial=0))
+    return label.astype(np.result_type(np.min_scalar_type(low), np.min_scalar_type(high)))
 
 
 def label_on_plane(label_ijk: Array, volume: Volume) -> Array:
@@ -209,15 +220,25 @@ def _ids_of_file(values_ijk: Array, label: LabelFiles) -> Array:
             where=where,
         )
     if label.class_id is None:
-        return map_ids(ids, label.ids, where=where)
-    if len(found[found != 0]) > 1:
-        text = ", ".join(str(int(v)) for v in found[found != 0][:5])
+        # After the map, so that the name "ignore" and --ignore-label use one numbering, that of the store.
+        mapped = map_ids(ids, label.ids, where=where)
+        return _mark_ignored(mapped, mapped, label)
+    classes = found[(found != 0) & (found != label.ignore_id)]
+    if len(classes) > 1:
+        text = ", ".join(str(int(v)) for v in classes[:5])
         raise DataError(
             f"the name makes this file one class, but it holds ids {text}. Rename it to CASE_seg, or give image and "
             "label in a CSV list.",
             where=where,
         )
-    return np.where(ids != 0, label.class_id, 0).astype(np.uint16)
+    return _mark_ignored(np.where(ids != 0, label.class_id, 0), ids, label)
+
+
+def _mark_ignored(result: Array, ids: Array, label: LabelFiles) -> Array:
+    """Set the voxels of a label to ``IGNORE_LABEL`` where ``ids`` has its ignored id."""
+    return (
+        result if label.ignore_id is None else np.where(ids == label.ignore_id, IGNORE_LABEL, result.astype(np.int32))
+    )
 
 
 def _share_of_equal_neighbours(array_ijk: Array, *, background: float) -> float:

@@ -11,10 +11,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
 from samgraft.shared.errors import DataError, UsageError
-from samgraft.shared.scans.case import LabelFiles, SourceCase
+from samgraft.shared.scans.case import IGNORE_NAME, LabelFiles, SourceCase
 from samgraft.shared.scans.names import patient_folder, patient_of_stem
 from samgraft.shared.scans.readers.registry import scan_stem
 from samgraft.shared.scans.readers.scan import ScanFiles
+from samgraft.shared.scans.volume import IGNORE_LABEL
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +31,8 @@ class SourceOptions:
     label_names: Mapping[int, str] | None = None
     label_desc: str | None = None
     """Value of ``desc-`` of the BIDS labels to use. None uses all."""
+    ignore_label: int | None = None
+    """Label id, after the map, of voxels that are not annotated. None takes the id with the name ``ignore``, if any."""
     frame: int | None = None
     """Index of the volume to read from 4D files."""
     allow_gaps: bool = False
@@ -51,6 +54,27 @@ class Discovery:
     notes: list[str] = field(default_factory=list)
     labels_without_image: list[str] = field(default_factory=list)
     images_without_label: list[str] = field(default_factory=list)
+
+    def set_ignored(self, wanted: int | None) -> None:
+        """Mark one label id as not annotated, the wanted one or the one with the name ``ignore``.
+
+        Raises:
+            UsageError: If both exist and differ, or several ids have this name.
+        """
+        named = {i for i, name in (self.label_names or {}).items() if name.strip().lower() == IGNORE_NAME}
+        ids = named | ({wanted} if wanted is not None else set())
+        if len(ids) > 1:
+            raise UsageError(
+                f"one label id can be ignored, got {', '.join(map(str, sorted(ids)))}. Join them with --label-map.",
+                where="--ignore-label",
+            )
+        for ignore_id in ids:
+            if self.label_names is not None:
+                self.label_names = {i: name for i, name in self.label_names.items() if i != ignore_id}
+            self.cases = [
+                replace(case, labels=tuple(_with_ignored(label, ignore_id, wanted) for label in case.labels))
+                for case in self.cases
+            ]
 
     def finish(self) -> None:
         """Sort the cases, refuse copies that contradict each other, and list images without label."""
@@ -201,6 +225,14 @@ def label_files(path: Path, reader: str, options: SourceOptions, *, class_id: in
     scan = ScanFiles(format=reader, paths=(path,), name=path.name, frame=options.frame)
     ids = options.label_map if class_id is None else None
     return LabelFiles(scan=scan, ids=ids, class_id=class_id, round_values=options.round_labels)
+
+
+def _with_ignored(label: LabelFiles, ignore_id: int, wanted: int | None) -> LabelFiles:
+    if label.class_id is None:
+        return replace(label, ignore_id=ignore_id)
+    # A mask file of its own for what is not annotated, or a second value in the mask of a class. The id of a name is no
+    # such value: it numbers the files, and the masks in all of them are 1.
+    return replace(label, class_id=IGNORE_LABEL) if label.class_id == ignore_id else replace(label, ignore_id=wanted)
 
 
 def parse_label_map(text: str) -> dict[int, int]:

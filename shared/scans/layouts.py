@@ -423,14 +423,7 @@ def _names_from_json(values: Mapping[str, Any], root: Path, options: SourceOptio
             raise DataError(f"a label must pair an id with a name, got {name!r}: {value!r}.", where=where) from err
         if label_id != 0:
             names[label_id] = text
-    ignored = [label_id for label_id, text in names.items() if text == "ignore"]
-    if ignored and options.label_map is None:
-        suggestion = ",".join(f"{label_id}={0 if label_id in ignored else label_id}" for label_id in sorted(names))
-        raise DataError(
-            f"the ignore label {ignored[0]} is not supported. Complete it, or drop it with --label-map {suggestion}",
-            where=where,
-        )
-    return {label_id: text for label_id, text in names.items() if label_id not in ignored}
+    return names
 
 
 @dataclass(frozen=True)

@@ -89,6 +89,7 @@ def discover(source: Path, options: SourceOptions | None = None) -> Discovery:
         found = _only_file(source, found)
     if options.label_names is not None:
         found.label_names = dict(options.label_names)
+    found.set_ignored(options.ignore_label)
     found.finish()
     if not found.cases:
         counts = ", ".join(f"{number} x {reason}" for reason, number in found.left_out.most_common(4))

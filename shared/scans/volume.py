@@ -27,6 +27,12 @@ from samgraft.shared.scans.orientation import (
 
 Array = npt.NDArray[Any]
 
+IGNORE_LABEL = -1
+"""Label of voxels that are not annotated, in stores and in memory.
+
+It is negative, so that it is never the id of a class. Some files use 255 for "not annotated", and in others 255 is the
+structure."""
+
 
 class Modality(Enum):
     """Kind of scan. Each has a preset ``configs/modality/<name>.yaml``."""

@@ -330,6 +330,9 @@ def _build_key(case: SourceCase, settings: BuildSettings) -> str:
         [[sorted(label.ids.items()) if label.ids else label.class_id, label.round_values] for label in case.labels],
         files,
     ]
+    # Appended only where it is used, so that stores of earlier versions are found complete.
+    if settings.ignore_empty_slices or any(label.ignore_id is not None for label in case.labels):
+        parts.append([settings.ignore_empty_slices, [label.ignore_id for label in case.labels]])
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 

@@ -46,6 +46,8 @@ def summarise(found: Discovery, report: BuildReport) -> dict[str, Any]:
         "num_slices": report.num_slices,
         "num_labelled": len(labelled),
         "num_empty_labels": sum(not record.label_voxels for record in labelled),
+        "num_ignored_voxels": sum(record.ignored_voxels for record in labelled),
+        "num_partly_ignored": sum(record.ignored_voxels > 0 for record in labelled),
         "labels": _count_labels(labelled, found.label_names or {}),
         "orientations": _count(record.grid.orientation for record in records),
         "planes": _count(record.plane.value for record in records),
@@ -109,6 +111,10 @@ def print_report(values: Mapping[str, Any], console: Console) -> None:
             console.print(f"  ... and {len(values['labels']) - MAX_ROWS} more labels (--report FILE has all)")
     if values["num_empty_labels"]:
         console.print(f"empty labels: {values['num_empty_labels']} of {values['num_labelled']} labelled series")
+    if values["num_ignored_voxels"]:
+        console.print(
+            f"not annotated (ignored): {values['num_ignored_voxels']:,} voxels in {values['num_partly_ignored']} series"
+        )
     for key, title in LISTS.items():
         lines = _list_lines(key, values[key])
         if lines:
@@ -139,7 +145,8 @@ def _count_labels(labelled: Iterable[SeriesRecord], names: Mapping[int, str]) ->
     series: Counter[int] = Counter()
     for record in labelled:
         voxels.update(record.label_voxels)
-        slices.update({k: sum(n > 0 for n in v) for k, v in record.planes[record.plane].label_pixels.items()})
+        pixels = record.planes[record.plane].label_pixels
+        slices.update({label: sum(n > 0 for n in pixels[label]) for label in record.label_voxels})
         series.update(record.label_voxels.keys())
     return {
         str(label): {

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from samgraft.shared.errors import DataError
 from samgraft.shared.files import file_sha256
-from samgraft.shared.scans.volume import content_sha256
+from samgraft.shared.scans.volume import IGNORE_LABEL, content_sha256
 from samgraft.shared.store.build import BuildReport
 from samgraft.shared.store.series import SeriesRecord
 from samgraft.shared.store.store import COMPLETE, MANIFEST, SERIES, SliceStore, read_table
@@ -112,7 +112,9 @@ def _check_voxels(store: SliceStore, record: SeriesRecord) -> list[str]:
         if record.has_label:
             label_ZHW = store.read_label_volume(record.series_id)
             counts = {int(v): int((label_ZHW == v).sum()) for v in np.unique(label_ZHW) if v != 0}
-            if label_ZHW.shape != volume_ZHW.shape or counts != record.label_voxels:
+            ignored = counts.pop(IGNORE_LABEL, 0)
+            expected = (record.label_voxels, record.ignored_voxels)
+            if label_ZHW.shape != volume_ZHW.shape or (counts, ignored) != expected:
                 problems.append(f"{record.series_id}/label: voxels differ from those of the table")
     except DataError as err:
         problems.append(f"{record.series_id}: {err.what}")

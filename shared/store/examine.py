@@ -12,11 +12,19 @@ from dataclasses import dataclass
 
 import numpy as np
 from samgraft.shared.errors import DataError
-from samgraft.shared.scans.case import SourceCase, label_on_plane, read_case, read_label
+from samgraft.shared.scans.case import SourceCase, label_on_plane, read_case, read_label, to_small_dtype
 from samgraft.shared.scans.intensity import IntensityStats, foreground_fractions, measure_intensity
-from samgraft.shared.scans.orientation import Plane, is_near_isotropic
+from samgraft.shared.scans.orientation import Plane, is_near_isotropic, to_native
 from samgraft.shared.scans.privacy import BURNED_IN, path_findings, pseudonym
-from samgraft.shared.scans.volume import Array, Modality, RawScan, Volume, content_sha256, volume_from_scan
+from samgraft.shared.scans.volume import (
+    IGNORE_LABEL,
+    Array,
+    Modality,
+    RawScan,
+    Volume,
+    content_sha256,
+    volume_from_scan,
+)
 from samgraft.shared.store.series import PlaneTable, SeriesRecord
 
 MIN_SIDE_PX = 8
@@ -45,6 +53,8 @@ class BuildSettings:
     """Replace NaN and Inf by 0 instead of refusing them."""
     accept_burned_in: bool = False
     """Accept scans whose header declares text burned into the pixels."""
+    ignore_empty_slices: bool = False
+    """Treat slices without any label as not annotated instead of as background."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +106,9 @@ def examine_case(case: SourceCase, settings: BuildSettings) -> Examined:
     label_ijk, label_digest = read_label(case, scan) if case.labels else (None, None)
     if label_ijk is not None:
         _check_label_ids(label_ijk, settings, where=where)
+        if settings.ignore_empty_slices:
+            label_ijk, num_ignored = _ignore_empty_slices(label_ijk, volume)
+            notes += (f"{num_ignored} of {len(volume.array_zyx)} slices have no label and are not counted",)
     images, labels, tables = _cut_planes(scan, volume, label_ijk, stats, settings, where=where)
     record = SeriesRecord(
         series_id=series_id_of(case, settings),
@@ -204,10 +217,18 @@ def _check_slice_size(volume: Volume, *, where: str) -> None:
         )
 
 
+def _ignore_empty_slices(label_ijk: Array, volume: Volume) -> tuple[Array, int]:
+    """Mark the slices without any label as not annotated, and return their number."""
+    label_ZHW = label_on_plane(label_ijk, volume).astype(np.int32)
+    empty_Z = ~(label_ZHW > 0).any(axis=(1, 2))
+    label_ZHW[empty_Z] = IGNORE_LABEL
+    return to_small_dtype(to_native(label_ZHW, volume.grid, volume.plane)), int(empty_Z.sum())
+
+
 def _check_label_ids(label_ijk: Array, settings: BuildSettings, *, where: str) -> None:
     if settings.label_ids is None:
         return
-    found = [int(value) for value in np.unique(label_ijk) if value != 0]
+    found = [int(value) for value in np.unique(label_ijk) if value not in (0, IGNORE_LABEL)]
     if unknown := [value for value in found if value not in settings.label_ids]:
         suggestion = ",".join(f"{value}={value if value in settings.label_ids else 0}" for value in found)
         raise DataError(

@@ -44,6 +44,8 @@ class ScanRequest:
     planes: tuple[Plane, ...] = ()
     zero_non_finite: bool = False
     accept_burned_in: bool = False
+    ignore_empty_slices: bool = False
+    """True for partially annotated scans, whose slices without any label are not background."""
     num_workers: int = 0
     """Number of processes. 0 chooses it from the size of the source, up to one per core."""
     overlays: Path | None = None
@@ -59,6 +61,7 @@ class ScanRequest:
             planes=self.planes,
             zero_non_finite=self.zero_non_finite,
             accept_burned_in=self.accept_burned_in,
+            ignore_empty_slices=self.ignore_empty_slices,
         )
 
 

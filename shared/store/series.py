@@ -12,7 +12,7 @@ import numpy.typing as npt
 from pydantic import TypeAdapter
 from samgraft.shared.scans.intensity import IntensityStats
 from samgraft.shared.scans.orientation import NativeGrid, Plane, voxel_sizes
-from samgraft.shared.scans.volume import Modality
+from samgraft.shared.scans.volume import IGNORE_LABEL, Modality
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +25,12 @@ class PlaneTable:
     foreground_fraction: tuple[float, ...]
     """Share of non-air pixels of every slice, 0 to 1."""
     label_pixels: dict[int, tuple[int, ...]]
-    """Number of pixels of each label id except 0, per slice. Empty without label."""
+    """Number of pixels of each label id except 0, per slice, also of ``IGNORE_LABEL``. Empty without label."""
+
+    @property
+    def ignored_pixels(self) -> npt.NDArray[np.int64]:
+        """Number of pixels that are not annotated, per slice (Z,)."""
+        return np.asarray(self.label_pixels.get(IGNORE_LABEL, (0,) * self.shape_zyx[0]), dtype=np.int64)
 
     @property
     def spacing_mm(self) -> tuple[float, float, float]:
@@ -87,8 +92,14 @@ class SeriesRecord:
 
     @property
     def label_voxels(self) -> dict[int, int]:
-        """Number of voxels of every label id except 0."""
-        return {label: sum(pixels) for label, pixels in self.planes[self.plane].label_pixels.items()}
+        """Number of voxels of every label id except 0 and ``IGNORE_LABEL``."""
+        pixels = self.planes[self.plane].label_pixels
+        return {label: sum(counts) for label, counts in pixels.items() if label != IGNORE_LABEL}
+
+    @property
+    def ignored_voxels(self) -> int:
+        """Number of voxels that are not annotated."""
+        return int(self.planes[self.plane].ignored_pixels.sum())
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from samgraft.shared.errors import UsageError
 from samgraft.shared.files import write_json
 from samgraft.shared.runs.environment import local_rank, processes_expected, processes_per_node
+from torch import nn
 
 log = logging.getLogger(__name__)
 
@@ -166,6 +167,12 @@ def _measure_bf16_speedup() -> float:
     # The formats alternate and the fastest round counts, so that other work on the machine hardly matters.
     times = [(step(use_bf16=False), step(use_bf16=True)) for _ in range(1 + NUM_SPEED_ROUNDS)][1:]
     return min(plain for plain, _ in times) / min(fast for _, fast in times)
+
+
+def use_channels_last(module: nn.Module) -> None:
+    """Set the memory layout of a module's convolutions, of slices or of volumes, in place."""
+    has_volumes = any(parameter.ndim == 5 for parameter in module.parameters())
+    module.to(memory_format=torch.channels_last_3d if has_volumes else torch.channels_last)
 
 
 def retain_freed_memory() -> bool:

@@ -18,7 +18,7 @@ from samgraft.shared.errors import StorageError
 from samgraft.shared.machine import granted_memory
 from samgraft.shared.runs.training_state import find_leftovers, finished_states
 from samgraft.shared.training.config import TrainerConfig
-from samgraft.shared.training.device import DeviceChoice
+from samgraft.shared.training.device import DeviceChoice, use_channels_last
 from samgraft.shared.training.failures import explain_out_of_memory
 from samgraft.shared.training.progress import format_duration
 from samgraft.shared.training.resume import preserve_rng
@@ -71,7 +71,7 @@ def measure_step(
     target = device.torch_device
     module.to(target)
     if config.channels_last:
-        module.to(memory_format=torch.channels_last)
+        use_channels_last(module)
     buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
     saved = SavedBytes(module)
     times: list[float] = []

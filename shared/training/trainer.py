@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-import torch
 from lightning_fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from lightning_fabric.plugins.environments.lightning import LightningEnvironment
 from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
@@ -36,7 +35,7 @@ from samgraft.shared.runs.training_state import (
 from samgraft.shared.samples.sampler import StepBatchSampler
 from samgraft.shared.training.boundary import StepBoundary, stopped_error
 from samgraft.shared.training.config import Strategy, TrainerConfig
-from samgraft.shared.training.device import DeviceChoice, retain_freed_memory
+from samgraft.shared.training.device import DeviceChoice, retain_freed_memory, use_channels_last
 from samgraft.shared.training.failures import explain_failure, find_first_failure
 from samgraft.shared.training.loader import build_step_loader
 from samgraft.shared.training.numerics import FiniteCheck
@@ -168,7 +167,7 @@ def _train(module: pl.LightningModule, context: FitContext, boundary: StepBounda
     retain_freed_memory()
     # The layout is set before the optimizer exists, so that its moments have the same one.
     if config.channels_last:
-        module.to(memory_format=torch.channels_last)
+        use_channels_last(module)
     newest = newest_state_name(run.checkpoints)
     stop.kept = f"the verified state {newest}" if newest else stop.kept
     with handle_stop_signals(stop), quiet_lightning():

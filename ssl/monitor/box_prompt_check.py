@@ -18,6 +18,7 @@ from samgraft.shared.encoders.base import ImageEncoder, ImageFeatures
 from samgraft.shared.encoders.sam import decode_boxes
 from samgraft.shared.errors import UsageError, WeightsError
 from samgraft.shared.samples.frame import InputFrame, logits_to_native
+from samgraft.shared.scans.volume import IGNORE_LABEL
 from samgraft.shared.training.resume import preserve_rng
 from samgraft.shared.weights.load import load_sam, read_weights
 from samgraft.ssl.config import RANDOM, ModelConfig, ProbeConfig
@@ -94,8 +95,10 @@ class BoxPromptCheck:
         features = ImageFeatures(embeddings_BChw)
         logits, _ = decode_boxes(self.decoder, features, boxes_B4.to(features_BChw.device), multimask=False)
         for box, frame, logits_1hw in zip(chosen, frames, logits, strict=True):
+            label_HW = self.slices.labels[box.slice_number]
             predicted_HW = logits_to_native(logits_1hw[None].float(), frame)[0, 0].cpu() > 0
-            true_HW = self.slices.labels[box.slice_number] == box.class_id
+            predicted_HW &= label_HW != IGNORE_LABEL
+            true_HW = label_HW == box.class_id
             self._dice.append(2 * float((predicted_HW & true_HW).sum()) / float(predicted_HW.sum() + true_HW.sum()))
 
     def mean_dice(self) -> float:

@@ -16,6 +16,7 @@ from samgraft.shared.samples.frame import InputFrame
 from samgraft.shared.samples.slices import SliceRef, select_slices
 from samgraft.shared.samples.split import Split, load_split
 from samgraft.shared.scans.preset import ModalityPreset
+from samgraft.shared.scans.volume import IGNORE_LABEL
 from samgraft.shared.store.store import SliceStore
 from samgraft.ssl.config import PretrainConfig, ProbeConfig
 from samgraft.ssl.monitor.held_out import spread_evenly
@@ -97,7 +98,7 @@ def load_probe(
             )
         parts.append(_read(store, refs, config, preset))
     train, test = parts
-    ids = sorted({int(i) for label_HW in (*train.labels, *test.labels) for i in label_HW.unique()} - {0})
+    ids = sorted({int(i) for label_HW in (*train.labels, *test.labels) for i in label_HW.unique()} - {0, IGNORE_LABEL})
     return ProbeData(
         train=train,
         test=test,

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from samgraft.shared.encoders.base import ImageEncoder
 from samgraft.shared.encoders.sam import to_pixels
 from samgraft.shared.samples.frame import InputFrame, label_to_frame, logits_to_native
+from samgraft.shared.scans.volume import IGNORE_LABEL
 from samgraft.ssl.monitor.labelled import LabelledSlices, ProbeData
 from torch import Tensor
 
@@ -53,7 +54,8 @@ def class_shares(slices: LabelledSlices, class_ids: Sequence[int], *, stride: in
     """Return the share of each class in every token's cell, and the tokens with pixels of the slice.
 
     Returns:
-        Shares (N, K, h, w) in [0, 1], and a boolean mask (N, h, w) that is False in the padding.
+        Shares (N, K, h, w) in [0, 1], and a boolean mask (N, h, w) that is False in the padding and for tokens with a
+        pixel that is not annotated.
     """
     shares, inside = [], []
     for label_HW, frame in zip(slices.labels, slices.frames, strict=True):
@@ -62,7 +64,8 @@ def class_shares(slices: LabelledSlices, class_ids: Sequence[int], *, stride: in
         shares.append(F.avg_pool2d(one_hot_KSS, stride))
         grid = frame.image_size // stride
         rows, columns = (-(-side // stride) for side in frame.content_hw)
-        inside.append((torch.arange(grid)[:, None] < rows) & (torch.arange(grid)[None, :] < columns))
+        ignored_hw = F.max_pool2d((label_SS == IGNORE_LABEL).float()[None], stride)[0] > 0
+        inside.append((torch.arange(grid)[:, None] < rows) & (torch.arange(grid)[None, :] < columns) & ~ignored_hw)
     return torch.stack(shares), torch.stack(inside)
 
 
@@ -110,7 +113,8 @@ class DiceCount:
         self._counts: dict[str, Tensor] = {}
 
     def add(self, patient_id: str, predicted_HW: Tensor, label_HW: Tensor) -> None:
-        """Count one slice."""
+        """Count the annotated pixels of one slice."""
+        predicted_HW = predicted_HW.masked_fill(label_HW == IGNORE_LABEL, 0)
         counts = [
             [int((p & t).sum()), int(p.sum()) + int(t.sum())]
             for p, t in ((predicted_HW == i, label_HW == i) for i in self.class_ids)

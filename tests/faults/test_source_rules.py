@@ -289,12 +289,13 @@ def test_msd_cases__equal_names_in_two_folders_get_the_name_of_the_folder(tmp_pa
     assert [case.name for case in discover(tmp_path).cases] == ["imagesTr/001", "imagesTs/001"]
 
 
-def test_nnunet_cases__advice_for_the_ignore_label_works(tmp_path):
+def test_nnunet_cases__ignore_label_is_no_class_and_can_be_dropped(tmp_path):
     write(tmp_path, "imagesTr/a_0000.nii.gz", "labelsTr/a.nii.gz")
     labels = {"background": 0, "tumour": 1, "ignore": 2}
     (tmp_path / "dataset.json").write_text(json.dumps({"channel_names": {"0": "MRI"}, "labels": labels}))
-    with pytest.raises(DataError, match="--label-map 1=1,2=0"):
-        discover(tmp_path)
+    found = discover(tmp_path)
+    assert found.label_names == {1: "tumour"}
+    assert [label.ignore_id for case in found.cases for label in case.labels] == [2]
     found = discover(tmp_path, SourceOptions(label_map=parse_label_map("1=1,2=0")))
     assert found.label_names == {1: "tumour"}
 

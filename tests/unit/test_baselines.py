@@ -165,7 +165,7 @@ def test_volume_patches__small_scan_is_padded(store):
 
 def test_cut__outside_is_the_smallest_value():
     volume = np.arange(8).reshape(2, 2, 2) + 5
-    patch = cut(volume, (-1, 0, 1), (3, 2, 2))
+    patch = cut(volume, (-1, 0, 1), (3, 2, 2), padding=volume.min())
     assert patch.shape == (3, 2, 2)
     assert patch[1:, :, 0].tolist() == volume[:, :, 1].tolist()
     assert (patch[0] == 5).all()

@@ -164,7 +164,7 @@ def test_regions__masks_and_predictions_overlap():
     label = torch.tensor([[[0, 1, 2]]])
     masks = table.to_target(label)
     assert masks.tolist() == [[[[False, True, True]], [[False, False, True]]]]
-    logits = torch.where(masks, 3.0, -3.0)
+    logits = torch.where(masks > 0, 3.0, -3.0)
     predicted = table.from_logits(logits).numpy()
     assert predicted.tolist() == [[[0, 1, 3]]]
     for channel in range(2):
