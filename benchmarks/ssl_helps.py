@@ -26,7 +26,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -59,12 +59,17 @@ RESULTS = Path(__file__).parent / "results"
 # data
 
 
-def prepare(plan: Plan, source: Path) -> None:
-    """Build the store and every split, once."""
+def build_store(plan: Plan, source: Path) -> SliceStore:
+    """Build the plan's store unless it is there, and open it."""
     if not (plan.store / "complete.json").is_file():
         command = ["store", "build", str(source), "--out", str(plan.store), "--modality", "mri", "--workers", "1"]
         run(command, plan, log="store")
-    store = SliceStore.open(plan.store)
+    return SliceStore.open(plan.store)
+
+
+def prepare(plan: Plan, source: Path) -> None:
+    """Build the store and every split, once."""
+    store = build_store(plan, source)
     train, test = subjects(store, source)
     held_out = train[:NUM_HELD_OUT]
     probe_train = train[NUM_HELD_OUT : NUM_HELD_OUT + NUM_PROBE_TRAIN]
@@ -119,16 +124,21 @@ def cells(plan: Plan, kinds: Sequence[str]) -> Iterator[tuple[str, dict[str, Any
 
 
 def run_cell(plan: Plan, name: str, what: dict[str, Any]) -> None:
-    """Run one cell unless its result is there."""
+    """Run one cell of the comparison unless its result is there."""
+    arguments = {key: value for key, value in what.items() if key != "kind"}
+    finish_cell(plan, name, what, lambda: {"pretrain": pretrain, "finetune": finetune}[what["kind"]](plan, **arguments))
+
+
+def finish_cell(plan: Plan, name: str, what: dict[str, Any], compute: Callable[[], dict[str, Any]]) -> None:
+    """Compute one cell and write its record, unless it is there."""
     path = plan.work / "cells" / f"{name}.json"
     if path.is_file():
         return
     started = time.time()
-    result = pretrain(plan, what["objective"]) if what["kind"] == "pretrain" else finetune(plan, **without_kind(what))
     record = {
         "name": name,
         **what,
-        **result,
+        **compute(),
         "minutes": round((time.time() - started) / 60, 1),
         "code_revision": code_revision(),
         "hardware": hardware(plan.device),
@@ -142,59 +152,48 @@ def run_cell(plan: Plan, name: str, what: dict[str, Any]) -> None:
     say(f"{name}: done in {record['minutes']} min")
 
 
-def without_kind(what: dict[str, Any]) -> dict[str, Any]:
-    """Return the keyword arguments of a fine-tuning."""
-    return {key: value for key, value in what.items() if key != "kind"}
-
-
 def pretrain(plan: Plan, objective: str) -> dict[str, Any]:
     """Stage 1 from the base weights; return its probe, drift and health against the start's."""
-    name = f"helps-{objective}"
-    command = ["pretrain", "--data", str(plan.store), "--modality", "mri", "--base", str(plan.base)]
-    command += [
-        "--method",
-        METHOD.get(objective, objective),
-        "--preset",
-        "cpu",
-        "--name",
-        name,
-        f"model.image_size={plan.scale.image_size}",
-    ]
-    command += [*STAGE_1, *plan.scale.stage_1, *plan.scale.own.get(objective, ())]
+    method = METHOD.get(objective, objective)
+    own = [f"--base={plan.base}", *plan.scale.stage_1, *plan.scale.own.get(objective, ())]
+    own += [f"probe.store={plan.store}", f"probe.split={plan.work / 'probe.split.json'}"]
+    return run_stage_1(plan, name=f"helps-{objective}", method=method, settings=own)
+
+
+def run_stage_1(plan: Plan, *, name: str, method: str, settings: Sequence[str]) -> dict[str, Any]:
+    """Train on the plan's store and pretraining split; return first and last value of what the run measured."""
+    command = ["pretrain", "--data", str(plan.store), "--modality", "mri", "--method", method, "--preset", "cpu"]
+    command += ["--name", name, f"model.image_size={plan.scale.image_size}", *STAGE_1]
     command += [f"trainer.max_steps={plan.stage_1_steps}", f"optim.warmup_steps={min(50, plan.stage_1_steps // 4)}"]
-    command += [f"data.split={plan.work / 'pretrain.split.json'}", f"trainer.device={plan.device}"]
-    command += [f"probe.store={plan.store}", f"probe.split={plan.work / 'probe.split.json'}"]
-    run(command, plan, log=f"pretrain-{objective}")
+    command += [f"data.split={plan.work / 'pretrain.split.json'}", f"trainer.device={plan.device}", *settings]
+    run(command, plan, log=f"pretrain-{name}")
     lines = [json.loads(text) for text in (plan.work / "runs" / name / "metrics.jsonl").read_text().splitlines()]
     ends: dict[str, Any] = {}
     for key in ("probe/dice", "drift/box_dice", "held_out/loss", "held_out/effective_rank", "held_out/feature_std"):
         values = [line[key] for line in lines if key in line]
         if values:
             ends[key] = [round(values[0], 4), round(values[-1], 4)]
-    return {"steps": plan.stage_1_steps, "ends": ends}
+    return {"steps": plan.stage_1_steps, "epochs": round(lines[-1]["train/epochs"], 3), "ends": ends}
 
 
 def finetune(plan: Plan, *, init: str, seed: int, size: str) -> dict[str, Any]:
     """Stage 2 from an encoder, then the test subjects; return one Dice per subject, the mean over both classes."""
-    name = f"{size}-{init}-{seed}"
     ckpt = plan.base if init == BASE else plan.work / "runs" / f"helps-{init}"
+    return run_stage_2(plan, name=f"{size}-{init}-{seed}", ckpt=ckpt, seed=seed, size=size)
+
+
+def run_stage_2(
+    plan: Plan, *, name: str, ckpt: Path, seed: int, size: str, settings: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Fine-tune from a weights file and evaluate the test subjects once."""
     split = plan.work / f"{size}-{seed}.split.json"
     steps = plan.steps(size)
     command = ["finetune", "--ckpt", str(ckpt), "--base", str(plan.base), "--data", str(plan.store), "--name", name]
-    command += [
-        "--preset",
-        "cpu",
-        f"model.image_size={plan.scale.image_size}",
-        *STAGE_2,
-        *GEOMETRY[plan.geometry],
-        f"trainer.max_steps={steps}",
-        f"optim.warmup_steps={min(20, steps // 4)}",
-        f"seed={seed}",
-        f"data.split={split}",
-    ]
+    command += ["--preset", "cpu", f"model.image_size={plan.scale.image_size}", *STAGE_2, *GEOMETRY[plan.geometry]]
+    command += [f"trainer.max_steps={steps}", f"optim.warmup_steps={min(20, steps // 4)}", f"seed={seed}"]
     # One round, at the end: nothing is chosen among rounds.
-    command += [f"watch.validate_every_n_steps={steps}", f"trainer.device={plan.device}"]
-    run(command, plan, log=f"finetune-{name}")
+    command += [f"data.split={split}", f"watch.validate_every_n_steps={steps}", f"trainer.device={plan.device}"]
+    run([*command, *settings], plan, log=f"finetune-{name}")
     test = ["evaluate", str(plan.work / "runs" / name), "--split-file", str(split), "--split", "test"]
     run(
         [*test, "--batch-size", "8" if plan.device == "cpu" else "32", "--precision", "auto", "--device", plan.device],

@@ -85,12 +85,13 @@ def stage_1_rows(plan: Plan, done: dict[str, dict[str, Any]]) -> list[str]:
     for objective in plan.objectives:
         cell = done.get(f"pretrain-{objective}")
         if cell is None:
-            rows.append(f"| {objective} | not run | | | | |")
+            rows.append(f"| {objective} | not run | | | | | |")
             continue
         ends = cell["ends"]
         keys = ("probe/dice", "drift/box_dice", "held_out/loss", "held_out/effective_rank")
         shown = [f"{ends[k][0]:.3f} -> {ends[k][1]:.3f}" if k in ends else "" for k in keys]
-        rows.append(f"| {objective} | {cell['steps']} | {' | '.join(shown)} |")
+        # Cells of earlier versions have no epochs.
+        rows.append(f"| {objective} | {cell['steps']} | {cell.get('epochs', '')} | {' | '.join(shown)} |")
     return rows
 
 
@@ -158,9 +159,9 @@ def render(plan: Plan) -> str:
             "",
             "## Stage 1: what the runs show of themselves (start -> end)",
             "",
-            "| objective | steps | frozen-feature probe Dice | box-prompt Dice of SAM's own decoder | held-out loss | "
-            "effective rank |",
-            "|---|---|---|---|---|---|",
+            "| objective | steps | epochs | frozen-feature probe Dice | box-prompt Dice of SAM's own decoder | "
+            "held-out loss | effective rank |",
+            "|---|---|---|---|---|---|---|",
             *stage_1_rows(plan, done),
             "",
             f"## Stage 2 on {FEW} subjects",

@@ -7,7 +7,7 @@ import math
 from dataclasses import field
 
 from pydantic.dataclasses import dataclass
-from samgraft.shared.config import NonNegativeInt, Positive, PositiveInt, ShareBelowOne
+from samgraft.shared.config import NonNegativeInt, Positive, PositiveInt, PositiveShare, ShareBelowOne
 from samgraft.shared.encoders.registry import DEFAULT_ARCH, arch_names
 from samgraft.shared.samples.augment import AugmentConfig
 from samgraft.shared.samples.dataset import check_neighbours
@@ -17,8 +17,9 @@ from samgraft.shared.scans.preset import ModalityPreset
 from samgraft.shared.training.config import Strategy, TrainerConfig
 from samgraft.shared.training.optim import OptimizerConfig
 from samgraft.ssl.objectives import ObjectiveConfig, set_flip_probability
+from samgraft.ssl.objectives.anchor import AnchorConfig, AnchorKind
 from samgraft.ssl.objectives.mae import Layout, MAEConfig
-from samgraft.ssl.scope import ScopeConfig
+from samgraft.ssl.scope import Scope, ScopeConfig
 from samgraft.ssl.ssl_state import StateUse
 
 RANDOM = "random"
@@ -89,6 +90,11 @@ class ModelConfig:
     """Trained weights, which are all, the last blocks, or LoRA that is merged at export."""
 
     @property
+    def has_random_weights(self) -> bool:
+        """True for an encoder with random initial weights."""
+        return self.base == RANDOM
+
+    @property
     def initial_weights(self) -> str:
         """Name of the initial encoder weights, or ``random``."""
         return self.ckpt or self.base or RANDOM
@@ -151,6 +157,23 @@ class ProbeConfig:
             raise ValueError("probe.split would be ignored without probe.store. Set probe.store too.")
 
 
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """The exported encoder."""
+
+    interpolate: list[PositiveShare] = field(default_factory=lambda: [1.0])
+    """Shares of the way from the initial to the trained weights, of which one is exported. 1 is the trained encoder. Of
+    several, the one with the best change of linear probe and box-prompt check is exported, or the one nearest to 0.5 if
+    probe.store is not set."""
+
+    def __post_init__(self) -> None:
+        if not self.interpolate or len(set(self.interpolate)) < len(self.interpolate):
+            raise ValueError(
+                f"export.interpolate must be a list of different shares, got {self.interpolate}. Use [1.0] for the "
+                "trained encoder."
+            )
+
+
 # A plain dataclass, so that the sections are resolved when a configuration is loaded: ``ObjectiveConfig`` is generated.
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PretrainConfig:
@@ -167,11 +190,16 @@ class PretrainConfig:
     optim: PretrainOptimizerConfig = field(default_factory=PretrainOptimizerConfig)
     watch: WatchConfig = field(default_factory=WatchConfig)
     probe: ProbeConfig = field(default_factory=ProbeConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
 
     def __post_init__(self) -> None:
         check_seed(self.seed)
-        # Filled in here, so that the stored configuration of a run contains the value that was used.
+        # Filled in here, so that the stored configuration of a run contains the values that were used.
         filled = set_flip_probability(self.objective, self.data.augment.flip_columns_probability)
+        if self.model.has_random_weights:
+            # Random weights contain nothing to keep. The presets have both, and must work with BASE=random too.
+            filled = dataclasses.replace(filled, anchor=AnchorConfig())
+            object.__setattr__(self, "export", ExportConfig())
         object.__setattr__(self, "objective", filled)
         settings = self.objective.settings
         is_plain = isinstance(settings, MAEConfig) and settings.layout is Layout.PLAIN_VIT
@@ -179,4 +207,19 @@ class PretrainConfig:
             raise ValueError(
                 "objective.mae.layout=plain_vit must not be combined with trainer.strategy=fsdp, because it runs the "
                 "parts of a block one by one, and FSDP gathers whole blocks. Use ddp."
+            )
+        self._check_anchor()
+
+    def _check_anchor(self) -> None:
+        if self.objective.anchor.kind is not AnchorKind.WEIGHTS:
+            return
+        if self.trainer.strategy is Strategy.FSDP:
+            raise ValueError(
+                "objective.anchor.kind=weights must not be combined with trainer.strategy=fsdp, because no process has "
+                "the whole weights. Use features, relations, or ddp."
+            )
+        if self.model.scope.kind is Scope.LORA:
+            raise ValueError(
+                "objective.anchor.kind=weights must not be combined with model.scope.kind=lora, which keeps the "
+                "initial weights and trains small updates. Use features or relations, or remove the anchor."
             )

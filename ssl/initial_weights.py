@@ -47,16 +47,25 @@ def load_initial_encoder(config: ModelConfig) -> tuple[ImageEncoder, Card]:
         WeightsError: If the weights are no weights file, incomplete, or of another architecture than ``config.arch``.
         UsageError: If the image size does not fit, or everything would be frozen.
     """
-    encoder, card = _random_encoder(config) if config.base == RANDOM else _load_encoder(config)
+    encoder, card = load_whole_encoder(config)
     # After loading, because LoRA changes the names of the layers.
     apply_scope(encoder, config.scope, num_frozen_depths=config.num_frozen_depths)
     return encoder.train(), card
 
 
+def load_whole_encoder(config: ModelConfig) -> tuple[ImageEncoder, Card]:
+    """Build the encoder with the initial weights under SAM's names, before the scope is applied.
+
+    Returns:
+        The encoder and the card of the initial weights.
+    """
+    return _random_encoder(config) if config.has_random_weights else _load_encoder(config)
+
+
 def _random_encoder(config: ModelConfig) -> tuple[ImageEncoder, Card]:
     spec = arch_spec(config.arch)
     encoder = spec.build(image_size=config.image_size)
-    log.warning("the encoder has random initial weights (BASE=random)")
+    log.warning("the encoder has random initial weights (BASE=random), so it has no anchor and no interpolation")
     if config.num_frozen_depths:
         log.warning(
             "model.num_frozen_depths=%d: these depths keep random weights; 0 trains them", config.num_frozen_depths

@@ -60,6 +60,8 @@ class PretrainModule(pl.LightningModule):
         result = self.objective.loss(
             images_B1SS, sample_counters=counters, step=self.global_step, planes=batch["planes"]
         )
+        # An objective that does not pass its loss through ``anchored`` would ignore the anchor.
+        assert self.objective.anchor is None or "anchor" in result.parts
         return {"loss": result.total, **result.parts}
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:

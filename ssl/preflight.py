@@ -26,6 +26,7 @@ from samgraft.ssl.config import DataConfig, PretrainConfig
 from samgraft.ssl.initial_weights import describe_trained_share
 from samgraft.ssl.monitor.monitor import MonitorData
 from samgraft.ssl.objectives import Objective
+from samgraft.ssl.objectives.anchor import AnchorKind
 
 log = logging.getLogger(__name__)
 
@@ -125,6 +126,7 @@ def preflight(
             f"{device.devices * device.num_nodes} processes.",
             where="data.batch_size",
         )
+    slices_seen = config.trainer.max_steps * config.trainer.accumulate * batch_size * device.world_size
     # Real slices, because crops and masks of an empty picture would not take their usual time.
     images_B1SS = _first_batch(config, dataset, device)
     counters = list(range(len(images_B1SS)))
@@ -144,9 +146,11 @@ def preflight(
             "model": f"{objective.encoder.spec.title} at {config.model.image_size} px, "
             f"trained {describe_trained_share(objective)}",
             "objective": config.objective.name,
+            "epochs": f"{slices_seen / len(dataset):.3g} over {len(dataset)} slices",
             "probe": monitored.probe.describe() if monitored.probe else "off, because probe.store is not set",
             "boxes": monitored.box_check_note,
             "pictures": show,
+            "export": _describe_export(config),
             **describe_cost(
                 objective,
                 cost,
@@ -162,15 +166,25 @@ def preflight(
 
 def monitoring_seconds(config: PretrainConfig, cost: StepCost, monitored: MonitorData) -> float:
     """Return the expected duration of all monitoring rounds in seconds."""
-    max_steps = config.trainer.max_steps
-    rounds = (
-        (monitored.held_out.images_N1SS if monitored.held_out else (), config.watch.every_n_steps),
-        (monitored.probe.train.labels if monitored.probe else (), config.probe.every_n_steps),
-        (monitored.probe.test.labels if monitored.probe else (), config.probe.every_n_steps),
-    )
-    num_slices = sum(len(slices) * (2 + max_steps // every) for slices, every in rounds)
+    max_steps, shares = config.trainer.max_steps, config.export.interpolate
+    held_out = len(monitored.held_out.refs) if monitored.held_out else 0
+    labelled = len(monitored.probe.train) + len(monitored.probe.test) if monitored.probe else 0
+    # The candidates of the export and the initial encoder are measured once more at the end.
+    num_candidates = len(shares) + 1 if len(shares) > 1 else 0
+    num_slices = held_out * (2 + max_steps // config.watch.every_n_steps)
+    num_slices += labelled * (2 + max_steps // config.probe.every_n_steps + num_candidates)
     # A forward pass without gradients takes about a third of a training step per slice.
     return num_slices * cost.seconds / (config.data.batch_size * config.trainer.accumulate) / 3
+
+
+def _describe_export(config: PretrainConfig) -> str:
+    """Return the anchor and the candidates of the export in one line."""
+    anchor, shares = config.objective.anchor, config.export.interpolate
+    kept = "no anchor" if anchor.kind is AnchorKind.NONE else f"anchor {anchor.kind.value} of weight {anchor.weight:g}"
+    if shares == [1.0]:
+        return f"the trained encoder ({kept})"
+    listed = ", ".join(f"{share:g}" for share in shares)
+    return f"one of {listed} of the way from the initial to the trained weights ({kept})"
 
 
 def _first_batch(config: PretrainConfig, dataset: SliceDataset, device: DeviceChoice) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import logging
 import shlex
 from collections.abc import Sequence
@@ -23,6 +24,7 @@ from samgraft.shared.training.resume import seed_process
 from samgraft.shared.training.trainer import FitContext, fit
 from samgraft.ssl.config import PretrainConfig
 from samgraft.ssl.export.encoder_weights import encoder_card, export_encoder, write_training_state_card
+from samgraft.ssl.export.interpolation import choose_encoder
 from samgraft.ssl.initial_weights import build_initial_objective
 from samgraft.ssl.module import PretrainModule
 from samgraft.ssl.monitor.labelled import open_probe_store
@@ -78,8 +80,10 @@ def pretrain(
         unsharded = copy.deepcopy(objective) if config.trainer.strategy is Strategy.FSDP else objective
         result = fit(module, _fit_context(config, run, device, dataset, monitored))
         objective = gather_objective(objective, unsharded)
-        weights = export_encoder(objective, run, config, card, result)
-        write_report(run, config, objective, monitored, result=result, notes=leaks)
+        encoder, exported = choose_encoder(objective, config, monitored)
+        card = dataclasses.replace(card, notes=[*card.notes, *filter(None, [exported.describe()])])
+        weights = export_encoder(objective, encoder, run, config, card, result)
+        write_report(run, config, objective, monitored, result=result, exported=exported, notes=leaks)
         # The report has printed what the run learned; these are the places of the results.
         log.info("  encoder  %s", weights)
         log.info("  report   %s", run.report)

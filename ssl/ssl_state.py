@@ -53,14 +53,20 @@ def write_ssl_state(objective: Objective, folder: Path, *, objective_name: str) 
 
 
 def state_without_encoder(objective: Objective) -> dict[str, torch.Tensor]:
-    """Return the tensors of the objective outside the exported encoder, LoRA merged."""
-    prefix = exported_prefix(objective)
-    return {name: tensor for name, tensor in merged_state(objective).items() if not name.startswith(prefix)}
+    """Return the tensors of the objective outside the exported encoder and the anchor, LoRA merged."""
+    left_out = _prefixes_left_out(objective)
+    return {name: tensor for name, tensor in merged_state(objective).items() if not name.startswith(left_out)}
 
 
 def exported_prefix(objective: Objective) -> str:
     """Return the prefix of the exported encoder's tensor names."""
     return next(f"{name}." for name, part in objective.named_modules() if part is objective.exported_encoder)
+
+
+def _prefixes_left_out(objective: Objective) -> tuple[str, str]:
+    """Return the prefixes of the tensors that an ``ssl_state`` does not contain."""
+    # A later run has its own anchor, whose copy is of the weights that this run exports.
+    return exported_prefix(objective), "anchor."
 
 
 def restore_ssl_state(objective: Objective, *, initial_weights: str, objective_name: str, use: StateUse) -> list[str]:
@@ -132,8 +138,8 @@ def _read_objective_name(folder: Path) -> str:
 
 def _load_strictly(objective: Objective, tensors: Mapping[str, torch.Tensor], *, name: str) -> int:
     """Copy all tensors into the objective or none, and return how many position tables were resized."""
-    prefix = exported_prefix(objective)
-    wanted = {key: t for key, t in unadapted_tensors(objective).items() if not key.startswith(prefix)}
+    left_out = _prefixes_left_out(objective)
+    wanted = {key: t for key, t in unadapted_tensors(objective).items() if not key.startswith(left_out)}
     missing, unexpected = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
     wrong, ready, num_resized = [], {}, 0
     for key in wanted.keys() & tensors.keys():

@@ -285,6 +285,7 @@ def finished_card(prepared: Prepared, config: FinetuneConfig, *, result: FitResu
         stage="model",
         steps=result.step,
         slices_seen=result.slices_seen,
+        slices_available=result.slices_available,
         intensity=prepared.inference.intensity.to_dict(),
         num_neighbours=prepared.inference.num_neighbours,
         base_name=initial.base.name,

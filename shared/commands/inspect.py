@@ -47,7 +47,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 def _render(facts: dict[str, Any]) -> str:
     lines = [f"{facts['file']}: {facts['format']}, {facts['architecture']}, {facts['image_size']} px"]
-    for name in ("stage", "objective", "steps", "slices_seen", "intensity", "base", "license"):
+    for name in ("stage", "objective", "steps", "slices_seen", "epochs", "intensity", "base", "license"):
         if facts.get(name):
             lines.append(f"  {name:<15} {facts[name]}")
     for part, counts in facts["parts"].items():

@@ -18,6 +18,7 @@ from rich.progress import Progress as Bar
 from samgraft.shared.runs.metrics import TensorBoardFile
 from samgraft.shared.runs.run_folder import RunFolder
 from samgraft.shared.training.config import TrainerConfig
+from samgraft.shared.training.resume import RunCounters
 from torch import Tensor
 
 log = logging.getLogger(__name__)
@@ -39,8 +40,12 @@ class ProgressMeter(pl.Callback):
 
     step_log: StepLog
     config: TrainerConfig
+    counters: RunCounters
+    """Counters of the run, which count a step after this callback has seen it."""
     slices_per_micro_step: int
     """Slices of all processes together."""
+    slices_available: int
+    """Number of different slices of the training data."""
     wait_s: float = field(default=0.0, init=False)
     """Seconds spent waiting for data so far."""
     work_s: float = field(default=0.0, init=False)
@@ -118,6 +123,8 @@ class ProgressMeter(pl.Callback):
         step = trainer.global_step
         values: dict[str, float | Tensor] = {f"train/{k}": v / self._in_step for k, v in self._sums.items()}
         values["train/lr"] = max(float(g["lr"]) for g in trainer.optimizers[0].param_groups)
+        seen = self.counters.samples_seen + self.config.accumulate * self.slices_per_micro_step
+        values["train/epochs"] = seen / self.slices_available
         self._sums, self._in_step = {}, 0
         if step % self.step_log.every_steps == 0:
             values["perf/slices_per_s"], values["perf/data_wait_percent"] = self._measure()
@@ -145,7 +152,8 @@ class ProgressMeter(pl.Callback):
         eta_s = (time.monotonic() - self._started) / steps_here * (max_steps - step)
         to_save = min(save_every - step % save_every, max_steps - step)
         return (
-            f"step {step}/{max_steps}  loss {float(values.get('train/loss', float('nan'))):.4g}  "
+            f"step {step}/{max_steps}  epoch {float(values['train/epochs']):.2f}  "
+            f"loss {float(values.get('train/loss', float('nan'))):.4g}  "
             f"lr {float(values['train/lr']):.1e}  {format_rate(self.slices_per_s)} slices/s  "
             f"data wait {100 * self.data_wait_share:.0f} %  ETA {format_duration(eta_s)}  "
             f"next save in {to_save} step{'s' * (to_save != 1)}"

@@ -74,6 +74,11 @@ class FitContext:
     data_fingerprint: str | None = None
     """Fingerprint of the store. A resumed run must have the same."""
 
+    @property
+    def slices_available(self) -> int:
+        """Number of different slices of the training data."""
+        return len(self.dataset)  # type: ignore[arg-type]
+
 
 @dataclass(frozen=True, kw_only=True)
 class FitResult:
@@ -85,6 +90,8 @@ class FitResult:
     """Step of the training state that this session began with, or None for a new run."""
     slices_seen: int
     """Number of slices seen by all processes in all sessions."""
+    slices_available: int
+    """Number of different slices of the training data."""
     world_size: int
     """Number of processes."""
     seconds: float
@@ -93,6 +100,11 @@ class FitResult:
     """Speed of this session without validation and saving."""
     data_wait_share: float
     """Fraction of the time that was spent waiting for data, 0 to 1."""
+
+    @property
+    def epochs(self) -> float:
+        """Number of times that each slice was seen on average."""
+        return self.slices_seen / self.slices_available
 
 
 def fit(module: pl.LightningModule, context: FitContext) -> FitResult:
@@ -109,7 +121,6 @@ def fit(module: pl.LightningModule, context: FitContext) -> FitResult:
         UsageError, DataError, WeightsError: If the run cannot be resumed from its state.
     """
     started = time.monotonic()
-    _check_module(module)
     config, run, device = context.config, context.run, context.device
     state = _find_starting_state(config, run)
     counters = RunCounters(
@@ -129,7 +140,7 @@ def fit(module: pl.LightningModule, context: FitContext) -> FitResult:
     tasks = PeriodicTasks(
         tasks=context.periodic, counters=counters, stop=stop, step_log=step_log, max_steps=config.max_steps
     )
-    meter = ProgressMeter(step_log, config, slices_per_micro_step=context.batch_size * device.world_size)
+    meter = _build_meter(step_log, context, counters)
     boundary = StepBoundary(
         run=run,
         config=config,
@@ -150,6 +161,7 @@ def fit(module: pl.LightningModule, context: FitContext) -> FitResult:
         step=step,
         resumed_from_step=state.step if state else None,
         slices_seen=counters.samples_seen,
+        slices_available=context.slices_available,
         world_size=device.world_size,
         seconds=time.monotonic() - started,
         slices_per_s=meter.slices_per_s,
@@ -157,8 +169,19 @@ def fit(module: pl.LightningModule, context: FitContext) -> FitResult:
     )
 
 
+def _build_meter(step_log: StepLog, context: FitContext, counters: RunCounters) -> ProgressMeter:
+    return ProgressMeter(
+        step_log,
+        context.config,
+        counters=counters,
+        slices_per_micro_step=context.batch_size * context.device.world_size,
+        slices_available=context.slices_available,
+    )
+
+
 def _train(module: pl.LightningModule, context: FitContext, boundary: StepBoundary, *, first_step: int) -> int:
     """Train from ``first_step`` and return the last step."""
+    _check_module(module)
     config, run, stop = context.config, context.run, boundary.stop
     check_disk(module, config, run.path)
     finite = FiniteCheck(clip_norm=config.clip_grad_norm, step_log=boundary.step_log, on_bad=boundary.refuse_update)
@@ -318,7 +341,7 @@ class StepData(pl.LightningDataModule):
         assert self.trainer is not None
         context, world_size = self._context, self.trainer.world_size
         sampler = StepBatchSampler(
-            len(context.dataset),  # type: ignore[arg-type]
+            context.slices_available,
             batch_size=context.batch_size,
             seed=context.seed,
             # The position is counted in samples, so that it stays valid after a change of the number of processes.

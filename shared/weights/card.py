@@ -39,6 +39,8 @@ class Card:
     """Optimizer steps of the last stage."""
     slices_seen: int = 0
     """Slices drawn in the last stage, repeats counted."""
+    slices_available: int = 0
+    """Different slices of the training data of the last stage. Cards of earlier versions have 0."""
     intensity: dict[str, Any] = field(default_factory=dict)
     """Intensity preset under which slices became [0, 1]."""
     num_neighbours: int = 0
@@ -61,6 +63,11 @@ class Card:
     """Sentences for users about facts that have no field."""
     schema: int = CARD_SCHEMA
     """Version of this layout."""
+
+    @property
+    def epochs(self) -> float | None:
+        """Number of times that each slice was drawn on average, or None for a card of an earlier version."""
+        return self.slices_seen / self.slices_available if self.slices_available else None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values ready for JSON."""
@@ -144,6 +151,7 @@ _FIELD_TYPES: dict[str, Any] = {
     "objective": _OPTIONAL_TEXT,
     "steps": int,
     "slices_seen": int,
+    "slices_available": int,
     "intensity": dict,
     "num_neighbours": int,
     "base_name": _OPTIONAL_TEXT,

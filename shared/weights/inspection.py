@@ -33,6 +33,7 @@ def describe(path: Path) -> dict[str, Any]:
         "objective": card.objective,
         "steps": card.steps,
         "slices_seen": card.slices_seen,
+        "epochs": None if card.epochs is None else round(card.epochs, 3),
         "intensity": card.intensity,
         "base": card.base_name if weights.card else None,
         "license": card.license,

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import torch
 from samgraft.shared.config import config_sha256
 from samgraft.shared.runs.environment import code_revision
 from samgraft.shared.runs.run_folder import RunFolder
@@ -25,10 +26,19 @@ from samgraft.ssl.ssl_state import STATE_FOLDER, write_ssl_state
 ENCODER_FOLDER = "encoder"
 
 
-def write_encoder_weights(objective: Objective, run_path: Path, card: Card) -> Path:
-    """Write the folders ``encoder`` and ``ssl_state``, and return the encoder's file."""
-    encoder = objective.exported_encoder
-    path = save_encoder(merged_state(encoder), run_path / ENCODER_FOLDER, card)
+def write_encoder_weights(
+    objective: Objective, run_path: Path, card: Card, *, encoder: Mapping[str, torch.Tensor] | None = None
+) -> Path:
+    """Write the folders ``encoder`` and ``ssl_state``, and return the encoder's file.
+
+    Args:
+        objective: The trained objective with unsharded parameters.
+        run_path: Folder of the run.
+        card: Card of the encoder.
+        encoder: Tensors of the encoder under SAM's names. None takes the objective's own.
+    """
+    encoder = merged_state(objective.exported_encoder) if encoder is None else encoder
+    path = save_encoder(encoder, run_path / ENCODER_FOLDER, card)
     write_ssl_state(objective, run_path / STATE_FOLDER, objective_name=card.objective or "")
     return path
 
@@ -49,6 +59,7 @@ def encoder_card(
         objective=config.objective.name,
         steps=0,
         slices_seen=0,
+        slices_available=0,
         intensity=intensity.to_dict(),
         num_neighbours=config.data.num_neighbours,
         data_manifest=pretrain_manifest(store, split.train),
@@ -66,21 +77,34 @@ def write_training_state_card(run: RunFolder, card: Card) -> None:
         card.write(run.checkpoints / CARD_FILE)
 
 
-def export_encoder(objective: Objective, run: RunFolder, config: PretrainConfig, card: Card, result: FitResult) -> Path:
+def export_encoder(
+    objective: Objective,
+    encoder: Mapping[str, torch.Tensor],
+    run: RunFolder,
+    config: PretrainConfig,
+    card: Card,
+    result: FitResult,
+) -> Path:
     """Write the results of a finished run, mark it as complete, and return the encoder's file.
 
     Args:
         objective: The trained objective with unsharded parameters.
+        encoder: Tensors of the exported encoder under SAM's names.
         run: Folder of the run.
         config: Settings of the run.
         card: Card from :func:`encoder_card`, without the steps.
         result: Result of the training.
     """
-    card = dataclasses.replace(card, steps=config.trainer.max_steps, slices_seen=result.slices_seen)
+    card = dataclasses.replace(
+        card,
+        steps=config.trainer.max_steps,
+        slices_seen=result.slices_seen,
+        slices_available=result.slices_available,
+    )
     # Only the first process writes, but all return the path.
     path = run.path / ENCODER_FOLDER / "encoder.safetensors"
     if run.is_writer:
-        path = write_encoder_weights(objective, run.path, card)
+        path = write_encoder_weights(objective, run.path, card, encoder=encoder)
         # The moments come from the last verified training state, which is what a resume would restore.
         last_step = run.latest_training_state()
         assert last_step is not None

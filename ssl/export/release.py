@@ -115,7 +115,8 @@ def write_encoder_card(
     sections = {
         "": (
             f"Segment Anything's image encoder ({card.arch}, {card.image_size} px) after self-supervised training "
-            f"({card.objective}) on unlabelled {modality} slices: {card.steps} steps, {card.slices_seen} slices seen. "
+            f"({card.objective}) on unlabelled {modality} slices: {card.steps} steps, {card.slices_seen} slices "
+            f"seen{_epochs(card)}. "
             f"Base weights: {card.base_name or 'unknown'}, sha256 `{card.base_sha256}`."
         ),
         "What it learned": _learned(request.run),
@@ -148,6 +149,13 @@ def _modality(run: Path) -> str:
     import yaml
 
     return str(yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["modality"])
+
+
+def _epochs(card: Card) -> str:
+    """Return the epochs in parentheses, or nothing for a card of an earlier version."""
+    if card.epochs is None:
+        return ""
+    return f" ({card.epochs:.3g} epochs over {card.slices_available} slices)"
 
 
 def _learned(run: Path) -> str:

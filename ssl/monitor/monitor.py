@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from PIL import Image
+from samgraft.shared.encoders.base import ImageEncoder
 from samgraft.shared.samples.split import Split
 from samgraft.shared.scans.preset import ModalityPreset
 from samgraft.shared.store.store import SliceStore
@@ -105,24 +107,11 @@ class Monitor:
         Image.fromarray(picture_HW).save(path)
 
     def _measure_probe(self, context: TaskContext) -> Mapping[str, float]:
-        data, box_check = self.data.probe, self.data.box_check
-        assert data is not None
         started = time.monotonic()
         encoder = cast(Objective, context.module.objective).exported_encoder
-        if box_check is not None:
-            box_check.start_round()
-        dice = probe_dice(
-            encoder,
-            data,
-            ridge=self.config.probe.ridge,
-            batch_size=self.config.data.batch_size,
-            device=context.module.device,
-            on_features=None if box_check is None else lambda first, features: box_check.add(encoder, first, features),
-            check_stop=context.check_stop,
+        values = check_encoder(
+            encoder, self.data, self.config, device=context.module.device, check_stop=context.check_stop
         )
-        values = {"probe/dice": dice}
-        if box_check is not None:
-            values["drift/box_dice"] = box_check.mean_dice()
         values["perf/probe_s"] = time.monotonic() - started
         self._values = {**self._values, **values}
         self._print_warnings(context)
@@ -142,6 +131,40 @@ class Monitor:
             if warning.rule not in self._active_rules:
                 log.warning("step %d: %s", context.step, warning.text)
         self._active_rules = {warning.rule for warning in found}
+
+
+def check_encoder(
+    encoder: ImageEncoder,
+    data: MonitorData,
+    config: PretrainConfig,
+    *,
+    device: torch.device,
+    check_stop: Callable[[], None] = lambda: None,
+) -> dict[str, float]:
+    """Return linear probe and box-prompt check of an encoder, by their names in the metrics.
+
+    Args:
+        encoder: Encoder in evaluation mode, which is not changed.
+        data: Labelled slices, which must be there, and the decoder of the box-prompt check.
+        config: Settings of the run.
+        device: Device of the encoder.
+        check_stop: Function that is called between the parts and may raise.
+    """
+    box_check = data.box_check
+    assert data.probe is not None
+    if box_check is not None:
+        box_check.start_round()
+    dice = probe_dice(
+        encoder,
+        data.probe,
+        ridge=config.probe.ridge,
+        batch_size=config.data.batch_size,
+        device=device,
+        on_features=None if box_check is None else lambda first, features: box_check.add(encoder, first, features),
+        check_stop=check_stop,
+    )
+    boxes = {} if box_check is None else {"drift/box_dice": box_check.mean_dice()}
+    return {"probe/dice": dice, **boxes}
 
 
 def find_warnings(lines: Iterable[Mapping[str, Any]], *, is_final: bool) -> list[HealthWarning]:

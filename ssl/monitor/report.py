@@ -27,6 +27,7 @@ from samgraft.shared.runs.run_folder import RunFolder
 from samgraft.shared.training.progress import format_duration
 from samgraft.shared.training.trainer import FitResult
 from samgraft.ssl.config import RANDOM, PretrainConfig
+from samgraft.ssl.monitor.exported import MEASURES, Exported
 from samgraft.ssl.monitor.health import PROBE_NOISE, has_moving_target
 from samgraft.ssl.monitor.held_out import HeldOut, held_out_panel, split_picture
 from samgraft.ssl.monitor.monitor import MonitorData, curves_of, find_warnings, panel_path
@@ -38,8 +39,9 @@ OUTPUT_COLUMN = "output"
 SMOOTH_STEPS = 5
 DICE_SPAN = 0.2
 """Least height of a Dice axis, so that noise does not fill the figure."""
-NO_LOSS_PARTS = ("train/loss", "train/lr", "train/grad_norm")
+NO_LOSS_PARTS = ("train/loss", "train/lr", "train/grad_norm", "train/epochs")
 BEFORE = "before training"
+TRAINED = Exported()
 
 Curve = tuple[list[float], list[float]]
 """Steps and values of one metric."""
@@ -54,6 +56,7 @@ def write_report(
     monitored: MonitorData,
     *,
     result: FitResult,
+    exported: Exported,
     notes: Sequence[str],
 ) -> None:
     """Write the report of a finished run and print its conclusions."""
@@ -62,8 +65,11 @@ def write_report(
     # Read from the files of the run and not from memory, so that a resumed run reports all of its sessions.
     lines, held_out = list(run.metrics.read()), monitored.held_out
     sections = [
-        Section(title="Summary", parts=_summary(lines, monitored, result=result)),
-        Section(title="Signs for segmentation: linear probe and box-prompt check", parts=probe_parts(lines, monitored)),
+        Section(title="Summary", parts=_summary(lines, monitored, result=result, exported=exported)),
+        Section(
+            title="Signs for segmentation: linear probe and box-prompt check",
+            parts=[*probe_parts(lines, monitored), *export_parts(exported)],
+        ),
         Section(title="Loss", parts=_loss_parts(lines, objective, held_out)),
         Section(title="Output on slices of held-out patients", parts=_picture_parts(run, config, objective, held_out)),
         Section(title="Features", parts=feature_parts(lines)),
@@ -71,23 +77,31 @@ def write_report(
         Section(title="Next steps", parts=_next_steps(run, config)),
         Section(title="Settings of this run", parts=[KeyValues(items=_facts(config, notes))]),
     ]
-    for text in conclusions(lines, monitored):
+    for text in conclusions(lines, monitored, exported):
         (log.warning if text.kind == "warning" else log.info)("%s", text.text)
     title = f"Stage 1: {run.path.name}"
     subtitle = f"{config.objective.name} on {config.model.arch}, {config.modality}"
     write_text(run.report, render_report(title, sections, subtitle=subtitle))
 
 
-def conclusions(lines: Lines, monitored: MonitorData) -> list[Text]:
-    """Return what the run learned and all warnings, the most important first."""
+def conclusions(lines: Lines, monitored: MonitorData, exported: Exported = TRAINED) -> list[Text]:
+    """Return what the run learned and all warnings, the most important first.
+
+    Linear probe and box-prompt check are those of the exported encoder, which stage 2 loads.
+    """
+    if measured := exported.measured.get(exported.share):
+        lines = [*lines, {**measured, "step": lines[-1]["step"]}]
     warnings = {w.rule: Text(text=w.text, kind="warning") for w in find_warnings(lines, is_final=True)}
     has_warnings = bool(warnings)
     probe = warnings.pop("probe", None) or _probe_conclusion(lines)
     if probe is not None and monitored.probe is not None:
         # The number of slices is part of the statement, because a Dice of few slices is noisy.
         probe = replace(probe, text=f"{probe.text} ({monitored.probe.describe()}.)")
-    measured = [probe, warnings.pop("drift", None) or _box_prompt_conclusion(lines)]
-    texts = [text for text in measured if text is not None]
+    found = [probe, warnings.pop("drift", None) or _box_prompt_conclusion(lines)]
+    if exported.reason:
+        sentence = exported.describe()
+        found.append(Text(text=f"{sentence[0].upper()}{sentence[1:]}."))
+    texts = [text for text in found if text is not None]
     return [*texts, _loss_conclusion(lines, has_warnings=has_warnings), *warnings.values()]
 
 
@@ -135,12 +149,16 @@ def _loss_conclusion(lines: Lines, *, has_warnings: bool) -> Text:
     return Text(text=f"{change}, {fall:.0f} % lower than {BEFORE}.", kind="plain" if has_warnings else "good")
 
 
-def _summary(lines: Lines, monitored: MonitorData, *, result: FitResult) -> list[Any]:
-    facts: dict[str, Any] = {"steps": result.step, "slices seen": result.slices_seen}
+def _summary(lines: Lines, monitored: MonitorData, *, result: FitResult, exported: Exported) -> list[Any]:
+    facts: dict[str, Any] = {
+        "steps": result.step,
+        "slices seen": result.slices_seen,
+        "epochs": f"{result.epochs:.3g} over {result.slices_available} slices",
+    }
     if result.slices_per_s:  # Zero if the run was finished already and trained nothing in this session.
         facts["time of the last session"] = format_duration(result.seconds)
         facts["speed"] = f"{result.slices_per_s:.3g} slices/s, {100 * result.data_wait_share:.1f} % waiting for data"
-    return [*conclusions(lines, monitored), KeyValues(items=facts)]
+    return [*conclusions(lines, monitored, exported), KeyValues(items=facts)]
 
 
 def _next_steps(run: RunFolder, config: PretrainConfig) -> list[Any]:
@@ -190,6 +208,26 @@ def probe_parts(lines: Lines, monitored: MonitorData) -> list[Any]:
     rows = [[int(step), value, value - dice[0], boxes.get(step)] for step, value in zip(steps, dice, strict=True)]
     columns = ["step", "linear probe Dice", f"change from {BEFORE}", "box-prompt Dice"]
     return [*parts, Table(columns=columns, rows=_thin_out(rows))]
+
+
+def export_parts(exported: Exported) -> list[Any]:
+    """Return the table of the candidates of the export, or nothing if none was measured."""
+    if not exported.measured:
+        return []
+    names = {0.0: "initial weights", 1.0: "trained weights"}
+    rows = [
+        [
+            f"{names.get(share, f'{share:g} of the change')}{' (exported)' if share == exported.share else ''}",
+            *(values.get(name) for name in MEASURES),
+        ]
+        for share, values in exported.measured.items()
+    ]
+    caption = (
+        "Interpolations between the initial and the trained weights (export.interpolate), of which one is exported. "
+        "They were compared on these slices, so that its values are a little too good. The curves above are of the "
+        "trained weights."
+    )
+    return [Table(columns=["encoder", *(f"{name} Dice" for name in MEASURES.values())], rows=rows, caption=caption)]
 
 
 def _box_prompt_parts(lines: Lines, monitored: MonitorData) -> list[Any]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, make_dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from samgraft.ssl.objectives.anchor import AnchorConfig
 from samgraft.ssl.objectives.dino import DINO
 from samgraft.ssl.objectives.feature import Feature
 from samgraft.ssl.objectives.lejepa import LeJEPA
@@ -33,9 +34,11 @@ class SelectedObjective:
 
     name: str
     """Name of the objective. The presets in configs/pretrain set it."""
+    anchor: AnchorConfig = field(default_factory=AnchorConfig)
+    """Penalty that keeps the encoder near its initial weights, with any objective."""
 
     def __post_init__(self) -> None:
-        sections = [section.name for section in fields(self) if section.name != "name"]
+        sections = [section.name for section in fields(self) if section.name not in {"name", "anchor"}]
         if self.name not in sections:
             raise ValueError(f"objective.name must be one of {', '.join(sections)}, got {self.name!r}.")
         # Ignored settings are an error, because a user who sets one believes that it has an effect.
@@ -83,7 +86,9 @@ else:
 
 def build_objective(encoder: Any, config: SelectedObjective, *, seed: int, max_steps: int) -> Objective:
     """Build the selected objective around an encoder."""
-    return OBJECTIVES[config.name](encoder, config.settings, seed=seed, max_steps=max_steps)
+    objective = OBJECTIVES[config.name](encoder, config.settings, seed=seed, max_steps=max_steps)
+    objective.set_anchor(config.anchor)
+    return objective
 
 
 def set_flip_probability(config: ObjectiveConfig, probability: float) -> ObjectiveConfig:

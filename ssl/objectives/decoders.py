@@ -186,6 +186,15 @@ def chosen_ids(chosen_BL: torch.Tensor) -> torch.Tensor:
     return chosen_BL.nonzero()[:, 1].view(len(chosen_BL), -1)
 
 
+def tokens_to_grid(tokens_BNC: torch.Tensor, ids_BN: torch.Tensor, *, grid: int) -> torch.Tensor:
+    """Put tokens at their positions of a grid that is 0 elsewhere, shape (B, C, grid, grid)."""
+    channels = tokens_BNC.shape[-1]
+    grid_BLC = tokens_BNC.new_zeros(len(tokens_BNC), grid * grid, channels)
+    grid_BLC = grid_BLC.scatter(1, ids_BN[..., None].expand(-1, -1, channels), tokens_BNC)
+    grid_BChw: torch.Tensor = grid_BLC.mT.unflatten(2, (grid, grid))
+    return grid_BChw
+
+
 def _mlp(dim: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
 

@@ -160,13 +160,14 @@ class DINO(Objective):
         # The teacher sees whole views without hidden tokens; its features are the targets of all losses.
         with torch.no_grad():
             taught_VChw = view_features(self.teacher.encoder, crops.global_BCSS, with_neck=self.config.train_neck)
-        learned_VChw = view_features(
-            self.encoder,
-            crops.global_BCSS,
-            with_neck=self.config.train_neck,
-            token_mask_Bhw=mask_Vhw,
-            mask_token=self.mask_token,
-        )
+
+        def encode(encoder: Any) -> torch.Tensor:
+            return view_features(
+                encoder, crops.global_BCSS, with_neck=False, token_mask_Bhw=mask_Vhw, mask_token=self.mask_token
+            )
+
+        encoded_VChw = encode(self.encoder)
+        learned_VChw = self.encoder.neck(encoded_VChw) if self.config.train_neck else encoded_VChw
         small_BChw = None
         if crops.local_BCss is not None:
             small_BChw = small_view_features(
@@ -180,7 +181,8 @@ class DINO(Objective):
         with torch.autocast(images_B1SS.device.type, enabled=False):
             total, parts = self._losses(taught_VChw, learned_VChw, small_BChw, mask_Vhw, step=step)
         features_BC = taught_VChw[: len(images_B1SS)].float().mean((2, 3))
-        return ObjectiveLoss(total=total, parts=parts, features_BC=features_BC)
+        loss = ObjectiveLoss(total=total, parts=parts, features_BC=features_BC)
+        return self.anchored(loss, encoded_VChw, encode, hidden_Bhw=mask_Vhw)
 
     def before_step(self, step: int) -> None:
         """Freeze the prototypes at the beginning of the run."""

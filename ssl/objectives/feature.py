@@ -25,7 +25,6 @@ from enum import Enum
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from pydantic.dataclasses import dataclass
 from samgraft.shared.config import NonNegative, OpenShare, PositiveInt
 from samgraft.shared.encoders.base import TokenDroppingEncoder
@@ -33,7 +32,8 @@ from samgraft.shared.encoders.sam import to_pixels
 from samgraft.shared.errors import UsageError
 from samgraft.shared.samples.dataset import centre_channel
 from samgraft.shared.scans.orientation import Plane
-from samgraft.ssl.objectives.decoders import Decoder, DecoderKind, DecoderShape, chosen_ids
+from samgraft.ssl.objectives.anchor import normalise_tokens, token_error
+from samgraft.ssl.objectives.decoders import Decoder, DecoderKind, DecoderShape, chosen_ids, tokens_to_grid
 from samgraft.ssl.objectives.objective import Objective, ObjectiveLoss, freeze_unused_neck
 from samgraft.ssl.objectives.panels import HIDDEN_IS_GREY, Panel, principal_directions, project_features
 from samgraft.ssl.scope import learns_mask_token
@@ -150,7 +150,8 @@ class Feature(Objective):
         """
         mask_Bhw = self.draw_masks(sample_counters, side=self.mask_side).to(images_B1SS.device)
         target_BChw = self._target(images_B1SS)
-        predicted_BChw, features_BChw = self._predict(images_B1SS, mask_Bhw)
+        encoded_BChw = self._encode(self.encoder, images_B1SS, mask_Bhw)
+        predicted_BChw, features_BChw = self._predict(encoded_BChw, mask_Bhw)
         # Differences of large features lose their digits in bf16.
         with torch.autocast(images_B1SS.device.type, enabled=False):
             error_Bhw = self._error(predicted_BChw.float(), target_BChw)
@@ -161,14 +162,20 @@ class Feature(Objective):
             total = (hidden + weight * visible) / (1 + weight)
         features_BC = features_BChw.detach().float().mean((2, 3))
         parts = {"hidden_error": hidden.detach(), "visible_error": visible.detach()}
-        return ObjectiveLoss(total=total, parts=parts, features_BC=features_BC)
+        loss = ObjectiveLoss(total=total, parts=parts, features_BC=features_BC)
+        return self.anchored(
+            loss,
+            encoded_BChw,
+            lambda encoder: self._encode(encoder, images_B1SS, mask_Bhw),
+            hidden_Bhw=mask_Bhw,
+        )
 
     @torch.no_grad()
     def panel(self, images_B1SS: torch.Tensor, *, sample_counters: Sequence[int]) -> Panel:
         """Return the input, its visible part, and the principal direction as predicted and as it is."""
         mask_Bhw = self.draw_masks(sample_counters, side=self.mask_side).to(images_B1SS.device)
         target_BChw = self._target(images_B1SS)
-        predicted_BChw, _ = self._predict(images_B1SS, mask_Bhw)
+        predicted_BChw, _ = self._predict(self._encode(self.encoder, images_B1SS, mask_Bhw), mask_Bhw)
         images_B1SS = centre_channel(images_B1SS)
         directions_CK, mean_C = principal_directions(target_BChw, num=1)
         side = images_B1SS.shape[-1]
@@ -191,39 +198,36 @@ class Feature(Objective):
         target_BChw: torch.Tensor = self.frozen_copy.neck(features_BChw) if self.reads_neck else features_BChw
         return target_BChw.float()
 
-    def _predict(self, images_B1SS: torch.Tensor, mask_Bhw: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the predicted target and the features before the neck."""
-        pixels_B3SS = to_pixels(images_B1SS, self.encoder.spec)
+    def _encode(self, encoder: Any, images_B1SS: torch.Tensor, mask_Bhw: torch.Tensor) -> torch.Tensor:
+        """Return the features before the neck, which are 0 at hidden tokens that were left out."""
+        pixels_B3SS = to_pixels(images_B1SS, encoder.spec)
         if self.decoder is None:
-            features_BChw = self.encoder.forward_features(
+            features_BChw: torch.Tensor = encoder.forward_features(
                 pixels_B3SS, token_mask_Bhw=mask_Bhw, mask_token=self.mask_token
             )
-        else:
-            features_BChw = self._fill_grid(pixels_B3SS, upsample_mask(mask_Bhw, image_size=self.grid).flatten(1))
+            return features_BChw
+        ids_keep_BN = chosen_ids(~upsample_mask(mask_Bhw, image_size=self.grid).flatten(1))
+        return tokens_to_grid(encoder.forward_visible(pixels_B3SS, ids_keep_BN), ids_keep_BN, grid=self.grid)
+
+    def _predict(self, encoded_BChw: torch.Tensor, mask_Bhw: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the predicted target and the features before the neck, hidden ones included."""
+        features_BChw = encoded_BChw
+        if self.decoder is not None:
+            features_BChw = self._fill_grid(encoded_BChw, upsample_mask(mask_Bhw, image_size=self.grid).flatten(1))
         predicted_BChw = self.encoder.neck(features_BChw) if self.reads_neck else features_BChw
         return predicted_BChw, features_BChw
 
-    def _fill_grid(self, pixels_B3SS: torch.Tensor, hidden_BL: torch.Tensor) -> torch.Tensor:
-        """Encode the visible tokens, decode the hidden ones, and put both on the grid."""
+    def _fill_grid(self, encoded_BChw: torch.Tensor, hidden_BL: torch.Tensor) -> torch.Tensor:
+        """Decode the hidden tokens from the visible ones and add them to the grid."""
         assert self.decoder is not None
         ids_keep_BN, ids_hidden_BM = chosen_ids(~hidden_BL), chosen_ids(hidden_BL)
-        visible_BNC = self.encoder.forward_visible(pixels_B3SS, ids_keep_BN)
+        tokens_BLC = encoded_BChw.flatten(2).mT
+        visible_BNC = tokens_BLC.gather(1, ids_keep_BN[..., None].expand(-1, -1, tokens_BLC.shape[-1]))
         hidden_BMC = self.decoder(visible_BNC, ids_keep_BN, ids_hidden_BM).to(visible_BNC.dtype)
-        # The concatenated tokens have the order of ids; its inverse permutation is raster order.
-        order_BL = torch.cat([ids_keep_BN, ids_hidden_BM], 1).argsort(1)
-        tokens_BLC = torch.cat([visible_BNC, hidden_BMC], 1)
-        tokens_BLC = tokens_BLC.gather(1, order_BL[..., None].expand_as(tokens_BLC))
-        grid_BChw: torch.Tensor = tokens_BLC.mT.unflatten(2, (self.grid, self.grid))
-        return grid_BChw
+        return encoded_BChw + tokens_to_grid(hidden_BMC, ids_hidden_BM, grid=self.grid)
 
     def _error(self, predicted_BChw: torch.Tensor, target_BChw: torch.Tensor) -> torch.Tensor:
         """Return the squared error per token over the target's variance, shape (B, h, w)."""
         if not self.reads_neck:
-            predicted_BChw, target_BChw = (_normalised(x) for x in (predicted_BChw, target_BChw))
-        # The batch's own variance, so that the loss is a share and does not depend on the size of the features.
-        variance = (target_BChw - target_BChw.mean((0, 2, 3), keepdim=True)).square().mean()
-        return (predicted_BChw - target_BChw).square().mean(1) / variance.clamp_min(1e-6)
-
-
-def _normalised(features_BChw: torch.Tensor) -> torch.Tensor:
-    return F.layer_norm(features_BChw.movedim(1, -1), features_BChw.shape[1:2]).movedim(-1, 1)
+            predicted_BChw, target_BChw = (normalise_tokens(x) for x in (predicted_BChw, target_BChw))
+        return token_error(predicted_BChw, target_BChw)

@@ -82,7 +82,12 @@ class LeJEPA(Objective):
             planes=planes,
         )
         neck = self.config.train_neck
-        pooled = [view_features(self.encoder, crops.global_BCSS, with_neck=neck).float().mean((2, 3))]
+
+        def encode(encoder: Any) -> torch.Tensor:
+            return view_features(encoder, crops.global_BCSS, with_neck=False)
+
+        encoded_VChw = encode(self.encoder)
+        pooled = [(self.encoder.neck(encoded_VChw) if neck else encoded_VChw).float().mean((2, 3))]
         if crops.local_BCss is not None:
             small_BChw = small_view_features(
                 self.encoder, crops.local_BCss, sample_counters=sample_counters, seed=self.seed, with_neck=neck
@@ -94,11 +99,12 @@ class LeJEPA(Objective):
             agreement = lejepa_invariance_loss(all_proj=points_VBD, global_proj=points_VBD[:NUM_GLOBAL])
             gaussian = self._gaussian(points_VBD, step)
         weight = self.config.sigreg_weight
-        return ObjectiveLoss(
+        loss = ObjectiveLoss(
             total=weight * gaussian + (1 - weight) * agreement,
             parts={"agreement": agreement.detach(), "sigreg": gaussian.detach()},
             features_BC=pooled[0][: len(images_B1SS)].detach(),
         )
+        return self.anchored(loss, encoded_VChw, encode)
 
     @torch.no_grad()
     def panel(self, images_B1SS: torch.Tensor, *, sample_counters: Sequence[int]) -> Panel:

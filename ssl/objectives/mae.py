@@ -31,7 +31,7 @@ from samgraft.shared.encoders.sam import to_pixels
 from samgraft.shared.errors import UsageError
 from samgraft.shared.samples.dataset import centre_channel
 from samgraft.shared.scans.orientation import Plane
-from samgraft.ssl.objectives.decoders import Decoder, DecoderKind, DecoderShape, chosen_ids
+from samgraft.ssl.objectives.decoders import Decoder, DecoderKind, DecoderShape, chosen_ids, tokens_to_grid
 from samgraft.ssl.objectives.objective import Objective, ObjectiveLoss
 from samgraft.ssl.objectives.panels import GIVEN_BRIGHTNESS, HIDDEN_IS_GREY, Panel
 from samgraft.ssl.views.masking import MaskKind, hidden_count, upsample_mask
@@ -125,10 +125,21 @@ class MAE(Objective):
         error_BMP = predicted_BMP - target_BMP
         # Back in grey values, so that runs with and without normalised targets can be compared.
         grey_error = (error_BMP.detach() * std_BM1).abs().mean()
-        return ObjectiveLoss(
+        loss = ObjectiveLoss(
             total=error_BMP.square().mean(),
             parts={"grey_error": grey_error},
             features_BC=visible_BNC.detach().float().mean(1),
+        )
+        ids_keep_BN = chosen_ids(~mask_Bhw.flatten(1))
+
+        def put_on_grid(tokens_BNC: torch.Tensor) -> torch.Tensor:
+            return tokens_to_grid(tokens_BNC, ids_keep_BN, grid=self.grid)
+
+        return self.anchored(
+            loss,
+            put_on_grid(visible_BNC),
+            lambda encoder: put_on_grid(self._encode(encoder, images_B1SS, ids_keep_BN)),
+            hidden_Bhw=mask_Bhw,
         )
 
     @torch.no_grad()
@@ -175,11 +186,15 @@ class MAE(Objective):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the predictions of the given hidden tokens and the encoded visible tokens."""
         ids_keep_BN = chosen_ids(~mask_Bhw.flatten(1))
-        pixels_B3SS = to_pixels(images_B1SS, self.encoder.spec)
-        visible_BNC = self.encoder.forward_visible(
-            pixels_B3SS, ids_keep_BN, relative_positions=self.config.layout is Layout.SAM
-        )
+        visible_BNC = self._encode(self.encoder, images_B1SS, ids_keep_BN)
         return self.decoder(visible_BNC, ids_keep_BN, ids_hidden_BM).float(), visible_BNC
+
+    def _encode(self, encoder: Any, images_B1SS: torch.Tensor, ids_keep_BN: torch.Tensor) -> torch.Tensor:
+        """Return the encoded visible tokens (B, N, C)."""
+        visible_BNC: torch.Tensor = encoder.forward_visible(
+            to_pixels(images_B1SS, encoder.spec), ids_keep_BN, relative_positions=self.config.layout is Layout.SAM
+        )
+        return visible_BNC
 
     def _target(
         self, images_B1SS: torch.Tensor, ids_hidden_BM: torch.Tensor

@@ -42,6 +42,9 @@ class PixelTarget(Enum):
     SLICE = "slice"
     """Standard deviations from the mean of the slice's visible pixels. Predictions convert back to grey values without
     any hidden value, so the pictures show nothing that was given."""
+    DETAIL = "detail"
+    """Difference from the smoothing of the visible pixels, in standard deviations as for slice. The network supplies
+    only what smoothing cannot, so that it fills holes better than smoothing from the first steps on."""
     UNIT = "unit"
     """Every hidden square normalised by its own mean and deviation (MAE's norm_pix_loss). Features are sharper, but the
     pictures need the hidden square's own mean and deviation."""
@@ -59,7 +62,7 @@ class MaskedImageConfig:
     mask_kind: MaskKind = MaskKind.RANDOM
     """Spread of the hidden squares, random or block."""
     target: PixelTarget = PixelTarget.SLICE
-    """Units of the prediction, slice or unit, see ``PixelTarget``."""
+    """Units of the prediction, slice, detail or unit, see ``PixelTarget``."""
     train_neck: bool = False
     """True trains SAM's neck and reads the features behind it. False keeps the neck's weights exactly."""
     decoder_dim: PositiveInt = 192
@@ -137,6 +140,8 @@ class _Prediction:
     picture_B1SS: torch.Tensor
     """Predicted picture in units of the target."""
     features_BChw: torch.Tensor
+    mask_Bhw: torch.Tensor
+    """True = hidden square."""
     hidden_B1SS: torch.Tensor
     mean: torch.Tensor
     """Value subtracted from the grey values, broadcastable to them."""
@@ -173,7 +178,7 @@ class MaskedImage(Objective):
         planes: Sequence[Plane] | None = None,
     ) -> ObjectiveLoss:
         """Return the mean absolute error over hidden pixels. ``step`` and ``planes`` are not used."""
-        predicted = self._predict(images_B1SS, sample_counters)
+        predicted, pixels_of_slices = self._predict(images_B1SS, sample_counters), images_B1SS
         images_B1SS = centre_channel(images_B1SS)
         error_B1SS = (predicted.picture_B1SS - (images_B1SS - predicted.mean) / predicted.std).abs()
         num_hidden = predicted.hidden_B1SS.sum()
@@ -181,7 +186,14 @@ class MaskedImage(Objective):
         total = (error_B1SS * predicted.hidden_B1SS).sum() / num_hidden
         grey_error = (error_B1SS.detach() * predicted.std * predicted.hidden_B1SS).sum() / num_hidden
         features_BC = predicted.features_BChw.detach().float().mean((2, 3))
-        return ObjectiveLoss(total=total, parts={"grey_error": grey_error}, features_BC=features_BC)
+        loss = ObjectiveLoss(total=total, parts={"grey_error": grey_error}, features_BC=features_BC)
+        mask_Bhw = predicted.mask_Bhw
+        return self.anchored(
+            loss,
+            predicted.features_BChw,
+            lambda encoder: self._encode(encoder, pixels_of_slices, mask_Bhw),
+            hidden_Bhw=mask_Bhw,
+        )
 
     @torch.no_grad()
     def panel(self, images_B1SS: torch.Tensor, *, sample_counters: Sequence[int]) -> Panel:
@@ -205,7 +217,7 @@ class MaskedImage(Objective):
         mask_Bhw = self.draw_masks(sample_counters, side=self.mask_side).to(images_B1SS.device)
         hidden_B1SS = upsample_mask(mask_Bhw, image_size=images_B1SS.shape[-1])
         mean_B111, _ = _visible_statistics(images_B1SS, hidden_B1SS)
-        smooth_B1SS = fill_by_smoothing(images_B1SS, hidden_B1SS, sigma_px=self.mask_unit_px / 2)
+        smooth_B1SS = self._smooth(images_B1SS, hidden_B1SS)
         return {
             "mean of the visible pixels": _hidden_error(images_B1SS, mean_B111.expand_as(images_B1SS), hidden_B1SS),
             "smoothing of the visible pixels": _hidden_error(images_B1SS, smooth_B1SS, hidden_B1SS),
@@ -213,9 +225,7 @@ class MaskedImage(Objective):
 
     def _predict(self, images_B1SS: torch.Tensor, sample_counters: Sequence[int]) -> _Prediction:
         mask_Bhw = self.draw_masks(sample_counters, side=self.mask_side).to(images_B1SS.device)
-        features_BChw = self.encoder.forward_features(
-            to_pixels(images_B1SS, self.encoder.spec), token_mask_Bhw=mask_Bhw, mask_token=self.mask_token
-        )
+        features_BChw = self._encode(self.encoder, images_B1SS, mask_Bhw)
         read_BChw = self.encoder.neck(features_BChw) if self.config.train_neck else features_BChw
         # Neighbour slices are hidden at the same places and help the encoder; the target is the slice itself.
         images_B1SS = centre_channel(images_B1SS)
@@ -225,18 +235,37 @@ class MaskedImage(Objective):
         if self.config.decoder_sees_pixels:
             # Units of the visible pixels whatever the target, because units of hidden squares would reveal them.
             visible_mean, visible_std = _visible_statistics(images_B1SS, hidden_B1SS)
-            smooth_B1SS = fill_by_smoothing(images_B1SS, hidden_B1SS, sigma_px=self.mask_unit_px / 2)
+            smooth_B1SS = self._smooth(images_B1SS, hidden_B1SS)
             seen_B1SS = (torch.where(hidden_B1SS, smooth_B1SS, images_B1SS) - visible_mean) / visible_std
         picture_B1SS = self.decoder(read_BChw, seen_B1SS, hidden_B1SS).float()
         return _Prediction(
-            picture_B1SS=picture_B1SS, features_BChw=features_BChw, hidden_B1SS=hidden_B1SS, mean=mean, std=std
+            picture_B1SS=picture_B1SS,
+            features_BChw=features_BChw,
+            mask_Bhw=mask_Bhw,
+            hidden_B1SS=hidden_B1SS,
+            mean=mean,
+            std=std,
         )
+
+    def _encode(self, encoder: Any, images_B1SS: torch.Tensor, mask_Bhw: torch.Tensor) -> torch.Tensor:
+        """Return the features before the neck of slices with hidden squares."""
+        pixels_B3SS = to_pixels(images_B1SS, encoder.spec)
+        features_BChw: torch.Tensor = encoder.forward_features(
+            pixels_B3SS, token_mask_Bhw=mask_Bhw, mask_token=self.mask_token
+        )
+        return features_BChw
 
     def _units(self, images_B1SS: torch.Tensor, hidden_B1SS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the mean and the deviation that normalise the grey values, see ``PixelTarget``."""
         if self.config.target is PixelTarget.UNIT:
             return _unit_statistics(images_B1SS, self.mask_unit_px)
-        return _visible_statistics(images_B1SS, hidden_B1SS)
+        mean_B111, std_B111 = _visible_statistics(images_B1SS, hidden_B1SS)
+        if self.config.target is PixelTarget.DETAIL:
+            return self._smooth(images_B1SS, hidden_B1SS), std_B111
+        return mean_B111, std_B111
+
+    def _smooth(self, images_B1SS: torch.Tensor, hidden_B1SS: torch.Tensor) -> torch.Tensor:
+        return fill_by_smoothing(images_B1SS, hidden_B1SS, sigma_px=self.mask_unit_px / 2)
 
 
 def _visible_statistics(images_B1SS: torch.Tensor, hidden_B1SS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

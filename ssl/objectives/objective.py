@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
 from samgraft.shared.scans.orientation import Plane
+from samgraft.ssl.objectives.anchor import Anchor, AnchorConfig, AnchorKind
 from samgraft.ssl.objectives.panels import Panel
 from samgraft.ssl.views.masking import token_masks
 from torch import nn
@@ -54,6 +55,8 @@ class Objective(nn.Module, ABC):
         self.config = config
         self.seed = seed
         self.max_steps = max_steps
+        self.anchor: Anchor | None = None
+        self.anchor_weight = 0.0
 
     @property
     def exported_encoder(self) -> Any:
@@ -89,6 +92,35 @@ class Objective(nn.Module, ABC):
     def references(self, images_B1SS: torch.Tensor, *, sample_counters: Sequence[int]) -> Mapping[str, float]:
         """Return the grey error of predictions that need no network, by name, if there are any."""
         return {}
+
+    def set_anchor(self, config: AnchorConfig) -> None:
+        """Copy the present encoder as the anchor of the training, if the settings want one."""
+        if config.kind is not AnchorKind.NONE:
+            self.anchor, self.anchor_weight = Anchor(self.encoder, config.kind), config.weight
+
+    def anchored(
+        self,
+        loss: ObjectiveLoss,
+        features_BChw: torch.Tensor,
+        encode: Callable[[Any], torch.Tensor],
+        *,
+        hidden_Bhw: torch.Tensor | None = None,
+    ) -> ObjectiveLoss:
+        """Add the anchor's penalty to a loss.
+
+        Every :meth:`loss` returns its result through this method.
+
+        Args:
+            loss: Loss of the objective alone.
+            features_BChw: Features of the trained encoder before the neck.
+            encode: Function that computed them from the trained encoder.
+            hidden_Bhw: True = hidden, on the grid of the features or a coarser one. None hides nothing.
+        """
+        if self.anchor is None:
+            return loss
+        distance = self.anchor.distance(self.encoder, features_BChw, encode, hidden_Bhw=hidden_Bhw)
+        parts = {**loss.parts, "anchor": distance.detach()}
+        return replace(loss, total=loss.total + self.anchor_weight * distance, parts=parts)
 
     def draw_masks(self, sample_counters: Sequence[int], *, side: int) -> torch.Tensor:
         """Return one token mask (B, side, side) per sample by the settings ``mask_ratio`` and ``mask_kind``."""

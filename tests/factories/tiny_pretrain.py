@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from unittest.mock import patch
 
 import pytest
 from samgraft.shared.config import load_config
+from samgraft.shared.samples.split import Split
+from samgraft.shared.store.store import SliceStore
 from samgraft.shared.training import preflight
 from samgraft.shared.training.boundary import StepBoundary
 from samgraft.shared.training.device import choose_device
@@ -43,6 +46,16 @@ def make_lab(root: Path) -> Path:
     plain_card = Card(arch="vit_b", image_size=96, pixel_mean=[0.0] * 3, pixel_std=[1.0] * 3)
     save_encoder(plain_encoder(), root / "plain", plain_card)
     return root
+
+
+def make_labelled_store(lab: Path, *, seed: int) -> None:
+    """Build ``labelled.zarr`` of patients outside the unlabelled store, and its split, anew."""
+    path = lab / "labelled.zarr"
+    shutil.rmtree(path, ignore_errors=True)
+    store = SliceStore.open(make_store(lab, num_patients=7, shape_zyx=(4, 24, 20), seed=seed, name="labelled.zarr"))
+    new = tuple(p for p in store.patient_ids if p not in set(SliceStore.open(lab / "store.zarr").patient_ids))
+    parts = {"train": new[:1], "val": new[1:], "test": ()}
+    Split(**parts, seed=0, store_fingerprint=store.fingerprint).save(lab / "labelled.split.json")
 
 
 def config_of(lab: Path, objective: str, *overrides: str) -> PretrainConfig:

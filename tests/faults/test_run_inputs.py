@@ -21,7 +21,7 @@ from samgraft.ssl.preflight import pretraining_split
 from samgraft.ssl.pretrain import pretrain
 from store_factory import make_store
 from tiny_encoders import TINY_VIT
-from tiny_pretrain import act_after, config_of, make_lab
+from tiny_pretrain import act_after, config_of, make_lab, make_labelled_store
 
 
 @pytest.fixture
@@ -31,15 +31,6 @@ def lab(tmp_path: Path) -> Path:
     save_sam(make_sam(dataclasses.replace(TINY_VIT, neck_dim=32), image_size=32), tmp_path / "sam.safetensors")
     make_labelled_store(tmp_path, seed=50)
     return tmp_path
-
-
-def make_labelled_store(lab: Path, *, seed: int) -> None:
-    path = lab / "labelled.zarr"
-    shutil.rmtree(path, ignore_errors=True)
-    store = SliceStore.open(make_store(lab, num_patients=7, shape_zyx=(4, 24, 20), seed=seed, name="labelled.zarr"))
-    new = tuple(p for p in store.patient_ids if p not in set(SliceStore.open(lab / "store.zarr").patient_ids))
-    parts = {"train": new[:1], "val": new[1:], "test": ()}
-    Split(**parts, seed=0, store_fingerprint=store.fingerprint).save(lab / "labelled.split.json")
 
 
 def run_pretrain(lab: Path, *, dry_run: bool = False) -> Path:

@@ -22,6 +22,10 @@ def make_objective(kind="vit_t", **settings):
     return objective
 
 
+def predict(objective, images, masks):
+    return objective._predict(objective._encode(objective.encoder, images, masks), masks)
+
+
 def images_for(objective):
     return slices(size=objective.encoder.image_size)
 
@@ -32,7 +36,7 @@ def test_loss__equals_a_calculation_by_hand(kind, target):
     objective = make_objective(kind, target=target, visible_weight=0.5)
     images, masks = images_for(objective), objective.draw_masks(COUNTERS, side=objective.mask_side)
     wanted = objective.frozen_copy.forward_features(to_pixels(images, objective.encoder.spec))
-    guess, _ = objective._predict(images, masks)
+    guess, _ = predict(objective, images, masks)
     if target is FeatureTarget.EMBEDDINGS:
         wanted = objective.frozen_copy.neck(wanted)
     else:
@@ -63,10 +67,10 @@ def test_prediction__does_not_depend_on_hidden_pixels(kind):
     objective = make_objective(kind)
     images, masks = images_for(objective), objective.draw_masks(COUNTERS, side=objective.mask_side)
     hidden = upsample_mask(masks, image_size=images.shape[-1])
-    first, _ = objective._predict(images, masks)
-    second, _ = objective._predict(torch.where(hidden, torch.rand_like(images), images), masks)
+    first, _ = predict(objective, images, masks)
+    second, _ = predict(objective, torch.where(hidden, torch.rand_like(images), images), masks)
     assert torch.equal(first, second)
-    third, _ = objective._predict(torch.where(hidden, images, 1 - images), masks)
+    third, _ = predict(objective, torch.where(hidden, images, 1 - images), masks)
     assert not torch.equal(first, third)
 
 
@@ -101,7 +105,9 @@ def test_fill_grid__puts_every_token_at_its_position():
         objective.decoder.to_answer.weight.zero_()
         objective.decoder.to_answer.bias.fill_(9.0)
     pixels = to_pixels(images, objective.encoder.spec)
-    filled = objective._fill_grid(pixels, hidden).flatten(2).mT
+    masks = objective.draw_masks(COUNTERS, side=objective.mask_side)
+    encoded = objective._encode(objective.encoder, images, masks)
+    filled = objective._fill_grid(encoded, hidden).flatten(2).mT
     assert (filled[hidden] == 9).all()
     ids = torch.stack([(~row).nonzero()[:, 0] for row in hidden])
     visible = objective.encoder.forward_visible(pixels, ids)

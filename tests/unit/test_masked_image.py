@@ -61,6 +61,18 @@ def test_loss__unit_target_equals_a_calculation_by_hand():
     torch.testing.assert_close(result.total, expected, rtol=1e-4, atol=0)
 
 
+def test_loss__detail_target_begins_at_the_error_of_smoothing():
+    images = slices()
+    objective = make_objective(target=PixelTarget.DETAIL)
+    result = objective.loss(images, sample_counters=COUNTERS, step=0)
+    smoothing = objective.references(images, sample_counters=COUNTERS)["smoothing of the visible pixels"]
+    assert result.parts["grey_error"].item() == pytest.approx(smoothing, rel=1e-5)
+    changed = torch.where(hidden_pixels(), torch.rand_like(images), images)
+    first, second = (warm(objective)._predict(x, COUNTERS) for x in (images, changed))
+    assert torch.equal(first.mean, second.mean)
+    assert torch.equal(first.std, second.std)
+
+
 def test_loss__does_not_depend_on_the_prediction_of_visible_pixels():
     objective = warm(make_objective())
     images, hidden = slices(), hidden_pixels()

@@ -8,6 +8,7 @@ import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,7 +32,7 @@ from samgraft.shared.training.optim import (
 from samgraft.shared.training.periodic import PeriodicTask, evaluation_mode
 from samgraft.shared.training.preflight import state_bytes
 from samgraft.shared.training.progress import ProgressMeter, format_duration
-from samgraft.shared.training.resume import capture_rng, preserve_rng, restore_rng, seed_process
+from samgraft.shared.training.resume import RunCounters, capture_rng, preserve_rng, restore_rng, seed_process
 from samgraft.shared.training.trainer import choose_cluster_environment
 from torch import nn
 
@@ -319,6 +320,24 @@ def test_running_mean__has_shorter_windows_at_both_ends() -> None:
     np.testing.assert_allclose(running_mean(np.array([1.0, 2.0, 6.0, 3.0]), 3), [1.5, 3.0, 11 / 3, 4.5])
 
 
+def make_meter(step_log: Any, config: TrainerConfig, *, samples_seen: int = 0) -> ProgressMeter:
+    counters = RunCounters(seed=0, batch_size=4, accumulate=config.accumulate, samples_seen=samples_seen)
+    return ProgressMeter(step_log, config, counters=counters, slices_per_micro_step=4, slices_available=16)
+
+
+def test_progress_meter__epochs_count_earlier_sessions() -> None:
+    recorded: dict[str, float] = {}
+    step_log = SimpleNamespace(every_steps=5, record=lambda step, values: recorded.update(values))
+    meter = make_meter(step_log, TrainerConfig(max_steps=9, accumulate=2), samples_seen=32)
+    trainer = SimpleNamespace(
+        global_step=5, is_global_zero=False, optimizers=[SimpleNamespace(param_groups=[{"lr": 1.0}])]
+    )
+    meter.on_train_start(trainer, None)
+    for _ in range(2):
+        meter.on_train_batch_end(trainer, None, {"loss": torch.tensor(1.0)}, None, 0)
+    assert recorded["train/epochs"] == (32 + 8) / 16
+
+
 def test_progress_meter__eta_does_not_count_the_time_before_the_first_batch(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -326,7 +345,7 @@ def test_progress_meter__eta_does_not_count_the_time_before_the_first_batch(
     clock = [100.0]
     monkeypatch.setattr(progress_module, "time", SimpleNamespace(monotonic=lambda: clock[0]))
     step_log = SimpleNamespace(every_steps=1, record=lambda step, values: None)
-    progress = ProgressMeter(step_log, TrainerConfig(max_steps=10), slices_per_micro_step=4)
+    progress = make_meter(step_log, TrainerConfig(max_steps=10))
     optimizer = SimpleNamespace(param_groups=[{"lr": 1.0}])
     trainer = SimpleNamespace(global_step=1, is_global_zero=True, optimizers=[optimizer])
     monkeypatch.setattr(progress_module.sys.stderr, "isatty", lambda: False, raising=False)
@@ -343,9 +362,7 @@ def test_progress_meter__eta_does_not_count_the_time_before_the_first_batch(
 def test_progress_meter__counts_micro_steps_of_one_step_as_work(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [100.0]
     monkeypatch.setattr(progress_module, "time", SimpleNamespace(monotonic=lambda: clock[0]))
-    progress = ProgressMeter(
-        SimpleNamespace(every_steps=1), TrainerConfig(max_steps=10, accumulate=3), slices_per_micro_step=4
-    )
+    progress = make_meter(SimpleNamespace(every_steps=1), TrainerConfig(max_steps=10, accumulate=3))
     trainer = SimpleNamespace(global_step=1, is_global_zero=True)
     progress.on_train_start(trainer, None)
     for wait, work in ((60, 3), (1, 4)):

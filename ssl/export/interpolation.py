@@ -1,0 +1,62 @@
+"""Interpolation between the initial and the trained encoder, from which a run exports one point.
+
+Weights on the line between a pretrained and a further trained network often keep the abilities of both (WiSE-FT). The
+running statistics of ``vit_t``'s batch norms are equal at both ends, because stage 1 keeps those of the initial
+weights, and so the interpolations have them too.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+
+import torch
+from samgraft.shared.training.resume import preserve_rng
+from samgraft.ssl.config import PretrainConfig
+from samgraft.ssl.initial_weights import load_whole_encoder
+from samgraft.ssl.monitor.exported import Exported, choose_share
+from samgraft.ssl.monitor.monitor import MonitorData, check_encoder
+from samgraft.ssl.objectives import Objective
+from samgraft.ssl.scope import merged_state
+
+log = logging.getLogger(__name__)
+
+State = Mapping[str, torch.Tensor]
+
+
+def choose_encoder(objective: Objective, config: PretrainConfig, monitored: MonitorData) -> tuple[State, Exported]:
+    """Return the tensors of the encoder to export, under SAM's names, and the choice that led to them.
+
+    Args:
+        objective: The trained objective with unsharded parameters.
+        config: Settings of the run.
+        monitored: Labelled slices, by which the share is chosen where there are some.
+    """
+    trained, shares = merged_state(objective.exported_encoder), config.export.interpolate
+    if shares == [1.0]:
+        return trained, Exported()
+    device = next(objective.parameters()).device
+    # The generators must not depend on the choice, because other work of this process may follow.
+    with preserve_rng():
+        encoder, _ = load_whole_encoder(config.model)
+    initial = {name: tensor.clone() for name, tensor in encoder.to(device).eval().state_dict().items()}
+    measured = {}
+    if monitored.probe is not None and len(shares) > 1:
+        for share in (0.0, *shares):
+            encoder.load_state_dict(interpolate(initial, trained, share))
+            measured[share] = check_encoder(encoder, monitored, config, device=device)
+    exported = choose_share(shares, measured)
+    log.info("export: %s", exported.describe() or "the trained encoder")
+    return interpolate(initial, trained, exported.share), exported
+
+
+def interpolate(initial: State, trained: State, share: float) -> State:
+    """Return the tensors at a share of the way from the initial to the trained ones."""
+    if share == 1:
+        return trained
+    assert initial.keys() == trained.keys()
+    # Counters of batch norms are whole numbers, which are equal at both ends.
+    return {
+        name: torch.lerp(tensor, trained[name].to(tensor), share) if tensor.is_floating_point() else trained[name]
+        for name, tensor in initial.items()
+    }
