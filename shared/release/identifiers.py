@@ -7,11 +7,14 @@ the host. One Aho-Corasick pass finds all of them at once, so that the time does
   Latin-1, UTF-16 and UTF-32.
 - Readable text is also searched after it was normalised (escapes resolved, accents and separators removed), in which
   ``M%C3%BCller_Anna``, ``Anna M&uuml;ller`` and ``MU\u0308LLER, ANNA`` are one string.
+- Runs of base64 and of hexadecimal digits in text are decoded, and the result is searched in the same two ways for
+  identifiers of at least ``MIN_NORMALISED`` letters.
 - Numbers (weights, pixels) are searched only for identifiers that are too long to occur in them by chance.
 """
 
 from __future__ import annotations
 
+import base64
 import html
 import math
 import re
@@ -36,6 +39,10 @@ CHANCE = 1e-6
 """Accepted probability that one release is refused because its numbers read like an identifier."""
 MAX_PERMUTED_WORDS = 3
 _SEPARATORS = re.compile(r"[\W_]+")
+# Shorter runs cannot hold an identifier of MIN_NORMALISED letters. Mail programs break long ones into lines.
+_BASE64 = re.compile(rb"[A-Za-z0-9+/_-]{10,}(?:\r?\n[A-Za-z0-9+/_-]+)*")
+_HEX = re.compile(rb"(?:[0-9A-Fa-f]{2}[ :]?){8,}")
+_URL_SAFE = bytes.maketrans(b"-_", b"+/")
 _ESCAPE = re.compile(r"\\u([0-9a-fA-F]{4})|\\x([0-9a-fA-F]{2})")
 _WITHOUT_STROKE = str.maketrans({"ø": "o", "ł": "l", "đ": "d", "æ": "ae", "œ": "oe", "ı": "i"})
 """Letters that Unicode does not decompose into a letter and an accent."""
@@ -99,6 +106,17 @@ class IdentifierSearch:
             for length in {len(order) for order in self._short}:
                 windows = zip(*(words[start:] for start in range(length)), strict=False)
                 yield from ((0, self._short[window]) for window in windows if window in self._short)
+
+    def in_encoded(self, text: bytes) -> Iterator[tuple[int, str]]:
+        """Yield the kind of every identifier in base64 or hexadecimal digits, with the offset 0."""
+        decoded = b"\0".join(_decoded_runs(text))
+        for _, kind, length in self._exact.find_with_length(decoded.lower()):
+            if length >= MIN_NORMALISED:  # a shorter one may occur in a hash by chance
+                yield 0, kind
+        plain = _plain(decoded.decode("utf-8", "replace")) if self._normalised else ""
+        yield from (
+            (0, kind) for _, kind in self._normalised.find(_SEPARATORS.sub("", plain).encode("utf-8", "replace"))
+        )
 
     def in_numbers(
         self, content: bytes, runs: Iterable[tuple[int, int, bytes]], *, num_bytes: int
@@ -216,6 +234,19 @@ def normalised_forms(text: str) -> set[str]:
     """Return the normalised identifier, with its words in every order."""
     forms = {"".join(order) for order in _word_orders(text)}
     return {form for form in forms if len(form) >= MIN_NORMALISED}
+
+
+def _decoded_runs(text: bytes) -> Iterator[bytes]:
+    """Yield what runs of base64 and hexadecimal digits stand for, from each position at which they may begin."""
+    for match in _BASE64.finditer(text):
+        run = b"".join(match.group().split()).translate(_URL_SAFE)
+        for start in range(4):
+            # A rest of one character holds no byte.
+            part = run[start:-1] if len(run[start:]) % 4 == 1 else run[start:]
+            yield base64.b64decode(part + b"=" * (-len(part) % 4))
+    for match in _HEX.finditer(text):
+        digits = re.sub(rb"[ :]", b"", match.group())
+        yield from (bytes.fromhex(digits[start : len(digits) - (len(digits) - start) % 2].decode()) for start in (0, 1))
 
 
 def long_runs(content: bytes, min_length: int) -> Iterator[tuple[int, int, bytes]]:

@@ -235,6 +235,7 @@ def _scan_region(region: Region, search: IdentifierSearch, *, num_bytes: int) ->
         texts = _decoded(content) if region.kind is Kind.TEXT else _readable_runs(content)
         for start, width, text in texts:
             found += [(start + width * offset, kind) for offset, kind in search.in_readable(text)]
+            found += [(start, kind) for _, kind in search.in_encoded(text)]
             # Escapes hide patterns as well, such as the at sign of "jane&#64;site.org".
             for variant in {text, unescape(text.decode("utf-8", "replace")).encode("utf-8", "replace")}:
                 blanked = _blanked(variant)

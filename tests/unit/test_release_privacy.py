@@ -1,5 +1,6 @@
 """The privacy gate finds planted identifiers in every kind of file and passes clean releases."""
 
+import base64
 import getpass
 import gzip
 import io
@@ -283,6 +284,9 @@ SPELLINGS = {
     "Python escape": "Anna M\\xfcller",
     "JSON list": '["Müller", "Anna"]',
     "soft hyphen": "Anna Mül\u00adler",
+    "base64": base64.b64encode(b"see " + "Anna Müller".encode()).decode(),
+    "base64 in a path": "data/" + base64.urlsafe_b64encode("Müller^Anna".encode()).decode().rstrip("="),
+    "hexadecimal": "x" + "ANNA MÜLLER".encode().hex(),
 }
 
 
@@ -455,6 +459,22 @@ def test_gate__compressed_formats_without_a_reader_are_refused(tmp_path, head):
     (tmp_path / "blob.bin").write_bytes(head + bytes(50))
     with pytest.raises(DataError, match="cannot be searched, because it is packed as"):
         scan_folder(tmp_path)
+
+
+def test_gate__base64_in_lines_is_decoded(tmp_path):
+    lines = base64.encodebytes(bytes(range(48, 98)) + b"Anna Mueller" + bytes(range(48, 98)))
+    assert b"\n" in lines[:-1]
+    (tmp_path / "notes.txt").write_bytes(lines)
+    assert {f.kind for f in scan_folder(tmp_path, known=[PERSON])} == {"known identifier"}
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_gate__hashes_and_random_base64_have_no_finding(tmp_path, seed):
+    random = np.random.default_rng(seed)
+    known = ["".join(map(chr, random.integers(97, 123, size=8))) for _ in range(500)]
+    text = "\n".join(base64.b64encode(random.bytes(300)).decode() + " " + random.bytes(32).hex() for _ in range(500))
+    (tmp_path / "notes.md").write_text(text)
+    assert [f for f in scan_folder(tmp_path, known=known) if f.kind == "known identifier"] == []
 
 
 def test_gate__ordinary_text_has_no_finding(tmp_path):
