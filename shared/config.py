@@ -352,6 +352,8 @@ class _Check:
             if isinstance(member_kind, type) and issubclass(member_kind, Enum) and value is not None:
                 return self._member(member_kind, content, key)
         if _takes_text(kind) and value is not None:
+            if not content.text.isprintable():  # a path with a zero byte cannot even be refused by the system
+                self.reject(key, f"{key} must be text in one line without control characters.", content)
             return content.text
         if isinstance(value, float) and not math.isfinite(value):
             self.reject(key, f"{key} must be a finite number, got {content.text}.", content)
@@ -462,6 +464,9 @@ def _natural_order(text: str) -> list[str | int]:
 
 def _hint(word: str, known: Sequence[str]) -> str:
     """Return `` Did you mean ...?`` for the nearest known word, or nothing."""
+    if word in known:  # a dotted key, which overrides have and files do not
+        nested = re.sub(r"\.", ": {", word)
+        return f" In a file, write {nested}: VALUE{'}' * word.count('.')}."
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     if not close:
         tail = word.rsplit(".", 1)[-1]

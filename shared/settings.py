@@ -120,8 +120,10 @@ def read_override(text: str, *, takes_text: bool, where: str) -> Any:
         content = _compose(text, where="")
     except (yaml.YAMLError, ValueError, RecursionError):
         content = Setting(text, text, where)
-    if takes_text and not isinstance(content, Setting):
-        # A path may look like YAML's collections: [x].zarr is a list, C:\\x: y a mapping.
+    is_quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
+    is_null = isinstance(content, Setting) and content.value is None and content.text == text
+    if takes_text and not (is_null or (is_quoted and isinstance(content, Setting))):
+        # A path may look like YAML: [x].zarr is a list, C:\\x: y a mapping, and "scan #2" ends with a comment.
         content = Setting(text, text, where)
     return _placed(content or Setting(None, "", where), where)
 

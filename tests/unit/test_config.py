@@ -101,6 +101,14 @@ def test_load_config__refuses_by_name(override: str, message: str) -> None:
         _load("name=a", override)
 
 
+@pytest.mark.parametrize(
+    "path", ["a b/ü=1", "a #2", "&a", "*a", "!a", "- a", "a: b", "[a].zarr", "${HOME}/a", "0x10", "%A%"]
+)
+def test_load_config__text_of_an_override_is_taken_as_it_is(path: str) -> None:
+    assert _load(f"name={path}").name == path
+    assert _load(f"name='{path}'").name == path
+
+
 def test_load_config__missing_required_key_is_named() -> None:
     with pytest.raises(UsageError, match="required key not given: name"):
         _load()
@@ -122,6 +130,8 @@ def test_load_config__missing_required_key_is_named() -> None:
         ("name: a\noptim: {lr: .inf}\n", "optim.lr must be a number .*, got '.inf'"),
         ("name: a\noptim: {lr: '1e-4'}\n", "optim.lr must be a number .* without quotes"),
         ("name: a\n---\nname: b\n", "found another document"),
+        ("name: a\noptim.lr: 1e-4\n", r"unknown key 'optim\.lr'\. In a file, write optim: \{lr: VALUE\}\."),
+        ('name: "a\\0b"\n', "name must be text in one line without control characters"),
     ],
 )
 def test_load_config__refuses_yaml_traps(tmp_path: Path, text: str, message: str) -> None:
