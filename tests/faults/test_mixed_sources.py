@@ -1,14 +1,16 @@
 """Random mixtures of formats, layouts and faults, in which no file is lost without a trace."""
 
 import gzip
+import json
 import tempfile
+import zlib
 from pathlib import Path
 
 import nibabel as nib
 import nrrd
 import numpy as np
 import pytest
-from dicom_factory import write_enhanced, write_series
+from dicom_factory import new_dataset, save, write_enhanced, write_segmentation, write_series
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -27,7 +29,11 @@ SETTINGS = BuildSettings(modality=Modality.MRI, salt="")
 FORMATS = ("nii", "nii.gz", "nrrd", "npy", "png", "tif", "dicom", "enhanced")
 FAULTS = ("none", "none", "cut", "emptied", "text", "pixel changed")
 LABEL_NAMES = ("", "{0}_seg", "masks/{0}", "{0}_mask_1", "segmentation_{0}", "liver_nothing")
-EXTRAS = (".hidden", "archive.tar.gz", "table.csv", "notes.gz", "broken", "pointer.nii.gz", "._copy.nii.gz", "x.mha")
+EXTRAS = (
+    *(".hidden", "archive.tar.gz", "table.csv", "notes.gz", "broken", "pointer.nii.gz", "._copy.nii.gz", "x.mha"),
+    *("case.nii.gz.part", "scan.zip", "report.dcm", "annex"),
+)
+LAYOUTS = ("nnU-Net", "nnU-Net 1", "Decathlon", "MONAI list", "BIDS")
 
 
 def write_volume(folder: Path, name: str, kind: str, volume: np.ndarray, flips: tuple[int, int, int]) -> None:
@@ -54,10 +60,13 @@ def write_volume(folder: Path, name: str, kind: str, volume: np.ndarray, flips: 
         first, *others = [Image.fromarray(page.astype(np.uint16)) for page in volume]
         first.save(path, save_all=True, append_images=others)
     elif kind == "dicom":
-        uid = f"1.2.{abs(hash(str(folder))) % 10**9}"
-        write_series(folder, volume, PatientID=folder.name, SeriesInstanceUID=uid)
+        write_series(folder, volume, PatientID=folder.name, SeriesInstanceUID=dicom_uid(folder))
     else:
         write_enhanced(folder / f"{name}.dcm", volume)
+
+
+def dicom_uid(folder: Path) -> str:
+    return f"1.2.{zlib.crc32(folder.name.encode())}"
 
 
 def damage(path: Path, fault: str) -> None:
@@ -75,6 +84,10 @@ def damage(path: Path, fault: str) -> None:
 def write_extra(root: Path, name: str) -> None:
     if name == "broken":
         (root / "broken.nii.gz").symlink_to("nowhere.nii.gz")
+    elif name == "annex":
+        (root / "annex.nii.gz").symlink_to(".git/annex/objects/none.nii.gz")
+    elif name == "report.dcm":  # a structured report has no pixels
+        save(new_dataset(sop_class="1.2.840.10008.5.1.4.1.1.88.22"), root / name)
     elif name == "pointer.nii.gz":
         (root / name).write_text("version https://git-lfs.github.com/spec/v1\n")
     elif name == "notes.gz":
@@ -120,13 +133,86 @@ def test_discover__every_file_is_stored_with_equal_voxels_or_named(items, extras
             place = root / parent / f"P{number}"
             write_volume(place, f"case{number}", kind, image, flips)
             scan_files = sorted(place.iterdir())
-            if label_name and kind in ("nii", "nii.gz", "nrrd", "npy"):
+            if label_name and kind in ("nii", "nii.gz", "nrrd", "npy", "png"):
                 target = place / label_name.format(f"case{number}")
                 write_volume(target.parent, target.name, kind, label, flips)
+            elif label_name and kind == "dicom":
+                write_segmentation(place / "seg.dcm", {"lesion": label.astype(bool)}, series_uid=dicom_uid(place))
             damage(scan_files[number % len(scan_files)], fault)
         for name in extras:
             write_extra(root, name)
         check_accounting(root)
+
+
+LISTED_ITEM = st.tuples(
+    st.sampled_from(["none", "none", "none", "cut", "emptied", "text"]),
+    st.sampled_from(["label", "label", "no label", "two labels", "unlisted"]),
+    st.integers(1, 2),
+)
+
+
+def write_layout(root: Path, layout: str, items) -> None:
+    """Write cases of (fault, label, number of channels) in a layout that names its files."""
+    entries = []
+    for number, (fault, role, num_channels) in enumerate(items):
+        case = f"c{number:03d}"
+        image, label = make_scan(shape_zyx=SHAPE, seed=number)
+        is_bids = layout == "BIDS"
+        folder = root / f"sub-{case}" / "anat" if is_bids else root / "imagesTr"
+        endings = ["_T1w", "_T2w"] if is_bids else ["_0000", "_0001"]
+        names = [f"{'sub-' if is_bids else ''}{case}{ending}" for ending in endings[:num_channels]]
+        for name in names:
+            write_volume(folder, name, "nii", image, (1, 1, 1))
+        damage(folder / f"{names[0]}.nii", fault)
+        label_folder = root / "derivatives" / "x" / f"sub-{case}" if is_bids else root / "labelsTr"
+        labels = {"no label": [], "two labels": ["a", "b"]}.get(role, [""])
+        for which in labels:
+            middle = f"_desc-{which}" if which else ""
+            name = f"sub-{case}{middle}_mask" if is_bids else f"{case}{which}"
+            write_volume(label_folder, name, "nii", label, (1, 1, 1))
+        if role != "unlisted":
+            entry = {"image": [f"imagesTr/{name}.nii" for name in names]}
+            entries.append(entry | ({"label": f"labelsTr/{case}.nii"} if role == "label" else {}))
+    tables = {
+        "nnU-Net": {"channel_names": {"0": "MRI"}, "labels": {"background": 0, "lesion": 1}},
+        "nnU-Net 1": {"labels": {"0": "background", "1": "lesion"}, "training": [{"image": "imagesTr/c000.nii"}]},
+        "Decathlon": {"training": [{**e, "image": e["image"][0]} for e in entries]},
+        "MONAI list": {"training": entries, "validation": entries[:1]},
+    }
+    file = root / ("dataset_description.json" if layout == "BIDS" else "dataset.json")
+    file.write_text(json.dumps(tables.get(layout, {})))
+
+
+@settings(max_examples=12, deadline=None, derandomize=True)
+@given(
+    layout=st.sampled_from(LAYOUTS),
+    items=st.lists(LISTED_ITEM, min_size=1, max_size=4),
+    extras=st.lists(st.sampled_from(EXTRAS), unique=True, max_size=4),
+)
+def test_discover__files_of_every_layout_are_stored_or_named(layout, items, extras):
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        write_layout(root, layout, items)
+        for name in extras:
+            write_extra(root if layout == "BIDS" else root / "imagesTr", name)
+        check_accounting(root)
+
+
+def labels_without_image(root: Path, found) -> set[Path]:
+    """Return the files that the report lists as labels without image, by path, name or case."""
+    listed = set(found.labels_without_image)
+    # Stacks of pictures are listed by their folder.
+    stacks = {name.rpartition(" ")[0] for name in listed if " " in name}
+    return {
+        path
+        for path in root.rglob("*")
+        if path.is_file()
+        and (
+            not listed.isdisjoint({path.relative_to(root).as_posix(), path.name})
+            or (path.parent.name == "labelsTr" and path.stem in listed)
+            or path.parent.relative_to(root).as_posix() in stacks
+        )
+    }
 
 
 def check_accounting(root: Path) -> None:
@@ -146,7 +232,7 @@ def check_accounting(root: Path) -> None:
     in_cases = {path for case in found.cases for path in case.scan.paths}
     in_labels = {path for case in found.cases for label in case.labels for path in label.scan.paths}
     on_disk = {path for path in root.rglob("*") if path.is_symlink() or path.is_file()}
-    unpaired = {root / name for name in found.labels_without_image}
+    unpaired = labels_without_image(root, found)
     rest = on_disk - in_cases - in_labels - unpaired
     counted = sum(n for reason, n in found.left_out.items() if not reason.startswith("note:"))
     assert counted == len(rest), (found.left_out, sorted(rest))
