@@ -237,7 +237,7 @@ def normalised_forms(text: str) -> set[str]:
 
 
 def _decoded_runs(text: bytes) -> Iterator[bytes]:
-    """Yield what runs of base64 and hexadecimal digits stand for, from each position at which they may begin."""
+    """Yield the decoded bytes of runs of base64 and hexadecimal digits, from each position at which they may begin."""
     for match in _BASE64.finditer(text):
         run = b"".join(match.group().split()).translate(_URL_SAFE)
         for start in range(4):
