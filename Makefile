@@ -9,7 +9,9 @@ STAMP := $(VENV)/.samgraft-installed
 
 # User variables reach the recipes through the environment and not through make's own text, so that paths with
 # spaces, quotes or other scripts stay unchanged.
-export MODALITY DATA MODEL METHOD BASE CKPT NAME PRESET OUT SPLIT LICENSE RUN FILE
+export MODALITY DATA LABELLED MODEL METHOD BASE CKPT NAME PRESET OUT SPLIT LICENSE RUN FILE
+# Messages then name make targets and variables.
+export SAMGRAFT_FRONT_END := make
 
 # Without this check, a misspelt variable (CHKPT=...) would be ignored silently.
 GIVEN := $(foreach v,$(.VARIABLES),$(if $(filter command line,$(origin $(v))),$(v)))
@@ -49,7 +51,7 @@ store: $(STAMP) ## build a slice store from scans | make store DATA=scans/ OUT=d
 	@$(SAMGRAFT) store build "$$DATA" --out "$$OUT" $${MODALITY:+--modality "$$MODALITY"}
 
 pretrain: $(STAMP) ## stage 1: train SAM's encoder further on unlabelled slices | make pretrain MODALITY=mri
-	@$(SAMGRAFT) pretrain $${MODALITY:+--modality "$$MODALITY"} $${DATA:+--data "$$DATA"} $${MODEL:+--model "$$MODEL"} \
+	@$(SAMGRAFT) pretrain $${MODALITY:+--modality "$$MODALITY"} $${DATA:+--data "$$DATA"} $${LABELLED:+--labelled "$$LABELLED"} $${MODEL:+--model "$$MODEL"} \
 	  $${METHOD:+--method "$$METHOD"} $${CKPT:+--ckpt "$$CKPT"} $${BASE:+--base "$$BASE"} $${NAME:+--name "$$NAME"} $${PRESET:+--preset "$$PRESET"} $(ARGS)
 
 finetune: $(STAMP) ## stage 2: tune encoder and decoder on labelled slices | make finetune CKPT=runs/NAME

@@ -28,6 +28,8 @@ class DataConfig:
     """Path or address of the labelled slice store (``*.zarr``)."""
     split: str | None = None
     """Split file by patient. null takes <store>.split.json next to the store, or else draws a split with seed 0."""
+    fold: NonNegativeInt | None = None
+    """Number of the fold, 0 or more, of a split with folds. Null is for a split without folds."""
     classes: list[int] = field(default_factory=list)
     """Label ids to train. Empty takes every id of the store. All others count as background."""
     regions: dict[str, list[int]] = field(default_factory=dict)

@@ -11,6 +11,7 @@ import sys
 KNOWN = (
     "MODALITY",
     "DATA",
+    "LABELLED",
     "MODEL",
     "METHOD",
     "BASE",

@@ -22,6 +22,8 @@ class TypedSettings:
 
     options: Mapping[str, str | None] = field(default_factory=dict)
     """Command line options by the dotted key that they set. None means that the option was not given."""
+    lists: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """Options that may be repeated, by the dotted key that they set. An empty list means that none was given."""
     files: tuple[Path, ...] = ()
     """YAML files on top of the preset. Later files win over earlier ones, and options over files."""
     overrides: tuple[str, ...] = ()
@@ -88,14 +90,14 @@ def build_stage_config(
             *presets,
             demo.layer(paths) if is_demo else {},
             *typed.files,
-            nest_keys(typed.options),
+            nest_keys({**typed.options, **typed.lists}),
             nest_keys(filled),
         ],
         overrides=without_keys(typed.overrides, filled),
     )
 
 
-def nest_keys(values: Mapping[str, str | None]) -> dict[str, Any]:
+def nest_keys(values: Mapping[str, str | Sequence[str] | None]) -> dict[str, Any]:
     """Turn dotted keys into nested mappings, without the keys whose value is None or empty."""
     nested: dict[str, Any] = {}
     for key, value in values.items():

@@ -24,6 +24,13 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         default=None,
         help="slice store (folder or s3:// address) or scans (default: the demo scans)",
     )
+    add(
+        "--labelled",
+        action="append",
+        default=[],
+        metavar="STORE",
+        help="labelled store or scans, whose validation and test patients are left out; may be repeated",
+    )
     add("--model", default=None, help="vit_t, vit_b, vit_l or vit_h (default: that of the weights, or vit_t)")
     add("--method", default=None, help="objective (default: depends on the model)")
     add(
@@ -72,6 +79,7 @@ def _pretrain(arguments: argparse.Namespace) -> int:
             "model.base": arguments.base,
             "objective.name": arguments.method,
         },
+        lists={"data.labelled": arguments.labelled},
         files=tuple(arguments.config),
         overrides=tuple(arguments.overrides),
     )

@@ -54,6 +54,8 @@ class DataConfig:
     """Number of slices of held-out patients for the held-out loss and the pictures. 0 switches both off."""
     test_stores: list[str] = field(default_factory=list)
     """Labelled stores whose validation and test patients must not be among the training slices."""
+    labelled: list[str] = field(default_factory=list)
+    """Labelled stores, or scans with labels, whose validation and test patients are left out of the training slices."""
     allow_transductive: bool = False
     """True trains although patients of ``test_stores`` leak, and the card then records it."""
 

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from samgraft.shared.errors import DataError, UsageError
 from samgraft.shared.runs.inputs import load_run_split
 from samgraft.shared.samples.dataset import SliceDataset, batch_to_input, collate_slices
-from samgraft.shared.samples.slices import SliceRef
-from samgraft.shared.samples.split import (
-    Split,
-    load_split,
-    load_split_beside,
-    make_split,
+from samgraft.shared.samples.leaks import (
+    Leak,
+    count_rules,
+    find_leaks,
+    find_patients_again,
+    have_one_salt,
     pretrain_manifest,
-    refuse_leak,
+    refuse_leaks,
 )
+from samgraft.shared.samples.slices import SliceRef
+from samgraft.shared.samples.split import Split, load_split, load_split_beside, make_split, refuse_empty_train
 from samgraft.shared.store.store import SliceStore
 from samgraft.shared.training.device import DeviceChoice
 from samgraft.shared.training.preflight import StepCost, describe_cost, log_preflight, measure_step
@@ -34,17 +37,80 @@ HELD_OUT_FRACTIONS = (0.75, 0.25, 0.0)
 """Fractions of a drawn split. Every fourth patient is held out for the loss and the pictures, none for a test."""
 
 
-def pretraining_split(config: DataConfig, store: SliceStore, *, seed: int, run_path: Path | None = None) -> Split:
-    """Return the split by patient.
+def pretraining_split(
+    config: DataConfig,
+    store: SliceStore,
+    *,
+    seed: int,
+    run_path: Path | None = None,
+    left_out: Collection[str] = (),
+) -> Split:
+    """Return the split by patient, without the patients that are left out.
 
     It is, in this order, the configured file, the split of an earlier session of the run, the file next to the store,
     or a drawn split. A resumed run must not train on other patients because a file next to the store has changed.
+
+    Raises:
+        DataError: If no patient is left to train on.
     """
     if config.split:
-        return load_split(Path(config.split), store)
-    if run_path is not None and (kept := load_run_split(run_path, store)) is not None:
+        split = load_split(Path(config.split), store)
+    elif run_path is not None and (kept := load_run_split(run_path, store)) is not None:
         return kept
-    return load_split_beside(store) or make_split(store, fractions=HELD_OUT_FRACTIONS, seed=seed)
+    else:
+        split = load_split_beside(store) or make_split(store, fractions=HELD_OUT_FRACTIONS, seed=seed, without=left_out)
+    if left_out:
+        train, val = (tuple(p for p in part if p not in left_out) for part in (split.train, split.val))
+        split = replace(split, train=train, val=val, folds=())
+    if left_out and not split.train:
+        raise DataError(
+            f"no patient is left to train on: all training patients of {len(store.patient_ids)} are validation or "
+            f"test patients of {', '.join(Path(name).name for name in config.labelled)}. Add unlabelled scans, or "
+            "remove LABELLED (--labelled).",
+            where=store.path.name,
+        )
+    refuse_empty_train(split, store)
+    return split
+
+
+@dataclass(frozen=True, kw_only=True)
+class LeftOut:
+    """Patients that a pretraining leaves out, because a labelled store validates or tests on them."""
+
+    patients: frozenset[str] = frozenset()
+    lines: tuple[str, ...] = ()
+    """One sentence per labelled store, for the pre-flight, the card and ``run.json``."""
+
+
+def find_left_out(store: SliceStore, labelled: Sequence[tuple[SliceStore, Split]]) -> LeftOut:
+    """Find the validation and test patients of labelled stores in the unlabelled store.
+
+    They are matched by id, by equal voxels and as near-duplicates.
+    """
+    patients: set[str] = set()
+    lines = []
+    for other, split in labelled:
+        found = find_patients_again(store, other, split.held_out)
+        patients |= found.keys()
+        rules = f" ({count_rules(found)})" if found else ""
+        lines.append(
+            f"left out {len(found)} of {len(store.patient_ids)} patients of {store.path.name}{rules}: they are among "
+            f"the {len(split.held_out)} validation and test patients of {other.path.name}"
+        )
+        if not have_one_salt(store, other):
+            log.warning(
+                "%s and %s have ids of different folders, so that patients are matched by their voxels only. Build "
+                "both stores in one folder to match ids too.",
+                store.path.name,
+                other.path.name,
+            )
+    return LeftOut(patients=frozenset(patients), lines=tuple(lines))
+
+
+def open_labelled(config: DataConfig) -> list[tuple[SliceStore, Split]]:
+    """Open the stores of ``config.labelled`` with their splits."""
+    stores = [SliceStore.open(name) for name in config.labelled]
+    return [(store, load_split(None, store)) for store in stores]
 
 
 def check_leaks(
@@ -52,30 +118,24 @@ def check_leaks(
 ) -> list[str]:
     """Compare the training patients with the validation and test patients of the labelled stores.
 
-    The labelled stores are ``config.test_stores`` and the store of the linear probe.
+    The labelled stores are ``config.test_stores``, ``config.labelled`` and the store of the linear probe.
 
     Returns:
         Lines for the pre-flight and the card, one per store that leaks and one for all that do not.
 
     Raises:
-        DataError: If a patient leaks and ``allow_transductive`` is not set.
+        DataError: If patients leak and ``allow_transductive`` is not set, with all of them.
     """
     # Patients are compared by id and by content hash, because one patient can have two ids.
     manifest = pretrain_manifest(store, patient_ids)
-    lines, disjoint = [], []
+    leaks: dict[str, list[Leak]] = {}
     for labelled, split, use in _labelled_stores(config, probe):
-        name = f"{labelled.path.name}{use}"
-        try:
-            refuse_leak(manifest, split, labelled)
-        except DataError as leak:
-            if not config.allow_transductive:
-                raise DataError(
-                    leak.what, where=f"{leak.where}{use}", kept=leak.kept, next_command=leak.next_command
-                ) from leak
-            lines.append(f"transductive: validation or test patients of {name} are among the training slices")
-        else:
-            disjoint.append(name)
-    if disjoint:
+        leaks.setdefault(f"{labelled.path.name}{use}", []).extend(find_leaks(manifest, split, labelled))
+    leaking = [name for name, found in leaks.items() if found]
+    if leaking and not config.allow_transductive:
+        refuse_leaks(leaks, way_out="the same command with LABELLED=STORE (--labelled STORE)")
+    lines = [f"transductive: validation or test patients of {name} are among the training slices" for name in leaking]
+    if disjoint := [name for name, found in leaks.items() if not found]:
         lines.append(f"no val or test patient of {', '.join(disjoint)} among the training slices")
     return lines
 
@@ -84,7 +144,7 @@ def _labelled_stores(
     config: DataConfig, probe: tuple[SliceStore, Split] | None
 ) -> Iterator[tuple[SliceStore, Split, str]]:
     """Yield each labelled store and split once, with its use for the linear probe as text."""
-    named = [SliceStore.open(name) for name in config.test_stores]
+    named = [SliceStore.open(name) for name in dict.fromkeys([*config.test_stores, *config.labelled])]
     compared = [(store, load_split(None, store)) for store in named]
     is_probe = [probe is not None and (store.path, split) == (probe[0].path, probe[1]) for store, split in compared]
     for (store, split), also in zip(compared, is_probe, strict=True):

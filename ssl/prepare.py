@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from samgraft.shared.encoders.registry import DEFAULT_ARCH, arch_spec
 from samgraft.shared.errors import DataError, UsageError
 from samgraft.shared.fetch import cache_folder
 from samgraft.shared.stage_config import DemoSettings, TypedSettings, build_stage_config
+from samgraft.shared.store.from_data import store_from_data
 from samgraft.shared.store.store import SliceStore
 from samgraft.shared.weights.load import read_weights
 from samgraft.ssl.config import RANDOM, PretrainConfig
@@ -55,7 +57,14 @@ def prepare(
         defaults=defaults,
     )
     _check_modality(config)
+    config = _with_labelled_stores(config)
     return config, name or _run_name(config)
+
+
+def _with_labelled_stores(config: PretrainConfig) -> PretrainConfig:
+    """Return the settings with a store in the place of every folder of scans with labels."""
+    stores = [str(store_from_data(path, modality=config.modality)) for path in config.data.labelled]
+    return replace(config, data=replace(config.data, labelled=stores))
 
 
 def _find_arch(model: str | None, weights: str | None) -> str:

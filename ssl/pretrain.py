@@ -14,7 +14,7 @@ from samgraft.shared.runs.run_folder import RunFolder
 from samgraft.shared.samples.augment import SliceAugmentation
 from samgraft.shared.samples.dataset import SliceDataset, collate_slices
 from samgraft.shared.samples.slices import select_slices
-from samgraft.shared.samples.split import Split
+from samgraft.shared.samples.split import Split, keep_drawn_split
 from samgraft.shared.scans.preset import ModalityPreset, load_preset
 from samgraft.shared.store.store import SliceStore
 from samgraft.shared.training.config import Strategy, check_warmup
@@ -32,7 +32,7 @@ from samgraft.ssl.monitor.monitor import Monitor, MonitorData, load_monitor_data
 from samgraft.ssl.monitor.report import write_report
 from samgraft.ssl.objectives import Objective
 from samgraft.ssl.optimizer import build_schedule, read_moments
-from samgraft.ssl.preflight import check_leaks, preflight, pretraining_split
+from samgraft.ssl.preflight import check_leaks, find_left_out, open_labelled, preflight, pretraining_split
 
 log = logging.getLogger(__name__)
 
@@ -52,9 +52,11 @@ def pretrain(
     check_warmup(config.optim.warmup_steps, config.trainer.max_steps)
     store = SliceStore.open(config.data.store)
     preset = load_preset(config.modality)
-    split = pretraining_split(config.data, store, seed=config.seed, run_path=runs / name)
+    labelled = open_labelled(config.data)
+    left_out = find_left_out(store, labelled)
+    split = pretraining_split(config.data, store, seed=config.seed, run_path=runs / name, left_out=left_out.patients)
     probe_store = open_probe_store(config.probe)
-    leaks = check_leaks(config.data, store, split.train, probe=probe_store)
+    leaks = [*left_out.lines, *check_leaks(config.data, store, split.train, probe=probe_store)]
     dataset = build_training_set(config, store, split.train, preset)
 
     # Before the first weights are drawn; new heads must not depend on what ran earlier in this process.
@@ -75,6 +77,12 @@ def pretrain(
     with RunFolder.open(runs, name, config=config, stage="pretrain") as run:
         record_run_inputs(run, inputs)
         save_run_split(run, split)
+        if labelled:
+            run.write_run_json(left_out=list(left_out.lines))
+        if run.is_writer:
+            # Stage 2 must find the split by which patients were left out.
+            for labelled_store, _ in labelled:
+                keep_drawn_split(labelled_store)
         write_training_state_card(run, card)
         # FSDP replaces the parameters by shards in place, so that export and report need a copy from before.
         unsharded = copy.deepcopy(objective) if config.trainer.strategy is Strategy.FSDP else objective

@@ -8,6 +8,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["SAMGRAFT_OFFLINE"] = "1"
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 os.environ["NO_COLOR"] = "1"
+# Set by the Makefile, and would change the commands that messages name.
+os.environ.pop("SAMGRAFT_FRONT_END", None)
 
 import pytest
 

@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="evaluated runs, or folders with cases.csv")
-    parser.add_argument("--split", default="test", choices=("train", "val", "test"), help="part (default test)")
+    parser.add_argument("--split", default="test", choices=("train", "val", "test", "all"), help="part (default test)")
     parser.add_argument("--metrics", default="dice,nsd,hd95_mm", help="columns of cases.csv, separated by commas")
     parser.add_argument(
         "--out", type=Path, help="folder for comparison.csv, .json and report.html; default: print only"

@@ -26,7 +26,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="RUN_OR_RELEASE", help="a finished stage-2 run or a release")
     parser.add_argument("--data", help="labelled slice store, folder or address; default the run's")
     parser.add_argument("--split-file", type=Path, help="split by patient; default the one of the run")
-    parser.add_argument("--split", default="test", choices=("train", "val", "test"), help="part (default test)")
+    parser.add_argument(
+        "--split",
+        default="test",
+        choices=("train", "val", "test", "all"),
+        help="part (default test); all scores every patient of a store that was not trained on",
+    )
     parser.add_argument("--out", type=Path, help="folder; default RUN/evaluation/PART")
     parser.add_argument("--tolerance-mm", type=float, default=2.0, help="tolerance of the surface Dice (default 2)")
     parser.add_argument(
@@ -70,7 +75,9 @@ def run(arguments: argparse.Namespace) -> int:
     store = SliceStore.open(arguments.data or inputs.require_store())
     # Without a split file the model is scored on the patients that its run left out. The split next to the store may be
     # another one.
-    split, split_sha256 = split_for_evaluation(path, model, store, split_file=arguments.split_file)
+    split, split_sha256 = split_for_evaluation(
+        path, model, store, split_file=arguments.split_file, part=arguments.split
+    )
     subgroups = _subgroups(arguments, store, split)
     device = choose_device(arguments.device, precision=arguments.precision)
     model.segmenter.to(device.torch_device)
@@ -118,6 +125,13 @@ def _check(arguments: argparse.Namespace) -> None:
         raise UsageError(f"--tolerance-mm must be a positive length, got {arguments.tolerance_mm:g}.")
     if arguments.batch_size < 1:
         raise UsageError(f"--batch-size must be at least 1, got {arguments.batch_size}.")
+    if arguments.split == "all" and arguments.split_file:
+        raise UsageError("--split all scores every patient, so that --split-file would be ignored. Remove one of them.")
+    if arguments.split == "all" and arguments.choose_postprocessing:
+        raise UsageError(
+            "--choose-postprocessing chooses on validation patients, which --split all does not have. Choose it on the "
+            "run's own data first, without --data."
+        )
     if arguments.choose_postprocessing and arguments.no_postprocessing:
         raise UsageError("--choose-postprocessing and --no-postprocessing contradict each other. Remove one of them.")
 

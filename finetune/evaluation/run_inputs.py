@@ -12,7 +12,7 @@ import yaml
 from samgraft.finetune.model_folder import FinishedModel
 from samgraft.shared.errors import DataError, UsageError
 from samgraft.shared.runs.inputs import load_run_split
-from samgraft.shared.samples.split import PARTS, Split, load_split
+from samgraft.shared.samples.split import ALL_PARTS, PARTS, Split, choose_fold, load_split
 from samgraft.shared.store.store import SliceStore
 
 log = logging.getLogger(__name__)
@@ -26,6 +26,8 @@ class RunInputs:
     """Path or address of the labelled store."""
     split_file: str | None = None
     """Setting ``data.split``, None if the split was found next to the store or drawn."""
+    fold: int | None = None
+    """Setting ``data.fold``."""
     is_few_shot: bool = False
     """True if only a drawn part of the training patients or slices was used."""
     log_images: bool = False
@@ -54,27 +56,38 @@ def read_run_inputs(path: Path) -> RunInputs:
     return RunInputs(
         store=str(data["store"]),
         split_file=data.get("split"),
+        fold=data.get("fold"),
         is_few_shot=(data.get("few_shot") or {}).get("num") is not None,
         log_images=bool(watch.get("log_images", False)),
     )
 
 
 def split_for_evaluation(
-    path: Path, model: FinishedModel, store: SliceStore, *, split_file: Path | None = None
+    path: Path, model: FinishedModel, store: SliceStore, *, split_file: Path | None = None, part: str = "test"
 ) -> tuple[Split, str]:
     """Return the split that a model was made with, whatever file it came from, and its sha256.
+
+    A store that is evaluated whole needs no split. All its patients are then in test.
 
     Args:
         path: Run or release.
         model: Its model, whose task lists the patients of every part.
         store: Store to evaluate on. Another one than the model's has a split of its own.
         split_file: File to use instead.
+        part: Part to evaluate.
 
     Raises:
         DataError: If ``split_file`` or the split of another store is damaged or leaks.
     """
+    if part == ALL_PARTS:
+        split = Split(train=(), val=(), test=store.patient_ids, seed=0, store_fingerprint=store.fingerprint)
+        return split, split.sha256
+    fold = read_run_inputs(path).fold
     if split_file is not None or store.fingerprint != model.task.store_fingerprint:
         split = load_split(split_file, store)
+        # A fold was chosen for the model's own store. Every fold of another store has the same test patients.
+        if split.folds and store.fingerprint == model.task.store_fingerprint:
+            split = choose_fold(split, fold)
         return split, split.sha256
     for split in _candidates(path, store):
         if _has_patients_of(model, split):
@@ -106,7 +119,9 @@ def _candidates(path: Path, store: SliceStore) -> Iterator[Split]:
     for source in sources:
         try:
             split = source()
-        except DataError as error:
+            if split is not None and split.folds:
+                split = choose_fold(split, inputs.fold)
+        except (DataError, UsageError) as error:
             log.warning("%s Not used as split of the evaluation.", error.what)
             continue
         if split is not None:

@@ -22,12 +22,15 @@ from samgraft.finetune.initial_weights import InitialWeights, read_initial_weigh
 from samgraft.finetune.segmenter import Segmenter, add_class_tokens
 from samgraft.finetune.training.cached_slices import CachedSlices, fill_cache, plan_cache
 from samgraft.finetune.training.sampling import balance_foreground, has_foreground
+from samgraft.shared.config import read_stored_config
 from samgraft.shared.errors import DataError, UsageError
+from samgraft.shared.invocation import suggest
 from samgraft.shared.runs.inputs import load_run_split
 from samgraft.shared.samples.augment import SliceAugmentation
 from samgraft.shared.samples.dataset import SliceDataset
+from samgraft.shared.samples.leaks import find_leaks, refuse_leaks
 from samgraft.shared.samples.slices import keep_train_slices, select_slices
-from samgraft.shared.samples.split import Split, load_split, refuse_leak
+from samgraft.shared.samples.split import Split, choose_fold, load_split, refuse_empty_train
 from samgraft.shared.scans.intensity import IntensityPreset
 from samgraft.shared.store.store import SliceStore
 from samgraft.shared.training.device import DeviceChoice
@@ -74,7 +77,8 @@ def prepare(config: FinetuneConfig, *, run_path: Path | None = None) -> Prepared
     store = _open_store(config)
     split = load_run_split(run_path, store) if run_path is not None and not config.data.split else None
     if split is None:
-        split = load_split(Path(config.data.split) if config.data.split else None, store)
+        split = choose_fold(load_split(Path(config.data.split) if config.data.split else None, store), config.data.fold)
+        refuse_empty_train(split, store)
         # A resumed run keeps its own split, in which the few-shot draw is already made.
         split = draw_few_shot(split, store, config.data.few_shot)
     classes = choose_classes(
@@ -104,7 +108,13 @@ def _prepare_sam(
         image_size=config.model.image_size,
         model=config.model.arch,
     )
-    transductive = check_leak(initial.encoder.card, split, store, allow=config.data.allow_transductive)
+    transductive = check_leak(
+        initial.encoder.card,
+        split,
+        store,
+        allow=config.data.allow_transductive,
+        way_out=_pretrain_again(config.model.ckpt, config.data.store),
+    )
     intensity = intensity_of(initial.card, store)
     num_neighbours = neighbours_of(config.data.num_neighbours, initial.card)
     # The encoder must get slices prepared as in its pretraining, so its card has priority over the store.
@@ -276,8 +286,15 @@ def training_set(
     )
 
 
-def check_leak(card: Card | None, split: Split, store: SliceStore, *, allow: bool) -> bool:
+def check_leak(card: Card | None, split: Split, store: SliceStore, *, allow: bool, way_out: str = "") -> bool:
     """Return True when the encoder was pretrained on validation or test patients, and this is allowed.
+
+    Args:
+        card: Card of the encoder.
+        split: The split of this run.
+        store: The store of this run.
+        allow: Setting ``data.allow_transductive``.
+        way_out: Command that makes an encoder without these patients.
 
     Raises:
         DataError: If they overlap and ``allow`` is False.
@@ -286,15 +303,21 @@ def check_leak(card: Card | None, split: Split, store: SliceStore, *, allow: boo
     manifest: Mapping[str, object] = card.data_manifest if card else {}
     if not manifest:
         return False
-    try:
-        refuse_leak(manifest, split, store)
-    except DataError:
-        if not allow:
-            raise
+    leaks = find_leaks(manifest, split, store)
+    if leaks and not allow:
+        refuse_leaks({store.path.name: leaks}, way_out=way_out)
+    if leaks:
         log.warning("transductive: the encoder was pretrained on validation or test patients; the card reports it.")
-        return True
-    log.info("the encoder was not pretrained on validation or test patients")
-    return False
+    else:
+        log.info("the encoder was not pretrained on validation or test patients")
+    return bool(leaks)
+
+
+def _pretrain_again(ckpt: str | None, labelled: str) -> str:
+    """Return the command that pretrains without the validation and test patients of a labelled store."""
+    file = Path(ckpt or "") / "config.yaml"
+    unlabelled = read_stored_config(file)["data"]["store"] if ckpt and file.is_file() else "STORE.zarr"
+    return suggest("pretrain", DATA=unlabelled, LABELLED=labelled, NAME=f"{Path(ckpt).name}-without" if ckpt else "NEW")
 
 
 def intensity_of(card: Card, store: SliceStore) -> IntensityPreset:

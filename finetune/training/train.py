@@ -42,7 +42,8 @@ from samgraft.shared.runs.environment import code_revision
 from samgraft.shared.runs.inputs import check_run_inputs, record_run_inputs, save_run_split
 from samgraft.shared.runs.run_folder import RunFolder
 from samgraft.shared.samples.dataset import SliceDataset, batch_to_input, collate_slices
-from samgraft.shared.samples.split import pretrain_manifest
+from samgraft.shared.samples.leaks import pretrain_manifest
+from samgraft.shared.samples.split import keep_drawn_split
 from samgraft.shared.training.device import DeviceChoice
 from samgraft.shared.training.optim import LearningRate
 from samgraft.shared.training.periodic import PeriodicTask, TaskContext
@@ -75,6 +76,8 @@ def finetune(config: FinetuneConfig, run: RunFolder, device: DeviceChoice, prepa
     record_run_inputs(run, _inputs(prepared))
     if not config.data.split:
         save_run_split(run, prepared.split)
+        if run.is_writer:
+            keep_drawn_split(prepared.store)
     run.write_run_json(**_provenance(prepared), world_size=device.world_size)
     rounds = ValidationRounds(run.path, is_writer=run.is_writer)
     if run.is_writer and rounds.record.zero_shot is None and isinstance(prepared.initial, InitialWeights):

@@ -1,18 +1,20 @@
-"""Patient-level splits, their files with a hash, and the checks against leaks between parts and stages."""
+"""Patient-level splits, their files with a hash, and the checks against leaks between parts."""
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from samgraft.shared.errors import DataError
+from samgraft.shared.errors import DataError, UsageError
 from samgraft.shared.files import write_json
+from samgraft.shared.store.files import LocalFiles
 from samgraft.shared.store.near_duplicates import near_duplicates
 from samgraft.shared.store.store import SliceStore
 
@@ -22,7 +24,17 @@ SCHEMA = 1
 DEFAULT_FRACTIONS = (0.7, 0.15, 0.15)
 """Fractions of the patients in train, val and test."""
 PARTS = ("train", "val", "test")
+ALL_PARTS = "all"
+"""Name of all patients of a split, whatever their part."""
 MAX_WARNINGS = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fold:
+    """Training and validation patients of one fold of a cross-validation."""
+
+    train: tuple[str, ...]
+    val: tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,12 +48,40 @@ class Split:
     store_fingerprint: str
     train_slices: tuple[tuple[str, int], ...] = ()
     """(series_id, slice_index) of the slices to train on. Empty means all slices of the training patients."""
+    folds: tuple[Fold, ...] = ()
+    """Folds of a cross-validation, which share ``test``. ``train`` and ``val`` are then those of the first fold."""
 
     def part(self, name: str) -> tuple[str, ...]:
-        """Return the patients of ``train``, ``val`` or ``test``."""
+        """Return the patients of ``train``, ``val``, ``test`` or ``all``."""
+        if name == ALL_PARTS:
+            return _merge_groups([self.train, self.val, self.test])
         if name not in PARTS:
             raise DataError(f"a part of a split must be one of {', '.join(PARTS)}, got {name!r}.")
         return {"train": self.train, "val": self.val, "test": self.test}[name]
+
+    def fold(self, number: int) -> Split:
+        """Return one fold as a split without folds.
+
+        Raises:
+            UsageError: If there is no such fold.
+        """
+        if not 0 <= number < len(self.folds):
+            known = f"0 to {len(self.folds) - 1}" if self.folds else "none, because this split has no folds"
+            raise UsageError(
+                f"there is no such fold (got {number}, expected {known}). Folds are made with samgraft store split "
+                "STORE --folds 5, or read with --from.",
+                where="data.fold",
+            )
+        return dataclasses.replace(self, train=self.folds[number].train, val=self.folds[number].val, folds=())
+
+    def scored(self, name: str) -> tuple[str, ...]:
+        """Return the patients of ``val``, in any fold, or of ``test``."""
+        return _merge_groups([self.part(name), *(fold.val for fold in self.folds if name == "val")])
+
+    @property
+    def held_out(self) -> tuple[str, ...]:
+        """Patients on which scores are measured, those of val in any fold and of test."""
+        return _merge_groups([self.scored("val"), self.test])
 
     def part_of(self) -> dict[str, str]:
         """Return the name of the part of every patient."""
@@ -61,6 +101,8 @@ class Split:
         }
         if self.train_slices:
             values["train_slices"] = [list(item) for item in self.train_slices]
+        if self.folds:
+            values["folds"] = [{"train": list(fold.train), "val": list(fold.val)} for fold in self.folds]
         return values
 
     def save(self, path: Path) -> None:
@@ -69,32 +111,21 @@ class Split:
 
 
 def make_split(
-    store: SliceStore, *, fractions: Sequence[float] = DEFAULT_FRACTIONS, seed: int = 0, by_site: bool = False
+    store: SliceStore,
+    *,
+    fractions: Sequence[float] = DEFAULT_FRACTIONS,
+    seed: int = 0,
+    by_site: bool = False,
+    without: Collection[str] = (),
 ) -> Split:
     """Draw a split by patient, stratified by the labels that a patient has.
 
     Patients that share voxels (one scan under two ids) stay together, and with ``by_site`` those of one site. Every
     part with a positive fraction gets at least one such group if there are enough. Test is filled before val.
+    Patients in ``without`` are in no part.
     """
-    if len(fractions) != 3 or min(fractions) < 0 or not 0.999 < sum(fractions) < 1.001 or fractions[0] == 0:
-        raise DataError(
-            f"fractions of train, val and test must be >= 0, sum to 1 and leave some for train, got {list(fractions)}."
-        )
-    # The second number separates the random streams of the program: 0 sample order, 1 samples, 2 splits, 3 few-shot.
-    rng = np.random.default_rng([seed, 2])
-    labels_of: dict[str, set[int]] = {patient: set() for patient in store.patient_ids}
-    for record in store.series:
-        labels_of[record.patient_id] |= set(record.label_voxels)
-    strata: dict[tuple[int, ...], list[tuple[str, ...]]] = {}
-    for group in group_patients(store, by_site=by_site):
-        strata.setdefault(tuple(sorted(set().union(*(labels_of[p] for p in group)))), []).append(group)
-    # Every stratum is shuffled and spread evenly over one common order, the relative rank from 0 to 1. Any contiguous
-    # piece of that order has the proportions of the whole, so the parts can be cut from it one after the other.
-    ranked: list[tuple[float, tuple[str, ...]]] = []
-    for labels in sorted(strata):
-        shuffled = [strata[labels][i] for i in rng.permutation(len(strata[labels]))]
-        ranked += [((rank + float(rng.random())) / len(shuffled), group) for rank, group in enumerate(shuffled)]
-    ordered = [group for _, group in sorted(ranked)]
+    _check_fractions(fractions)
+    ordered = _draw_groups(store, seed=seed, by_site=by_site, without=without)
     num_test, num_val = _count_groups([len(group) for group in ordered], fractions)
     return Split(
         test=_merge_groups(ordered[:num_test]),
@@ -103,6 +134,71 @@ def make_split(
         seed=seed,
         store_fingerprint=store.fingerprint,
     )
+
+
+def make_folds(
+    store: SliceStore, *, num_folds: int, test_fraction: float = 0.0, seed: int = 0, by_site: bool = False
+) -> Split:
+    """Draw the folds of a cross-validation, with the rules of ``make_split``.
+
+    Args:
+        store: The store.
+        num_folds: Number of folds. Every patient outside test is validated in exactly one of them.
+        test_fraction: Fraction of the patients in test, which no fold trains on or validates.
+        seed: Seed of the draw.
+        by_site: Keep the patients of a site together.
+
+    Raises:
+        UsageError: If there are fewer groups of patients than folds.
+    """
+    _check_fractions((1 - test_fraction, 0, test_fraction))
+    ordered = _draw_groups(store, seed=seed, by_site=by_site)
+    num_test, _ = _count_groups([len(group) for group in ordered], (1 - test_fraction, 0, test_fraction))
+    rest = ordered[num_test:]
+    if not 2 <= num_folds <= len(rest):
+        raise UsageError(
+            f"the number of folds does not fit the store (got {num_folds}, expected 2 to {len(rest)}, the number of "
+            "patients that may be separated).",
+            where=store.path.name,
+        )
+    # Every num_folds-th group of the common order, so that the folds have the proportions of the whole.
+    parts = [_merge_groups(rest[number::num_folds]) for number in range(num_folds)]
+    folds = tuple(Fold(train=_merge_groups(p for p in parts if p is not val), val=val) for val in parts)
+    return Split(
+        train=folds[0].train,
+        val=folds[0].val,
+        test=_merge_groups(ordered[:num_test]),
+        seed=seed,
+        store_fingerprint=store.fingerprint,
+        folds=folds,
+    )
+
+
+def _check_fractions(fractions: Sequence[float]) -> None:
+    if len(fractions) != 3 or min(fractions) < 0 or not 0.999 < sum(fractions) < 1.001:
+        raise DataError(f"fractions of train, val and test must be >= 0 and sum to 1, got {list(fractions)}.")
+
+
+def _draw_groups(
+    store: SliceStore, *, seed: int, by_site: bool, without: Collection[str] = ()
+) -> list[tuple[str, ...]]:
+    """Return the groups of patients that stay together in a random order, in which the labels are evenly spread."""
+    # The second number separates the random streams of the program: 0 sample order, 1 samples, 2 splits, 3 few-shot.
+    rng = np.random.default_rng([seed, 2])
+    labels_of: dict[str, set[int]] = {patient: set() for patient in store.patient_ids}
+    for record in store.series:
+        labels_of[record.patient_id] |= set(record.label_voxels)
+    strata: dict[tuple[int, ...], list[tuple[str, ...]]] = {}
+    for group in group_patients(store, by_site=by_site):
+        if kept := tuple(patient for patient in group if patient not in without):
+            strata.setdefault(tuple(sorted(set().union(*(labels_of[p] for p in kept)))), []).append(kept)
+    # Every stratum is shuffled and spread evenly over one common order, the relative rank from 0 to 1. Any contiguous
+    # piece of that order has the proportions of the whole, so the parts can be cut from it one after the other.
+    ranked: list[tuple[float, tuple[str, ...]]] = []
+    for labels in sorted(strata):
+        shuffled = [strata[labels][i] for i in rng.permutation(len(strata[labels]))]
+        ranked += [((rank + float(rng.random())) / len(shuffled), group) for rank, group in enumerate(shuffled)]
+    return [group for _, group in sorted(ranked)]
 
 
 def refuse_empty_parts(split: Split, fractions: Sequence[float], *, where: str) -> None:
@@ -169,6 +265,36 @@ def load_split(path: Path | None, store: SliceStore) -> Split:
     return split
 
 
+def choose_fold(split: Split, number: int | None) -> Split:
+    """Return the split to train with, which is one fold if there are folds.
+
+    Raises:
+        UsageError: If the number is missing, or there is no such fold.
+    """
+    if number is not None:
+        return split.fold(number)
+    if split.folds:
+        raise UsageError(
+            f"the split has {len(split.folds)} folds, and one of them must be chosen (got none, expected data.fold=0 "
+            f"to {len(split.folds) - 1}). Add data.fold=0, or run all of them as a study with folds.",
+            where="data.fold",
+        )
+    return split
+
+
+def keep_drawn_split(store: SliceStore) -> None:
+    """Write the default split beside a store without a split file, so that every later step uses the same."""
+    path = default_split_path(store.path)
+    if not isinstance(store.files, LocalFiles) or path.exists():
+        return
+    try:
+        make_split(store).save(path)
+    except OSError as err:  # the same split is drawn again from the same store
+        log.info("the split was not written beside the store (%s)", err.strerror)
+    else:
+        log.info("the split was written to %s, which later steps use", path.name)
+
+
 def load_split_beside(store: SliceStore) -> Split | None:
     """Load the split that is beside a store, local or remote. Return None if there is none.
 
@@ -198,6 +324,7 @@ def _parse_split(content: bytes, store: SliceStore, *, where: str) -> Split:
             seed=int(values["seed"]),
             store_fingerprint=str(values["store_fingerprint"]),
             train_slices=tuple((str(series), int(index)) for series, index in values.get("train_slices", ())),
+            folds=tuple(Fold(train=tuple(f["train"]), val=tuple(f["val"])) for f in values.get("folds", ())),
         )
         recorded = str(values["sha256"])
     except (ValueError, KeyError, TypeError, RecursionError) as err:
@@ -209,7 +336,7 @@ def _parse_split(content: bytes, store: SliceStore, *, where: str) -> Split:
 
 
 def check_split(split: Split, store: SliceStore) -> None:
-    """Refuse a split that leaks or does not fit the store.
+    """Refuse a split that leaks or does not fit the store, with all leaks in one message.
 
     Near-duplicates in different parts are reported as a warning, because similarity does not prove that two scans are
     of one patient.
@@ -223,22 +350,44 @@ def check_split(split: Split, store: SliceStore) -> None:
         raise DataError(
             "the split belongs to another state of the store: fingerprints differ. Make the split again.", where=where
         )
-    parts = {name: set(split.part(name)) for name in PARTS}
-    for first, second in (("train", "val"), ("train", "test"), ("val", "test")):
-        if both := sorted(parts[first] & parts[second]):
-            raise DataError(
-                f"split leaks: {len(both)} patients are in both {first} and {second} ({_first_ids(both)}). Rebuild it.",
-                where=where,
-            )
-    if unknown := sorted(set().union(*parts.values()) - set(store.patient_ids)):
+    variants = [split.fold(number) for number in range(len(split.folds))] or [split]
+    known = set(store.patient_ids)
+    if unknown := sorted({p for one in variants for p in one.part(ALL_PARTS)} - known):
         raise DataError(
-            f"the split has {len(unknown)} patients that the store does not have ({_first_ids(unknown)}).", where=where
+            f"the split has {len(unknown)} patients that the store does not have ({first_ids(unknown)}).", where=where
         )
-    if not split.train:
-        raise DataError("the split must have at least one training patient, got none.", where=where)
-    # Equal voxels are proof and refused. Similar ones are not, so they are a warning.
+    if leaks := [leak for one in variants for leak in (*_shared_patients(one), *_shared_voxels(one, store))]:
+        more = f"; and {len(leaks) - MAX_WARNINGS} more" if len(leaks) > MAX_WARNINGS else ""
+        raise DataError(
+            f"split leaks: {'; '.join(list(dict.fromkeys(leaks))[:MAX_WARNINGS])}{more}. Give series with equal voxels "
+            "one patient when the store is built, and make the split again.",
+            where=where,
+        )
+    part_of = split.part_of() | {p: f"fold {number}" for number, fold in enumerate(split.folds) for p in fold.val}
+    _warn_near_duplicates(part_of, store)
+
+
+def _shared_patients(split: Split) -> Iterable[str]:
+    """Yield a clause for each two parts that have patients in common."""
+    for first, second in (("train", "val"), ("train", "test"), ("val", "test")):
+        if both := sorted(set(split.part(first)) & set(split.part(second))):
+            yield f"{len(both)} patients are in both {first} and {second} ({first_ids(both)})"
+
+
+def _shared_voxels(split: Split, store: SliceStore) -> Iterable[str]:
+    """Yield a clause for each two patients of different parts that have equal voxels."""
     part_of = split.part_of()
-    _refuse_equal_content(store, part_of)
+    first_with: dict[str, str] = {}
+    for record in store.series:
+        patient = record.patient_id
+        if patient not in part_of:
+            continue
+        first = first_with.setdefault(record.content_sha256, patient)
+        if part_of[first] != part_of[patient]:
+            yield f"the same voxels occur in {part_of[first]} ({first}) and {part_of[patient]} ({patient})"
+
+
+def _warn_near_duplicates(part_of: Mapping[str, str], store: SliceStore) -> None:
     near = [
         [f"{record.patient_id} ({part_of[record.patient_id]})" for record in pair]
         for pair in near_duplicates(record for record in store.series if record.patient_id in part_of)
@@ -250,57 +399,28 @@ def check_split(split: Split, store: SliceStore) -> None:
         log.warning("%d more pairs of near-duplicates are in different parts.", len(near) - MAX_WARNINGS)
 
 
-def refuse_leak(pretrain_manifest: Mapping[str, Any], split: Split, store: SliceStore) -> None:
-    """Refuse fine-tuning on a split whose val or test patients were used for pretraining.
-
-    Args:
-        pretrain_manifest: ``data_manifest`` of an encoder's card, with the lists ``patient_ids`` and
-            ``content_sha256``.
-        split: The split of stage 2.
-        store: The store of stage 2.
+def refuse_empty_train(split: Split, store: SliceStore) -> None:
+    """Refuse to train on a split without training patients.
 
     Raises:
-        DataError: If patient ids are equal (stores with one salt), or voxels are (any salt, any file format).
+        DataError: If every patient is for validation or test, as in a store of another site.
     """
-    # Ids are comparable only between stores with one salt. The hash of the voxels finds the same scan in any store.
-    seen_patients = set(pretrain_manifest.get("patient_ids", ()))
-    seen_content = set(pretrain_manifest.get("content_sha256", ()))
-    for name in ("val", "test"):
-        patients = set(split.part(name))
-        by_id = patients & seen_patients
-        by_content = {
-            r.patient_id for r in store.series if r.patient_id in patients and r.content_sha256 in seen_content
-        }
-        if leaked := sorted(by_id | by_content):
-            how = "by id" if by_id else "by equal voxels"
-            raise DataError(
-                f"{len(leaked)} {name} patients were in the pretraining set ({how}: {_first_ids(leaked)}). Pretrain "
-                "without them, or move them to train.",
-                where=store.path.name,
-                kept="nothing was written",
-                next_command="the same command with data.allow_transductive=true, if that is meant; the card records "
-                "it",
-            )
-
-
-def pretrain_manifest(store: SliceStore, patient_ids: Iterable[str]) -> dict[str, Any]:
-    """Return fingerprint, hashed ids and content hashes of the pretraining set, for a card."""
-    patients = set(patient_ids)
-    return {
-        "fingerprint": store.fingerprint,
-        "patient_ids": sorted(patients),
-        "content_sha256": sorted({r.content_sha256 for r in store.series if r.patient_id in patients}),
-    }
+    if not split.train:
+        raise DataError(
+            "the split must have at least one training patient, got none. A store in which every patient is for "
+            "testing is scored with samgraft evaluate --split all.",
+            where=store.path.name,
+        )
 
 
 def _count_groups(sizes: Sequence[int], fractions: Sequence[float]) -> tuple[int, int]:
-    """Return the number of groups in test and in val. The last group is always train."""
+    """Return the number of groups in test and in val. The last group is train, unless train is to be empty."""
     # Groups differ in size, so the numbers of patients can only come close to the fractions. Test and val take groups
     # from the front until another one would lead further away.
     counts, start = [], 0
     for part in (2, 1):
         wanted, count, patients = fractions[part] * sum(sizes), 0, 0
-        while fractions[part] > 0 and start + count < len(sizes) - 1:
+        while fractions[part] > 0 and start + count < len(sizes) - (fractions[0] > 0):
             size = sizes[start + count]
             # The first group is always taken, another one only if it brings the part closer to its size.
             if count and abs(patients + size - wanted) > abs(patients - wanted) + 1e-9:
@@ -313,23 +433,9 @@ def _count_groups(sizes: Sequence[int], fractions: Sequence[float]) -> tuple[int
 
 
 def _merge_groups(groups: Iterable[Sequence[str]]) -> tuple[str, ...]:
-    return tuple(sorted(patient for group in groups for patient in group))
+    return tuple(sorted({patient for group in groups for patient in group}))
 
 
-def _refuse_equal_content(store: SliceStore, part_of: Mapping[str, str]) -> None:
-    first_with: dict[str, str] = {}
-    for record in store.series:
-        patient = record.patient_id
-        if patient not in part_of:
-            continue
-        first = first_with.setdefault(record.content_sha256, patient)
-        if part_of[first] != part_of[patient]:
-            raise DataError(
-                f"split leaks: the same voxels occur in {part_of[first]} ({first}) and {part_of[patient]} ({patient}). "
-                "Give both series one patient and rebuild the store.",
-                where=store.path.name,
-            )
-
-
-def _first_ids(ids: Sequence[str]) -> str:
+def first_ids(ids: Sequence[str]) -> str:
+    """Return the first ids of a list as text."""
     return ", ".join(ids[:3]) + (", ..." if len(ids) > 3 else "")

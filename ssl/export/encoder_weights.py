@@ -10,7 +10,8 @@ import torch
 from samgraft.shared.config import config_sha256
 from samgraft.shared.runs.environment import code_revision
 from samgraft.shared.runs.run_folder import RunFolder
-from samgraft.shared.samples.split import Split, pretrain_manifest
+from samgraft.shared.samples.leaks import pretrain_manifest
+from samgraft.shared.samples.split import Split
 from samgraft.shared.scans.intensity import IntensityPreset
 from samgraft.shared.store.store import SliceStore
 from samgraft.shared.training.trainer import FitResult

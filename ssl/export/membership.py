@@ -18,6 +18,7 @@ import numpy.typing as npt
 import torch
 from samgraft.shared.config import load_config, read_stored_config
 from samgraft.shared.errors import DataError, UsageError, WeightsError
+from samgraft.shared.runs.inputs import load_run_split
 from samgraft.shared.samples.dataset import SliceDataset, batch_to_input, collate_slices
 from samgraft.shared.scans.preset import load_preset
 from samgraft.shared.store.store import SliceStore
@@ -82,7 +83,8 @@ def audit_membership(run: Path) -> MembershipAudit:
     objective, fingerprint = load_objective(run, config)
     if fingerprint not in (None, store.fingerprint):
         raise DataError("the store must be that of the run, but its fingerprint differs.", where=run.name)
-    split = pretraining_split(config.data, store, seed=config.seed, run_path=run)
+    # The run's own copy lacks the patients that were left out, unlike the configured file.
+    split = load_run_split(run, store) or pretraining_split(config.data, store, seed=config.seed)
     if not split.val:
         raise UsageError(
             "the membership audit needs held-out patients, and the run has none. Release the encoder alone.",

@@ -8,7 +8,8 @@ from pathlib import Path
 from model_factory import make_sam, tiny_vit_t_spec
 from samgraft.finetune.model_folder import write_model
 from samgraft.finetune.task import Task
-from samgraft.shared.samples.split import Split, default_split_path, make_split, pretrain_manifest
+from samgraft.shared.samples.leaks import pretrain_manifest
+from samgraft.shared.samples.split import Split, default_split_path, make_split
 from samgraft.shared.store.store import SliceStore
 from samgraft.shared.weights.card import Card
 from store_factory import make_store

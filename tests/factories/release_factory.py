@@ -14,7 +14,7 @@ from samgraft.finetune.model_folder import write_model
 from samgraft.finetune.task import Task
 from samgraft.shared.config import config_to_yaml, load_config, packaged_config
 from samgraft.shared.files import file_sha256, write_tensors
-from samgraft.shared.samples.split import pretrain_manifest
+from samgraft.shared.samples.leaks import pretrain_manifest
 from samgraft.shared.scans.intensity import IntensityPreset
 from samgraft.shared.store.store import SliceStore
 from samgraft.shared.weights.card import Card

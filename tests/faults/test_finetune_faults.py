@@ -26,7 +26,8 @@ from samgraft.shared.errors import DataError, UsageError, WeightsError
 from samgraft.shared.files import write_tensors
 from samgraft.shared.release.request import ReleaseRequest
 from samgraft.shared.runs.run_folder import check_run_folder
-from samgraft.shared.samples.split import Split, make_split, pretrain_manifest
+from samgraft.shared.samples.leaks import pretrain_manifest
+from samgraft.shared.samples.split import Split, make_split
 from samgraft.shared.store.store import SliceStore
 from samgraft.shared.weights.card import Card
 from samgraft.shared.weights.save import save_encoder

@@ -7,14 +7,16 @@ import os
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from samgraft.shared.errors import DataError
+from samgraft.shared.errors import DataError, UsageError
 from samgraft.shared.samples.split import (
     check_split,
+    choose_fold,
     default_split_path,
+    keep_drawn_split,
     load_split,
+    make_folds,
     make_split,
-    pretrain_manifest,
-    refuse_leak,
+    refuse_empty_train,
 )
 from samgraft.shared.scans.intensity import IntensityPreset
 from samgraft.shared.scans.volume import Modality
@@ -132,7 +134,7 @@ def test_check_split__unknown_patients_other_stores_and_empty_train_are_refused(
     with pytest.raises(DataError, match="fingerprints differ"):
         check_split(dataclasses.replace(split, store_fingerprint="0"), store)
     with pytest.raises(DataError, match="at least one training patient"):
-        check_split(dataclasses.replace(split, train=()), store)
+        refuse_empty_train(dataclasses.replace(split, train=()), store)
 
 
 def test_check_split__equal_voxels_under_two_ids_are_refused(tmp_path):
@@ -158,17 +160,6 @@ def test_check_split__equal_voxels_under_two_ids_are_refused(tmp_path):
     check_split(dataclasses.replace(split, train=(first, second, *others), val=()), store)
 
 
-def test_refuse_leak__pretraining_patients_are_found_by_id_and_by_content(store, tmp_path):
-    split = make_split(store)
-    refuse_leak(pretrain_manifest(store, split.train), split, store)
-    with pytest.raises(DataError, match=r"2 test patients were in the pretraining set.*by id"):
-        refuse_leak(pretrain_manifest(store, store.patient_ids), dataclasses.replace(split, val=()), store)
-    # Another salt gives other ids; the voxels still give the leak away.
-    manifest = {**pretrain_manifest(store, split.val), "patient_ids": ["p_ffffffffffff"]}
-    with pytest.raises(DataError, match=r"val patients were in the pretraining set.*by equal voxels"):
-        refuse_leak(manifest, split, store)
-
-
 def test_make_split__small_sets_keep_a_training_patient(tmp_path):
     for num, expected in ((1, (1, 0, 0)), (2, (1, 0, 1)), (3, (1, 1, 1)), (4, (2, 1, 1))):
         path = make_store(tmp_path / str(num), num_patients=num, shape_zyx=(2, 8, 8))
@@ -179,3 +170,72 @@ def test_make_split__small_sets_keep_a_training_patient(tmp_path):
 def test_make_split__wrong_fractions_are_refused(store):
     with pytest.raises(DataError, match="sum to 1"):
         make_split(store, fractions=(0.5, 0.1, 0.1))
+
+
+def test_make_split__every_patient_can_be_for_testing(store):
+    assert make_split(store, fractions=(0, 0, 1)).test == store.patient_ids
+
+
+def test_make_split__patients_that_are_left_out_are_in_no_part(store):
+    out = store.patient_ids[2:5]
+    split = make_split(store, fractions=(0.5, 0.25, 0.25), without=out)
+    assert sorted((*split.train, *split.val, *split.test)) == [p for p in store.patient_ids if p not in out]
+
+
+def test_check_split__all_leaks_are_in_one_message(store):
+    split = make_split(store)
+    leaking = dataclasses.replace(split, val=(*split.val, split.train[0]), test=(*split.test, split.train[1]))
+    with pytest.raises(DataError, match=r"in both train and val .*in both train and test"):
+        check_split(leaking, store)
+
+
+def test_make_folds__every_patient_outside_test_is_validated_once(store, tmp_path):
+    split = make_folds(store, num_folds=4, test_fraction=0.2, seed=1)
+    assert len(split.test) == 2
+    validated = [patient for fold in split.folds for patient in fold.val]
+    assert sorted((*validated, *split.test)) == list(store.patient_ids)
+    for number in range(4):
+        fold = split.fold(number)
+        assert sorted((*fold.train, *fold.val, *fold.test)) == list(store.patient_ids)
+        assert fold.folds == ()
+        assert fold.test == split.test
+    assert split.held_out == store.patient_ids
+    split.save(tmp_path / "s.json")
+    assert load_split(tmp_path / "s.json", store) == split
+    assert len({split.fold(number).sha256 for number in range(4)} | {split.sha256}) == 5
+
+
+def test_make_folds__more_folds_than_patients_are_refused(store):
+    with pytest.raises(UsageError, match=r"number of folds does not fit the store \(got 11, expected 2 to 10"):
+        make_folds(store, num_folds=11)
+
+
+def test_check_split__leak_in_one_fold_is_refused(store):
+    split = make_folds(store, num_folds=3)
+    last = split.folds[2]
+    leaking = dataclasses.replace(last, train=(*last.train, last.val[0]))
+    with pytest.raises(DataError, match="1 patients are in both train and val"):
+        check_split(dataclasses.replace(split, folds=(*split.folds[:2], leaking)), store)
+
+
+def test_choose_fold__number_must_fit_the_split(store):
+    folds, plain = make_folds(store, num_folds=3), make_split(store)
+    assert choose_fold(folds, 2) == folds.fold(2)
+    assert choose_fold(plain, None) == plain
+    with pytest.raises(UsageError, match=r"got none, expected data.fold=0 to 2"):
+        choose_fold(folds, None)
+    with pytest.raises(UsageError, match=r"no such fold \(got 3, expected 0 to 2\)"):
+        choose_fold(folds, 3)
+    with pytest.raises(UsageError, match="has no folds"):
+        choose_fold(plain, 0)
+
+
+def test_keep_drawn_split__is_written_once_and_never_replaced(tmp_path):
+    store = SliceStore.open(make_store(tmp_path, num_patients=4, shape_zyx=(2, 8, 8)))
+    path = default_split_path(store.path)
+    keep_drawn_split(store)
+    assert load_split(path, store) == make_split(store)
+    other = make_split(store, seed=3)
+    other.save(path)
+    keep_drawn_split(store)
+    assert load_split(None, store) == other
