@@ -54,7 +54,7 @@ def release_model(request: ReleaseRequest) -> Released:
         write_texts=write_texts,
         clients_module=CLIENTS_MODULE,
         # Pseudonyms are not released either, because others could link them to the same patients elsewhere.
-        identifiers=[*request.identifiers, *_pseudonyms(model.task)],
+        identifiers=[*request.known_identifiers, *_pseudonyms(model.task)],
         extra_outputs=lambda probe: (expected_slices if model.is_merged else pair_outputs)(model, probe),
     )
     return Released(checked=build_release(request.out, contents), left_out=left_out)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import shlex
 import sys
@@ -13,7 +14,9 @@ from samgraft.shared.cli import Command, local_path
 from samgraft.shared.errors import UsageError
 
 if TYPE_CHECKING:
+    from samgraft.shared.samples.split import Split
     from samgraft.shared.store.from_data import ScanRequest
+    from samgraft.shared.store.store import SliceStore
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,10 +34,19 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_source_options(check)
     info = actions.add_parser("info", help="describe a store", allow_abbrev=False)
     info.add_argument("path", help="folder or address (s3://bucket/NAME.zarr)")
+    info.add_argument("--names", action="store_true", help="list the ids with the names of files and patients (local)")
     info.add_argument("--json", action="store_true", help="machine-readable output")
-    split = actions.add_parser("split", help="draw a split by patient and save it", allow_abbrev=False)
+    split = actions.add_parser("split", help="draw or read a split by patient and save it", allow_abbrev=False)
     split.add_argument("path", help="folder or address")
-    split.add_argument("--fractions", default="0.7,0.15,0.15", help="train,val,test")
+    split.add_argument("--fractions", help="train,val,test; default 0.7,0.15,0.15, with --folds 1,0,0")
+    split.add_argument("--folds", type=int, help="draw this many folds for a cross-validation")
+    split.add_argument(
+        "--from",
+        dest="own",
+        type=Path,
+        help="read an own split: CSV with the columns patient and part (names of files or patients), or nnU-Net's "
+        "splits_final.json",
+    )
     split.add_argument("--seed", type=int, default=0)
     split.add_argument("--by-site", action="store_true", help="keep every site or scanner in one part")
     split.add_argument("--few-shot", type=int, help="keep this many training patients or slices")
@@ -128,7 +140,10 @@ def _info(arguments: argparse.Namespace) -> list[str]:
     from samgraft.shared.samples.store_info import describe_store, print_description
     from samgraft.shared.store.store import SliceStore
 
-    values = describe_store(SliceStore.open(arguments.path))
+    store = SliceStore.open(arguments.path)
+    if arguments.names:
+        return _list_names(store, as_json=arguments.json)
+    values = describe_store(store)
     if arguments.json:
         sys.stdout.write(json.dumps(values, indent=1) + "\n")
     else:
@@ -136,25 +151,35 @@ def _info(arguments: argparse.Namespace) -> list[str]:
     return []
 
 
+def _list_names(store: SliceStore, *, as_json: bool) -> list[str]:
+    from samgraft.shared.store.names import require_names
+
+    names = require_names(store)
+    if as_json:
+        rows = {series_id: dataclasses.asdict(name) for series_id, name in names.by_series.items()}
+        sys.stdout.write(json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
+        return []
+    for series_id, name in sorted(names.by_series.items(), key=lambda item: item[1].scan):
+        sys.stdout.write(f"{series_id}  {name.patient_id}  {name.patient}  {name.scan}\n")
+    return ["series, patient, name of the patient, scan. This list identifies people: keep it on this machine"]
+
+
 def _split(arguments: argparse.Namespace) -> list[str]:
     from samgraft.shared.samples.slices import select_few_shot
-    from samgraft.shared.samples.split import default_split_path, make_split, refuse_empty_parts
+    from samgraft.shared.samples.split import default_split_path, describe_split
     from samgraft.shared.store.files import is_address
     from samgraft.shared.store.store import SliceStore
 
-    try:
-        fractions = [float(part) for part in arguments.fractions.split(",")]
-    except ValueError as err:
-        raise UsageError(f"--fractions must be three numbers like 0.7,0.15,0.15, got {arguments.fractions!r}.") from err
     if arguments.out is None and is_address(arguments.path):
         raise UsageError("--out is missing: the store is not on this machine, so the split cannot be saved beside it.")
     store = SliceStore.open(arguments.path)
-    split = make_split(store, fractions=fractions, seed=arguments.seed, by_site=arguments.by_site)
-    refuse_empty_parts(split, fractions, where=store.path.name)
+    split = _make_split(arguments, store)
     path = arguments.out or default_split_path(Path(arguments.path))
     if arguments.few_shot is None:
         split.save(path)
-        return [f"{path}: train {len(split.train)}, val {len(split.val)}, test {len(split.test)} patients"]
+        return [f"{path}: {describe_split(split)}"]
+    if split.folds:
+        raise UsageError("--few-shot draws from a split without folds. Use data.few_shot.num=... with data.fold=0.")
     lines = []
     name = path.name.removesuffix(".json").removesuffix(".split")
     for repeat in range(arguments.repeats):
@@ -163,6 +188,39 @@ def _split(arguments: argparse.Namespace) -> list[str]:
         small.save(target)
         lines.append(f"{target}: {len(small.train)} training patients, draw {repeat}")
     return lines
+
+
+def _make_split(arguments: argparse.Namespace, store: SliceStore) -> Split:
+    """Read the user's own split, or draw parts or folds."""
+    from samgraft.shared.samples.own_splits import read_own_split
+    from samgraft.shared.samples.split import make_folds, make_split, refuse_empty_parts
+
+    if arguments.own is not None:
+        drawn = {"--fractions": arguments.fractions, "--folds": arguments.folds, "--by-site": arguments.by_site}
+        if given := [option for option, value in drawn.items() if value]:
+            raise UsageError(f"--from reads a split, so that {' and '.join(given)} would be ignored. Remove it.")
+        return read_own_split(arguments.own, store)
+    text = arguments.fractions or ("1,0,0" if arguments.folds else "0.7,0.15,0.15")
+    try:
+        fractions = [float(part) for part in text.split(",")]
+    except ValueError as err:
+        raise UsageError(f"--fractions must be three numbers like 0.7,0.15,0.15, got {text!r}.") from err
+    if arguments.folds is None:
+        split = make_split(store, fractions=fractions, seed=arguments.seed, by_site=arguments.by_site)
+        refuse_empty_parts(split, fractions, where=store.path.name)
+        return split
+    if len(fractions) != 3 or fractions[1]:
+        raise UsageError(
+            f"with --folds the second of --fractions must be 0, because folds are the validation (got {text!r}). "
+            "For a test part of 20 % give --fractions 0.8,0,0.2."
+        )
+    return make_folds(
+        store,
+        num_folds=arguments.folds,
+        test_fraction=fractions[2],
+        seed=arguments.seed,
+        by_site=arguments.by_site,
+    )
 
 
 def _scan_request(arguments: argparse.Namespace, source: Path) -> ScanRequest:

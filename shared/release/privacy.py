@@ -32,6 +32,8 @@ from samgraft.shared.release.containers import (
     zarr_values,
 )
 from samgraft.shared.release.identifiers import MIN_IN_NUMBERS, Identifier, IdentifierSearch, long_runs, unescape
+from samgraft.shared.store.names import KIND as NAMES_KIND
+from samgraft.shared.store.names import NAMES_ENDING
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +53,7 @@ _WINDOWS_PATH = rb"[A-Za-z]:\\{1,2}[\w.-]+|(?<![A-Za-z])[A-Za-z]:/[\w.-]+/[\w.-]
 _ACCENTED = rb"[\xc3-\xcb\xce-\xd4][\x80-\xbf]"
 _CAPITAL, _LETTER = rb"(?:[A-Z]|%b)" % _ACCENTED, rb"(?:[A-Za-z'-]|%b)" % _ACCENTED
 PATTERNS: dict[str, re.Pattern[bytes]] = {
+    "table with the names of patients": re.compile(re.escape(NAMES_KIND.encode())),
     "e-mail address": re.compile(rb"[A-Za-z0-9._%+-]{1,64}@[A-Za-z0-9-]{1,63}(?:\.[A-Za-z0-9-]{1,63})+"),
     "DICOM UID": re.compile(rb"(?<!\d)(?<!\d\.)[12]\.\d{1,3}\.\d{2,}(?:\.\d+){3,}"),
     # Digits after "0." are a decimal, but digits after "scan." are not. Hashes are blanked before the search.
@@ -121,7 +124,7 @@ def scan_folder(folder: Path, *, known: Collection[str] = ()) -> list[PrivacyFin
         findings += _scan_name(path.relative_to(folder).as_posix(), search)
     for path in _without_copies(files, numbers):
         name = path.relative_to(folder).as_posix()
-        if {suffix.lower() for suffix in path.suffixes} & NO_FILE_MAY_BE:
+        if {suffix.lower() for suffix in path.suffixes} & NO_FILE_MAY_BE or path.name.lower().endswith(NAMES_ENDING):
             kind = f"file of a kind that is never released ({path.suffix})"
             findings.append(PrivacyFinding(file=name, offset=0, kind=kind))
         for region in _file_regions(path, name, are_numbers=path in numbers):

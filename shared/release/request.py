@@ -5,7 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from samgraft.shared.config import read_stored_config
 from samgraft.shared.release.load_back import Checked
+from samgraft.shared.store.files import is_address
+from samgraft.shared.store.names import names_path, read_names_file
+
+MIN_NAME = 8
+"""Fewest characters of a name of a scan or a patient that is searched in a release."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,9 +34,29 @@ class ReleaseRequest:
     """True to add decoder, teacher and optimizer of stage 1, after a membership audit."""
 
     @property
+    def known_identifiers(self) -> list[str]:
+        """Strings that must not occur, which are those of the user and the names of the scans of the run's store."""
+        return [*self.identifiers, *_names_of_scans(self.run)]
+
+    @property
     def with_licence(self) -> str:
         """Complete command with a licence."""
         return f"samgraft release {self.run.name} --out {self.out.name} --license cc-by-4.0"
+
+
+def _names_of_scans(run: Path) -> set[str]:
+    """Return names of patients and scans from the owner's tables beside the stores of a run."""
+    file = run / "config.yaml"
+    data = read_stored_config(file).get("data", {}) if file.is_file() else {}
+    names = set()
+    for path in (data.get("store"), *(data.get("labelled") or ())):
+        # A store that was moved or is remote has no table here. The names are an extra check, not a condition.
+        table = names_path(Path(str(path)))
+        if path and not is_address(path) and table.is_file():
+            for name in read_names_file(table).by_series.values():
+                names |= {name.scan, name.patient}
+    # A short name such as 001 occurs in any text, and would stop every release.
+    return {name for name in names if len(name) >= MIN_NAME}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -218,6 +218,15 @@ def refuse_empty_parts(split: Split, fractions: Sequence[float], *, where: str) 
         )
 
 
+def describe_split(split: Split) -> str:
+    """Return the numbers of patients in one line."""
+    counts = {name: len(split.part(name)) for name in PARTS}
+    if not split.folds:
+        return ", ".join(f"{name} {number}" for name, number in counts.items()) + " patients"
+    validated = ", ".join(str(len(fold.val)) for fold in split.folds)
+    return f"{len(split.folds)} folds that validate {validated} patients, test {counts['test']} patients"
+
+
 def group_patients(store: SliceStore, *, by_site: bool = False) -> list[tuple[str, ...]]:
     """Group patients that share voxels, and on request those of one site, which must stay in one part."""
     # Disjoint sets: every patient points towards the representative of its group.

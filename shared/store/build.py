@@ -27,6 +27,7 @@ from samgraft.shared.machine import exit_with_parent
 from samgraft.shared.scans.case import LabelGridError, SourceCase
 from samgraft.shared.scans.intensity import IntensityPreset
 from samgraft.shared.store.examine import BuildSettings, CaseResult, Examined, examine_case, series_id_of
+from samgraft.shared.store.names import names_path, write_names
 from samgraft.shared.store.series import SeriesRecord
 from samgraft.shared.store.store import COMPLETE, SCHEMA, SERIES, SliceStore
 from samgraft.shared.store.write import PARTIAL, finish_store, read_record, start_store, write_series
@@ -132,6 +133,8 @@ def build_store(
         with _lock_store(out):
             report.results, todo = _find_finished(cases, keys, out, settings)
             if _is_complete(report, todo, out, head, settings, skip_refused=skip_refused, overwrite=overwrite):
+                if not names_path(out).is_file():
+                    _write_names(out, cases, report)
                 return report
             _prepare_folder(out, settings)
             if report.num_kept:
@@ -141,6 +144,7 @@ def build_store(
             if report.refused and not (skip_refused and report.records):
                 raise CasesRefused(report, out.name)
             _finish(out, head, report)
+            _write_names(out, cases, report)
     except OSError as err:
         if isinstance(err, SamgraftError):
             raise
@@ -186,6 +190,10 @@ def _finish(out: Path, head: Mapping[str, Any], report: BuildReport) -> None:
     ids = sorted({label for record in records for label in record.label_voxels})
     names = head["label_names"] or {str(label): f"label {label}" for label in ids}
     finish_store(out, {**head, "label_names": names, "series": [record.to_dict() for record in records]})
+
+
+def _write_names(out: Path, cases: Sequence[SourceCase], report: BuildReport) -> None:
+    write_names(out, cases, {result.name: result.record for result in report.results if result.record is not None})
 
 
 def _storage_error(err: OSError, out: Path, report: BuildReport) -> StorageError:

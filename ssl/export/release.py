@@ -92,7 +92,7 @@ def release_encoder(request: ReleaseRequest) -> Released:
         formats=formats,
         write_texts=write_texts,
         clients_module=THIS_MODULE,
-        identifiers=[*request.identifiers, *_patient_ids(card.data_manifest)],
+        identifiers=[*request.known_identifiers, *_patient_ids(card.data_manifest)],
     )
     if audit is None:
         left_out.append("ssl_state: left out, because it reveals more about the training scans; --continuable adds it.")
