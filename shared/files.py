@@ -78,6 +78,16 @@ def write_text(path: Path, text: str) -> FileDigest:
     return write_bytes(path, text.encode())
 
 
+def write_private_text(path: Path, text: str) -> None:
+    """Write UTF-8 text atomically to a file that only its owner can read."""
+    with write_atomically(path) as draft:
+        draft.unlink(missing_ok=True)
+        # The mode is set when the file is created. A moment with the usual mode would be enough to read it.
+        descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "w", encoding="utf-8", newline="") as file:
+            file.write(text)
+
+
 def write_json(
     path: Path, value: object, *, indent: int = 1, sort_keys: bool = True, allow_nan: bool = True
 ) -> FileDigest:

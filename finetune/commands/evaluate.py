@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from samgraft.finetune.evaluation.subgroups import Subgroups
     from samgraft.finetune.model_folder import FinishedModel
     from samgraft.shared.samples.split import Split
+    from samgraft.shared.store.names import Names
     from samgraft.shared.store.store import SliceStore
 
 log = logging.getLogger(__name__)
@@ -52,6 +54,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="write pictures of the scans into the report; for data that may be shared",
     )
     parser.add_argument(
+        "--show-names",
+        action="store_true",
+        help="show files and patients by name, also in cases.names.csv and report.names.html, which must stay local",
+    )
+    parser.add_argument(
         "--precision", default="fp32", choices=("fp32", "bf16", "auto"), help="number format (default fp32)"
     )
     parser.add_argument("--batch-size", type=int, default=8, help="slices per forward pass")
@@ -60,10 +67,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command and return its exit code."""
-    from samgraft.finetune.evaluation.evaluate import evaluate, write_evaluation
+    from samgraft.finetune.evaluation.evaluate import evaluate, write_evaluation, write_named_cases
     from samgraft.finetune.evaluation.evaluation_report import Pictured, write_evaluation_report
     from samgraft.finetune.evaluation.run_inputs import read_run_inputs, split_for_evaluation
     from samgraft.finetune.model_folder import read_model
+    from samgraft.shared.store.names import Names, require_names
     from samgraft.shared.store.store import SliceStore
     from samgraft.shared.training.device import choose_device, retain_freed_memory
 
@@ -73,6 +81,7 @@ def run(arguments: argparse.Namespace) -> int:
     model = read_model(path)
     inputs = read_run_inputs(path)
     store = SliceStore.open(arguments.data or inputs.require_store())
+    names = require_names(store) if arguments.show_names else Names()
     # Without a split file the model is scored on the patients that its run left out. The split next to the store may be
     # another one.
     split, split_sha256 = split_for_evaluation(
@@ -91,7 +100,7 @@ def run(arguments: argparse.Namespace) -> int:
         tolerance_mm=arguments.tolerance_mm,
         postprocessing=_postprocessing(arguments, model, store, split),
         bf16=is_bf16,
-        on_case=_log_case,
+        on_case=partial(_log_case, names),
     )
     folder = arguments.out or path / "evaluation" / arguments.split
     provenance = {
@@ -106,11 +115,22 @@ def run(arguments: argparse.Namespace) -> int:
     shareable = arguments.log_images or (arguments.data is None and inputs.log_images)
     task = model.task
     pictured = Pictured(store=store, intensity=task.inference().intensity, classes=task.classes) if shareable else None
-    write_evaluation_report(
-        evaluation, folder, title=path.name, provenance=provenance, subgroups=subgroups, pictured=pictured
-    )
+    for shown in [Names(), names] if names else [Names()]:
+        write_evaluation_report(
+            evaluation,
+            folder,
+            title=path.name,
+            provenance=provenance,
+            subgroups=subgroups,
+            pictured=pictured,
+            names=shown,
+        )
+    if names:
+        write_named_cases(evaluation, folder, names)
     _log_result(evaluation)
     log.info("written: cases.csv, summary.json and report.html in %s", folder)
+    if names:
+        log.info("with names, for your eyes only: cases.names.csv and report.names.html there")
     return int(ExitCode.OK)
 
 
@@ -167,10 +187,10 @@ def _postprocessing(
     return found
 
 
-def _log_case(number: int, total: int, rows: Any) -> None:
+def _log_case(names: Names, number: int, total: int, rows: Any) -> None:
     for row in rows:
         dice, distance = row["dice"], row["hd95_mm"]
-        log.info("%d/%d %s %s: Dice %s, HD95 %s mm (%d voxels true, %d predicted)", number, total, row["series_id"],
+        log.info("%d/%d %s %s: Dice %s, HD95 %s mm (%d voxels true, %d predicted)", number, total, names.scan(row["series_id"]),
                  row["class"], "n/a" if dice is None else f"{dice:.3f}",
                  "n/a" if distance is None else f"{distance:.1f}", row["true_voxels"],
                  row["predicted_voxels"])  # fmt: skip

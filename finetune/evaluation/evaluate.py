@@ -32,8 +32,9 @@ from samgraft.finetune.evaluation.validation import CaseResult, labelled_series
 from samgraft.finetune.inference import segment_series
 from samgraft.finetune.model_folder import FinishedModel
 from samgraft.shared.errors import DataError
-from samgraft.shared.files import write_json, write_text
+from samgraft.shared.files import write_json, write_private_text, write_text
 from samgraft.shared.samples.split import Split
+from samgraft.shared.store.names import Names
 from samgraft.shared.store.store import SliceStore
 
 log = logging.getLogger(__name__)
@@ -236,6 +237,15 @@ def write_evaluation(
     if subgroups:
         table = [row for one in subgroups for row in one.table(rows)]
         write_text(folder / "subgroups.csv", render_csv(table, tuple(table[0])))
+
+
+def write_named_cases(evaluation: Evaluation, folder: Path, names: Names) -> None:
+    """Write ``cases.names.csv``, the table of cases with the names of patients and scans, for its owner only."""
+    rows = [
+        {**row, "patient": names.patient(row["patient_id"]), "scan": names.scan(row["series_id"])}
+        for row in evaluation.rows
+    ]
+    write_private_text(folder / "cases.names.csv", render_csv(rows, ("patient", "scan", *CASE_COLUMNS)))
 
 
 def _series_to_score(model: FinishedModel, store: SliceStore, split: Split, part: str) -> list[str]:

@@ -27,7 +27,7 @@ from samgraft.finetune.evaluation.scores import (
 from samgraft.finetune.evaluation.statistics import Interval
 from samgraft.finetune.evaluation.subgroups import Subgroups
 from samgraft.finetune.evaluation.viewer import ViewedCase, fetch_bundle, viewer_html, viewer_scripts
-from samgraft.shared.files import write_text
+from samgraft.shared.files import write_private_text, write_text
 from samgraft.shared.report.page import (
     FIGURE_COLORS,
     FIGURE_STYLE,
@@ -43,6 +43,7 @@ from samgraft.shared.report.page import (
     render_report,
 )
 from samgraft.shared.scans.intensity import IntensityPreset, normalise
+from samgraft.shared.store.names import NAMES_WORD, Names
 from samgraft.shared.store.store import SliceStore
 
 SLICES_PER_CASE = 4
@@ -82,8 +83,9 @@ def write_evaluation_report(
     provenance: Mapping[str, Any],
     subgroups: Sequence[Subgroups] = (),
     pictured: Pictured | None = None,
+    names: Names | None = None,
 ) -> Path:
-    """Write ``report.html`` next to the tables and return its path.
+    """Write ``report.html`` next to the tables and return its path. With names it is ``report.names.html``.
 
     Args:
         evaluation: Scores, with predictions for pictures.
@@ -92,26 +94,28 @@ def write_evaluation_report(
         provenance: Hashes of model, store and split.
         subgroups: Subgroups with a table each.
         pictured: Data for pictures; None leaves them out.
+        names: Names of patients and scans for a report that only their owner may read.
     """
-    rows = evaluation.rows
+    rows, names = evaluation.rows, names or Names()
     sections = [
         Section(title="Result", parts=[*_headline(evaluation), _metric_table(rows), _strip_plot(rows)]),
         *(Section(title=f"By {one.attribute}", parts=[_subgroup_table(one, rows)]) for one in subgroups),
-        Section(title="Cases", parts=[_case_table(rows)]),
+        Section(title="Cases", parts=[_case_table(rows, names)]),
     ]
     scripts: list[str] = []
     if pictured is None:
         sections.append(Section(title="Pictures", parts=[Text(text=NO_PICTURES)]))
     else:
         chosen = choose_pictured_cases(rows)
-        parts, scripts = _viewer(evaluation, chosen, pictured)
-        pictures = _pictures(evaluation, chosen, pictured)
+        parts, scripts = _viewer(evaluation, chosen, pictured, names)
+        pictures = _pictures(evaluation, chosen, pictured, names)
         sections.append(Section(title="Worst, median, best", parts=[*pictures, *parts]))
     sections.append(Section(title="How it was measured", parts=[KeyValues(items=_facts(evaluation, provenance))]))
     subtitle = f"evaluation on {evaluation.part}, {evaluation.num_cases} scans"
+    subtitle += ", with the names of patients: do not share" if names else ""
     page = render_report(title, sections, subtitle=subtitle, scripts=scripts)
-    path = folder / "report.html"
-    write_text(path, page)
+    path = folder / (f"report{NAMES_WORD}html" if names else "report.html")
+    (write_private_text if names else write_text)(path, page)
     return path
 
 
@@ -174,11 +178,15 @@ def _subgroup_table(subgroups: Subgroups, rows: Sequence[Row]) -> Table:
     return Table(columns=columns, rows=lines, caption=caption, sortable=True, max_rows=MAX_CASE_ROWS)
 
 
-def _case_table(rows: Sequence[Row]) -> Table:
+def _case_table(rows: Sequence[Row], names: Names) -> Table:
     # Rows without a Dice are last, after every possible value.
     ranked = sorted(rows, key=lambda row: row["dice"] if row["dice"] is not None else 2.0)
     lines = [
-        [row[key] for key in ("patient_id", "series_id", "class", *CASE_METRICS, "true_ml", "predicted_ml")]
+        [
+            names.patient(row["patient_id"]),
+            names.scan(row["series_id"]),
+            *(row[key] for key in ("class", *CASE_METRICS, "true_ml", "predicted_ml")),
+        ]
         for row in ranked
     ]
     columns = ["patient", "scan", "class", *(METRIC_TITLES[key] for key in CASE_METRICS), "true (ml)", "predicted (ml)"]
@@ -206,7 +214,7 @@ def _strip_plot(rows: Sequence[Row]) -> Picture:
         return Picture(png=figure_png(figure), caption="Dice of every patient (dots) and the mean (line).")
 
 
-def _pictures(evaluation: Evaluation, chosen: Mapping[str, str], pictured: Pictured) -> list[SectionPart]:
+def _pictures(evaluation: Evaluation, chosen: Mapping[str, str], pictured: Pictured, names: Names) -> list[SectionPart]:
     parts: list[SectionPart] = []
     for name, series_id in chosen.items():
         predicted, true = evaluation.predictions[series_id].unpack(), pictured.true_labels(series_id)
@@ -217,19 +225,20 @@ def _pictures(evaluation: Evaluation, chosen: Mapping[str, str], pictured: Pictu
             for index, (image, _) in zip(indexes, pictures, strict=True)
         ]
         plain_tiles = [overlay(image) for image, _ in pictures]
+        ignored = (true == IGNORE_LABEL).any()
         titles = [f"slice {index}" for index in indexes]
         parts.append(
             Picture(
                 png=image_grid([plain_tiles, tiles], column_titles=titles, cell_in=1.9),
-                caption=f"{name.capitalize()}: {_case_title(evaluation.rows, series_id)}. Truth outlined in green, "
-                f"prediction filled in red.{' Dark areas are not annotated.' if (true == IGNORE_LABEL).any() else ''}",
+                caption=f"{name.capitalize()}: {_case_title(evaluation.rows, series_id, names)}. Truth outlined in "
+                f"green, prediction filled in red.{' Dark areas are not annotated.' if ignored else ''}",
             )
         )
     return parts
 
 
 def _viewer(
-    evaluation: Evaluation, chosen: Mapping[str, str], pictured: Pictured
+    evaluation: Evaluation, chosen: Mapping[str, str], pictured: Pictured, names: Names
 ) -> tuple[list[SectionPart], list[str]]:
     bundle = fetch_bundle()
     if bundle is None:
@@ -240,7 +249,7 @@ def _viewer(
         volume = pictured.store.read_volume(series_id)
         cases.append(
             ViewedCase(
-                title=f"{name}: {_case_title(evaluation.rows, series_id)}",
+                title=f"{name}: {_case_title(evaluation.rows, series_id, names)}",
                 image_ZHW=np.stack([normalise(one, record.stats, pictured.intensity) for one in volume]),
                 true_ZHW=pictured.true_labels(series_id),
                 predicted_ZHW=evaluation.predictions[series_id].unpack(),
@@ -264,9 +273,9 @@ def _facts(evaluation: Evaluation, provenance: Mapping[str, Any]) -> dict[str, A
     }
 
 
-def _case_title(rows: Sequence[Row], series_id: str) -> str:
+def _case_title(rows: Sequence[Row], series_id: str, names: Names) -> str:
     scores = [row["dice"] for row in rows if row["series_id"] == series_id and row["dice"] is not None]
-    return f"scan {series_id}, Dice {np.mean(scores):.3f}"
+    return f"scan {names.scan(series_id)}, Dice {np.mean(scores):.3f}"
 
 
 def _short(interval: Interval | None) -> str | None:

@@ -37,6 +37,8 @@ class Cell:
     part: str
     shot_unit: str
     settings: tuple[str, ...]
+    fold: int | None = None
+    """Number of the fold, None without folds."""
 
     @property
     def setting(self) -> tuple[str, ...]:
@@ -48,6 +50,9 @@ class Cell:
         """Identity of the work, which does not depend on names that the study file chose."""
         # Equal work under two names, e.g. of a variant, is run once.
         work = {k: v for k, v in dataclasses.asdict(self).items() if k not in {"data_set", "initialisation", "variant"}}
+        if self.fold is None:
+            # Studies without folds keep the keys of earlier versions, so that their cells stay complete.
+            del work["fold"]
         work["shot_unit"] = None if self.shots == ALL else self.shot_unit
         return hashlib.sha256(json.dumps(work, sort_keys=True).encode()).hexdigest()[:12]
 
@@ -55,7 +60,8 @@ class Cell:
     def title(self) -> str:
         """Description for progress lines."""
         shots = "all" if self.shots == ALL else f"{self.shots} {self.shot_unit}"
-        return f"{self.data_set}, {', '.join(self.setting)}, {shots}, seed {self.seed}"
+        fold = "" if self.fold is None else f", fold {self.fold}"
+        return f"{self.data_set}, {', '.join(self.setting)}, {shots}, seed {self.seed}{fold}"
 
     def finetune_arguments(self, runs: Path) -> list[str]:
         """Return the arguments of ``samgraft finetune``."""
@@ -65,6 +71,7 @@ class Cell:
         arguments += ["--runs", str(runs), "--name", self.key]
         overrides = [f"adapter.scope={self.scope}", f"seed={self.seed}", *self.settings]
         overrides += [f"data.split={self.split}"] if self.split else []
+        overrides += [f"data.fold={self.fold}"] if self.fold is not None else []
         if self.shots != ALL:
             # The draw depends on the seed only, so all settings are trained on the same shots.
             overrides += [f"data.few_shot.num={self.shots}", f"data.few_shot.unit={self.shot_unit}"]
@@ -110,8 +117,9 @@ def expand(config: StudyConfig, *, stores: dict[str, str]) -> Grid:
         config.variants,
         config.shots,
         config.seeds,
+        config.folds or [None],
     )
-    for data_set, weights, architecture, scope, method, variant, shots, seed in axes:
+    for data_set, weights, architecture, scope, method, variant, shots, seed, fold in axes:
         named = {
             "data_set": data_set.name, "initialisation": weights.name, "architecture": architecture, "scope": scope,
             "method": method, "variant": variant.name,
@@ -130,6 +138,7 @@ def expand(config: StudyConfig, *, stores: dict[str, str]) -> Grid:
             **named,
             shots=shots,
             seed=seed,
+            fold=fold,
             store=stores[data_set.name],
             split=data_set.split,
             modality=data_set.modality,

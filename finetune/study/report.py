@@ -153,6 +153,13 @@ def _summary(
         Text(text=f"Failed: {titles.get(key, key)}: {strip_folders(line)}", kind="warning")
         for key, line in failed.items()
     ]
+    if config.folds:
+        text = (
+            f"Scores are pooled over {len(config.folds)} folds: every patient was scored by a model that did not train "
+            "on it. The best step of each model was chosen on the same patients, so that the scores are a little "
+            "higher than those of new patients, for all settings alike."
+        )
+        parts.append(Text(text=text, kind="warning"))
     if any(data_set.synthetic_patients for data_set in config.data_sets):
         text = "Some scans are synthetic. The scores show that the study runs, and nothing about real scans."
         parts.append(Text(text=text, kind="warning"))
@@ -165,6 +172,7 @@ def _summary(
         "Variants": ", ".join(v.name for v in config.variants),
         "Shots": ", ".join(_shots(s) for s in config.shots) + f" ({config.shot_unit})",
         "Seeds": ", ".join(map(str, config.seeds)),
+        **({"Folds": ", ".join(map(str, config.folds))} if config.folds else {}),
         "Scored part": config.part,
         "Cells": f"{done} of {len(cells)} complete",
     }

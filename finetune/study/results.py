@@ -61,21 +61,22 @@ class Ranking:
 
 def score_settings(cells: Sequence[Cell], results: Mapping[str, Mapping[str, Any]]) -> list[SettingScore]:
     """Return the scores of every setting, data set and number of shots, without unfinished cells."""
-    groups: dict[tuple[Setting, str, int], list[Mapping[str, Any]]] = {}
+    groups: dict[tuple[Setting, str, int], list[tuple[int, Mapping[str, Any]]]] = {}
     for cell in cells:  # in the order of the grid, so that equal studies give equal tables
         if cell.key in results:
-            groups.setdefault((cell.setting, cell.data_set, cell.shots), []).append(results[cell.key])
+            groups.setdefault((cell.setting, cell.data_set, cell.shots), []).append((cell.seed, results[cell.key]))
     scores = []
-    for (setting, data_set, shots), found in groups.items():
+    for (setting, data_set, shots), seeded in groups.items():
+        found = [result for _, result in seeded]
         patients = _seed_means(found)
-        means = [m for m in (mean_or_none(list(r["dice_per_patient"].values())) for r in found) if m is not None]
+        means = _means_of_seeds(seeded)
         scores.append(
             SettingScore(
                 setting=setting,
                 data_set=data_set,
                 shots=shots,
                 dice=bootstrap_mean(list(patients.values())),
-                num_seeds=len(found),
+                num_seeds=len({seed for seed, _ in seeded}),
                 seed_std=float(np.std(means, ddof=1)) if len(means) > 1 else None,
                 train_minutes=float(np.mean([r["train_seconds"] for r in found])) / 60,
                 peak_gib=max(float(r["peak_mib"]) for r in found) / 1024,
@@ -83,6 +84,14 @@ def score_settings(cells: Sequence[Cell], results: Mapping[str, Mapping[str, Any
             )
         )
     return scores
+
+
+def _means_of_seeds(seeded: Sequence[tuple[int, Mapping[str, Any]]]) -> list[float]:
+    """Return the mean Dice over patients of every seed, whose folds have different patients."""
+    pooled: dict[int, list[float]] = {}
+    for seed, result in seeded:
+        pooled.setdefault(seed, []).extend(result["dice_per_patient"].values())
+    return [mean for mean in map(mean_or_none, pooled.values()) if mean is not None]
 
 
 def _seed_means(results: Sequence[Mapping[str, Any]]) -> dict[str, float]:

@@ -33,7 +33,7 @@ from samgraft.shared.release.containers import (
 )
 from samgraft.shared.release.identifiers import MIN_IN_NUMBERS, Identifier, IdentifierSearch, long_runs, unescape
 from samgraft.shared.store.names import KIND as NAMES_KIND
-from samgraft.shared.store.names import NAMES_ENDING
+from samgraft.shared.store.names import NAMES_WORD
 
 log = logging.getLogger(__name__)
 
@@ -124,7 +124,7 @@ def scan_folder(folder: Path, *, known: Collection[str] = ()) -> list[PrivacyFin
         findings += _scan_name(path.relative_to(folder).as_posix(), search)
     for path in _without_copies(files, numbers):
         name = path.relative_to(folder).as_posix()
-        if {suffix.lower() for suffix in path.suffixes} & NO_FILE_MAY_BE or path.name.lower().endswith(NAMES_ENDING):
+        if {suffix.lower() for suffix in path.suffixes} & NO_FILE_MAY_BE or NAMES_WORD in path.name.lower():
             kind = f"file of a kind that is never released ({path.suffix})"
             findings.append(PrivacyFinding(file=name, offset=0, kind=kind))
         for region in _file_regions(path, name, are_numbers=path in numbers):

@@ -7,22 +7,21 @@ alone, and enters no run, shared report or release.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from samgraft.shared.errors import DataError
-from samgraft.shared.files import write_atomically
+from samgraft.shared.files import write_private_text
 from samgraft.shared.scans.case import SourceCase
 from samgraft.shared.scans.readers.registry import scan_stem
 from samgraft.shared.store.files import LocalFiles
 from samgraft.shared.store.series import SeriesRecord
 from samgraft.shared.store.store import SliceStore
 
-NAMES_ENDING = ".names.json"
-"""Ending of the file. The privacy gate of a release refuses files with it."""
+NAMES_WORD = ".names."
+"""Part of the name of every file with names of scans. The privacy gate of a release refuses such files."""
 KIND = "samgraft-names-of-the-owner"
 """Mark inside the file, by which the privacy gate finds a renamed copy."""
 
@@ -74,7 +73,7 @@ class Names:
 
 def names_path(store_path: Path) -> Path:
     """Return the path of the table of names beside a store."""
-    return store_path.with_name(f"{store_path.name.removesuffix('.zarr')}{NAMES_ENDING}")
+    return store_path.with_name(f"{store_path.name.removesuffix('.zarr')}{NAMES_WORD}json")
 
 
 def write_names(store_path: Path, cases: Iterable[SourceCase], records: Mapping[str, SeriesRecord]) -> None:
@@ -95,12 +94,7 @@ def write_names(store_path: Path, cases: Iterable[SourceCase], records: Mapping[
         if case.name in records
     }
     content = json.dumps({"kind": KIND, "series": series}, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
-    with write_atomically(names_path(store_path)) as draft:
-        draft.unlink(missing_ok=True)
-        # The mode is set when the file is created. A moment with the usual mode would be enough to read it.
-        descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(content)
+    write_private_text(names_path(store_path), content)
 
 
 def read_names(store: SliceStore) -> Names:

@@ -1,7 +1,9 @@
 """``evaluate`` and ``compare`` on the command line: files, splits, post-processing and refusals."""
 
+import csv
 import json
 import random
+import stat
 
 import numpy as np
 import pytest
@@ -13,7 +15,13 @@ from samgraft.finetune.evaluation.postprocess import PostProcessing
 from samgraft.finetune.evaluation.scores import read_cases
 from samgraft.finetune.model_folder import read_model
 from samgraft.shared.cli import main
-from samgraft.shared.samples.split import make_split
+from samgraft.shared.samples.split import default_split_path, load_split, make_folds, make_split
+from samgraft.shared.scans.intensity import IntensityPreset
+from samgraft.shared.scans.volume import Modality
+from samgraft.shared.store.build import build_store
+from samgraft.shared.store.examine import BuildSettings
+from samgraft.shared.store.store import SliceStore
+from store_factory import make_cases
 
 
 @pytest.fixture(scope="module")
@@ -222,3 +230,72 @@ def test_choose_on_validation__segments_validation_scans_only(lab, monkeypatch):
     monkeypatch.setattr(module, "segment_series", spy)
     module.choose_on_validation(read_model(lab.run), lab.store, lab.split)
     assert set(seen) == set(lab.split.val)
+
+
+def make_other_site(folder):
+    """Build a store of other people, whose ids have another salt."""
+    build_store(
+        make_cases(folder / "scans", num_patients=3, shape_zyx=(4, 32, 32), seed=70),
+        out=folder / "site.zarr",
+        settings=BuildSettings(modality=Modality.MRI, salt="another site"),
+        label_names={1: "lesion"},
+        intensity=IntensityPreset(),
+    )
+    return SliceStore.open(folder / "site.zarr")
+
+
+def test_evaluate__store_of_another_site_is_scored_whole(lab, tmp_path):
+    """Every patient of the other site is for testing. No split is needed, and none is drawn."""
+    other = make_other_site(tmp_path)
+    path = other.path
+    out = tmp_path / "out"
+    assert main(["evaluate", str(lab.run), "--data", str(path), "--split", "all", "--out", str(out)]) == 0
+    assert {row["patient_id"] for row in read_cases(out / "cases.csv")} == set(other.patient_ids)
+    assert json.loads((out / "summary.json").read_text())["part"] == "all"
+    assert not default_split_path(path).exists()
+
+
+def test_evaluate__all_patients_of_the_runs_own_store_are_refused(lab, capsys):
+    assert main(["evaluate", str(lab.run), "--split", "all"]) == 3
+    assert "patients of all were trained on" in capsys.readouterr().err
+
+
+def test_evaluate__test_only_split_of_another_site_is_used(lab, tmp_path):
+    other = make_other_site(tmp_path)
+    assert main(["store", "split", str(other.path), "--fractions", "0,0,1"]) == 0
+    patients, sha256 = scored(lab.run, tmp_path / "out", "--data", str(other.path))
+    assert (patients, sha256) == (set(other.patient_ids), load_split(None, other).sha256)
+
+
+def test_evaluate__fold_of_the_run_is_scored(lab, tmp_path):
+    split = make_folds(lab.store, num_folds=3)
+    split.save(tmp_path / "folds.json")
+    run = lab.root / "runs" / "fold1"
+    write_finished(run, lab.store, split.fold(1))
+    data = {"store": str(lab.store.path), "split": str(tmp_path / "folds.json"), "fold": 1}
+    (run / "config.yaml").write_text(yaml.safe_dump({"data": data}))
+    expected = (set(split.folds[1].val), split.fold(1).sha256)
+    assert scored(run, tmp_path / "a", "--split", "val") == expected
+    file = str(tmp_path / "folds.json")
+    assert scored(run, tmp_path / "b", "--split", "val", "--split-file", file) == expected
+
+
+def test_evaluate__names_are_shown_on_request_and_only_in_private_files(lab, tmp_path, capsys):
+    assert main(["evaluate", str(lab.run), "--show-names", "--out", str(tmp_path)]) == 0
+    assert "case0" in capsys.readouterr().err
+    named = (tmp_path / "cases.names.csv", tmp_path / "report.names.html")
+    for path in named:
+        assert "patient0" in path.read_text()
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    for path in tmp_path.iterdir():
+        assert path in named or b"patient0" not in path.read_bytes()
+    with named[0].open(newline="") as file:
+        assert [row["series_id"] for row in csv.DictReader(file)] == [
+            row["series_id"] for row in read_cases(tmp_path / "cases.csv")
+        ]
+
+
+@pytest.mark.parametrize("options", [["--split-file", "a.json"], ["--choose-postprocessing"]])
+def test_evaluate__options_that_all_would_ignore_are_refused(lab, options, capsys):
+    assert main(["evaluate", str(lab.run), "--split", "all", *options]) == 2
+    assert options[0] in capsys.readouterr().err

@@ -126,9 +126,42 @@ def test_cell__key_depends_on_the_settings_of_its_commands():
     assert last.evaluate_arguments(Path("runs"))[1] == f"runs/{last.key}"
 
 
+def test_cell__keys_of_earlier_studies_do_not_change():
+    assert [cell.key for cell in cells()] == ["b7506adc1a9a", "d9bf89b21090", "357aeed7829e", "11cae89a4128"]
+
+
+def test_expand__folds_are_an_axis_that_reaches_the_run():
+    found = cells(methods=["lora"], folds=[0, 1, 2], part="val")
+    assert [(cell.seed, cell.fold) for cell in found] == [(s, f) for s in (0, 1) for f in (0, 1, 2)]
+    assert len({cell.key for cell in found}) == 6
+    assert "data.fold=2" in found[2].finetune_arguments(Path("runs"))
+    assert found[2].title.endswith("seed 0, fold 2")
+
+
+def test_score_settings__folds_are_pooled_over_patients():
+    found = cells(methods=["lora"], folds=[0, 1], part="val")
+    cost = {"train_seconds": 60, "peak_mib": 1, "trainable_millions": 1.0}
+    dice = {(0, 0): {"a": 0.2, "b": 0.4}, (0, 1): {"c": 0.6}, (1, 0): {"a": 0.4, "b": 0.6}, (1, 1): {"c": 0.8}}
+    results = {cell.key: {"dice_per_patient": dice[cell.seed, cell.fold], **cost} for cell in found}
+    (score,) = score_settings(found, results)
+    # Patients a, b, c have the means 0.3, 0.5, 0.7 over two seeds, and the seeds the means 0.4 and 0.6.
+    assert score.dice.mean == pytest.approx(0.5)
+    assert score.dice.num_patients == 3
+    assert score.num_seeds == 2
+    assert score.seed_std == pytest.approx(np.std([0.4, 0.6], ddof=1))
+
+
+def test_write_results__folds_are_stated_in_the_report(tmp_path):
+    settings = config(methods=["lora"], folds=[0, 1], part="val")
+    report.write_results(settings, cells(methods=["lora"], folds=[0, 1], part="val"), {}, tmp_path, failed={})
+    assert "Scores are pooled over 2 folds" in (tmp_path / "report.html").read_text()
+
+
 @pytest.mark.parametrize(
     ("values", "match"),
     [
+        ({"folds": [0, 1]}, "part must be val with folds"),
+        ({"folds": [0, 0], "part": "val"}, "folds must be different numbers"),
         ({"seeds": [0, 0]}, "seeds must have at least one value and none twice"),
         ({"shot_unit": "voxels"}, "shot_unit must be patients or slices"),
         ({"part": "train"}, "part must be val or test"),
