@@ -13,6 +13,7 @@ from samgraft.shared.errors import ExitCode, UsageError
 
 if TYPE_CHECKING:
     from samgraft.finetune.evaluation.evaluate import Evaluation
+    from samgraft.finetune.evaluation.evaluation_report import Pictured
     from samgraft.finetune.evaluation.postprocess import PostProcessing
     from samgraft.finetune.evaluation.subgroups import Subgroups
     from samgraft.finetune.model_folder import FinishedModel
@@ -68,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Run the command and return its exit code."""
     from samgraft.finetune.evaluation.evaluate import evaluate, write_evaluation, write_named_cases
-    from samgraft.finetune.evaluation.evaluation_report import Pictured, write_evaluation_report
+    from samgraft.finetune.evaluation.evaluation_report import write_evaluation_report
     from samgraft.finetune.evaluation.run_inputs import read_run_inputs, split_for_evaluation
     from samgraft.finetune.model_folder import read_model
     from samgraft.shared.store.names import Names, require_names
@@ -78,8 +79,7 @@ def run(arguments: argparse.Namespace) -> int:
     _check(arguments)
     retain_freed_memory()
     path = Path(arguments.model)
-    model = read_model(path)
-    inputs = read_run_inputs(path)
+    model, inputs = read_model(path), read_run_inputs(path)
     store = SliceStore.open(arguments.data or inputs.require_store())
     names = require_names(store) if arguments.show_names else Names()
     # Without a split file the model is scored on the patients that its run left out. The split next to the store may be
@@ -102,36 +102,45 @@ def run(arguments: argparse.Namespace) -> int:
         bf16=is_bf16,
         on_case=partial(_log_case, names),
     )
+    provenance = _provenance(model, store, split_sha256, is_bf16=is_bf16)
+    # The run's permission covers its own data only, not a store that is given now.
+    is_shareable = arguments.log_images or (arguments.data is None and inputs.log_images)
     folder = arguments.out or path / "evaluation" / arguments.split
-    provenance = {
+    write_evaluation(evaluation, folder, provenance=provenance, subgroups=subgroups)
+    write_report = partial(
+        write_evaluation_report,
+        evaluation,
+        folder,
+        title=path.name,
+        provenance=provenance,
+        subgroups=subgroups,
+        pictured=_pictured(model, store) if is_shareable else None,
+    )
+    write_report()
+    _log_result(evaluation)
+    log.info("written: cases.csv, summary.json and report.html in %s", folder)
+    if names:
+        write_report(names=names)
+        log.info(
+            "with names, for you only: %s and report.names.html", write_named_cases(evaluation, folder, names).name
+        )
+    return int(ExitCode.OK)
+
+
+def _provenance(model: FinishedModel, store: SliceStore, split_sha256: str, *, is_bf16: bool) -> dict[str, Any]:
+    return {
         "weights_sha256": model.card.weights_sha256,
         "store_fingerprint": store.fingerprint,
         "split_sha256": split_sha256,
         "precision": "bf16" if is_bf16 else "fp32",
         "prompts": _prompts(model),
     }
-    write_evaluation(evaluation, folder, provenance=provenance, subgroups=subgroups)
-    # The run's permission covers its own data only, not a store that is given now.
-    shareable = arguments.log_images or (arguments.data is None and inputs.log_images)
-    task = model.task
-    pictured = Pictured(store=store, intensity=task.inference().intensity, classes=task.classes) if shareable else None
-    for shown in [Names(), names] if names else [Names()]:
-        write_evaluation_report(
-            evaluation,
-            folder,
-            title=path.name,
-            provenance=provenance,
-            subgroups=subgroups,
-            pictured=pictured,
-            names=shown,
-        )
-    if names:
-        write_named_cases(evaluation, folder, names)
-    _log_result(evaluation)
-    log.info("written: cases.csv, summary.json and report.html in %s", folder)
-    if names:
-        log.info("with names, for your eyes only: cases.names.csv and report.names.html there")
-    return int(ExitCode.OK)
+
+
+def _pictured(model: FinishedModel, store: SliceStore) -> Pictured:
+    from samgraft.finetune.evaluation.evaluation_report import Pictured
+
+    return Pictured(store=store, intensity=model.task.inference().intensity, classes=model.task.classes)
 
 
 def _prompts(model: FinishedModel) -> str:
@@ -190,8 +199,8 @@ def _postprocessing(
 def _log_case(names: Names, number: int, total: int, rows: Any) -> None:
     for row in rows:
         dice, distance = row["dice"], row["hd95_mm"]
-        log.info("%d/%d %s %s: Dice %s, HD95 %s mm (%d voxels true, %d predicted)", number, total, names.scan(row["series_id"]),
-                 row["class"], "n/a" if dice is None else f"{dice:.3f}",
+        log.info("%d/%d %s %s: Dice %s, HD95 %s mm (%d voxels true, %d predicted)", number, total,
+                 names.scan(row["series_id"]), row["class"], "n/a" if dice is None else f"{dice:.3f}",
                  "n/a" if distance is None else f"{distance:.1f}", row["true_voxels"],
                  row["predicted_voxels"])  # fmt: skip
 

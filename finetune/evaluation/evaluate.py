@@ -34,7 +34,7 @@ from samgraft.finetune.model_folder import FinishedModel
 from samgraft.shared.errors import DataError
 from samgraft.shared.files import write_json, write_private_text, write_text
 from samgraft.shared.samples.split import Split
-from samgraft.shared.store.names import Names
+from samgraft.shared.store.names import NAMES_WORD, Names
 from samgraft.shared.store.store import SliceStore
 
 log = logging.getLogger(__name__)
@@ -239,13 +239,15 @@ def write_evaluation(
         write_text(folder / "subgroups.csv", render_csv(table, tuple(table[0])))
 
 
-def write_named_cases(evaluation: Evaluation, folder: Path, names: Names) -> None:
+def write_named_cases(evaluation: Evaluation, folder: Path, names: Names) -> Path:
     """Write ``cases.names.csv``, the table of cases with the names of patients and scans, for its owner only."""
+    path = folder / f"cases{NAMES_WORD}csv"
     rows = [
         {**row, "patient": names.patient(row["patient_id"]), "scan": names.scan(row["series_id"])}
         for row in evaluation.rows
     ]
-    write_private_text(folder / "cases.names.csv", render_csv(rows, ("patient", "scan", *CASE_COLUMNS)))
+    write_private_text(path, render_csv(rows, ("patient", "scan", *CASE_COLUMNS)))
+    return path
 
 
 def _series_to_score(model: FinishedModel, store: SliceStore, split: Split, part: str) -> list[str]:

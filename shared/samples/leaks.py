@@ -1,8 +1,8 @@
 """Patients of one store in another, as leaks between the stages and as patients that a pretraining leaves out.
 
-Two stores know one patient by three rules, from the surest to the weakest. Equal ids need stores with one salt, which
-are stores in one folder. Equal voxels are found under any salt and in any file format. Near-duplicates are scans that
-were rescaled or stored in another type.
+A patient is found in two stores by three rules, from the surest to the weakest. Equal ids need stores with one salt,
+which are stores in one folder. Equal voxels are found under any salt and in any file format. Near-duplicates are scans
+that were rescaled or stored in another type.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Splits that a user brings, as nnU-Net's ``splits_final.json`` or a CSV table of patients.
 
-Both name patients or files as their owner knows them. The table of names beside the store translates them into ids.
+Both have the names that patients or files have at their owner. The table of names beside the store translates them
+into ids.
 """
 
 from __future__ import annotations

@@ -133,8 +133,7 @@ def build_store(
         with _lock_store(out):
             report.results, todo = _find_finished(cases, keys, out, settings)
             if _is_complete(report, todo, out, head, settings, skip_refused=skip_refused, overwrite=overwrite):
-                if not names_path(out).is_file():
-                    _write_names(out, cases, report)
+                _write_missing_names(out, cases, report)
                 return report
             _prepare_folder(out, settings)
             if report.num_kept:
@@ -143,8 +142,7 @@ def build_store(
             _collect(report, todo, work, num_workers=num_workers, on_progress=on_progress)
             if report.refused and not (skip_refused and report.records):
                 raise CasesRefused(report, out.name)
-            _finish(out, head, report)
-            _write_names(out, cases, report)
+            _finish(out, head, cases, report)
     except OSError as err:
         if isinstance(err, SamgraftError):
             raise
@@ -180,8 +178,8 @@ def _manifest_head(
     }
 
 
-def _finish(out: Path, head: Mapping[str, Any], report: BuildReport) -> None:
-    """Remove the series of earlier builds, then write the table and the completion mark."""
+def _finish(out: Path, head: Mapping[str, Any], cases: Sequence[SourceCase], report: BuildReport) -> None:
+    """Remove the series of earlier builds, then write the names, the table and the completion mark."""
     records = sorted(report.records, key=lambda record: record.series_id)
     wanted = {record.series_id for record in records}
     for folder in (out / SERIES).iterdir():
@@ -189,7 +187,14 @@ def _finish(out: Path, head: Mapping[str, Any], report: BuildReport) -> None:
             shutil.rmtree(folder)
     ids = sorted({label for record in records for label in record.label_voxels})
     names = head["label_names"] or {str(label): f"label {label}" for label in ids}
+    _write_names(out, cases, report)
     finish_store(out, {**head, "label_names": names, "series": [record.to_dict() for record in records]})
+
+
+def _write_missing_names(out: Path, cases: Sequence[SourceCase], report: BuildReport) -> None:
+    # Stores of earlier versions have none.
+    if not names_path(out).is_file():
+        _write_names(out, cases, report)
 
 
 def _write_names(out: Path, cases: Sequence[SourceCase], report: BuildReport) -> None:

@@ -28,7 +28,7 @@ KIND = "samgraft-names-of-the-owner"
 
 @dataclass(frozen=True, kw_only=True)
 class OwnerName:
-    """Names of one scan as its owner knows them."""
+    """Names of one scan at its owner."""
 
     scan: str
     """Path of the scan below the source folder, or its row in a CSV list."""
@@ -57,7 +57,7 @@ class Names:
         return next((n.patient for n in self.by_series.values() if n.patient_id == patient_id), patient_id)
 
     def patients_by_name(self) -> dict[str, set[str]]:
-        """Return the ids of the patients that a name may stand for.
+        """Return the ids of the patients that have a name.
 
         A name is an id, a patient, a path, a file name, or a file name without its ending or its channel (``_0000``).
         """
