@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from samgraft.finetune.classes import ClassTable, clean_class_names
+from samgraft.finetune.ending import describe_ending
 from samgraft.finetune.inference import InferenceConfig
 from samgraft.finetune.prompting.prompt_sampling import PromptConfig
 from samgraft.shared.config import load_config
@@ -51,6 +52,12 @@ class Task:
     validation: dict[str, Any] = field(default_factory=dict)
     """Foreground Dice on validation under zero_shot, start and best, and the step of the best."""
     schema: int = SCHEMA
+
+    @property
+    def warning(self) -> str | None:
+        """Sentence on a model that segments nothing or ended below its start, None for any other."""
+        ending = describe_ending(self.validation)
+        return None if ending is None or ending.is_good else ending.text
 
     @property
     def classes(self) -> ClassTable:

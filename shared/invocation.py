@@ -1,7 +1,7 @@
 """Commands in the form in which the user started this one, for messages.
 
 The Makefile sets an environment variable, so that a message names ``make TARGET VARIABLE=...`` after a make target and
-``samgraft COMMAND --option ...`` after a command.
+a ``samgraft`` command with its options after a command.
 """
 
 from __future__ import annotations

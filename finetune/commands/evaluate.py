@@ -211,6 +211,8 @@ def _log_result(evaluation: Evaluation) -> None:
     for metric in METRICS:
         interval = interval_of(evaluation.rows, metric.key)
         log.info("%s, %s: %s", evaluation.part, metric.title, interval.render() if interval else "n/a")
+    for warning in evaluation.warnings:
+        log.warning("%s", warning)
     if one_sided := count_one_sided(evaluation.rows):
         log.info("%d of %d rows are missed or have no truth: Dice is 0 and distances are the scan's diagonal",
         one_sided, len(evaluation.rows))  # fmt: skip

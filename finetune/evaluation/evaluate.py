@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from samgraft.finetune.classes import ClassTable
+from samgraft.finetune.ending import SMALLEST_DICE
 from samgraft.finetune.evaluation.metrics import Labels, mean_over_patients
 from samgraft.finetune.evaluation.postprocess import PostProcessing, apply_postprocessing, choose_postprocessing
 from samgraft.finetune.evaluation.scores import (
@@ -75,6 +76,18 @@ class Evaluation:
     postprocessing: str = "none"
     predictions: Mapping[str, PackedLabels] = field(default_factory=dict)
     """Predicted label ids by series on the scans' own grids, for pictures."""
+    model_warning: str | None = None
+    """Sentence on a model that segments nothing or ended below its start."""
+
+    @property
+    def warnings(self) -> list[str]:
+        """Sentences on a model that failed on these scans or in its training."""
+        found = [self.model_warning] if self.model_warning else []
+        if self.overall and self.overall.mean < SMALLEST_DICE:
+            none = all(row["predicted_voxels"] == 0 for row in self.rows)
+            what = "predicted no voxel of any class" if none else "found no voxel of any class where it is"
+            found.append(f"The model {what} in {self.num_cases} scans.")
+        return found
 
     @property
     def overall(self) -> Interval | None:
@@ -141,7 +154,12 @@ def evaluate(
             on_case(number, len(series_ids), new)
     described = postprocessing.describe(classes) if postprocessing is not None else "none"
     return Evaluation(
-        part=part, rows=rows, tolerance_mm=tolerance_mm, postprocessing=described, predictions=predictions
+        part=part,
+        rows=rows,
+        tolerance_mm=tolerance_mm,
+        postprocessing=described,
+        predictions=predictions,
+        model_warning=model.task.warning,
     )
 
 
@@ -231,6 +249,7 @@ def write_evaluation(
             }
             for metric in METRICS
         },
+        **({"warnings": evaluation.warnings} if evaluation.warnings else {}),
         "subgroups": {one.attribute: one.counts(rows) for one in subgroups},
     }
     write_json(folder / "summary.json", summary, indent=2)

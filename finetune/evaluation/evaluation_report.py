@@ -153,7 +153,10 @@ def _headline(evaluation: Evaluation) -> list[SectionPart]:
         )
     if overall and overall.low is None:
         warnings.append(f"{overall.num_patients} patients are too few for intervals.")
-    return [Text(text=text, kind="good"), *(Text(text=warning, kind="warning") for warning in warnings)]
+    # What failed comes first, and nothing is marked as good then.
+    failed = [Text(text=warning, kind="warning") for warning in evaluation.warnings]
+    headline = Text(text=text, kind="plain" if failed or overall is None else "good")
+    return [*failed, headline, *(Text(text=warning, kind="warning") for warning in warnings)]
 
 
 def _metric_table(rows: Sequence[Row]) -> Table:

@@ -96,7 +96,7 @@ def write_model_card(
         postprocessing: Description of the post-processing.
     """
     sections = {
-        "": _summary(card, task),
+        "": f"**Warning.** {task.warning}\n\n{_summary(card, task)}" if task.warning else _summary(card, task),
         "Scores": _scores(task, scores),
         "Files": contents_section(artefacts, in_registry=subject.why_not_stock is None),
         "Use": _use(folder, card, task, subject, {a.path for a in artefacts}),

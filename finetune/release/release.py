@@ -41,6 +41,7 @@ def release_model(request: ReleaseRequest) -> Released:
     licence = decide_licence(request.licence, model.card, next_command=request.with_licence)
     if request.continuable:
         raise UsageError("--continuable applies to runs of stage 1 only. Leave it out for a fine-tuned model.")
+    request.refuse_warnings([model.task.warning] if model.task.warning else [])
     refuse_existing(request.out)
     subject = _subject(model)
     formats, left_out = choose_formats(_formats(model, request.run), request.formats, subject)

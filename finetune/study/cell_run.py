@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+from samgraft.finetune.ending import describe_ending
 from samgraft.finetune.evaluation.scores import per_patient, read_cases
 from samgraft.finetune.study.cells import Cell
 from samgraft.shared.errors import ExitCode
@@ -175,6 +176,7 @@ def read_scores(cell: Cell, folder: CellFolder) -> dict[str, Any]:
     """Return Dice per patient, validation scores and cost of a finished cell."""
     run = folder.runs / cell.key
     task = json.loads((run / "model" / "task.json").read_text(encoding="utf-8"))
+    ending = describe_ending(task["validation"])
     cost = json.loads(folder.file(cell.key, ".cost.json").read_text(encoding="utf-8"))
     rows = read_cases(run / "evaluation" / cell.part / "cases.csv")
     return {
@@ -182,6 +184,7 @@ def read_scores(cell: Cell, folder: CellFolder) -> dict[str, Any]:
         "dice_per_patient": per_patient(rows, "dice"),
         "validation_dice": task["validation"].get("best"),
         "zero_shot_dice": task["validation"].get("zero_shot"),
+        "has_gain": ending is None or ending.is_good,
         "trainable_millions": round(sum(task["trainable_millions"].values()), 4),
         "train_seconds": cost["seconds"],
         "peak_mib": cost["peak_mib"],

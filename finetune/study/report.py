@@ -37,7 +37,7 @@ from samgraft.shared.report.page import (
 
 TABLE_COLUMNS = (
     "data set", *SETTING_AXES, "shots", "seeds", "dice", "low", "high", "patients", "seed std", "train min", "peak GiB",
-    "trainable M",
+    "trainable M", "no gain",
 )  # fmt: skip
 
 
@@ -58,9 +58,9 @@ def write_results(
     write_text(folder / "table.csv", text.getvalue())
     ranking = rank_settings(cells, results)
     sections = [
-        Section(title="Summary", parts=_summary(config, cells, results, failed)),
+        Section(title="Summary", parts=[*_settings_without_gain(rows), *_summary(config, cells, results, failed)]),
         Section(title="Results", parts=[_table(rows)]),
-        Section(title="Ranks", parts=_ranks(ranking)),
+        Section(title="Ranks", parts=[*_settings_without_gain(rows), *_ranks(ranking)]),
     ]
     if len(config.shots) > 1:
         sections.append(Section(title="Few shots", parts=_curves(rows, config.shot_unit)))
@@ -75,16 +75,31 @@ def write_results(
 _COST = "Mean Dice against trainable parameters and wall minutes of training, which depend on the load of the machine."
 
 
+def _settings_without_gain(rows: Sequence[SettingScore]) -> list[Text]:
+    """Return a warning on models without gain by setting, because a rank alone would hide them."""
+    names = short_names([row.setting for row in rows])
+    counts: dict[str, int] = {}
+    for row in rows:
+        counts[names[row.setting]] = counts.get(names[row.setting], 0) + row.num_without_gain
+    if not (bad := {name: count for name, count in counts.items() if count}):
+        return []
+    listed = ", ".join(f"{name} ({count})" for name, count in bad.items())
+    text = (
+        f"Models that segment nothing or ended below their start, by setting: {listed}. They are ranked all the same."
+    )
+    return [Text(text=text, kind="warning")]
+
+
 def table_lines(rows: Sequence[SettingScore]) -> list[str]:
     """Return the lines of the result table for a terminal, best first within a data set."""
     names = short_names([row.setting for row in rows])
-    cells = [["data set", "setting", "shots", "seeds", "Dice (95 % interval)", "min", "GiB", "M trained"]]
+    cells = [["data set", "setting", "shots", "seeds", "Dice (95 % interval)", "min", "GiB", "M trained", "no gain"]]
     ordered = sorted(rows, key=lambda r: (r.data_set, r.shots, -(r.dice.mean if r.dice else -1.0)))
     cells += [
         [
             row.data_set, names[row.setting], _shots(row.shots), str(row.num_seeds),
             row.dice.render() if row.dice else "n/a", f"{row.train_minutes:.1f}", f"{row.peak_gib:.1f}",
-            f"{row.trainable_millions:.3f}",
+            f"{row.trainable_millions:.3f}", str(row.num_without_gain or "-"),
         ]
         for row in ordered
     ]  # fmt: skip
@@ -249,6 +264,7 @@ def _values(row: SettingScore) -> list[Any]:
         row.data_set, *row.setting, _shots(row.shots), row.num_seeds,
         dice.mean if dice else None, dice.low if dice else None, dice.high if dice else None,
         dice.num_patients if dice else 0, row.seed_std, row.train_minutes, row.peak_gib, row.trainable_millions,
+        row.num_without_gain or None,
     ]  # fmt: skip
 
 

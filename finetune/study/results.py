@@ -44,6 +44,8 @@ class SettingScore:
     """Resident memory of the training process, largest over seeds."""
     trainable_millions: float
     """Trainable parameters, millions."""
+    num_without_gain: int = 0
+    """Number of models that segment nothing or ended below their start."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +83,8 @@ def score_settings(cells: Sequence[Cell], results: Mapping[str, Mapping[str, Any
                 train_minutes=float(np.mean([r["train_seconds"] for r in found])) / 60,
                 peak_gib=max(float(r["peak_mib"]) for r in found) / 1024,
                 trainable_millions=float(found[0]["trainable_millions"]),
+                # Results of earlier versions do not have this entry.
+                num_without_gain=sum(not result.get("has_gain", True) for result in found),
             )
         )
     return scores

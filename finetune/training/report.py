@@ -63,8 +63,7 @@ def write_report(
 
 
 def _result(record: Record) -> Text:
-    is_better, text = record.describe_result()
-    return Text(kind="good" if is_better else "warning", text=text)
+    return Text(kind="good" if record.ending.is_good else "warning", text=record.ending.text)
 
 
 def _comparison(prepared: Prepared, record: Record) -> Table:

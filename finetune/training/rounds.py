@@ -14,7 +14,9 @@ import logging
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
+from samgraft.finetune.ending import Ending, describe_ending
 from samgraft.finetune.evaluation.validation import CaseResult, mean_dice
 from samgraft.shared.errors import DataError, WeightsError
 from samgraft.shared.files import write_json, write_tensors
@@ -39,18 +41,17 @@ class Record:
         """Step of the highest Dice, and the earliest of equal ones."""
         return max(self.rounds, key=lambda step: (self.rounds[step], -step)) if self.rounds else None
 
-    def describe_result(self) -> tuple[bool, str]:
-        """Return whether training raised the Dice, and the sentence that reports it."""
+    def summary(self) -> dict[str, Any]:
+        """Return the Dice before training and at best, for ``task.json``, rounded to four decimals."""
         best = self.best_step
-        if best is None:
-            return False, "There was no validation round."
-        dice, before = self.rounds[best], max(self.start or 0.0, self.zero_shot or 0.0)
-        if dice > before:
-            return True, f"Foreground Dice on validation rose from {before:.3f} to {dice:.3f} (best at step {best})."
-        return False, (
-            f"Foreground Dice on validation did not rise: {dice:.3f} at best, {before:.3f} before training. Train "
-            "longer, check the labels, or lower optim.lr."
-        )
+        values = {"zero_shot": self.zero_shot, "start": self.start, "best": None if best is None else self.rounds[best]}
+        rounded = {name: None if value is None else round(value, 4) for name, value in values.items()}
+        return {**rounded, "best_step": best}
+
+    @property
+    def ending(self) -> Ending:
+        """Comparison of the best round with the start."""
+        return describe_ending(self.summary()) or Ending(is_good=False, text="There was no validation round.")
 
 
 class ValidationRounds:

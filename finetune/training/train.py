@@ -23,6 +23,7 @@ from samgraft.finetune.adapters.eva import initialise_eva
 from samgraft.finetune.baselines.networks import RandomWeights
 from samgraft.finetune.baselines.volume_patches import VolumePatches
 from samgraft.finetune.config import FinetuneConfig, Schedule
+from samgraft.finetune.ending import Ending
 from samgraft.finetune.evaluation.evaluate import dice_per_class, summarise, write_evaluation
 from samgraft.finetune.evaluation.overlays import choose_slices, overlay, slice_pictures
 from samgraft.finetune.evaluation.validation import CaseResult, mean_dice, score_scans
@@ -121,8 +122,8 @@ def finetune(config: FinetuneConfig, run: RunFolder, device: DeviceChoice, prepa
     rounds.delete_others()
     best = {"best_step": rounds.record.best_step, "best_dice": round(mean_dice(results) or 0.0, 4)}
     run.mark_complete(**best, world_size=result.world_size)
-    is_better, text = rounds.record.describe_result()
-    log.log(logging.INFO if is_better else logging.WARNING, "%s", text)
+    ending = rounds.record.ending
+    log.log(logging.INFO if ending.is_good else logging.WARNING, "%s", ending.text)
     return folder
 
 
@@ -235,7 +236,7 @@ def write_finished(
 ) -> Path:
     """Write the adapter and the merged model, and return their folder. ``prepared`` then has the merged model."""
     folder = run.path / "model"
-    card = finished_card(prepared, config, result=result)
+    card = finished_card(prepared, config, result=result, ending=rounds.record.ending)
     task = finished_task(prepared, config, rounds, trainable={p: round(t / 1e6, 4) for p, t, _ in trainable})
     if prepared.peft_model is None:
         write_model(sam, folder, card=card, task=task)
@@ -274,7 +275,7 @@ def _merge_and_compare(prepared: Prepared, folder: Path) -> nn.Module:
     return sam
 
 
-def finished_card(prepared: Prepared, config: FinetuneConfig, *, result: FitResult) -> Card:
+def finished_card(prepared: Prepared, config: FinetuneConfig, *, result: FitResult, ending: Ending) -> Card:
     """Return the card of the fine-tuned model, with the history of its encoder."""
     manifest = pretrain_manifest(prepared.store, prepared.split.train)
     initial = prepared.initial
@@ -283,6 +284,8 @@ def finished_card(prepared: Prepared, config: FinetuneConfig, *, result: FitResu
     notes = [*initial.card.notes]
     if prepared.transductive:
         notes.append("transductive: validation or test patients were in the unlabelled pretraining set")
+    if not ending.is_good:
+        notes.append(ending.text)
     return dataclasses.replace(
         initial.card,
         stage="model",
@@ -305,13 +308,6 @@ def finished_task(
     prepared: Prepared, config: FinetuneConfig, rounds: ValidationRounds, *, trainable: dict[str, float]
 ) -> Task:
     """Return the task of the fine-tuned model, with its Dice on validation."""
-    record, best = rounds.record, rounds.record.best_step
-    validation: dict[str, Any] = {
-        "zero_shot": _rounded(record.zero_shot),
-        "start": _rounded(record.start),
-        "best": _rounded(record.rounds[best]) if best is not None else None,
-        "best_step": best,
-    }
     split = prepared.split
     return Task(
         class_ids=list(prepared.classes.ids),
@@ -329,7 +325,7 @@ def finished_task(
         prompt=config_to_dict(config.prompt) if config.prompt.is_prompted else {},
         transductive=prepared.transductive,
         trainable_millions=trainable,
-        validation=validation,
+        validation=rounds.record.summary(),
     )
 
 
@@ -416,7 +412,3 @@ def _provenance(prepared: Prepared) -> dict[str, Any]:
 
 def _detached(network: nn.Module) -> dict[str, torch.Tensor]:
     return {name: parameter.detach() for name, parameter in trainable_tensors(network).items()}
-
-
-def _rounded(value: float | None) -> float | None:
-    return None if value is None else round(value, 4)

@@ -39,6 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="text file with one original id or name per line, none of which may occur in the release",
     )
     parser.add_argument(
+        "--force", action="store_true", help="release a model that segments nothing or ended below its start"
+    )
+    parser.add_argument(
         "--continuable",
         action="store_true",
         help="stage 1: add decoder, teacher and optimizer, so that others can continue; prints a membership audit",
@@ -57,6 +60,7 @@ def run(arguments: argparse.Namespace) -> int:
         statement=arguments.statement,
         identifiers=_identifiers(arguments.known_identifiers),
         continuable=arguments.continuable,
+        force=arguments.force,
     )
     released: Released = _releaser(arguments.run)(request)
     for file in released.checked:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from samgraft.shared.config import read_stored_config
+from samgraft.shared.errors import UsageError
 from samgraft.shared.release.load_back import Checked
 from samgraft.shared.store.files import is_address
 from samgraft.shared.store.names import names_path, read_names_file
@@ -30,8 +32,23 @@ class ReleaseRequest:
     """Sentence of the releaser on origin, consent and de-identification of the scans."""
     identifiers: tuple[str, ...] = ()
     """Further strings that must not occur in any file."""
+    force: bool = False
+    """True to release a model that segments nothing or ended below its start."""
     continuable: bool = False
     """True to add decoder, teacher and optimizer of stage 1, after a membership audit."""
+
+    def refuse_warnings(self, warnings: Sequence[str]) -> None:
+        """Refuse a model that failed in its training, unless the user insists.
+
+        Raises:
+            UsageError: If there is a warning and ``force`` is False.
+        """
+        if warnings and not self.force:
+            raise UsageError(
+                f"{' '.join(warnings)} --force releases it nevertheless, and its card then states this.",
+                where=self.run.name,
+                kept="the run; nothing was released",
+            )
 
     @property
     def known_identifiers(self) -> list[str]:
