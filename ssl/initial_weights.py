@@ -119,8 +119,11 @@ def _load_encoder(config: ModelConfig) -> tuple[ImageEncoder, Card]:
 
 
 def describe_trained_share(objective: Objective) -> str:
-    """Return the number of trained parameters out of all, for the pre-flight."""
-    sizes = [(p.numel(), p.requires_grad) for p in objective.parameters()]
-    total = sum(size for size, _ in sizes)
-    trained = sum(size for size, is_trained in sizes if is_trained)
-    return f"{trained / 1e6:.2f} of {total / 1e6:.2f} M parameters"
+    """Return the numbers of trained parameters of the encoder and of decoder and heads, for the pre-flight."""
+    inside = {id(p) for p in objective.encoder.parameters()}
+    trained = sum(p.numel() for p in objective.encoder.parameters() if p.requires_grad)
+    # A teacher is a frozen copy of encoder and heads, which must not be counted a second time.
+    outside = sum(p.numel() for p in objective.parameters() if p.requires_grad and id(p) not in inside)
+    total = sum(p.numel() for p in objective.encoder.parameters())
+    encoder = f"{trained / 1e6:.2f} of {total / 1e6:.2f} M parameters of the encoder"
+    return f"{encoder}, {outside / 1e6:.2f} M of decoder and heads"

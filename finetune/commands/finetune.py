@@ -91,8 +91,7 @@ def _finetune(arguments: argparse.Namespace) -> int:
 
     for line in [*describe(prepared), *describe_embeddings(prepared, config, device)]:
         log.info("%s", line)
-    if arguments.dry_run:
-        _list_trained(prepared)
+    _list_trained(prepared)
     # A run with training states was measured when it began.
     if arguments.dry_run or not (arguments.runs / name / "checkpoints").is_dir():
         _log_cost(prepared, config, device, run_path=arguments.runs / name)
@@ -129,8 +128,9 @@ def _log_cost(prepared: Prepared, config: FinetuneConfig, device: DeviceChoice, 
 def _list_trained(prepared: Prepared) -> None:
     from samgraft.finetune.adapters import render_groups, trainable_groups
 
+    # Hundreds of lines, which --debug shows; the report has them in any case.
     for line in render_groups(trainable_groups(prepared.segmenter.network)):
-        log.info("  %s", line)
+        log.debug("  %s", line)
 
 
 def build_config(typed: TypedSettings, *, preset: str = "auto") -> FinetuneConfig:

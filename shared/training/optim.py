@@ -5,8 +5,8 @@ Schedules are pure functions of the step, so that they have no state to save and
 
 from __future__ import annotations
 
-import logging
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -18,8 +18,8 @@ from samgraft.shared.errors import UsageError
 from samgraft.shared.training.config import check_warmup
 from torch import nn
 
-log = logging.getLogger(__name__)
-
+WRAPPERS = frozenset({"objective", "segmenter", "sam", "network", "base_model", "model", "module"})
+"""Names of modules around the parts of a network."""
 NO_DECAY_NAMES = ("pos_embed", "rel_pos_h", "rel_pos_w", "attention_biases", "mask_token", "cls_token")
 """Name endings of position tables and learned tokens. Weight decay would pull them to zero without benefit."""
 
@@ -64,11 +64,31 @@ def build_optimizer(
     groups = parameter_groups(module, config, layer_groups=layer_groups)
     if not groups:
         raise UsageError("at least one parameter must be trainable, got none.", where="model")
-    optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2))
-    count = sum(p.numel() for g in groups for p in g["params"])
-    total = sum(p.numel() for p in module.parameters())
-    log.info("training %.2f of %.2f million parameters (%.1f %%)", count / 1e6, total / 1e6, 100 * count / total)
-    return optimizer
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2))
+
+
+def describe_rates(module: nn.Module, optimizer: torch.optim.Optimizer) -> str:
+    """Return the peak learning rates of the parts of a module, each with its trained parameters."""
+    part_of = {id(parameter): _part(name) for name, parameter in module.named_parameters()}
+    rates: dict[str, set[float]] = {}
+    counts: Counter[str] = Counter()
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            part = part_of.get(id(parameter), "other")
+            rates.setdefault(part, set()).add(float(group.get("peak_lr", group["lr"])))
+            counts[part] += parameter.numel()
+    # With layer decay a part has many rates, of which the first and the last are enough.
+    return ", ".join(
+        f"{part} {' to '.join(f'{rate:.1e}' for rate in sorted({min(found), max(found)}))} "
+        f"({counts[part] / 1e6:.2f} M parameters)"
+        for part, found in rates.items()
+    )
+
+
+def _part(name: str) -> str:
+    """Return the part of a network that a parameter belongs to, such as ``mask_decoder``."""
+    words = name.split(".")
+    return next((word for word in words[:-1] if word not in WRAPPERS), words[-1])
 
 
 def parameter_groups(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +19,7 @@ from rich.progress import Progress as Bar
 from samgraft.shared.runs.metrics import TensorBoardFile
 from samgraft.shared.runs.run_folder import RunFolder
 from samgraft.shared.training.config import TrainerConfig
+from samgraft.shared.training.optim import describe_rates
 from samgraft.shared.training.resume import RunCounters
 from torch import Tensor
 
@@ -26,6 +28,10 @@ log = logging.getLogger(__name__)
 PLAIN_LINE_EVERY_S = 60.0
 """Interval in seconds of the progress line in a log file."""
 FIRST_PLAIN_LINE_AFTER_S = 10.0
+ETA_STEPS = 50
+"""Number of newest steps whose mean duration gives the ETA."""
+MIN_ETA_STEPS = 3
+"""Number of steps after the first one before an ETA is shown. The first one is slow on most devices."""
 BAR_EVERY_S = 0.5
 """Interval in seconds of updates on a terminal."""
 
@@ -54,7 +60,7 @@ class ProgressMeter(pl.Callback):
     _sums: dict[str, float | Tensor] = field(default_factory=dict, init=False)
     _in_step: int = field(default=0, init=False)
     _mark: float = field(default_factory=time.monotonic, init=False)
-    _started: float = field(default_factory=time.monotonic, init=False)
+    _step_ends: deque[float] = field(default_factory=lambda: deque(maxlen=ETA_STEPS + 1), init=False)
     _last_line: float = field(default=0.0, init=False)
     _window: tuple[float, float, int] = field(default=(0.0, 0.0, 0), init=False)
     _bar: _BarLine | None = field(default=None, init=False)
@@ -71,8 +77,11 @@ class ProgressMeter(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start the clock, and on a terminal the progress bar."""
-        self._started = self._mark = time.monotonic()
-        self._last_line = self._started + FIRST_PLAIN_LINE_AFTER_S - PLAIN_LINE_EVERY_S
+        self._mark = time.monotonic()
+        self._step_ends.clear()
+        self._last_line = self._mark + FIRST_PLAIN_LINE_AFTER_S - PLAIN_LINE_EVERY_S
+        if trainer.is_global_zero:
+            log.info("learning rates at their peak: %s", describe_rates(pl_module, trainer.optimizers[0]))
         if trainer.is_global_zero and sys.stderr.isatty():
             self._bar = _BarLine(self.config.max_steps)
 
@@ -81,10 +90,8 @@ class ProgressMeter(pl.Callback):
     ) -> None:
         """Stop the waiting clock."""
         now = time.monotonic()
-        if self.micro_steps == 0:
-            # Validation and the start of workers before the first batch happen once, so the ETA must not count them.
-            self._started = now
-        else:
+        # The start of workers before the first batch happens once and is no sign of a slow data path.
+        if self.micro_steps > 0:
             self.wait_s += now - self._mark
         self._mark = now
 
@@ -122,9 +129,13 @@ class ProgressMeter(pl.Callback):
     def _finish_step(self, trainer: pl.Trainer, now: float) -> None:
         step = trainer.global_step
         values: dict[str, float | Tensor] = {f"train/{k}": v / self._in_step for k, v in self._sums.items()}
-        values["train/lr"] = max(float(g["lr"]) for g in trainer.optimizers[0].param_groups)
         seen = self.counters.samples_seen + self.config.accumulate * self.slices_per_micro_step
         values["train/epochs"] = seen / self.slices_available
+        rates = [float(group["lr"]) for group in trainer.optimizers[0].param_groups]
+        values["train/lr"] = max(rates)
+        if min(rates) < max(rates):
+            values["train/lr_min"] = min(rates)
+        self._step_ends.append(now)
         self._sums, self._in_step = {}, 0
         if step % self.step_log.every_steps == 0:
             values["perf/slices_per_s"], values["perf/data_wait_percent"] = self._measure()
@@ -148,16 +159,21 @@ class ProgressMeter(pl.Callback):
 
     def _line(self, step: int, values: Mapping[str, float | Tensor]) -> str:
         max_steps, save_every = self.config.max_steps, self.config.save_every_steps
-        steps_here = max(1, self.micro_steps // self.config.accumulate)
-        eta_s = (time.monotonic() - self._started) / steps_here * (max_steps - step)
         to_save = min(save_every - step % save_every, max_steps - step)
         return (
             f"step {step}/{max_steps}  epoch {float(values['train/epochs']):.2f}  "
             f"loss {float(values.get('train/loss', float('nan'))):.4g}  "
-            f"lr {float(values['train/lr']):.1e}  {format_rate(self.slices_per_s)} slices/s  "
-            f"data wait {100 * self.data_wait_share:.0f} %  ETA {format_duration(eta_s)}  "
+            f"lr {_rates(values)}  {format_rate(self.slices_per_s)} slices/s  "
+            f"data wait {100 * self.data_wait_share:.0f} %  ETA {self._eta(max_steps - step)}  "
             f"next save in {to_save} step{'s' * (to_save != 1)}"
         )
+
+    def _eta(self, steps_left: int) -> str:
+        """Return the expected time for the rest of the run, from the newest steps with their validation and saving."""
+        measured = len(self._step_ends) - 1
+        if measured < MIN_ETA_STEPS:
+            return "unknown"
+        return format_duration((self._step_ends[-1] - self._step_ends[0]) / measured * steps_left)
 
 
 class _BarLine:
@@ -198,6 +214,11 @@ def format_duration(seconds: float) -> str:
         return f"{minutes} min"
     hours = minutes // 60
     return f"{hours} h {minutes % 60} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
+
+
+def _rates(values: Mapping[str, float | Tensor]) -> str:
+    highest, lowest = float(values["train/lr"]), float(values.get("train/lr_min", values["train/lr"]))
+    return f"{highest:.1e}" if lowest == highest else f"{lowest:.1e} to {highest:.1e}"
 
 
 def _scalars(outputs: Any, *, accumulate: int) -> dict[str, Tensor]:

@@ -206,7 +206,7 @@ def load_into(
     if misfits or not report.is_complete:
         raise _incomplete(report, weights, misfits, getattr(encoder, "spec", None))
     target.load_state_dict({k.removeprefix(prefix): v for k, v in loaded.items()}, strict=True)
-    log.info("%s", report.render())
+    log.info("%s", report.render(is_detailed=log.isEnabledFor(logging.DEBUG)))
     return report
 
 

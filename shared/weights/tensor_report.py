@@ -59,15 +59,18 @@ class TensorReport:
         """True if every requested tensor was loaded and no other one of that part is in the file."""
         return not self.missing and not self.unexpected and self.num_loaded > 0
 
-    def render(self) -> str:
-        """Return the text that is logged for every load."""
+    def render(self, *, is_detailed: bool = False) -> str:
+        """Return the text that is logged for every load, and with ``is_detailed`` a line per resized tensor."""
         head = f"{self.part}: {self.num_loaded}/{self.num_requested} tensors from {self.source} ({self.format})"
         lines = [head]
         for name in ("missing", "unexpected", "left_at_base"):
             names: list[str] = getattr(self, name)
             if names:
                 lines.append(f"  {name.replace('_', ' ')}: {len(names)} ({shorten(names)})")
-        lines += [f"  resized: {r.name} {r.file_shape} -> {r.model_shape}" for r in self.resized]
+        if is_detailed:
+            lines += [f"  resized: {r.name} {r.file_shape} -> {r.model_shape}" for r in self.resized]
+        elif self.resized:
+            lines.append(f"  resized: {len(self.resized)} ({shorten([r.name for r in self.resized])})")
         if self.not_requested:
             parts = Counter(name.split(".", 1)[0] for name in self.not_requested)
             lines.append("  not requested: " + ", ".join(f"{part} {count}" for part, count in parts.items()))

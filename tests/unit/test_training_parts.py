@@ -338,33 +338,48 @@ def test_progress_meter__epochs_count_earlier_sessions() -> None:
     assert recorded["train/epochs"] == (32 + 8) / 16
 
 
-def test_progress_meter__eta_does_not_count_the_time_before_the_first_batch(
+def test_progress_meter__eta_comes_from_the_newest_steps(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """After a minute of validation and 2 s for the first step, 9 more steps take 18 s."""
+    """After a minute of validation and a slow first step, the steps take 2 s, and later 4 s."""
     clock = [100.0]
+    monkeypatch.setattr(progress_module, "PLAIN_LINE_EVERY_S", 0.0)
+    monkeypatch.setattr(progress_module, "FIRST_PLAIN_LINE_AFTER_S", 0.0)
     monkeypatch.setattr(progress_module, "time", SimpleNamespace(monotonic=lambda: clock[0]))
     step_log = SimpleNamespace(every_steps=1, record=lambda step, values: None)
-    progress = make_meter(step_log, TrainerConfig(max_steps=10))
-    optimizer = SimpleNamespace(param_groups=[{"lr": 1.0}])
+    progress = make_meter(step_log, TrainerConfig(max_steps=200))
+    module = nn.ModuleDict({"encoder": nn.Linear(10, 10, bias=False), "heads": nn.Linear(5, 1, bias=False)})
+    groups = [
+        {"params": [module["encoder"].weight], "lr": 1e-5, "peak_lr": 1e-4},
+        {"params": [module["heads"].weight], "lr": 1e-4, "peak_lr": 1e-3},
+    ]
+    optimizer = SimpleNamespace(param_groups=groups)
     trainer = SimpleNamespace(global_step=1, is_global_zero=True, optimizers=[optimizer])
     monkeypatch.setattr(progress_module.sys.stderr, "isatty", lambda: False, raising=False)
-    progress.on_train_start(trainer, None)
+    caplog.set_level("INFO")
+    progress.on_train_start(trainer, module)
+    assert "peak: encoder 1.0e-04 (0.00 M parameters), heads 1.0e-03 (0.00 M parameters)" in caplog.text
     clock[0] += 60
-    progress.on_train_batch_start(trainer, None, None, 0)
-    clock[0] += 2
-    with caplog.at_level("INFO"):
+    for step in range(1, 101):
+        trainer.global_step = step
+        progress.on_train_batch_start(trainer, None, None, 0)
+        clock[0] += 20 if step == 1 else 2 if step <= 49 else 4
         progress.on_train_batch_end(trainer, None, {"loss": torch.tensor(1.0)}, None, 0)
-    assert "step 1/10" in caplog.text
-    assert "ETA 18 s" in caplog.text
+    lines = [record.getMessage() for record in caplog.records if "step " in record.getMessage()]
+    assert "ETA unknown" in lines[2]
+    assert "step 4/200" in lines[3]
+    assert f"ETA {format_duration(2 * 196)} " in lines[3]
+    assert f"ETA {format_duration(4 * 100)} " in lines[99]
+    assert "lr 1.0e-05 to 1.0e-04" in lines[99]
 
 
 def test_progress_meter__counts_micro_steps_of_one_step_as_work(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [100.0]
     monkeypatch.setattr(progress_module, "time", SimpleNamespace(monotonic=lambda: clock[0]))
     progress = make_meter(SimpleNamespace(every_steps=1), TrainerConfig(max_steps=10, accumulate=3))
-    trainer = SimpleNamespace(global_step=1, is_global_zero=True)
-    progress.on_train_start(trainer, None)
+    optimizer = SimpleNamespace(param_groups=[])
+    trainer = SimpleNamespace(global_step=1, is_global_zero=True, optimizers=[optimizer])
+    progress.on_train_start(trainer, nn.Identity())
     for wait, work in ((60, 3), (1, 4)):
         clock[0] += wait
         progress.on_train_batch_start(trainer, None, None, 0)

@@ -269,7 +269,10 @@ def test_another_size__is_refused_or_resized_with_a_report(tmp_path: Path, plain
     tables = {f"image_encoder.blocks.{i}.attn.rel_pos_{axis}" for i in (1, 3) for axis in "hw"}
     assert resized == tables | {"image_encoder.pos_embed"}
     assert report.num_loaded == report.num_requested
-    assert "resized: image_encoder.pos_embed [1, 10, 10, 32] -> [1, 4, 4, 32]" in report.render()
+    line = "resized: image_encoder.pos_embed [1, 10, 10, 32] -> [1, 4, 4, 32]"
+    assert line in report.render(is_detailed=True)
+    assert line not in report.render()
+    assert "resized: 5 (" in report.render()
 
 
 def test_resize_positions__relative_as_segment_anything_absolute_smooth_native_untouched() -> None:
