@@ -108,6 +108,7 @@ def expand(config: StudyConfig, *, stores: dict[str, str]) -> Grid:
     """
     found: dict[str, Cell] = {}  # by key: equal work occurs once, under its first names
     duplicates = skipped = 0
+    folds: list[int | None] = [*config.folds] or [None]
     axes = itertools.product(
         config.data_sets,
         config.initialisations,
@@ -117,7 +118,7 @@ def expand(config: StudyConfig, *, stores: dict[str, str]) -> Grid:
         config.variants,
         config.shots,
         config.seeds,
-        config.folds or [None],
+        folds,
     )
     for data_set, weights, architecture, scope, method, variant, shots, seed, fold in axes:
         named = {

@@ -92,7 +92,7 @@ def score_settings(cells: Sequence[Cell], results: Mapping[str, Mapping[str, Any
 
 def _means_of_seeds(seeded: Sequence[tuple[int, Mapping[str, Any]]]) -> list[float]:
     """Return the mean Dice over patients of every seed, whose folds have different patients."""
-    pooled: dict[int, list[float]] = {}
+    pooled: dict[int, list[float | None]] = {}
     for seed, result in seeded:
         pooled.setdefault(seed, []).extend(result["dice_per_patient"].values())
     return [mean for mean in map(mean_or_none, pooled.values()) if mean is not None]

@@ -127,7 +127,7 @@ def find_patients_again(store: SliceStore, other: SliceStore, patients: Iterable
 
 def have_one_salt(store: SliceStore, other: SliceStore) -> bool:
     """Return whether the ids of two stores were made with one salt, so that equal patients have equal ids."""
-    salts = []
+    salts: list[bytes | None] = []
     for one in (store, other):
         try:
             salts.append(one.files.read_beside(SALT_FILE))

@@ -106,7 +106,8 @@ def _read_table(path: Path, translate: _Translation) -> Split:
             )
         names[part].append(row["patient"] or "")
     parts = {part: translate.patients(listed) for part, listed in names.items()}
-    return Split(**parts, seed=0, store_fingerprint=translate.store.fingerprint)
+    fingerprint = translate.store.fingerprint
+    return Split(train=parts["train"], val=parts["val"], test=parts["test"], seed=0, store_fingerprint=fingerprint)
 
 
 def _read_nnunet(path: Path, translate: _Translation) -> Split:
