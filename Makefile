@@ -88,15 +88,15 @@ test-gpu: $(STAMP) ## compare the encoders with the originals on this machine's 
 check: $(STAMP) imports types ## check format, lint, language, types, imports and spelling | make check
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
-	@$(BIN)/python tests/check_language.py shared ssl finetune
-	@$(BIN)/codespell README.md CHANGELOG.md CONTRIBUTING.md docs ssl finetune shared configs tests benchmarks
+	@$(BIN)/python tests/check_language.py api shared ssl finetune
+	@$(BIN)/codespell README.md CHANGELOG.md CONTRIBUTING.md docs api ssl finetune shared configs tests benchmarks
 
 # Static checkers see the namespace package through a tree of links. import-linter needs an __init__.py in every
 # package, which ssl/ must not have, so that its children are linked one by one next to an empty __init__.py.
 .PHONY: linktree
 linktree:
 	@rm -rf build/types && mkdir -p build/types/samgraft/ssl && touch build/types/samgraft/ssl/__init__.py
-	@ln -s ../../../finetune ../../../shared build/types/samgraft/
+	@ln -s ../../../api ../../../finetune ../../../shared build/types/samgraft/
 	@for child in ssl/*; do ln -s "../../../../$$child" build/types/samgraft/ssl/; done
 
 types: $(STAMP) linktree

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points, version
 from pathlib import Path
+from typing import Any
 
 from samgraft.shared.errors import FULL_DISK, ExitCode, SamgraftError, StoppedAndSaved, StorageError, UsageError
 from samgraft.shared.machine import configure_openmp
@@ -41,6 +42,11 @@ class Command:
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:  # type: ignore[override]
         raise UsageError(f"{message}.", next_command=f"{self.prog} --help")
+
+
+def keywords(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return parsed options as the keyword arguments of the function behind the command."""
+    return {name: value for name, value in vars(arguments).items() if name != "debug"}
 
 
 def local_path(text: str) -> Path:

@@ -1,13 +1,18 @@
 """Commands in the form in which the user started this one, for messages.
 
 The Makefile sets an environment variable, so that a message names ``make TARGET VARIABLE=...`` after a make target and
-a ``samgraft`` command with its options after a command.
+a ``samgraft`` command with its options after a command. A Python program that calls samgraft has no such command, and
+keeps its own signal handlers.
 """
 
 from __future__ import annotations
 
 import os
 import shlex
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 FRONT_END = "SAMGRAFT_FRONT_END"
 """Environment variable that the Makefile sets to ``make``."""
@@ -22,6 +27,28 @@ POSITIONAL = {
 """Variables of make that are arguments without an option name, by command."""
 DIFFERENT_NAMES = {"store": "store build"}
 """Targets of make whose command has another name."""
+_IS_LIBRARY: ContextVar[bool] = ContextVar("samgraft_is_library", default=False)
+
+
+@contextmanager
+def called_from_python() -> Iterator[None]:
+    """Mark the work inside as called by a Python program."""
+    token = _IS_LIBRARY.set(True)
+    try:
+        yield
+    finally:
+        _IS_LIBRARY.reset(token)
+
+
+def is_library_call() -> bool:
+    """Return True inside of ``called_from_python``."""
+    return _IS_LIBRARY.get()
+
+
+def repeat_command() -> str:
+    """Return what repeats the current work, as a command ready to paste where there is one."""
+    # The arguments of a notebook's kernel contain a path of the user's home.
+    return "the same call" if is_library_call() else shlex.join(["samgraft", *sys.argv[1:]])
 
 
 def is_from_make() -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,13 +15,15 @@ from samgraft.shared.store.files import is_address
 from samgraft.shared.store.from_data import modality_of_data, store_from_data
 
 Schema = TypeVar("Schema")
+Settings = Mapping[str, object] | Sequence[str]
+"""Settings by dotted key, or as ``key.sub=value`` strings."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TypedSettings:
     """Settings as the user typed them, from three places."""
 
-    options: Mapping[str, str | None] = field(default_factory=dict)
+    options: Mapping[str, Path | str | None] = field(default_factory=dict)
     """Command line options by the dotted key that they set. None means that the option was not given."""
     lists: Mapping[str, Sequence[str]] = field(default_factory=dict)
     """Options that may be repeated, by the dotted key that they set. An empty list means that none was given."""
@@ -97,7 +100,19 @@ def build_stage_config(
     )
 
 
-def nest_keys(values: Mapping[str, str | Sequence[str] | None]) -> dict[str, Any]:
+def settings_texts(settings: Settings) -> tuple[str, ...]:
+    """Return settings in the form of the command line, ``key.sub=value``."""
+    if isinstance(settings, Mapping):
+        return tuple(f"{key}={_setting_text(value)}" for key, value in settings.items())
+    return tuple(settings)
+
+
+def _setting_text(value: object) -> str:
+    # JSON is the part of YAML in which a list, a bool and None have only one form.
+    return str(value) if isinstance(value, str | Path) else json.dumps(value)
+
+
+def nest_keys(values: Mapping[str, Path | str | Sequence[str] | None]) -> dict[str, Any]:
     """Turn dotted keys into nested mappings, without the keys whose value is None or empty."""
     nested: dict[str, Any] = {}
     for key, value in values.items():
@@ -106,7 +121,7 @@ def nest_keys(values: Mapping[str, str | Sequence[str] | None]) -> dict[str, Any
             section = nested
             for part in sections:
                 section = section.setdefault(part, {})
-            section[name] = value
+            section[name] = str(value) if isinstance(value, Path) else value
     return nested
 
 

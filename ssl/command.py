@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import argparse
 import logging
-import shlex
-import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from samgraft.shared.cli import Command
+from samgraft.shared.cli import Command, keywords
+
+if TYPE_CHECKING:
+    from samgraft.shared.runs.result import TrainingResult
+    from samgraft.shared.stage_config import Settings, TypedSettings
 
 log = logging.getLogger(__name__)
 
@@ -52,49 +56,91 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="stop after the pre-flight and write no run (scans become a store first, demo data are fetched)",
     )
-    add("overrides", nargs="*", metavar="key=value", help="e.g. optim.lr=1e-4 trainer.max_steps=500")
+    add("settings", nargs="*", metavar="key=value", help="e.g. optim.lr=1e-4 trainer.max_steps=500")
 
 
 def _run(arguments: argparse.Namespace) -> int:
     from samgraft.shared.training.signals import exit_on_stop_signals
 
-    with exit_on_stop_signals(shlex.join(["samgraft", *sys.argv[1:]])):
-        return _pretrain(arguments)
+    with exit_on_stop_signals():
+        pretrain(**keywords(arguments))
+    return 0
 
 
-def _pretrain(arguments: argparse.Namespace) -> int:
-    from samgraft.shared.runs.run_folder import check_run_folder
-    from samgraft.shared.stage_config import TypedSettings
-    from samgraft.shared.store.from_data import describe_dry_run
-    from samgraft.shared.training.device import choose_device
-    from samgraft.ssl.prepare import prepare
-    from samgraft.ssl.pretrain import pretrain
+def pretrain(
+    data: Path | str | None = None,
+    *,
+    labelled: Sequence[Path | str] = (),
+    modality: str | None = None,
+    model: str | None = None,
+    method: str | None = None,
+    ckpt: Path | str | None = None,
+    base: Path | str | None = None,
+    name: str | None = None,
+    preset: str | None = None,
+    config: Sequence[Path | str] = (),
+    runs: Path | str = Path("runs"),
+    dry_run: bool = False,
+    settings: Settings = (),
+) -> TrainingResult:
+    """Train SAM's image encoder on unlabelled slices, or resume the run of this name.
+
+    Args:
+        data: Slice store (folder or ``s3://`` address) or scans; None takes the demo scans.
+        labelled: Labelled stores or scans, whose validation and test patients are left out.
+        modality: ``mri``, ``ct``, ``xray`` or ``ultrasound``; None takes that of the store, or ``mri``.
+        model: Architecture, such as vit_b; None takes that of the weights.
+        method: Objective; None takes the one of the architecture.
+        ckpt: Initial encoder weights, a stage-1 run or any encoder or SAM file; None takes those of ``base``.
+        base: Base SAM weights, which supply what ``ckpt`` lacks, or ``random``.
+        name: Name of the run; None makes it from data, architecture and objective.
+        preset: ``cpu`` or ``gpu``; None takes what this machine has.
+        config: YAML files on top of the preset.
+        runs: Folder of all runs.
+        dry_run: Stop after the pre-flight. No run is written, so that the paths of the result do not exist.
+        settings: Settings by dotted key, such as ``{"trainer.max_steps": 500}``, or ``key=value`` strings.
+
+    Raises:
+        SamgraftError: For everything that would make the run fail or its result wrong, with what to do.
+    """
+    from samgraft.shared.stage_config import TypedSettings, settings_texts
 
     typed = TypedSettings(
         options={
-            "modality": arguments.modality,
-            "data.store": arguments.data,
-            "model.arch": arguments.model,
-            "model.ckpt": arguments.ckpt,
-            "model.base": arguments.base,
-            "objective.name": arguments.method,
+            "modality": modality,
+            "data.store": data,
+            "model.arch": model,
+            "model.ckpt": ckpt,
+            "model.base": base,
+            "objective.name": method,
         },
-        lists={"data.labelled": arguments.labelled},
-        files=tuple(arguments.config),
-        overrides=tuple(arguments.overrides),
+        lists={"data.labelled": [str(store) for store in labelled]},
+        files=tuple(Path(file) for file in config),
+        overrides=settings_texts(settings),
     )
+    return _train(typed, preset=preset, name=name, runs=Path(runs), dry_run=dry_run)
+
+
+def _train(typed: TypedSettings, *, preset: str | None, name: str | None, runs: Path, dry_run: bool) -> TrainingResult:
+    from samgraft.shared.runs.result import ENCODER_FILE, TrainingResult
+    from samgraft.shared.runs.run_folder import check_run_folder
+    from samgraft.shared.store.from_data import describe_dry_run
+    from samgraft.shared.training.device import choose_device
+    from samgraft.ssl.prepare import prepare
+    from samgraft.ssl.pretrain import pretrain as train_encoder
+
     # The device is chosen twice. Without settings it selects the preset, and the settings of the preset may then change
     # it.
     has_gpu = choose_device().accelerator != "cpu"
-    config, name = prepare(typed, preset=arguments.preset, name=arguments.name, has_gpu=has_gpu)
+    config, name = prepare(typed, preset=preset, name=name, has_gpu=has_gpu)
     # Checked before the pre-flight trains some steps, and again when the run opens its folder.
-    check_run_folder(arguments.runs, name, config=config, stage="pretrain")
+    check_run_folder(runs, name, config=config, stage="pretrain")
     trainer = config.trainer
     device = choose_device(trainer.device, precision=trainer.precision, devices=trainer.devices)
-    pretrain(config, name=name, runs=arguments.runs, device=device, dry_run=arguments.dry_run)
-    if arguments.dry_run:
+    weights = train_encoder(config, name=name, runs=runs, device=device, dry_run=dry_run)
+    if dry_run:
         log.info("dry run: %s.", describe_dry_run(typed.by_key().get("data.store"), config.data.store))
-    return 0
+    return TrainingResult(path=runs / name, weights=weights or runs / name / ENCODER_FILE)
 
 
 COMMAND = Command(

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import argparse
 import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from samgraft.shared.cli import Command
+from samgraft.shared.cli import Command, keywords
 from samgraft.shared.errors import ExitCode
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 log = logging.getLogger(__name__)
 
@@ -22,26 +28,72 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class ComparisonResult:
+    """Paired comparison of evaluated runs."""
+
+    path: Path | None
+    """Folder with the tables and the report, or None if none was given."""
+    rows: list[dict[str, Any]]
+    """One row per metric, class and pair of runs."""
+
+    @property
+    def report(self) -> Path | None:
+        """Path of the HTML report."""
+        return self.path / "report.html" if self.path else None
+
+    @property
+    def table(self) -> DataFrame:
+        """Table with differences, intervals and p-values."""
+        import pandas as pd
+
+        return pd.DataFrame(self.rows)
+
+
 def run(arguments: argparse.Namespace) -> int:
     """Run the command and return its exit code."""
+    compare(**keywords(arguments))
+    return int(ExitCode.OK)
+
+
+def compare(
+    runs: Sequence[Path | str],
+    *,
+    split: str = "test",
+    metrics: Sequence[str] | str = ("dice", "nsd", "hd95_mm"),
+    out: Path | str | None = None,
+) -> ComparisonResult:
+    """Compare evaluated runs on the same patients.
+
+    Args:
+        runs: Two or more evaluated runs, or folders with ``cases.csv``.
+        split: Part of the split, ``train``, ``val``, ``test`` or ``all``.
+        metrics: Columns of ``cases.csv``, as a list or separated by commas.
+        out: Folder for tables and report; None writes nothing.
+
+    Raises:
+        SamgraftError: If a run was not evaluated, or not on the same patients.
+    """
     from samgraft.finetune.evaluation.comparison import compare_runs, read_evaluated_run, render_pair, write_comparison
     from samgraft.finetune.evaluation.comparison_report import write_comparison_report
     from samgraft.finetune.evaluation.scores import METRIC_BY_KEY, interval_of
 
-    metrics = [name.strip() for name in arguments.metrics.split(",") if name.strip()]
-    runs = [read_evaluated_run(path, part=arguments.split) for path in arguments.runs]
-    results = compare_runs(runs, metrics=metrics)
-    for metric in metrics:
-        for one in runs:
+    names = metrics.split(",") if isinstance(metrics, str) else metrics
+    keys = [name.strip() for name in names if name.strip()]
+    evaluated = [read_evaluated_run(Path(path), part=split) for path in runs]
+    results = compare_runs(evaluated, metrics=keys)
+    for metric in keys:
+        for one in evaluated:
             interval = interval_of(one.rows, metric)
             log.info("%s, %s: %s", METRIC_BY_KEY[metric].title, one.name, interval.render() if interval else "n/a")
     for result in results:
         log.info("%s", render_pair(result))
-    if arguments.out:
-        write_comparison(runs, results, arguments.out, metrics=metrics)
-        write_comparison_report(runs, results, arguments.out, metrics=metrics)
-        log.info("written: comparison.csv, comparison.json and report.html in %s", arguments.out)
-    return int(ExitCode.OK)
+    folder = Path(out) if out else None
+    if folder:
+        write_comparison(evaluated, results, folder, metrics=keys)
+        write_comparison_report(evaluated, results, folder, metrics=keys)
+        log.info("written: comparison.csv, comparison.json and report.html in %s", folder)
+    return ComparisonResult(path=folder, rows=results)
 
 
 COMMAND = Command(help="paired comparison of evaluated runs", add_arguments=add_arguments, run=run)

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from samgraft.shared.cli import Command
+from samgraft.shared.cli import Command, keywords
 from samgraft.shared.errors import ExitCode, UsageError
 
 if TYPE_CHECKING:
+    from pandas import DataFrame
     from samgraft.finetune.evaluation.evaluate import Evaluation
     from samgraft.finetune.evaluation.evaluation_report import Pictured
     from samgraft.finetune.evaluation.postprocess import PostProcessing
@@ -23,6 +27,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+PARTS = ("train", "val", "test", "all")
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
@@ -32,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--split",
         default="test",
-        choices=("train", "val", "test", "all"),
+        choices=PARTS,
         help="part (default test); all scores every patient of a store that was not trained on",
     )
     parser.add_argument("--out", type=Path, help="folder; default RUN/evaluation/PART")
@@ -47,7 +53,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="first choose largest component and hole filling per class on the validation part, and store the choice",
     )
     parser.add_argument(
-        "--no-postprocessing", action="store_true", help="score the segmentation without post-processing"
+        "--no-postprocessing",
+        dest="postprocessing",
+        action="store_false",
+        help="score the segmentation without post-processing",
     )
     parser.add_argument(
         "--log-images",
@@ -66,55 +75,197 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
 
 
+@dataclass(frozen=True, kw_only=True)
+class EvaluationResult:
+    """Scores of a model on one part of a split."""
+
+    path: Path
+    """Folder with ``cases.csv``, ``summary.json`` and the report."""
+
+    @property
+    def report(self) -> Path:
+        """Path of the HTML report."""
+        return self.path / "report.html"
+
+    @property
+    def cases(self) -> DataFrame:
+        """Table with one row per scan and class."""
+        import pandas as pd
+        from samgraft.finetune.evaluation.scores import read_cases
+
+        return pd.DataFrame(read_cases(self.path / "cases.csv"))
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """Means with intervals over patients, and what was evaluated."""
+        return dict(json.loads((self.path / "summary.json").read_text(encoding="utf-8")))
+
+
 def run(arguments: argparse.Namespace) -> int:
     """Run the command and return its exit code."""
-    from samgraft.finetune.evaluation.evaluate import evaluate, write_evaluation, write_named_cases
-    from samgraft.finetune.evaluation.evaluation_report import write_evaluation_report
-    from samgraft.finetune.evaluation.run_inputs import read_run_inputs, split_for_evaluation
-    from samgraft.finetune.model_folder import read_model
-    from samgraft.shared.store.names import Names, require_names
-    from samgraft.shared.store.store import SliceStore
-    from samgraft.shared.training.device import choose_device, retain_freed_memory
+    evaluate(**keywords(arguments))
+    return int(ExitCode.OK)
 
-    _check(arguments)
-    retain_freed_memory()
-    path = Path(arguments.model)
-    model, inputs = read_model(path), read_run_inputs(path)
-    store = SliceStore.open(arguments.data or inputs.require_store())
-    names = require_names(store) if arguments.show_names else Names()
-    # Without a split file the model is scored on the patients that its run left out. The split next to the store may be
-    # another one.
-    split, split_sha256 = split_for_evaluation(
-        path, model, store, split_file=arguments.split_file, part=arguments.split
-    )
-    subgroups = _subgroups(arguments, store, split)
-    device = choose_device(arguments.device, precision=arguments.precision)
-    model.segmenter.to(device.torch_device)
-    is_bf16 = device.precision == "bf16-mixed"
-    evaluation = evaluate(
-        model,
-        store,
-        split,
-        part=arguments.split,
-        batch_size=arguments.batch_size,
-        tolerance_mm=arguments.tolerance_mm,
-        postprocessing=_postprocessing(arguments, model, store, split),
-        bf16=is_bf16,
+
+def evaluate(
+    model: Path | str,
+    *,
+    data: Path | str | None = None,
+    split_file: Path | str | None = None,
+    split: str = "test",
+    out: Path | str | None = None,
+    tolerance_mm: float = 2.0,
+    by: Sequence[str] = (),
+    groups: Path | str | None = None,
+    choose_postprocessing: bool = False,
+    postprocessing: bool = True,
+    log_images: bool = False,
+    show_names: bool = False,
+    precision: str = "fp32",
+    batch_size: int = 8,
+    device: str = "auto",
+) -> EvaluationResult:
+    """Score a finished run or a release on labelled scans, on the scans' own grids.
+
+    Args:
+        model: Finished stage-2 run or release.
+        data: Labelled slice store, folder or address; None takes the run's.
+        split_file: Split by patient; None takes the run's.
+        split: Part of the split, or ``all`` patients of a store that was not trained on.
+        out: Folder for the results; None takes ``RUN/evaluation/PART``.
+        tolerance_mm: Tolerance of the surface Dice.
+        by: Attributes for tables of subgroups, among ``site``, ``plane``, ``orientation`` and ``slice_spacing``.
+        groups: CSV with ``patient_id`` and ``group`` for another such table.
+        choose_postprocessing: Choose the post-processing on the validation part first, and store the choice.
+        postprocessing: Apply the post-processing that was chosen.
+        log_images: Put pictures of the scans into the report, for data that may be shared.
+        show_names: Show files and patients by name, in further files that must stay local.
+        precision: ``fp32``, ``bf16`` or ``auto``.
+        batch_size: Slices per forward pass.
+        device: ``auto``, ``cpu`` or ``cuda``.
+
+    Raises:
+        SamgraftError: If the model or the data cannot be read, or training patients are in the part.
+    """
+    _check(tolerance_mm, batch_size, choose=choose_postprocessing, apply=postprocessing)
+    _check_part(split, split_file=split_file, choose=choose_postprocessing)
+    folder = Path(out) if out else Path(model) / "evaluation" / split
+    scored = _Scored.load(Path(model), data, split_file, part=split, device=device, precision=precision)
+    names = _read_names(scored.store) if show_names else None
+    subgroups = _subgroups(by, groups, scored)
+    steps = _postprocessing(scored, batch_size, choose=choose_postprocessing) if postprocessing else None
+    evaluation = _score(scored, names, batch_size=batch_size, tolerance_mm=tolerance_mm, postprocessing=steps)
+    _write(evaluation, scored, folder, subgroups=subgroups, log_images=log_images, names=names)
+    return EvaluationResult(path=folder)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Scored:
+    """Model and scans of one evaluation."""
+
+    path: Path
+    model: FinishedModel
+    store: SliceStore
+    split: Split
+    split_sha256: str
+    part: str
+    is_bf16: bool
+    may_be_shown: bool
+    """Permission of the run to show pictures of its own data."""
+
+    @classmethod
+    def load(
+        cls,
+        path: Path,
+        data: Path | str | None,
+        split_file: Path | str | None,
+        *,
+        part: str,
+        device: str,
+        precision: str,
+    ) -> _Scored:
+        """Read the model and open its scans."""
+        from samgraft.finetune.evaluation.run_inputs import read_run_inputs, split_for_evaluation
+        from samgraft.finetune.model_folder import read_model
+        from samgraft.shared.store.store import SliceStore
+        from samgraft.shared.training.device import choose_device, retain_freed_memory
+
+        retain_freed_memory()
+        model = read_model(path)
+        inputs = read_run_inputs(path)
+        store = SliceStore.open(data or inputs.require_store())
+        # Without a split file the model is scored on the patients that its run left out. The split next to the store
+        # may be another one.
+        split, split_sha256 = split_for_evaluation(
+            path, model, store, split_file=Path(split_file) if split_file else None, part=part
+        )
+        choice = choose_device(device, precision=precision)
+        model.segmenter.to(choice.torch_device)
+        return cls(
+            path=path,
+            model=model,
+            store=store,
+            split=split,
+            split_sha256=split_sha256,
+            part=part,
+            is_bf16=choice.precision == "bf16-mixed",
+            # The permission covers the run's own data only, not a store that is given now.
+            may_be_shown=data is None and inputs.log_images,
+        )
+
+
+def _read_names(store: SliceStore) -> Names:
+    from samgraft.shared.store.names import require_names
+
+    return require_names(store)
+
+
+def _score(
+    scored: _Scored, names: Names | None, *, batch_size: int, tolerance_mm: float, postprocessing: PostProcessing | None
+) -> Evaluation:
+    from samgraft.finetune.evaluation.evaluate import evaluate as score
+
+    return score(
+        scored.model,
+        scored.store,
+        scored.split,
+        part=scored.part,
+        batch_size=batch_size,
+        tolerance_mm=tolerance_mm,
+        postprocessing=postprocessing,
+        bf16=scored.is_bf16,
         on_case=partial(_log_case, names),
     )
-    provenance = _provenance(model, store, split_sha256, is_bf16=is_bf16)
-    # The run's permission covers its own data only, not a store that is given now.
-    is_shareable = arguments.log_images or (arguments.data is None and inputs.log_images)
-    folder = arguments.out or path / "evaluation" / arguments.split
+
+
+def _write(
+    evaluation: Evaluation,
+    scored: _Scored,
+    folder: Path,
+    *,
+    subgroups: Sequence[Subgroups],
+    log_images: bool,
+    names: Names | None,
+) -> None:
+    from samgraft.finetune.evaluation.evaluate import write_evaluation, write_named_cases
+    from samgraft.finetune.evaluation.evaluation_report import write_evaluation_report
+
+    provenance = {
+        "weights_sha256": scored.model.card.weights_sha256,
+        "store_fingerprint": scored.store.fingerprint,
+        "split_sha256": scored.split_sha256,
+        "precision": "bf16" if scored.is_bf16 else "fp32",
+        "prompts": _prompts(scored.model),
+    }
     write_evaluation(evaluation, folder, provenance=provenance, subgroups=subgroups)
     write_report = partial(
         write_evaluation_report,
         evaluation,
         folder,
-        title=path.name,
+        title=scored.path.name,
         provenance=provenance,
         subgroups=subgroups,
-        pictured=_pictured(model, store) if is_shareable else None,
+        pictured=_pictured(scored) if log_images or scored.may_be_shown else None,
     )
     write_report()
     _log_result(evaluation)
@@ -124,23 +275,13 @@ def run(arguments: argparse.Namespace) -> int:
         log.info(
             "with names, for you only: %s and report.names.html", write_named_cases(evaluation, folder, names).name
         )
-    return int(ExitCode.OK)
 
 
-def _provenance(model: FinishedModel, store: SliceStore, split_sha256: str, *, is_bf16: bool) -> dict[str, Any]:
-    return {
-        "weights_sha256": model.card.weights_sha256,
-        "store_fingerprint": store.fingerprint,
-        "split_sha256": split_sha256,
-        "precision": "bf16" if is_bf16 else "fp32",
-        "prompts": _prompts(model),
-    }
-
-
-def _pictured(model: FinishedModel, store: SliceStore) -> Pictured:
+def _pictured(scored: _Scored) -> Pictured:
     from samgraft.finetune.evaluation.evaluation_report import Pictured
 
-    return Pictured(store=store, intensity=model.task.inference().intensity, classes=model.task.classes)
+    task = scored.model.task
+    return Pictured(store=scored.store, intensity=task.inference().intensity, classes=task.classes)
 
 
 def _prompts(model: FinishedModel) -> str:
@@ -149,43 +290,44 @@ def _prompts(model: FinishedModel) -> str:
     return f"drawn from the true labels ({prompt.mode.value})" if prompt.is_prompted else "none: automatic"
 
 
-def _check(arguments: argparse.Namespace) -> None:
-    if not 0 < arguments.tolerance_mm < float("inf"):
-        raise UsageError(f"--tolerance-mm must be a positive length, got {arguments.tolerance_mm:g}.")
-    if arguments.batch_size < 1:
-        raise UsageError(f"--batch-size must be at least 1, got {arguments.batch_size}.")
-    if arguments.split == "all" and arguments.split_file:
+def _check(tolerance_mm: float, batch_size: int, *, choose: bool, apply: bool) -> None:
+    if not 0 < tolerance_mm < float("inf"):
+        raise UsageError(f"--tolerance-mm must be a positive length, got {tolerance_mm:g}.")
+    if batch_size < 1:
+        raise UsageError(f"--batch-size must be at least 1, got {batch_size}.")
+    if choose and not apply:
+        raise UsageError("--choose-postprocessing and --no-postprocessing contradict each other. Remove one of them.")
+
+
+def _check_part(part: str, *, split_file: Path | str | None, choose: bool) -> None:
+    if part not in PARTS:
+        raise UsageError(f"--split must be one of {', '.join(PARTS)}, got {part!r}.")
+    if part == "all" and split_file:
         raise UsageError("--split all scores every patient, so that --split-file would be ignored. Remove one of them.")
-    if arguments.split == "all" and arguments.choose_postprocessing:
+    if part == "all" and choose:
         raise UsageError(
             "--choose-postprocessing chooses on validation patients, which --split all does not have. Choose it on the "
             "run's own data first, without --data."
         )
-    if arguments.choose_postprocessing and arguments.no_postprocessing:
-        raise UsageError("--choose-postprocessing and --no-postprocessing contradict each other. Remove one of them.")
 
 
-def _subgroups(arguments: argparse.Namespace, store: SliceStore, split: Split) -> list[Subgroups]:
+def _subgroups(by: Sequence[str], groups: Path | str | None, scored: _Scored) -> list[Subgroups]:
     from samgraft.finetune.evaluation.subgroups import read_subgroups, subgroups_by
 
-    found = [subgroups_by(attribute, store) for attribute in arguments.by]
-    if arguments.groups:
-        found.append(read_subgroups(arguments.groups, store, patients=split.part(arguments.split)))
+    found = [subgroups_by(attribute, scored.store) for attribute in by]
+    if groups:
+        found.append(read_subgroups(Path(groups), scored.store, patients=scored.split.part(scored.part)))
     return found
 
 
-def _postprocessing(
-    arguments: argparse.Namespace, model: FinishedModel, store: SliceStore, split: Split
-) -> PostProcessing | None:
-    """Return the post-processing chosen on validation, now or earlier, or None with ``--no-postprocessing``."""
+def _postprocessing(scored: _Scored, batch_size: int, *, choose: bool) -> PostProcessing:
+    """Return the post-processing chosen on validation, now or earlier."""
     from samgraft.finetune.evaluation.evaluate import choose_on_validation
     from samgraft.finetune.evaluation.postprocess import read_postprocessing
 
-    if arguments.no_postprocessing:
-        return None
-    classes = model.task.classes
-    if arguments.choose_postprocessing:
-        chosen = choose_on_validation(model, store, split, batch_size=arguments.batch_size)
+    model, classes = scored.model, scored.model.task.classes
+    if choose:
+        chosen = choose_on_validation(model, scored.store, scored.split, batch_size=batch_size)
         path = chosen.write(model.folder)
         log.info("post-processing chosen on %d validation patients: %s (%s)", chosen.num_patients,
                  chosen.describe(classes), path.name)  # fmt: skip
@@ -196,11 +338,11 @@ def _postprocessing(
     return found
 
 
-def _log_case(names: Names, number: int, total: int, rows: Any) -> None:
+def _log_case(names: Names | None, number: int, total: int, rows: Any) -> None:
     for row in rows:
         dice, distance = row["dice"], row["hd95_mm"]
         log.info("%d/%d %s %s: Dice %s, HD95 %s mm (%d voxels true, %d predicted)", number, total,
-                 names.scan(row["series_id"]), row["class"], "n/a" if dice is None else f"{dice:.3f}",
+                 names.scan(row["series_id"]) if names else row["series_id"], row["class"], "n/a" if dice is None else f"{dice:.3f}",
                  "n/a" if distance is None else f"{distance:.1f}", row["true_voxels"],
                  row["predicted_voxels"])  # fmt: skip
 

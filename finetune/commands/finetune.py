@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import argparse
 import logging
-import shlex
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from samgraft.shared.cli import Command
+from samgraft.shared.cli import Command, keywords
 from samgraft.shared.errors import ExitCode, UsageError
 
 if TYPE_CHECKING:
     from samgraft.finetune.config import FinetuneConfig
     from samgraft.finetune.training.preparation import Prepared
-    from samgraft.shared.stage_config import TypedSettings
+    from samgraft.shared.runs.result import TrainingResult
+    from samgraft.shared.stage_config import Settings, TypedSettings
     from samgraft.shared.training.device import DeviceChoice
 
 log = logging.getLogger(__name__)
@@ -24,6 +23,17 @@ log = logging.getLogger(__name__)
 RUNS = Path("runs")
 BASELINES = ("unet2d", "unet3d", "dynunet2d", "dynunet3d")
 """Names of networks without SAM, which are trained from scratch for comparison."""
+
+
+KEY_OF_OPTION = {
+    "modality": "modality",
+    "data": "data.store",
+    "ckpt": "model.ckpt",
+    "base": "model.base",
+    "model": "model.arch",
+    "method": "adapter.method",
+}
+"""Setting of every option that is a setting."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,60 +63,111 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="stop after the pre-flight without writing a run (a store is built and demo data are fetched if needed)",
     )
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. trainer.max_steps=500")
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="e.g. trainer.max_steps=500")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command and return its exit code."""
     from samgraft.shared.training.signals import exit_on_stop_signals
 
-    with exit_on_stop_signals(shlex.join(["samgraft", *sys.argv[1:]])):
-        return _finetune(arguments)
+    with exit_on_stop_signals():
+        finetune(**keywords(arguments))
+    return int(ExitCode.OK)
 
 
-def _finetune(arguments: argparse.Namespace) -> int:
-    typed = typed_settings(arguments)
+def finetune(
+    data: Path | str | None = None,
+    *,
+    ckpt: Path | str | None = None,
+    modality: str | None = None,
+    model: str | None = None,
+    method: str | None = None,
+    base: Path | str | None = None,
+    name: str | None = None,
+    runs: Path | str = RUNS,
+    preset: str = "auto",
+    config: Path | str | None = None,
+    dry_run: bool = False,
+    settings: Settings = (),
+) -> TrainingResult:
+    """Train a segmentation model on labelled slices, or resume the run of this name.
+
+    Args:
+        data: Labelled slice store, or folder of scans with labels; None takes the demo scans.
+        ckpt: Initial encoder weights, a stage-1 run or any encoder or SAM file; None takes those of ``base``.
+        modality: ``mri``, ``ct``, ``xray`` or ``ultrasound``; None takes that of the store, or ``mri``.
+        model: Expected architecture, or a baseline without SAM such as ``unet2d``.
+        method: Fine-tuning method, such as ``lora``; None takes the one of the preset.
+        base: Base SAM weights, a full SAM file that supplies what ``ckpt`` lacks.
+        name: Name of the run; None makes it from weights and data.
+        runs: Folder of all runs.
+        preset: File of ``configs/finetune``; ``auto`` takes the one for this machine.
+        config: YAML file of settings that have priority over the preset.
+        dry_run: Stop after the pre-flight. No run is written, so that the paths of the result do not exist.
+        settings: Settings by dotted key, such as ``{"trainer.max_steps": 500}``, or ``key=value`` strings.
+
+    Raises:
+        SamgraftError: For everything that would make the run fail or its result wrong, with what to do.
+    """
+    typed = typed_settings(
+        data=data,
+        ckpt=ckpt,
+        modality=modality,
+        model=model,
+        method=method,
+        base=base,
+        config=config,
+        settings=settings,
+    )
+    return _train(typed, preset=preset, name=name, runs=Path(runs), dry_run=dry_run)
+
+
+def _train(typed: TypedSettings, *, preset: str, name: str | None, runs: Path, dry_run: bool) -> TrainingResult:
     given = typed.by_key()
-    weights, model = given.get("model.ckpt") or given.get("model.base"), given.get("model.arch")
-    if not weights and model not in BASELINES:
+    weights, arch = given.get("model.ckpt") or given.get("model.base"), given.get("model.arch")
+    if not weights and arch not in BASELINES:
         from samgraft.finetune.initial_weights import advise_weights
 
         raise UsageError(f"CKPT and BASE are both missing. {advise_weights()}")
     # Imported after the first checks: torch and peft take seconds, and a typing error should be reported at once.
-    from samgraft.finetune.training.train import finetune, prepare_seeded
+    from samgraft.finetune.training.train import finetune as train_model
+    from samgraft.finetune.training.train import prepare_seeded
+    from samgraft.shared.runs.result import MODEL_FOLDER, TrainingResult
     from samgraft.shared.runs.run_folder import RunFolder, check_run_folder
     from samgraft.shared.store.from_data import describe_dry_run
     from samgraft.shared.training.config import check_warmup
     from samgraft.shared.training.device import choose_device
 
     started = time.monotonic()
-    config = build_config(typed, preset=arguments.preset)
-    name = arguments.name or default_name(weights or model or "", given.get("data.store"))
-    check_run_folder(arguments.runs, name, config=config, stage="finetune")
-    check_warmup(config.optim.warmup_steps, config.trainer.max_steps)
-    device = choose_device(config.trainer.device, precision=config.trainer.precision, devices=config.trainer.devices)
+    config = build_config(typed, preset=preset)
+    name = name or default_name(weights or arch or "", given.get("data.store"))
+    result = TrainingResult(path=runs / name, weights=runs / name / MODEL_FOLDER)
+    trainer = config.trainer
+    check_run_folder(runs, name, config=config, stage="finetune")
+    check_warmup(config.optim.warmup_steps, trainer.max_steps)
+    device = choose_device(trainer.device, precision=trainer.precision, devices=trainer.devices)
     log.info("device: %s", device.reason)
-    prepared = prepare_seeded(config, run_path=arguments.runs / name)
+    prepared = prepare_seeded(config, run_path=result.path)
     from samgraft.finetune.training.preparation import describe, describe_embeddings
 
     for line in [*describe(prepared), *describe_embeddings(prepared, config, device)]:
         log.info("%s", line)
     _list_trained(prepared)
     # A run with training states was measured when it began.
-    if arguments.dry_run or not (arguments.runs / name / "checkpoints").is_dir():
-        _log_cost(prepared, config, device, run_path=arguments.runs / name)
-    if arguments.dry_run:
+    if dry_run or not (result.path / "checkpoints").is_dir():
+        _log_cost(prepared, config, device, run_path=result.path)
+    if dry_run:
         left = describe_dry_run(given.get("data.store"), config.data.store)
-        log.info("dry run: %s would train for %d steps; %s.", arguments.runs / name, config.trainer.max_steps, left)
-        return int(ExitCode.OK)
-    with RunFolder.open(arguments.runs, name, config=config, stage="finetune") as folder:
+        log.info("dry run: %s would train for %d steps; %s.", result.path, trainer.max_steps, left)
+        return result
+    with RunFolder.open(runs, name, config=config, stage="finetune") as folder:
         if folder.is_complete:
             log.info("%s is already complete. Use another NAME= to train again.", folder.path)
         else:
             log.info("all trained tensors: %s, later in report.html too", folder.path / "run.json")
-            finetune(config, folder, device, prepared)
+            train_model(config, folder, device, prepared)
         _log_end(folder.path, prepared, seconds=time.monotonic() - started)
-    return int(ExitCode.OK)
+    return result
 
 
 def _log_cost(prepared: Prepared, config: FinetuneConfig, device: DeviceChoice, *, run_path: Path) -> None:
@@ -153,21 +214,16 @@ def build_config(typed: TypedSettings, *, preset: str = "auto") -> FinetuneConfi
     )
 
 
-def typed_settings(arguments: argparse.Namespace) -> TypedSettings:
-    """Return what the user typed in the file, the options and the overrides."""
-    from samgraft.shared.stage_config import TypedSettings
+def typed_settings(
+    *, config: Path | str | None = None, settings: Settings = (), **options: Path | str | None
+) -> TypedSettings:
+    """Return what the user gave in the file, the options and the settings."""
+    from samgraft.shared.stage_config import TypedSettings, settings_texts
 
     return TypedSettings(
-        options={
-            "modality": arguments.modality,
-            "data.store": arguments.data,
-            "model.ckpt": arguments.ckpt,
-            "model.base": arguments.base,
-            "model.arch": arguments.model,
-            "adapter.method": arguments.method,
-        },
-        files=(arguments.config,) if arguments.config else (),
-        overrides=tuple(arguments.overrides),
+        options={KEY_OF_OPTION[name]: value for name, value in options.items()},
+        files=(Path(config),) if config else (),
+        overrides=settings_texts(settings),
     )
 
 

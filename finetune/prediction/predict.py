@@ -166,13 +166,7 @@ def _predict_one(
     record = examined.record
     notes = list(record.notes)
     placed = _slice_prompts(prompts, scan, examined, notes, is_only=is_only)
-    labels_zyx = predictor(examined.images[record.plane], prompts=placed, stats=record.stats, on_slices=on_slices)
-    masks = NativeMasks(
-        labels_ijk=to_native(labels_zyx, record.grid, record.plane),
-        affine=np.asarray(record.grid.affine, dtype=np.float64),
-        classes=predictor.classes,
-        form_codes=_form_codes(scan),
-    )
+    masks = segment_examined(predictor, examined, prompts=placed, form_codes=_form_codes(scan), on_slices=on_slices)
     values = {**expected, "input": scan.name, "voxels": masks.count_voxels(), "notes": notes}
     with _written_together(stem) as folder:
         for name in formats:
@@ -182,6 +176,25 @@ def _predict_one(
         # The record marks a finished scan, so it is moved last.
         _record_path(folder / stem.name).write_text(text, encoding="utf-8")
     return values
+
+
+def segment_examined(
+    predictor: Predictor,
+    examined: Examined,
+    *,
+    prompts: Sequence[SlicePrompt] | None = None,
+    form_codes: tuple[int, int] = (1, 1),
+    on_slices: OnSlices | None = None,
+) -> NativeMasks:
+    """Segment a scan that passed its checks, on the scan's own grid."""
+    record = examined.record
+    labels_zyx = predictor(examined.images[record.plane], prompts=prompts, stats=record.stats, on_slices=on_slices)
+    return NativeMasks(
+        labels_ijk=to_native(labels_zyx, record.grid, record.plane),
+        affine=np.asarray(record.grid.affine, dtype=np.float64),
+        classes=predictor.classes,
+        form_codes=form_codes,
+    )
 
 
 def _form_codes(scan: InputScan) -> tuple[int, int]:

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import argparse
 import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
-from samgraft.shared.cli import Command
+from samgraft.shared.cli import Command, keywords
 from samgraft.shared.errors import ExitCode, WeightsError
+from samgraft.shared.runs.result import ENCODER_FILE, MODEL_FOLDER
 
 log = logging.getLogger(__name__)
 
 FORMATS = ("sam", "transformers", "peft", "onnx", "monai")
-RESULT_OF_STAGE = {"model": "model/task.json", "encoder": "encoder/encoder.safetensors"}
+RESULT_OF_STAGE = {"model": f"{MODEL_FOLDER}/task.json", "encoder": ENCODER_FILE}
 """File of a finished run, by the entry point that releases it."""
 
 
@@ -22,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of the command."""
     parser.add_argument("run", metavar="RUN", type=Path, help="a finished run of stage 1 (encoder) or stage 2 (model)")
     parser.add_argument("--out", type=Path, required=True, help="folder to create")
-    parser.add_argument("--license", dest="licence", help="licence of the release, e.g. cc-by-4.0; there is no default")
+    parser.add_argument("--license", help="licence of the release, e.g. cc-by-4.0; there is no default")
     parser.add_argument(
         "--format",
         dest="formats",
@@ -30,7 +33,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--data-statement",
-        dest="statement",
         help="a sentence for the card on origin, consent and de-identification of the scans",
     )
     parser.add_argument(
@@ -48,21 +50,69 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class ReleaseResult:
+    """Checked release of a run."""
+
+    path: Path
+    """Folder of the release."""
+    files: tuple[str, ...]
+    """Files and folders that were loaded back with equal outputs."""
+    left_out: tuple[str, ...]
+    """One line per format that does not apply, with the reason."""
+
+    @property
+    def report(self) -> Path:
+        """Path of the card that people read."""
+        return self.path / "README.md"
+
+
 def run(arguments: argparse.Namespace) -> int:
-    """Run the command."""
+    """Run the command and return its exit code."""
+    release(**keywords(arguments))
+    return int(ExitCode.OK)
+
+
+def release(
+    run: Path | str,
+    *,
+    out: Path | str,
+    license: str | None = None,
+    formats: Sequence[str] | str | None = None,
+    data_statement: str | None = None,
+    known_identifiers: Path | str | None = None,
+    force: bool = False,
+    continuable: bool = False,
+) -> ReleaseResult:
+    """Write checked weights with card and checksums from a finished run of either stage.
+
+    Args:
+        run: Finished run of stage 1 (encoder) or stage 2 (model).
+        out: Folder to create.
+        license: Licence of the release, such as ``cc-by-4.0``. There is no default.
+        formats: Formats, as a list or separated by commas; None writes all that apply.
+        data_statement: Sentence for the card on origin, consent and de-identification of the scans.
+        known_identifiers: Text file with one original id or name per line, none of which may occur in the release.
+        force: Release a model that segments nothing or ended below its start.
+        continuable: Add decoder, teacher and optimizer of stage 1, so that others can continue.
+
+    Raises:
+        SamgraftError: If the run is not finished, a file does not load back, or the privacy gate finds anything.
+    """
     from samgraft.shared.release.request import Released, ReleaseRequest
 
+    path, folder = Path(run), Path(out)
     request = ReleaseRequest(
-        run=arguments.run,
-        out=arguments.out,
-        licence=arguments.licence,
-        formats=_names(arguments.formats),
-        statement=arguments.statement,
-        identifiers=_identifiers(arguments.known_identifiers),
-        continuable=arguments.continuable,
-        force=arguments.force,
+        run=path,
+        out=folder,
+        licence=license,
+        formats=_names(formats) if isinstance(formats, str) else tuple(formats) if formats else None,
+        statement=data_statement,
+        identifiers=_identifiers(Path(known_identifiers) if known_identifiers else None),
+        continuable=continuable,
+        force=force,
     )
-    released: Released = _releaser(arguments.run)(request)
+    released: Released = _releaser(path)(request)
     for file in released.checked:
         log.info(
             "%s: loaded back by %s; %s differ by %.1e",
@@ -74,8 +124,10 @@ def run(arguments: argparse.Namespace) -> int:
     for line in released.left_out:
         log.info("%s", line)
     log.info("privacy gate: every byte searched, nothing found")
-    log.info("released: %s (sha256sum -c SHA256SUMS verifies it)", arguments.out)
-    return int(ExitCode.OK)
+    log.info("released: %s (sha256sum -c SHA256SUMS verifies it)", folder)
+    return ReleaseResult(
+        path=folder, files=tuple(file.path for file in released.checked), left_out=tuple(released.left_out)
+    )
 
 
 def _releaser(path: Path) -> Any:

@@ -7,16 +7,87 @@ import dataclasses
 import json
 import shlex
 import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict, Unpack
 
-from samgraft.shared.cli import Command, local_path
+from samgraft.shared.cli import Command, keywords, local_path
 from samgraft.shared.errors import UsageError
 
 if TYPE_CHECKING:
+    from pandas import DataFrame
     from samgraft.shared.samples.split import Split
+    from samgraft.shared.store.build import BuildReport
     from samgraft.shared.store.from_data import ScanRequest
     from samgraft.shared.store.store import SliceStore
+
+
+class ScanOptions(TypedDict, total=False):
+    """How scans are read."""
+
+    modality: str
+    """``mri`` (the default), ``ct``, ``xray`` or ``ultrasound``."""
+    planes: Sequence[str] | str
+    """Planes of near-isotropic scans, among ``axial``, ``coronal`` and ``sagittal``."""
+    patient_pattern: str | None
+    """Regular expression on paths, whose first group is the patient."""
+    site_pattern: str | None
+    """The same for site or scanner."""
+    label_map: Mapping[int, int] | str
+    """Label id in the files to label id in the store. 0 drops a label."""
+    label_names: Mapping[int, str] | str
+    """Names of the label ids."""
+    label_desc: str | None
+    """Entity ``desc`` of the BIDS label to read where a scan has several."""
+    ignore_label: int | None
+    """Label id in the files that marks voxels without annotation."""
+    empty_slices: str
+    """``background`` (the default), or ``ignore`` for slices without a label that were not annotated."""
+    frame: int | None
+    """Index of the volume in 4D files."""
+    allow_gaps: bool
+    """True accepts missing DICOM slices."""
+    round_labels: bool
+    """True rounds label values that are nearly whole."""
+    nan_policy: str
+    """``refuse`` (the default), or ``zero`` to set NaN and Inf to 0."""
+    accept_burned_in: bool
+    """True accepts scans with text burned into the pixels."""
+    pictures: str
+    """Meaning of a folder of pictures, ``auto``, ``stack`` or ``single``."""
+    workers: int
+    """Number of processes. 0 uses as many as pay off, up to one per core."""
+    overlays: Path | str | None
+    """Folder for pictures of labels on another grid. They are patient images, so keep them local."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoreResult:
+    """Store that was built, or examined in a dry run."""
+
+    path: Path
+    """Folder of the store."""
+    report: Path | None
+    """JSON report of the build, or None if no file was given."""
+    build: BuildReport
+    """Results of all cases in memory."""
+
+    @property
+    def cases(self) -> DataFrame:
+        """Table with one row per case and the reason of a refusal."""
+        import pandas as pd
+
+        rows = [
+            {
+                "name": result.name,
+                "series_id": result.record.series_id if result.record else None,
+                "has_label": result.record.has_label if result.record else None,
+                "refused": result.refused,
+            }
+            for result in self.build.results
+        ]
+        return pd.DataFrame(rows, columns=["name", "series_id", "has_label", "refused"])
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -103,17 +174,46 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _build(arguments: argparse.Namespace) -> list[str]:
+    result = build_store(**{name: value for name, value in keywords(arguments).items() if name != "action"})
+    if arguments.dry_run:
+        return ["dry run: nothing was written"]
+    state = "already complete" if result.build.already_complete else "complete"
+    return [f"{result.path}: {state}. next: samgraft store split {shlex.quote(str(result.path))}"]
+
+
+def build_store(
+    source: Path | str,
+    out: Path | str,
+    *,
+    dry_run: bool = False,
+    overwrite: bool = False,
+    skip_refused: bool = False,
+    report: Path | str | None = None,
+    **options: Unpack[ScanOptions],
+) -> StoreResult:
+    """Build a slice store from scans and labels.
+
+    Args:
+        source: Folder in any known layout (plain, nnU-Net, Decathlon, BIDS, DICOM), or a CSV list.
+        out: Folder of the store, ``NAME.zarr``.
+        dry_run: Read and check everything, and write nothing.
+        overwrite: Replace a complete store with other content.
+        skip_refused: Leave refused cases out and count them.
+        report: JSON file for the report of the build. It names cases, so keep it local.
+        options: Modality and how to read the scans, as described at ``ScanOptions``.
+
+    Raises:
+        SamgraftError: If cases are refused, no scan is found, or the store cannot be written.
+    """
     from samgraft.shared.store.from_data import build_from_scans, examine_scans
 
-    request = _scan_request(arguments, arguments.source)
-    if arguments.dry_run:
-        examine_scans(request, skip_refused=arguments.skip_refused)
-        return ["dry run: nothing was written"]
-    report = build_from_scans(
-        request, arguments.out, skip_refused=arguments.skip_refused, overwrite=arguments.overwrite
+    request = scan_request(source, report=report, **options)
+    build = (
+        examine_scans(request, skip_refused=skip_refused)
+        if dry_run
+        else build_from_scans(request, Path(out), skip_refused=skip_refused, overwrite=overwrite)
     )
-    state = "already complete" if report.already_complete else "complete"
-    return [f"{arguments.out}: {state}. next: samgraft store split {shlex.quote(str(arguments.out))}"]
+    return StoreResult(path=Path(out), report=request.report_file, build=build)
 
 
 def _check(arguments: argparse.Namespace) -> list[str]:
@@ -224,43 +324,64 @@ def _make_split(arguments: argparse.Namespace, store: SliceStore) -> Split:
 
 
 def _scan_request(arguments: argparse.Namespace, source: Path) -> ScanRequest:
+    names = (*ScanOptions.__annotations__, "report")
+    return scan_request(source, **{name: getattr(arguments, name) for name in names})
+
+
+def scan_request(
+    source: Path | str, *, report: Path | str | None = None, **options: Unpack[ScanOptions]
+) -> ScanRequest:
+    """Return the request for the scans of a folder or list.
+
+    Raises:
+        UsageError: If an option has a wrong value.
+    """
     from samgraft.shared.scans.discovery import SourceOptions, parse_label_map, parse_label_names
     from samgraft.shared.scans.orientation import Plane
     from samgraft.shared.store.from_data import ScanRequest
 
+    modality, pictures = options.get("modality", "mri"), options.get("pictures", "auto")
     known = {plane.value: plane for plane in Plane}
-    planes = [part.strip().lower() for part in arguments.planes.split(",") if part.strip()]
+    planes = [part.strip().lower() for part in _listed(options.get("planes", "")) if part.strip()]
     if unknown := [name for name in planes if name not in known]:
         raise UsageError(f"--planes must be among {', '.join(known)}, got {', '.join(unknown)}.")
-    if arguments.workers < 0:
-        raise UsageError(f"--workers must be 0 or more, got {arguments.workers}.")
+    workers = options.get("workers", 0)
+    if workers < 0:
+        raise UsageError(f"--workers must be 0 or more, got {workers}.")
     # An X-ray or ultrasound picture is a scan of its own; pictures of other modalities are slices of a stack.
-    single = arguments.pictures == "single" or (
-        arguments.pictures == "auto" and arguments.modality.lower() in ("xray", "ultrasound")
-    )
+    single = pictures == "single" or (pictures == "auto" and modality.lower() in ("xray", "ultrasound"))
+    overlays = options.get("overlays")
     return ScanRequest(
-        source=source,
-        modality=arguments.modality,
+        source=Path(source),
+        modality=modality,
         options=SourceOptions(
-            patient_pattern=arguments.patient_pattern,
-            site_pattern=arguments.site_pattern,
-            label_map=parse_label_map(arguments.label_map) or None,
-            label_names=parse_label_names(arguments.label_names) or None,
-            label_desc=arguments.label_desc,
-            ignore_label=arguments.ignore_label,
-            frame=arguments.frame,
-            allow_gaps=arguments.allow_gaps,
-            round_labels=arguments.round_labels,
+            patient_pattern=options.get("patient_pattern"),
+            site_pattern=options.get("site_pattern"),
+            label_map=parse_label_map(_pairs(options.get("label_map", ""))) or None,
+            label_names=parse_label_names(_pairs(options.get("label_names", ""))) or None,
+            label_desc=options.get("label_desc"),
+            ignore_label=options.get("ignore_label"),
+            frame=options.get("frame"),
+            allow_gaps=options.get("allow_gaps", False),
+            round_labels=options.get("round_labels", False),
             pictures_are_scans=single,
         ),
         planes=tuple(known[name] for name in planes),
-        zero_non_finite=arguments.nan_policy == "zero",
-        accept_burned_in=arguments.accept_burned_in,
-        ignore_empty_slices=arguments.empty_slices == "ignore",
-        num_workers=arguments.workers,
-        overlays=arguments.overlays,
-        report_file=arguments.report,
+        zero_non_finite=options.get("nan_policy") == "zero",
+        accept_burned_in=options.get("accept_burned_in", False),
+        ignore_empty_slices=options.get("empty_slices") == "ignore",
+        num_workers=workers,
+        overlays=Path(overlays) if overlays else None,
+        report_file=Path(report) if report else None,
     )
+
+
+def _listed(value: Sequence[str] | str) -> Sequence[str]:
+    return value.split(",") if isinstance(value, str) else value
+
+
+def _pairs(value: Mapping[int, object] | str) -> str:
+    return value if isinstance(value, str) else ",".join(f"{key}={content}" for key, content in value.items())
 
 
 COMMAND = Command(help="build, check, describe and split slice stores", add_arguments=_add_arguments, run=_run)

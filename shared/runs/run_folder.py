@@ -9,9 +9,7 @@ import atexit
 import json
 import logging
 import os
-import shlex
 import socket
-import sys
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -29,6 +27,7 @@ from samgraft.shared.config import (
 )
 from samgraft.shared.errors import FULL_DISK, SamgraftError, StorageError, UsageError
 from samgraft.shared.files import write_text
+from samgraft.shared.invocation import repeat_command
 from samgraft.shared.runs.environment import (
     code_revision,
     process_rank,
@@ -75,7 +74,7 @@ class RunFolder:
             StorageError: If it cannot be written.
         """
         path = _checked_path(root, name)
-        command = continue_command or shlex.join(["samgraft", *sys.argv[1:]])
+        command = continue_command or repeat_command()
         # The other processes share the folder that the first one locks and writes.
         if process_rank() != 0:
             return cls(path, stage=stage, config=config, continue_command=command, lock=None)

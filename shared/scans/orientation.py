@@ -6,6 +6,7 @@ World coordinates are RAS+ in millimetres (x to the right, y to the front, z to 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -50,6 +51,7 @@ DISPLAY_AXES = {
     Plane.CORONAL: ("L", "I", "P"),
     Plane.SAGITTAL: ("P", "I", "L"),
 }
+_WORLD_AXIS_AND_SIGN = {"R": (0, 1), "L": (0, -1), "A": (1, 1), "P": (1, -1), "S": (2, 1), "I": (2, -1)}
 _PLANE_OF_WORLD_AXIS = (Plane.SAGITTAL, Plane.CORONAL, Plane.AXIAL)
 
 
@@ -205,6 +207,34 @@ def axial_affine(spacing_mm: tuple[float, float, float], *, where: str) -> Affin
     """
     affine = np.diag([-spacing_mm[2], -spacing_mm[1], spacing_mm[0], 1.0])
     check_spacing(affine, where=where)
+    return affine
+
+
+def affine_of_axes(axes: str, spacing_mm: Sequence[float]) -> Affine:
+    """Return the affine of an array whose axes grow in known directions.
+
+    Args:
+        axes: Direction in which each array axis grows, such as ``RAS`` or ``SPL``.
+        spacing_mm: Size of a voxel along each array axis.
+
+    Raises:
+        DataError: If the axes are not three different directions, or the spacing does not fit them.
+    """
+    found = [_WORLD_AXIS_AND_SIGN.get(code) for code in axes.upper()]
+    if None in found or sorted(world for world, _ in filter(None, found)) != [0, 1, 2]:
+        raise DataError(
+            f"axes must name the direction of each array axis, one of R or L, A or P, S or I (got {axes!r}, expected "
+            "e.g. RAS or SPL)."
+        )
+    low, high = PLAUSIBLE_SPACING_MM
+    if len(spacing_mm) != 3 or not all(low <= size <= high for size in spacing_mm):
+        raise DataError(
+            f"spacing must be the size of a voxel along each of the three array axes, {low} to {high} mm (got "
+            f"{tuple(spacing_mm)})."
+        )
+    affine = np.diag([0.0, 0.0, 0.0, 1.0])
+    for axis, (world, sign) in enumerate(filter(None, found)):
+        affine[world, axis] = sign * spacing_mm[axis]
     return affine
 
 

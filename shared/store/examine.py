@@ -87,8 +87,16 @@ def examine_case(case: SourceCase, settings: BuildSettings) -> Examined:
     Raises:
         DataError: For everything that would corrupt a training run.
     """
+    return examine_scan(read_case(case), case, settings)
+
+
+def examine_scan(scan: RawScan, case: SourceCase, settings: BuildSettings) -> Examined:
+    """Check a scan that was read, and cut it into slices. The case supplies its name, keys and labels.
+
+    Raises:
+        DataError: As ``examine_case``.
+    """
     where = case.name
-    scan = read_case(case)
     privacy = _check_privacy(case, scan, settings)
     _check_modality(scan, settings, where=where)
     scan, notes = _replace_non_finite(scan, settings, where=where)

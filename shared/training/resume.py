@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import random
-import shlex
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from samgraft.shared.errors import DataError, UsageError
+from samgraft.shared.invocation import repeat_command
 from samgraft.shared.runs.environment import BITWISE_PACKAGES, software_versions, thread_count
 from samgraft.shared.training.config import TrainerConfig
 from samgraft.shared.training.device import DeviceChoice
@@ -130,7 +129,7 @@ def check_resumable(
             f"the run was started with another number of processes (got {world_size}, expected {before}). Use the same "
             "number, or set trainer.allow_resize=true, which keeps the order of samples but not the same bits.",
             where="trainer.devices",
-            next_command=f"torchrun --no-python --nproc-per-node {before} {shlex.join(['samgraft', *sys.argv[1:]])}"
+            next_command=f"torchrun --no-python --nproc-per-node {before} {repeat_command()}"
             if before > 1
             else continue_command,
         )

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 from samgraft.shared.errors import ExitCode, StoppedAndSaved
+from samgraft.shared.invocation import is_library_call, repeat_command
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +58,8 @@ class StopRequest:
 def handle_stop_signals(stop: StopRequest) -> Iterator[None]:
     """Route the stop signals to ``stop`` and restore the former handlers on exit.
 
-    Outside of the main thread, where Python does not allow handlers, nothing changes.
+    Nothing changes outside of the main thread, where Python does not allow handlers. A call from Python only restores,
+    because Lightning ignores Ctrl-C after the first one.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -72,7 +74,7 @@ def handle_stop_signals(stop: StopRequest) -> Iterator[None]:
 
 
 @contextmanager
-def exit_on_stop_signals(continue_command: str) -> Iterator[None]:
+def exit_on_stop_signals() -> Iterator[None]:
     """End the command with exit code 75 when a scheduler's stop signal arrives outside of training.
 
     No work outside of training takes so long that it must be finished first, and every file is written atomically, so
@@ -93,7 +95,7 @@ def exit_on_stop_signals(continue_command: str) -> Iterator[None]:
         raise StoppedAndSaved(
             f"{signal.Signals(number).name} requested a stop outside of training.",
             kept="every verified training state, and all complete results",
-            next_command=continue_command,
+            next_command=repeat_command(),
         )
 
     before = {number: signal.signal(number, stop) for number in numbers}
@@ -105,8 +107,11 @@ def exit_on_stop_signals(continue_command: str) -> Iterator[None]:
 
 
 def install_stop_handlers(stop: StopRequest) -> None:
-    """Install the handlers of all stop signals, in the main thread only."""
-    if threading.current_thread() is threading.main_thread():
+    """Install the handlers of all stop signals, in the main thread of a command only.
+
+    A Python program that calls samgraft has its own handlers.
+    """
+    if threading.current_thread() is threading.main_thread() and not is_library_call():
         for number in STOP_SIGNALS:
             signal.signal(number, stop.receive)
 

@@ -198,6 +198,11 @@ def _train(module: pl.LightningModule, context: FitContext, boundary: StepBounda
             trainer.fit(module, datamodule=StepData(context, counters=boundary.counters, first_step=first_step))
         except SamgraftError:
             raise
+        except SystemExit as stop:
+            # Lightning turns Ctrl-C into an exit and ignores the signal from then on, which a notebook would keep.
+            if not isinstance(stop.__context__, KeyboardInterrupt):
+                raise
+            raise stop.__context__ from None
         except Exception as error:
             newest = newest_state_name(run.checkpoints)
             raise explain_failure(

@@ -21,7 +21,7 @@ NOT_OURS = ("tensorboard", "torchrun", "srun", "python -m")
 
 def texts():
     """Yield (file:line, text) of every string in the package."""
-    for folder in ("ssl", "finetune", "shared"):
+    for folder in ("api", "ssl", "finetune", "shared"):
         for path in sorted((ROOT / folder).rglob("*.py")):
             tree = ast.parse(path.read_text())
             whole = [node for node in ast.walk(tree) if isinstance(node, ast.JoinedStr)]

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-FOLDERS = ("ssl", "finetune", "shared", "configs")
+FOLDERS = ("api", "ssl", "finetune", "shared", "configs")
 
 
 def _packages_on_disk() -> set[str]:

@@ -52,7 +52,7 @@ def test_repository__names_no(what: str) -> None:
 def test_code__functions_stay_under_50_lines() -> None:
     long = []
     for path in _tracked():
-        if path.suffix != ".py" or path.relative_to(ROOT).parts[0] not in {"ssl", "finetune", "shared"}:
+        if path.suffix != ".py" or path.relative_to(ROOT).parts[0] not in {"api", "ssl", "finetune", "shared"}:
             continue
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.FunctionDef):

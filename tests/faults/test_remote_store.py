@@ -1,6 +1,5 @@
 """Stores behind an address, read from a local S3 and HTTP server that is slow or loses files."""
 
-import argparse
 import pickle
 import sys
 import threading
@@ -11,7 +10,7 @@ import pytest
 import samgraft.shared.files as files
 from finished_factory import SPEC, make_lab
 from model_factory import make_sam
-from samgraft.finetune.commands.finetune import add_arguments, build_config, typed_settings
+from samgraft.finetune.commands.finetune import build_config, typed_settings
 from samgraft.finetune.evaluation.evaluate import evaluate
 from samgraft.finetune.evaluation.scores import read_cases
 from samgraft.finetune.model_folder import read_model
@@ -230,15 +229,11 @@ def test_s3__finetune_prepares_the_same_samples(lab):
     write_tensors(lab.root / "sam.safetensors", dict(sam.state_dict()))
     about = {"arch": "vit_t", "stem": "conv1x1", "pixel_mean": [0.0] * 3, "pixel_std": [255.0] * 3}
     save_encoder(sam.image_encoder, lab.root / "ssl", Card(image_size=32, stage="encoder", **about))
-    parser = argparse.ArgumentParser()
-    add_arguments(parser)
-    given = ["--ckpt", str(lab.root / "ssl"), "--base", str(lab.root / "sam.safetensors")]
+    given = {"ckpt": lab.root / "ssl", "base": lab.root / "sam.safetensors"}
 
     def prepared(store):
         return prepare(
-            build_config(
-                typed_settings(parser.parse_args([*given, "--data", store, "model.image_size=32"])), preset="cpu"
-            )
+            build_config(typed_settings(**given, data=store, settings=["model.image_size=32"]), preset="cpu")
         )
 
     ours, theirs = prepared(str(lab.store.path)), prepared(LAB)

@@ -168,13 +168,16 @@ def test_fit__with_fifty_signals_at_random_times_saves_a_valid_state(tmp_path: P
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2])
-def test_exit_on_stop_signals__outside_of_training_exits_with_75(number: signal.Signals) -> None:
+def test_exit_on_stop_signals__outside_of_training_exits_with_75(
+    number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", ["samgraft", "pretrain"])
     handlers = [signal.getsignal(n) for n in (number, signal.SIGINT)]
 
     def stopped() -> None:
-        with exit_on_stop_signals("samgraft pretrain"), handle_stop_signals(StopRequest()):
+        with exit_on_stop_signals(), handle_stop_signals(StopRequest()):
             pass  # Training installs handlers of its own and removes them.
-        with exit_on_stop_signals("samgraft pretrain"):
+        with exit_on_stop_signals():
             send(number)
 
     with pytest.raises(StoppedAndSaved, match=f"{number.name} requested a stop outside of training") as stop:

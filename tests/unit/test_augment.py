@@ -1,12 +1,11 @@
 """Augmentation is seeded per sample, moves labels with the image and keeps values in range."""
 
-import argparse
 import pickle
 
 import numpy as np
 import pytest
 import torch
-from samgraft.finetune.commands.finetune import add_arguments, build_config, typed_settings
+from samgraft.finetune.commands.finetune import build_config, typed_settings
 from samgraft.finetune.config import FinetuneConfig
 from samgraft.shared.config import load_config, packaged_config
 from samgraft.shared.samples.augment import AugmentConfig, SliceAugmentation
@@ -204,8 +203,6 @@ def test_commands__both_stages_apply_the_modality_preset(tmp_path):
     store = str(make_store(tmp_path, num_patients=2, shape_zyx=(2, 16, 16), modality="ct"))
     config, _ = prepare(TypedSettings(options={"data.store": store, "model.base": "random"}), has_gpu=False)
     assert config.data.augment.flip_columns_probability == 0.0
-    parser = argparse.ArgumentParser()
-    add_arguments(parser)
-    typed = typed_settings(parser.parse_args(["--ckpt", "runs/a", "--data", store]))
+    typed = typed_settings(ckpt="runs/a", data=store)
     tuned = build_config(typed, preset="cpu")
     assert tuned.data.augment.flip_columns_probability == 0.0

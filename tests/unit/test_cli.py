@@ -93,10 +93,10 @@ def test_main__unknown_or_abbreviated_option_is_usage(command, arguments: list[s
 def test_main__settings_may_stand_anywhere(monkeypatch: pytest.MonkeyPatch, words: list[str]) -> None:
     from samgraft.ssl import command as pretraining
 
-    seen: list[argparse.Namespace] = []
-    monkeypatch.setattr(pretraining, "_pretrain", lambda arguments: seen.append(arguments) or 0)
+    seen: list[dict[str, object]] = []
+    monkeypatch.setattr(pretraining, "pretrain", lambda **options: seen.append(options))
     assert cli.main(["pretrain", *words]) == 0
-    assert (seen[0].name, seen[0].overrides) == ("x", ["a=1", "b=2"])
+    assert (seen[0]["name"], seen[0]["settings"]) == ("x", ["a=1", "b=2"])
 
 
 def test_main__drops_variables_that_allow_pickles(

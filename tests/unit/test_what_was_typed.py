@@ -1,9 +1,7 @@
 """A key of a file or an override has the effect of the option with the same meaning, in both stages."""
 
-import argparse
-
 import pytest
-from samgraft.finetune.commands.finetune import add_arguments, build_config, typed_settings
+from samgraft.finetune.commands.finetune import build_config, typed_settings
 from samgraft.shared.config import read_settings, without_keys
 from samgraft.shared.demo import demo_paths
 from samgraft.shared.errors import UsageError
@@ -82,16 +80,10 @@ def test_pretrain__file_overrides_the_demo_settings(tmp_path, monkeypatch):
     assert not hidden.watch.log_images
 
 
-def typed(*words):
-    parser = argparse.ArgumentParser()
-    add_arguments(parser)
-    return parser.parse_args(list(words))
-
-
 def test_finetune__store_of_a_file_or_an_override_is_used(store, tmp_path):
     file = written(tmp_path, f"data: {{store: {store}}}\nmodel: {{ckpt: runs/mine}}\n")
-    for arguments in (typed("--config", str(file)), typed("--ckpt", "runs/mine", f"data.store={store}")):
-        settings = typed_settings(arguments)
+    for options in ({"config": file}, {"ckpt": "runs/mine", "settings": [f"data.store={store}"]}):
+        settings = typed_settings(**options)
         config = build_config(settings)
         assert (config.data.store, config.data.split, config.model.ckpt) == (str(store), None, "runs/mine")
         assert not config.watch.log_images

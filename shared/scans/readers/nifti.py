@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import io
 from pathlib import Path
 from typing import Any
@@ -83,6 +85,49 @@ def inspect_nifti(path: Path, *, where: str, frame: int | None = None) -> tuple[
     _affine(header, _shape_of_frame(shape, frame=frame, where=where), where=where)
     flag = head[kind.header_class.sizeof_hdr : kind.header_class.sizeof_hdr + 1]
     return nifti_findings(header, num_extensions=int(flag not in (b"", b"\0")))
+
+
+def scan_of_image(image: Any, *, where: str, frame: int | None = None) -> RawScan:
+    """Return a nibabel image in memory as its file would be read.
+
+    Args:
+        image: Spatial image of nibabel, of any format.
+        where: Name for messages.
+        frame: Index of the volume of a 4D image; None refuses 4D.
+
+    Raises:
+        DataError: If it has no affine, an impossible spacing, or is 4D without ``frame``.
+    """
+    if image.affine is None:
+        raise DataError("the image must have an affine, it has none.", where=where)
+    affine = np.asarray(image.affine, dtype=np.float64)
+    is_nifti = isinstance(image, nib.Nifti1Image)
+    affine, notes = _in_millimetres(affine, image.header) if is_nifti else (affine, ())
+    scan = scan_of_array(np.asanyarray(image.dataobj), affine, where=where, frame=frame)
+    return dataclasses.replace(scan, notes=notes)
+
+
+def scan_of_array(values: Any, affine: Any, *, where: str, frame: int | None = None) -> RawScan:
+    """Return an array in memory as a scan.
+
+    Args:
+        values: Voxels, shape (I, J, K), or (I, J, K, frames).
+        affine: Map from voxel (i, j, k) to RAS+ mm, 4x4.
+        where: Name for messages.
+        frame: Index of the volume of a 4D array; None refuses 4D.
+
+    Raises:
+        DataError: If it has no real numbers, an impossible spacing or number of axes, or is 4D without ``frame``.
+    """
+    check_real_numbers(values, where=where)
+    check_spacing(affine, where=where)
+    if values.ndim < 3:
+        raise DataError(
+            f"an array must have three axes, got shape {values.shape}. Give a picture an axis of length 1.", where=where
+        )
+    array_ijk = _select_frame(values, _shape_of_frame(values.shape, frame=frame, where=where), frame)
+    digest = hashlib.sha256(np.ascontiguousarray(array_ijk).tobytes() + affine.tobytes())
+    return RawScan(array_ijk=array_ijk, affine=affine, source_sha256=digest.hexdigest())
 
 
 def nifti_form_codes(path: Path, *, where: str) -> tuple[int, int]:
@@ -197,6 +242,13 @@ def _affine(header: Any, shape: tuple[int, ...], *, where: str) -> tuple[Any, tu
         notes.append("no orientation in the header: voxel order taken as it is")
     # sform first, as nibabel, FSL and ITK do; the base affine is centred and flipped along x by convention.
     affine = sform if sform is not None else qform if qform is not None else header.get_base_affine()
+    affine, unit_notes = _in_millimetres(np.asarray(affine, dtype=np.float64), header)
+    check_spacing(affine, where=where)
+    return affine, (*notes, *unit_notes)
+
+
+def _in_millimetres(affine: Any, header: Any) -> tuple[Any, tuple[str, ...]]:
+    notes: list[str] = []
     # Bits 0 to 2 are the unit of length, bits 3 to 5 that of time. Codes above 3 are not defined; files that hold
     # them (255 is common) mean millimetres, and a wrong guess does not pass the limits of check_spacing.
     code = int(header["xyzt_units"]) & 7
@@ -205,9 +257,7 @@ def _affine(header: Any, shape: tuple[int, ...], *, where: str) -> tuple[Any, tu
     scale = _MM_PER_UNIT.get(code, 1.0)
     if scale != 1:
         notes.append(f"spacing converted from {_UNIT_NAMES[code]} to mm")
-    affine = np.diag([scale, scale, scale, 1.0]) @ np.asarray(affine, dtype=np.float64)
-    check_spacing(affine, where=where)
-    return affine, tuple(notes)
+    return np.diag([scale, scale, scale, 1.0]) @ affine, tuple(notes)
 
 
 def _matches(head: bytes) -> bool:

@@ -1,0 +1,41 @@
+"""Calls from Python of the functions behind the commands."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import sys
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+from samgraft.shared.invocation import called_from_python
+
+P = ParamSpec("P")
+Result = TypeVar("Result")
+
+
+def as_call(function: Callable[P, Result]) -> Callable[P, Result]:
+    """Return the function for callers from Python.
+
+    It leaves the signal handlers of the program alone and shows messages in a notebook.
+    """
+
+    @functools.wraps(function)
+    def call(*arguments: P.args, **keywords: P.kwargs) -> Result:
+        _show_messages()
+        with called_from_python():
+            return function(*arguments, **keywords)
+
+    return call
+
+
+def _show_messages() -> None:
+    """Show the messages of samgraft in an interactive session without logging of its own."""
+    log = logging.getLogger("samgraft")
+    is_interactive = hasattr(sys, "ps1") or "ipykernel" in sys.modules
+    if not is_interactive or log.handlers or logging.getLogger().handlers:
+        return
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
