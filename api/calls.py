@@ -33,6 +33,7 @@ def _show_messages() -> None:
     """Show the messages of samgraft in an interactive session without logging of its own."""
     log = logging.getLogger("samgraft")
     is_interactive = hasattr(sys, "ps1") or "ipykernel" in sys.modules
+    # With a handler of the program every message would be shown twice.
     if not is_interactive or log.handlers or logging.getLogger().handlers:
         return
     handler = logging.StreamHandler(sys.stdout)

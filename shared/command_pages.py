@@ -66,7 +66,7 @@ def _default(action: argparse.Action) -> str:
     if action.required and action.option_strings:
         return "required"
     default: Any = action.default
-    if default in (None, False, "", [], argparse.SUPPRESS) or not action.option_strings:
+    if default in (None, False, "", [], argparse.SUPPRESS) or not action.option_strings or action.nargs == 0:
         return ""
     return f"`{default}`"
 

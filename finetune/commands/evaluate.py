@@ -153,6 +153,7 @@ def evaluate(
     scored = _Scored.load(Path(model), data, split_file, part=split, device=device, precision=precision)
     names = _read_names(scored.store) if show_names else None
     subgroups = _subgroups(by, groups, scored)
+    # Chosen before the first test scan is read.
     steps = _postprocessing(scored, batch_size, choose=choose_postprocessing) if postprocessing else None
     evaluation = _score(scored, names, batch_size=batch_size, tolerance_mm=tolerance_mm, postprocessing=steps)
     _write(evaluation, scored, folder, subgroups=subgroups, log_images=log_images, names=names)

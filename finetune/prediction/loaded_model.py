@@ -70,6 +70,7 @@ class Segmentation:
             raise UsageError(f"the name of a segmentation must end with {' or '.join(WRITERS)}, got {path.name!r}.")
         if end == ".nii.gz" and self.masks.classes.is_overlapping:
             raise UsageError("a NIfTI label map cannot contain overlapping classes. Save them as .seg.nrrd.")
+        # An interrupted save must leave an earlier file as it was.
         draft = path.with_name(f".partial-{path.name}")
         try:
             WRITERS[end](draft, self.masks)
@@ -138,6 +139,7 @@ class LoadedModel:
         )
         examined = examine_scan(raw, case, build)
         record, notes = examined.record, list(examined.record.notes)
+        # Prompts are placed in the slices that the model sees, which are in another order than the file.
         placed = None
         if prompts is not None:
             file = read_prompts(Path(prompts), self.predictor.classes)
@@ -168,9 +170,11 @@ def _read(
         found = _only_scan(Path(scan), frame=frame, allow_gaps=allow_gaps)
         files = found.case.scan
         is_nifti = files.format == ScanFormat.NIFTI
+        # Viewers place a NIfTI file by its codes, so that the mask needs those of its scan.
         codes = nifti_form_codes(files.paths[0], where=files.name) if is_nifti else (1, 1)
         return found.case, read_case(found.case), codes
     name = "the array" if is_array else "the image"
+    # Nothing is read from these files. The checks need a name for their messages only.
     files = ScanFiles(format=ScanFormat.NIFTI, paths=(), name=name)
     if is_array:
         if axes is None or spacing is None:

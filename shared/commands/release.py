@@ -25,7 +25,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of the command."""
     parser.add_argument("run", metavar="RUN", type=Path, help="a finished run of stage 1 (encoder) or stage 2 (model)")
     parser.add_argument("--out", type=Path, required=True, help="folder to create")
-    parser.add_argument("--license", help="licence of the release, e.g. cc-by-4.0; there is no default")
+    parser.add_argument(
+        "--license", metavar="LICENCE", help="licence of the release, e.g. cc-by-4.0; there is no default"
+    )
     parser.add_argument(
         "--format",
         dest="formats",
@@ -33,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--data-statement",
+        metavar="STATEMENT",
         help="a sentence for the card on origin, consent and de-identification of the scans",
     )
     parser.add_argument(

@@ -340,6 +340,7 @@ def scan_request(
     from samgraft.shared.scans.orientation import Plane
     from samgraft.shared.store.from_data import ScanRequest
 
+    # The command gives every option, and a caller from Python only those that differ from the default.
     modality, pictures = options.get("modality", "mri"), options.get("pictures", "auto")
     known = {plane.value: plane for plane in Plane}
     planes = [part.strip().lower() for part in _listed(options.get("planes", "")) if part.strip()]

@@ -32,6 +32,7 @@ class TrainingResult:
     @property
     def metrics(self) -> DataFrame:
         """Table with one row per logged step, such as loss, learning rate and validation scores."""
+        # Imported here, because commands return results without their tables.
         import pandas as pd
         from samgraft.shared.runs.metrics import MetricsLog
 
