@@ -342,8 +342,9 @@ def _postprocessing(scored: _Scored, batch_size: int, *, choose: bool) -> PostPr
 def _log_case(names: Names | None, number: int, total: int, rows: Any) -> None:
     for row in rows:
         dice, distance = row["dice"], row["hd95_mm"]
+        scan = names.scan(row["series_id"]) if names else row["series_id"]
         log.info("%d/%d %s %s: Dice %s, HD95 %s mm (%d voxels true, %d predicted)", number, total,
-                 names.scan(row["series_id"]) if names else row["series_id"], row["class"], "n/a" if dice is None else f"{dice:.3f}",
+                 scan, row["class"], "n/a" if dice is None else f"{dice:.3f}",
                  "n/a" if distance is None else f"{distance:.1f}", row["true_voxels"],
                  row["predicted_voxels"])  # fmt: skip
 
