@@ -132,6 +132,7 @@ def _train(typed: TypedSettings, *, preset: str | None, name: str | None, runs: 
     # The device is chosen twice. Without settings it selects the preset, and the settings of the preset may then change
     # it.
     has_gpu = choose_device().accelerator != "cpu"
+    # The name is made from the resolved data and objective, so that the same call resumes the same run.
     config, name = prepare(typed, preset=preset, name=name, has_gpu=has_gpu)
     # Checked before the pre-flight trains some steps, and again when the run opens its folder.
     check_run_folder(runs, name, config=config, stage="pretrain")

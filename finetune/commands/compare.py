@@ -88,6 +88,7 @@ def compare(
             log.info("%s, %s: %s", METRIC_BY_KEY[metric].title, one.name, interval.render() if interval else "n/a")
     for result in results:
         log.info("%s", render_pair(result))
+    # The tables are printed in any case, because a comparison is often only looked at.
     folder = Path(out) if out else None
     if folder:
         write_comparison(evaluated, results, folder, metrics=keys)

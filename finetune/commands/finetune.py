@@ -141,6 +141,7 @@ def _train(typed: TypedSettings, *, preset: str, name: str | None, runs: Path, d
     started = time.monotonic()
     config = build_config(typed, preset=preset)
     name = name or default_name(weights or arch or "", given.get("data.store"))
+    # Made before the training, because a dry run and a complete run return it too.
     result = TrainingResult(path=runs / name, weights=runs / name / MODEL_FOLDER)
     trainer = config.trainer
     check_run_folder(runs, name, config=config, stage="finetune")

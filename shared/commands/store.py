@@ -324,6 +324,7 @@ def _make_split(arguments: argparse.Namespace, store: SliceStore) -> Split:
 
 
 def _scan_request(arguments: argparse.Namespace, source: Path) -> ScanRequest:
+    # A keyword that the command does not have fails here, and not when somebody reads the store.
     names = (*ScanOptions.__annotations__, "report")
     return scan_request(source, **{name: getattr(arguments, name) for name in names})
 

@@ -126,6 +126,7 @@ def scan_of_array(values: Any, affine: Any, *, where: str, frame: int | None = N
             f"an array must have three axes, got shape {values.shape}. Give a picture an axis of length 1.", where=where
         )
     array_ijk = _select_frame(values, _shape_of_frame(values.shape, frame=frame, where=where), frame)
+    # It identifies the scan in the record as the hash of a file does.
     digest = hashlib.sha256(np.ascontiguousarray(array_ijk).tobytes() + affine.tobytes())
     return RawScan(array_ijk=array_ijk, affine=affine, source_sha256=digest.hexdigest())
 
