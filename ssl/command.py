@@ -35,7 +35,11 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="STORE",
         help="labelled store or scans, whose validation and test patients are left out; may be repeated",
     )
-    add("--model", default=None, help="vit_t, vit_b, vit_l or vit_h (default: that of the weights, or vit_t)")
+    add(
+        "--model",
+        default=None,
+        help="vit_t, vit_b, vit_l, vit_h, sam2_t, sam2_s, sam2_bp or sam2_l (default: that of the weights, or vit_t)",
+    )
     add("--method", default=None, help="objective (default: depends on the model)")
     add(
         "--ckpt",

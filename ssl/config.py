@@ -74,7 +74,7 @@ class ModelConfig:
     """The encoder and its weights."""
 
     arch: str = DEFAULT_ARCH
-    """Architecture of the encoder, vit_t, vit_b, vit_l or vit_h."""
+    """Architecture of the encoder, vit_t, vit_b, vit_l, vit_h, sam2_t, sam2_s, sam2_bp or sam2_l."""
     ckpt: str | None = None
     """Initial encoder weights, a stage-1 run or any encoder or SAM file. None takes the encoder of ``base``."""
     base: str | None = None

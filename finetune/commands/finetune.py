@@ -45,8 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--modality", help="mri, ct, xray or ultrasound (default: the store's, or mri)")
     parser.add_argument(
         "--model",
-        help="expected architecture (vit_t, vit_b, vit_l, vit_h; default that of the weights), "
-        f"or a baseline without SAM: {', '.join(BASELINES)}",
+        help="expected architecture (vit_t, vit_b, vit_l, vit_h, sam2_t, sam2_s, sam2_bp, sam2_l; default that of the "
+        f"weights), or a baseline without SAM: {', '.join(BASELINES)}",
     )
     parser.add_argument("--method", help="fine-tuning method: lora, adapter, full, dora, ...; default the preset's")
     parser.add_argument(

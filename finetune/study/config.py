@@ -65,7 +65,7 @@ class StudyConfig:
     initialisations: list[Initialisation]
     """Initial weights."""
     architectures: list[str]
-    """Architectures among vit_t, vit_b, vit_l and vit_h."""
+    """Architectures among vit_t, vit_b, vit_l, vit_h, sam2_t, sam2_s, sam2_bp and sam2_l."""
     scopes: list[str] = field(default_factory=lambda: ["encoder_decoder"])
     """Values of adapter.scope."""
     methods: list[str] = field(default_factory=lambda: ["lora"])

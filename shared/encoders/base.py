@@ -145,12 +145,22 @@ class EncoderSpec(ABC):
         """Return what shows that the last blocks of a file are missing, or None."""
         return None
 
+    @property
+    def assumptions(self) -> str | None:
+        """Numbers of this shape that its tensors do not contain and that were assumed, for a warning."""
+        return None
+
     # ---- numbers that both stages read
 
     @property
     @abstractmethod
     def stride(self) -> int:
         """Pixels per position of the image embeddings."""
+
+    @property
+    def size_step(self) -> int:
+        """Pixels that the side of every image is a multiple of, by default the stride."""
+        return self.stride
 
     @property
     @abstractmethod
@@ -165,7 +175,7 @@ class EncoderSpec(ABC):
     @property
     @abstractmethod
     def crop_unit(self) -> int:
-        """Tokens along a side that small crops are a multiple of, so that no attention window is padded."""
+        """Steps of ``size_step`` that small crops are a multiple of, so that no attention window is padded."""
 
     @property
     def natural_mask_unit_px(self) -> int | None:
@@ -247,12 +257,12 @@ class EncoderSpec(ABC):
         }
 
     def check_image_size(self, image_size: int) -> None:
-        """Refuse an input size that the stride does not divide.
+        """Refuse an input size that is not a multiple of ``size_step``.
 
         Raises:
-            UsageError: If ``image_size`` is not a positive multiple of the stride.
+            UsageError: If ``image_size`` is not a positive multiple of ``size_step``.
         """
-        step = self.stride
+        step = self.size_step
         if image_size < step or image_size % step:
             near = max(step, round(image_size / step) * step)
             raise UsageError(
@@ -265,14 +275,15 @@ class ImageEncoder(nn.Module, ABC):
 
     Args:
         spec: Shape.
-        image_size: Side of the square input in pixels, a multiple of the stride.
+        image_size: Side of the square input in pixels, a multiple of ``spec.size_step``.
 
     BatchNorm keeps its running statistics by default (``batch_norm_frozen``): few, partly hidden or few-shot images
     would move them away from the published ones, and an adapter file does not contain them. Stage 1 from random weights
     updates them, because there is nothing to keep.
     """
 
-    neck: nn.Sequential
+    neck: nn.Module
+    """Layers from the features to the image embeddings."""
     entry_points: ClassVar[tuple[str, ...]] = ("forward_features",)
     """Methods besides ``forward`` that callers use. Sharded parameters are gathered for them."""
 
@@ -312,6 +323,10 @@ class ImageEncoder(nn.Module, ABC):
             Shape (B, feature_dim, S/stride, S/stride).
         """
 
+    def high_res_layers(self) -> list[nn.Module]:
+        """Return the layers of the neck that only the finer maps of ``forward_with_high_res`` use."""
+        return []
+
     @abstractmethod
     def layer_groups(self) -> Iterator[tuple[int, list[nn.Parameter]]]:
         """Yield (depth, parameters) from the stem (depth 0) to the neck, every parameter once.
@@ -346,30 +361,73 @@ class ImageEncoder(nn.Module, ABC):
 
 
 class TokenDroppingEncoder(ImageEncoder):
-    """Image encoder that can leave hidden tokens out, so that they cost nothing.
+    """Image encoder that can leave out hidden units, so that they cost nothing.
 
-    Its tokens lie on a grid of ``grid`` x ``grid`` patches of ``stride`` pixels and have absolute positions.
+    Units are squares of ``unit_px`` pixels on a grid of ``grid`` x ``grid``, which are the tokens of a plain ViT or the
+    mask units of a multi-scale one.
+    """
+
+    entry_points: ClassVar[tuple[str, ...]] = ("forward_features", "forward_visible")
+    unit_px: int
+    """Side of a unit in pixels."""
+    unit_dim: int
+    """Channels of an encoded unit."""
+    grid: int
+    """Units along a side."""
+    attn_window_size: int
+    """Units along a side of an attention window."""
+
+    @abstractmethod
+    def forward_visible(self, images_B3SS: Tensor, ids_keep_BN: Tensor) -> Tensor:
+        """Encode the kept units only.
+
+        Args:
+            images_B3SS: Images after ``to_pixels``.
+            ids_keep_BN: Raster numbers of the kept units of each image, int64, in any order and without repeats; -1
+                fills up images that keep fewer units than others.
+
+        Returns:
+            Features before the neck in the order of ``ids_keep_BN``, shape (B, N, unit_dim); undefined where it is -1.
+        """
+
+    @abstractmethod
+    def units_to_features(self, units_BNC: Tensor) -> Tensor:
+        """Put all units of a grid, in raster order, together to features as those of ``forward_features``."""
+
+    @abstractmethod
+    def features_to_units(self, features_BChw: Tensor) -> Tensor:
+        """Return the units (B, grid grid, unit_dim) of features, which undoes ``units_to_features``."""
+
+    def check_kept(self, images_B3SS: Tensor, ids_keep_BN: Tensor) -> None:
+        """Refuse images of another size, and kept units that are not on the grid.
+
+        Raises:
+            ValueError: If images have another size, or ``ids_keep_BN`` is empty or out of range.
+        """
+        size, num_units = self.image_size, self.grid**2
+        if images_B3SS.shape[1:] != (3, size, size):
+            raise ValueError(f"images must have shape (B, 3, {size}, {size}), got {tuple(images_B3SS.shape)}.")
+        is_table = ids_keep_BN.ndim == 2 and ids_keep_BN.shape[1] > 0
+        if not is_table or bool((ids_keep_BN < -1).any() | (ids_keep_BN >= num_units).any()):
+            raise ValueError(
+                f"ids_keep must be (B, N) token numbers below {num_units}, at least one, got {ids_keep_BN}."
+            )
+
+
+class FixedGridEncoder(TokenDroppingEncoder):
+    """Image encoder with one absolute position per token, so that smaller views take a part of its grid.
+
+    Its units are tokens of ``stride`` pixels.
     """
 
     entry_points = ("forward_features", "forward_visible", "forward_patches")
-    grid: int
-    """Tokens along a side."""
-    attn_window_size: int
-    """Tokens along a side of an attention window."""
 
     @abstractmethod
     def forward_visible(self, images_B3SS: Tensor, ids_keep_BN: Tensor, *, relative_positions: bool = True) -> Tensor:
         """Encode the kept tokens only.
 
-        Args:
-            images_B3SS: Images after ``to_pixels``.
-            ids_keep_BN: Raster numbers of the kept tokens of each image, int64, in any order and without repeats; -1
-                fills up images that keep fewer tokens than others.
-            relative_positions: False runs the blocks as those of a plain ViT, with global attention and absolute
-                positions only.
-
-        Returns:
-            Features before the neck in the order of ``ids_keep_BN``, shape (B, N, C); undefined where it is -1.
+        Arguments and result are those of :class:`TokenDroppingEncoder`. ``relative_positions=False`` runs the blocks as
+        those of a plain ViT, with global attention and absolute positions only.
         """
 
     @abstractmethod

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from samgraft.shared.encoders.base import EncoderSpec
+from samgraft.shared.encoders.hiera import HieraSpec
 from samgraft.shared.encoders.tiny_vit import TinyViTSpec
 from samgraft.shared.encoders.vit import ViTSpec
 from samgraft.shared.errors import UsageError, WeightsError
@@ -14,6 +15,7 @@ from torch import Tensor
 FAMILIES: tuple[type[EncoderSpec], ...] = (
     TinyViTSpec,
     ViTSpec,
+    HieraSpec,
 )
 """Encoder families. A new one is a file in this folder and a line here, before any family whose anchors it also has."""
 
@@ -86,8 +88,9 @@ def image_size_from_tensors(tensors: Mapping[str, Tensor], spec: EncoderSpec) ->
 def encoder_anchors() -> list[str]:
     """Return the tensors by which encoders are found in a file, the most specific of each family first."""
     columns = [family.anchors for family in FAMILIES]
-    ordered = [anchors[i] for i in range(max(map(len, columns))) for anchors in columns if i < len(anchors)]
-    return list(dict.fromkeys(ordered))
+    rows = [[anchors[i] for anchors in columns if i < len(anchors)] for i in range(max(map(len, columns)))]
+    # Names are compared by their ends, so a name that ends with another one must be tried first.
+    return list(dict.fromkeys(anchor for row in rows for anchor in sorted(row, key=len, reverse=True)))
 
 
 def spec_from_dict(values: Mapping[str, Any]) -> EncoderSpec:

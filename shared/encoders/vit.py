@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from samgraft.shared.encoders.attention import Plan, mix_tokens, plan_all, plan_visible
 from samgraft.shared.encoders.base import (
     EncoderSpec,
+    FixedGridEncoder,
     LayerNames,
-    TokenDroppingEncoder,
     build_neck,
     count_blocks,
     cut_patches,
@@ -221,7 +221,7 @@ class PlannedBlock(nn.Module):
         return out
 
 
-class ViTEncoder(TokenDroppingEncoder):
+class ViTEncoder(FixedGridEncoder):
     """Image encoder vit_b, vit_l or vit_h.
 
     It has segment_anything's parameters and names, at any image size that is a multiple of the patch. ``forward``
@@ -230,7 +230,7 @@ class ViTEncoder(TokenDroppingEncoder):
 
     def __init__(self, spec: ViTSpec, *, image_size: int) -> None:
         super().__init__(spec, image_size=image_size)
-        self.grid = image_size // spec.patch_size
+        self.grid, self.unit_px, self.unit_dim = image_size // spec.patch_size, spec.patch_size, spec.embed_dim
         self.attn_window_size = spec.attn_window_size
         self._last_plan: tuple[int, torch.device, Plan] | None = None
         patch = (spec.patch_size, spec.patch_size)
@@ -278,16 +278,7 @@ class ViTEncoder(TokenDroppingEncoder):
         Raises:
             ValueError: If images have another size, or ``ids_keep_BN`` is empty or out of range.
         """
-        self._check_images(images_B3SS)
-        num_tokens = self.grid * self.grid
-        if (
-            ids_keep_BN.ndim != 2
-            or not ids_keep_BN.shape[1]
-            or bool((ids_keep_BN < -1).any() | (ids_keep_BN >= num_tokens).any())
-        ):
-            raise ValueError(
-                f"ids_keep must be (B, N) token numbers below {num_tokens}, at least one, got {ids_keep_BN}."
-            )
+        self.check_kept(images_B3SS, ids_keep_BN)
         patches_BNP = cut_patches(images_B3SS, self.stride)
         places_BNP = ids_keep_BN.clamp(min=0)[..., None].expand(-1, -1, patches_BNP.shape[-1])
         patches_BNP = patches_BNP.gather(1, places_BNP)
@@ -299,6 +290,15 @@ class ViTEncoder(TokenDroppingEncoder):
         """Encode patches as if they were at these places of the grid and no other token existed."""
         tokens_BNC = self._embed_patches(patches_BNP, ids_keep_BN)
         return self._run_blocks(tokens_BNC, plan_visible(ids_keep_BN, grid=self.grid, side=self.attn_window_size))
+
+    def units_to_features(self, units_BNC: Tensor) -> Tensor:
+        """Put tokens in raster order together to features, shape (B, C, g, g)."""
+        features_BCgg: Tensor = units_BNC.mT.unflatten(2, (self.grid, self.grid))
+        return features_BCgg
+
+    def features_to_units(self, features_BCgg: Tensor) -> Tensor:
+        """Return the tokens of features in raster order, shape (B, N, C)."""
+        return features_BCgg.flatten(2).mT
 
     def relative_position_tables(self) -> list[nn.Parameter]:
         """Return the parameters that ``relative_positions=False`` does not use."""

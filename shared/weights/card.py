@@ -22,7 +22,7 @@ class Card:
     """Facts about a weights file. Without times, hosts, users and paths, so that equal runs write equal cards."""
 
     arch: str
-    """Architecture, one of vit_t, vit_b, vit_l and vit_h."""
+    """Architecture, such as vit_b, see ``registry.arch_names``."""
     image_size: int
     """Side of the input in pixels for which positions and statistics were made."""
     pixel_mean: list[float]

@@ -186,13 +186,11 @@ def chosen_ids(chosen_BL: torch.Tensor) -> torch.Tensor:
     return chosen_BL.nonzero()[:, 1].view(len(chosen_BL), -1)
 
 
-def tokens_to_grid(tokens_BNC: torch.Tensor, ids_BN: torch.Tensor, *, grid: int) -> torch.Tensor:
-    """Put tokens at their positions of a grid that is 0 elsewhere, shape (B, C, grid, grid)."""
+def place_tokens(tokens_BNC: torch.Tensor, ids_BN: torch.Tensor, *, num_tokens: int) -> torch.Tensor:
+    """Put tokens at their places among all tokens, which are 0 elsewhere, shape (B, L, C)."""
     channels = tokens_BNC.shape[-1]
-    grid_BLC = tokens_BNC.new_zeros(len(tokens_BNC), grid * grid, channels)
-    grid_BLC = grid_BLC.scatter(1, ids_BN[..., None].expand(-1, -1, channels), tokens_BNC)
-    grid_BChw: torch.Tensor = grid_BLC.mT.unflatten(2, (grid, grid))
-    return grid_BChw
+    tokens_BLC = tokens_BNC.new_zeros(len(tokens_BNC), num_tokens, channels)
+    return tokens_BLC.scatter(1, ids_BN[..., None].expand(-1, -1, channels), tokens_BNC)
 
 
 def _mlp(dim: int) -> nn.Sequential:

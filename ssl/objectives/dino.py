@@ -83,8 +83,8 @@ class DINOConfig:
     max_mask_ratio: OpenShare = 0.5
     """Largest hidden fraction (iBOT)."""
     mask_unit_px: PositiveInt | None = None
-    """Side of a hidden square in pixels, a multiple of the encoder's stride. null takes one token of the windowed ViTs
-    and about a tenth of the input for vit_t."""
+    """Side of a hidden square in pixels, a multiple of the encoder's stride. null takes one token of the windowed ViTs,
+    32 px for sam2_* and about a tenth of the input for vit_t."""
     train_neck: bool = False
     """True trains SAM's neck and reads the features behind it. False keeps the neck's weights exactly."""
 

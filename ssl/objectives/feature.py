@@ -4,8 +4,9 @@ A frozen copy of the initial encoder encodes the whole slice. The trained encode
 and must produce the same features everywhere. SAM's mask decoder can still read these features, because they stay
 where SAM put them, so this is the safest way to adapt an encoder that will be used with SAM's own decoder.
 
-The windowed ViTs run on visible tokens only, and a light decoder, which is not exported, fills the grid with features
-of the hidden ones. vit_t, whose stem cannot drop tokens, has mask tokens in place and no decoder.
+The windowed ViTs and Hiera run on visible tokens only (units of 32 px of Hiera), and a light decoder, which is not
+exported, fills the grid with features of the hidden ones. vit_t, whose stem cannot drop tokens, has mask tokens in
+place and no decoder.
 
 With ``train_neck: false`` the student's features pass SAM's own neck, whose weights stay exactly the same. With
 ``true`` the neck may change too. The target before the neck (``target: features``) does not use the neck.
@@ -33,7 +34,7 @@ from samgraft.shared.errors import UsageError
 from samgraft.shared.samples.dataset import centre_channel
 from samgraft.shared.scans.orientation import Plane
 from samgraft.ssl.objectives.anchor import normalise_tokens, token_error
-from samgraft.ssl.objectives.decoders import Decoder, DecoderKind, DecoderShape, chosen_ids, tokens_to_grid
+from samgraft.ssl.objectives.decoders import Decoder, DecoderKind, DecoderShape, chosen_ids, place_tokens
 from samgraft.ssl.objectives.objective import Objective, ObjectiveLoss, freeze_unused_neck
 from samgraft.ssl.objectives.panels import HIDDEN_IS_GREY, Panel, principal_directions, project_features
 from samgraft.ssl.scope import learns_mask_token
@@ -60,10 +61,10 @@ class FeatureConfig:
     mask_ratio: OpenShare = 0.5
     """Fraction of tokens hidden, less than MAE's because features contain more than pixels."""
     mask_kind: MaskKind = MaskKind.RANDOM
-    """Spread of the hidden tokens, random, block, or per_window (windowed ViTs only)."""
+    """Spread of the hidden tokens, random, block, or per_window (not for vit_t)."""
     mask_unit_px: PositiveInt | None = None
-    """Side of a hidden square in pixels. null takes one token of the windowed ViTs and about a tenth of the input for
-    vit_t."""
+    """Side of a hidden square in pixels. null takes one token of the windowed ViTs, 32 px for sam2_* and about a tenth
+    of the input for vit_t."""
     visible_weight: NonNegative = 1.0
     """Weight of the visible tokens' error relative to the hidden ones'. It keeps the encoder at SAM's features where
     the input is complete. 0 predicts hidden tokens only."""
@@ -101,8 +102,9 @@ class Feature(Objective):
 
     def __init__(self, encoder: Any, config: FeatureConfig, *, seed: int, max_steps: int = 1) -> None:
         super().__init__(encoder, config, seed=seed, max_steps=max_steps)
-        self.grid = encoder.image_size // encoder.stride
-        self.mask_unit_px = mask_unit(encoder, config.mask_unit_px)
+        can_drop = isinstance(encoder, TokenDroppingEncoder)
+        step_px = encoder.unit_px if can_drop else encoder.stride
+        self.mask_unit_px = mask_unit(encoder, config.mask_unit_px, step_px=step_px)
         self.mask_side = encoder.image_size // self.mask_unit_px
         self.reads_neck = config.target is FeatureTarget.EMBEDDINGS
         # Not named "teacher", because readers of weights files take a teacher for the better encoder.
@@ -110,15 +112,15 @@ class Feature(Objective):
         freeze_unused_neck(encoder, train_neck=config.train_neck)
         self.mask_token: nn.Parameter | None = None
         self.decoder: Decoder | None = None
-        if isinstance(encoder, TokenDroppingEncoder):
-            if self.mask_unit_px != encoder.stride and config.mask_kind is MaskKind.PER_WINDOW:
+        if can_drop:
+            if self.mask_unit_px != encoder.unit_px and config.mask_kind is MaskKind.PER_WINDOW:
                 raise UsageError(
                     f"mask_unit_px must not be set with mask_kind per_window, which hides single tokens, got "
                     f"{config.mask_unit_px}. Remove it.",
                     where="objective.feature.mask_unit_px",
                 )
             self.decoder = Decoder(
-                encoder.feature_dim, config.decoder_shape(), grid=self.grid, out_dim=encoder.feature_dim
+                encoder.unit_dim, config.decoder_shape(), grid=encoder.grid, out_dim=encoder.unit_dim
             )
         else:
             if config.mask_kind is MaskKind.PER_WINDOW:
@@ -155,7 +157,7 @@ class Feature(Objective):
         # Differences of large features lose their digits in bf16.
         with torch.autocast(images_B1SS.device.type, enabled=False):
             error_Bhw = self._error(predicted_BChw.float(), target_BChw)
-            hidden_Bhw = upsample_mask(mask_Bhw, image_size=self.grid)[:, 0]
+            hidden_Bhw = upsample_mask(mask_Bhw, image_size=target_BChw.shape[-1])[:, 0]
             hidden = error_Bhw[hidden_Bhw].mean()
             visible = error_Bhw[~hidden_Bhw].mean()
             weight = self.config.visible_weight
@@ -206,14 +208,18 @@ class Feature(Objective):
                 pixels_B3SS, token_mask_Bhw=mask_Bhw, mask_token=self.mask_token
             )
             return features_BChw
-        ids_keep_BN = chosen_ids(~upsample_mask(mask_Bhw, image_size=self.grid).flatten(1))
-        return tokens_to_grid(encoder.forward_visible(pixels_B3SS, ids_keep_BN), ids_keep_BN, grid=self.grid)
+        ids_keep_BN = chosen_ids(~upsample_mask(mask_Bhw, image_size=encoder.grid).flatten(1))
+        visible_BNC = encoder.forward_visible(pixels_B3SS, ids_keep_BN)
+        tokens_BLC = place_tokens(visible_BNC, ids_keep_BN, num_tokens=encoder.grid**2)
+        with_holes_BChw: torch.Tensor = encoder.units_to_features(tokens_BLC)
+        return with_holes_BChw
 
     def _predict(self, encoded_BChw: torch.Tensor, mask_Bhw: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the predicted target and the features before the neck, hidden ones included."""
         features_BChw = encoded_BChw
         if self.decoder is not None:
-            features_BChw = self._fill_grid(encoded_BChw, upsample_mask(mask_Bhw, image_size=self.grid).flatten(1))
+            hidden_BL = upsample_mask(mask_Bhw, image_size=self.encoder.grid).flatten(1)
+            features_BChw = self._fill_grid(encoded_BChw, hidden_BL)
         predicted_BChw = self.encoder.neck(features_BChw) if self.reads_neck else features_BChw
         return predicted_BChw, features_BChw
 
@@ -221,10 +227,12 @@ class Feature(Objective):
         """Decode the hidden tokens from the visible ones and add them to the grid."""
         assert self.decoder is not None
         ids_keep_BN, ids_hidden_BM = chosen_ids(~hidden_BL), chosen_ids(hidden_BL)
-        tokens_BLC = encoded_BChw.flatten(2).mT
+        tokens_BLC = self.encoder.features_to_units(encoded_BChw)
         visible_BNC = tokens_BLC.gather(1, ids_keep_BN[..., None].expand(-1, -1, tokens_BLC.shape[-1]))
         hidden_BMC = self.decoder(visible_BNC, ids_keep_BN, ids_hidden_BM).to(visible_BNC.dtype)
-        return encoded_BChw + tokens_to_grid(hidden_BMC, ids_hidden_BM, grid=self.grid)
+        hidden_BLC = place_tokens(hidden_BMC, ids_hidden_BM, num_tokens=tokens_BLC.shape[1])
+        features_BChw: torch.Tensor = encoded_BChw + self.encoder.units_to_features(hidden_BLC)
+        return features_BChw
 
     def _error(self, predicted_BChw: torch.Tensor, target_BChw: torch.Tensor) -> torch.Tensor:
         """Return the squared error per token over the target's variance, shape (B, h, w)."""

@@ -1,9 +1,11 @@
-"""Masked autoencoder for encoders that can leave tokens out (vit_b, vit_l, vit_h).
+"""Masked autoencoder for encoders that can leave tokens out (vit_b, vit_l, vit_h, sam2_*).
 
-The encoder runs on visible tokens only, so hidden ones cost nothing. A light decoder predicts the grey values of hidden
-tokens, normalised by their own mean and deviation. By default the positions of hidden tokens attend to the encoded
-visible tokens only (CrossMAE). MAE's own decoder over all tokens (``decoder: full``, 512 channels, 8 blocks, 16 heads)
-takes three times as long as the sparse encoder at 1024 px and exists for comparison.
+A token is here what the encoder can leave out, a patch of 16 px of the windowed ViTs or a mask unit of 32 px of Hiera,
+whose output joins all tokens of its last two stages. The encoder runs on visible tokens only, so hidden ones cost
+nothing. A light decoder predicts the grey values of hidden tokens, normalised by their own mean and deviation. By
+default the positions of hidden tokens attend to the encoded visible tokens only (CrossMAE). MAE's own decoder over all
+tokens (``decoder: full``, 512 channels, 8 blocks, 16 heads) takes three times as long as the sparse encoder at 1024 px
+and exists for comparison.
 
 The neck is never run and keeps SAM's weights exactly; stage 2 trains it. With ``layout: plain_vit`` the relative
 positions are not used either and keep SAM's values.
@@ -26,12 +28,12 @@ import torch
 import torch.nn.functional as F
 from pydantic.dataclasses import dataclass
 from samgraft.shared.config import OpenShare, PositiveInt, PositiveShare
-from samgraft.shared.encoders.base import TokenDroppingEncoder
+from samgraft.shared.encoders.base import FixedGridEncoder, TokenDroppingEncoder
 from samgraft.shared.encoders.sam import to_pixels
 from samgraft.shared.errors import UsageError
 from samgraft.shared.samples.dataset import centre_channel
 from samgraft.shared.scans.orientation import Plane
-from samgraft.ssl.objectives.decoders import Decoder, DecoderKind, DecoderShape, chosen_ids, tokens_to_grid
+from samgraft.ssl.objectives.decoders import Decoder, DecoderKind, DecoderShape, chosen_ids, place_tokens
 from samgraft.ssl.objectives.objective import Objective, ObjectiveLoss
 from samgraft.ssl.objectives.panels import GIVEN_BRIGHTNESS, HIDDEN_IS_GREY, Panel
 from samgraft.ssl.views.masking import MaskKind, hidden_count, upsample_mask
@@ -46,8 +48,8 @@ class Layout(Enum):
     SAM = "sam"
     """Windows, global blocks and relative positions, as the encoder is used afterwards."""
     PLAIN_VIT = "plain_vit"
-    """Global attention without relative positions, as in the official MAE code, for comparison. Relative positions are
-    not trained, and the encoder is exported in SAM's layout, in which it was not trained."""
+    """Global attention without relative positions, as in the official MAE code, for comparison (windowed ViTs only).
+    Relative positions are not trained, and the encoder is exported in SAM's layout, in which it was not trained."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,13 +103,19 @@ class MAE(Objective):
                 f"METHOD=mae must have an encoder that can leave tokens out, such as vit_b, got {encoder.arch}, whose "
                 "convolutional stem cannot. Use METHOD=masked_image, which is the same task with mask tokens."
             )
-        self.grid = encoder.image_size // encoder.stride
+        self.grid, self.token_px = encoder.grid, encoder.unit_px
         # Frozen because it is not run, and DDP would wait for its gradients.
         encoder.neck.requires_grad_(False)
         if config.layout is Layout.PLAIN_VIT:
+            if not isinstance(encoder, FixedGridEncoder):
+                raise UsageError(
+                    f"layout must be sam for {encoder.arch}, which has no relative positions to leave out, got "
+                    "plain_vit. Remove the setting.",
+                    where="objective.mae.layout",
+                )
             for table in encoder.relative_position_tables():
                 table.requires_grad_(False)
-        self.decoder = Decoder(encoder.feature_dim, config.decoder_shape(), grid=self.grid, out_dim=encoder.stride**2)
+        self.decoder = Decoder(encoder.unit_dim, config.decoder_shape(), grid=self.grid, out_dim=self.token_px**2)
 
     def loss(
         self,
@@ -133,7 +141,9 @@ class MAE(Objective):
         ids_keep_BN = chosen_ids(~mask_Bhw.flatten(1))
 
         def put_on_grid(tokens_BNC: torch.Tensor) -> torch.Tensor:
-            return tokens_to_grid(tokens_BNC, ids_keep_BN, grid=self.grid)
+            tokens_BLC = place_tokens(tokens_BNC, ids_keep_BN, num_tokens=self.grid**2)
+            features_BChw: torch.Tensor = self.encoder.units_to_features(tokens_BLC)
+            return features_BChw
 
         return self.anchored(
             loss,
@@ -155,10 +165,10 @@ class MAE(Objective):
         images_B1SS = centre_channel(images_B1SS)
         _, mean_BM1, std_BM1 = self._target(images_B1SS, ids_hidden_BM)
         grey_BMP = (predicted_BMP * std_BM1 + mean_BM1).clamp(0, 1)
-        patches_BLP = _pixels_of_tokens(images_B1SS, self.encoder.stride)
+        patches_BLP = _pixels_of_tokens(images_B1SS, self.token_px)
         places = ids_hidden_BM[..., None].expand(-1, -1, patches_BLP.shape[-1])
         filled_BLP = patches_BLP.scatter(1, places, grey_BMP.to(patches_BLP.dtype))
-        filled_B1SS = F.fold(filled_BLP.mT, images_B1SS.shape[-2:], self.encoder.stride, stride=self.encoder.stride)
+        filled_B1SS = F.fold(filled_BLP.mT, images_B1SS.shape[-2:], self.token_px, stride=self.token_px)
         seen_B1SS = images_B1SS.masked_fill(upsample_mask(mask_Bhw, image_size=images_B1SS.shape[-1]), 0.5)
         pictures = torch.stack([images_B1SS, seen_B1SS, filled_B1SS]).squeeze(2)
         return Panel(
@@ -191,16 +201,18 @@ class MAE(Objective):
 
     def _encode(self, encoder: Any, images_B1SS: torch.Tensor, ids_keep_BN: torch.Tensor) -> torch.Tensor:
         """Return the encoded visible tokens (B, N, C)."""
-        visible_BNC: torch.Tensor = encoder.forward_visible(
-            to_pixels(images_B1SS, encoder.spec), ids_keep_BN, relative_positions=self.config.layout is Layout.SAM
-        )
+        pixels_B3SS = to_pixels(images_B1SS, encoder.spec)
+        if self.config.layout is Layout.PLAIN_VIT:
+            plain_BNC: torch.Tensor = encoder.forward_visible(pixels_B3SS, ids_keep_BN, relative_positions=False)
+            return plain_BNC
+        visible_BNC: torch.Tensor = encoder.forward_visible(pixels_B3SS, ids_keep_BN)
         return visible_BNC
 
     def _target(
         self, images_B1SS: torch.Tensor, ids_hidden_BM: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return the target and the mean and deviation that normalised it."""
-        patches_BLP = _pixels_of_tokens(images_B1SS, self.encoder.stride)
+        patches_BLP = _pixels_of_tokens(images_B1SS, self.token_px)
         grey_BMP = patches_BLP.gather(1, ids_hidden_BM[..., None].expand(-1, -1, patches_BLP.shape[-1])).float()
         if not self.config.norm_pix_loss:
             return grey_BMP, torch.zeros_like(grey_BMP[..., :1]), torch.ones_like(grey_BMP[..., :1])

@@ -58,7 +58,7 @@ class MaskedImageConfig:
     """Fraction of squares hidden."""
     mask_unit_px: PositiveInt | None = 16
     """Side of a hidden square in pixels of the encoder's input, a multiple of the encoder's stride. null takes one
-    token of the windowed ViTs and about a sixteenth of the input for vit_t."""
+    token of the windowed ViTs, 32 px for sam2_* and about a sixteenth of the input for vit_t."""
     mask_kind: MaskKind = MaskKind.RANDOM
     """Spread of the hidden squares, random or block."""
     target: PixelTarget = PixelTarget.SLICE

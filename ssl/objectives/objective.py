@@ -130,7 +130,7 @@ class Objective(nn.Module, ABC):
             grid_hw=(side, side),
             mask_ratio=self.config.mask_ratio,
             kind=self.config.mask_kind,
-            # Only the windowed ViTs have attention windows that masks can follow.
+            # Only encoders that can leave tokens out have attention windows that masks can follow.
             attn_window_size=getattr(self.encoder, "attn_window_size", None),
         )
 
@@ -149,5 +149,8 @@ def freeze_unused_neck(encoder: Any, *, train_neck: bool) -> int:
     """
     if not train_neck:
         encoder.neck.requires_grad_(False)
+    # No objective runs them, and DDP would wait for their gradients.
+    for layer in encoder.high_res_layers():
+        layer.requires_grad_(False)
     channels: int = encoder.spec.neck_dim if train_neck else encoder.feature_dim
     return channels

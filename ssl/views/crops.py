@@ -40,8 +40,8 @@ class CropConfig:
     num_local_crops: NonNegativeInt = 4
     """Number of small views per slice (DINO uses 8). Each costs about a fifth of a large one."""
     local_size_px: PositiveInt | None = None
-    """Side of a small view in pixels, a multiple of the encoder's stride. null takes about 0.44 of the input, in whole
-    attention windows where one fits."""
+    """Side of a small view in pixels, a multiple of the encoder's stride (32 px for sam2_*). null takes about 0.44 of
+    the input, in whole attention windows where one fits."""
     min_global_area: PositiveShare = 0.4
     """Smallest share of the slice's content in a large view (DINOv2 uses 0.32). The largest share is 1."""
     min_local_area: PositiveShare = 0.08
@@ -102,17 +102,17 @@ def local_size(spec: EncoderSpec, image_size: int, config: CropConfig) -> int:
     Raises:
         UsageError: If the configured side does not match the encoder's grid or its input.
     """
-    wanted = config.local_size_px
+    wanted, step = config.local_size_px, spec.size_step
     if wanted is None:
-        tokens = max(1, round(LOCAL_SHARE * image_size / spec.stride))
+        steps = max(1, round(LOCAL_SHARE * image_size / step))
         # Whole attention windows: part of one would be padded to a whole one, and cost as much.
         unit = spec.crop_unit
-        tokens = unit * max(1, round(tokens / unit)) if tokens >= unit else tokens
-        return min(tokens * spec.stride, image_size)
-    if wanted < spec.stride or wanted % spec.stride or wanted > image_size:
+        steps = unit * max(1, round(steps / unit)) if steps >= unit else steps
+        return min(steps * step, image_size)
+    if wanted < step or wanted % step or wanted > image_size:
         raise UsageError(
-            f"local_size_px must be a multiple of the encoder's stride {spec.stride} up to image_size {image_size}, "
-            f"got {wanted}.",
+            f"local_size_px must be a multiple of {step} px for {spec.arch} up to image_size {image_size}, got "
+            f"{wanted}.",
             where="objective.*.crops.local_size_px",
         )
     return wanted

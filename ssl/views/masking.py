@@ -93,33 +93,32 @@ def token_masks(
     return torch.from_numpy(np.stack(masks))
 
 
-def mask_unit(encoder: ImageEncoder, wanted_px: int | None, *, share: float = 0.1) -> int:
+def mask_unit(encoder: ImageEncoder, wanted_px: int | None, *, share: float = 0.1, step_px: int | None = None) -> int:
     """Return the side of a hidden square in pixels, chosen or checked.
 
     Args:
         encoder: The encoder, whose stride and input limit the side.
-        wanted_px: The side; None takes one token of the windowed ViTs, for vit_t what is nearest to ``share``.
+        wanted_px: The side; None takes the encoder's natural one, for vit_t what is nearest to ``share``.
         share: Wanted side as a share of the input's side.
+        step_px: Pixels that the side is a multiple of, by default the encoder's stride.
 
     Raises:
-        UsageError: If the wanted side is no multiple of the encoder's stride, does not divide its input, or is all of
+        UsageError: If the wanted side is no multiple of ``step_px``, does not divide its input, or is all of
             it; or if the input is a single token, of which no part can be hidden.
     """
     if wanted_px is None and encoder.spec.natural_mask_unit_px is not None:
         return encoder.spec.natural_mask_unit_px
-    size = encoder.image_size
-    units = [side for side in range(encoder.stride, size, encoder.stride) if size % side == 0]
+    size, step = encoder.image_size, step_px or encoder.stride
+    units = [side for side in range(step, size, step) if size % side == 0]
     if not units:
-        raise UsageError(
-            f"image_size must be at least two tokens of {encoder.stride} px, got {size}.", where="model.image_size"
-        )
+        raise UsageError(f"image_size must be at least two tokens of {step} px, got {size}.", where="model.image_size")
     # The ratio to the wanted side counts, and not the difference, so that a half and a double are equally far.
     if wanted_px is None:
         return min(units, key=lambda unit: max(unit / (share * size), share * size / unit))
     if wanted_px not in units:
         raise UsageError(
-            f"mask_unit_px must be a multiple of the encoder's stride {encoder.stride} and divide image_size "
-            f"{size}, got {wanted_px}. Use one of {', '.join(map(str, units))}.",
+            f"mask_unit_px must be a multiple of {step} px for {encoder.arch} and divide image_size {size}, got "
+            f"{wanted_px}. Use one of {', '.join(map(str, units))}.",
             where="objective.*.mask_unit_px",
         )
     return wanted_px

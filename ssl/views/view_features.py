@@ -1,8 +1,9 @@
 """Features of views of any size.
 
-``vit_t`` accepts any size. The windowed ViTs have one position per token of their grid, so a small view is placed in a
-part of the grid that begins at the edge of an attention window, and the rest of the grid is left out. The positions,
-absolute and relative, are then SAM's own, none is interpolated, and the rest of the grid costs nothing.
+``vit_t`` accepts any size, and so does Hiera, which interpolates its positions at every size. The windowed ViTs have
+one position per token of their grid, so a small view is placed in a part of the grid that begins at the edge of an
+attention window, and the rest of the grid is left out. The positions, absolute and relative, are then SAM's own, none
+is interpolated, and the rest of the grid costs nothing.
 
 Shape letters: B = views, C = channels, s = side of the view in pixels, h, w = feature rows and columns.
 """
@@ -13,7 +14,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from samgraft.shared.encoders.base import ImageEncoder, TokenDroppingEncoder, cut_patches
+from samgraft.shared.encoders.base import FixedGridEncoder, ImageEncoder, cut_patches
 from samgraft.shared.encoders.sam import to_pixels
 
 PLACE_STREAM = 0x706C6163
@@ -44,7 +45,7 @@ def view_features(
     """
     pixels_B3ss = to_pixels(views_B1ss, encoder.spec)
     side = views_B1ss.shape[-1]
-    if isinstance(encoder, TokenDroppingEncoder) and side != encoder.image_size:
+    if isinstance(encoder, FixedGridEncoder) and side != encoder.image_size:
         assert places_B2 is not None
         assert token_mask_Bhw is None
         features_BChw = _encode_part_of_grid(encoder, pixels_B3ss, places_B2)
@@ -66,12 +67,12 @@ def small_view_features(
 def draw_places(
     encoder: ImageEncoder, sample_counters: Sequence[int], *, side_px: int, num_views: int, seed: int
 ) -> torch.Tensor | None:
-    """Draw the place of each small view in the grid, or return None for vit_t, which has no positions.
+    """Draw the place of each small view in the grid, or return None for encoders without a fixed grid.
 
     Returns:
         Shape (num_views * B, 2), in the order of ``Crops.local_BCss``.
     """
-    if not isinstance(encoder, TokenDroppingEncoder):
+    if not isinstance(encoder, FixedGridEncoder):
         return None
     window = encoder.attn_window_size
     # Places begin at attention windows, so that a view is cut into the same windows as a part of a whole slice.
@@ -83,9 +84,7 @@ def draw_places(
     return torch.from_numpy(np.stack(draws, axis=1).reshape(-1, 2) * window)
 
 
-def _encode_part_of_grid(
-    encoder: TokenDroppingEncoder, pixels_B3ss: torch.Tensor, places_B2: torch.Tensor
-) -> torch.Tensor:
+def _encode_part_of_grid(encoder: FixedGridEncoder, pixels_B3ss: torch.Tensor, places_B2: torch.Tensor) -> torch.Tensor:
     side = pixels_B3ss.shape[-1] // encoder.stride
     steps = torch.arange(side, device=pixels_B3ss.device)
     rows_Bs, columns_Bs = (places_B2.to(pixels_B3ss.device)[:, axis, None] + steps for axis in (0, 1))

@@ -188,7 +188,8 @@ def test_new_encoder__is_listed_and_read_back_from_a_stored_shape(toy: ToySpec) 
 
 
 FAMILY_TEST = re.compile(
-    r"\.(plain|tiny)\b|\b(ViT|TinyViT)(Spec|Encoder)\b|encoders\.(vit|tiny_vit)\b|[=!]= *[\"'](vit_|plain|tiny)"
+    r"\.(plain|tiny)\b|\b(ViT|TinyViT|Hiera)(Spec|Encoder)\b|encoders\.(vit|tiny_vit|hiera)\b"
+    r"|[=!]= *[\"'](vit_|sam2_|plain|tiny|hiera)"
 )
 """Classes, modules and names of families, which code outside must not mention."""
 

@@ -2,6 +2,7 @@
 
 import torch
 from samgraft.shared.encoders.base import SAM_PIXEL_MEAN, SAM_PIXEL_STD, EncoderSpec
+from samgraft.shared.encoders.hiera import HieraSpec
 from samgraft.shared.encoders.sam import build_sam
 from samgraft.shared.encoders.tiny_vit import Stem, TinyViTSpec
 from samgraft.shared.encoders.vit import ViTSpec
@@ -36,6 +37,19 @@ def tiny_vit_t_spec(*, stem: Stem = Stem.conv1x1) -> TinyViTSpec:
         neck_dim=32,
         pixel_mean=(0.0, 0.0, 0.0) if lite else SAM_PIXEL_MEAN,
         pixel_std=(255.0, 255.0, 255.0) if lite else SAM_PIXEL_STD,
+    )
+
+
+def tiny_hiera_spec() -> HieraSpec:
+    """Return a narrow Hiera with pooling, padded windows and global blocks, which its tensors reproduce."""
+    return HieraSpec(
+        arch="sam2_t",
+        native_image_size=1024,
+        embed_dim=8,
+        depths=(1, 1, 6, 2),
+        num_heads=1,
+        global_blocks=(3, 5, 7),
+        neck_dim=32,
     )
 
 

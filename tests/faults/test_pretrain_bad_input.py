@@ -71,7 +71,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ),
         pytest.param(
             ["--data", "store.zarr", "--base", "tiny", "--model", "vit_x"], 2,
-            ["model must be one of vit_t, vit_b, vit_l, vit_h, got 'vit_x'"], id="unknown model",
+            ["model must be one of vit_t, vit_b, vit_l, vit_h, sam2_t,", "got 'vit_x'"], id="unknown model",
         ),
         pytest.param(["--data", "store.zarr", "--base", "notes.txt"], 4, ["notes.txt"], id="base that is no weights"),
         pytest.param(

@@ -241,7 +241,7 @@ def test_local_size__is_a_multiple_of_windows(spec, image_size, expected):
 
 def test_local_size__configured_side_is_used_or_refused():
     assert local_size(arch_spec("vit_b"), 1024, CropConfig(local_size_px=224)) == 224
-    with pytest.raises(UsageError, match=r"local_size_px must be a multiple of the encoder's stride 16.*got 100"):
+    with pytest.raises(UsageError, match=r"local_size_px must be a multiple of 16 px for vit_b.*got 100"):
         local_size(arch_spec("vit_b"), 1024, CropConfig(local_size_px=100))
     with pytest.raises(UsageError, match="up to image_size 64, got 96"):
         local_size(arch_spec("vit_b"), 64, CropConfig(local_size_px=96))

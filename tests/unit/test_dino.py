@@ -302,9 +302,7 @@ def test_mask_unit__fits_or_is_refused():
     assert mask_unit(plain_encoder(), None) == 16
     assert mask_unit(lively_encoder(), None) == 4
     assert mask_unit(lively_encoder(), 8) == 8
-    with pytest.raises(
-        UsageError, match=r"mask_unit_px must be a multiple of the encoder's stride 4 and divide.*got 6"
-    ):
+    with pytest.raises(UsageError, match=r"mask_unit_px must be a multiple of 4 px for vit_t and divide.*got 6"):
         mask_unit(lively_encoder(), 6)
 
 

@@ -202,7 +202,7 @@ def test_cpu_preset__hidden_squares_fit_every_encoder(arch, stem, unit_px):
 
 @pytest.mark.parametrize("unit", [6, 24])
 def test_masked_image__unsuitable_square_is_refused(unit):
-    with pytest.raises(ValueError, match=f"mask_unit_px must be a multiple of the encoder's stride 4.*got {unit}"):
+    with pytest.raises(ValueError, match=f"mask_unit_px must be a multiple of 4 px for vit_t.*got {unit}"):
         MaskedImage(tiny_encoder(), MaskedImageConfig(mask_unit_px=unit), seed=0)
 
 

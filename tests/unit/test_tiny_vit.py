@@ -121,7 +121,10 @@ def test_image_size__must_fit_the_grid(arch: str, size: int, use: int) -> None:
 
 
 def test_arch__unknown_name_and_needless_stem_refused() -> None:
-    with pytest.raises(UsageError, match="model must be one of vit_t, vit_b, vit_l, vit_h, got 'vit_x'"):
+    with pytest.raises(
+        UsageError,
+        match="model must be one of vit_t, vit_b, vit_l, vit_h, sam2_t, sam2_s, sam2_bp, sam2_l, got 'vit_x'",
+    ):
         arch_spec("vit_x")
     with pytest.raises(UsageError, match="stem must be left out for vit_b"):
         arch_spec("vit_b", Stem.conv1x1)
