@@ -7,14 +7,18 @@ weights, and so the interpolations have them too.
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import logging
 from collections.abc import Mapping
 
 import torch
+from samgraft.shared.encoders.base import ImageEncoder
 from samgraft.shared.training.resume import preserve_rng
 from samgraft.ssl.config import PretrainConfig
 from samgraft.ssl.initial_weights import load_whole_encoder
 from samgraft.ssl.monitor.exported import Exported, choose_share
+from samgraft.ssl.monitor.held_out import held_out_loss
 from samgraft.ssl.monitor.monitor import MonitorData, check_encoder
 from samgraft.ssl.objectives import Objective
 from samgraft.ssl.scope import merged_state
@@ -47,7 +51,28 @@ def choose_encoder(objective: Objective, config: PretrainConfig, monitored: Moni
             measured[share] = check_encoder(encoder, monitored, config, device=device)
     exported = choose_share(shares, measured)
     log.info("export: %s", exported.describe() or "the trained encoder")
-    return interpolate(initial, trained, exported.share), exported
+    chosen = interpolate(initial, trained, exported.share)
+    if exported.share < 1:
+        encoder.load_state_dict(chosen)
+        error = _held_out_grey_error(objective, encoder, monitored, batch_size=config.data.batch_size)
+        exported = dataclasses.replace(exported, grey_error=error)
+    return chosen, exported
+
+
+def _held_out_grey_error(
+    objective: Objective, encoder: ImageEncoder, monitored: MonitorData, *, batch_size: int
+) -> float | None:
+    """Return the error of the hidden pixels with another encoder, or None for an objective that predicts none."""
+    held_out, device = monitored.held_out, next(objective.parameters()).device
+    # Only an objective with references has an error that can be compared with theirs.
+    if held_out is None or not objective.references(
+        held_out.images_N1SS.to(device), sample_counters=held_out.sample_counters
+    ):
+        return None
+    with_other = copy.deepcopy(objective).eval()
+    with_other.encoder, with_other.anchor = encoder, None
+    step = objective.max_steps
+    return held_out_loss(with_other, held_out, batch_size=batch_size, step=step, device=device)["grey_error"]
 
 
 def interpolate(initial: State, trained: State, share: float) -> State:

@@ -24,6 +24,9 @@ class Exported:
     """Rule and values that led to the share, empty if there was no choice."""
     measured: Measured = field(default_factory=dict)
     """Values of all candidates and of the initial encoder, empty without labels or without a choice."""
+    grey_error: float | None = None
+    """Error of the hidden pixels with the exported encoder and the trained decoder, grey values from 0 to 1. None for
+    the trained encoder, whose error is in the metrics, and for objectives that predict no grey values."""
 
     def describe(self) -> str:
         """Return one sentence for the card and the report, empty if there was no choice."""

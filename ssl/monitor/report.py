@@ -70,7 +70,7 @@ def write_report(
             title="Signs for segmentation: linear probe and box-prompt check",
             parts=[*probe_parts(lines, monitored), *export_parts(exported)],
         ),
-        Section(title="Loss", parts=_loss_parts(lines, objective, held_out)),
+        Section(title="Loss", parts=_loss_parts(lines, objective, held_out, exported)),
         Section(title="Output on slices of held-out patients", parts=_picture_parts(run, config, objective, held_out)),
         Section(title="Features", parts=feature_parts(lines)),
         Section(title="Training", parts=training_parts(lines)),
@@ -247,7 +247,7 @@ def _box_prompt_parts(lines: Lines, monitored: MonitorData) -> list[Any]:
     return [Picture(png=figure, caption=caption)]
 
 
-def _loss_parts(lines: Lines, objective: Objective, held_out: HeldOut | None) -> list[Any]:
+def _loss_parts(lines: Lines, objective: Objective, held_out: HeldOut | None, exported: Exported) -> list[Any]:
     curves: dict[str, Curve] = {"training slices": curve(lines, "train/loss")}
     caption = "Training loss. No patient was held out."
     if held_out is not None:
@@ -260,11 +260,11 @@ def _loss_parts(lines: Lines, objective: Objective, held_out: HeldOut | None) ->
         if has_moving_target(curves_of(lines)):
             caption += " The target moves during the run, so compare the two curves and not first and last values."
     figure = curve_figure(curves, ylabel="loss", smooth=SMOOTH_STEPS)
-    table = _reference_table(lines, objective, held_out)
+    table = _reference_table(lines, objective, held_out, exported)
     return [Picture(png=figure, caption=caption), *([table] if table else [])]
 
 
-def _reference_table(lines: Lines, objective: Objective, held_out: HeldOut | None) -> Table | None:
+def _reference_table(lines: Lines, objective: Objective, held_out: HeldOut | None, exported: Exported) -> Table | None:
     """Return the comparison with predictions that need no network, or None where an objective has none."""
     # Only grey errors can be compared with fillings; other losses have no unit in common with them.
     if held_out is None:
@@ -276,6 +276,8 @@ def _reference_table(lines: Lines, objective: Objective, held_out: HeldOut | Non
     if not errors or not references:
         return None
     rows: list[list[Any]] = [[f"this run, {BEFORE}", errors[0]], ["this run, after training", errors[-1]]]
+    if exported.grey_error is not None:
+        rows.append(["exported encoder with the trained decoder", exported.grey_error])
     rows += [[name, value] for name, value in references.items()]
     return Table(
         columns=["prediction of the hidden pixels", "mean absolute error"],

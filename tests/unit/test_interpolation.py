@@ -85,7 +85,10 @@ def test_run__without_labels_exports_the_middle(tmp_path):
     (note,) = json.loads((mixed / "encoder" / "card.json").read_text())["notes"]
     assert "0.5 of the way" in note
     assert "no labels" in note
-    assert "0.5 of the way" in (mixed / "report.html").read_text()
+    report = (mixed / "report.html").read_text()
+    assert "0.5 of the way" in report
+    assert "exported encoder with the trained decoder" in report
+    assert "exported encoder" not in (trained / "report.html").read_text()
     # Everything else is what the run without interpolation leaves behind.
     ours, theirs = left_behind(mixed), left_behind(trained)
     assert {n for n in ours if ours[n] != theirs[n]} == {"encoder/encoder.safetensors", "encoder/card.json"}
