@@ -88,11 +88,12 @@ def _read_trained_on(run: Path) -> _TrainedOn:
         values = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["model"]
         facts = json.loads((run / "run.json").read_text(encoding="utf-8"))
         weights = read_initial_weights(
-            Path(values["ckpt"]),
+            Path(values["ckpt"]) if values.get("ckpt") else None,
             base=Path(values["base"]) if values.get("base") else None,
             image_size=values.get("image_size"),
+            model=values.get("arch"),
         )
-    except (OSError, KeyError, ValueError, SamgraftError) as err:
+    except (OSError, KeyError, ValueError, TypeError, SamgraftError) as err:
         return _TrainedOn(problem=f"{gone} ({type(err).__name__}).")
     # A path may hold another file by now, on which the adapter would give other outputs.
     same = (weights.encoder.sha256, weights.base.sha256) == (facts.get("encoder_sha256"), facts.get("base_sha256"))

@@ -4,6 +4,7 @@ import re
 
 import pytest
 from doc_commands import arguments_of, fake_environment, parse
+from samgraft.finetune.release import adapter_format
 from samgraft.finetune.training.report import next_commands
 from samgraft.shared.cli import main
 from samgraft.shared.files import write_tensors
@@ -56,6 +57,8 @@ def test_finetune__prints_commands_that_evaluate_and_release_its_run(lab, monkey
     assert main(arguments_of(evaluate, venv)) == 0
     assert (lab / "runs" / "own" / "evaluation" / "test" / "cases.csv").is_file()
 
+    # Only base weights were given. The adapter is released with them.
+    assert adapter_format._read_trained_on(lab / "runs" / "own").weights is not None
     release = re.search(r"make release RUN=\S+ OUT=\S+ LICENSE=\.\.\.", shown)[0]
     parsed = parse(arguments_of(release.replace("...", "cc-by-4.0"), venv))
     assert "own" in str(vars(parsed))
