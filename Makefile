@@ -10,8 +10,6 @@ STAMP := $(VENV)/.samgraft-installed
 # User variables reach the recipes through the environment and not through make's own text, so that paths with
 # spaces, quotes or other scripts stay unchanged.
 export MODALITY DATA LABELLED MODEL METHOD BASE CKPT NAME PRESET OUT SPLIT LICENSE RUN FILE
-# Messages then name make targets and variables.
-export SAMGRAFT_FRONT_END := make
 
 # Without this check, a misspelt variable (CHKPT=...) would be ignored silently.
 GIVEN := $(foreach v,$(.VARIABLES),$(if $(filter command line,$(origin $(v))),$(v)))
@@ -21,6 +19,10 @@ ifneq ($(shell SAMGRAFT_MAKE_VARIABLES="$(GIVEN)" $(PYTHON) shared/make_variable
 $(error see the message above)
 endif
 endif
+
+# Messages then name the make command that was typed. The values of its variables are in the environment already.
+export SAMGRAFT_FRONT_END := make $(MAKECMDGOALS)
+export SAMGRAFT_MAKE_GIVEN := $(GIVEN)
 
 .PHONY: help install demo-data store pretrain finetune evaluate predict study release inspect doctor test test-slow test-gpu check docs format imports types wheel clean
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from samgraft.shared.errors import FULL_DISK, ExitCode, SamgraftError, StoppedAndSaved, StorageError, UsageError
+from samgraft.shared.invocation import for_terminal
 from samgraft.shared.machine import configure_openmp
 
 # With these variables MONAI and torch would load pickles again, which can execute code.
@@ -136,8 +137,17 @@ def _overview(found: dict[str, EntryPoint]) -> str:
     return "\n".join(lines) + "\n"
 
 
+class _TypedGrammar(logging.Formatter):
+    """Formatter that shows commands and options as the user typed them."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return for_terminal(super().format(record))
+
+
 def _configure_logging(*, debug: bool) -> None:
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, force=True)
+    for handler in logging.getLogger().handlers:
+        handler.setFormatter(_TypedGrammar("%(message)s"))
     logging.getLogger("samgraft").setLevel(logging.DEBUG if debug else logging.INFO)
     # Lightning prints device tables and promotional tips; torch.distributed repeats itself.
     # highdicom logs study and series UIDs.
@@ -153,7 +163,7 @@ def _configure_logging(*, debug: bool) -> None:
 
 
 def _print_error(text: str) -> None:
-    sys.stderr.write(text + "\n")
+    sys.stderr.write(for_terminal(text) + "\n")
     sys.stderr.flush()
 
 

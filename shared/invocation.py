@@ -1,21 +1,34 @@
-"""Commands in the form in which the user started this one, for messages.
+"""Commands and options in the grammar that the user typed, for messages and reports.
 
-The Makefile sets an environment variable, so that a message names ``make TARGET VARIABLE=...`` after a make target and
-a ``samgraft`` command with its options after a command. A Python program that calls samgraft has no such command, and
-keeps its own signal handlers.
+Messages are written in the grammar of make, such as ``make finetune CKPT=runs/a ARGS=seed=1`` or "choose another
+NAME=". After a ``samgraft`` command they are shown as ``samgraft finetune --ckpt runs/a seed=1`` and "choose another
+--name". Commands without a make target are written as ``samgraft`` commands, and are shown with the path of the program
+where it is not on PATH. The Makefile sets the environment variable by which the two are distinguished. A Python program
+that calls samgraft has no such command, and keeps its own signal handlers.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import shlex
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from pathlib import Path
 
-FRONT_END = "SAMGRAFT_FRONT_END"
-"""Environment variable that the Makefile sets to ``make``."""
+from samgraft.shared.make_variables import KNOWN
+
+FRONT_END, GIVEN = "SAMGRAFT_FRONT_END", "SAMGRAFT_MAKE_GIVEN"
+"""Environment variables of the Makefile with ``make TARGET``, and with the names of the variables that were given."""
+COMMANDS = {
+    "store": "store build",
+    **{name: name for name in ("demo-data", "doctor", "inspect", "pretrain", "finetune", "selftrain", "evaluate")},
+    **{name: name for name in ("predict", "study", "release")},
+}
+"""Command by target of make."""
 POSITIONAL = {
     "store": ("DATA",),
     "evaluate": ("RUN",),
@@ -24,9 +37,17 @@ POSITIONAL = {
     "study": ("FILE",),
     "inspect": ("FILE",),
 }
-"""Variables of make that are arguments without an option name, by command."""
-DIFFERENT_NAMES = {"store": "store build"}
-"""Targets of make whose command has another name."""
+"""Variables of make that are arguments without an option name, by target."""
+VARIABLES = tuple(name for name in KNOWN if name not in {"VENV", "PYTHON", "ARGS"})
+# A word of a shell command, which may be quoted in parts. A full stop at its end belongs to the sentence.
+_WORD = r"(?:'[^']*'|\"[^\"]*\"|[^\s'\",;)`])+?(?=[\s,;)`]|(?<!\.)\.(?:\s|$)|$)"
+_MAKE = re.compile(rf"\bmake (?P<target>{'|'.join(COMMANDS)})(?![\w-])(?P<given>(?: [A-Z]+={_WORD})*)")
+_GIVEN = re.compile(rf"([A-Z]+)=({_WORD})")
+_VARIABLE = re.compile(rf"(?<![\w/$.-])(?P<name>{'|'.join(VARIABLES)})=(?P<value>\.\.\.|[^\s,;.)`]|\.(?=[\w/]))?")
+_BARE = re.compile(r"(?<![\w/$.-])(CKPT|BASE)(?![\w=.-]|'s)")
+_ARGUMENTS = re.compile(r"(?<![\w/$.-])ARGS='([^']*)'")
+_PROGRAM = re.compile(r"(?<![\w/.-])samgraft (?=(?:store|compare|evaluate|inspect|study|demo-data|doctor|release) )")
+
 _IS_LIBRARY: ContextVar[bool] = ContextVar("samgraft_is_library", default=False)
 
 
@@ -45,38 +66,54 @@ def is_library_call() -> bool:
     return _IS_LIBRARY.get()
 
 
+def is_from_make() -> bool:
+    """Return whether a target of make started this program."""
+    return os.environ.get(FRONT_END, "").startswith("make")
+
+
+def in_typed_grammar(text: str) -> str:
+    """Return a message with its commands and options in the grammar of the command that the user typed."""
+    if is_from_make():
+        return text
+    text = _MAKE.sub(lambda match: _as_command(match["target"], match["given"]), text)
+    text = text.replace("make help", "samgraft --help")
+    text = _ARGUMENTS.sub(lambda match: match[1], text)
+    text = _VARIABLE.sub(lambda m: f"--{m['name'].lower()}" + (f" {m['value']}" if m["value"] else ""), text)
+    return _BARE.sub(lambda match: f"--{match[1].lower()}", text)
+
+
+def for_terminal(text: str) -> str:
+    """Return a message as ``in_typed_grammar`` does, with the path of a program that is not on PATH."""
+    text = in_typed_grammar(text)
+    program = typed_program()
+    return text if program == "samgraft" else _PROGRAM.sub(f"{program} ", text)
+
+
+def typed_program() -> str:
+    """Return the name or path of this program as the user can type it."""
+    program = sys.argv[0]
+    if Path(program).name != "samgraft" or shutil.which("samgraft") == program:
+        return "samgraft"
+    return shlex.quote(program)
+
+
 def repeat_command() -> str:
     """Return what repeats the current work, as a command ready to paste where there is one."""
     # The arguments of a notebook's kernel contain a path of the user's home.
-    return "the same call" if is_library_call() else shlex.join(["samgraft", *sys.argv[1:]])
+    if is_library_call():
+        return "the same call"
+    if not is_from_make():
+        return " ".join([typed_program(), shlex.join(sys.argv[1:])]).rstrip()
+    given = os.environ.get(GIVEN, "").split()
+    return " ".join([os.environ[FRONT_END], *(f"{name}={shlex.quote(os.environ.get(name, ''))}" for name in given)])
 
 
-def is_from_make() -> bool:
-    """Return whether a make target started this program."""
-    return os.environ.get(FRONT_END) == "make"
-
-
-def suggest(target: str, *arguments: str, **variables: object) -> str:
-    """Return a command that can be pasted.
-
-    Args:
-        target: Target of make, such as ``pretrain``.
-        arguments: Further words such as ``data.fold=0`` or ``--dry-run``, which make takes as ``ARGS``.
-        variables: Variables of make with their values. None leaves one out.
-    """
-    given = {name: str(value) for name, value in variables.items() if value is not None}
-    if is_from_make():
-        words = ["make", target, *(f"{name}={shlex.quote(value)}" for name, value in given.items())]
-        # Make passes ARGS to a shell, which splits and unquotes it once more.
-        return " ".join([*words, *([f"ARGS={shlex.quote(shlex.join(arguments))}"] if arguments else [])])
+def _as_command(target: str, given: str) -> str:
+    """Return a target of make with its variables as a command."""
+    values = dict(_GIVEN.findall(given))
+    # Make passes ARGS to a shell, which unquotes it a second time.
+    arguments = " ".join(shlex.split(values.pop("ARGS", "")))
     positional = POSITIONAL.get(target, ())
-    words = ["samgraft", DIFFERENT_NAMES.get(target, target)]
-    words += [shlex.quote(given[name]) for name in positional if name in given]
-    for name, value in given.items():
-        words += [] if name in positional else [f"--{name.lower()}", shlex.quote(value)]
-    return " ".join([*words, *map(shlex.quote, arguments)])
-
-
-def name_option(variable: str) -> str:
-    """Return a variable of make or the option of the command, e.g. ``LABELLED=`` or ``--labelled``."""
-    return f"{variable}=" if is_from_make() else f"--{variable.lower()}"
+    words = ["samgraft", COMMANDS[target], *(values[name] for name in positional if name in values)]
+    words += [f"--{name.lower()} {value}" for name, value in values.items() if name not in positional]
+    return " ".join([*words, *([arguments] if arguments else [])])

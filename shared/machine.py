@@ -147,3 +147,14 @@ def _read_text(path: Path) -> str:
         return path.read_text(encoding="utf-8").strip()
     except OSError:
         return ""
+
+
+def format_duration(seconds: float) -> str:
+    """Return ``45 s``, ``12 min``, ``3 h 20 min`` or ``2 d 4 h``."""
+    minutes = int(seconds // 60)
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if minutes < 90:
+        return f"{minutes} min"
+    hours = minutes // 60
+    return f"{hours} h {minutes % 60} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"

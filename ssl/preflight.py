@@ -66,7 +66,7 @@ def pretraining_split(
         raise DataError(
             f"no patient is left to train on: all training patients of {len(store.patient_ids)} are validation or "
             f"test patients of {', '.join(Path(name).name for name in config.labelled)}. Add unlabelled scans, or "
-            "remove LABELLED (--labelled).",
+            "remove LABELLED=.",
             where=store.path.name,
         )
     refuse_empty_train(split, store)
@@ -133,7 +133,7 @@ def check_leaks(
         leaks.setdefault(f"{labelled.path.name}{use}", []).extend(find_leaks(manifest, split, labelled))
     leaking = [name for name, found in leaks.items() if found]
     if leaking and not config.allow_transductive:
-        refuse_leaks(leaks, way_out="the same command with LABELLED=STORE (--labelled STORE)")
+        refuse_leaks(leaks, way_out="the same command with LABELLED=STORE")
     lines = [f"transductive: validation or test patients of {name} are among the training slices" for name in leaking]
     if disjoint := [name for name, found in leaks.items() if not found]:
         lines.append(f"no val or test patient of {', '.join(disjoint)} among the training slices")

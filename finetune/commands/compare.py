@@ -77,11 +77,16 @@ def compare(
     from samgraft.finetune.evaluation.comparison import compare_runs, read_evaluated_run, render_pair, write_comparison
     from samgraft.finetune.evaluation.comparison_report import write_comparison_report
     from samgraft.finetune.evaluation.scores import METRIC_BY_KEY, interval_of
+    from samgraft.shared.store.from_data import progress_bar
 
     names = metrics.split(",") if isinstance(metrics, str) else metrics
     keys = [name.strip() for name in names if name.strip()]
     evaluated = [read_evaluated_run(Path(path), part=split) for path in runs]
-    results = compare_runs(evaluated, metrics=keys)
+    with progress_bar("comparing") as on_progress:
+        results = compare_runs(evaluated, metrics=keys, on_progress=on_progress)
+    for one in evaluated:
+        for warning in one.summary.get("warnings", ()):
+            log.warning("%s: %s", one.name, warning)
     for metric in keys:
         for one in evaluated:
             interval = interval_of(one.rows, metric)

@@ -14,7 +14,7 @@ log = logging.getLogger(__name__)
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument("file", metavar="FILE", type=Path, help="the study, e.g. configs/study/demo.yaml")
+    parser.add_argument("file", metavar="FILE", type=Path, help="YAML file, or a study that is shipped: demo, paper")
     parser.add_argument("--studies", type=Path, default=Path("studies"), help="folder of all studies (default studies)")
     parser.add_argument("--parallel", type=int, default=1, help="number of cells that run at the same time (default 1)")
     parser.add_argument("--slurm", action="store_true", help="run cells as an array job of SLURM (extra slurm)")
@@ -35,8 +35,12 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.slurm_option and not arguments.slurm:
         raise UsageError("--slurm-option needs --slurm.")
     from samgraft.finetune.study.study import log_plan, plan_study, read_slurm_options, run_study
+    from samgraft.shared.config import packaged_config
 
-    plan = plan_study(arguments.file, root=arguments.studies, make_inputs=not arguments.dry_run)
+    # A file of the user goes before a shipped study of that name.
+    is_name = not arguments.file.exists() and arguments.file.name == str(arguments.file) and not arguments.file.suffix
+    file = packaged_config(f"study/{arguments.file}.yaml") if is_name else arguments.file
+    plan = plan_study(file, root=arguments.studies, make_inputs=not arguments.dry_run)
     if arguments.dry_run:
         log_plan(plan)
         for cell in plan.grid.cells:

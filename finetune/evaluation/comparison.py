@@ -6,7 +6,8 @@ Only ``cases.csv`` and ``summary.json`` are read, so that models that need diffe
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import shlex
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -54,7 +55,7 @@ def read_evaluated_run(path: Path, *, part: str) -> EvaluatedRun:
         raise DataError(
             f"the run must be evaluated on {part} before a comparison, it has no cases.csv.",
             where=path.name,
-            next_command=f"samgraft evaluate {path} --split {part}",
+            next_command=f"make evaluate RUN={shlex.quote(str(path))} SPLIT={part}",
         )
     rows = read_cases(folder / "cases.csv")
     try:
@@ -75,12 +76,18 @@ def read_evaluated_run(path: Path, *, part: str) -> EvaluatedRun:
     return found
 
 
-def compare_runs(runs: Sequence[EvaluatedRun], *, metrics: Sequence[str] = DEFAULT_METRICS) -> list[dict[str, Any]]:
+def compare_runs(
+    runs: Sequence[EvaluatedRun],
+    *,
+    metrics: Sequence[str] = DEFAULT_METRICS,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> list[dict[str, Any]]:
     """Compare every pair of runs, patient by patient.
 
     Args:
         runs: Two or more; of each pair the earlier one is first.
         metrics: Columns of ``cases.csv``.
+        on_progress: Function of the number of finished comparisons and of all.
 
     Returns:
         Rows of ``comparison.csv``: per metric the mean over classes (class ``all``), then every class, for every pair.
@@ -93,13 +100,17 @@ def compare_runs(runs: Sequence[EvaluatedRun], *, metrics: Sequence[str] = DEFAU
     """
     _check_comparable(runs, metrics)
     rows: list[dict[str, Any]] = []
+    pairs = list(combinations([run.name for run in runs], 2))
+    total = len(metrics) * (1 + len(class_names(runs[0].rows))) * len(pairs)
     for metric in metrics:
         family: list[dict[str, Any]] = []
         for class_name in (None, *class_names(runs[0].rows)):
             values = {run.name: per_patient(run.rows, metric, class_name=class_name) for run in runs}
-            for first, second in combinations(values, 2):
+            for first, second in pairs:
                 named = {"metric": metric, "class": class_name or ALL_CLASSES, "first": first, "second": second}
                 family.append({**named, **_compare_patients(values[first], values[second])})
+                if on_progress is not None:
+                    on_progress(len(rows) + len(family), total)
         for row, p_holm in zip(family, holm([row["p_wilcoxon"] for row in family]), strict=True):
             row["p_holm"] = p_holm
         rows += family

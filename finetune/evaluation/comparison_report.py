@@ -18,6 +18,7 @@ from samgraft.shared.report.page import (
     Picture,
     Section,
     Table,
+    Text,
     figure_png,
     render_report,
 )
@@ -28,7 +29,7 @@ def write_comparison_report(
 ) -> Path:
     """Write ``report.html`` into the folder of a comparison and return its path."""
     sections = [
-        Section(title="Runs", parts=[_runs_table(runs, metrics)]),
+        Section(title="Runs", parts=[*_warnings(runs), _runs_table(runs, metrics)]),
         *(
             Section(title=METRIC_BY_KEY[metric].title, parts=[_forest(rows, metric), _pairs_table(rows, metric)])
             for metric in metrics
@@ -40,6 +41,15 @@ def write_comparison_report(
     path = folder / "report.html"
     write_text(path, page)
     return path
+
+
+def _warnings(runs: Sequence[EvaluatedRun]) -> list[Text]:
+    """Return what the evaluations state about models that failed."""
+    return [
+        Text(text=f"{run.name}: {warning}", kind="warning")
+        for run in runs
+        for warning in run.summary.get("warnings", ())
+    ]
 
 
 def _runs_table(runs: Sequence[EvaluatedRun], metrics: Sequence[str]) -> Table:

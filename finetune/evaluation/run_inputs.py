@@ -40,9 +40,7 @@ class RunInputs:
             UsageError: With the option to add.
         """
         if not self.store:
-            raise UsageError(
-                "a release does not contain the path of its data.", next_command="add --data STORE.zarr (DATA=)"
-            )
+            raise UsageError("a release does not contain the path of its data.", next_command="add DATA=STORE.zarr")
         return self.store
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -84,9 +85,9 @@ def _write_texts(
 ) -> None:
     scores = read_test_scores(request.run / "evaluation" / "test" / "cases.csv")
     if scores is None:
-        name = request.run.name
+        run = shlex.quote(str(request.run))
         log.warning(
-            "the card will have no test scores. Run samgraft evaluate %s --split test first to include them.", name
+            "the card will have no test scores. To include them, run first: make evaluate RUN=%s SPLIT=test", run
         )
     postprocessing = read_postprocessing(
         model.folder, weights_sha256=model.card.weights_sha256, classes=model.task.classes

@@ -29,7 +29,13 @@ POLL_S = 5.0
 
 
 def run_locally(
-    cells: Sequence[Cell], folder: CellFolder, *, num_parallel: int, on_end: OnEnd, run: Runner = run_samgraft
+    cells: Sequence[Cell],
+    folder: CellFolder,
+    *,
+    num_parallel: int,
+    on_end: OnEnd,
+    on_start: Callable[[Cell], None] | None = None,
+    run: Runner = run_samgraft,
 ) -> list[Outcome]:
     """Run cells N at a time, each in processes of its own.
 
@@ -47,6 +53,8 @@ def run_locally(
         def one(cell: Cell) -> Outcome:
             if processes.stopping:
                 return Outcome(key=cell.key, status="stopped")
+            if on_start is not None:
+                on_start(cell)
             return run_cell(cell, folder, num_threads=num_threads, processes=processes, run=run)
 
         futures = [pool.submit(one, cell) for cell in cells]

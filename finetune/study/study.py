@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import time
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,7 @@ from samgraft.finetune.study.schedule import run_locally, run_on_slurm
 from samgraft.shared.config import config_to_yaml, load_config
 from samgraft.shared.errors import DataError, ExitCode, SamgraftError, StoppedAndSaved, UsageError
 from samgraft.shared.files import write_text
+from samgraft.shared.machine import format_duration
 from samgraft.shared.synthetic import synthetic_store
 
 log = logging.getLogger(__name__)
@@ -108,16 +110,22 @@ def _run_missing(plan: StudyPlan, *, num_parallel: int, slurm: dict[str, Any] | 
     if not plan.missing:
         return []
     titles = {cell.key: cell.title for cell in plan.missing}
-    done_before = len(plan.grid.cells) - len(plan.missing)
+    done_before, started = len(plan.grid.cells) - len(plan.missing), time.monotonic()
 
-    def on_end(outcome: Outcome, ended: int, _: int) -> None:
+    def on_start(cell: Cell) -> None:
+        log.info("running %s (its output: %s)", cell.title, plan.folder.file(cell.key, ".log"))
+
+    def on_end(outcome: Outcome, ended: int, total: int) -> None:
         line = f": {outcome.last_line}" if outcome.last_line else ""
-        log.info("[%d/%d] %s %s (%s)%s", done_before + ended, len(plan.grid.cells), outcome.status,
-                 titles[outcome.key], outcome.key, line)  # fmt: skip
+        # Cells that run at the same time shorten the rest in the same way as what is done.
+        left_s = (time.monotonic() - started) / ended * (total - ended)
+        left = f", about {format_duration(left_s)} left" if total > ended and outcome.status != "stopped" else ""
+        log.info("[%d/%d] %s %s (%s)%s%s", done_before + ended, len(plan.grid.cells), outcome.status,
+                 titles[outcome.key], outcome.key, line, left)  # fmt: skip
 
     if slurm is not None:
         return run_on_slurm(plan.missing, plan.folder, num_parallel=num_parallel, parameters=slurm, on_end=on_end)
-    return run_locally(plan.missing, plan.folder, num_parallel=num_parallel, on_end=on_end, run=run)
+    return run_locally(plan.missing, plan.folder, num_parallel=num_parallel, on_end=on_end, on_start=on_start, run=run)
 
 
 def _finish(plan: StudyPlan, outcomes: list[Outcome]) -> Path:

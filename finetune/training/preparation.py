@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,7 +25,6 @@ from samgraft.finetune.training.cached_slices import CachedSlices, fill_cache, p
 from samgraft.finetune.training.sampling import balance_foreground, has_foreground
 from samgraft.shared.config import read_stored_config
 from samgraft.shared.errors import DataError, UsageError
-from samgraft.shared.invocation import suggest
 from samgraft.shared.runs.inputs import load_run_split
 from samgraft.shared.samples.augment import SliceAugmentation
 from samgraft.shared.samples.dataset import SliceDataset
@@ -317,7 +317,9 @@ def _pretrain_again(ckpt: str | None, labelled: str) -> str:
     """Return the command that pretrains without the validation and test patients of a labelled store."""
     file = Path(ckpt or "") / "config.yaml"
     unlabelled = read_stored_config(file)["data"]["store"] if ckpt and file.is_file() else "STORE.zarr"
-    return suggest("pretrain", DATA=unlabelled, LABELLED=labelled, NAME=f"{Path(ckpt).name}-without" if ckpt else "NEW")
+    name = f"{Path(ckpt).name}-without" if ckpt else "NEW"
+    given = {"DATA": unlabelled, "LABELLED": labelled, "NAME": name}
+    return f"make pretrain {' '.join(f'{variable}={shlex.quote(value)}' for variable, value in given.items())}"
 
 
 def intensity_of(card: Card, store: SliceStore) -> IntensityPreset:

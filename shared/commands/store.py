@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, TypedDict, Unpack
 
 from samgraft.shared.cli import Command, keywords, local_path
 from samgraft.shared.errors import UsageError
+from samgraft.shared.invocation import for_terminal
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -165,7 +166,7 @@ def _add_source_options(parser: argparse.ArgumentParser) -> None:
 
 def _run(arguments: argparse.Namespace) -> int:
     actions = {"build": _build, "check": _check, "info": _info, "split": _split}
-    sys.stderr.writelines(f"{line}\n" for line in actions[arguments.action](arguments))
+    sys.stderr.writelines(f"{for_terminal(line)}\n" for line in actions[arguments.action](arguments))
     return 0
 
 

@@ -52,8 +52,8 @@ def build_release(out: Path, contents: Contents) -> list[Checked]:
     partial.mkdir(parents=True)
     try:
         artefacts: list[Artefact] = []
-        for format_ in contents.formats:
-            log.info("writing %s ...", format_.name)
+        for number, format_ in enumerate(contents.formats, start=1):
+            log.info("writing %s (%d of %d) ...", format_.name, number, len(contents.formats))
             artefacts += format_.write(contents.subject, partial)
         contents.write_texts(partial, artefacts)
         log.info("loading %d files and folders back in a fresh process ...", len(artefacts))

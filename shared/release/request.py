@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,7 +59,8 @@ class ReleaseRequest:
     @property
     def with_licence(self) -> str:
         """Complete command with a licence."""
-        return f"samgraft release {self.run.name} --out {self.out.name} --license cc-by-4.0"
+        run, out = shlex.quote(str(self.run)), shlex.quote(str(self.out))
+        return f"make release RUN={run} OUT={out} LICENSE=cc-by-4.0"
 
 
 def _names_of_scans(run: Path) -> set[str]:

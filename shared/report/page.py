@@ -12,7 +12,7 @@ import io
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.figure import Figure
+from samgraft.shared.invocation import in_typed_grammar
 
 FIGURE_STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
@@ -123,10 +124,17 @@ def render_report(title: str, sections: Sequence[Section], *, subtitle: str = ""
     environment.tests["number"] = _is_number
     template = environment.get_template("report.html.jinja")
     described = [
-        {"title": section.title, "anchor": f"s{number}", "parts": [(type(p).__name__, p) for p in section.parts]}
+        {"title": section.title, "anchor": f"s{number}", "parts": [_described(part) for part in section.parts]}
         for number, section in enumerate(sections, start=1)
     ]
     return template.render(title=title, subtitle=subtitle, sections=described, scripts=scripts)
+
+
+def _described(part: SectionPart) -> tuple[str, SectionPart]:
+    """Return a part with the name of its type, and its commands as the user typed them."""
+    if isinstance(part, Text):
+        part = replace(part, text=in_typed_grammar(part.text))
+    return type(part).__name__, part
 
 
 def curve_figure(

@@ -204,13 +204,11 @@ def check_run_folder(root: Path, name: str, *, config: object, stage: str) -> No
 
 def _checked_path(root: Path, name: str) -> Path:
     if not name or name in {".", ".."} or Path(name).name != name or "\n" in name or len(name.encode()) > 200:
-        raise UsageError(
-            f"the run name must be a plain folder name of at most 200 bytes, got {name!r}.", where="NAME (--name)"
-        )
+        raise UsageError(f"the run name must be a plain folder name of at most 200 bytes, got {name!r}.", where="NAME=")
     path = root / name
     for place in (path, root, *root.parents):
         if place.exists() and not place.is_dir():
-            raise UsageError(f"the run folder must be a folder, but {place.name} is a file.", where="NAME (--name)")
+            raise UsageError(f"the run folder must be a folder, but {place.name} is a file.", where="NAME=")
     return path
 
 

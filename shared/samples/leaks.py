@@ -92,8 +92,7 @@ def refuse_leaks(leaks: Mapping[str, Collection[Leak]], *, way_out: str) -> None
         for leak in found
     ]
     raise DataError(
-        f"{'; '.join(clauses)}. Pretrain without them, which LABELLED=STORE (--labelled) does by itself, or move them "
-        "to train.",
+        f"{'; '.join(clauses)}. Pretrain without them, which LABELLED=STORE does by itself, or move them to train.",
         where=", ".join(leaking),
         kept="nothing was written",
         next_command=f"{way_out}; or the same command with data.allow_transductive=true, if that is meant; the card "

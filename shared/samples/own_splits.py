@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import json
 import logging
+import shlex
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -83,7 +84,7 @@ class _Translation:
             raise DataError(
                 f"{' and '.join(problems)}. samgraft store info STORE --names lists the names that can be used.",
                 where=path.name,
-                next_command=f"samgraft store info {self.store.path.name} --names",
+                next_command=f"samgraft store info {shlex.quote(str(self.store.path))} --names",
             )
 
 

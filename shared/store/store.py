@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -171,7 +172,7 @@ class SliceStore:
                         f"a file of the store {state}: {name}. Build the store again.",
                         where=f"{self.path.name}/{SERIES}/{record.series_id}",
                         kept="the source scans",
-                        next_command=f"samgraft store check {self.path.name}",
+                        next_command=f"samgraft store check {shlex.quote(str(self.path))}",
                     )
 
 

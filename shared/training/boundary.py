@@ -15,6 +15,7 @@ from typing import Any
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Checkpoint
 from samgraft.shared.errors import NumericalError, StoppedAndSaved
+from samgraft.shared.machine import format_duration
 from samgraft.shared.runs.environment import software_versions, thread_count
 from samgraft.shared.runs.run_folder import RunFolder
 from samgraft.shared.runs.training_state import (
@@ -37,7 +38,7 @@ from samgraft.shared.training.processes import (
     gather_from_processes,
     load_full_state,
 )
-from samgraft.shared.training.progress import ProgressMeter, StepLog, format_duration
+from samgraft.shared.training.progress import ProgressMeter, StepLog
 from samgraft.shared.training.resume import RunCounters, capture_rng, restore_rng, seed_process
 from samgraft.shared.training.signals import StopRequest, install_stop_handlers
 from torch import Tensor

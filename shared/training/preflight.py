@@ -15,12 +15,11 @@ from statistics import median
 
 import torch
 from samgraft.shared.errors import StorageError
-from samgraft.shared.machine import granted_memory
+from samgraft.shared.machine import format_duration, granted_memory
 from samgraft.shared.runs.training_state import find_leftovers, finished_states
 from samgraft.shared.training.config import TrainerConfig
 from samgraft.shared.training.device import DeviceChoice, use_channels_last
 from samgraft.shared.training.failures import explain_out_of_memory
-from samgraft.shared.training.progress import format_duration
 from samgraft.shared.training.resume import preserve_rng
 from torch import Tensor, nn
 

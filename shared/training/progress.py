@@ -16,6 +16,7 @@ import pytorch_lightning as pl
 from rich.console import Console
 from rich.progress import BarColumn, TaskID, TextColumn
 from rich.progress import Progress as Bar
+from samgraft.shared.machine import format_duration
 from samgraft.shared.runs.metrics import TensorBoardFile
 from samgraft.shared.runs.run_folder import RunFolder
 from samgraft.shared.training.config import TrainerConfig
@@ -203,17 +204,6 @@ class _BarLine:
 def format_rate(rate: float) -> str:
     """Return a rate with three significant digits, or a whole number from 100 on."""
     return f"{rate:.0f}" if rate >= 100 else f"{rate:.3g}"
-
-
-def format_duration(seconds: float) -> str:
-    """Return ``45 s``, ``12 min``, ``3 h 20 min`` or ``2 d 4 h``."""
-    minutes = int(seconds // 60)
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    if minutes < 90:
-        return f"{minutes} min"
-    hours = minutes // 60
-    return f"{hours} h {minutes % 60} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
 
 
 def _rates(values: Mapping[str, float | Tensor]) -> str:

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 from samgraft.shared.files import write_text
+from samgraft.shared.machine import format_duration
 from samgraft.shared.report.page import (
     KeyValues,
     Picture,
@@ -24,7 +25,6 @@ from samgraft.shared.report.page import (
     render_report,
 )
 from samgraft.shared.runs.run_folder import RunFolder
-from samgraft.shared.training.progress import format_duration
 from samgraft.shared.training.trainer import FitResult
 from samgraft.ssl.config import RANDOM, PretrainConfig
 from samgraft.ssl.monitor.exported import MEASURES, Exported

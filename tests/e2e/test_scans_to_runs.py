@@ -136,4 +136,4 @@ def test_modality__another_than_the_stores_is_refused(workplace, capsys, stage):
     assert main(["store", "build", FOLDER, "--out", "data/x.zarr", "--workers", "1"]) == 0
     weights = ["--base", "base"] if stage == "pretrain" else ["--ckpt", "sam.safetensors", "--preset", "cpu"]
     assert main([stage, "--data", "data/x.zarr", "--modality", "xray", *weights]) == 3
-    assert "must be of modality xray, got mri. Use MODALITY=mri" in capsys.readouterr().err
+    assert "must be of modality xray, got mri. Use --modality mri" in capsys.readouterr().err

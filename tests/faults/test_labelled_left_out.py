@@ -10,6 +10,7 @@ from samgraft.finetune.config import FinetuneConfig
 from samgraft.finetune.training.preparation import check_leak, prepare
 from samgraft.shared.config import load_config
 from samgraft.shared.errors import DataError
+from samgraft.shared.invocation import in_typed_grammar
 from samgraft.shared.runs.inputs import load_run_split
 from samgraft.shared.samples.split import default_split_path, load_split, make_split
 from samgraft.shared.store.store import SliceStore
@@ -112,5 +113,5 @@ def test_finetune__leak_refusal_names_the_command_that_leaves_patients_out(lab):
         prepare(load_config(FinetuneConfig, layers=[layer]))
     assert (
         f"samgraft pretrain --data {lab / 'many.zarr'} --labelled {lab / 'labelled.zarr'} --name all-without"
-        in refusal.value.render()
+        in in_typed_grammar(refusal.value.render())
     )

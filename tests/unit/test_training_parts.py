@@ -15,6 +15,7 @@ import pytest
 import torch
 from lightning_fabric.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
 from samgraft.shared.errors import UsageError
+from samgraft.shared.machine import format_duration
 from samgraft.shared.report.page import running_mean
 from samgraft.shared.runs.environment import local_rank, process_rank
 from samgraft.shared.training import device as device_module
@@ -31,7 +32,7 @@ from samgraft.shared.training.optim import (
 )
 from samgraft.shared.training.periodic import PeriodicTask, evaluation_mode
 from samgraft.shared.training.preflight import state_bytes
-from samgraft.shared.training.progress import ProgressMeter, format_duration
+from samgraft.shared.training.progress import ProgressMeter
 from samgraft.shared.training.resume import RunCounters, capture_rng, preserve_rng, restore_rng, seed_process
 from samgraft.shared.training.trainer import choose_cluster_environment
 from torch import nn
