@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from samgraft.finetune.inference import segment_series
 from samgraft.finetune.model_folder import FinishedModel
 from samgraft.shared.errors import DataError
 from samgraft.shared.files import write_json, write_private_text, write_text
+from samgraft.shared.samples.leaks import find_leaks
 from samgraft.shared.samples.split import Split
 from samgraft.shared.store.names import NAMES_WORD, Names
 from samgraft.shared.store.store import SliceStore
@@ -76,13 +77,13 @@ class Evaluation:
     postprocessing: str = "none"
     predictions: Mapping[str, PackedLabels] = field(default_factory=dict)
     """Predicted label ids by series on the scans' own grids, for pictures."""
-    model_warning: str | None = None
-    """Sentence on a model that segments nothing or ended below its start."""
+    notes: tuple[str, ...] = ()
+    """Sentences on a model that ended below its start, and on patients of its encoder's pretraining."""
 
     @property
     def warnings(self) -> list[str]:
-        """Sentences on a model that failed on these scans or in its training."""
-        found = [self.model_warning] if self.model_warning else []
+        """Notes, and a sentence on a model that failed on these scans."""
+        found = list(self.notes)
         if self.overall and self.overall.mean < SMALLEST_DICE:
             none = all(row["predicted_voxels"] == 0 for row in self.rows)
             what = "predicted no voxel of any class" if none else "found no voxel of any class where it is"
@@ -159,7 +160,7 @@ def evaluate(
         tolerance_mm=tolerance_mm,
         postprocessing=described,
         predictions=predictions,
-        model_warning=model.task.warning,
+        notes=tuple(filter(None, (model.task.warning, _note_pretrained(model, store, split, part)))),
     )
 
 
@@ -322,6 +323,18 @@ def check_patients(model: FinishedModel, store: SliceStore, split: Split, part: 
             "Use the split that the model was trained with.",
             where=f"{store.path.name}, part {part}",
         )
+
+
+def _note_pretrained(model: FinishedModel, store: SliceStore, split: Split, part: str) -> str | None:
+    """Return a sentence if scored patients were in the unlabelled pretraining of the encoder, also of another store."""
+    manifest = model.card.data_manifest.get("pretraining") or {}
+    scored = replace(split, train=(), val=(), test=split.part(part), folds=())
+    if part == "train" or not (leaks := find_leaks(manifest, scored, store)):
+        return None
+    return (
+        f"{len(leaks[0].patients)} of these patients were in the pretraining of the encoder, without labels. Scores of "
+        "new patients may be lower."
+    )
 
 
 def interval_to_json(interval: Interval | None) -> dict[str, Any] | None:

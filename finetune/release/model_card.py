@@ -96,7 +96,7 @@ def write_model_card(
         postprocessing: Description of the post-processing.
     """
     sections = {
-        "": f"**Warning.** {task.warning}\n\n{_summary(card, task)}" if task.warning else _summary(card, task),
+        "": _summary(card, task),
         "Scores": _scores(task, scores),
         "Files": contents_section(artefacts, in_registry=subject.why_not_stock is None),
         "Use": _use(folder, card, task, subject, {a.path for a in artefacts}),
@@ -124,10 +124,11 @@ def _results(title: str, scores: TestScores | None) -> dict[str, Any]:
 def _summary(card: Card, task: Task) -> str:
     classes = ", ".join(f"{name} (label {i})" for i, name in zip(task.class_ids, task.class_names, strict=True))
     history = f" Its image encoder went through {card.objective} on unlabelled scans first." if card.objective else ""
+    warning = f"**Warning.** {task.warning}\n\n" if task.warning else ""
     return (
-        f"Segment Anything ({card.arch}, {task.image_size} px) fine-tuned to segment {classes} in {task.modality} "
-        f"slices automatically, without prompts.{history} Base weights: {card.base_name or 'unknown'}, sha256 "
-        f"`{card.base_sha256}`."
+        f"{warning}Segment Anything ({card.arch}, {task.image_size} px) fine-tuned to segment {classes} in "
+        f"{task.modality} slices automatically, without prompts.{history} Base weights: "
+        f"{card.base_name or 'unknown'}, sha256 `{card.base_sha256}`."
     )
 
 

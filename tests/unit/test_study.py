@@ -138,6 +138,17 @@ def test_expand__folds_are_an_axis_that_reaches_the_run():
     assert found[2].title.endswith("seed 0, fold 2")
 
 
+def test_write_results__models_without_gain_are_marked(tmp_path):
+    found = cells(seeds=[0])
+    cost = {"train_seconds": 60, "peak_mib": 1, "trainable_millions": 1.0}
+    results = {c.key: {"dice_per_patient": {"a": 0.5}, "has_gain": c.method == "lora", **cost} for c in found}
+    rows = report.write_results(config(seeds=[0]), found, results, tmp_path, failed={})
+    assert [row.num_without_gain for row in rows] == [0, 1]
+    assert [line.split()[-1] for line in report.table_lines(rows)[1:]] == ["-", "1"]
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("ended below their start, by setting: full (1)") == 2
+
+
 def test_score_settings__folds_are_pooled_over_patients():
     found = cells(methods=["lora"], folds=[0, 1], part="val")
     cost = {"train_seconds": 60, "peak_mib": 1, "trainable_millions": 1.0}
