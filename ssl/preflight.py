@@ -62,6 +62,10 @@ def pretraining_split(
     if left_out:
         train, val = (tuple(p for p in part if p not in left_out) for part in (split.train, split.val))
         split = replace(split, train=train, val=val, folds=())
+        if train and not val and not config.split:
+            # The store is its own labelled store, so that the patients of val are left out and others are held out.
+            without = {*left_out, *split.test}
+            split = make_split(store, fractions=HELD_OUT_FRACTIONS, seed=seed, without=without)
     if left_out and not split.train:
         raise DataError(
             f"no patient is left to train on: all training patients of {len(store.patient_ids)} are validation or "

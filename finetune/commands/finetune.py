@@ -140,7 +140,7 @@ def _train(typed: TypedSettings, *, preset: str, name: str | None, runs: Path, d
 
     started = time.monotonic()
     config = build_config(typed, preset=preset)
-    name = name or default_name(weights or arch or "", given.get("data.store"))
+    name = name or default_name(weights or arch or "", given.get("data.store"), fold=given.get("data.fold"))
     # Made before the training, because a dry run and a complete run return it too.
     result = TrainingResult(path=runs / name, weights=runs / name / MODEL_FOLDER)
     trainer = config.trainer
@@ -228,13 +228,13 @@ def typed_settings(
     )
 
 
-def default_name(weights: str, data: str | None) -> str:
-    """Return the default name of a run, which depends only on its weights and data."""
+def default_name(weights: str, data: str | None, *, fold: str | None = None) -> str:
+    """Return the default name of a run, which depends only on its weights, data and fold."""
     path = Path(weights)
     parts = [path.stem if path.is_file() else path.resolve().name]
     if data:
         parts.append(Path(data).resolve().name.removesuffix(".zarr"))
-    return "-".join([*parts, "finetune"])
+    return "-".join([*parts, "finetune", *([f"fold{fold}"] if fold else [])])
 
 
 def _log_end(path: Path, prepared: Prepared, *, seconds: float) -> None:

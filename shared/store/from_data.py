@@ -180,7 +180,7 @@ def describe_dry_run(data: Path | str | None, store: str) -> str:
     if data is None:
         return f"no run was written; the demo data stay ({Path(store).parent})"
     if is_scans(data):
-        return f"no run was written; the store {store}, made from the scans, and the salt of its ids beside it stay"
+        return f"no run was written; the store {store}, made from the scans, and the salt and names beside it stay"
     return "no run was written"
 
 

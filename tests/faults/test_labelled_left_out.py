@@ -85,6 +85,17 @@ def test_pretraining_split__labels_on_every_patient_leave_none_and_are_refused(l
         pretraining_split(data, store, seed=0, left_out=store.patient_ids)
 
 
+def test_pretraining_split__labelled_store_itself_keeps_held_out_patients(lab):
+    """The store for pretraining is the labelled one, and its split is beside it since an earlier run."""
+    store = SliceStore.open(lab / "labelled.zarr")
+    own = make_split(store, fractions=(0.6, 0.2, 0.2))
+    own.save(default_split_path(store.path))
+    data = config_of(lab, "masked_image", f"data.store={store.path}", f"data.labelled=[{store.path}]").data
+    split = pretraining_split(data, store, seed=0, left_out=own.held_out)
+    assert split.val
+    assert {*split.train, *split.val} == set(own.train)
+
+
 def test_find_left_out__ids_of_another_folder_are_reported(lab, caplog):
     """Stores of two folders have two salts, so that a patient with another scan cannot be found."""
     (lab / "else").mkdir()
