@@ -92,7 +92,8 @@ def test_pretrain__on_a_folder_of_scans(workplace, capsys, write):
 def test_pretrain__a_dry_run_on_scans_says_what_it_leaves(workplace, capsys):
     write_nifti_folder(workplace / FOLDER, labelled=False)
     assert pretrain(FOLDER, "--dry-run") == 0
-    left = f"dry run: no run was written; the store {Path('data') / FOLDER}.zarr, made from the scans, and the salt and names"
+    store = f"{Path('data') / FOLDER}.zarr"
+    left = f"dry run: no run was written; the store {store}, made from the scans, and the salt and names"
     assert left in capsys.readouterr().err
     assert sorted(p.name for p in Path("data").iterdir()) == [
         ".samgraft-salt",
