@@ -44,6 +44,7 @@ _WORD = r"(?:'[^']*'|\"[^\"]*\"|[^\s'\",;)`])+?(?=[\s,;)`]|(?<!\.)\.(?:\s|$)|$)"
 _MAKE = re.compile(rf"\bmake (?P<target>{'|'.join(COMMANDS)})(?![\w-])(?P<given>(?: [A-Z]+={_WORD})*)")
 _GIVEN = re.compile(rf"([A-Z]+)=({_WORD})")
 _VARIABLE = re.compile(rf"(?<![\w/$.-])(?P<name>{'|'.join(VARIABLES)})=(?P<value>\.\.\.|[^\s,;.)`]|\.(?=[\w/]))?")
+# Only these two are named without a value, as in "CKPT and BASE are both missing".
 _BARE = re.compile(r"(?<![\w/$.-])(CKPT|BASE)(?![\w=.-]|'s)")
 _ARGUMENTS = re.compile(r"(?<![\w/$.-])ARGS='([^']*)'")
 _PROGRAM = re.compile(r"(?<![\w/.-])samgraft (?=(?:store|compare|evaluate|inspect|study|demo-data|doctor|release) )")
@@ -75,6 +76,7 @@ def in_typed_grammar(text: str) -> str:
     """Return a message with its commands and options in the grammar of the command that the user typed."""
     if is_from_make():
         return text
+    # Whole commands come first, because their variables may become arguments without an option name.
     text = _MAKE.sub(lambda match: _as_command(match["target"], match["given"]), text)
     text = text.replace("make help", "samgraft --help")
     text = _ARGUMENTS.sub(lambda match: match[1], text)

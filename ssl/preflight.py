@@ -60,6 +60,7 @@ def pretraining_split(
     else:
         split = load_split_beside(store) or make_split(store, fractions=HELD_OUT_FRACTIONS, seed=seed, without=left_out)
     if left_out:
+        # Left out of val as well: the held-out loss and its pictures must not show patients that are scored later.
         train, val = (tuple(p for p in part if p not in left_out) for part in (split.train, split.val))
         split = replace(split, train=train, val=val, folds=())
         if train and not val and not config.split:

@@ -92,6 +92,7 @@ def score_settings(cells: Sequence[Cell], results: Mapping[str, Mapping[str, Any
 
 def _means_of_seeds(seeded: Sequence[tuple[int, Mapping[str, Any]]]) -> list[float]:
     """Return the mean Dice over patients of every seed, whose folds have different patients."""
+    # Averaging the means of the folds instead would weight patients of small folds more.
     pooled: dict[int, list[float | None]] = {}
     for seed, result in seeded:
         pooled.setdefault(seed, []).extend(result["dice_per_patient"].values())

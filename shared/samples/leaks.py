@@ -108,6 +108,7 @@ def find_patients_again(store: SliceStore, other: SliceStore, patients: Iterable
     wanted = set(patients)
     targets = [record for record in other.series if record.patient_id in wanted]
     contents = {record.content_sha256 for record in targets}
+    # The rules go from the surest to the weakest, and the first that finds a patient is the one that is reported.
     found = {patient: BY_ID for patient in store.patient_ids if patient in wanted}
     found |= {
         r.patient_id: BY_VOXELS for r in store.series if r.content_sha256 in contents and r.patient_id not in found

@@ -123,6 +123,7 @@ def _read_nnunet(path: Path, translate: _Translation) -> Split:
         ) from err
     if not listed:
         raise UsageError("the file lists no fold.", where=path.name)
+    # A case of nnU-Net with several channels is several series of one patient here, which one name finds.
     folds = tuple(Fold(train=translate.patients(train), val=translate.patients(val)) for train, val in listed)
     _refuse_overlap(folds, path)
     # One entry is an ordinary split. nnU-Net has no test part in this file.

@@ -69,6 +69,7 @@ def build_optimizer(
 
 def describe_rates(module: nn.Module, optimizer: torch.optim.Optimizer) -> str:
     """Return the peak learning rates of the parts of a module, each with its trained parameters."""
+    # An optimizer has no names, and the groups of a part differ in weight decay and depth.
     part_of = {id(parameter): _part(name) for name, parameter in module.named_parameters()}
     rates: dict[str, set[float]] = {}
     counts: Counter[str] = Counter()
