@@ -80,6 +80,7 @@ class HieraSpec(EncoderSpec):
     )
     default_objective: ClassVar[str] = "mae"
     decoder: ClassVar[str] = "sam2"
+    release_formats: ClassVar[frozenset[str]] = frozenset({"sam", "transformers", "onnx"})
 
     @classmethod
     def published(cls) -> tuple[HieraSpec, ...]:
@@ -368,11 +369,11 @@ class HieraEncoder(TokenDroppingEncoder):
         the mask token, to which positions are added as to any other token.
         """
         *_, third_BNTC, fourth_BNTC = self._run_all(images_B3SS, token_mask_Bhw, mask_token)
-        return _join(third_BNTC, fourth_BNTC, grid=images_B3SS.shape[-1] // UNIT_PX)
+        return _join(third_BNTC, fourth_BNTC, grid=int(images_B3SS.shape[-1]) // UNIT_PX)
 
     def forward_with_high_res(self, images_B3SS: Tensor) -> ImageFeatures:
         """Return the image embeddings and the maps at strides 4 and 8, each of ``neck_dim`` channels."""
-        grid = images_B3SS.shape[-1] // UNIT_PX
+        grid = int(images_B3SS.shape[-1]) // UNIT_PX
         first_BNTC, second_BNTC, third_BNTC, fourth_BNTC = self._run_all(images_B3SS)
         embeddings_BChw = self.neck(_join(third_BNTC, fourth_BNTC, grid=grid))
         finer = (units_to_map(part_BNTC, grid=grid) for part_BNTC in (first_BNTC, second_BNTC))
@@ -428,7 +429,7 @@ class HieraEncoder(TokenDroppingEncoder):
     ) -> list[Tensor]:
         """Return the tokens (B, N, T, C) of all four stages."""
         # Views of other sizes are encoded too, because positions are interpolated to any grid.
-        side = images_B3SS.shape[-1]
+        side = int(images_B3SS.shape[-1])  # a tensor while ONNX export traces
         if images_B3SS.shape[1:] != (3, side, side) or side % UNIT_PX:
             raise ValueError(
                 f"images must have shape (B, 3, S, S) with a multiple of {UNIT_PX} as S, got "
@@ -492,7 +493,7 @@ class HieraEncoder(TokenDroppingEncoder):
 
 def map_to_units(map_BCHW: Tensor, *, grid: int) -> Tensor:
     """Return the tokens of a map unit by unit, each unit in Z order, shape (B, N, T, C)."""
-    levels = (map_BCHW.shape[-1] // grid).bit_length() - 1
+    levels = (int(map_BCHW.shape[-1]) // grid).bit_length() - 1
     cut = map_BCHW.unflatten(3, (grid, *(2,) * levels)).unflatten(2, (grid, *(2,) * levels))
     rows, columns = range(2, 3 + levels), range(3 + levels, 4 + 2 * levels)
     order = [axis for pair in zip(rows, columns, strict=True) for axis in pair]
@@ -502,11 +503,11 @@ def map_to_units(map_BCHW: Tensor, *, grid: int) -> Tensor:
 
 def units_to_map(units_BNTC: Tensor, *, grid: int) -> Tensor:
     """Return the map (B, C, H, W) of tokens in units, which undoes ``map_to_units``."""
-    levels = (units_BNTC.shape[2].bit_length() - 1) // 2
+    levels = (int(units_BNTC.shape[2]).bit_length() - 1) // 2
     count, channels, side = len(units_BNTC), units_BNTC.shape[-1], grid * 2**levels
     cut = units_BNTC.reshape(count, grid, grid, *(2,) * (2 * levels), channels)
     rows, columns = range(1, 3 + 2 * levels, 2), range(2, 3 + 2 * levels, 2)
-    joined: Tensor = cut.permute(0, -1, *rows, *columns).reshape(count, channels, side, side)
+    joined: Tensor = cut.permute(0, 3 + 2 * levels, *rows, *columns).reshape(count, channels, side, side)
     return joined
 
 
