@@ -117,10 +117,10 @@ class Sam2MaskDecoder(MaskDecoder):
         tokens_PNC = torch.cat([own_KC.expand(count, -1, -1), sparse_PNC.expand(count, -1, -1)], dim=1)
         image_PChw = image_Bhw.expand(count, -1, -1, -1)
         out_PNC, image_PLC = self.transformer(image_PChw, pe_1Chw.expand_as(image_PChw), tokens_PNC)
-        upscaled_PDhw = self._upscale(image_PLC.mT.reshape(image_PChw.shape), high_res)
+        upscaled_PDhw = self._upscale(image_PLC.transpose(1, 2).reshape(image_PChw.shape), high_res)
         tokens_out = out_PNC[:, 2 : 2 + self.num_mask_tokens]
         heads = [head(tokens_out[:, i]) for i, head in enumerate(self.output_hypernetworks_mlps)]
-        masks = (torch.stack(heads, dim=1) @ upscaled_PDhw.flatten(2)).unflatten(2, upscaled_PDhw.shape[2:])
+        masks = (torch.stack(heads, dim=1) @ upscaled_PDhw.flatten(2)).view(count, -1, *upscaled_PDhw.shape[2:])
         return masks, self.iou_prediction_head(out_PNC[:, 1]), self.pred_obj_score_head(out_PNC[:, 0])
 
     def _upscale(self, image_PChw: Tensor, high_res: Sequence[Tensor]) -> Tensor:

@@ -13,10 +13,12 @@ from typing import Any
 from samgraft.shared.errors import UsageError
 from samgraft.shared.files import write_tensors
 from samgraft.shared.release.subject import Subject
+from samgraft.shared.weights.sam2_format import to_sam2
 from samgraft.shared.weights.save import write_pth
 from samgraft.shared.weights.transformers_format import save_transformers, save_transformers_encoder
 
 SAM_NAMES = ("sam.safetensors", "sam.pth")
+SAM2_NAMES = ("sam.safetensors", "sam2.pt")
 ENCODER_NAMES = ("encoder.safetensors", "encoder.pth")
 
 
@@ -80,12 +82,22 @@ def choose_formats(
 
 
 def _write_sam(subject: Subject, folder: Path) -> list[Artefact]:
+    if subject.is_whole and subject.spec.decoder == "sam2":
+        return _write_sam2(subject, folder)
     names = SAM_NAMES if subject.is_whole else ENCODER_NAMES
     write_tensors(folder / names[0], subject.tensors)
     # torch stores the file's name in the archive, so the file must get its final name at once.
     write_pth(folder / names[1], subject.tensors)
     statistics = {"pixel_mean": list(subject.spec.pixel_mean), "pixel_std": list(subject.spec.pixel_std)}
     return [Artefact(path=name, client="segment_anything", options=statistics) for name in names]
+
+
+def _write_sam2(subject: Subject, folder: Path) -> list[Artefact]:
+    """Write a whole SAM 2 under samgraft's names, and as the package ``sam2`` reads it."""
+    tensors = {**subject.tensors, **subject.memory}
+    write_tensors(folder / SAM2_NAMES[0], tensors)
+    write_pth(folder / SAM2_NAMES[1], to_sam2(tensors), key="model")
+    return [Artefact(path=name, client="sam2") for name in SAM2_NAMES]
 
 
 def _why_not_transformers(subject: Subject) -> str | None:

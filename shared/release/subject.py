@@ -6,7 +6,7 @@ Shape letters: N = probe images; S = image side (pixels); h, w = embedding grid;
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from samgraft.shared.encoders.base import EncoderSpec, ImageEncoder, ImageFeatures
@@ -22,10 +22,12 @@ ENCODER_PREFIX = "image_encoder."
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:
-    """Weights to release under segment_anything's names, of a whole SAM or of its image encoder."""
+    """Weights to release under segment_anything's names, of a whole SAM or SAM 2 or of its image encoder."""
 
     tensors: Mapping[str, Tensor]
     """Tensors ``image_encoder.*``, and ``prompt_encoder.*`` and ``mask_decoder.*`` for a whole SAM."""
+    memory: Mapping[str, Tensor] = field(default_factory=dict)
+    """Tensors of SAM 2's memory of videos under its own names. They are released as they came."""
     spec: EncoderSpec
     image_size: int
     """Side of the square input in pixels."""

@@ -56,8 +56,13 @@ def save_sam(sam: Sam, path: Path) -> Path:
     return path
 
 
-def write_pth(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Write a flat dictionary of plain tensors atomically, as ``torch.load`` reads it in segment_anything.
+def write_pth(path: Path, tensors: Mapping[str, torch.Tensor], *, key: str | None = None) -> None:
+    """Write a dictionary of plain tensors atomically, as ``torch.load`` reads it in segment_anything.
+
+    Args:
+        path: File to write.
+        tensors: Tensors by name.
+        key: Key of a dictionary around them, such as the ``model`` of SAM 2's files.
 
     Raises:
         OSError: If the file cannot be written. ``path`` is unchanged then.
@@ -66,7 +71,7 @@ def write_pth(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     plain = {name: tensors[name].detach().cpu().contiguous().clone() for name in sorted(tensors)}
     with write_atomically(path) as draft:
         try:
-            torch.save(plain, draft)
+            torch.save(plain if key is None else {key: plain}, draft)
         except RuntimeError as err:
             # torch reports a full disk as an "unexpected pos" inside its archive, without the system's error.
             if shutil.disk_usage(path.parent).free > sum(t.numel() * t.element_size() for t in plain.values()):

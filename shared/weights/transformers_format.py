@@ -1,17 +1,20 @@
-"""Bijective map of tensor names between segment_anything's SAM and transformers' ``SamModel``."""
+"""Bijective map of tensor names between segment_anything's SAM and transformers' ``SamModel``, and its folders."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from samgraft.shared.encoders.base import EncoderSpec
+from samgraft.shared.encoders.hiera import HieraSpec
 from samgraft.shared.encoders.vit import ViTSpec
 from samgraft.shared.errors import WeightsError
 from samgraft.shared.files import write_json, write_tensors
+from samgraft.shared.weights.name_map import NameMap
+from samgraft.shared.weights.sam2_format import sam2_config, to_sam2_transformers
+from samgraft.shared.weights.tensor_report import shorten
 
 _GAUSSIAN = "prompt_encoder.pe_layer.positional_encoding_gaussian_matrix"
 SHARED_POSITIONS = "shared_image_embedding.positional_embedding"
@@ -57,24 +60,7 @@ def _decoder_templates() -> Iterator[tuple[str, str]]:
         yield f"mask_decoder.{name}.weight", f"mask_decoder.{name}.weight"
 
 
-# Whole names are matched and each template is used in both directions, which keeps the map bijective. transformers'
-# own converter replaces substrings one after another, so that its result depends on their order.
-def _compile(source: str, target: str) -> tuple[re.Pattern[str], str]:
-    pattern = re.escape(source).replace(r"\{n\}", r"(?P<n>\d+)").replace(r"\{rest\}", r"(?P<rest>.+)")
-    replacement = target.replace("{n}", r"\g<n>").replace("{rest}", r"\g<rest>")
-    return re.compile(pattern), replacement
-
-
-_TO = [_compile(ours, theirs) for ours, theirs in _templates()]
-_FROM = [_compile(theirs, ours) for ours, theirs in _templates()]
-
-
-def _translate(name: str, rules: list[tuple[re.Pattern[str], str]]) -> str | None:
-    for pattern, replacement in rules:
-        match = pattern.fullmatch(name)
-        if match:
-            return match.expand(replacement)
-    return None
+_NAMES = NameMap(_templates())
 
 
 def to_transformers(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -83,16 +69,19 @@ def to_transformers(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tens
     Raises:
         WeightsError: If a name has no counterpart, e.g. in vit_t, for which ``SamModel`` has no layers.
     """
-    renamed = {name: _translate(name, _TO) for name in tensors}
-    unknown = [name for name, new in renamed.items() if new is None]
-    if unknown:
-        raise WeightsError(
-            f"transformers' SamModel has no place for {len(unknown)} tensors ({', '.join(unknown[:3])}). Only SAMs "
-            "with a plain ViT can be converted."
-        )
-    out = {str(new): tensors[name] for name, new in renamed.items()}
+    out = _rename(tensors)
     out[SHARED_POSITIONS] = tensors[_GAUSSIAN].clone()
     return out
+
+
+def _rename(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    renamed = {name: _NAMES.translate(name) for name in tensors}
+    if unknown := [name for name, new in renamed.items() if new is None]:
+        raise WeightsError(
+            f"transformers' SamModel has no place for {len(unknown)} tensors ({shorten(unknown)}). Only SAMs "
+            "with a plain ViT can be converted."
+        )
+    return {str(new): tensors[name] for name, new in renamed.items()}
 
 
 def from_transformers(tensors: Mapping[str, torch.Tensor], notes: list[str]) -> dict[str, torch.Tensor]:
@@ -101,7 +90,7 @@ def from_transformers(tensors: Mapping[str, torch.Tensor], notes: list[str]) -> 
     Raises:
         WeightsError: If the two copies of the positional matrix differ.
     """
-    out = {(_translate(name, _FROM) or name): tensor for name, tensor in tensors.items()}
+    out = {(_NAMES.translate_back(name) or name): tensor for name, tensor in tensors.items()}
     shared = out.pop(SHARED_POSITIONS, None)
     if shared is not None and _GAUSSIAN not in out:
         out[_GAUSSIAN] = shared
@@ -151,35 +140,56 @@ def transformers_config(spec: EncoderSpec, *, image_size: int, num_multimask_out
 
 
 def save_transformers(tensors: Mapping[str, torch.Tensor], folder: Path, spec: EncoderSpec, *, image_size: int) -> Path:
-    """Write a whole SAM as a folder for ``transformers.SamModel.from_pretrained``, and return the folder."""
+    """Write a whole SAM as a folder for ``from_pretrained`` of ``SamModel`` or ``Sam2Model``, and return the folder."""
     outputs = int(tensors["mask_decoder.mask_tokens.weight"].shape[0]) - 1
-    config = transformers_config(spec, image_size=image_size, num_multimask_outputs=outputs)
-    return _write_folder(to_transformers(tensors), folder, config, _processor(spec, image_size))
+    config = _config(spec, image_size=image_size, num_multimask_outputs=outputs)
+    renamed = to_sam2_transformers(tensors) if isinstance(spec, HieraSpec) else to_transformers(tensors)
+    return _write_folder(renamed, folder, config, _processor(spec, image_size))
 
 
 def save_transformers_encoder(
     tensors: Mapping[str, torch.Tensor], folder: Path, spec: EncoderSpec, *, image_size: int
 ) -> Path:
-    """Write an image encoder as a folder for ``transformers.SamVisionModel.from_pretrained``, and return the folder."""
-    whole = transformers_config(spec, image_size=image_size, num_multimask_outputs=3)
-    config = {"architectures": ["SamVisionModel"], "model_type": "sam_vision_model", **whole["vision_config"]}
-    renamed = {name: _translate(name, _TO) for name in tensors}
-    if unknown := [name for name, new in renamed.items() if new is None or not new.startswith("vision_encoder.")]:
-        raise WeightsError(f"weights must be those of an image encoder alone, got {', '.join(unknown[:3])}.")
-    return _write_folder(
-        {str(renamed[name]): tensor for name, tensor in tensors.items()}, folder, config, _processor(spec, image_size)
-    )
+    """Write an image encoder as a folder for ``SamVisionModel`` or ``Sam2VisionModel``, and return the folder."""
+    whole = _config(spec, image_size=image_size, num_multimask_outputs=3)
+    kind = "sam2" if isinstance(spec, HieraSpec) else "sam"
+    config = {
+        "architectures": [f"{kind.title()}VisionModel"],
+        "model_type": f"{kind}_vision_model",
+        **whole["vision_config"],
+    }
+    if unknown := [name for name in tensors if not name.startswith("image_encoder.")]:
+        raise WeightsError(f"weights must be those of an image encoder alone, got {shorten(unknown)}.")
+    if isinstance(spec, HieraSpec):
+        # Sam2VisionModel is the encoder itself, whereas SamVisionModel contains one.
+        renamed = {k.removeprefix("vision_encoder."): v for k, v in to_sam2_transformers(tensors).items()}
+    else:
+        renamed = _rename(tensors)
+    return _write_folder(renamed, folder, config, _processor(spec, image_size))
+
+
+def _config(spec: EncoderSpec, *, image_size: int, num_multimask_outputs: int) -> dict[str, Any]:
+    if isinstance(spec, HieraSpec):
+        return sam2_config(spec, image_size=image_size, num_multimask_outputs=num_multimask_outputs)
+    return transformers_config(spec, image_size=image_size, num_multimask_outputs=num_multimask_outputs)
 
 
 def _processor(spec: EncoderSpec, image_size: int) -> dict[str, Any]:
-    return {
-        "image_processor_type": "SamImageProcessor",
+    statistics = {
         "image_mean": [value / 255 for value in spec.pixel_mean],
         "image_std": [value / 255 for value in spec.pixel_std],
+    }
+    square, mask_square = ({"height": side, "width": side} for side in (image_size, image_size // 4))
+    if isinstance(spec, HieraSpec):
+        # SAM 2 resizes to a square without padding.
+        return {"image_processor_type": "Sam2ImageProcessor", **statistics, "size": square, "mask_size": mask_square}
+    return {
+        "image_processor_type": "SamImageProcessor",
+        **statistics,
         "size": {"longest_edge": image_size},
-        "pad_size": {"height": image_size, "width": image_size},
+        "pad_size": square,
         "mask_size": {"longest_edge": image_size // 4},
-        "mask_pad_size": {"height": image_size // 4, "width": image_size // 4},
+        "mask_pad_size": mask_square,
     }
 
 
