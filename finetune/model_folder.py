@@ -10,8 +10,10 @@ adapter/          peft's files before merging, not present when SAM's own tensor
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from safetensors.torch import load_file
 from samgraft.finetune.adapters import base_tensors, load_adapter
@@ -21,8 +23,8 @@ from samgraft.finetune.task import Task
 from samgraft.shared.errors import WeightsError
 from samgraft.shared.files import file_sha256, write_tensors
 from samgraft.shared.weights.card import Card
-from samgraft.shared.weights.load import load_sam
-from torch import nn
+from samgraft.shared.weights.load import load_sam, read_weights
+from torch import Tensor, nn
 
 WEIGHTS_FILE = "sam.safetensors"
 BASE_FILE = "base.safetensors"
@@ -43,8 +45,21 @@ class FinishedModel:
     is_merged: bool = True
     """False for base weights with an adapter, which plain SAM weights cannot express."""
 
+    @property
+    def memory(self) -> dict[str, Tensor]:
+        """Tensors of SAM 2's memory of videos, as they came with the initial weights."""
+        return read_weights(self.folder / (WEIGHTS_FILE if self.is_merged else BASE_FILE)).memory
 
-def write_model(sam: nn.Module, folder: Path, *, card: Card, task: Task, is_merged: bool = True) -> Path:
+
+def write_model(
+    sam: nn.Module,
+    folder: Path,
+    *,
+    card: Card,
+    task: Task,
+    is_merged: bool = True,
+    memory: Mapping[str, Tensor] = MappingProxyType({}),
+) -> Path:
     """Write weights, card and task, and return the path of the weights.
 
     Args:
@@ -54,10 +69,12 @@ def write_model(sam: nn.Module, folder: Path, *, card: Card, task: Task, is_merg
         card: Origin of the weights.
         task: Classes and input of the model.
         is_merged: False writes the weights before tuning, which need the adapter.
+        memory: Tensors of SAM 2's memory of videos, which are written beside the others.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / (NETWORK_FILE if task.network else WEIGHTS_FILE if is_merged else BASE_FILE)
-    write_tensors(path, sam.state_dict() if is_merged else base_tensors(sam))
+    tensors = sam.state_dict() if is_merged else base_tensors(sam)
+    write_tensors(path, {**tensors, **memory})
     Card.from_dict({**card.to_dict(), "weights_sha256": weights_digest(folder)}).write(folder / CARD_FILE)
     # The task is written last, because it marks a complete folder.
     task.write(folder)

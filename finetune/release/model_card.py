@@ -24,14 +24,17 @@ from samgraft.shared.release.card_page import (
     licence_section,
     statement_section,
     table_cell,
+    transformers_lines,
     write_card_page,
 )
-from samgraft.shared.release.formats import Artefact
+from samgraft.shared.release.formats import SAM2_FILE, Artefact
 from samgraft.shared.release.licence import Licence
+from samgraft.shared.release.sam2_client import sam2_build, why_not_sam2
 from samgraft.shared.release.subject import Subject
 from samgraft.shared.weights.card import Card
 
 SLICE_LIMIT = "Slices are segmented one by one, so the masks of neighbouring slices may differ."
+MEMORY_LIMIT = "SAM 2's memory of videos was not trained and does not take part: no mask is propagated between slices."
 SHOWN = ("dice", "nsd", "hd95_mm")
 """Columns of cases.csv that the card shows."""
 
@@ -105,7 +108,9 @@ def write_model_card(
             card, image_size=task.image_size, intensity=task.intensity, keep_aspect=task.keep_aspect
         ),
         "Data": f"{statement_section(statement)}\n\n{_data(card, task)}",
-        "Limits": "\n".join(f"- {limit}" for limit in (*LIMITS, SLICE_LIMIT)),
+        "Limits": "\n".join(
+            f"- {limit}" for limit in (*LIMITS, SLICE_LIMIT, *([MEMORY_LIMIT] if subject.memory else []))
+        ),
         "Licence": licence_section(licence),
     }
     front = front_matter(card, licence, pipeline="mask-generation", modality=task.modality, tags=["segmentation"])
@@ -162,7 +167,7 @@ def _use(folder: Path, card: Card, task: Task, subject: Subject, paths: set[str]
     )
     blocks = [f"{_sam_lines(task, subject, paths)}\n\nNo prompt; {output}."]
     if "transformers" in paths:
-        blocks.append(_python("from transformers import SamModel", 'model = SamModel.from_pretrained("transformers")'))
+        blocks.append(transformers_lines(folder, variable="model"))
     if "peft" in paths:
         blocks.append(_peft_lines(folder / "peft", task))
     if list(card.pixel_mean) != list(SAM_PIXEL_MEAN):
@@ -183,6 +188,8 @@ def _sam_lines(task: Task, subject: Subject, paths: set[str]) -> str:
             "from samgraft.finetune.model_folder import read_model",
             f'sam = read_model(".").segmenter.sam  # {BASE_FILE} with adapter/',
         )
+    if SAM2_FILE in paths:
+        return _sam2_lines(task, subject)
     reason = subject.why_not_stock
     if reason is None:
         return _python(
@@ -193,6 +200,31 @@ def _sam_lines(task: Task, subject: Subject, paths: set[str]) -> str:
         "from samgraft.shared.weights.load import load_sam", f'sam = load_sam("sam.pth", image_size={task.image_size})'
     )
     return f"{lines}\n\nsegment_anything's `sam_model_registry` does not load `sam.pth`, because {reason}."
+
+
+def _sam2_lines(task: Task, subject: Subject) -> str:
+    ours = _python(
+        "from samgraft.shared.weights.load import load_sam",
+        f'sam = load_sam("sam.safetensors", image_size={task.image_size})',
+    )
+    if (reason := why_not_sam2(subject)) is not None:
+        return f"{ours}\n\nThe package `sam2` does not load `{SAM2_FILE}`, because {reason}."
+    build = sam2_build(subject)
+    theirs = _python(
+        "from sam2.build_sam import build_sam2",
+        "from sam2.sam2_image_predictor import SAM2ImagePredictor",
+        f"overrides = {list(build.overrides)}",
+        "model = build_sam2(",
+        f'    "{build.config}", "{SAM2_FILE}", device="cpu", hydra_overrides_extra=overrides,',
+        "    apply_postprocessing=False,",
+        ")",
+        "predictor = SAM2ImagePredictor(model)",
+        f"predictor._bb_feat_sizes = {list(build.feature_sizes)}",
+    )
+    return (
+        f"{ours}\n\nor with the package `sam2`. `apply_postprocessing=True` would exchange unstable masks for those of "
+        f"other mask tokens.\n\n{theirs}"
+    )
 
 
 def _peft_lines(folder: Path, task: Task) -> str:

@@ -66,7 +66,12 @@ def _subject(model: FinishedModel) -> Subject:
     if not model.is_merged:
         return pair_subject(model)
     sam = model.segmenter.sam
-    return Subject(tensors=sam.state_dict(), spec=sam.image_encoder.spec, image_size=model.segmenter.image_size)
+    return Subject(
+        tensors=sam.state_dict(),
+        spec=sam.image_encoder.spec,
+        image_size=model.segmenter.image_size,
+        memory=model.memory,
+    )
 
 
 def _formats(model: FinishedModel, run: Path) -> list[Format]:

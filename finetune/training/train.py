@@ -238,16 +238,17 @@ def write_finished(
     folder = run.path / "model"
     card = finished_card(prepared, config, result=result, ending=rounds.record.ending)
     task = finished_task(prepared, config, rounds, trainable={p: round(t / 1e6, 4) for p, t, _ in trainable})
+    memory = prepared.initial.base.memory if isinstance(prepared.initial, InitialWeights) else {}
     if prepared.peft_model is None:
-        write_model(sam, folder, card=card, task=task)
+        write_model(sam, folder, card=card, task=task, memory=memory)
         return folder
     save_adapter(prepared.peft_model, folder / ADAPTER_FOLDER, method=config.adapter.method)
     if config.adapter.spec.is_mergeable:
         sam = _merge_and_compare(prepared, folder)
-        write_model(sam, folder, card=card, task=task)
+        write_model(sam, folder, card=card, task=task, memory=memory)
     else:
         log.info("%s cannot be merged: the model is kept as base weights with an adapter", config.adapter.method)
-        write_model(sam, folder, card=card, task=task, is_merged=False)
+        write_model(sam, folder, card=card, task=task, is_merged=False, memory=memory)
     return folder
 
 

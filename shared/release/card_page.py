@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ LIMITS = (
 CONTENTS = {
     "sam.safetensors": "the whole SAM under segment_anything's names",
     "sam.pth": "the same for `torch.load(..., weights_only=True)`",
+    "sam2.pt": "the whole SAM 2, with its memory of videos unchanged, under the names of the package `sam2`",
     "encoder.safetensors": "the image encoder under segment_anything's names (`image_encoder.*`)",
     "encoder.pth": "the same for `torch.load(..., weights_only=True)`",
     "transformers": "a folder for transformers' `SamModel.from_pretrained` (encoder alone: `SamVisionModel`)",
@@ -58,11 +60,19 @@ def contents_section(artefacts: Sequence[Artefact], *, in_registry: bool = False
         in_registry: True if segment_anything's registry loads ``sam.pth``.
     """
     contents = dict(CONTENTS)
+    if any(a.path == "sam2.pt" for a in artefacts):
+        contents["transformers"] = contents["transformers"].replace("Sam", "Sam2")
     if in_registry:
         contents["sam.pth"] += " and segment_anything's `sam_model_registry`"
     rows = [f"| `{a.path}` | {contents[a.path]} |" for a in artefacts]
     rows += ["| `card.json` | the facts below, for programs |", "| `SHA256SUMS` | `sha256sum -c SHA256SUMS` |"]
     return "\n".join(["| file | what it is |", "|---|---|", *rows])
+
+
+def transformers_lines(folder: Path, *, variable: str) -> str:
+    """Return the lines of Python that load the ``transformers`` folder of a release."""
+    [title] = json.loads((folder / "transformers" / "config.json").read_text(encoding="utf-8"))["architectures"]
+    return f'```python\nfrom transformers import {title}\n{variable} = {title}.from_pretrained("transformers")\n```'
 
 
 def table_cell(text: str) -> str:

@@ -152,9 +152,8 @@ def onnx_client(path: Path, probe: Mapping[str, Tensor], options: Mapping[str, A
         feeds = {key: value.contiguous().numpy() for key, value in inputs.items()}
         return [torch.from_numpy(out) for out in session.run(None, feeds)]
 
-    # Models of SAM 2 take one image, all others any number.
     finer = options.get("finer", [])
-    batches = probe["pixels_N3SS"].split(1) if finer else [probe["pixels_N3SS"]]
+    batches = probe["pixels_N3SS"].split(1) if options.get("one_image") else [probe["pixels_N3SS"]]
     encoded = [
         torch.cat(parts) for parts in zip(*(run("encoder.onnx", pixels=batch) for batch in batches), strict=True)
     ]

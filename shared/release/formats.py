@@ -18,7 +18,8 @@ from samgraft.shared.weights.save import write_pth
 from samgraft.shared.weights.transformers_format import save_transformers, save_transformers_encoder
 
 SAM_NAMES = ("sam.safetensors", "sam.pth")
-SAM2_NAMES = ("sam.safetensors", "sam2.pt")
+SAM2_FILE = "sam2.pt"
+SAM2_NAMES = ("sam.safetensors", SAM2_FILE)
 ENCODER_NAMES = ("encoder.safetensors", "encoder.pth")
 
 

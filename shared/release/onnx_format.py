@@ -116,7 +116,7 @@ def _write(subject: Subject, folder: Path) -> list[Artefact]:
             dynamic=dynamic,
         )
         _export_prompted(sam, features, folder / "decoder.onnx", side=4 * grid)
-    options = {"encoder": not subject.is_whole, "finer": names}
+    options = {"encoder": not subject.is_whole, "finer": names, "one_image": dynamic is not None}
     return [Artefact(path="onnx", client="onnx", options=options)]
 
 

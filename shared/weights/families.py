@@ -38,12 +38,6 @@ OTHER_ENCODERS = (
         f"{_SAM_1}.",
     ),
     _family(
-        "SAM 2",
-        r"(image_encoder\.trunk|memory_encoder|memory_attention|sam_mask_decoder|vision_encoder\.backbone)\.",
-        "Its Hiera encoder has another structure than SAM's ViT.",
-        f"{_SAM_1}.",
-    ),
-    _family(
         "DINOv3",
         r"(^|\.)(rope_embed|rope_embeddings|storage_tokens)(\.|$)",
         "It has rotary positions instead of the position table that SAM's encoder needs.",

@@ -11,11 +11,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
+from samgraft.shared.encoders.hiera import HieraSpec
 from samgraft.shared.encoders.registry import encoder_anchors
 from samgraft.shared.errors import WeightsError
 from samgraft.shared.weights.families import ADAPTERS_ALONE, OTHER_ENCODERS, family_error, find_family
 from samgraft.shared.weights.run_files import FINISH_RUN
 from samgraft.shared.weights.safe_read import RawFile, iterate_tensors
+from samgraft.shared.weights.sam2_format import from_sam2, from_sam2_transformers, split_memory
 from samgraft.shared.weights.tensor_report import shorten
 from samgraft.shared.weights.transformers_format import SHARED_POSITIONS, from_transformers
 
@@ -24,6 +26,7 @@ FROZEN_COPY = "frozen_copy"
 """Name of the encoder's copy from before training (objective ``feature``), which is never read."""
 Tensors = dict[str, torch.Tensor]
 
+_SAM2_TRANSFORMERS_ANCHOR = "vision_encoder.backbone.patch_embed.projection.weight"
 _TRANSFORMERS_ANCHOR = "vision_encoder.patch_embed.projection.weight"
 _WRAPPING = frozenset({"module", "_orig_mod"})
 # If a file contains several encoders, the first of these is read, and a note names the others.
@@ -46,6 +49,8 @@ class SamTensors:
     notes: list[str] = field(default_factory=list)
     is_partial: bool = False
     """True for a plain ViT, which has neither relative positions nor a neck."""
+    memory: Tensors = field(default_factory=dict)
+    """Tensors of SAM 2's memory of videos, which images do not use, under their own names."""
 
 
 def convert_to_sam(raw: RawFile) -> SamTensors:
@@ -78,6 +83,10 @@ def _convert(flat: Tensors, notes: list[str]) -> SamTensors:
     if root is not None:
         inside = _select(flat, root, notes, also=(SHARED_POSITIONS,))
         return SamTensors(format="transformers SamModel", tensors=from_transformers(inside, notes), notes=notes)
+    root = _find_root(flat, _SAM2_TRANSFORMERS_ANCHOR, notes)
+    if root is not None:
+        inside = _select(flat, root, notes, also=(SHARED_POSITIONS,))
+        return _with_memory("transformers Sam2Model", from_sam2_transformers(inside, notes), notes)
     # Several anchors per family, so that a file without one of them is still recognised and its lack reported.
     for anchor in encoder_anchors():
         root = _find_root(flat, anchor, notes)
@@ -95,10 +104,19 @@ def _convert_encoder(flat: Tensors, root: str, notes: list[str]) -> SamTensors:
         _select(flat, root, notes)
         kind = "DINO-style ViT" if "teacher" in root or "student" in root else "MAE-style ViT"
         return SamTensors(format=kind, tensors=from_plain_vit(encoder, notes), notes=notes, is_partial=True)
+    if is_sam and HieraSpec.recognises(encoder):
+        return _with_memory("SAM 2", from_sam2(_select(flat, root.removesuffix("image_encoder."), notes)), notes)
     if is_sam:
         return _finish("SAM", _select(flat, root.removesuffix("image_encoder."), notes), notes)
     tensors = {f"image_encoder.{key}": value for key, value in _select(flat, root, notes).items()}
     return _finish("SAM encoder without prefix", tensors, notes)
+
+
+def _with_memory(name: str, tensors: Tensors, notes: list[str]) -> SamTensors:
+    images, memory = split_memory(tensors)
+    if memory:
+        notes.append(f"{len(memory)} tensors of the memory of videos kept aside, for release")
+    return SamTensors(format=name, tensors=images, memory=memory, notes=notes)
 
 
 def _finish(name: str, tensors: Tensors, notes: list[str]) -> SamTensors:

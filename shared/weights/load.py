@@ -56,6 +56,9 @@ class WeightsFile:
     card: Card | None = None
     is_partial: bool = False
     """True for a plain ViT (MAE, DINO), which has neither relative positions nor a neck."""
+    memory: dict[str, torch.Tensor] = field(default_factory=dict)
+    """Tensors of SAM 2's memory of videos as they are in the file. No model here has them, and a release returns
+    them."""
     notes: list[str] = field(default_factory=list)
     """Conversions that were done and warnings."""
 
@@ -97,6 +100,7 @@ def read_weights(path: str | Path) -> WeightsFile:
         sha256=raw.sha256,
         card=card,
         is_partial=found.is_partial,
+        memory=found.memory,
         notes=notes,
     )
 

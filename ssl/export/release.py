@@ -20,6 +20,7 @@ from samgraft.shared.release.card_page import (
     input_section,
     licence_section,
     statement_section,
+    transformers_lines,
     write_card_page,
 )
 from samgraft.shared.release.formats import SAM_FORMAT, TRANSFORMERS_FORMAT, Artefact, Format, choose_formats
@@ -121,7 +122,7 @@ def write_encoder_card(
         ),
         "What it learned": _learned(request.run),
         "Files": contents_section([*artefacts, *state]),
-        "Use": _use(card, {a.path for a in artefacts}),
+        "Use": _use(folder, card, {a.path for a in artefacts}),
         "Input": input_section(card, image_size=card.image_size, intensity=card.intensity, keep_aspect=None),
         "Data": f"{statement_section(request.statement)}\n\n{_data(card)}",
         "Membership": _membership(audit),
@@ -167,17 +168,14 @@ def _learned(run: Path) -> str:
     return f"Loss on slices of held-out patients with fixed masks: {losses[0]:.4g} before, {losses[-1]:.4g} after."
 
 
-def _use(card: Card, paths: set[str]) -> str:
+def _use(folder: Path, card: Card, paths: set[str]) -> str:
     blocks = [
         "```python\nfrom samgraft.shared.weights.load import load_image_encoder\n"
         'encoder, card = load_image_encoder("encoder.safetensors")  # (B, 3, S, S) -> (B, 256, h, w)\n```',
         "Fine-tune it with `samgraft finetune --ckpt` and this folder.",
     ]
     if "transformers" in paths:
-        blocks.append(
-            "```python\nfrom transformers import SamVisionModel\n"
-            'encoder = SamVisionModel.from_pretrained("transformers")\n```'
-        )
+        blocks.append(transformers_lines(folder, variable="encoder"))
     if list(card.pixel_mean) != list(SAM_PIXEL_MEAN):
         blocks.append(
             f"Pixel statistics are not SAM's: mean {card.pixel_mean}, std {card.pixel_std} on the 0..255 scale."
