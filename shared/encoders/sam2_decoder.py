@@ -31,6 +31,18 @@ class Sam2PromptEncoder(PromptEncoder):
         return torch.cat([corners_P2C, padding_P1C], dim=1)
 
 
+class Sam2Upscaling(nn.Sequential):
+    """Upscaling by 4 with the layers of segment_anything's, which adds the encoder's finer maps on the way."""
+
+    def forward(self, image_PChw: Tensor, fine: Tensor, coarse: Tensor) -> Tensor:
+        """Return the upscaled image. ``fine`` and ``coarse`` are projected maps of 4 and 2 times its size."""
+        # One module with all its layers, because peft wraps it as a whole.
+        up_1, norm, gelu_1, up_2, gelu_2 = self
+        half = gelu_1(norm(up_1(image_PChw) + coarse))
+        out: Tensor = gelu_2(up_2(half) + fine)
+        return out
+
+
 class Sam2MaskDecoder(MaskDecoder):
     """Mask decoder of SAM 2, with an object score, high-resolution maps and a learned embedding for "no memory".
 
@@ -51,6 +63,7 @@ class Sam2MaskDecoder(MaskDecoder):
             iou_head_depth=3,
             iou_head_hidden_dim=dim,
         )
+        self.output_upscaling = Sam2Upscaling(*self.output_upscaling)
         self.iou_prediction_head.sigmoid_output = True
         self.obj_score_token = nn.Embedding(1, dim)
         self.pred_obj_score_head = MLP(dim, dim, 1, 3)
@@ -69,7 +82,7 @@ class Sam2MaskDecoder(MaskDecoder):
 
     def high_res_shapes(self, grid: int) -> list[tuple[int, int, int]]:
         """Return the shapes (C, h, w) of projected maps for an embedding grid of ``grid`` x ``grid``."""
-        return [(self.conv_s0.out_channels, 4 * grid, 4 * grid), (self.conv_s1.out_channels, 2 * grid, 2 * grid)]
+        return [(self.transformer_dim // 8, 4 * grid, 4 * grid), (self.transformer_dim // 4, 2 * grid, 2 * grid)]
 
     def forward(
         self,
@@ -117,19 +130,11 @@ class Sam2MaskDecoder(MaskDecoder):
         tokens_PNC = torch.cat([own_KC.expand(count, -1, -1), sparse_PNC.expand(count, -1, -1)], dim=1)
         image_PChw = image_Bhw.expand(count, -1, -1, -1)
         out_PNC, image_PLC = self.transformer(image_PChw, pe_1Chw.expand_as(image_PChw), tokens_PNC)
-        upscaled_PDhw = self._upscale(image_PLC.transpose(1, 2).reshape(image_PChw.shape), high_res)
+        upscaled_PDhw = self.output_upscaling(image_PLC.transpose(1, 2).reshape(image_PChw.shape), *high_res)
         tokens_out = out_PNC[:, 2 : 2 + self.num_mask_tokens]
         heads = [head(tokens_out[:, i]) for i, head in enumerate(self.output_hypernetworks_mlps)]
         masks = (torch.stack(heads, dim=1) @ upscaled_PDhw.flatten(2)).view(count, -1, *upscaled_PDhw.shape[2:])
         return masks, self.iou_prediction_head(out_PNC[:, 1]), self.pred_obj_score_head(out_PNC[:, 0])
-
-    def _upscale(self, image_PChw: Tensor, high_res: Sequence[Tensor]) -> Tensor:
-        """Upscale the image by 4 and add the maps of the encoder on the way."""
-        fine, coarse = high_res
-        up_1, norm, gelu_1, up_2, gelu_2 = self.output_upscaling
-        half = gelu_1(norm(up_1(image_PChw) + coarse))
-        out: Tensor = gelu_2(up_2(half) + fine)
-        return out
 
 
 def _stable_or_best(masks_PMhw: Tensor, iou_PM: Tensor) -> tuple[Tensor, Tensor]:

@@ -4,6 +4,7 @@ import torch
 from model_factory import make_sam
 from samgraft.finetune.loss import SegmentationLoss
 from samgraft.finetune.segmenter import Segmenter
+from samgraft.shared.encoders.hiera import HieraSpec
 from samgraft.shared.encoders.tiny_vit import Stem, TinyViTSpec
 from samgraft.shared.encoders.vit import ViTSpec
 
@@ -40,7 +41,17 @@ TINY = TinyViTSpec(
     pixel_mean=(0.0, 0.0, 0.0),
     pixel_std=(255.0, 255.0, 255.0),
 )
-SPECS = {"vit_t": (TINY, 32), "vit_b": (PLAIN, 96), "vit_h": (DEEP, 96)}
+HIERA = HieraSpec(
+    arch="sam2_t",
+    native_image_size=1024,
+    # Pooling, padded windows of the third stage and a global block.
+    embed_dim=8,
+    depths=(1, 1, 2, 1),
+    num_heads=1,
+    global_blocks=(3,),
+    neck_dim=16,
+)
+SPECS = {"vit_t": (TINY, 32), "vit_b": (PLAIN, 96), "vit_h": (DEEP, 96), "sam2_t": (HIERA, 64)}
 
 
 def tiny_sam(arch):

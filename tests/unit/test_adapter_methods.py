@@ -24,7 +24,7 @@ from tiny_sams import SPECS, images_for, logits_of, take_steps, tiny_sam
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
 LAYERS = [f"mask_decoder.transformer.layers.{i}" for i in (0, 1)]
-DECODER_LINEAR = [
+DECODER_ATTENTION = [
     *(
         f"{layer}.{attention}.{name}"
         for layer in LAYERS
@@ -32,18 +32,21 @@ DECODER_LINEAR = [
         for name in ATTENTION
     ),
     *(f"mask_decoder.transformer.final_attn_token_to_image.{name}" for name in ATTENTION),
-    *(f"{layer}.mlp.{name}" for layer in LAYERS for name in ("lin1", "lin2")),
 ]
+PROJECTIONS = tuple(f"mask_decoder.conv_s{i}.{kind}" for i in (0, 1) for kind in ("weight", "bias"))
 BLOCKS = {
     "vit_t": [f"image_encoder.layers.{name}" for name in ("1.blocks.0", "2.blocks.0", "2.blocks.1", "3.blocks.0")],
     "vit_b": [f"image_encoder.blocks.{i}" for i in range(3)],
     "vit_h": [f"image_encoder.blocks.{i}" for i in range(5)],
+    "sam2_t": [f"image_encoder.trunk.blocks.{i}" for i in range(5)],
 }
 IN_BLOCK = {
     "vit_t": ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"),
     "vit_b": ("attn.qkv", "attn.proj", "mlp.lin1", "mlp.lin2"),
+    "sam2_t": ("attn.qkv", "attn.proj", "mlp.layers.0", "mlp.layers.1"),
 }
-NORMS = {"vit_t": ("attn.norm", "mlp.norm"), "vit_b": ("norm1", "norm2")}
+NORMS = {"vit_t": ("attn.norm", "mlp.norm"), "vit_b": ("norm1", "norm2"), "sam2_t": ("norm1", "norm2")}
+NECK = {"vit_t": ("neck.0", "neck.2"), "vit_b": ("neck.0", "neck.2"), "sam2_t": ("neck.convs.1.conv",)}
 DECODER_NORMS = [
     *(f"{layer}.norm{i}" for layer in LAYERS for i in (1, 2, 3, 4)),
     "mask_decoder.transformer.norm_final_attn",
@@ -89,7 +92,12 @@ def changed_tensors(before, sam):
 
 
 def encoder_layers(arch, names):
-    return [f"{block}.{name}" for block in BLOCKS[arch] for name in names["vit_t" if arch == "vit_t" else "vit_b"]]
+    return [f"{block}.{name}" for block in BLOCKS[arch] for name in names[arch if arch in names else "vit_b"]]
+
+
+def decoder_linear(arch):
+    mlp = ("layers.0", "layers.1") if arch == "sam2_t" else ("lin1", "lin2")
+    return [*DECODER_ATTENTION, *(f"{layer}.mlp.{name}" for layer in LAYERS for name in mlp)]
 
 
 def heads():
@@ -112,9 +120,10 @@ def expected_tensors(arch, method, scope):
         return heads() | {f"{place}.bottleneck_.default.{name}" for place in places for name in inner}
     if method == "ln_tuning":
         places = [*DECODER_NORMS]
-        places += [*encoder_layers(arch, NORMS), "image_encoder.neck.1", "image_encoder.neck.3"] if in_encoder else []
+        places += encoder_layers(arch, NORMS) if in_encoder else []
+        places += ["image_encoder.neck.1", "image_encoder.neck.3"] if in_encoder and arch != "sam2_t" else []
         return heads() | {f"{p}.ln_tuning_layers.default.{kind}" for p in places for kind in ("weight", "bias")}
-    places = [*DECODER_LINEAR, *(encoder_layers(arch, IN_BLOCK) if in_encoder else [])]
+    places = [*decoder_linear(arch), *(encoder_layers(arch, IN_BLOCK) if in_encoder else [])]
     return heads() | {f"{place}.{name}" for place in places for name in ADDED[method]}
 
 
@@ -139,6 +148,8 @@ def test_adapt__study_combinations_change_exactly_the_expected_tensors(arch, sco
     parts = ["mask_decoder."] + ["image_encoder."] * (scope is TuningScope.ENCODER_DECODER)
     unreached = (
         "mask_decoder.iou_prediction_head.",
+        "mask_decoder.pred_obj_score_head.",
+        *(PROJECTIONS if scope is TuningScope.DECODER else ()),
         *(f"mask_decoder.output_hypernetworks_mlps.{i}." for i in (1, 2, 3)),
     )
     parameters = {name for name, _ in segmenter.sam.named_parameters()}
@@ -146,7 +157,7 @@ def test_adapt__study_combinations_change_exactly_the_expected_tensors(arch, sco
     assert moved == drop_key_shifts(expected)
 
 
-@pytest.mark.parametrize("arch", ["vit_t", "vit_b"])
+@pytest.mark.parametrize("arch", ["vit_t", "vit_b", "sam2_t"])
 @pytest.mark.parametrize("method", [m for m in PEFT_METHODS if m != "eva"])
 def test_adapt__every_method_starts_as_a_no_op_and_survives_merging_and_loading(arch, method, tmp_path):
     segmenter, peft_model = adapted(arch, config_of(method))
@@ -161,7 +172,7 @@ def test_adapt__every_method_starts_as_a_no_op_and_survives_merging_and_loading(
     moved = drop_key_shifts(changed_tensors(before, segmenter.sam))
     if method == "lokr":  # which of its factors are split depends on the shape
         added = {n for n in moved if ".lokr_w" in n}
-        assert {n.split(".lokr_w")[0] for n in added} == {*DECODER_LINEAR, *encoder_layers(arch, IN_BLOCK)}
+        assert {n.split(".lokr_w")[0] for n in added} == {*decoder_linear(arch), *encoder_layers(arch, IN_BLOCK)}
         assert moved - added == heads()
         assert added == {n for n, _ in segmenter.sam.named_parameters() if ".lokr_w" in n}
     else:
@@ -190,7 +201,7 @@ def test_adapt__every_method_starts_as_a_no_op_and_survives_merging_and_loading(
     assert set(merged.state_dict()) == set(tiny_sam(arch).state_dict())
 
 
-@pytest.mark.parametrize("arch", ["vit_t", "vit_b"])
+@pytest.mark.parametrize("arch", ["vit_t", "vit_b", "sam2_t"])
 def test_adapt__bitfit_changes_biases_and_heads_only(arch):
     segmenter, peft_model = adapted(arch, config_of("bitfit"))
     assert peft_model is None
@@ -204,7 +215,7 @@ def test_adapt__bitfit_changes_biases_and_heads_only(arch):
     assert any(n.startswith("image_encoder.") for n in biases)
 
 
-@pytest.mark.parametrize("arch", ["vit_t", "vit_b"])
+@pytest.mark.parametrize("arch", ["vit_t", "vit_b", "sam2_t"])
 @pytest.mark.parametrize("method", ["lora", "adapter", "full"])
 def test_adapt__last_blocks_leave_the_blocks_below_unchanged(arch, method):
     segmenter, _ = adapted(arch, config_of(method, last_blocks=1))
@@ -223,7 +234,7 @@ def test_adapt__blocks_are_chosen_by_number():
     assert adapted_blocks == {"image_encoder.blocks.0", "image_encoder.blocks.3"}
 
 
-@pytest.mark.parametrize("arch", ["vit_t", "vit_b"])
+@pytest.mark.parametrize("arch", ["vit_t", "vit_b", "sam2_t"])
 def test_adapt__neck_scope_trains_the_whole_neck_and_merges(arch):
     segmenter, peft_model = adapted(arch, config_of("lora", scope=TuningScope.NECK_DECODER))
     before = parameters_of(segmenter.sam)
@@ -231,20 +242,25 @@ def test_adapt__neck_scope_trains_the_whole_neck_and_merges(arch):
     moved = changed_tensors(before, segmenter.sam)
     neck = {n for n in before if n.startswith("image_encoder.neck.modules_to_save.")}
     assert {n for n in moved if n.startswith("image_encoder.")} == neck
-    assert len(neck) == 6
+    assert len(neck) == (8 if arch == "sam2_t" else 6)
+    projections = {n for n in before if n.startswith("mask_decoder.conv_s") and "modules_to_save" in n}
+    assert {n for n in moved if n.startswith("mask_decoder.conv_s")} == projections
+    assert len(projections) == (4 if arch == "sam2_t" else 0)
     trained = logits_of(segmenter.sam, arch)
     torch.testing.assert_close(logits_of(merge_adapters(peft_model), arch), trained, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("arch", ["vit_t", "vit_b"])
+@pytest.mark.parametrize("arch", ["vit_t", "vit_b", "sam2_t"])
 @pytest.mark.parametrize("method", ["lora", "dora", "loha", "lokr", "ia3", "hra"])
 def test_adapt__linear_conv_adapts_convolutions_and_merges(arch, method):
     segmenter, peft_model = adapted(arch, config_of(method, targets=Targets.LINEAR_CONV))
     before = parameters_of(segmenter.sam)
     take_steps(segmenter, arch)
     moved = changed_tensors(before, segmenter.sam)
-    for place in ("image_encoder.neck.0", "image_encoder.neck.2"):
+    for place in (f"image_encoder.{name}" for name in NECK[arch]):
         assert any(n.startswith(f"{place}.") for n in moved), place
+    if arch == "sam2_t":
+        assert any(n.startswith("mask_decoder.conv_s0.") for n in moved)
     if arch == "vit_t":
         for place in ("layers.0.blocks.0.conv1.c", "layers.0.blocks.0.conv3.c", "layers.1.downsample.conv1.c"):
             assert any(n.startswith(f"image_encoder.{place}.") for n in moved), place
