@@ -18,6 +18,8 @@ from samgraft.shared.release.subject import STOCK_MASK_TOKENS, Subject
 from torch import Tensor
 
 _CONFIGS = {"sam2_t": "hiera_t", "sam2_s": "hiera_s", "sam2_bp": "hiera_b+", "sam2_l": "hiera_l"}
+_MEMORY_TENSORS = {"sam2": 157, "sam2.1": 160}
+"""Number of tensors outside of the image model, equal for all four architectures."""
 _ONLY_IN_2_1 = "no_obj_embed_spatial"
 _FEATURE_STRIDES = (4, 8, 16)
 
@@ -38,8 +40,12 @@ def why_not_sam2(subject: Subject) -> str | None:
     """Return the reason why the package ``sam2`` cannot load these weights strictly, or None if it can."""
     if subject.num_mask_tokens != STOCK_MASK_TOKENS:
         return f"it builds {STOCK_MASK_TOKENS} mask tokens and these weights have {subject.num_mask_tokens}"
-    if "maskmem_tpos_enc" not in subject.memory:
-        return "it also loads the memory of videos, which the base weights do not contain under its names"
+    generation = _generation(subject)
+    if "maskmem_tpos_enc" not in subject.memory or len(subject.memory) != _MEMORY_TENSORS[generation]:
+        return (
+            f"it also loads the {_MEMORY_TENSORS[generation]} tensors of the memory of videos, of which the base weights "
+            f"contain {len(subject.memory)}"
+        )
     if (subject.spec.pixel_mean, subject.spec.pixel_std) != (SAM_PIXEL_MEAN, SAM_PIXEL_STD):
         return "its predictor normalises by other pixel statistics"
     return None
@@ -48,7 +54,7 @@ def why_not_sam2(subject: Subject) -> str | None:
 def sam2_build(subject: Subject) -> Sam2Build:
     """Return how the package ``sam2`` builds the architecture of these weights."""
     spec: Any = subject.spec
-    generation = "sam2.1" if _ONLY_IN_2_1 in subject.memory else "sam2"
+    generation = _generation(subject)
     overrides: list[str] = []
     if subject.image_size != spec.native_image_size:
         overrides.append(f"++model.image_size={subject.image_size}")
@@ -68,6 +74,10 @@ def sam2_build(subject: Subject) -> Sam2Build:
         overrides=tuple(item.replace(" ", "") for item in overrides),
         feature_sizes=tuple((subject.image_size // stride,) * 2 for stride in _FEATURE_STRIDES),
     )
+
+
+def _generation(subject: Subject) -> str:
+    return "sam2.1" if _ONLY_IN_2_1 in subject.memory else "sam2"
 
 
 def has_sam2() -> bool:

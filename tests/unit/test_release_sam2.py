@@ -85,15 +85,25 @@ def test_sam2_pt__loads_strictly_in_the_image_predictor(published, tmp_path):
     _, artefact = SAM_FORMAT.write(subject, tmp_path)
     loaded_by = assert_equal_outputs(artefact, tmp_path, probe, expected)
     assert loaded_by == "sam2's build_sam2 (configs/sam2.1/sam2.1_hiera_t.yaml), predictor"
-    # Weights with one memory tensor less are no longer complete for the package.
     stored = torch.load(tmp_path / "sam2.pt", weights_only=True)["model"]
-    torch.save({"model": {k: v for k, v in stored.items() if k != "no_obj_ptr"}}, tmp_path / "sam2.pt")
-    with pytest.raises(RuntimeError):
+    torch.save({"model": {("odd" if k == "no_obj_ptr" else k): v for k, v in stored.items()}}, tmp_path / "sam2.pt")
+    with pytest.raises(RuntimeError, match="odd"):
         CLIENTS["sam2"](tmp_path / "sam2.pt", probe, {})
 
 
+def test_sam2_pt__incomplete_memory_is_read_by_this_project(published, tmp_path):
+    memory = {name: tensor for name, tensor in published.memory.items() if name != "no_obj_ptr"}
+    subject = dataclasses.replace(published, memory=memory)
+    assert "the 160 tensors of the memory of videos, of which the base weights contain 159" in why_not_sam2(subject)
+    _, artefact = SAM_FORMAT.write(subject, tmp_path)
+    probe = make_probe(subject)
+    loaded_by = assert_equal_outputs(artefact, tmp_path, probe, expected_outputs(subject, probe))
+    assert loaded_by == "samgraft's builder for sam2_t at 64 px"
+
+
 def test_why_not_sam2__mask_tokens_memory_and_pixel_statistics():
-    spec, memory = tiny_hiera_spec(), {"maskmem_tpos_enc": torch.zeros(1)}
+    spec, memory = tiny_hiera_spec(), {f"maskmem_tpos_enc{i or ''}": torch.zeros(1) for i in range(157)}
+    assert why_not_sam2(subject_of(spec, memory=memory)) is None
     assert "builds 4 mask tokens and these weights have 6" in why_not_sam2(
         subject_of(spec, memory=memory, num_multimask_outputs=5)
     )
@@ -126,8 +136,7 @@ def test_memory__names_of_the_package_are_all_known():
     pytest.importorskip("sam2")
     from sam2.build_sam import build_sam2
 
-    with torch.device("meta"):
-        reference = build_sam2("configs/sam2.1/sam2.1_hiera_t.yaml", device="meta")
+    reference = build_sam2("configs/sam2.1/sam2.1_hiera_t.yaml", device="meta")
     images, memory = split_memory(from_sam2(reference.state_dict()))
     assert {name.split(".")[0] for name in images} == {"image_encoder", "prompt_encoder", "mask_decoder"}
     assert all(name.startswith(MEMORY) for name in memory)

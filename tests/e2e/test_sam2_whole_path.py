@@ -1,0 +1,83 @@
+"""Both stages, evaluation and release on a file of SAM 2 with random weights."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from model_factory import make_sam, tiny_hiera_spec
+from release_factory import InThisProcess
+from samgraft.finetune.release import release_clients
+from samgraft.shared.cli import main
+from samgraft.shared.release import load_back
+from samgraft.shared.weights.load import read_weights
+from samgraft.shared.weights.sam2_format import to_sam2
+from store_factory import make_store
+
+SIZE = 64
+MEMORY = {
+    "maskmem_tpos_enc": torch.full((7, 1, 1, 64), 0.25),
+    "memory_attention.layers.0.self_attn.q_proj.weight": torch.eye(4),
+    "no_mem_pos_enc": torch.ones(1, 1, 32, dtype=torch.bfloat16),
+}
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    make_store(tmp_path / "labelled", num_patients=5, shape_zyx=(3, 24, 20))
+    tensors = make_sam(tiny_hiera_spec(), image_size=SIZE).state_dict()
+    torch.save({"model": {**to_sam2(tensors), **MEMORY}}, tmp_path / "sam2.pt")
+    return tmp_path
+
+
+def finetune(*settings: str, name: str = "seg", base: tuple[str, ...] = ("--base", "sam2.pt")) -> int:
+    common = [f"model.image_size={SIZE}", "data.batch_size=2", "optim.warmup_steps=1", "trainer.max_steps=3"]
+    common += ["watch.validate_every_n_steps=2", "watch.num_overlays=1", "adapter.r=2"]
+    return main(["finetune", *base, "--data", "labelled/store.zarr", "--name", name, *common, *settings])
+
+
+def test_sam2__goes_through_both_stages_and_a_release(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_store(place / "unlabelled", num_patients=4, shape_zyx=(3, 24, 20), labelled=False)
+    settings = [f"model.image_size={SIZE}", "data.batch_size=2", "optim.warmup_steps=1", "trainer.max_steps=3"]
+    settings += ["watch.every_n_steps=2", "watch.num_panel_rows=2", "data.num_held_out_slices=2"]
+    arguments = ["--data", "unlabelled/store.zarr", "--base", "sam2.pt", "--name", "ssl"]
+    assert main(["pretrain", *arguments, *settings]) == 0
+    card = json.loads(Path("runs/ssl/encoder/card.json").read_text())
+    assert (card["arch"], card["objective"], card["image_size"]) == ("sam2_t", "mae", SIZE)
+
+    start = ("--ckpt", "runs/ssl", "--base", "sam2.pt")
+    assert finetune("data.allow_transductive=true", base=start) == 0
+    assert main(["evaluate", "runs/seg", "--split", "test"]) == 0
+
+    monkeypatch.setattr(load_back.subprocess, "run", InThisProcess(capsys, release_clients.CLIENTS).run)
+    arguments = ["--out", "released", "--license", "cc-by-4.0", "--format", "sam,transformers,peft"]
+    assert main(["release", "runs/seg", *arguments]) == 0
+    released, base = read_weights(Path("released/sam2.pt")), read_weights(Path("sam2.pt"))
+    assert released.format == "SAM 2"
+    assert released.tensors.keys() == base.tensors.keys()
+    assert released.memory.keys() == MEMORY.keys()
+    for name, tensor in MEMORY.items():
+        assert released.memory[name].dtype == tensor.dtype
+        assert torch.equal(released.memory[name], tensor), name
+    readme = Path("released/README.md").read_text()
+    assert "no mask is propagated between slices" in readme
+    assert "the 157 tensors of the memory of videos, of which the base weights contain 3" in readme
+    assert read_weights(Path("released/transformers")).format == "transformers Sam2Model"
+
+
+def test_sam2__prompts_cached_embeddings_and_unmerged_adapters(place: Path, tmp_path: Path) -> None:
+    assert finetune("prompt.mode=clicks", "prompt.num_clicks=1", name="clicks") == 0
+    cache = ["adapter.scope=decoder", "cache.variants=2", f"cache.folder={tmp_path / 'cache'}"]
+    assert finetune(*cache, "data.num_neighbours=1", name="cached") == 0
+    (folder,) = (tmp_path / "cache").iterdir()
+    facts = json.loads((folder / "facts.json").read_text())
+    records = facts["variants"] * len(facts["slices"])
+    grid, dim = SIZE // 16, 32
+    values = dim * grid**2 + dim // 8 * (4 * grid) ** 2 + dim // 4 * (2 * grid) ** 2
+    assert (folder / "embeddings.bin").stat().st_size == 2 * records * values
+    assert finetune("adapter.method=adapter", name="pair") == 0
+    assert read_weights(Path("runs/pair/model/base.safetensors")).memory.keys() == MEMORY.keys()
+    assert main(["evaluate", "runs/pair", "--split", "test"]) == 0
