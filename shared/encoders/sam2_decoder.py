@@ -34,7 +34,7 @@ class Sam2PromptEncoder(PromptEncoder):
 class Sam2Upscaling(nn.Sequential):
     """Upscaling by 4 with the layers of segment_anything's, which adds the encoder's finer maps on the way."""
 
-    def forward(self, image_PChw: Tensor, fine: Tensor, coarse: Tensor) -> Tensor:
+    def forward(self, image_PChw: Tensor, fine: Tensor, coarse: Tensor) -> Tensor:  # type: ignore[override]
         """Return the upscaled image. ``fine`` and ``coarse`` are projected maps of 4 and 2 times its size."""
         # One module with all its layers, because peft wraps it as a whole.
         up_1, norm, gelu_1, up_2, gelu_2 = self
@@ -50,6 +50,8 @@ class Sam2MaskDecoder(MaskDecoder):
         dim: Channels of the image embeddings.
         num_multimask_outputs: Mask tokens besides the first one; 3 in every published SAM 2.
     """
+
+    output_upscaling: nn.Sequential
 
     def __init__(self, *, dim: int, num_multimask_outputs: int = 3) -> None:
         transformer = TwoWayTransformer(depth=2, embedding_dim=dim, mlp_dim=8 * dim, num_heads=8)
@@ -126,6 +128,7 @@ class Sam2MaskDecoder(MaskDecoder):
         """Return logits (P, 1 + M, 4h, 4w), IoU (P, 1 + M) and object score logits (P, 1) of all mask tokens."""
         image_Bhw = embeddings_BChw + self.no_mem_embed.view(1, -1, 1, 1) + dense_PChw
         count = max(len(image_Bhw), len(sparse_PNC))
+        # The order of the tokens is that of SAM 2: object score, predicted IoU, masks, prompts.
         own_KC = torch.cat([self.obj_score_token.weight, self.iou_token.weight, self.mask_tokens.weight])
         tokens_PNC = torch.cat([own_KC.expand(count, -1, -1), sparse_PNC.expand(count, -1, -1)], dim=1)
         image_PChw = image_Bhw.expand(count, -1, -1, -1)

@@ -32,7 +32,7 @@ def read_subject(path: Path, *, image_size: int) -> Subject:
     """Read a released ``.safetensors``, ``.pth`` or ``.pt`` file strictly."""
     # Not read_weights, which also accepts and converts foreign layouts and would hide a fault of the released file.
     is_safe = path.suffix == ".safetensors"
-    content = load_file(path) if is_safe else torch.load(path, map_location="cpu", weights_only=True)
+    content: Any = load_file(path) if is_safe else torch.load(path, map_location="cpu", weights_only=True)
     tensors, memory = split_memory(from_sam2(content.get("model", content)))
     return Subject(tensors=tensors, memory=memory, spec=spec_from_tensors(tensors), image_size=image_size)
 

@@ -99,7 +99,7 @@ def _write(subject: Subject, folder: Path) -> list[Artefact]:
     names = [f"high_res_{i}" for i in range(len(finer))]
     encoder = FeatureEncoder(sam) if sam is not None and finer else subject.build_encoder().for_export()
     # Windows of SAM 2 are planned for a number of images, so its models take one image at a time.
-    dynamic = {"pixels": {}} if subject.spec.decoder == "sam2" else None
+    dynamic: dict[str, dict[int, str]] | None = {"pixels": {}} if subject.spec.decoder == "sam2" else None
     _export(
         encoder, (pixels,), folder / "encoder.onnx", inputs=["pixels"], outputs=["embeddings", *names], dynamic=dynamic
     )

@@ -43,8 +43,8 @@ def why_not_sam2(subject: Subject) -> str | None:
     generation = _generation(subject)
     if "maskmem_tpos_enc" not in subject.memory or len(subject.memory) != _MEMORY_TENSORS[generation]:
         return (
-            f"it also loads the {_MEMORY_TENSORS[generation]} tensors of the memory of videos, of which the base weights "
-            f"contain {len(subject.memory)}"
+            f"it also loads the {_MEMORY_TENSORS[generation]} tensors of the memory of videos, of which the base "
+            f"weights contain {len(subject.memory)}"
         )
     if (subject.spec.pixel_mean, subject.spec.pixel_std) != (SAM_PIXEL_MEAN, SAM_PIXEL_STD):
         return "its predictor normalises by other pixel statistics"
@@ -55,6 +55,7 @@ def sam2_build(subject: Subject) -> Sam2Build:
     """Return how the package ``sam2`` builds the architecture of these weights."""
     spec: Any = subject.spec
     generation = _generation(subject)
+    # Shapes that the package does not publish, such as those of a smaller trunk, are written out as a whole.
     overrides: list[str] = []
     if subject.image_size != spec.native_image_size:
         overrides.append(f"++model.image_size={subject.image_size}")
@@ -96,6 +97,7 @@ def predictor_outputs(path: Path, subject: Subject, probe: Mapping[str, Tensor])
         build.config, str(path), device="cpu", hydra_overrides_extra=list(build.overrides), apply_postprocessing=False
     )
     predictor = SAM2ImagePredictor(model)
+    # The predictor assumes 1024 px. Its own option for another size does not exist.
     predictor._bb_feat_sizes = list(build.feature_sizes)
     embeddings, automatic, boxes = [], [], []
     for image_SS3, box_4 in zip(probe["images_NSS3"], probe["boxes_N4"], strict=True):

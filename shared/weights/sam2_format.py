@@ -1,20 +1,20 @@
 """Tensor names of SAM 2 in the package ``sam2`` and in transformers' ``Sam2Model``.
 
 Here a SAM 2 has the names of the first SAM: ``image_encoder.*``, ``prompt_encoder.*`` and ``mask_decoder.*``. The
-embedding that stands for an empty memory is added to every image, so it belongs to the mask decoder. All other tensors
-belong to the memory of videos, which images do not use. They are kept aside under their own names and returned on
-release, so that a released file is complete.
+embedding of an empty memory is added to every image, so it belongs to the mask decoder. All other tensors belong to the
+memory of videos, which images do not use. They are kept aside under their own names and returned on release, so that a
+released file is complete.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from samgraft.shared.encoders.hiera import HieraSpec
 from samgraft.shared.errors import WeightsError
-from samgraft.shared.weights.name_map import NameMap
 from samgraft.shared.weights.tensor_report import shorten
 
 Tensors = Mapping[str, torch.Tensor]
@@ -39,6 +39,43 @@ def split_memory(tensors: Tensors) -> tuple[dict[str, torch.Tensor], dict[str, t
     """Return the tensors of images, and those of the memory of videos."""
     memory = {name: tensor for name, tensor in tensors.items() if name.startswith(MEMORY)}
     return {name: tensor for name, tensor in tensors.items() if name not in memory}, memory
+
+
+class NameMap:
+    """Map between two sets of names, from pairs of templates.
+
+    Args:
+        templates: Pairs (ours, theirs), where {n} is a number and {rest} any ending. The first match counts.
+    """
+
+    # Whole names are matched and each template is used in both directions, which keeps the map bijective.
+    # transformers' own converters replace substrings one after another, so that their result depends on the order.
+    def __init__(self, templates: Iterable[tuple[str, str]]) -> None:
+        pairs = list(templates)
+        self._to = [_compile(ours, theirs) for ours, theirs in pairs]
+        self._back = [_compile(theirs, ours) for ours, theirs in pairs]
+
+    def translate(self, name: str) -> str | None:
+        """Return the other program's name of one of ours, or None if it has none."""
+        return _translate(name, self._to)
+
+    def translate_back(self, name: str) -> str | None:
+        """Return our name of one of the other program's, or None if it has none."""
+        return _translate(name, self._back)
+
+
+def _compile(source: str, target: str) -> tuple[re.Pattern[str], str]:
+    pattern = re.escape(source).replace(r"\{n\}", r"(?P<n>\d+)").replace(r"\{rest\}", r"(?P<rest>.+)")
+    replacement = target.replace("{n}", r"\g<n>").replace("{rest}", r"\g<rest>")
+    return re.compile(pattern), replacement
+
+
+def _translate(name: str, rules: list[tuple[re.Pattern[str], str]]) -> str | None:
+    for pattern, replacement in rules:
+        match = pattern.fullmatch(name)
+        if match:
+            return match.expand(replacement)
+    return None
 
 
 # ---- the package sam2
@@ -74,6 +111,7 @@ def _transformers_templates() -> Iterator[tuple[str, str]]:
         yield f"{trunk}blocks.{{n}}.norm{number}.{{rest}}", f"{backbone}blocks.{{n}}.layer_norm{number}.{{rest}}"
     for index, name in enumerate(("proj_in", "proj_out")):
         yield f"{trunk}blocks.{{n}}.mlp.layers.{index}.{{rest}}", f"{backbone}blocks.{{n}}.mlp.{name}.{{rest}}"
+    # The rest of the trunk has equal names. This template must come after those of renamed layers.
     yield f"{trunk}{{rest}}", f"{backbone}{{rest}}"
     yield "image_encoder.neck.convs.{n}.conv.{rest}", "vision_encoder.neck.convs.{n}.{rest}"
     yield _GAUSSIAN, "prompt_encoder.shared_embedding.positional_embedding"
@@ -115,6 +153,7 @@ def from_sam2_transformers(tensors: Tensors, notes: list[str]) -> dict[str, torc
     """
     out = {(_TRANSFORMERS.translate_back(name) or name): tensor for name, tensor in tensors.items()}
     shared = out.pop(_SHARED_POSITIONS, None)
+    # Both copies are saved. A file with two different ones was changed by hand, and either could be the right one.
     if shared is not None and not torch.equal(shared, out.setdefault(_GAUSSIAN, shared)):
         raise WeightsError(
             f"the two positional matrices of a Sam2Model file differ ({_SHARED_POSITIONS}), expected equal ones. Save "
@@ -132,6 +171,7 @@ def to_sam2_transformers(tensors: Tensors) -> dict[str, torch.Tensor]:
     Raises:
         WeightsError: If a name has no counterpart.
     """
+    # transformers has one table for the four kinds of points, so these tensors have no name of their own there.
     plain = {name: tensor for name, tensor in tensors.items() if name not in _POINTS}
     renamed = {name: _TRANSFORMERS.translate(name) for name in plain}
     if unknown := [name for name, new in renamed.items() if new is None]:

@@ -12,8 +12,7 @@ from samgraft.shared.encoders.hiera import HieraSpec
 from samgraft.shared.encoders.vit import ViTSpec
 from samgraft.shared.errors import WeightsError
 from samgraft.shared.files import write_json, write_tensors
-from samgraft.shared.weights.name_map import NameMap
-from samgraft.shared.weights.sam2_format import sam2_config, to_sam2_transformers
+from samgraft.shared.weights.sam2_format import NameMap, sam2_config, to_sam2_transformers
 from samgraft.shared.weights.tensor_report import shorten
 
 _GAUSSIAN = "prompt_encoder.pe_layer.positional_encoding_gaussian_matrix"
