@@ -7,7 +7,7 @@ from enum import Enum
 
 from pydantic.dataclasses import dataclass
 from samgraft.finetune.adapters import AdapterConfig, TuningScope
-from samgraft.finetune.baselines.networks import BaselineConfig
+from samgraft.finetune.baselines.networks import BaselineConfig, as_baseline
 from samgraft.finetune.embedding_cache import CacheConfig
 from samgraft.finetune.few_shot import FewShotConfig
 from samgraft.finetune.loss import LossConfig
@@ -153,6 +153,12 @@ class FinetuneConfig:
             raise ValueError(
                 f"cache.variants needs adapter.scope=decoder, got {self.adapter.scope.value}: embeddings of an encoder "
                 "that trains are out of date after one step."
+            )
+
+        if self.optim.layer_decay < 1 and (self.freezes_encoder or as_baseline(self.model.arch)):
+            raise ValueError(
+                "optim.layer_decay has no effect, because no layers of SAM's encoder train (adapter.scope=decoder or a "
+                "baseline). Remove it."
             )
 
     @property

@@ -9,6 +9,7 @@ import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
 from samgraft.shared.encoders.base import ImageEncoder
+from samgraft.shared.errors import UsageError
 from samgraft.shared.samples.dataset import SliceBatch, batch_to_input
 from samgraft.shared.training.processes import is_distributed, is_sharded, mark_fsdp_root, shard_module
 from samgraft.ssl.config import PretrainConfig
@@ -23,6 +24,17 @@ class PretrainModule(pl.LightningModule):
     """One objective, its optimizer and its schedule."""
 
     def __init__(self, objective: Objective, config: PretrainConfig, *, moments: Moments | None = None) -> None:
+        """Store the objective.
+
+        Raises:
+            UsageError: If an average of the weights would change nothing.
+        """
+        if config.optim.ema_decay is not None and objective.exported_encoder is not objective.encoder:
+            raise UsageError(
+                f"optim.ema_decay has no effect on objective={config.objective.name}, which exports a teacher that is "
+                "an average already. Remove it.",
+                where="optim.ema_decay",
+            )
         super().__init__()
         self.objective = objective
         self.config = config

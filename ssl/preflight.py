@@ -194,10 +194,9 @@ def preflight(
     slices_seen = config.trainer.max_steps * config.trainer.accumulate * batch_size * device.world_size
     # Real slices, because crops and masks of an empty picture would not take their usual time.
     images_B1SS = _first_batch(config, dataset, device)
-    counters = list(range(len(images_B1SS)))
     cost = measure_step(
         objective,
-        lambda: objective.loss(images_B1SS, sample_counters=counters, step=0).total,
+        lambda: objective.loss(images_B1SS, sample_counters=list(range(len(images_B1SS))), step=0).total,
         config=config.trainer,
         device=device,
         batch_size=batch_size,
@@ -224,6 +223,7 @@ def preflight(
                 batch_size=batch_size,
                 run_path=run_path,
                 evaluation_s=monitoring_seconds(config, cost, monitored),
+                has_average=config.optim.ema_decay is not None,
             ),
         }
     )

@@ -110,6 +110,7 @@ def _fit_context(
         collate_fn=collate_slices,
         batch_size=config.data.batch_size,
         seed=config.seed,
+        ema_decay=config.optim.ema_decay,
         callbacks=[build_schedule(config.optim, max_steps=config.trainer.max_steps)],
         periodic=Monitor(data=monitored, config=config, run_path=run.path).tasks(),
         data_fingerprint=dataset.store.fingerprint,

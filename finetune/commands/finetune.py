@@ -183,6 +183,7 @@ def _log_cost(prepared: Prepared, config: FinetuneConfig, device: DeviceChoice, 
             device=device,
             batch_size=config.data.batch_size,
             run_path=run_path,
+            has_average=config.optim.ema_decay is not None,
         )
     )
 

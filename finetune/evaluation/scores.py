@@ -89,6 +89,7 @@ def case_rows(
         tolerance_mm: Tolerance of the surface Dice.
     """
     rows = []
+    # Also for the surfaces: a class that is predicted on ignored voxels only is not a false positive.
     predicted = drop_ignored(predicted, true)
     for channel, score in enumerate(class_scores(predicted, true, classes)):
         surface = surface_score(

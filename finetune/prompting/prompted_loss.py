@@ -89,6 +89,7 @@ class PromptedLoss(nn.Module):
     def _draw(self, sam: Sam, masks_NCSS: Tensor, sample_counters: Sequence[int]) -> list[ClassPrompt]:
         to_mask = partial(mask_prompt, side=int(sam.prompt_encoder.mask_input_size[0]))
         drawn: list[ClassPrompt] = []
+        # An ignored pixel is no object, but neither is it outside of one. Prompts are drawn from annotated pixels only.
         present_NCSS = (masks_NCSS > 0).cpu().numpy()
         for image, (masks_CSS, counter) in enumerate(zip(present_NCSS, sample_counters, strict=True)):
             rng = np.random.default_rng([self.seed, PROMPT_STREAM, int(counter)])

@@ -266,6 +266,7 @@ def training_set(
         split.train,
         min_foreground_fraction=config.data.min_foreground_fraction,
         labelled_only=config.data.labelled_slices_only,
+        # Such a slice adds nothing to the loss, and a batch of them would be a step without a gradient.
         annotated_only=True,
     )
     refs = keep_train_slices([ref for ref in refs if ref.series_id in labelled], split)

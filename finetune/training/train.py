@@ -101,13 +101,13 @@ def finetune(config: FinetuneConfig, run: RunFolder, device: DeviceChoice, prepa
             collate_fn=_collate(prepared.dataset),
             batch_size=config.data.batch_size,
             seed=config.seed,
+            ema_decay=config.optim.ema_decay,
             callbacks=[_learning_rate(config)],
             periodic=[_validation(prepared, config, rounds)],
             data_fingerprint=prepared.store.fingerprint,
         ),
     )
-    # Merging, scores and the report need one process only.
-    if not run.is_writer:
+    if not run.is_writer:  # merging, scores and the report need one process only
         return run.path / "model"
     sam = restore_best(prepared, rounds, device.torch_device)
     trainable, groups = trainable_table(sam), trainable_groups(sam)

@@ -227,6 +227,8 @@ def _check_slice_size(volume: Volume, *, where: str) -> None:
 
 def _ignore_empty_slices(label_ijk: Array, volume: Volume) -> tuple[Array, int]:
     """Mark the slices without any label as not annotated, and return their number."""
+    # On the main plane, because annotators work slice by slice there. A slice of another plane crosses annotated and
+    # other slices, so the mark goes back to the voxels before these planes are cut.
     label_ZHW = label_on_plane(label_ijk, volume).astype(np.int32)
     empty_Z = ~(label_ZHW > 0).any(axis=(1, 2))
     label_ZHW[empty_Z] = IGNORE_LABEL

@@ -30,6 +30,7 @@ from samgraft.shared.runs.training_state import (
 )
 from samgraft.shared.training.config import TrainerConfig
 from samgraft.shared.training.numerics import find_suspect_batch
+from samgraft.shared.training.optim import WeightAverage
 from samgraft.shared.training.periodic import PeriodicTasks
 from samgraft.shared.training.processes import (
     any_across_processes,
@@ -70,6 +71,9 @@ class StepBoundary(Checkpoint):
     """Training state to restore, or None for a new run."""
     is_exact: bool = True
     """False after a change of the number of processes. Each process then gets new generators."""
+    ema_decay: float | None = None
+    """Decay of the average of the weights, or None without one."""
+    average: WeightAverage | None = field(default=None, init=False)
     _rng_to_restore: dict[str, Tensor] | None = field(default=None, init=False)
     _rng_of_step: dict[str, Tensor] = field(default_factory=dict, init=False)
     _buffers_of_step: dict[str, Tensor] = field(default_factory=dict, init=False)
@@ -89,12 +93,15 @@ class StepBoundary(Checkpoint):
         if broadcast_first(step) != step:
             raise RuntimeError(f"process {trainer.global_rank} would resume at another step ({step}) than the first.")
         self.step_log.start(after_step=step)
+        if self.ema_decay is not None:
+            # Only here the parameters are on their device and sharded.
+            self.average = WeightAverage(pl_module, decay=self.ema_decay)
         if state is not None:
             self._restore(trainer, pl_module, state)
         else:
             seed_process(self.counters.seed, rank=trainer.global_rank)
         run = self.tasks.run_pending if state else self.tasks.run_due
-        run(pl_module, step, rank=trainer.global_rank, world_size=trainer.world_size)
+        run(pl_module, step, rank=trainer.global_rank, world_size=trainer.world_size, average=self.average)
         (stop,) = any_across_processes(self.stop.requested)
         if stop:
             # A new run that has done nothing yet needs no state, unless a task was interrupted.
@@ -131,7 +138,11 @@ class StepBoundary(Checkpoint):
         self._batches.clear()
         step = trainer.global_step
         self.counters.samples_seen += self.counters.accumulate * self.counters.batch_size * trainer.world_size
-        self.tasks.run_due(pl_module, step, rank=trainer.global_rank, world_size=trainer.world_size)
+        if self.average is not None:
+            self.average.update(step)
+        self.tasks.run_due(
+            pl_module, step, rank=trainer.global_rank, world_size=trainer.world_size, average=self.average
+        )
         # Clocks and signals differ between processes. All must decide alike, because saving is collective.
         is_old = time.monotonic() - self._last_save >= 60 * self.config.save_every_min
         stop, is_old = any_across_processes(self.stop.requested, is_old)
@@ -195,6 +206,8 @@ class StepBoundary(Checkpoint):
         extra = unflatten_state(record["extra"], state.tensors)
         if extra:
             module.on_load_checkpoint(extra)
+        if self.average is not None:
+            self.average.load(unflatten_state(record["average"], state.tensors))
         # global_step is derived from these counters. Lightning's own resume sets the same ones.
         loop = trainer.fit_loop.epoch_loop
         loop.automatic_optimization.optim_progress.optimizer.step.total.completed = state.step
@@ -235,6 +248,7 @@ class StepBoundary(Checkpoint):
         # Collective calls, so they come before only the first process continues.
         rng_per_rank = gather_from_processes(rng)
         model, optimizer = full_state(dict(module.state_dict())), full_state(trainer.optimizers[0].state_dict())
+        average = full_state(self.average.state()) if self.average is not None else None
         error: Exception | None = None
         if trainer.is_global_zero:
             try:
@@ -251,6 +265,8 @@ class StepBoundary(Checkpoint):
                     "precision": str(trainer.precision),
                     "versions": software_versions(),
                 }
+                if average is not None:
+                    record["average"] = flatten_state(average, prefix="average", tensors=tensors)
                 write_state(
                     self.run.checkpoints if batch is None else self.run.path,
                     name,

@@ -1,4 +1,4 @@
-"""AdamW, its parameter groups and learning rate schedules.
+"""AdamW with its parameter groups, learning rate schedules, and the average of the weights.
 
 Schedules are pure functions of the step, so that they have no state to save and a resume cannot shift them.
 """
@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import pytorch_lightning as pl
@@ -16,7 +17,10 @@ from pydantic.dataclasses import dataclass
 from samgraft.shared.config import NonNegative, NonNegativeInt, PositiveShare, Share, ShareBelowOne
 from samgraft.shared.errors import UsageError
 from samgraft.shared.training.config import check_warmup
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 WRAPPERS = frozenset({"objective", "segmenter", "sam", "network", "base_model", "model", "module"})
 """Names of modules around the parts of a network."""
@@ -42,6 +46,9 @@ class OptimizerConfig:
     """Steps of linear warm-up."""
     final_lr_factor: Share = 0.0
     """Fraction of ``lr`` at the last step."""
+    ema_decay: ShareBelowOne | None = None
+    """Decay per step of an average of the weights, such as 0.99, which is validated and written instead of the last
+    weights. null takes the weights as they are."""
 
 
 def build_optimizer(
@@ -201,3 +208,99 @@ class LearningRate(pl.Callback):
             for group in optimizer.param_groups:
                 peak = group.setdefault("peak_lr", group["lr"])
                 group["lr"] = float(peak) * factor
+
+
+class WeightAverage:
+    """Exponential moving average of a module's trained parameters and batch norm statistics.
+
+    Validation, linear probes and pictures use the average, and a finished training ends with it. The training itself
+    never reads it. Statistics of batch norms belong to the weights that they were measured with.
+
+    Source:
+        Polyak and Juditsky, Acceleration of stochastic approximation by averaging (1992). Tarvainen and Valpola, Mean
+        teachers (arXiv 1703.01780). The smaller decay of the first steps is that of TensorFlow's moving average.
+    """
+
+    def __init__(self, module: nn.Module, *, decay: float) -> None:
+        """Start with the present weights.
+
+        Args:
+            module: Module that trains. Sharded parameters have a sharded average.
+            decay: Share of the average that a step keeps, in [0, 1).
+        """
+        self.module = module
+        self.decay = decay
+        self._parameters = {name: p.detach().clone() for name, p in self._trained().items()}
+        self._statistics = {name: b.detach().clone() for name, b in self._batch_statistics().items()}
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Move the average towards the weights after ``step`` finished optimizer steps.
+
+        The decay is at most (1 + step) / (10 + step), so that the initial weights do not dominate a short run.
+        """
+        # A function of the step, so that there is no counter to save and a resume continues exactly.
+        move = get_ema_multi_avg_fn(min(self.decay, (1 + step) / (10 + step)))
+        # Two lists, because parameters may be sharded and statistics are not, and one call takes one kind.
+        for average, present in ((self._parameters, self._trained()), (self._statistics, self._batch_statistics())):
+            if average:
+                move(list(average.values()), [present[name].detach() for name in average], step)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Give the module the averaged weights for a block, and its own weights after it."""
+        # Copied and not exchanged by reference: optimizer and FSDP hold the parameters themselves.
+        own = {name: tensor.detach().clone() for name, tensor in self._present().items()}
+        self.copy_to_module()
+        try:
+            yield
+        finally:
+            self._copy(own)
+
+    def copy_to_module(self) -> None:
+        """Replace the module's weights by the averaged ones."""
+        self._copy({**self._parameters, **self._statistics})
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the averaged tensors by their name in the module."""
+        return {**self._parameters, **self._statistics}
+
+    @torch.no_grad()
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Load complete tensors of ``state``, which are cut where parameters are sharded.
+
+        Raises:
+            ValueError: If the names are not those of the trained tensors.
+        """
+        own = self.state()
+        if own.keys() != state.keys():
+            odd = sorted(own.keys() ^ state.keys())
+            raise ValueError(f"the average must have the trained tensors, {len(odd)} differ, e.g. {odd[0]}.")
+        for name, tensor in own.items():
+            new = state[name].to(tensor.device)
+            # A state has complete tensors, so that it fits any number of processes.
+            if isinstance(tensor, DTensor):
+                new = distribute_tensor(new, tensor.device_mesh, tensor.placements)
+            tensor.copy_(new)
+
+    @torch.no_grad()
+    def _copy(self, tensors: Mapping[str, Tensor]) -> None:
+        present = self._present()
+        for name, tensor in tensors.items():
+            present[name].copy_(tensor)
+
+    # Looked up at each use: moving a module to another device replaces its buffers.
+    def _present(self) -> dict[str, Tensor]:
+        return {**self._trained(), **self._batch_statistics()}
+
+    def _trained(self) -> dict[str, Tensor]:
+        return {name: p for name, p in self.module.named_parameters() if p.requires_grad}
+
+    def _batch_statistics(self) -> dict[str, Tensor]:
+        norms = [(name, m) for name, m in self.module.named_modules() if isinstance(m, _BatchNorm)]
+        return {
+            f"{name}.{statistic}": buffer
+            for name, norm in norms
+            for statistic in ("running_mean", "running_var")
+            if (buffer := getattr(norm, statistic)) is not None
+        }

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import pytorch_lightning as pl
 import torch
+from samgraft.shared.training.optim import WeightAverage
 from samgraft.shared.training.processes import any_across_processes, broadcast_first
 from samgraft.shared.training.progress import StepLog
 from samgraft.shared.training.resume import RunCounters, preserve_rng
@@ -103,19 +104,42 @@ class PeriodicTasks:
         if len(set(names)) < len(names):
             raise ValueError(f"periodic tasks must have different names, got {', '.join(names)}.")
 
-    def run_due(self, module: pl.LightningModule, step: int, *, rank: int = 0, world_size: int = 1) -> None:
-        """Run the tasks that are due at a step."""
+    def run_due(
+        self,
+        module: pl.LightningModule,
+        step: int,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        average: WeightAverage | None = None,
+    ) -> None:
+        """Run the tasks that are due at a step, with the averaged weights if there are any."""
         due = [task for task in self.tasks if task.is_due(step, max_steps=self.max_steps)]
-        self._run(due, module, step, rank=rank, world_size=world_size)
+        self._run(due, module, step, rank=rank, world_size=world_size, average=average)
 
-    def run_pending(self, module: pl.LightningModule, step: int, *, rank: int = 0, world_size: int = 1) -> None:
+    def run_pending(
+        self,
+        module: pl.LightningModule,
+        step: int,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        average: WeightAverage | None = None,
+    ) -> None:
         """Run the tasks that a stop interrupted at the step of the resume."""
         names, self.counters.pending = self.counters.pending, []
         due = [task for task in self.tasks if task.name in names]
-        self._run(due, module, step, rank=rank, world_size=world_size)
+        self._run(due, module, step, rank=rank, world_size=world_size, average=average)
 
     def _run(
-        self, tasks: Sequence[PeriodicTask], module: pl.LightningModule, step: int, *, rank: int, world_size: int
+        self,
+        tasks: Sequence[PeriodicTask],
+        module: pl.LightningModule,
+        step: int,
+        *,
+        rank: int,
+        world_size: int,
+        average: WeightAverage | None,
     ) -> None:
         context = TaskContext(
             module=module,
@@ -127,13 +151,15 @@ class PeriodicTasks:
             counters=self.counters,
         )
         values: dict[str, float] = {}
-        for position, task in enumerate(tasks):
-            try:
-                values |= _run_one(task, context)
-            except TaskStopped:
-                # check_stop raises in every process or in none, so that all have the same list of pending tasks.
-                self.counters.pending = [t.name for t in tasks[position:]]
-                break
+        # Most steps have no task, and exchanging all weights takes time.
+        with average.applied() if average is not None and tasks else nullcontext():
+            for position, task in enumerate(tasks):
+                try:
+                    values |= _run_one(task, context)
+                except TaskStopped:
+                    # check_stop raises in every process or in none, so that all have the same list of pending tasks.
+                    self.counters.pending = [t.name for t in tasks[position:]]
+                    break
         self.counters.ended = broadcast_first(self.counters.ended)
         if values:
             self.step_log.record(step, broadcast_first(values))

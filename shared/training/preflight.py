@@ -117,6 +117,7 @@ def describe_cost(
     batch_size: int,
     run_path: Path,
     evaluation_s: float | None = None,
+    has_average: bool = False,
 ) -> dict[str, str]:
     """Return the pre-flight lines on time, memory, disk and the run.
 
@@ -128,6 +129,7 @@ def describe_cost(
         batch_size: Slices per process and micro-step.
         run_path: Folder of the run.
         evaluation_s: Expected seconds of all evaluation rounds, or None if unknown.
+        has_average: True if the run averages its weights.
 
     Raises:
         StorageError: If the training states do not fit on the disk.
@@ -137,8 +139,10 @@ def describe_cost(
     return {
         "time": f"{cost.seconds:.2f} s per step of {batch_size * config.accumulate} slices "
         f"(median of {cost.num_measured}); {config.max_steps} steps take about {format_duration(seconds)} {included}",
-        "memory": check_memory(module, cost, device=device.torch_device, batch_size=batch_size),
-        "disk": check_disk(module, config, run_path),
+        "memory": check_memory(
+            module, cost, device=device.torch_device, batch_size=batch_size, has_average=has_average
+        ),
+        "disk": check_disk(module, config, run_path, has_average=has_average),
         "run": describe_run(run_path, max_steps=config.max_steps),
         "monitor": f"tensorboard --logdir {run_path}/tb --host localhost",
         "stop": "Ctrl-C saves and ends; the same command resumes",
@@ -182,12 +186,13 @@ class SavedBytes:
         return tensor
 
 
-def training_bytes(module: nn.Module, saved_bytes: int) -> int:
-    """Return the memory of weights, buffers, gradients, AdamW's two moments and activations."""
-    # Gradients and the two moments of AdamW have the size of the parameters that train.
+def training_bytes(module: nn.Module, saved_bytes: int, *, has_average: bool = False) -> int:
+    """Return the memory of weights, their average, buffers, gradients, AdamW's two moments and activations."""
+    # Gradients and the two moments of AdamW have the size of the parameters that train. So has the average, and a copy
+    # of the weights while it replaces them.
     held = sum(t.numel() * t.element_size() for t in (*module.parameters(), *module.buffers()))
     trained = sum(p.numel() * p.element_size() for p in module.parameters() if p.requires_grad)
-    return held + 3 * trained + saved_bytes
+    return held + (3 + 2 * has_average) * trained + saved_bytes
 
 
 def free_bytes(device: torch.device) -> int | None:
@@ -206,9 +211,12 @@ def free_bytes(device: torch.device) -> int | None:
     return min(left, default=None)
 
 
-def check_memory(module: nn.Module, cost: StepCost, *, device: torch.device, batch_size: int) -> str:
+def check_memory(
+    module: nn.Module, cost: StepCost, *, device: torch.device, batch_size: int, has_average: bool = False
+) -> str:
     """Return the needed and the free memory, and warn if the run does not fit."""
-    line, fits = describe_memory(training_bytes(module, cost.saved_bytes), free_bytes(device), batch_size=batch_size)
+    needed = training_bytes(module, cost.saved_bytes, has_average=has_average)
+    line, fits = describe_memory(needed, free_bytes(device), batch_size=batch_size)
     if not fits:
         log.warning(
             "memory is short: %s. Use a smaller data.batch_size with trainer.accumulate for the same global batch.",
@@ -228,23 +236,24 @@ def describe_memory(needed: int, free: int | None, *, batch_size: int) -> tuple[
     return f"{line}; {free / GIB:.1f} GiB free", 1.1 * needed < free
 
 
-def state_bytes(module: nn.Module) -> int:
-    """Return the size of one training state with weights, buffers and AdamW's two moments."""
+def state_bytes(module: nn.Module, *, has_average: bool = False) -> int:
+    """Return the size of one training state with weights, their average, buffers and AdamW's two moments."""
 
     def size(tensors: Iterable[Tensor]) -> int:
         return sum(t.numel() * t.element_size() for t in tensors)
 
     trainable = size(p for p in module.parameters() if p.requires_grad)
-    return size(module.parameters()) + size(module.buffers()) + 2 * trainable
+    return size(module.parameters()) + size(module.buffers()) + (2 + has_average) * trainable
 
 
-def check_disk(module: nn.Module, config: TrainerConfig, run_path: Path) -> str:
+def check_disk(module: nn.Module, config: TrainerConfig, run_path: Path, *, has_average: bool = False) -> str:
     """Compare the disk space that the run still needs with what is free.
 
     Args:
         module: The trained module, or any module with all its parameters.
         config: Length of the run and rules for keeping states.
         run_path: Folder of the run. What earlier sessions wrote there is not counted again.
+        has_average: True if the run averages its weights.
 
     Returns:
         The needed and the free space, for the pre-flight.
@@ -256,13 +265,14 @@ def check_disk(module: nn.Module, config: TrainerConfig, run_path: Path) -> str:
     states = finished_states(checkpoints) if checkpoints.is_dir() else []
     if states and not config.resume_from and _is_done(states[-1], config.max_steps):
         return f"nothing more to train after {states[-1].name}"
-    need = _remaining_bytes(state_bytes(module), config, run_path, states)
+    one = state_bytes(module, has_average=has_average)
+    need = _remaining_bytes(one, config, run_path, states)
     place = next(p for p in (run_path, *run_path.absolute().parents) if p.exists())
     free = shutil.disk_usage(place).free
     more = "more " if states else ""
     if need > free:
         raise StorageError(
-            f"the run needs {need / 1e9:.2f} GB {more}for its training states ({state_bytes(module) / 1e9:.2f} GB "
+            f"the run needs {need / 1e9:.2f} GB {more}for its training states ({one / 1e9:.2f} GB "
             f"each), but only {free / 1e9:.2f} GB are free.",
             where=run_path.name,
             kept=f"the training states up to {states[-1].name}" if states else "nothing was written yet",

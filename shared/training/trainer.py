@@ -31,6 +31,7 @@ from samgraft.shared.runs.training_state import (
     newest_state_name,
     read_state,
     rewrite_record,
+    unflatten_state,
 )
 from samgraft.shared.samples.sampler import StepBatchSampler
 from samgraft.shared.training.boundary import StepBoundary, stopped_error
@@ -39,6 +40,7 @@ from samgraft.shared.training.device import DeviceChoice, retain_freed_memory, u
 from samgraft.shared.training.failures import explain_failure, find_first_failure
 from samgraft.shared.training.loader import build_step_loader
 from samgraft.shared.training.numerics import FiniteCheck
+from samgraft.shared.training.optim import WeightAverage
 from samgraft.shared.training.periodic import PeriodicTask, PeriodicTasks
 from samgraft.shared.training.preflight import check_disk
 from samgraft.shared.training.progress import ProgressMeter, StepLog
@@ -67,6 +69,8 @@ class FitContext:
     """Slices per process and micro-step."""
     seed: int
     """Seed of the run."""
+    ema_decay: float | None = None
+    """Decay of the average of the weights, or None without one."""
     callbacks: Sequence[pl.Callback] = ()
     """Further Lightning callbacks, such as ``LearningRate``."""
     periodic: Sequence[PeriodicTask] = ()
@@ -112,7 +116,7 @@ def fit(module: pl.LightningModule, context: FitContext) -> FitResult:
 
     The module's ``training_step(batch)`` returns ``{"loss": ..., further scalars}``. Its ``configure_optimizers``
     returns one optimizer and no scheduler, because ``LearningRate`` is a callback. The module keeps no step counter of
-    its own and reads ``self.trainer.global_step``. On return it holds the final weights.
+    its own (``self.trainer.global_step``). On return it holds the final weights, with ``ema_decay`` their average.
 
     Raises:
         StoppedAndSaved: If a signal requested a stop.
@@ -135,8 +139,7 @@ def fit(module: pl.LightningModule, context: FitContext) -> FitResult:
         is_exact = check_resumable(
             state.record, config=config, device=device, counters=counters, continue_command=run.continue_command
         )
-    stop = StopRequest()
-    step_log = StepLog(run, every_steps=config.log_every_steps)
+    stop, step_log = StopRequest(), StepLog(run, every_steps=config.log_every_steps)
     tasks = PeriodicTasks(
         tasks=context.periodic, counters=counters, stop=stop, step_log=step_log, max_steps=config.max_steps
     )
@@ -151,6 +154,7 @@ def fit(module: pl.LightningModule, context: FitContext) -> FitResult:
         stop=stop,
         state=state,
         is_exact=is_exact,
+        ema_decay=context.ema_decay,
     )
     if state is not None and (state.step >= config.max_steps or counters.ended):
         _finish(module, state, context, boundary)
@@ -183,7 +187,7 @@ def _train(module: pl.LightningModule, context: FitContext, boundary: StepBounda
     """Train from ``first_step`` and return the last step."""
     _check_module(module)
     config, run, stop = context.config, context.run, boundary.stop
-    check_disk(module, config, run.path)
+    check_disk(module, config, run.path, has_average=context.ema_decay is not None)
     finite = FiniteCheck(clip_norm=config.clip_grad_norm, step_log=boundary.step_log, on_bad=boundary.refuse_update)
     callbacks = [*context.callbacks, boundary.meter, finite, boundary]
     trainer = build_trainer(config, run=run, device=context.device, callbacks=callbacks)
@@ -214,6 +218,8 @@ def _train(module: pl.LightningModule, context: FitContext, boundary: StepBounda
             ) from error
         finally:
             end_data_workers()
+    if boundary.average is not None:
+        boundary.average.copy_to_module()
     return int(trainer.global_step)
 
 
@@ -222,6 +228,11 @@ def _finish(module: pl.LightningModule, state: TrainingState, context: FitContex
     counters, stop = boundary.counters, boundary.stop
     with handle_stop_signals(stop):
         load_module_state(module, state.path)
+        if context.ema_decay is not None:
+            # Read again and not averaged further, so the decay does not matter.
+            average = WeightAverage(module, decay=context.ema_decay)
+            average.load(unflatten_state(state.record["average"], state.tensors))
+            average.copy_to_module()
         if not counters.pending:
             return
         module.to(context.device.torch_device)

@@ -114,6 +114,7 @@ def tiny_fit(
     nan_at: int | None = None,
     module: Callable[..., pl.LightningModule] = TinyModule,
     data_fingerprint: str | None = None,
+    ema_decay: float | None = None,
 ) -> FitResult:
     trainer = config.trainer
     if periodic is None:
@@ -132,6 +133,7 @@ def tiny_fit(
                 collate_fn=default_collate,
                 batch_size=BATCH_SIZE,
                 seed=7,
+                ema_decay=ema_decay,
                 callbacks=[LearningRate(warmup_steps=2, max_steps=trainer.max_steps), *callbacks],
                 periodic=periodic,
                 data_fingerprint=data_fingerprint,

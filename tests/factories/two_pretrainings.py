@@ -25,6 +25,8 @@ def main(lab: Path, objective: str, strategy: str, base: str = "") -> None:
     random, a small encoder has random initial weights.
     """
     settings = ["trainer.accumulate=2", f"trainer.strategy={strategy}", "watch.log_images=true"]
+    if objective != "dino":  # which exports its teacher
+        settings.append("optim.ema_decay=0.9")
     if base:
         initial_weights.arch_spec = lambda _: TINY_VIT
         settings.append(f"model.base={base}")

@@ -9,6 +9,8 @@ import signal
 import pytest
 import torch
 from model_factory import make_sam, tiny_vit_t_spec
+from safetensors.torch import load_file
+from samgraft.finetune.classes import ClassTable
 from samgraft.finetune.config import FinetuneConfig
 from samgraft.finetune.model_folder import read_model
 from samgraft.finetune.segmenter import Segmenter
@@ -31,6 +33,7 @@ MODES = {
     "clicks": ("prompt.mode=clicks", "prompt.num_clicks=2"),
     "unet2d": ("model.ckpt=null", "model.arch=unet2d", "baseline.base_channels=4"),
     "dynunet3d": ("model.ckpt=null", "model.arch=dynunet3d", "baseline.base_channels=4"),
+    "average": ("optim.ema_decay=0.9",),
     "regions": ("data.regions={whole: [1]}", "loss.overlap=tversky", "loss.pixel=focal"),
 }
 
@@ -243,3 +246,42 @@ def test_finished_card__counts_the_slices_of_every_process(lab, monkeypatch):
     path = run(lab, "two", "trainer.max_steps=1", "optim.warmup_steps=0")
     assert read_model(path).card.slices_seen == 2 * 2
     assert json.loads((path / "run.json").read_text())["world_size"] == 2
+
+
+def test_average__is_validated_and_written(lab):
+    path = run(lab, "averaged", "optim.ema_decay=0.9", "adapter.method=full")
+    step = json.loads((path / "validation.json").read_text())["rounds"]
+    best = max(step, key=lambda s: (step[s], -int(s)))
+    state = load_file(path / "checkpoints" / f"step-{int(best):06d}" / "state.safetensors")
+    written = load_file(path / "model" / "sam.safetensors")
+    kept = load_file(path / "best" / f"step-{int(best):06d}.safetensors")
+    prefix = "average.segmenter.sam."
+    averaged = {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
+    assert set(kept) <= set(averaged)
+    assert all(torch.equal(tensor, averaged[name]) for name, tensor in kept.items())
+    assert all(torch.equal(written[name], tensor) for name, tensor in kept.items())
+    assert any(not torch.equal(tensor, state[f"model.segmenter.sam.{name}"]) for name, tensor in kept.items())
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_layer_decay__rates_fall_towards_the_input_and_the_decoder_has_the_full_rate(lab, method):
+    config = config_of(lab, f"adapter.method={method}", "optim.layer_decay=0.5", "optim.lr=0.08")
+    segmenter = train.prepare_seeded(config).segmenter
+    optimizer = FinetuneModule(segmenter, config, ClassTable(ids=(1,), names=("a",))).configure_optimizers()
+    rate_of = {id(p): group["peak_lr"] for group in optimizer.param_groups for p in group["params"]}
+    depths = {}
+    for depth, parameters in segmenter.sam.image_encoder.layer_groups():
+        for parameter in parameters:
+            if parameter.requires_grad:
+                depths.setdefault(depth, set()).add(rate_of[id(parameter)])
+    deepest = max(depth for depth, _ in segmenter.sam.image_encoder.layer_groups() if depth in depths)
+    assert len(depths) > 2
+    assert depths == {depth: {0.08 * 0.5 ** (deepest - depth)} for depth in depths}
+    decoder = [p for p in segmenter.sam.mask_decoder.parameters() if p.requires_grad]
+    assert {rate_of[id(p)] for p in decoder} == {0.08}
+
+
+@pytest.mark.parametrize("setting", ["adapter.scope=decoder", "model.arch=unet2d"])
+def test_layer_decay__without_layers_that_train_is_refused(lab, setting):
+    with pytest.raises(SamgraftError, match=r"optim.layer_decay has no effect"):
+        config_of(lab, setting, "optim.layer_decay=0.5")

@@ -106,6 +106,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 ("feature", "objective.feature.mask_unit_px=6", "where  objective.*.mask_unit_px"),
                 ("dino", "objective.dino.mask_unit_px=6", "where  objective.*.mask_unit_px"),
                 ("dino", "model.image_size=4", "where  model.image_size"),
+                ("dino", "optim.ema_decay=0.9", "optim.ema_decay has no effect on objective=dino"),
                 ("lejepa", "objective.lejepa.crops.local_size_px=6", "where  objective.*.crops.local_size_px"),
                 ("masked_image", "watch.every_n_steps=0", "watch.every_n_steps must be at least 1, got 0"),
                 ("masked_image", "watch.every_n_steps=-3", "watch.every_n_steps must be at least 1, got -3"),
