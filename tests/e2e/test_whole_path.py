@@ -75,7 +75,8 @@ def test_whole_path__from_scans_to_a_release_that_loads_strictly(
         *FINETUNE,
     )
     _run("evaluate", "runs/seg", "--split", "test")
-    _run("release", "runs/seg", "--out", "released", "--license", "cc-by-4.0", "--format", "sam")
+    # Forced, because it is chance whether three steps from random weights raise the Dice.
+    _run("release", "runs/seg", "--out", "released", "--license", "cc-by-4.0", "--format", "sam", "--force")
 
     released = load_sam(Path("released/sam.safetensors"))
     stock = make_sam(tiny_vit_t_spec(), image_size=64, seed=9)
