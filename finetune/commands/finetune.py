@@ -129,6 +129,12 @@ def _train(typed: TypedSettings, *, preset: str, name: str | None, runs: Path, d
         from samgraft.finetune.initial_weights import advise_weights
 
         raise UsageError(f"CKPT and BASE are both missing. {advise_weights()}")
+    name = name or default_name(weights or arch or "", given.get("data.store"), fold=given.get("data.fold"))
+    # A run that exists has its own split and has passed the check.
+    if not (runs / name).exists():
+        from samgraft.finetune.early_checks import refuse_known_leak
+
+        refuse_known_leak(given)
     # Imported after the first checks: torch and peft take seconds, and a typing error should be reported at once.
     from samgraft.finetune.training.train import finetune as train_model
     from samgraft.finetune.training.train import prepare_seeded
@@ -140,7 +146,6 @@ def _train(typed: TypedSettings, *, preset: str, name: str | None, runs: Path, d
 
     started = time.monotonic()
     config = build_config(typed, preset=preset)
-    name = name or default_name(weights or arch or "", given.get("data.store"), fold=given.get("data.fold"))
     # Made before the training, because a dry run and a complete run return it too.
     result = TrainingResult(path=runs / name, weights=runs / name / MODEL_FOLDER)
     trainer = config.trainer

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from samgraft.finetune.baselines.networks import Baseline, RandomWeights, as_bas
 from samgraft.finetune.baselines.volume_patches import VolumePatches
 from samgraft.finetune.classes import ClassTable, choose_classes
 from samgraft.finetune.config import FinetuneConfig
+from samgraft.finetune.early_checks import pretrain_again
 from samgraft.finetune.embedding_cache import EmbeddingMemory
 from samgraft.finetune.evaluation.validation import labelled_series
 from samgraft.finetune.few_shot import draw_few_shot
@@ -23,7 +23,6 @@ from samgraft.finetune.initial_weights import InitialWeights, read_initial_weigh
 from samgraft.finetune.segmenter import Segmenter, add_class_tokens
 from samgraft.finetune.training.cached_slices import CachedSlices, fill_cache, plan_cache
 from samgraft.finetune.training.sampling import balance_foreground, has_foreground
-from samgraft.shared.config import read_stored_config
 from samgraft.shared.errors import DataError, UsageError
 from samgraft.shared.runs.inputs import load_run_split
 from samgraft.shared.samples.augment import SliceAugmentation
@@ -113,7 +112,7 @@ def _prepare_sam(
         split,
         store,
         allow=config.data.allow_transductive,
-        way_out=_pretrain_again(config.model.ckpt, config.data.store),
+        way_out=pretrain_again(config.model.ckpt, config.data.store),
     )
     intensity = intensity_of(initial.card, store)
     num_neighbours = neighbours_of(config.data.num_neighbours, initial.card)
@@ -312,15 +311,6 @@ def check_leak(card: Card | None, split: Split, store: SliceStore, *, allow: boo
     else:
         log.info("the encoder was not pretrained on validation or test patients")
     return bool(leaks)
-
-
-def _pretrain_again(ckpt: str | None, labelled: str) -> str:
-    """Return the command that pretrains without the validation and test patients of a labelled store."""
-    file = Path(ckpt or "") / "config.yaml"
-    unlabelled = read_stored_config(file)["data"]["store"] if ckpt and file.is_file() else "STORE.zarr"
-    name = f"{Path(ckpt).name}-without" if ckpt else "NEW"
-    given = {"DATA": unlabelled, "LABELLED": labelled, "NAME": name}
-    return f"make pretrain {' '.join(f'{variable}={shlex.quote(value)}' for variable, value in given.items())}"
 
 
 def intensity_of(card: Card, store: SliceStore) -> IntensityPreset:

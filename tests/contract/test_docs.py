@@ -1,6 +1,8 @@
 """Documentation says what exists: command pages, shown commands, links, pictures, and measured numbers."""
 
 import argparse
+import ast
+import inspect
 import re
 import shutil
 from importlib.metadata import entry_points
@@ -8,6 +10,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+import samgraft.api as sg
 from doc_commands import ROOT, arguments_of, fake_environment, parse, shell_commands
 from PIL import Image
 from samgraft.shared.command_pages import command_pages
@@ -49,6 +52,37 @@ def test_docs__command_is_understood(tmp_path: Path, page: str, command: str) ->
 def test_docs__an_unknown_flag_would_be_seen() -> None:
     with pytest.raises((argparse.ArgumentError, SystemExit)):
         parse(["release", "run", "--out", "x", "--no-such-flag"])
+
+
+PYTHON = [
+    (page.name, number, block)
+    for page in WRITTEN
+    for number, block in enumerate(
+        re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    )
+]
+
+
+@pytest.mark.parametrize("block", [block for _, _, block in PYTHON], ids=[f"{page}-{n}" for page, n, _ in PYTHON])
+def test_docs__python_calls_have_existing_functions_and_arguments(block: str) -> None:
+    calls = [
+        node
+        for node in ast.walk(ast.parse(block))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and ast.unparse(node.func.value) == "sg"
+    ]
+    for call in calls:
+        function = getattr(sg, call.func.attr)
+        arguments = {keyword.arg: None for keyword in call.keywords}
+        inspect.signature(function).bind(*call.args, **arguments)
+
+
+def test_docs__python_is_shown() -> None:
+    assert {name for name in sg.__all__ if name.islower() and name not in {"__version__", "compare"}} <= {
+        node.func.attr
+        for _, _, block in PYTHON
+        for node in ast.walk(ast.parse(block))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
+    }
 
 
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md"], ids=lambda page: page.name)

@@ -3,11 +3,13 @@
 import subprocess
 import sys
 import tomllib
-import zipfile
+import venv
 from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
+from finished_factory import make_lab
+from store_factory import make_scan, write_nifti
 
 ROOT = Path(__file__).resolve().parents[2]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -83,16 +85,71 @@ def test_code__files_have_at_most_600_lines() -> None:
     assert long == {}
 
 
-@pytest.mark.slow
-def test_wheel__imports_from_an_empty_folder(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Install the wheel alone in a new environment that sees this one's libraries, and return its ``bin``."""
+    root = tmp_path_factory.mktemp("wheel")
     subprocess.run(
-        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)],
+        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(root), str(ROOT)],
         check=True,
         capture_output=True,
     )
-    installed = tmp_path / "installed"
-    with zipfile.ZipFile(next(tmp_path.glob("samgraft-*.whl"))) as wheel:
-        wheel.extractall(installed)
-    code = f"import sys; sys.path.insert(0, {str(installed)!r}); import samgraft.ssl.pretrain as m; print(m.__file__)"
-    out = subprocess.run([sys.executable, "-I", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert out.stdout.startswith(str(installed))
+    venv.create(root / "venv", with_pip=True)
+    python = root / "venv" / "bin" / "python"
+    [wheel] = root.glob("samgraft-*.whl")
+    pip = [str(python), "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", str(wheel)]
+    subprocess.run(pip, check=True, capture_output=True)
+    # Folders that a .pth file names do not get their own .pth files read, so that the editable install stays outside.
+    folders = [path for path in sys.path if "site-packages" in path]
+    version = f"python{sys.version_info.major}.{sys.version_info.minor}"
+    site = root / "venv" / "lib" / version / "site-packages"
+    (site / "libraries.pth").write_text("\n".join(folders) + "\n")
+    return python.parent
+
+
+def _output_of(words: list[str], folder: Path) -> str:
+    done = subprocess.run(words, cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_wheel__every_command_and_module_works_in_an_empty_folder(installed: Path, tmp_path: Path) -> None:
+    site = installed.parent / "lib"
+    for point in entry_points(group="samgraft.commands"):
+        assert "usage: samgraft" in _output_of([str(installed / "samgraft"), point.name, "--help"], tmp_path)
+    packages = [name for name in PYPROJECT["tool"]["setuptools"]["packages"] if name != "samgraft.configs"]
+    code = (
+        "import importlib, pkgutil\n"
+        f"for package in {packages!r}:\n"
+        "    folder = importlib.import_module(package)\n"
+        "    for module in pkgutil.iter_modules(folder.__path__, package + '.'):\n"
+        "        print(importlib.import_module(module.name).__file__)\n"
+    )
+    files = _output_of([str(installed / "python"), "-I", "-c", code], tmp_path).split()
+    assert len(files) > 100
+    assert all(Path(file).is_relative_to(site) for file in files)
+
+
+@pytest.mark.slow
+def test_wheel__configs_are_found_by_name(installed: Path, tmp_path: Path) -> None:
+    names = sorted(str(path.relative_to(ROOT / "configs")) for path in (ROOT / "configs").rglob("*.yaml"))
+    code = f"from samgraft.shared.config import packaged_config as p\nfor n in {names!r}: print(p(n).is_file(), p(n))"
+    lines = _output_of([str(installed / "python"), "-I", "-c", code], tmp_path).splitlines()
+    assert len(lines) == len(names)
+    assert all(line.startswith(f"True {installed.parent}") for line in lines)
+
+
+@pytest.mark.slow
+def test_wheel__python_interface_runs(installed: Path, tmp_path: Path) -> None:
+    lab = make_lab(tmp_path)
+    write_nifti(tmp_path / "scans" / "a.nii.gz", make_scan(shape_zyx=(4, 32, 32), seed=1)[0])
+    code = (
+        "import samgraft.api as sg\n"
+        f"print(sg.__file__, sg.evaluate({str(lab.run)!r}).cases.shape[0])\n"
+        "print(sg.build_store('scans', 'mine.zarr').cases.shape[0])\n"
+        f"print(sg.load({str(lab.run)!r}).predict('scans/a.nii.gz').labels.shape)\n"
+    )
+    first, stored, shape = _output_of([str(installed / "python"), "-I", "-c", code], tmp_path).splitlines()
+    assert first.startswith(str(installed.parent))
+    assert (stored, shape) == ("1", "(32, 32, 4)")
