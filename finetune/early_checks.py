@@ -34,10 +34,12 @@ def refuse_known_leak(given: Mapping[str, str]) -> None:
     data, ckpt, file = given.get("data.store"), given.get("model.ckpt"), given.get("data.split")
     if not data or not ckpt or is_address(data) or is_scans(data) or any(key in given for key in CHANGES_THE_CHECK):
         return
+    # Read first, because it is the cheapest file and published weights have none.
     manifest = _read_manifest(Path(ckpt))
     if not manifest:
         return
     store = SliceStore.open(data)
+    # Without a file beside the store the split is drawn later, after the check of the labels.
     split = load_split(Path(file), store) if file else load_split_beside(store)
     if split is None or split.folds:
         return
@@ -47,10 +49,12 @@ def refuse_known_leak(given: Mapping[str, str]) -> None:
 
 def _read_manifest(weights: Path) -> Mapping[str, object]:
     """Return the scans that an encoder was trained on by its card, or nothing if there is none that can be read."""
+    # The card is beside the weights file, which is in a folder of its own in a run.
     files = [weights / ENCODER_FILE, weights / "any"] if weights.is_dir() else [weights]
     cards = [path for file in files if (path := file.with_name("card.json")).is_file()]
     try:
         manifest = json.loads(cards[0].read_text(encoding="utf-8"))["data_manifest"] if cards else {}
+    # A damaged card is refused with its reason when the weights are read.
     except (OSError, ValueError, KeyError, TypeError):
         return {}
     return manifest if isinstance(manifest, dict) else {}

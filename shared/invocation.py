@@ -49,6 +49,8 @@ _BARE = re.compile(r"(?<![\w/$.-])(CKPT|BASE)(?![\w=.-]|'s)")
 _ARGUMENTS = re.compile(r"(?<![\w/$.-])ARGS='([^']*)'")
 _PROGRAM = re.compile(r"(?<![\w/.-])samgraft (?=(?:store|compare|evaluate|inspect|study|demo-data|doctor|release) )")
 
+# Not an argument: the functions between a command and the training loop have nothing to do with it. Threads of a
+# program each have their own value.
 _IS_LIBRARY: ContextVar[bool] = ContextVar("samgraft_is_library", default=False)
 
 
