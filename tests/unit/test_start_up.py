@@ -59,7 +59,7 @@ def test_finetune__missing_weights_are_reported_before_networks_are_imported(lab
     root, store, _ = lab
     code, printed, _ = loaded_by("finetune", "--data", str(store.path), "--runs", str(root))
     assert code == 2
-    assert "CKPT and BASE are both missing" in printed
+    assert "--ckpt and --base are both missing" in printed
 
 
 @pytest.mark.parametrize("key", ["data.allow_transductive", "data.fold"])
