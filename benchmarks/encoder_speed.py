@@ -1,6 +1,7 @@
-"""Speed and memory of the image encoders against segment_anything's, interleaved in one process.
+"""Speed and memory of the image encoders against segment_anything's or SAM 2's, interleaved in one process.
 
     python benchmarks/encoder_speed.py --sizes 1024 512 256 --types bfloat16 --cases full lora --write bf16
+    python benchmarks/encoder_speed.py --arch sam2_t --sizes 1024 --write hiera
 
 Every case is forward + backward on random data of the real shape, after a warm-up. In float32 the outputs are compared
 first. The baseline and the other sides take turns (A B C A B C). The result is the ratio of medians, with the smallest
@@ -28,12 +29,13 @@ from pathlib import Path
 from unittest.mock import patch
 
 import torch
-from original_encoders import plain_twin
+from original_encoders import HieraTwin, plain_twin
 from samgraft.shared.encoders import attention
+from samgraft.shared.encoders.base import TokenDroppingEncoder
+from samgraft.shared.encoders.hiera import HieraEncoder
 from samgraft.shared.encoders.registry import arch_spec
-from samgraft.shared.encoders.vit import ViTEncoder, ViTSpec
+from samgraft.shared.encoders.vit import ViTSpec
 from samgraft.shared.training.device import retain_freed_memory
-from segment_anything.modeling import ImageEncoderViT
 from torch import nn
 
 RESULTS = Path(__file__).parent / "results"
@@ -74,19 +76,20 @@ HEADER = [
 ]  # fmt: skip
 
 
-def build(arch: str, image_size: int, depth: int | None, device: str) -> tuple[ViTEncoder, ImageEncoderViT]:
+def build(arch: str, image_size: int, depth: int | None, device: str) -> tuple[TokenDroppingEncoder, nn.Module]:
     """Build both encoders with the same random weights."""
     spec = arch_spec(arch)
-    assert isinstance(spec, ViTSpec)
     if depth is not None:
+        assert isinstance(spec, ViTSpec), "--depth cuts windowed ViTs only"
         spec = replace(spec, depth=depth, global_blocks=tuple(i for i in spec.global_blocks if i < depth))
-    ours = ViTEncoder(spec, image_size=image_size)
+    ours = spec.build(image_size=image_size)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in ours.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator) * 0.02
             parameter.copy_(noise + (1.0 if parameter.ndim == 1 and name.endswith("weight") else 0.0))
-    return ours.to(device), plain_twin(ours).to(device)
+    stock = HieraTwin(ours) if isinstance(ours, HieraEncoder) else plain_twin(ours)
+    return ours.to(device), stock.to(device)
 
 
 def backward(run: Run) -> None:
@@ -156,7 +159,7 @@ def measure(sides: list[Side], *, repeats: int, device: str) -> list[Cost]:
     return costs
 
 
-def full_sides(ours: ViTEncoder, stock: ImageEncoderViT, images: torch.Tensor, hidden: float) -> list[Side]:
+def full_sides(ours: TokenDroppingEncoder, stock: nn.Module, images: torch.Tensor, hidden: float) -> list[Side]:
     """Return sides that train every weight.
 
     The baseline of masked training is the same dense encoder with mask tokens in place.
@@ -166,11 +169,15 @@ def full_sides(ours: ViTEncoder, stock: ImageEncoderViT, images: torch.Tensor, h
         Side(name="original", run=partial(stock, images), module=stock),
         Side(name="dense", run=partial(plain, ours, images), module=ours),
         Side(name="dense, checkpointed", run=partial(checkpointed, ours, images), module=ours),
-        Side(name=f"kept tokens, {hidden:.0%} hidden", run=partial(visible, ours, images, ids), module=ours),
+        Side(
+            name=f"kept units of {ours.unit_px} px, {hidden:.0%} hidden",
+            run=partial(visible, ours, images, ids),
+            module=ours,
+        ),
     ]
 
 
-def lora_sides(ours: ViTEncoder, stock: ImageEncoderViT, images: torch.Tensor, num_blocks: int) -> list[Side]:
+def lora_sides(ours: TokenDroppingEncoder, stock: nn.Module, images: torch.Tensor, num_blocks: int) -> list[Side]:
     """Add LoRA to qkv of the last blocks of both encoders through peft, and return sides that train it only."""
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -189,22 +196,22 @@ def lora_sides(ours: ViTEncoder, stock: ImageEncoderViT, images: torch.Tensor, n
     ]
 
 
-def plain(encoder: ViTEncoder, images: torch.Tensor) -> torch.Tensor:
+def plain(encoder: TokenDroppingEncoder, images: torch.Tensor) -> torch.Tensor:
     encoder.activation_checkpointing = False
     return encoder(images)
 
 
-def checkpointed(encoder: ViTEncoder, images: torch.Tensor) -> torch.Tensor:
+def checkpointed(encoder: TokenDroppingEncoder, images: torch.Tensor) -> torch.Tensor:
     encoder.activation_checkpointing = True
     return encoder(images)
 
 
-def visible(encoder: ViTEncoder, images: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+def visible(encoder: TokenDroppingEncoder, images: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     encoder.activation_checkpointing = False
     return encoder.forward_visible(images, ids)
 
 
-def engine_sides(ours: ViTEncoder, images: torch.Tensor, ids: torch.Tensor | None) -> list[Side]:
+def engine_sides(ours: TokenDroppingEncoder, images: torch.Tensor, ids: torch.Tensor | None) -> list[Side]:
     """Return both attention engines on the same weights, that of CPUs (the baseline) first."""
 
     def run(*, in_blocks: bool) -> torch.Tensor:
@@ -219,7 +226,7 @@ def engine_sides(ours: ViTEncoder, images: torch.Tensor, ids: torch.Tensor | Non
     ]
 
 
-def random_ids(ours: ViTEncoder, images: torch.Tensor, hidden: float) -> torch.Tensor:
+def random_ids(ours: TokenDroppingEncoder, images: torch.Tensor, hidden: float) -> torch.Tensor:
     """Return raster numbers of the tokens that each image keeps."""
     total = ours.grid**2
     generator = torch.Generator().manual_seed(0)
@@ -263,6 +270,11 @@ def hardware(device: str) -> str:
     return f"{name}, {os.cpu_count()} logical cores, {bf16} avx512_bf16"
 
 
+def original_package(arch: str) -> str:
+    name = "sam2" if arch.startswith("sam2") else "segment-anything"
+    return f"{name} {version(name)}"
+
+
 def table(rows: list[Row], arguments: argparse.Namespace, loads: list[float]) -> str:
     lines = [
         f"# Encoder speed, {datetime.now(UTC):%Y-%m-%d}",
@@ -273,7 +285,7 @@ def table(rows: list[Row], arguments: argparse.Namespace, loads: list[float]) ->
         f"{min(loads):.1f}-{max(loads):.1f} ",
         "- times are processor seconds on a CPU, wall seconds on a GPU; other work on a shared machine inflates both: "
         "read the ratios",
-        f"- torch {version('torch')}, segment-anything {version('segment-anything')} (the original), "
+        f"- torch {version('torch')}, the original from {original_package(arguments.arch)}, "
         f"Python {platform.python_version()}",
         f"- `python benchmarks/encoder_speed.py {' '.join(sys.argv[1:])}`",
         "",
@@ -286,7 +298,8 @@ def table(rows: list[Row], arguments: argparse.Namespace, loads: list[float]) ->
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--arch", default="vit_b", choices=["vit_b", "vit_l", "vit_h"])
+    archs = ["vit_b", "vit_l", "vit_h", "sam2_t", "sam2_s", "sam2_bp", "sam2_l"]
+    parser.add_argument("--arch", default="vit_b", choices=archs)
     parser.add_argument("--depth", type=int, help="only the first blocks (a quick look; ratios are of these blocks)")
     parser.add_argument("--sizes", type=int, nargs="+", default=[256, 512, 1024])
     parser.add_argument("--types", nargs="+", default=["float32"], choices=["float32", "bfloat16"])
@@ -304,7 +317,7 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def build_pair(arguments: argparse.Namespace, image_size: int, dtype: str) -> tuple[ViTEncoder, ImageEncoderViT]:
+def build_pair(arguments: argparse.Namespace, image_size: int, dtype: str) -> tuple[TokenDroppingEncoder, nn.Module]:
     ours, stock = build(arguments.arch, image_size, arguments.depth, arguments.device)
     return (ours.bfloat16(), stock.bfloat16()) if dtype == "bfloat16" else (ours, stock)
 

@@ -1,4 +1,4 @@
-"""Original encoders of segment_anything and timm with the weights of ours, as a reference.
+"""Original encoders of segment_anything, SAM 2 and timm with the weights of ours, as a reference.
 
 The speed benchmarks and the parity tests use them. Names are mapped here, independently of the code under test.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 from functools import partial
 
 import torch
+from samgraft.shared.encoders.hiera import HieraEncoder, HieraSpec
 from samgraft.shared.encoders.tiny_vit import Stem, TinyViTEncoder, TinyViTSpec
 from samgraft.shared.encoders.vit import ViTEncoder, ViTSpec
 from segment_anything.modeling import ImageEncoderViT
@@ -35,6 +36,46 @@ def plain_twin(ours: ViTEncoder) -> ImageEncoderViT:
     twin = plain_original(ours.spec, ours.image_size).to(next(ours.parameters()).dtype)
     twin.load_state_dict(ours.state_dict(), strict=True)
     return twin
+
+
+def hiera_original(spec: HieraSpec) -> nn.Module:
+    """Build SAM 2's own encoder.
+
+    It needs the package ``sam2``, which is built with ``SAM2_BUILD_CUDA=0 pip install sam2==1.1.0``.
+    """
+    from sam2.modeling.backbones.hieradet import Hiera
+    from sam2.modeling.backbones.image_encoder import FpnNeck, ImageEncoder
+    from sam2.modeling.position_encoding import PositionEmbeddingSine
+
+    trunk = Hiera(
+        embed_dim=spec.embed_dim,
+        num_heads=spec.num_heads,
+        stages=spec.depths,
+        global_att_blocks=spec.global_blocks,
+        window_pos_embed_bkg_spatial_size=(spec.background_size, spec.background_size),
+        window_spec=spec.attn_window_sizes,
+    )
+    neck = FpnNeck(
+        PositionEmbeddingSine(num_pos_feats=spec.neck_dim),
+        d_model=spec.neck_dim,
+        backbone_channel_list=list(reversed(spec.widths)),
+        fpn_top_down_levels=[2, 3],
+        fpn_interp_model="nearest",
+    )
+    return ImageEncoder(trunk, neck, scalp=1)
+
+
+class HieraTwin(nn.Module):
+    """SAM 2's own encoder with the weights of ours, which returns the image embeddings alone."""
+
+    def __init__(self, ours: HieraEncoder) -> None:
+        super().__init__()
+        self.encoder = hiera_original(ours.spec).to(next(ours.parameters()).dtype)
+        self.encoder.load_state_dict(ours.state_dict(), strict=True)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Return the image embeddings."""
+        return self.encoder(images)["vision_features"]
 
 
 def tiny_original(spec: TinyViTSpec) -> nn.Module:

@@ -1,11 +1,13 @@
 """A whole stage-1 step: MAE with hidden tokens left out against dense masked-image modelling; and a run of vit_t.
 
     python benchmarks/pretrain_step.py mae --repeats 3 --write pretrain_step
+    python benchmarks/pretrain_step.py mae --arch sam2_t --decoders "cross 384 x 2" --write pretrain_step-hiera
     python benchmarks/pretrain_step.py run --threads 2 --steps 20 --write pretrain_run
 
-``mae``: encoder, decoder, loss, backward and AdamW of ViT-B on random slices of the real shape, both sides taking turns
-in one process. The other side is what there was before: segment_anything's own encoder with mask tokens in place and a
-linear head (SimMIM). Both in autocast, as a run has it, or with weights in bf16 (``--weights bfloat16``).
+``mae``: encoder, decoder, loss, backward and AdamW of ViT-B (or Hiera) on random slices of the real shape, both sides
+taking turns in one process. The other side is what there was before: segment_anything's (or SAM 2's) own encoder with
+mask tokens in place and a linear head (SimMIM). Both in autocast, as a run has it, or with weights in bf16
+(``--weights bfloat16``).
 Memory: distinct storages kept for the backward pass, and the peak of resident memory during a step above what weights,
 gradients and optimizer take (``VmHWM`` on a CPU, ``max_memory_allocated`` on a GPU).
 
@@ -32,13 +34,13 @@ from pathlib import Path
 
 import torch
 from data_path import write_scans
-from encoder_speed import RESULTS, build, hardware, saved_mib, seconds
+from encoder_speed import RESULTS, build, hardware, original_package, saved_mib, seconds
+from samgraft.shared.encoders.hiera import HieraEncoder
 from samgraft.shared.encoders.sam import to_pixels
 from samgraft.ssl.config import PretrainOptimizerConfig
 from samgraft.ssl.objectives.decoders import DecoderKind
 from samgraft.ssl.objectives.mae import MAE, MAEConfig
 from samgraft.ssl.optimizer import build_pretrain_optimizer
-from segment_anything.modeling import ImageEncoderViT
 from torch import nn
 
 DECODERS = {
@@ -52,27 +54,46 @@ DECODERS = {
 
 
 class DenseSimMIM(nn.Module):
-    """segment_anything's encoder with mask tokens in place, a linear head, and the same target as ours."""
+    """The original encoder with mask tokens in place, a linear head, and the same target as ours."""
 
-    def __init__(self, encoder: ImageEncoderViT, ours: MAE) -> None:
+    def __init__(self, encoder: nn.Module, ours: MAE, *, in_dim: int, out_dim: int) -> None:
         super().__init__()
         self.encoder = encoder
-        self.encoder.neck.requires_grad_(False)
-        self.mask_token = nn.Parameter(torch.zeros(encoder.pos_embed.shape[-1]))
-        self.head = nn.Linear(encoder.pos_embed.shape[-1], 256)
-        self.masks, self.target, self.spec = ours._masks, ours._target, ours.encoder.spec
+        self.mask_token = nn.Parameter(torch.zeros(ours.encoder.mask_token_dim))
+        self.head = nn.Linear(in_dim, out_dim)
+        self.masks = partial(ours.draw_masks, side=ours.grid)
+        self.target, self.spec = ours._target, ours.encoder.spec
 
     def loss(self, images: torch.Tensor, counters: list[int]) -> torch.Tensor:
         """Mean squared error on hidden tokens."""
         mask = self.masks(counters).to(images.device)
-        tokens = self.encoder.patch_embed(to_pixels(images, self.spec).to(self.mask_token.dtype))
-        tokens = torch.where(mask[..., None], self.mask_token.to(tokens.dtype), tokens) + self.encoder.pos_embed
-        for block in self.encoder.blocks:
-            tokens = block(tokens)
+        tokens = self.encode(to_pixels(images, self.spec).to(self.mask_token.dtype), mask)
         ids = mask.flatten(1).nonzero()[:, 1].view(len(images), -1)
         hidden = tokens.flatten(1, 2).gather(1, ids[..., None].expand(-1, -1, tokens.shape[-1]))
         target, _, _ = self.target(images, ids)
         return (self.head(hidden).float() - target).square().mean()
+
+    def encode(self, images: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Return the last tokens of segment_anything's encoder, shape (B, g, g, C)."""
+        tokens = self.encoder.patch_embed(images)
+        tokens = torch.where(mask[..., None], self.mask_token.to(tokens.dtype), tokens) + self.encoder.pos_embed
+        for block in self.encoder.blocks:
+            tokens = block(tokens)
+        return tokens
+
+
+class DenseHieraSimMIM(DenseSimMIM):
+    """The same for SAM 2's own trunk, whose last tokens are mask units."""
+
+    def encode(self, images: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Return the last tokens of SAM 2's trunk, shape (B, g, g, C)."""
+        trunk = self.encoder.encoder.trunk
+        tokens = trunk.patch_embed(images)
+        hidden = mask.repeat_interleave(8, 1).repeat_interleave(8, 2)[..., None]
+        tokens = torch.where(hidden, self.mask_token.to(tokens.dtype), tokens) + trunk._get_pos_embed(tokens.shape[1:3])
+        for block in trunk.blocks:
+            tokens = block(tokens)
+        return tokens
 
 
 @dataclass(kw_only=True)
@@ -123,9 +144,16 @@ def status_mib(name: str) -> float:
 def sides(arguments: argparse.Namespace, decoder: str) -> tuple[Side, Side]:
     """(dense SimMIM, ours) with the same weights of the encoder, slices and masks."""
     torch.manual_seed(0)
-    encoder, stock = build("vit_b", arguments.size, arguments.depth, arguments.device)
+    encoder, stock = build(arguments.arch, arguments.size, arguments.depth, arguments.device)
     objective = MAE(encoder, MAEConfig(mask_ratio=arguments.hidden, **DECODERS[decoder]), seed=0).to(arguments.device)
-    dense = DenseSimMIM(stock, objective).to(arguments.device)
+    is_hiera = isinstance(encoder, HieraEncoder)
+    dense = (DenseHieraSimMIM if is_hiera else DenseSimMIM)(
+        stock,
+        objective,
+        in_dim=encoder.spec.widths[-1] if is_hiera else encoder.feature_dim,
+        out_dim=encoder.unit_px**2,
+    ).to(arguments.device)
+    (stock.encoder if is_hiera else stock).neck.requires_grad_(False)
     dtype = getattr(torch, arguments.weights)
     objective, dense = objective.to(dtype), dense.to(dtype)
     shape = (arguments.our_batch, 1, arguments.size, arguments.size)
@@ -256,9 +284,9 @@ def gpu_peak(device: str) -> str:
 
 def head(arguments: argparse.Namespace, load: float) -> list[str]:
     what = (
-        f"ViT-B, {arguments.size} px, batch {arguments.batch} (ours {arguments.our_batch}), {arguments.hidden:.0%} "
-        f"hidden, autocast {arguments.autocast}, weights {arguments.weights}; whole steps with AdamW, "
-        f"{arguments.repeats} interleaved "
+        f"{arguments.arch}, {arguments.size} px, batch {arguments.batch} (ours {arguments.our_batch}), "
+        f"{arguments.hidden:.0%} hidden, autocast {arguments.autocast}, weights {arguments.weights}; whole steps with "
+        f"AdamW, {arguments.repeats} interleaved "
         "turns after a warm-up: median per slice, and the range of the ratio per turn"
         if arguments.what == "mae"
         else f"`samgraft pretrain` with the objective's preset, {arguments.steps} steps, the first wait not counted"
@@ -270,7 +298,7 @@ def head(arguments: argparse.Namespace, load: float) -> list[str]:
         f"- {hardware(arguments.device)}; {arguments.threads} thread(s) used; load average at the start {load:.1f}",
         "- times of `mae` are processor seconds on a CPU, wall seconds on a GPU; other work on a shared machine "
         "inflates both sides: read the ratios",
-        f"- torch {version('torch')}, segment-anything {version('segment-anything')}, "
+        f"- torch {version('torch')}, {original_package(arguments.arch or 'vit_b')}, "
         f"Python {platform.python_version()}",
         f"- `python benchmarks/pretrain_step.py {' '.join(sys.argv[1:])}`",
         "",
@@ -283,7 +311,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--size", type=int, help="pixels; default 1024 for mae; for run 128, on a GPU the preset's")
     parser.add_argument("--batch", type=int, help="default 1 for mae; for run 16, on a GPU the preset's")
     parser.add_argument("--our-batch", type=int, help="mae: where the other side's memory ends before ours")
-    parser.add_argument("--arch", help="run: instead of the preset's encoder")
+    parser.add_argument("--arch", help="default vit_b for mae; for run the preset's encoder")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--write", metavar="NAME", help="keep the table as benchmarks/results/NAME-DATE.md")
@@ -301,6 +329,8 @@ def parse() -> argparse.Namespace:
         arguments.size = arguments.size or {"mae": 1024, "run": 128}[arguments.what]
         arguments.batch = arguments.batch or {"mae": 1, "run": 16}[arguments.what]
         arguments.workers = arguments.workers or 0
+    if arguments.what == "mae":
+        arguments.arch = arguments.arch or "vit_b"
     arguments.our_batch = arguments.our_batch or arguments.batch
     return arguments
 

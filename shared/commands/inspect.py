@@ -16,7 +16,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "file",
         type=Path,
-        help="weights file, run folder, transformers folder, or official weights by name (sam_vit_b, mobile_sam, ...)",
+        help="weights file, run folder, transformers folder, or official weights (sam_vit_b, sam2.1_hiera_tiny, ...)",
     )
     parser.add_argument("--offline", action="store_true", help="never download official weights")
     parser.add_argument("--json", action="store_true", help="machine-readable output")

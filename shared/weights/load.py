@@ -90,6 +90,8 @@ def read_weights(path: str | Path) -> WeightsFile:
     notes = list(found.notes)
     tensors = to_float32(found.tensors, notes, name=raw.name)
     spec, image_size = recognise_encoder(tensors, name=raw.name)
+    if spec.assumptions is not None:
+        notes.append(f"warning: {spec.assumptions}")
     card = _find_card(file, raw.content, notes)
     return WeightsFile(
         name=raw.name,

@@ -1,8 +1,8 @@
 """Official SAM weights by name, with pinned addresses, sizes and hashes.
 
 Source:
-    The addresses of segment_anything's, MobileSAM's and MedSAM's own pages. Each hash was found equal in several
-    independent public projects.
+    The addresses of segment_anything's, SAM 2's, MobileSAM's and MedSAM's own pages. Each hash was found equal in
+    several independent public projects.
 """
 
 from __future__ import annotations
@@ -26,6 +26,16 @@ def _pin(name: str, url: str, num_bytes: int, sha256: str) -> PinnedFile:
 
 _META = "https://dl.fbaipublicfiles.com/segment_anything"
 _MOBILE_SAM = "https://raw.githubusercontent.com/ChaoningZhang/MobileSAM/f706ad9c4eb7f219c00d9050e46328518ffb65d2"
+_SAM_2 = (
+    ("sam2.1", "092824", "tiny", 156_008_466, "7402e0d864fa82708a20fbd15bc84245c2f26dff0eb43a4b5b93452deb34be69"),
+    ("sam2.1", "092824", "small", 184_416_285, "6d1aa6f30de5c92224f8172114de081d104bbd23dd9dc5c58996f0cad5dc4d38"),
+    ("sam2.1", "092824", "base_plus", 323_606_802, "a2345aede8715ab1d5d31b4a509fb160c5a4af1970f199d9054ccfb746c004c5"),
+    ("sam2.1", "092824", "large", 898_083_611, "2647878d5dfa5098f2f8649825738a9345572bae2d4350a2468587ece47dd318"),
+    ("sam2", "072824", "tiny", 155_906_050, "65b50056e05bcb13694174f51bb6da89c894b57b75ccdf0ba6352c597c5d1125"),
+    ("sam2", "072824", "small", 184_309_650, "95949964d4e548409021d47b22712d5f1abf2564cc0c3c765ba599a24ac7dce3"),
+    ("sam2", "072824", "base_plus", 323_493_298, "d0bb7f236400a49669ffdd1be617959a8b1d1065081789d7bbff88eded3a8071"),
+    ("sam2", "072824", "large", 897_952_466, "7442e4e9b732a508f80e141e7c2913437a3610ee0c77381a66658c3a445df87b"),
+)
 OFFICIAL: dict[str, PinnedFile] = {
     file.name: file
     for file in (
@@ -58,6 +68,10 @@ OFFICIAL: dict[str, PinnedFile] = {
             "https://zenodo.org/records/10689643/files/medsam_vit_b.pth",
             375_049_145,
             MEDSAM_SHA256,
+        ),
+        *(
+            _pin(f"{version}_hiera_{size}", f"{_META}_2/{date}/{version}_hiera_{size}.pt", num_bytes, sha256)
+            for version, date, size, num_bytes, sha256 in _SAM_2
         ),
     )
 }

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from original_encoders import hiera_original
 from samgraft.shared.encoders.hiera import HieraEncoder, HieraSpec
 
 
@@ -71,23 +72,5 @@ def pool(tokens: torch.Tensor) -> torch.Tensor:
 
 def original_encoder(spec: HieraSpec) -> torch.nn.Module:
     """Return SAM 2's own image encoder of this shape, or skip the test where the package is not installed."""
-    reason = "package sam2 is not installed (pip install sam2==1.1.0 with SAM2_BUILD_CUDA=0)"
-    backbone = pytest.importorskip("sam2.modeling.backbones.hieradet", reason=reason)
-    encoder = pytest.importorskip("sam2.modeling.backbones.image_encoder", reason=reason)
-    positions = pytest.importorskip("sam2.modeling.position_encoding", reason=reason)
-    trunk = backbone.Hiera(
-        embed_dim=spec.embed_dim,
-        num_heads=spec.num_heads,
-        stages=spec.depths,
-        global_att_blocks=spec.global_blocks,
-        window_pos_embed_bkg_spatial_size=(spec.background_size, spec.background_size),
-        window_spec=spec.attn_window_sizes,
-    )
-    neck = encoder.FpnNeck(
-        positions.PositionEmbeddingSine(num_pos_feats=256),
-        d_model=spec.neck_dim,
-        backbone_channel_list=list(reversed(spec.widths)),
-        fpn_top_down_levels=[2, 3],
-        fpn_interp_model="nearest",
-    )
-    return encoder.ImageEncoder(trunk, neck, scalp=1)
+    pytest.importorskip("sam2", reason="package sam2 is not installed (SAM2_BUILD_CUDA=0 pip install sam2==1.1.0)")
+    return hiera_original(spec)
