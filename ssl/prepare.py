@@ -18,6 +18,7 @@ from samgraft.shared.stage_config import DemoSettings, TypedSettings, build_stag
 from samgraft.shared.store.from_data import store_from_data
 from samgraft.shared.store.store import SliceStore
 from samgraft.shared.weights.load import read_weights
+from samgraft.shared.weights.official import BASE_WEIGHTS
 from samgraft.ssl.config import RANDOM, PretrainConfig
 from samgraft.ssl.objectives import OBJECTIVES
 
@@ -57,8 +58,21 @@ def prepare(
         defaults=defaults,
     )
     _check_modality(config)
+    if "model.image_size" not in given:
+        config = _with_fitting_size(config)
     config = _with_labelled_stores(config)
     return config, name or _run_name(config)
+
+
+def _with_fitting_size(config: PretrainConfig) -> PretrainConfig:
+    """Return the settings with the preset's image size rounded up to what the architecture accepts."""
+    size, step = config.model.image_size, arch_spec(config.model.arch).size_step
+    if size % step == 0:
+        return config
+    # The presets for a CPU are made for vit_t, whose sizes follow its attention windows.
+    fitting = size + -size % step
+    log.info("model.image_size is %d px for %s, the preset's %d px rounded up", fitting, config.model.arch, size)
+    return replace(config, model=replace(config.model, image_size=fitting))
 
 
 def _with_labelled_stores(config: PretrainConfig) -> PretrainConfig:
@@ -98,10 +112,10 @@ def _default_base(arch: str) -> str:
     if arch == DEFAULT_ARCH:
         target = demo_paths().weights
         return str(fetch_base_weights(target, cache=cache_folder(target.parent.parent)))
+    name = BASE_WEIGHTS.get(arch, "FILE")
     raise UsageError(
-        f"MODEL={arch} needs weights, which no package contains. Download segment_anything's {arch} checkpoint and "
-        "pass it as BASE=FILE, or pass BASE=random.",
-        next_command=f"make pretrain MODEL={arch} BASE=sam_{arch}.pth",
+        f"MODEL={arch} needs weights, which no package contains. Pass BASE={name}, BASE=FILE or BASE=random.",
+        next_command=f"make pretrain MODEL={arch} BASE={name}",
     )
 
 

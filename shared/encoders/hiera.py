@@ -393,6 +393,7 @@ class HieraEncoder(TokenDroppingEncoder):
         tokens_BNTC = self._embed_units(images_B3SS, ids_keep_BN)
         positions_NTC = self._positions(self.grid)
         tokens_BNTC = tokens_BNTC + positions_NTC[ids_BN]
+        # Positions are those of the places in the whole grid.
         plan = plan_kept_units(ids_keep_BN, self.grid, self._sides, positions_NTC.dtype)
         *_, third_BNTC, fourth_BNTC = self._run_blocks(tokens_BNTC, plan)
         return torch.cat([third_BNTC.flatten(2), fourth_BNTC.flatten(2)], dim=-1)
@@ -493,6 +494,7 @@ class HieraEncoder(TokenDroppingEncoder):
 
 def map_to_units(map_BCHW: Tensor, *, grid: int) -> Tensor:
     """Return the tokens of a map unit by unit, each unit in Z order, shape (B, N, T, C)."""
+    # A side of 2^n tokens is cut into n halvings. Row and column bits alternate in Z order, the coarsest first.
     levels = (int(map_BCHW.shape[-1]) // grid).bit_length() - 1
     cut = map_BCHW.unflatten(3, (grid, *(2,) * levels)).unflatten(2, (grid, *(2,) * levels))
     rows, columns = range(2, 3 + levels), range(3 + levels, 4 + 2 * levels)
@@ -513,5 +515,6 @@ def units_to_map(units_BNTC: Tensor, *, grid: int) -> Tensor:
 
 def _join(third_BNTC: Tensor, fourth_BNTC: Tensor, *, grid: int) -> Tensor:
     """Return the map of the third stage and the upsampled map of the fourth one, joined along the channels."""
+    # Nearest upsampling of a unit's single token gives the same value to its four positions.
     fourth_BNTC = fourth_BNTC.expand(-1, -1, third_BNTC.shape[2], -1)
     return units_to_map(torch.cat([third_BNTC, fourth_BNTC], dim=-1), grid=grid)

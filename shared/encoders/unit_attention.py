@@ -45,6 +45,7 @@ def plan_all_units(grid: int, sides: set[int], num_images: int, device: torch.de
     num_units = num_images * grid * grid
     windows = _trivial_windows(grid * grid)
     for side in sides - windows.keys():
+        # Padding slots all point to one more row behind the units, which holds the zero token.
         padded = grid + -grid % side
         place = torch.full((num_images, padded, padded), num_units, device=device)
         place[:, :grid, :grid] = torch.arange(num_units, device=device).view(num_images, grid, grid)
@@ -86,6 +87,7 @@ def attend_within(qkv_BNTD: Tensor, padding_D: Tensor, windows: UnitWindows, *, 
         Shape (B, N, T, C), or (B, N, T / 4, C) with pooled queries, before the output projection.
     """
     images, units, tokens, _ = qkv_BNTD.shape
+    # One row per unit. Gathering whole units moves long contiguous pieces of memory, unlike single tokens.
     rows = qkv_BNTD.flatten(0, 1)
     if windows.slots is not None:
         rows = torch.cat([rows, padding_D.expand(1, tokens, -1)]).index_select(0, windows.slots)
@@ -122,6 +124,7 @@ def _kept_windows(ids_keep_BN: Tensor, *, grid: int, side: int, dtype: torch.dty
     number_M = (image_M * across + ids_M // grid // side) * across + ids_M % grid // side
     # Only windows with a unit, because a softmax over empty slots alone is undefined.
     numbers_X, window_M, count_X = number_M.unique(return_inverse=True, return_counts=True)
+    # Sorted by window, the slot of a unit is its distance from the first unit of its window.
     order = window_M.argsort(stable=True)
     first_X = count_X.cumsum(0) - count_X
     slot_M = torch.empty_like(window_M)

@@ -11,6 +11,7 @@ from samgraft.shared.config import load_config
 from samgraft.shared.encoders.registry import arch_spec
 from samgraft.shared.scans.preset import load_preset
 from samgraft.shared.scans.volume import Modality
+from samgraft.ssl import prepare
 from samgraft.ssl.config import PretrainConfig
 from samgraft.ssl.objectives import OBJECTIVES, build_objective
 from samgraft.ssl.optimizer import build_pretrain_optimizer, build_schedule
@@ -60,9 +61,12 @@ def test_pretrain_presets__one_per_objective_and_kind_of_machine() -> None:
     assert {path.stem for path in PRETRAIN} == {f"{name}-{kind}" for name in OBJECTIVES for kind in ("cpu", "gpu")}
 
 
+@pytest.mark.parametrize("arch", [None, "sam2_t"])
 @pytest.mark.parametrize("path", PRETRAIN, ids=lambda path: path.stem)
-def test_pretrain_presets__build_their_objective(path: Path) -> None:
-    config = load_config(PretrainConfig, layers=[path, SCHEMAS["pretrain"][1]])
+def test_pretrain_presets__build_their_objective(path: Path, arch: str | None) -> None:
+    model = {"model": {"arch": arch}} if arch else {}
+    config = load_config(PretrainConfig, layers=[path, SCHEMAS["pretrain"][1], model])
+    config = prepare._with_fitting_size(config)
     assert path.stem.startswith(config.objective.name)
     with torch.device("meta"):
         encoder = arch_spec(config.model.arch).build(image_size=config.model.image_size)
