@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from samgraft.shared.errors import WeightsError
 
-_SAM_1 = "Use weights of the first SAM, e.g. BASE=sam_vit_b or BASE=medsam_vit_b"
+_USABLE = "Use weights of SAM or SAM 2, e.g. BASE=sam_vit_b, BASE=medsam_vit_b or BASE=sam2.1_hiera_tiny"
 _MERGE = "Merge the factors into the complete model in that program, and save the state_dict of the result"
 
 
@@ -34,8 +34,8 @@ OTHER_ENCODERS = (
     _family(
         "SAM 3",
         r"(language_backbone|vision_backbone|geometry_encoder|detector_model)\.",
-        "Its encoder has another structure than SAM's ViT.",
-        f"{_SAM_1}.",
+        "Its encoder has another structure than those of SAM and SAM 2.",
+        f"{_USABLE}.",
     ),
     _family(
         "DINOv3",
@@ -53,7 +53,7 @@ OTHER_ENCODERS = (
         "Swin transformer",
         r"attn\.relative_position_(bias_table|index)$",
         "Its shifted windows have another structure than SAM's ViT.",
-        f"{_SAM_1}.",
+        f"{_USABLE}.",
     ),
 )
 """Families whose encoder is not SAM's."""
@@ -91,13 +91,13 @@ EXTRA_TENSORS = (
         "SAM-Med2D",
         r"\.Adapter\.(channel|spatial|norm)\.",
         "Its adapter layers change every encoder block, and SAM has no place for them.",
-        f"{_SAM_1}.",
+        f"{_USABLE}.",
     ),
     _family(
         "a SAM with bottleneck adapters (Medical SAM Adapter, finetune-SAM)",
         r"Adapter\.D_fc",
         "Adapter layers cannot be merged into the layers of SAM.",
-        f"{_SAM_1}, or train the adapted model there with LoRA.",
+        f"{_USABLE}, or train the adapted model there with LoRA.",
     ),
     _family(
         "a SAM with LoRA factors beside its layers",
