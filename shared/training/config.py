@@ -40,7 +40,7 @@ class TrainerConfig:
     precision: Precision = Precision.AUTO
     """Number format of matrix products. auto takes bf16 where it is fast."""
     channels_last: bool = False
-    """Memory layout in which convolutions may be faster, e.g. for vit_t on a CPU."""
+    """Order of convolution weights in memory, which changes speed only. vit_t gains nothing on a CPU."""
     activation_checkpointing: bool = False
     """Recompute the image encoder's activations block by block in the backward pass. A step takes a third longer, and
     activations need 1/20 of the memory or less."""
