@@ -10,6 +10,7 @@ from collections.abc import Mapping
 import torch
 from samgraft.shared.encoders.base import EncoderSpec
 from samgraft.shared.encoders.registry import image_size_from_tensors, spec_from_tensors
+from samgraft.shared.encoders.sam import build_sam
 from samgraft.shared.errors import SamgraftError, WeightsError
 
 _COUNTERS = "num_batches_tracked"
@@ -31,6 +32,10 @@ def to_float32(tensors: Mapping[str, torch.Tensor], notes: list[str], *, name: s
         if key.endswith(_COUNTERS):
             out[key] = tensor
             continue
+        if tensor.is_meta:
+            raise WeightsError(
+                f"{key} has a shape and no values. Save the model after its weights are loaded.", where=name
+            )
         if not tensor.is_floating_point():
             raise WeightsError(
                 f"{key} is of type {kind}, expected a floating-point type. Quantized weights must be converted back to "
@@ -68,7 +73,10 @@ def recognise_encoder(tensors: Mapping[str, torch.Tensor], *, name: str) -> tupl
         image_size = image_size_from_tensors(tensors, spec)
         # A build without memory finds impossible numbers, such as heads that do not divide the channels.
         with torch.device("meta"):
-            spec.build(image_size=image_size)
+            if any(key.startswith("mask_decoder.") for key in tensors):
+                build_sam(spec, image_size=image_size)
+            else:
+                spec.build(image_size=image_size)
     except WeightsError as err:
         raise WeightsError(err.what, where=name) from err
     except (SamgraftError, ArithmeticError, AssertionError, RuntimeError, TypeError, ValueError, StopIteration) as err:

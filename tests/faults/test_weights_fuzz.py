@@ -272,6 +272,19 @@ def test_sam_hq__its_encoder_is_that_of_sam(tmp_path: Path, plain: Tensors) -> N
     assert all(torch.equal(found[k], v) for k, v in encoder_of(plain).items())
 
 
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("image_encoder.pos_embed", lambda t: t.to("meta"), "has a shape and no values"),
+        ("image_encoder.neck.0.weight", lambda t: t.expand(2, *t.shape), "contradict each other"),
+    ],
+)
+def test_tensor__that_only_torch_can_save_is_refused(name, change, message, tmp_path: Path, plain: Tensors) -> None:
+    torch.save({**plain, name: change(plain[name])}, tmp_path / "w.pth")
+    with pytest.raises(WeightsError, match=message):
+        read_weights(tmp_path / "w.pth")
+
+
 def test_whole_module__is_refused_with_the_line_that_saves_its_tensors(tmp_path: Path) -> None:
     torch.save(nn.Sequential(nn.Linear(2, 2)), tmp_path / "w.pth")
     with pytest.raises(
