@@ -95,7 +95,8 @@ def pretrain(
         # The report has printed what the run learned; these are the places of the results.
         log.info("  encoder  %s", weights)
         log.info("  report   %s", run.report)
-        log.info("  next     make finetune CKPT=%s", shlex.quote(str(run.path)))
+        data = f" DATA={shlex.quote(config.data.labelled[0])}" if config.data.labelled else ""
+        log.info("  next     make finetune CKPT=%s%s", shlex.quote(str(run.path)), data)
     return weights
 
 

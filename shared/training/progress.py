@@ -172,9 +172,9 @@ class ProgressMeter(pl.Callback):
     def _eta(self, steps_left: int) -> str:
         """Return the expected time for the rest of the run, from the newest steps with their validation and saving."""
         measured = len(self._step_ends) - 1
-        if measured < MIN_ETA_STEPS:
+        if steps_left > 0 and measured < MIN_ETA_STEPS:
             return "unknown"
-        return format_duration((self._step_ends[-1] - self._step_ends[0]) / measured * steps_left)
+        return format_duration((self._step_ends[-1] - self._step_ends[0]) / max(1, measured) * steps_left)
 
 
 class _BarLine:

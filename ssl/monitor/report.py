@@ -164,16 +164,19 @@ def _summary(lines: Lines, monitored: MonitorData, *, result: FitResult, exporte
 def _next_steps(run: RunFolder, config: PretrainConfig) -> list[Any]:
     """Return the commands of the comparison that shows whether this run helped."""
     run_path = path_for_report(run.path)
+    # The store whose patients were left out is the one to fine-tune on.
+    labelled = config.data.labelled[:1]
+    data = f" DATA={shlex.quote(path_for_report(labelled[0]))}" if labelled else ""
     parts: list[Any] = [
         Text(
             text="Neither a lower loss nor a better linear probe proves a better encoder for your task. Fine-tune from "
             "this run and from its initial weights, on the same few labelled patients, and compare the results."
         ),
-        Text(text=f"make finetune CKPT={shlex.quote(run_path)}", kind="command"),
+        Text(text=f"make finetune CKPT={shlex.quote(run_path)}{data}", kind="command"),
     ]
     if config.model.base != RANDOM:
         initial = shlex.quote(path_for_report(config.model.initial_weights))
-        parts.append(Text(text=f"make finetune CKPT={initial} NAME=initial-weights", kind="command"))
+        parts.append(Text(text=f"make finetune CKPT={initial}{data} NAME=initial-weights", kind="command"))
     parts.append(
         Text(
             text="For more steps, more patients or another objective, give the run another NAME=. This run's curves "

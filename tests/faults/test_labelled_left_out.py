@@ -52,6 +52,8 @@ def test_pretrain__validation_and_test_patients_of_the_labelled_store_are_left_o
     assert line in card.notes
     assert json.loads((path / "run.json").read_text())["left_out"] == [line]
     assert line in caplog.text
+    assert f"make finetune CKPT={path} DATA={labelled.path}" in caplog.text
+    assert "--data labelled.zarr" in (path / "report.html").read_text()
     # The split is kept, so that stage 2 measures on the patients that were left out.
     assert load_split(default_split_path(labelled.path), labelled) == split
     assert not check_leak(card, load_split(None, labelled), labelled, allow=False)

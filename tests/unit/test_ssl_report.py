@@ -191,8 +191,8 @@ def test_report__explains_the_pictures_and_contains_no_absolute_path(lab, object
         assert str(lab) not in written.read_text()
     for event_file in (folder / "tb").rglob("*tfevents*"):
         assert str(lab).encode() not in event_file.read_bytes()
-    assert f"make finetune CKPT=report-{objective}<" in page
-    assert "make finetune CKPT=base NAME=initial-weights" in page
+    assert f"samgraft finetune --ckpt report-{objective}<" in page
+    assert "samgraft finetune --ckpt base --name initial-weights" in page
     texts = re.sub(r"data:image/png;base64,[^\"]+", "", page)
     assert not re.findall(rf"{re.escape(str(Path(lab.anchor) / lab.parts[1]))}/\S+", texts)
 

@@ -371,6 +371,7 @@ def test_progress_meter__eta_comes_from_the_newest_steps(
     assert "step 4/200" in lines[3]
     assert f"ETA {format_duration(2 * 196)} " in lines[3]
     assert f"ETA {format_duration(4 * 100)} " in lines[99]
+    assert progress._eta(0) == "0 s"
     assert "lr 1.0e-05 to 1.0e-04" in lines[99]
 
 
