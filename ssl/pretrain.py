@@ -92,12 +92,16 @@ def pretrain(
         card = dataclasses.replace(card, notes=[*card.notes, *filter(None, [exported.describe()])])
         weights = export_encoder(objective, encoder, run, config, card, result)
         write_report(run, config, objective, monitored, result=result, exported=exported, notes=leaks)
-        # The report has printed what the run learned; these are the places of the results.
-        log.info("  encoder  %s", weights)
-        log.info("  report   %s", run.report)
-        data = f" DATA={shlex.quote(config.data.labelled[0])}" if config.data.labelled else ""
-        log.info("  next     make finetune CKPT=%s%s", shlex.quote(str(run.path)), data)
+        _log_places(config, run, weights)
     return weights
+
+
+def _log_places(config: PretrainConfig, run: RunFolder, weights: Path) -> None:
+    # The report has printed what the run learned; these are the places of the results.
+    log.info("  encoder  %s", weights)
+    log.info("  report   %s", run.report)
+    data = f" DATA={shlex.quote(config.data.labelled[0])}" if config.data.labelled else ""
+    log.info("  next     make finetune CKPT=%s%s", shlex.quote(str(run.path)), data)
 
 
 def _fit_context(
