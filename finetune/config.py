@@ -16,6 +16,7 @@ from samgraft.shared.config import NonNegativeInt, PositiveInt, ShareBelowOne
 from samgraft.shared.samples.augment import AugmentConfig
 from samgraft.shared.samples.dataset import check_neighbours
 from samgraft.shared.samples.sampler import check_seed
+from samgraft.shared.scans.orientation import Plane
 from samgraft.shared.training.config import TrainerConfig
 from samgraft.shared.training.optim import OptimizerConfig
 
@@ -43,6 +44,10 @@ class DataConfig:
     """Smallest share of non-air pixels of a training slice. Validation and test use all slices."""
     labelled_slices_only: bool = False
     """True trains on slices with a label only, as the study did. Validation and test use all slices."""
+    planes: list[Plane] = field(default_factory=list)
+    """Planes of the training slices, e.g. [axial, coronal, sagittal], which gives up to three times as many. The store
+    must have them (``store build --planes``, up to three times its size). Empty takes every scan in the plane in which
+    it was acquired, as validation and test always do."""
     few_shot: FewShotConfig = field(default_factory=FewShotConfig)
     """Random part of the training patients or slices."""
     foreground_fraction: ShareBelowOne = 0.67

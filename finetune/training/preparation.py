@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,6 +31,7 @@ from samgraft.shared.samples.leaks import find_leaks, refuse_leaks
 from samgraft.shared.samples.slices import keep_train_slices, select_slices
 from samgraft.shared.samples.split import Split, choose_fold, load_split, refuse_empty_train
 from samgraft.shared.scans.intensity import IntensityPreset
+from samgraft.shared.scans.orientation import NEAR_ISOTROPIC_RATIO, Plane
 from samgraft.shared.store.store import SliceStore
 from samgraft.shared.training.device import DeviceChoice
 from samgraft.shared.weights.card import Card
@@ -222,6 +223,8 @@ def _patches(
     series_ids: list[str],
     patch_size: list[int],
 ) -> VolumePatches:
+    if config.data.planes:
+        raise UsageError("a 3D baseline trains on volumes, not on slices of planes. Remove data.planes.")
     if split.train_slices:
         raise UsageError(
             "a 3D baseline trains on volumes, not slices. Use data.few_shot.unit=patients or a 2D baseline."
@@ -258,11 +261,18 @@ def training_set(
     *,
     num_neighbours: int = 0,
 ) -> SliceDataset:
-    """Return the augmented training slices of labelled series, with foreground slices repeated."""
+    """Return the augmented training slices of labelled series, with foreground slices repeated.
+
+    Raises:
+        DataError: If a training scan has no slices of one of ``data.planes``, or was acquired in another plane.
+        UsageError: If ``data.planes`` does not fit a few-shot draw of slices.
+    """
     labelled = {record.series_id for record in store.series if record.has_label}
+    _check_planes(config.data.planes, store, split)
     refs = select_slices(
         store,
         split.train,
+        planes=config.data.planes,
         min_foreground_fraction=config.data.min_foreground_fraction,
         labelled_only=config.data.labelled_slices_only,
         # Such a slice adds nothing to the loss, and a batch of them would be a step without a gradient.
@@ -284,6 +294,32 @@ def training_set(
         with_label=True,
         num_neighbours=num_neighbours,
     )
+
+
+def _check_planes(planes: Sequence[Plane], store: SliceStore, split: Split) -> None:
+    """Check that every labelled training scan has slices of all planes."""
+    patients = set(split.train)
+    scans = [record for record in store.series if record.patient_id in patients and record.has_label]
+    # A scan in one plane only would silently count less than the others, so it is no note but an error.
+    lacking = [record for record in scans if not set(planes) <= set(record.planes)]
+    if lacking:
+        raise DataError(
+            f"{len(lacking)} of {len(scans)} labelled training scans do not have slices of every plane "
+            f"({', '.join(plane.value for plane in planes)}). Build the store with --planes axial,coronal,sagittal. "
+            f"Scans whose spacing ratio is above {NEAR_ISOTROPIC_RATIO:g} have one plane only: leave data.planes out.",
+            where=store.path.name,
+        )
+    if planes and any(record.plane not in planes for record in scans):
+        raise DataError(
+            "data.planes must contain the plane in which the training scans were acquired "
+            f"({', '.join(sorted({record.plane.value for record in scans}))}), because scans are segmented in it.",
+            where=store.path.name,
+        )
+    if planes and split.train_slices:
+        raise UsageError(
+            "data.few_shot.unit=slices draws slices of the acquired plane. Leave data.planes out, or draw patients.",
+            where="data.planes",
+        )
 
 
 def check_leak(card: Card | None, split: Split, store: SliceStore, *, allow: bool, way_out: str = "") -> bool:

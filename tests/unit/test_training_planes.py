@@ -1,0 +1,92 @@
+"""Training slices of several planes from one store."""
+
+import pytest
+from samgraft.finetune.classes import ClassTable
+from samgraft.finetune.config import FinetuneConfig
+from samgraft.finetune.training.preparation import prepare, training_set
+from samgraft.shared.cli import main
+from samgraft.shared.config import load_config
+from samgraft.shared.errors import DataError, UsageError
+from samgraft.shared.files import write_tensors
+from samgraft.shared.samples.split import make_split
+from samgraft.shared.scans.case import LabelFiles, SourceCase
+from samgraft.shared.scans.intensity import IntensityPreset
+from samgraft.shared.scans.orientation import Plane
+from samgraft.shared.scans.volume import Modality
+from samgraft.shared.store.build import build_store
+from samgraft.shared.store.examine import BuildSettings
+from samgraft.shared.store.store import SliceStore
+from store_factory import make_scan, make_store, nifti_files, write_nifti
+from tiny_sams import tiny_sam
+
+ALL = "data.planes=[axial,coronal,sagittal]"
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    root = tmp_path_factory.mktemp("lab")
+    cases = []
+    for number in range(4):
+        image, label = make_scan(shape_zyx=(16, 24, 20), seed=number)
+        scan = nifti_files(write_nifti(root / f"{number}.nii.gz", image, spacing_mm=(1.5, 1.0, 1.0)))
+        seg = nifti_files(write_nifti(root / f"{number}_seg.nii.gz", label, spacing_mm=(1.5, 1.0, 1.0)))
+        cases.append(SourceCase(name=str(number), patient_key=str(number), scan=scan, labels=(LabelFiles(scan=seg),)))
+    settings = BuildSettings(modality=Modality.MRI, salt="x", planes=tuple(Plane))
+    build_store(
+        cases, out=root / "store.zarr", settings=settings, label_names={1: "lesion"}, intensity=IntensityPreset()
+    )
+    make_store(root, num_patients=4, name="thick.zarr")
+    write_tensors(root / "base.safetensors", dict(tiny_sam("vit_t").state_dict()))
+    return root
+
+
+def config_of(lab, *overrides, store="store.zarr"):
+    layer = {
+        "modality": "mri",
+        "data": {"store": str(lab / store), "batch_size": 2, "foreground_fraction": 0, "min_foreground_fraction": 0},
+        "model": {"ckpt": str(lab / "base.safetensors"), "image_size": 32},
+        "trainer": {"max_steps": 2},
+    }
+    return load_config(FinetuneConfig, layers=[layer], overrides=overrides)
+
+
+def dataset_of(lab, *overrides):
+    store = SliceStore.open(lab / "store.zarr")
+    split = make_split(store)
+    classes = ClassTable(ids=(1,), names=("lesion",))
+    return store, split, training_set(config_of(lab, *overrides), store, split, classes, IntensityPreset())
+
+
+def test_training_set__has_the_slices_of_all_planes_with_their_labels(lab):
+    store, split, dataset = dataset_of(lab, ALL)
+    assert len(dataset) == len(split.train) * (16 + 24 + 20)
+    _, _, one_plane = dataset_of(lab)
+    assert len(one_plane) == len(split.train) * 16
+    for plane in Plane:
+        number, ref = next((i, r) for i, r in enumerate(dataset.slices) if r.plane is plane and r.slice_index == 9)
+        plain = dataset.without_augmentation()[number, 0]
+        label = store.read_label_volume(ref.series_id, plane=plane)[9]
+        assert plain["plane"] is plane
+        assert plain["label"].tolist() == label.tolist()
+        assert plain["image"].shape[1:] == label.shape
+
+
+def test_data_planes__scans_without_them_are_refused(lab):
+    with pytest.raises(DataError, match="2 of 2 labelled training scans do not have slices of every plane"):
+        prepare(config_of(lab, ALL, store="thick.zarr"))
+    with pytest.raises(DataError, match=r"must contain the plane in which the training scans were acquired \(axial\)"):
+        prepare(config_of(lab, "data.planes=[coronal]"))
+    with pytest.raises(UsageError, match="draws slices of the acquired plane"):
+        prepare(config_of(lab, ALL, "data.few_shot.num=2", "data.few_shot.unit=slices"))
+    with pytest.raises(UsageError, match="3D baseline trains on volumes"):
+        prepare(config_of(lab, ALL, "model.ckpt=null", "model.arch=unet3d"))
+
+
+def test_finetune__planes_through_the_command_and_its_resume(lab, monkeypatch):
+    monkeypatch.chdir(lab)
+    command = ["finetune", "--ckpt", "base.safetensors", "--data", "store.zarr", "--name", "planes", "--preset", "cpu"]
+    command += ["model.image_size=32", "data.batch_size=2", "trainer.max_steps=2", "watch.num_overlays=1"]
+    command += ["optim.warmup_steps=1", "watch.validate_every_n_steps=2", ALL]
+    assert main(command) == 0
+    assert main(command) == 0
+    assert main(["evaluate", "runs/planes", "--split", "test"]) == 0
