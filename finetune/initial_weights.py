@@ -12,7 +12,7 @@ from samgraft.shared.errors import UsageError, WeightsError
 from samgraft.shared.weights.card import Card
 from samgraft.shared.weights.checks import count_mask_outputs
 from samgraft.shared.weights.load import WeightsFile, absent_by_nature, card_of, load_into, read_weights
-from samgraft.shared.weights.official import OFFICIAL
+from samgraft.shared.weights.official import OFFICIAL, official_name
 from samgraft.shared.weights.tensor_report import TensorReport
 from segment_anything.modeling import Sam
 
@@ -143,7 +143,7 @@ def _default_base(encoder: WeightsFile) -> Path:
     if encoder.spec.arch == DEFAULT_ARCH:
         advice = "make demo-data MODALITY=mri"
     else:
-        advice = f"make finetune CKPT=... BASE=sam_{encoder.spec.arch}"
+        advice = f"make finetune CKPT=... BASE={official_name(encoder.spec.arch)}"
     raise UsageError(
         f"{encoder.name} contains the image encoder only. Give BASE, a full SAM file of {encoder.spec.title}, for "
         "prompt encoder and mask decoder.",

@@ -76,6 +76,13 @@ OFFICIAL: dict[str, PinnedFile] = {
     )
 }
 """Published weights files by name."""
+_SAM_2_NAMES = {
+    "sam2_t": "sam2.1_hiera_tiny",
+    "sam2_s": "sam2.1_hiera_small",
+    "sam2_bp": "sam2.1_hiera_base_plus",
+    "sam2_l": "sam2.1_hiera_large",
+}
+"""Newest official weights of SAM 2's architectures."""
 
 BASE_WEIGHTS = {
     "vit_t": "mobile_sam",
@@ -111,3 +118,9 @@ def official_weights(name: str, *, cache: Path | None = None, address: str | Non
     if former.is_file() and file_sha256(former) == file.sha256:
         return former
     return fetch_file(file, cache=cache or cache_folder(), error_class=WeightsError)
+
+
+def official_name(arch: str) -> str:
+    """Return the name of the official weights of an architecture, or FILE if there are none under a name."""
+    name = _SAM_2_NAMES.get(arch, f"sam_{arch}")
+    return name if name in OFFICIAL else "FILE"

@@ -202,13 +202,13 @@ FOREIGN: dict[str, tuple[Callable[[Tensors], Tensors], str]] = {
         lambda t: {**t, "mask_decoder.hf_token.weight": torch.ones(1, 32)},
         r"weights are SAM-HQ.*give this file as CKPT=, and SAM's own file of the same size as BASE=",
     ),
-    "SAM 2": (
+    "SAM 2 without blocks": (
         lambda _: {"image_encoder.trunk.patch_embed.proj.weight": torch.ones(8, 3, 7, 7)},
-        r"weights are SAM 2\. Its Hiera encoder.*BASE=sam_vit_b",
+        r"0 stages in 0 blocks, expected 4",
     ),
-    "SAM 2 of transformers": (
+    "SAM 2 of transformers without blocks": (
         lambda _: {"vision_encoder.backbone.patch_embed.projection.weight": torch.ones(8, 3, 7, 7)},
-        "weights are SAM 2",
+        r"0 stages in 0 blocks, expected 4",
     ),
     "SAM 3": (
         lambda _: {

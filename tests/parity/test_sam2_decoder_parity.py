@@ -2,7 +2,9 @@
 
 import pytest
 import torch
-from model_factory import randomise
+from model_factory import make_sam, randomise, tiny_hiera_spec
+from samgraft.finetune.prompting.prompts import Prompt, decode_prompts
+from samgraft.shared.encoders.sam import encode_images, feature_shapes, feature_tensors
 from samgraft.shared.encoders.sam2_decoder import Sam2MaskDecoder, Sam2PromptEncoder
 
 DIM, GRID = 32, 6
@@ -148,3 +150,43 @@ def test_sam2_decoder__batch_of_images_equals_a_loop(ours, image):
         expected, expected_iou = decode(ours, alone, {}, multimask=True)
         torch.testing.assert_close(logits[i : i + 1], expected, atol=1e-4, rtol=1e-5)
         torch.testing.assert_close(iou[i : i + 1], expected_iou, atol=1e-5, rtol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def sam():
+    return make_sam(tiny_hiera_spec(), image_size=64)
+
+
+@torch.no_grad()
+def test_decode_prompts__mixed_prompts_on_several_images_equal_one_by_one(sam):
+    """Every prompt reads the finer maps of its own image, whatever else is in its pass."""
+    images = torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    features = encode_images(sam, images)
+    box, point = torch.tensor([5.0, 6.0, 40.0, 50.0]), torch.tensor([[20.0, 30.0]])
+    prompts = [Prompt(image=image, box=box) for image in (2, 0, 2)]
+    prompts += [Prompt(image=1, points=point, labels=torch.ones(1)), Prompt(image=0, mask=torch.randn(16, 16))]
+    for multimask in (False, True):
+        logits, iou = decode_prompts(sam, features, prompts, multimask=multimask)
+        for place, prompt in enumerate(prompts):
+            alone = encode_images(sam, images[prompt.image : prompt.image + 1])
+            sparse, dense = sam.prompt_encoder(
+                points=None if prompt.points is None else (prompt.points[None], prompt.labels[None]),
+                boxes=None if prompt.box is None else prompt.box[None],
+                masks=None if prompt.mask is None else prompt.mask[None, None],
+            )
+            expected, expected_iou = sam.mask_decoder(
+                alone.embeddings, sam.prompt_encoder.get_dense_pe(), sparse, dense, multimask, alone.high_res
+            )
+            scale = max(1.0, float(expected.abs().max()))
+            torch.testing.assert_close(logits[place], expected[0], atol=1e-5 * scale, rtol=1e-4)
+            torch.testing.assert_close(iou[place], expected_iou[0], atol=1e-5, rtol=1e-4)
+    assert (logits[0] - logits[1]).abs().max() > 1e-3, "the image must change the logits"
+
+
+def test_features__shapes_and_tensors_are_those_of_the_maps(sam):
+    features = encode_images(sam, torch.zeros(2, 3, 64, 64))
+    assert [tuple(one.shape[1:]) for one in (features.embeddings, *features.high_res)] == feature_shapes(sam)
+    before = feature_tensors(sam)
+    assert {name for name in before if name.startswith("mask_decoder.")} == {
+        f"mask_decoder.conv_s{i}.{kind}" for i in (0, 1) for kind in ("weight", "bias")
+    }
