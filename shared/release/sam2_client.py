@@ -21,6 +21,7 @@ _CONFIGS = {"sam2_t": "hiera_t", "sam2_s": "hiera_s", "sam2_bp": "hiera_b+", "sa
 _MEMORY_TENSORS = {"sam2": 157, "sam2.1": 160}
 """Number of tensors outside of the image model, equal for all four architectures."""
 _ONLY_IN_2_1 = "no_obj_embed_spatial"
+_ENCODER = "image_encoder"
 _FEATURE_STRIDES = (4, 8, 16)
 
 
@@ -60,16 +61,16 @@ def sam2_build(subject: Subject) -> Sam2Build:
     if subject.image_size != spec.native_image_size:
         overrides.append(f"++model.image_size={subject.image_size}")
     if not spec.is_standard:
-        trunk, neck = "++model.image_encoder.trunk", "++model.image_encoder.neck"
-        overrides += [
-            f"{trunk}.embed_dim={spec.embed_dim}",
-            f"{trunk}.num_heads={spec.num_heads}",
-            f"{trunk}.stages={list(spec.depths)}",
-            f"{trunk}.global_att_blocks={list(spec.global_blocks)}",
-            f"{trunk}.window_spec={list(spec.attn_window_sizes)}",
-            f"{trunk}.window_pos_embed_bkg_spatial_size={[spec.background_size] * 2}",
-            f"{neck}.backbone_channel_list={list(reversed(spec.widths))}",
-        ]
+        numbers = {
+            "trunk.embed_dim": spec.embed_dim,
+            "trunk.num_heads": spec.num_heads,
+            "trunk.stages": list(spec.depths),
+            "trunk.global_att_blocks": list(spec.global_blocks),
+            "trunk.window_spec": list(spec.attn_window_sizes),
+            "trunk.window_pos_embed_bkg_spatial_size": [spec.background_size] * 2,
+            "neck.backbone_channel_list": list(reversed(spec.widths)),
+        }
+        overrides += [f"++model.{_ENCODER}.{key}={value}" for key, value in numbers.items()]
     return Sam2Build(
         config=f"configs/{generation}/{generation}_{_CONFIGS[spec.arch]}.yaml",
         overrides=tuple(item.replace(" ", "") for item in overrides),

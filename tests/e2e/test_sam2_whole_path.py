@@ -53,7 +53,7 @@ def test_sam2__goes_through_both_stages_and_a_release(
     assert main(["evaluate", "runs/seg", "--split", "test"]) == 0
 
     monkeypatch.setattr(load_back.subprocess, "run", InThisProcess(capsys, release_clients.CLIENTS).run)
-    arguments = ["--out", "released", "--license", "cc-by-4.0", "--format", "sam,transformers,peft"]
+    arguments = ["--out", "released", "--license", "cc-by-4.0", "--format", "sam,transformers,peft", "--force"]
     assert main(["release", "runs/seg", *arguments]) == 0
     released, base = read_weights(Path("released/sam2.pt")), read_weights(Path("sam2.pt"))
     assert released.format == "SAM 2"
