@@ -100,7 +100,7 @@ def run_arms(plan: Plan, method: str, rate: float) -> None:
         f"{method}{SHUFFLED}": (shuffled_plan(plan), rate, probe),
     }
     for arm, (where, lr, more) in arms.items():
-        own = [*FROM_RANDOM, *where.scale.own.get(method, ()), f"optim.lr={lr}", *more]
+        own = [*where.scale.own.get(method, ()), *FROM_RANDOM, f"optim.lr={lr}", *more]
         finish_cell(
             plan,
             f"pretrain-{arm}",

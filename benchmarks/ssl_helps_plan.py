@@ -61,8 +61,12 @@ SCALES = {
         image_size=56,
         stage_1=("data.batch_size=2", "optim.lr=3e-5", "trainer.num_workers=0"),
         own={
-            "masked_image": ("objective.masked_image.mask_unit_px=8",),
-            "masked_image_skip": (*PAST_THE_ENCODER, "objective.masked_image.mask_unit_px=8"),
+            "masked_image": ("objective.masked_image.mask_unit_px=8", "optim.head_lr_factor=33.0"),
+            "masked_image_skip": (
+                *PAST_THE_ENCODER,
+                "objective.masked_image.mask_unit_px=8",
+                "optim.head_lr_factor=33.0",
+            ),
             # Its Gaussian term compares the slices of a batch: two would be no sample.
             "lejepa": ("data.batch_size=4",),
         },
@@ -78,8 +82,12 @@ SCALES = {
             "trainer.num_workers=0",
         ),
         own={
-            "masked_image": ("objective.masked_image.mask_unit_px=16",),
-            "masked_image_skip": (*PAST_THE_ENCODER, "objective.masked_image.mask_unit_px=16"),
+            "masked_image": ("objective.masked_image.mask_unit_px=16", "optim.head_lr_factor=33.0"),
+            "masked_image_skip": (
+                *PAST_THE_ENCODER,
+                "objective.masked_image.mask_unit_px=16",
+                "optim.head_lr_factor=33.0",
+            ),
             "lejepa": ("data.batch_size=16", "objective.lejepa.crops.local_size_px=112"),
             "dino": ("objective.dino.crops.local_size_px=112",),
         },

@@ -260,6 +260,8 @@ def _loss_parts(lines: Lines, objective: Objective, held_out: HeldOut | None, ex
             "which were never trained on, always with the same random numbers (masks, views). The slices are spread "
             "evenly by rule."
         )
+        if objective.anchor is not None:
+            caption += " The training loss contains the penalty of the anchor."
         if has_moving_target(curves_of(lines)):
             caption += " The target moves during the run, so compare the two curves and not first and last values."
     figure = curve_figure(curves, ylabel="loss", smooth=SMOOTH_STEPS)

@@ -120,7 +120,9 @@ class Objective(nn.Module, ABC):
             return loss
         distance = self.anchor.distance(self.encoder, features_BChw, encode, hidden_Bhw=hidden_Bhw)
         parts = {**loss.parts, "anchor": distance.detach()}
-        return replace(loss, total=loss.total + self.anchor_weight * distance, parts=parts)
+        # On held-out slices the loss is the objective's own, so that runs with and without an anchor can be compared.
+        total = loss.total + self.anchor_weight * distance if torch.is_grad_enabled() else loss.total
+        return replace(loss, total=total, parts=parts)
 
     def draw_masks(self, sample_counters: Sequence[int], *, side: int) -> torch.Tensor:
         """Return one token mask (B, side, side) per sample by the settings ``mask_ratio`` and ``mask_kind``."""

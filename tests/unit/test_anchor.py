@@ -60,6 +60,11 @@ def test_anchor__is_zero_at_the_initial_weights_and_positive_after_a_step(name, 
     anchor, objective.anchor = objective.anchor, None
     own = loss_of(objective)
     torch.testing.assert_close(second.total, own.total + second.parts["anchor"])
+    with torch.no_grad():
+        objective.anchor = anchor
+        held_out = loss_of(objective)
+    torch.testing.assert_close(held_out.total, own.total)
+    torch.testing.assert_close(held_out.parts["anchor"], second.parts["anchor"])
     assert not any(p.requires_grad for p in anchor.parameters())
 
 

@@ -136,3 +136,19 @@ def test_random_weights__switch_anchor_and_interpolation_off(tmp_path):
 def test_settings__impossible_shares_are_refused(tmp_path, shares):
     with pytest.raises(UsageError, match=re.escape("export.interpolate")):
         config_of(make_lab(tmp_path), "masked_image", f"export.interpolate={shares}")
+
+
+def test_run__average_of_the_weights_is_interpolated(tmp_path):
+    lab = make_lab(tmp_path)
+    initial = load_file(lab / "base" / "encoder.safetensors")
+    last, average, mixed = (
+        load_file(run(lab, name, "masked_image", *more) / "encoder" / "encoder.safetensors")
+        for name, more in (
+            ("last", ()),
+            ("average", ("optim.ema_decay=0.5",)),
+            ("mixed", ("optim.ema_decay=0.5", SHARES)),
+        )
+    )
+    assert any(not torch.equal(last[name], average[name]) for name in initial)
+    for name, tensor in mixed.items():
+        torch.testing.assert_close(tensor, ((initial[name] + average[name]) / 2).to(tensor.dtype))
