@@ -9,7 +9,7 @@ STAMP := $(VENV)/.samgraft-installed
 
 # User variables reach the recipes through the environment and not through make's own text, so that paths with
 # spaces, quotes or other scripts stay unchanged.
-export MODALITY DATA LABELLED MODEL METHOD BASE CKPT NAME PRESET OUT SPLIT LICENSE RUN FILE
+export MODALITY DATA LABELLED UNLABELLED MODEL METHOD BASE CKPT NAME PRESET OUT SPLIT LICENSE RUN FILE
 
 # Without this check, a misspelt variable (CHKPT=...) would be ignored silently.
 GIVEN := $(foreach v,$(.VARIABLES),$(if $(filter command line,$(origin $(v))),$(v)))
@@ -24,7 +24,7 @@ endif
 export SAMGRAFT_FRONT_END := make $(MAKECMDGOALS)
 export SAMGRAFT_MAKE_GIVEN := $(GIVEN)
 
-.PHONY: help install demo-data store pretrain finetune evaluate predict study release inspect doctor test test-slow test-gpu check docs format imports types wheel clean
+.PHONY: help install demo-data store pretrain finetune selftrain evaluate predict study release inspect doctor test test-slow test-gpu check docs format imports types wheel clean
 
 help: ## list the targets
 	@echo "samgraft: unlabelled scans -> better SAM encoder -> segmentation models you can release"
@@ -59,6 +59,11 @@ pretrain: $(STAMP) ## stage 1: train SAM's encoder further on unlabelled slices 
 finetune: $(STAMP) ## stage 2: tune encoder and decoder on labelled slices | make finetune CKPT=runs/NAME
 	@$(SAMGRAFT) finetune $${CKPT:+--ckpt "$$CKPT"} $${MODALITY:+--modality "$$MODALITY"} $${DATA:+--data "$$DATA"} $${MODEL:+--model "$$MODEL"} \
 	  $${METHOD:+--method "$$METHOD"} $${BASE:+--base "$$BASE"} $${NAME:+--name "$$NAME"} $${PRESET:+--preset "$$PRESET"} $(ARGS)
+
+selftrain: $(STAMP) ## stage 2 with few labels: teachers label more scans | make selftrain BASE=FILE DATA=few.zarr UNLABELLED=many.zarr
+	@$(SAMGRAFT) selftrain $${CKPT:+--ckpt "$$CKPT"} $${MODALITY:+--modality "$$MODALITY"} $${DATA:+--data "$$DATA"} \
+	  $${UNLABELLED:+--unlabelled "$$UNLABELLED"} $${MODEL:+--model "$$MODEL"} $${METHOD:+--method "$$METHOD"} \
+	  $${BASE:+--base "$$BASE"} $${NAME:+--name "$$NAME"} $${PRESET:+--preset "$$PRESET"} $(ARGS)
 
 evaluate: $(STAMP) ## measure per-case scores with intervals, on the scans' own grid | make evaluate RUN=runs/NAME SPLIT=test
 	@$(SAMGRAFT) evaluate "$$RUN" $${DATA:+--data "$$DATA"} $${SPLIT:+--split "$$SPLIT"} $${OUT:+--out "$$OUT"} $(ARGS)

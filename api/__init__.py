@@ -24,6 +24,7 @@ from samgraft.finetune.commands.compare import compare as _compare
 from samgraft.finetune.commands.evaluate import EvaluationResult
 from samgraft.finetune.commands.evaluate import evaluate as _evaluate
 from samgraft.finetune.commands.finetune import finetune as _finetune
+from samgraft.finetune.commands.selftrain import selftrain as _selftrain
 from samgraft.shared.commands.release import ReleaseResult
 from samgraft.shared.commands.release import release as _release
 from samgraft.shared.commands.store import StoreResult
@@ -37,6 +38,7 @@ __version__ = version("samgraft")
 build_store = as_call(_build_store)
 pretrain = as_call(_pretrain)
 finetune = as_call(_finetune)
+selftrain = as_call(_selftrain)
 evaluate = as_call(_evaluate)
 compare = as_call(_compare)
 release = as_call(_release)
@@ -59,4 +61,5 @@ __all__ = [
     "open_store",
     "pretrain",
     "release",
+    "selftrain",
 ]

@@ -137,12 +137,7 @@ class ClassTable:
             NumericalError: If a logit is NaN or Inf.
         """
         # NaN compares as "not above 0" and would become an empty mask, which looks like a valid result.
-        if not bool(torch.isfinite(logits_NCHW).all()):
-            num_bad = int((~torch.isfinite(logits_NCHW)).sum())
-            raise NumericalError(
-                f"the model's logits must be finite, got NaN or Inf for {num_bad} of {logits_NCHW.numel()}. Its "
-                "weights, or pixel_mean and pixel_std in its card.json, are damaged. Use another model."
-            )
+        require_finite_logits(logits_NCHW)
         if self.members:
             # An untrained SAM may have fewer masks than classes.
             bits = torch.tensor(self.ids[: logits_NCHW.shape[1]], device=logits_NCHW.device)
@@ -173,6 +168,20 @@ def mark_ignored(masks_NCHW: Tensor, label_NHW: Tensor) -> Tensor:
 def drop_ignored(predicted: Labels, true: Labels) -> Labels:
     """Return a prediction with background where the truth is not annotated, so that nothing counts there."""
     return np.where(true == IGNORE_LABEL, BACKGROUND, predicted)
+
+
+def require_finite_logits(logits: Tensor) -> None:
+    """Refuse logits that are not finite.
+
+    Raises:
+        NumericalError: If a logit is NaN or Inf.
+    """
+    if not bool(torch.isfinite(logits).all()):
+        num_bad = int((~torch.isfinite(logits)).sum())
+        raise NumericalError(
+            f"the model's logits must be finite, got NaN or Inf for {num_bad} of {logits.numel()}. Its weights, or "
+            "pixel_mean and pixel_std in its card.json, are damaged. Use another model."
+        )
 
 
 def choose_classes(

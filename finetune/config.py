@@ -12,12 +12,12 @@ from samgraft.finetune.embedding_cache import CacheConfig
 from samgraft.finetune.few_shot import FewShotConfig
 from samgraft.finetune.loss import LossConfig
 from samgraft.finetune.prompting.prompt_sampling import PromptConfig
-from samgraft.shared.config import NonNegativeInt, PositiveInt, ShareBelowOne
+from samgraft.shared.config import NonNegative, NonNegativeInt, PositiveInt, Share, ShareBelowOne
 from samgraft.shared.samples.augment import AugmentConfig
 from samgraft.shared.samples.dataset import check_neighbours
 from samgraft.shared.samples.sampler import check_seed
 from samgraft.shared.scans.orientation import Plane
-from samgraft.shared.training.config import TrainerConfig
+from samgraft.shared.training.config import Strategy, TrainerConfig
 from samgraft.shared.training.optim import OptimizerConfig
 
 
@@ -27,6 +27,13 @@ class DataConfig:
 
     store: str
     """Path or address of the labelled slice store (``*.zarr``)."""
+    unlabelled: str | None = None
+    """Store of the scans that a self-training labels itself. null takes ``store``, whose scans without a label and
+    training patients outside of the few-shot draw are unlabelled."""
+    pseudo_labels: str | None = None
+    """Store of pseudo-labels, which ``samgraft selftrain`` writes into its run and sets here."""
+    pseudo_fraction: ShareBelowOne = 0.5
+    """Share of slices without labels of their own in every batch. The others have labels."""
     split: str | None = None
     """Split file by patient. null takes <store>.split.json next to the store, or else draws a split with seed 0."""
     fold: NonNegativeInt | None = None
@@ -70,7 +77,8 @@ class DataConfig:
     )
     """Random geometry and intensity. The preset of a modality may change them."""
     allow_transductive: bool = False
-    """True allows validation or test patients in the encoder's pretraining. The card of the model reports it."""
+    """True allows validation or test patients in the encoder's pretraining and among the scans with pseudo-labels. The
+    card of the model reports it."""
 
     def __post_init__(self) -> None:
         check_neighbours(self.num_neighbours or 0)
@@ -120,6 +128,62 @@ class Schedule(Enum):
     """Polynomial of the study with power 0.9. Optim.final_lr_factor is not read."""
 
 
+class SelftrainMode(Enum):
+    """Use of unlabelled scans in stage 2."""
+
+    OFF = "off"
+    OFFLINE = "offline"
+    """Teachers are trained first and label the scans once per round. ``samgraft selftrain`` runs all parts."""
+    ONLINE = "online"
+    """A moving average of the model labels the slices of every batch while it trains, in one run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnlineConfig:
+    """Self-training in one run, read with ``selftrain.mode=online`` only."""
+
+    ema_decay: ShareBelowOne = 0.99
+    """Share of the teacher's weights that stays at every step. The rest is the student's."""
+    weight: NonNegative = 1.0
+    """Weight of the loss on pseudo-labels after the ramp."""
+    ramp_up_steps: NonNegativeInt = 200
+    """Steps in which that weight rises from nearly 0, as exp(-5 (1 - t)^2) (Laine and Aila, ICLR 2017)."""
+    paste_probability: Share = 0.5
+    """Probability that a rectangle of a slice is replaced by that of a slice from the other half of the batch
+    (Bai et al., CVPR 2023)."""
+    intensity_strength: NonNegative = 2.0
+    """Factor on the strengths of intensity changes in ``data.augment`` for the student's view of unlabelled slices. The
+    teacher gets the view without them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelftrainConfig:
+    """Self-training on scans without labels."""
+
+    mode: SelftrainMode = SelftrainMode.OFF
+    """Off, offline or online. The preset of ``samgraft selftrain`` sets offline."""
+    min_agreement: Share = 0.8
+    """Smallest agreement of a pixel, which is the averaged probability of its class. Other pixels are ignored."""
+    min_slice_agreement: Share = 0.7
+    """Smallest agreement of a slice, which is the mean over the pixels that any teacher labels as a class. Slices below
+    it are ignored. Read with ``mode=offline`` only, as are the following settings."""
+    teachers: list[str] = field(default_factory=list)
+    """Names of the teachers of the first round. A name is a fine-tuning method such as lora, a baseline such as
+    dynunet2d, neighbours (2.5D input), or any name with settings in ``teacher_settings``."""
+    every_teacher: list[str] = field(default_factory=list)
+    """Settings as key=value in which the teachers differ from the student, e.g. trainer.max_steps=600."""
+    teacher_settings: dict[str, list[str]] = field(default_factory=dict)
+    """Settings as key=value of single teachers, e.g. a lower learning rate for full."""
+    rounds: PositiveInt = 1
+    """Number of rounds. From the second round on, the student of the round before is a teacher."""
+    keep_teachers: bool = True
+    """True keeps the teachers of the first round next to the student in later rounds. False uses the student alone."""
+    flips: bool = True
+    """True also averages over left-right flips, in planes and for data in which the augmentation flips too."""
+    online: OnlineConfig = field(default_factory=OnlineConfig)
+    """Self-training in one run."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class FinetuneConfig:
     """All settings of a stage-2 run."""
@@ -147,6 +211,8 @@ class FinetuneConfig:
     trainer: TrainerConfig
     watch: WatchConfig = field(default_factory=WatchConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
+    selftrain: SelftrainConfig = field(default_factory=SelftrainConfig)
+    """Self-training on scans without labels."""
 
     def __post_init__(self) -> None:
         check_seed(self.seed)
@@ -154,6 +220,8 @@ class FinetuneConfig:
             raise ValueError(
                 "loss.class_weights has no effect with prompts, because every object is a separate mask. Remove it."
             )
+        if self.data.pseudo_labels or self.selftrain.mode is not SelftrainMode.OFF:
+            self._check_pseudo_labels()
         if self.cache.variants and not self.freezes_encoder:
             raise ValueError(
                 f"cache.variants needs adapter.scope=decoder, got {self.adapter.scope.value}: embeddings of an encoder "
@@ -165,6 +233,26 @@ class FinetuneConfig:
                 "optim.layer_decay has no effect, because no layers of SAM's encoder train (adapter.scope=decoder or a "
                 "baseline). Remove it."
             )
+
+    def _check_pseudo_labels(self) -> None:
+        if self.prompt.is_prompted or self.data.regions:
+            raise ValueError(
+                "pseudo-labels need exclusive classes without prompts. Remove prompt.mode and data.regions."
+            )
+        if self.cache.variants:
+            raise ValueError("cached embeddings and pseudo-labels cannot be combined. Remove cache.variants.")
+        if self.selftrain.mode is SelftrainMode.ONLINE and self.trainer.strategy is Strategy.FSDP:
+            raise ValueError("selftrain.mode=online keeps a whole teacher per process. Use trainer.strategy=ddp.")
+        if not 1 <= self.num_pseudo_per_batch < self.data.batch_size:
+            raise ValueError(
+                "data.pseudo_fraction must leave places for slices with labels and with pseudo-labels in a batch, got "
+                f"{self.data.pseudo_fraction} of data.batch_size {self.data.batch_size}."
+            )
+
+    @property
+    def num_pseudo_per_batch(self) -> int:
+        """Number of slices with pseudo-labels in the batch of each process."""
+        return round(self.data.pseudo_fraction * self.data.batch_size)
 
     @property
     def freezes_encoder(self) -> bool:

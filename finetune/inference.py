@@ -14,7 +14,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from samgraft.finetune.baselines.networks import VolumeBaseline
-from samgraft.finetune.classes import ClassTable
+from samgraft.finetune.classes import ClassTable, require_finite_logits
+from samgraft.finetune.loss import with_background
 from samgraft.finetune.prompting.prompt_sampling import PromptConfig
 from samgraft.finetune.prompting.prompted_inference import PromptSource, label_prompts, segment_prompted_slices
 from samgraft.finetune.segmenter import Segmenter
@@ -120,6 +121,50 @@ def segment_volume(
             if on_slices is not None:
                 on_slices(start + len(numbers), len(wanted))
     return labels
+
+
+def segment_probabilities(
+    segmenter: Segmenter,
+    volume_ZHW: Volume,
+    stats: IntensityStats,
+    config: InferenceConfig,
+    *,
+    flips: Flips = NO_FLIPS,
+    only: Sequence[int] | None = None,
+) -> npt.NDArray[np.float32]:
+    """Return the softmax probabilities (1 + C, Z, H, W) of exclusive classes on a scan's grid, background first.
+
+    Args:
+        segmenter: Model without prompts, on the device to use.
+        volume_ZHW: Scan in native units.
+        stats: Intensity statistics of this volume.
+        config: Preparation of slices for the encoder.
+        flips: Axes to mirror, one pass each; the logits are averaged. Not used by 3D networks.
+        only: Numbers of the slices; None returns all. A 3D network always returns all.
+
+    Raises:
+        NumericalError: If the model gives NaN or Inf.
+    """
+    device = next(segmenter.parameters()).device
+    frame = fit_frame(volume_ZHW.shape[1:], image_size=segmenter.image_size, keep_aspect=config.keep_aspect)
+    numbers = list(range(len(volume_ZHW)) if only is None else only)
+    batches = []
+    with evaluating(segmenter):
+        if isinstance(segmenter, VolumeBaseline):
+            batches.append(_probabilities(segmenter.volume_logits(volume_ZHW, stats, config.intensity))[0])
+            # A 3D network needs the slices around each slice, so it returns all of them at once.
+            numbers = []
+        for start in range(0, len(numbers), config.batch_size):
+            images = _with_neighbours(volume_ZHW, numbers[start : start + config.batch_size], stats, config)
+            logits_NCHW = _mean_logits(segmenter, torch.from_numpy(images).to(device), frame, flips)
+            batches.append(_probabilities(logits_NCHW).swapaxes(0, 1))
+    return np.concatenate(batches, axis=1)
+
+
+def _probabilities(logits_NC: Tensor) -> npt.NDArray[np.float32]:
+    require_finite_logits(logits_NC)
+    probabilities: npt.NDArray[np.float32] = torch.softmax(with_background(logits_NC), dim=1).cpu().numpy()
+    return probabilities
 
 
 def _mean_logits(segmenter: Segmenter, images_NCHW: Tensor, frame: InputFrame, flips: Flips) -> Tensor:

@@ -12,6 +12,7 @@ KNOWN = (
     "MODALITY",
     "DATA",
     "LABELLED",
+    "UNLABELLED",
     "MODEL",
     "METHOD",
     "BASE",

@@ -152,6 +152,12 @@ class VolumeBaseline(SliceBaseline):
         self, volume_ZHW: Volume, stats: IntensityStats, classes: ClassTable, intensity: IntensityPreset
     ) -> npt.NDArray[np.int32]:
         """Return the label ids of a scan on its own grid. Call it in eval mode and without gradients."""
+        logits_1CZHW = self.volume_logits(volume_ZHW, stats, intensity)
+        labels: npt.NDArray[np.int32] = classes.from_logits(logits_1CZHW)[0].cpu().numpy().astype(np.int32)
+        return labels
+
+    def volume_logits(self, volume_ZHW: Volume, stats: IntensityStats, intensity: IntensityPreset) -> Tensor:
+        """Return the logits (1, C, Z, H, W) of a scan. Call it in eval mode and without gradients."""
         from monai.inferers.utils import sliding_window_inference
 
         device = next(self.parameters()).device
@@ -161,8 +167,7 @@ class VolumeBaseline(SliceBaseline):
             image[None, None].to(device), self.patch_size, 1, self.net, overlap=self.overlap, mode="gaussian"
         )
         assert isinstance(logits, Tensor)
-        labels: npt.NDArray[np.int32] = classes.from_logits(logits.float())[0].cpu().numpy().astype(np.int32)
-        return labels
+        return logits.float()
 
 
 def plan_network(

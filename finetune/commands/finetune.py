@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,6 +29,7 @@ BASELINES = ("unet2d", "unet3d", "dynunet2d", "dynunet3d")
 KEY_OF_OPTION = {
     "modality": "modality",
     "data": "data.store",
+    "unlabelled": "data.unlabelled",
     "ckpt": "model.ckpt",
     "base": "model.base",
     "model": "model.arch",
@@ -119,22 +121,48 @@ def finetune(
         config=config,
         settings=settings,
     )
-    return _train(typed, preset=preset, name=name, runs=Path(runs), dry_run=dry_run)
-
-
-def _train(typed: TypedSettings, *, preset: str, name: str | None, runs: Path, dry_run: bool) -> TrainingResult:
     given = typed.by_key()
+    path = check_early(given, name=name, runs=Path(runs), command="finetune")
+    return train_config(build_config(typed, preset=preset), data=given.get("data.store"), path=path, dry_run=dry_run)
+
+
+def check_early(given: Mapping[str, str], *, name: str | None, runs: Path, command: str) -> Path:
+    """Return the folder of the run, after the checks that need no networks.
+
+    Args:
+        given: Settings that the user gave, by dotted key.
+        name: Name of the run, None to make it from weights and data.
+        runs: Folder of all runs.
+        command: Name of the command, for the name of the run.
+
+    Raises:
+        UsageError: If there are no weights.
+        DataError: If the encoder was pretrained on validation or test patients.
+    """
     weights, arch = given.get("model.ckpt") or given.get("model.base"), given.get("model.arch")
     if not weights and arch not in BASELINES:
         from samgraft.finetune.initial_weights import advise_weights
 
         raise UsageError(f"CKPT and BASE are both missing. {advise_weights()}")
-    name = name or default_name(weights or arch or "", given.get("data.store"), fold=given.get("data.fold"))
+    store, fold = given.get("data.store"), given.get("data.fold")
+    path = runs / (name or default_name(weights or arch or "", store, command=command, fold=fold))
     # A run that exists has its own split and has passed the check.
-    if not (runs / name).exists():
+    if not path.exists():
         from samgraft.finetune.early_checks import refuse_known_leak
 
         refuse_known_leak(given)
+    return path
+
+
+def train_config(config: FinetuneConfig, *, data: str | None, path: Path, dry_run: bool) -> TrainingResult:
+    """Run a fine-tuning with resolved settings.
+
+    Args:
+        config: Settings of the run.
+        data: Labelled data as the user gave it, None for the demo scans.
+        path: Folder of the run.
+        dry_run: Stop after the pre-flight.
+    """
     # Imported after the first checks: torch and peft take seconds, and a typing error should be reported at once.
     from samgraft.finetune.training.train import finetune as train_model
     from samgraft.finetune.training.train import prepare_seeded
@@ -145,11 +173,10 @@ def _train(typed: TypedSettings, *, preset: str, name: str | None, runs: Path, d
     from samgraft.shared.training.device import choose_device
 
     started = time.monotonic()
-    config = build_config(typed, preset=preset)
     # Made before the training, because a dry run and a complete run return it too.
-    result = TrainingResult(path=runs / name, weights=runs / name / MODEL_FOLDER)
+    result = TrainingResult(path=path, weights=path / MODEL_FOLDER)
     trainer = config.trainer
-    check_run_folder(runs, name, config=config, stage="finetune")
+    check_run_folder(path.parent, path.name, config=config, stage="finetune")
     check_warmup(config.optim.warmup_steps, trainer.max_steps)
     device = choose_device(trainer.device, precision=trainer.precision, devices=trainer.devices)
     log.info("device: %s", device.reason)
@@ -163,16 +190,16 @@ def _train(typed: TypedSettings, *, preset: str, name: str | None, runs: Path, d
     if dry_run or not (result.path / "checkpoints").is_dir():
         _log_cost(prepared, config, device, run_path=result.path)
     if dry_run:
-        left = describe_dry_run(given.get("data.store"), config.data.store)
+        left = describe_dry_run(data, config.data.store)
         log.info("dry run: %s would train for %d steps; %s.", result.path, trainer.max_steps, left)
         return result
-    with RunFolder.open(runs, name, config=config, stage="finetune") as folder:
+    with RunFolder.open(path.parent, path.name, config=config, stage="finetune") as folder:
         if folder.is_complete:
             log.info("%s is already complete. Use another NAME= to train again.", folder.path)
         else:
             log.info("all trained tensors: %s, later in report.html too", folder.path / "run.json")
             train_model(config, folder, device, prepared)
-        _log_end(folder.path, prepared, seconds=time.monotonic() - started)
+        log_end(folder.path, prepared.split.test, seconds=time.monotonic() - started)
     return result
 
 
@@ -201,17 +228,27 @@ def _list_trained(prepared: Prepared) -> None:
         log.debug("  %s", line)
 
 
-def build_config(typed: TypedSettings, *, preset: str = "auto") -> FinetuneConfig:
-    """Merge preset, file, options and overrides. Without DATA the demo data are fetched."""
+def build_config(typed: TypedSettings, *, preset: str = "auto", with_teachers: bool = False) -> FinetuneConfig:
+    """Merge preset, file, options and overrides. Without DATA the demo data are fetched.
+
+    Args:
+        typed: What the user gave.
+        preset: File of configs/finetune, or ``auto``.
+        with_teachers: Add the preset of a self-training from configs/selftrain.
+    """
     from samgraft.finetune.config import FinetuneConfig
     from samgraft.finetune.training.presets import preset_layers
     from samgraft.shared.config import packaged_config
     from samgraft.shared.stage_config import DemoSettings, build_stage_config
 
+    layers = preset_layers(preset)
+    presets = [packaged_config(f"finetune/{part}.yaml") for part in layers]
+    if with_teachers:
+        presets.append(packaged_config(f"selftrain/{'cpu' if layers == ['cpu'] else 'gpu'}.yaml"))
     return build_stage_config(
         FinetuneConfig,
         typed,
-        presets=[packaged_config(f"finetune/{part}.yaml") for part in preset_layers(preset)],
+        presets=presets,
         # The demo scans are public, so their pictures may be shown.
         demo=DemoSettings(
             store=lambda paths: paths.labelled,
@@ -234,24 +271,25 @@ def typed_settings(
     )
 
 
-def default_name(weights: str, data: str | None, *, fold: str | None = None) -> str:
-    """Return the default name of a run, which depends only on its weights, data and fold."""
+def default_name(weights: str, data: str | None, *, command: str, fold: str | None = None) -> str:
+    """Return the default name of a run, which depends only on its weights, data and fold, and the command."""
     path = Path(weights)
     parts = [path.stem if path.is_file() else path.resolve().name]
     if data:
         parts.append(Path(data).resolve().name.removesuffix(".zarr"))
-    return "-".join([*parts, "finetune", *([f"fold{fold}"] if fold else [])])
+    return "-".join([*parts, command, *([f"fold{fold}"] if fold else [])])
 
 
-def _log_end(path: Path, prepared: Prepared, *, seconds: float) -> None:
+def log_end(path: Path, test_patients: Sequence[str], *, seconds: float) -> None:
+    """Print where the results of a run are and the commands that use them."""
     from samgraft.finetune.training.report import NO_TEST_PART, next_commands
 
     log.info("done in %.1f min", seconds / 60)
     log.info("  model    %s", path / "model")
     log.info("  report   %s", path / "report.html")
-    if not prepared.split.test:
+    if not test_patients:
         log.warning("%s", NO_TEST_PART)
-    evaluate, release = next_commands(str(path), prepared.split.test)
+    evaluate, release = next_commands(str(path), test_patients)
     log.info("  next     %s", evaluate)
     log.info("  then     %s", release)
 

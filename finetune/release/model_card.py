@@ -244,5 +244,5 @@ def _data(card: Card, task: Task) -> str:
     manifest = card.data_manifest.get("fingerprint", "unknown")
     text = f"Patients: {counts}. Store sha256 `{task.store_fingerprint}`, training manifest `{manifest}`."
     if task.transductive:
-        text += " **Transductive**: validation or test patients were in the unlabelled pretraining set."
+        text += " **Transductive**: validation or test patients were among the unlabelled training scans."
     return text

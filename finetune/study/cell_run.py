@@ -141,7 +141,7 @@ def run_cell(
             # Read under the lock: another process may have completed the cell while this one waited for a core.
             if folder.read_result(cell.key) is not None:
                 return Outcome(key=cell.key, status="done")
-            _wait_for_orphan(folder.runs / cell.key)
+            wait_for_orphan(folder.runs / cell.key)
             return _run_locked(cell, folder, num_threads, processes, run)
     except Timeout:
         return Outcome(key=cell.key, status="busy", last_line="another process runs it")
@@ -160,13 +160,14 @@ def _run_locked(cell: Cell, folder: CellFolder, num_threads: int, processes: Pro
         if code == ExitCode.STOPPED_SAVED or (code != 0 and processes.stopping):
             return Outcome(key=cell.key, status="stopped", exit_code=ExitCode.STOPPED_SAVED)
         if code != 0:
-            return Outcome(key=cell.key, status="failed", exit_code=code, last_line=_find_error(log_file))
+            return Outcome(key=cell.key, status="failed", exit_code=code, last_line=find_error(log_file))
     write_json(folder.file(cell.key, ".json"), read_scores(cell, folder), sort_keys=False)
     return Outcome(key=cell.key, status="done")
 
 
-def _wait_for_orphan(run: Path) -> None:
-    # A fine-tuning of a killed study may still be saving its state. It holds the lock of its run until then.
+def wait_for_orphan(run: Path) -> None:
+    """Wait for a fine-tuning of a killed parent, which may still be saving its state."""
+    # It holds the lock of its run until then.
     if (run / ".lock").exists():
         with FileLock(run / ".lock", timeout=WAIT_FOR_ORPHAN_S):
             return
@@ -197,7 +198,7 @@ def _add_cost(path: Path, *, seconds: float, peak_mib: float) -> None:
     write_json(path, total, sort_keys=False)
 
 
-def _find_error(log_file: Path) -> str:
+def find_error(log_file: Path) -> str:
     """Return the last error in a log, or else its last line."""
     lines = [
         line.strip() for line in log_file.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()

@@ -18,7 +18,9 @@ from samgraft.finetune.study.cell_run import CellFolder, Outcome, Processes, Run
 from samgraft.finetune.study.cells import Cell
 from samgraft.shared.errors import UsageError
 from samgraft.shared.files import write_text
+from samgraft.shared.invocation import is_library_call
 from samgraft.shared.machine import granted_cores
+from samgraft.shared.training.signals import STOP_SIGNALS
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +50,7 @@ def run_locally(
     # The cores are shared out, because N processes with all cores each would slow each other down.
     num_threads = max(1, granted_cores() // num_parallel)
     outcomes: list[Outcome] = []
-    with _stop_signals(processes), ThreadPoolExecutor(max_workers=num_parallel) as pool:
+    with forward_stop_signals(processes), ThreadPoolExecutor(max_workers=num_parallel) as pool:
 
         def one(cell: Cell) -> Outcome:
             if processes.stopping:
@@ -65,17 +67,18 @@ def run_locally(
 
 
 @contextmanager
-def _stop_signals(processes: Processes) -> Iterator[None]:
+def forward_stop_signals(processes: Processes) -> Iterator[None]:
     """Forward stop signals to the child processes while a block runs."""
-    if threading.current_thread() is not threading.main_thread():  # Python handles signals in the main thread only
+    # Python handles signals in the main thread only, and a program that calls samgraft keeps its own handlers.
+    if threading.current_thread() is not threading.main_thread() or is_library_call():
         yield
         return
 
     def handle(number: int, _: object) -> None:
-        log.warning("stopping. Running cells save and end; run the same command to resume.")
+        log.warning("stopping. Running processes save and end; run the same command to resume.")
         processes.stop()
 
-    handlers = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    handlers = {number: signal.signal(number, handle) for number in STOP_SIGNALS}
     try:
         yield
     finally:
@@ -150,6 +153,6 @@ def run_stored_cell(root: str, name: str) -> dict[str, Any]:
     cell = Cell(**{**values, "settings": tuple(values["settings"])})
     # SLURM sends SIGTERM at the time limit. The cell then saves, and the next call of the study resumes it.
     processes = Processes()
-    with _stop_signals(processes):
+    with forward_stop_signals(processes):
         outcome = run_cell(cell, folder, num_threads=granted_cores(), processes=processes)
     return dataclasses.asdict(outcome)

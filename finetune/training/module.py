@@ -9,13 +9,15 @@ import torch
 from samgraft.finetune.adapters import RankUpdates, trainable_tensors
 from samgraft.finetune.baselines.networks import SliceBaseline
 from samgraft.finetune.classes import ClassTable, mark_ignored
-from samgraft.finetune.config import FinetuneConfig
+from samgraft.finetune.config import FinetuneConfig, SelftrainMode
 from samgraft.finetune.loss import SegmentationLoss
 from samgraft.finetune.prompting.prompted_loss import PromptedLoss
 from samgraft.finetune.segmenter import Segmenter
 from samgraft.finetune.training.cached_slices import CachedBatch
+from samgraft.finetune.training.online import OnlineTeacher
 from samgraft.shared.encoders.base import ImageFeatures
 from samgraft.shared.samples.dataset import SliceBatch, batch_to_input
+from samgraft.shared.scans.volume import IGNORE_LABEL
 from samgraft.shared.training.optim import build_optimizer
 from torch import Tensor
 
@@ -37,10 +39,15 @@ class FinetuneModule(pl.LightningModule):
         self.classes = classes
         self.rank_updates = rank_updates
         self.loss = SegmentationLoss(config.loss, overlapping=classes.is_overlapping)
+        self.teacher: OnlineTeacher | None = None
+        if config.selftrain.mode is SelftrainMode.ONLINE:
+            self.teacher = OnlineTeacher(segmenter, config)
         self.prompted_loss = PromptedLoss(config.prompt, config.loss, seed=config.seed)
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
         """Return the loss of one micro-step."""
+        if self.teacher is not None:
+            return self._penalised(self._online_losses(batch, self.teacher))
         if isinstance(self.segmenter, SliceBaseline):
             inputs, label = self._plain(batch)
             return {"loss": self.loss(self.segmenter(inputs), self.classes.to_target(label))}
@@ -52,10 +59,30 @@ class FinetuneModule(pl.LightningModule):
         else:
             logits_NChw = self.segmenter.decode(features)
             losses = {"loss": self.loss(logits_NChw, self.classes.to_target(labels_NSS))}
+        return self._penalised(losses)
+
+    def _penalised(self, losses: dict[str, Tensor]) -> dict[str, Tensor]:
         # peft adds this penalty in its own forward, which is not called here.
         if self.rank_updates is not None:
             losses["loss"] = losses["loss"] + self.rank_updates.penalty()
         return losses
+
+    def _online_losses(self, batch: SliceBatch, teacher: OnlineTeacher) -> dict[str, Tensor]:
+        """Return the losses on labels and on the teacher's labels."""
+        images_NCSS, labels_NSS = self._framed(batch)
+        mixed = teacher.mix(
+            images_NCSS,
+            self.classes.to_target(labels_NSS),
+            batch["sample_counter"].tolist(),
+            num_labelled=len(images_NCSS) - self.config.num_pseudo_per_batch,
+        )
+        logits_NChw = self.segmenter(mixed.images_NCSS)
+        known, pseudo = self.loss(logits_NChw, mixed.known_NSS), self.loss(logits_NChw, mixed.pseudo_NSS)
+        # Before a trainer exists, the pre-flight measures a step.
+        step = self.trainer.global_step if self._trainer is not None else 0
+        share = (mixed.pseudo_NSS != IGNORE_LABEL).float().mean()
+        total = known + teacher.weight(step) * pseudo
+        return {"loss": total, "loss/labels": known.detach(), "loss/pseudo": pseudo.detach(), "pseudo_share": share}
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Update the weights, then the ranks of adalora."""
@@ -64,6 +91,8 @@ class FinetuneModule(pl.LightningModule):
         super().optimizer_step(*args, **kwargs)
         if self.rank_updates is not None:
             self.rank_updates.after_update(step)
+        if self.teacher is not None:
+            self.teacher.update(self.segmenter)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the rank state of adalora to the training state."""

@@ -13,22 +13,24 @@ from samgraft.finetune.adapters import adapt, render_parts, trainable_groups, tr
 from samgraft.finetune.baselines.networks import Baseline, RandomWeights, as_baseline, build_network, plan_network
 from samgraft.finetune.baselines.volume_patches import VolumePatches
 from samgraft.finetune.classes import ClassTable, choose_classes
-from samgraft.finetune.config import FinetuneConfig
+from samgraft.finetune.config import FinetuneConfig, SelftrainMode
 from samgraft.finetune.early_checks import pretrain_again
 from samgraft.finetune.embedding_cache import EmbeddingMemory
 from samgraft.finetune.evaluation.validation import labelled_series
 from samgraft.finetune.few_shot import draw_few_shot
 from samgraft.finetune.inference import InferenceConfig
 from samgraft.finetune.initial_weights import InitialWeights, read_initial_weights
+from samgraft.finetune.pseudo_labels import PseudoLabels, open_pseudo_labels
 from samgraft.finetune.segmenter import Segmenter, add_class_tokens
 from samgraft.finetune.training.cached_slices import CachedSlices, fill_cache, plan_cache
 from samgraft.finetune.training.sampling import balance_foreground, has_foreground
+from samgraft.finetune.training.unlabelled import FurtherScans, UnlabelledScans, choose_unlabelled
 from samgraft.shared.errors import DataError, UsageError
 from samgraft.shared.runs.inputs import load_run_split
 from samgraft.shared.samples.augment import SliceAugmentation
-from samgraft.shared.samples.dataset import SliceDataset
+from samgraft.shared.samples.dataset import JoinedSlices, SliceDataset
 from samgraft.shared.samples.leaks import find_leaks, refuse_leaks
-from samgraft.shared.samples.slices import keep_train_slices, select_slices
+from samgraft.shared.samples.slices import SliceRef, keep_train_slices, select_slices
 from samgraft.shared.samples.split import Split, choose_fold, load_split, refuse_empty_train
 from samgraft.shared.scans.intensity import IntensityPreset
 from samgraft.shared.scans.orientation import NEAR_ISOTROPIC_RATIO, Plane
@@ -53,7 +55,7 @@ class Prepared:
     store: SliceStore
     split: Split
     classes: ClassTable
-    dataset: SliceDataset | CachedSlices | VolumePatches
+    dataset: SliceDataset | JoinedSlices | CachedSlices | VolumePatches
     val_series: list[str]
     initial: InitialWeights | RandomWeights
     segmenter: Segmenter
@@ -61,6 +63,8 @@ class Prepared:
     reports: list[TensorReport]
     inference: InferenceConfig
     transductive: bool
+    further: FurtherScans | None = None
+    """Scans of a self-training, None without one."""
 
 
 def prepare(config: FinetuneConfig, *, run_path: Path | None = None) -> Prepared:
@@ -92,14 +96,61 @@ def prepare(config: FinetuneConfig, *, run_path: Path | None = None) -> Prepared
             "Make another split.",
             where=store.path.name,
         )
+    further = _open_further_scans(config, store, split, classes)
     baseline = as_baseline(config.model.arch)
     if baseline is not None:
-        return _prepare_baseline(baseline, config, store, split, classes, val_series)
-    return _prepare_sam(config, store, split, classes, val_series)
+        return _prepare_baseline(baseline, config, store, split, classes, val_series, further)
+    return _prepare_sam(config, store, split, classes, val_series, further)
+
+
+def open_unlabelled(config: FinetuneConfig, store: SliceStore) -> SliceStore:
+    """Return the store of the scans that a self-training labels itself.
+
+    Raises:
+        DataError: If it is of another modality than the labelled store.
+    """
+    if config.data.unlabelled is None:
+        return store
+    unlabelled = SliceStore.open(config.data.unlabelled)
+    if unlabelled.modality is not store.modality:
+        raise DataError(
+            f"the unlabelled store must be of modality {store.modality.value}, got {unlabelled.modality.value}. Give "
+            "another store.",
+            where=unlabelled.path.name,
+        )
+    return unlabelled
+
+
+def _open_further_scans(
+    config: FinetuneConfig, store: SliceStore, split: Split, classes: ClassTable
+) -> PseudoLabels | UnlabelledScans | None:
+    """Return the scans of a self-training, with pseudo-labels or to be labelled in the run."""
+    mode, allow = config.selftrain.mode, config.data.allow_transductive
+    if config.data.pseudo_labels is not None:
+        return open_pseudo_labels(
+            Path(config.data.pseudo_labels),
+            images=open_unlabelled(config, store),
+            store=store,
+            split=split,
+            classes=classes,
+            allow_transductive=allow,
+        )
+    if mode is SelftrainMode.OFFLINE:
+        raise UsageError(
+            "selftrain.mode=offline needs samgraft selftrain (make selftrain). Use it, or remove the mode."
+        )
+    if mode is SelftrainMode.ONLINE:
+        return choose_unlabelled(open_unlabelled(config, store), store, split, allow_transductive=allow)
+    return None
 
 
 def _prepare_sam(
-    config: FinetuneConfig, store: SliceStore, split: Split, classes: ClassTable, val_series: list[str]
+    config: FinetuneConfig,
+    store: SliceStore,
+    split: Split,
+    classes: ClassTable,
+    val_series: list[str],
+    further: PseudoLabels | UnlabelledScans | None,
 ) -> Prepared:
     """Load SAM, check that it fits the data, and adapt it."""
     initial = read_initial_weights(
@@ -118,8 +169,7 @@ def _prepare_sam(
     intensity = intensity_of(initial.card, store)
     num_neighbours = neighbours_of(config.data.num_neighbours, initial.card)
     # The encoder must get slices prepared as in its pretraining, so its card has priority over the store.
-    dataset = training_set(config, store, split, classes, intensity, num_neighbours=num_neighbours)
-    _check_batch(config, dataset)
+    dataset = training_set(config, store, split, classes, intensity, num_neighbours=num_neighbours, further=further)
     sam, reports = initial.build()
     sam.image_encoder.activation_checkpointing = config.trainer.activation_checkpointing
     # Prompted models use SAM's own mask tokens for any number of classes.
@@ -149,7 +199,8 @@ def _prepare_sam(
             batch_size=config.watch.batch_size,
             prompt=config.prompt.for_evaluation(),
         ),
-        transductive=transductive,
+        transductive=transductive or (further is not None and further.transductive),
+        further=further,
     )
 
 
@@ -171,6 +222,7 @@ def _prepare_baseline(
     split: Split,
     classes: ClassTable,
     val_series: list[str],
+    further: PseudoLabels | UnlabelledScans | None,
 ) -> Prepared:
     """Plan a network without SAM on the same data."""
     if config.model.ckpt or config.model.base:
@@ -189,12 +241,15 @@ def _prepare_baseline(
         spacing_zyx=np.median([r.spacing_mm for r in records], axis=0).tolist(),
     )
     log.info("%s: input %s, channels %s, from scratch", baseline.value, plan["sizes"], plan["channels"])
-    dataset: SliceDataset | VolumePatches
+    dataset: SliceDataset | JoinedSlices | VolumePatches
     if baseline.is_volume:
+        if further is not None:
+            raise UsageError(f"MODEL={baseline.value} cannot train on pseudo-labels. Use a 2D network.")
         dataset = _patches(config, store, split, classes, [r.series_id for r in records], plan["sizes"])
     else:
-        dataset = training_set(config, store, split, classes, store.intensity, num_neighbours=num_neighbours)
-        _check_batch(config, dataset)
+        dataset = training_set(
+            config, store, split, classes, store.intensity, num_neighbours=num_neighbours, further=further
+        )
     return Prepared(
         store=store,
         split=split,
@@ -211,7 +266,8 @@ def _prepare_baseline(
             num_neighbours=num_neighbours,
             batch_size=config.watch.batch_size,
         ),
-        transductive=False,
+        transductive=further is not None and further.transductive,
+        further=further,
     )
 
 
@@ -243,16 +299,77 @@ def _patches(
     )
 
 
-def _check_batch(config: FinetuneConfig, dataset: SliceDataset) -> None:
-    if len(dataset) < config.data.batch_size:
+def _check_batch(dataset: SliceDataset, *, per_batch: int, kind: str = "") -> None:
+    if len(dataset) < per_batch:
         raise UsageError(
-            f"data.batch_size must be at most the number of training slices {len(dataset)}, got "
-            f"{config.data.batch_size}.",
+            f"data.batch_size must be at most the number of training slices{kind} {len(dataset)}, got {per_batch}.",
             next_command=f"add data.batch_size={len(dataset)}",
         )
 
 
 def training_set(
+    config: FinetuneConfig,
+    store: SliceStore,
+    split: Split,
+    classes: ClassTable,
+    intensity: IntensityPreset,
+    *,
+    num_neighbours: int = 0,
+    further: PseudoLabels | UnlabelledScans | None = None,
+) -> SliceDataset | JoinedSlices:
+    """Return the augmented training slices, those with labels and those of a self-training.
+
+    Raises:
+        DataError: If there are no slices.
+        UsageError: If a batch needs more slices than there are.
+    """
+    labelled = labelled_set(config, store, split, classes, intensity, num_neighbours=num_neighbours)
+    # The parts of a batch are fixed numbers, so that every step has labels.
+    num_further = 0 if further is None else config.num_pseudo_per_batch
+    _check_batch(labelled, per_batch=config.data.batch_size - num_further)
+    if further is None:
+        return labelled
+    others = SliceDataset(
+        further.images,
+        _further_slices(config, further, split, classes),
+        intensity=intensity,
+        augment=SliceAugmentation(config.data.augment),
+        seed=config.seed,
+        with_label=True,
+        num_neighbours=num_neighbours,
+        labels=further.labels if isinstance(further, PseudoLabels) else None,
+        hide_labels=isinstance(further, UnlabelledScans),
+    )
+    _check_batch(others, per_batch=num_further, kind=" without labels of their own")
+    return JoinedSlices([labelled, others], per_batch=[config.data.batch_size - num_further, num_further])
+
+
+def _further_slices(
+    config: FinetuneConfig,
+    further: PseudoLabels | UnlabelledScans,
+    split: Split,
+    classes: ClassTable,
+) -> list[SliceRef]:
+    """Return the slices of a self-training without those that are ignored or labelled."""
+    # Which unlabelled slices show a class is not known, so that only pseudo-labels can be balanced.
+    is_labelled = isinstance(further, PseudoLabels)
+    table = further.labels if isinstance(further, PseudoLabels) else further.images
+    refs = select_slices(
+        table,
+        further.patients,
+        min_foreground_fraction=config.data.min_foreground_fraction,
+        annotated_only=is_labelled,
+    )
+    # A scan of which single slices are labelled is unlabelled on the others only.
+    series, labelled = set(further.series), set(split.train_slices)
+    refs = [ref for ref in refs if ref.series_id in series and (ref.series_id, ref.slice_index) not in labelled]
+    if not is_labelled:
+        return refs
+    flags = [has_foreground(table, ref, classes) for ref in refs]
+    return balance_foreground(refs, flags, foreground_fraction=config.data.foreground_fraction)
+
+
+def labelled_set(
     config: FinetuneConfig,
     store: SliceStore,
     split: Split,
@@ -387,6 +504,8 @@ def describe_data(prepared: Prepared) -> list[str]:
         f"patients: train {len(split.train)}, val {len(split.val)}, test {len(split.test)}; "
         f"{len(prepared.dataset)} training slices per epoch, {len(prepared.val_series)} validation scans"
     )
+    if prepared.further is not None:
+        lines.append(f"self-training: {prepared.further.describe()}")
     return lines
 
 
@@ -410,11 +529,11 @@ def describe_embeddings(prepared: Prepared, config: FinetuneConfig, device: Devi
 
 def use_cached_embeddings(prepared: Prepared, config: FinetuneConfig, device: DeviceChoice) -> Prepared:
     """Return the run with cached embeddings. The same run when the encoder trains or there is no cache."""
-    if not config.freezes_encoder or not isinstance(prepared.dataset, SliceDataset):
+    if not config.freezes_encoder or isinstance(prepared.dataset, VolumePatches):
         return prepared
     if config.cache.validation_mb:
         prepared.segmenter.embedding_memory = EmbeddingMemory(limit_bytes=config.cache.validation_mb * 2**20)
-    if not config.cache.variants:
+    if not config.cache.variants or not isinstance(prepared.dataset, SliceDataset):
         return prepared
     _, cached = plan_cache(prepared.dataset, prepared.segmenter, config, precision=device.precision)
     fill_cache(cached, prepared.dataset, prepared.segmenter, config, device)

@@ -37,12 +37,13 @@ from samgraft.finetune.training.module import FinetuneModule
 from samgraft.finetune.training.preparation import Prepared, describe, prepare, use_cached_embeddings
 from samgraft.finetune.training.report import write_report
 from samgraft.finetune.training.rounds import ValidationRounds
+from samgraft.finetune.training.unlabelled import joined_manifest
 from samgraft.shared.config import config_sha256, config_to_dict
 from samgraft.shared.errors import UsageError, WeightsError
 from samgraft.shared.runs.environment import code_revision
 from samgraft.shared.runs.inputs import check_run_inputs, record_run_inputs, save_run_split
 from samgraft.shared.runs.run_folder import RunFolder
-from samgraft.shared.samples.dataset import SliceDataset, batch_to_input, collate_slices
+from samgraft.shared.samples.dataset import JoinedSlices, SliceDataset, batch_to_input, collate_slices
 from samgraft.shared.samples.leaks import pretrain_manifest
 from samgraft.shared.samples.split import keep_drawn_split
 from samgraft.shared.training.device import DeviceChoice
@@ -91,23 +92,9 @@ def finetune(config: FinetuneConfig, run: RunFolder, device: DeviceChoice, prepa
     module = FinetuneModule(
         prepared.segmenter, config, prepared.classes, rank_updates=RankUpdates.of(prepared.peft_model)
     )
-    result = fit(
-        module,
-        FitContext(
-            config=config.trainer,
-            run=run,
-            device=device,
-            dataset=prepared.dataset,
-            collate_fn=_collate(prepared.dataset),
-            batch_size=config.data.batch_size,
-            seed=config.seed,
-            ema_decay=config.optim.ema_decay,
-            callbacks=[_learning_rate(config)],
-            periodic=[_validation(prepared, config, rounds)],
-            data_fingerprint=prepared.store.fingerprint,
-        ),
-    )
-    if not run.is_writer:  # merging, scores and the report need one process only
+    result = _fit(module, config, run, device, prepared, rounds)
+    # Merging, scores and the report need one process only.
+    if not run.is_writer:
         return run.path / "model"
     sam = restore_best(prepared, rounds, device.torch_device)
     trainable, groups = trainable_table(sam), trainable_groups(sam)
@@ -125,6 +112,35 @@ def finetune(config: FinetuneConfig, run: RunFolder, device: DeviceChoice, prepa
     ending = rounds.record.ending
     log.log(logging.INFO if ending.is_good else logging.WARNING, "%s", ending.text)
     return folder
+
+
+def _fit(
+    module: FinetuneModule,
+    config: FinetuneConfig,
+    run: RunFolder,
+    device: DeviceChoice,
+    prepared: Prepared,
+    rounds: ValidationRounds,
+) -> FitResult:
+    dataset = prepared.dataset
+    return fit(
+        module,
+        FitContext(
+            config=config.trainer,
+            run=run,
+            device=device,
+            dataset=dataset,
+            collate_fn=_collate(dataset),
+            batch_size=config.data.batch_size,
+            seed=config.seed,
+            # Few labelled slices among many others would be rare in batches that are drawn from all of them.
+            batch_parts=dataset.parts if isinstance(dataset, JoinedSlices) else (),
+            ema_decay=config.optim.ema_decay,
+            callbacks=[_learning_rate(config)],
+            periodic=[_validation(prepared, config, rounds)],
+            data_fingerprint=prepared.store.fingerprint,
+        ),
+    )
 
 
 def _record_zero_shot(
@@ -172,7 +188,7 @@ def initialise_from_slices(prepared: Prepared, config: FinetuneConfig, device: D
     """Set the initial factors of eva from training slices, evenly spaced and without augmentation."""
     assert prepared.peft_model is not None
     segmenter = prepared.segmenter.to(device.torch_device).eval()
-    dataset = prepared.dataset
+    dataset = prepared.dataset.datasets[0] if isinstance(prepared.dataset, JoinedSlices) else prepared.dataset
     if not isinstance(dataset, SliceDataset):
         raise UsageError(
             "adapter.method=eva needs the encoder's activations, which cached embeddings do not have. Use "
@@ -278,13 +294,18 @@ def _merge_and_compare(prepared: Prepared, folder: Path) -> nn.Module:
 
 def finished_card(prepared: Prepared, config: FinetuneConfig, *, result: FitResult, ending: Ending) -> Card:
     """Return the card of the fine-tuned model, with the history of its encoder."""
+    further = prepared.further
     manifest = pretrain_manifest(prepared.store, prepared.split.train)
+    if further is not None:
+        manifest = joined_manifest(prepared.store, prepared.split.train, further)
     initial = prepared.initial
     if initial.encoder.card and initial.encoder.card.data_manifest:
         manifest["pretraining"] = initial.encoder.card.data_manifest
     notes = [*initial.card.notes]
+    if further is not None:
+        notes.append(f"self-training: {further.describe()}")
     if prepared.transductive:
-        notes.append("transductive: validation or test patients were in the unlabelled pretraining set")
+        notes.append("transductive: validation or test patients were among the unlabelled training scans")
     if not ending.is_good:
         notes.append(ending.text)
     return dataclasses.replace(
@@ -395,12 +416,13 @@ def _learning_rate(config: FinetuneConfig) -> LearningRate:
 
 def _inputs(prepared: Prepared) -> dict[str, str | None]:
     """Return the hashes of the inputs. A run refuses to resume when one of them has changed."""
-    return {
+    inputs: dict[str, str | None] = {
         "store_fingerprint": prepared.store.fingerprint,
         "split_sha256": prepared.split.sha256,
         "encoder_sha256": prepared.initial.encoder.sha256,
         "base_sha256": prepared.initial.base.sha256,
     }
+    return inputs | (prepared.further.inputs if prepared.further else {})
 
 
 def _provenance(prepared: Prepared) -> dict[str, Any]:

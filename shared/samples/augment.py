@@ -124,10 +124,11 @@ class SliceAugmentation:
             label_HW = None if label_HW is None else label_HW.flip(axes)
         else:
             image_CHW, label_HW = _move(image_CHW, label_HW, motion, flip_columns=flip_columns, flip_rows=flip_rows)
-        image_CHW = self._change_intensity(image_CHW, generator)
+        image_CHW = self.change_intensity(image_CHW, generator)
         return image_CHW.contiguous(), None if label_HW is None else label_HW.contiguous()
 
-    def _change_intensity(self, image_CHW: Tensor, generator: np.random.Generator) -> Tensor:
+    def change_intensity(self, image_CHW: Tensor, generator: np.random.Generator) -> Tensor:
+        """Return an image (C, H, W) in [0, 1] with changed grey values and unchanged geometry."""
         config = self.config
         # Interpolation may leave [0, 1] by rounding, and a negative value to a broken power is NaN.
         image_CHW = image_CHW.clamp(0, 1)

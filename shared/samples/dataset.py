@@ -12,10 +12,11 @@ from typing import Any, NotRequired, TypedDict
 import numpy as np
 import torch
 from samgraft.shared.samples.frame import InputFrame, fit_frame, image_to_frame, label_to_frame
-from samgraft.shared.samples.sampler import sample_generator
+from samgraft.shared.samples.sampler import BatchPart, sample_generator
 from samgraft.shared.samples.slices import SliceRef
 from samgraft.shared.scans.intensity import IntensityPreset, normalise
 from samgraft.shared.scans.orientation import Plane
+from samgraft.shared.scans.volume import IGNORE_LABEL
 from samgraft.shared.store.store import SliceStore
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -69,6 +70,8 @@ class SliceDataset(Dataset[SliceSample]):
         seed: int = 0,
         with_label: bool = False,
         num_neighbours: int = 0,
+        labels: SliceStore | None = None,
+        hide_labels: bool = False,
     ) -> None:
         """Keep the list of slices without reading any.
 
@@ -81,6 +84,8 @@ class SliceDataset(Dataset[SliceSample]):
             with_label: Read the label too. A series without label is an error.
             num_neighbours: Slices on each side that become extra channels (2.5D). At the ends of the volume the last
                 slice is repeated.
+            labels: Store that labels are read from, which has the same series. None reads those of ``store``.
+            hide_labels: Give every pixel ``IGNORE_LABEL`` instead of reading labels, for unlabelled slices.
 
         Raises:
             ValueError: If the channels would not fit an encoder.
@@ -93,6 +98,8 @@ class SliceDataset(Dataset[SliceSample]):
         self.seed = seed
         self.with_label = with_label
         self.num_neighbours = num_neighbours
+        self.labels = labels or store
+        self.hide_labels = hide_labels
         self._series_index = {record.series_id: i for i, record in enumerate(store.series)}
 
     def without_augmentation(self) -> SliceDataset:
@@ -104,6 +111,8 @@ class SliceDataset(Dataset[SliceSample]):
             seed=self.seed,
             with_label=self.with_label,
             num_neighbours=self.num_neighbours,
+            labels=self.labels,
+            hide_labels=self.hide_labels,
         )
 
     def __len__(self) -> int:
@@ -116,8 +125,10 @@ class SliceDataset(Dataset[SliceSample]):
         ref = self.slices[index]
         image = torch.from_numpy(self._image(ref))
         label: Tensor | None = None
-        if self.with_label:
-            label_HW = self.store.read_label_slice(ref.series_id, ref.slice_index, plane=ref.plane)
+        if self.with_label and self.hide_labels:
+            label = torch.full(image.shape[-2:], IGNORE_LABEL, dtype=torch.int64)
+        elif self.with_label:
+            label_HW = self.labels.read_label_slice(ref.series_id, ref.slice_index, plane=ref.plane)
             label = torch.from_numpy(label_HW.astype(np.int64))
         plane = ref.plane or self.store.record(ref.series_id).plane
         if self.augment is not None:
@@ -146,6 +157,28 @@ class SliceDataset(Dataset[SliceSample]):
             for number in set(numbers)
         }
         return np.stack([slices[number] for number in numbers])
+
+
+class JoinedSlices(Dataset[SliceSample]):
+    """Slices of several datasets, each with a fixed number of places in every batch."""
+
+    def __init__(self, datasets: Sequence[SliceDataset], *, per_batch: Sequence[int]) -> None:
+        self.datasets = tuple(datasets)
+        self.parts = tuple(
+            BatchPart(num_samples=len(dataset), per_batch=number)
+            for dataset, number in zip(datasets, per_batch, strict=True)
+        )
+
+    def __len__(self) -> int:
+        return sum(len(dataset) for dataset in self.datasets)
+
+    def __getitem__(self, item: tuple[int, int]) -> SliceSample:
+        index, sample_counter = item
+        for dataset in self.datasets:
+            if index < len(dataset):
+                return dataset[index, sample_counter]
+            index -= len(dataset)
+        raise IndexError(f"index must be below {len(self)}, got {item[0]}.")
 
 
 def neighbour_slices(slice_index: int, *, num_slices: int, num_neighbours: int) -> list[int]:

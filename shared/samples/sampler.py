@@ -5,7 +5,8 @@ It is a function of seed, step, rank and world size only, so that a resumed run 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from torch.utils.data import Sampler
@@ -24,6 +25,16 @@ def check_seed(seed: int) -> None:
         raise ValueError(f"seed must be in 0..{MAX_SEED}, got {seed}.")
 
 
+@dataclass(frozen=True, kw_only=True)
+class BatchPart:
+    """Consecutive indices of a dataset that fill a fixed number of places in every batch."""
+
+    num_samples: int
+    """Number of indices. The indices of the next part follow them."""
+    per_batch: int
+    """Number of places in the batch of each process."""
+
+
 class StepBatchSampler(Sampler[list[tuple[int, int]]]):
     """Sampler of batches of ``(index, sample_counter)``, starting at any micro-step.
 
@@ -33,6 +44,9 @@ class StepBatchSampler(Sampler[list[tuple[int, int]]]):
     is the position in the sequence. It seeds augmentation and masks, so nothing random depends on the number of
     workers or on where a run was interrupted.
 
+    With ``parts`` every part has its own permutations and epochs, and the places of a batch are those of the first
+    part, then those of the second, and so on.
+
     Args:
         num_samples: Length of the dataset.
         batch_size: Samples per rank and micro-step.
@@ -41,6 +55,7 @@ class StepBatchSampler(Sampler[list[tuple[int, int]]]):
         num_micro_steps: Number of micro-steps to yield.
         rank: Rank of this process.
         world_size: Number of processes.
+        parts: Parts of the dataset with a fixed number of places in every batch. Empty draws from the whole dataset.
 
     Raises:
         ValueError: If one global batch needs more samples than there are.
@@ -56,19 +71,23 @@ class StepBatchSampler(Sampler[list[tuple[int, int]]]):
         num_micro_steps: int,
         rank: int = 0,
         world_size: int = 1,
+        parts: Sequence[BatchPart] = (),
     ) -> None:
         if batch_size < 1 or world_size < 1 or not 0 <= rank < world_size:
             raise ValueError(
                 f"batch_size and world_size must be positive and 0 <= rank < world_size, got batch_size {batch_size}, "
                 f"rank {rank}, world_size {world_size}."
             )
-        self.batches_per_epoch = num_samples // (batch_size * world_size)
-        if self.batches_per_epoch == 0:
-            raise ValueError(
-                f"batch_size {batch_size} times {world_size} processes must not exceed the {num_samples} slices. "
-                "Use a smaller batch_size."
-            )
-        self.num_samples = num_samples
+        self.parts = tuple(parts) or (BatchPart(num_samples=num_samples, per_batch=batch_size),)
+        for part in self.parts:
+            if part.num_samples < part.per_batch * world_size:
+                raise ValueError(
+                    f"batch_size {part.per_batch} times {world_size} processes must not exceed the "
+                    f"{part.num_samples} slices. Use a smaller batch_size."
+                )
+        # A part that was forgotten would never be sampled.
+        if sum(p.per_batch for p in self.parts) != batch_size or sum(p.num_samples for p in self.parts) != num_samples:
+            raise ValueError(f"parts must fill the batch of {batch_size} and have all {num_samples} samples.")
         self.batch_size = batch_size
         self.seed = seed
         self.start_micro_step = start_micro_step
@@ -81,23 +100,29 @@ class StepBatchSampler(Sampler[list[tuple[int, int]]]):
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         global_batch = self.batch_size * self.world_size
-        epoch_of_order, order = -1, np.empty(0, dtype=np.int64)
+        orders: dict[int, tuple[int, np.ndarray]] = {}
         for micro_step in range(self.start_micro_step, self.start_micro_step + self.num_micro_steps):
-            # Everything follows from the number of the micro-step, so starting in the middle needs no replay.
-            epoch, batch = divmod(micro_step, self.batches_per_epoch)
-            if epoch != epoch_of_order:
-                epoch_of_order, order = epoch, epoch_order(self.num_samples, seed=self.seed, epoch=epoch)
-            # The permutation is indexed within the epoch. The counter is not: it must be new in every epoch, or each
-            # epoch would repeat the augmentation of the one before.
-            places = batch * global_batch + self.rank + self.world_size * np.arange(self.batch_size)
+            indexes: list[int] = []
+            first = 0
+            for number, part in enumerate(self.parts):
+                # Everything follows from the number of the micro-step, so starting in the middle needs no replay.
+                global_part = part.per_batch * self.world_size
+                epoch, batch = divmod(micro_step, part.num_samples // global_part)
+                if number not in orders or orders[number][0] != epoch:
+                    orders[number] = epoch, epoch_order(part.num_samples, seed=self.seed, epoch=epoch, part=number)
+                # The permutation is indexed within the epoch.
+                places = batch * global_part + self.rank + self.world_size * np.arange(part.per_batch)
+                indexes += [first + int(index) for index in orders[number][1][places]]
+                first += part.num_samples
+            # The counter must be new in every epoch, or each epoch would repeat the augmentation of the one before.
             counters = micro_step * global_batch + self.rank + self.world_size * np.arange(self.batch_size)
-            yield [(int(order[place]), int(counter)) for place, counter in zip(places, counters, strict=True)]
+            yield [(index, int(counter)) for index, counter in zip(indexes, counters, strict=True)]
 
 
-def epoch_order(num_samples: int, *, seed: int, epoch: int) -> np.ndarray:
-    """Return the permutation of the samples in one epoch."""
+def epoch_order(num_samples: int, *, seed: int, epoch: int, part: int = 0) -> np.ndarray:
+    """Return the permutation of the samples of one part of the dataset in one epoch."""
     # The middle number keeps this stream apart from those of samples (1), splits (2) and few-shot draws (3).
-    return np.random.default_rng([seed, 0, epoch]).permutation(num_samples)
+    return np.random.default_rng([seed, 0, epoch, *([part] if part else [])]).permutation(num_samples)
 
 
 def sample_generator(seed: int, sample_counter: int) -> np.random.Generator:

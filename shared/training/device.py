@@ -175,6 +175,12 @@ def use_channels_last(module: nn.Module) -> None:
     module.to(memory_format=torch.channels_last_3d if has_volumes else torch.channels_last)
 
 
+def release_memory(device: DeviceChoice) -> None:
+    """Return unused GPU memory to the system, for another process."""
+    if device.accelerator == "cuda":
+        torch.cuda.empty_cache()
+
+
 def retain_freed_memory() -> bool:
     """Let the allocator keep freed memory instead of returning it to the kernel.
 

@@ -33,7 +33,7 @@ from samgraft.shared.runs.training_state import (
     rewrite_record,
     unflatten_state,
 )
-from samgraft.shared.samples.sampler import StepBatchSampler
+from samgraft.shared.samples.sampler import BatchPart, StepBatchSampler
 from samgraft.shared.training.boundary import StepBoundary, stopped_error
 from samgraft.shared.training.config import Strategy, TrainerConfig
 from samgraft.shared.training.device import DeviceChoice, retain_freed_memory, use_channels_last
@@ -71,6 +71,8 @@ class FitContext:
     """Seed of the run."""
     ema_decay: float | None = None
     """Decay of the average of the weights, or None without one."""
+    batch_parts: Sequence[BatchPart] = ()
+    """Parts of the dataset with a fixed number of places in every batch. Empty draws from the whole dataset."""
     callbacks: Sequence[pl.Callback] = ()
     """Further Lightning callbacks, such as ``LearningRate``."""
     periodic: Sequence[PeriodicTask] = ()
@@ -365,6 +367,7 @@ class StepData(pl.LightningDataModule):
             num_micro_steps=self._num_steps * context.config.accumulate,
             rank=self.trainer.global_rank,
             world_size=world_size,
+            parts=context.batch_parts,
         )
         return build_step_loader(
             context.dataset,

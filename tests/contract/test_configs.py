@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from samgraft.finetune.config import FinetuneConfig
+from samgraft.finetune.selftraining.parts import plan_rounds
 from samgraft.finetune.study.cells import expand
 from samgraft.finetune.study.config import StudyConfig
 from samgraft.shared.config import load_config
@@ -21,12 +22,13 @@ CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 FILES = sorted(path for path in CONFIGS.rglob("*.yaml"))
 SCHEMAS = {
     "pretrain": (PretrainConfig, {"modality": "mri", "data": {"store": "a.zarr"}, "model": {"base": "random"}}),
+    "selftrain": (FinetuneConfig, {"modality": "mri", "data": {"store": "a.zarr"}, "model": {"ckpt": "runs/a"}}),
     "finetune": (FinetuneConfig, {"modality": "mri", "data": {"store": "a.zarr"}, "model": {"ckpt": "runs/a"}}),
 }
 
 
 def test_configs__are_found() -> None:
-    assert {path.parent.name for path in FILES} == {"modality", "pretrain", "finetune", "study"}
+    assert {path.parent.name for path in FILES} == {"modality", "pretrain", "finetune", "selftrain", "study"}
     assert {path.stem for path in FILES if path.parent.name == "modality"} == {m.value for m in Modality}
 
 
@@ -51,7 +53,12 @@ def test_configs__parse_into_their_schema(path: Path) -> None:
     schema, required = SCHEMAS[path.parent.name]
     # Presets by memory say only what differs from default.yaml.
     below = [path.with_name("default.yaml")] if path.stem.startswith("gpu_") else []
-    assert isinstance(load_config(schema, layers=[*below, path, required]), schema)
+    # A self-training is a layer on top of a fine-tuning.
+    below += [CONFIGS / "finetune" / "default.yaml"] if path.parent.name == "selftrain" else []
+    config = load_config(schema, layers=[*below, path, required])
+    assert isinstance(config, schema)
+    if path.parent.name == "selftrain":
+        assert len(plan_rounds(config, Path("runs/a"))[0].teachers) > 1
 
 
 PRETRAIN = [path for path in FILES if path.parent.name == "pretrain"]

@@ -37,7 +37,7 @@ FINETUNE = {
 }  # fmt: skip
 HEAVY = ("torch", "torchvision", "timm", "monai", "peft", "lightly", "pytorch_lightning", "segment_anything", "zarr",
          "pandas", "nibabel", "scipy", "matplotlib", "omegaconf", "pydantic", "numpy", "requests", "rich")  # fmt: skip
-FUNCTION_OF_COMMAND = {name: name for name in ("pretrain", "finetune", "evaluate", "compare", "release")}
+FUNCTION_OF_COMMAND = {name: name for name in ("pretrain", "finetune", "selftrain", "evaluate", "compare", "release")}
 
 
 @pytest.fixture(scope="module")

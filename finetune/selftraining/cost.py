@@ -1,0 +1,72 @@
+"""Measured cost of a self-training before it begins."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from samgraft.finetune.inference import segment_probabilities
+from samgraft.finetune.selftraining.parts import Part, Round
+from samgraft.finetune.training.preparation import Prepared
+from samgraft.finetune.training.train import measure_cost
+from samgraft.finetune.training.unlabelled import UnlabelledScans
+from samgraft.shared.training.device import DeviceChoice, release_memory
+from samgraft.shared.training.progress import format_duration
+
+NUM_MEASURED_SLICES = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartCost:
+    """Cost of one fine-tuning and of its use as a teacher."""
+
+    name: str
+    num_steps: int
+    step_s: float
+    """Seconds per optimizer step, without data loading and validation."""
+    slice_s: float
+    """Seconds to label one slice."""
+
+
+def measure_part(part: Part, prepared: Prepared, scans: UnlabelledScans, device: DeviceChoice) -> PartCost:
+    """Measure a training step and the labelling of some slices."""
+    step = measure_cost(prepared, part.config, device)
+    record = scans.images.record(scans.series[0])
+    volume_ZHW = scans.images.read_volume(record.series_id)
+    # A few slices suffice, and a 3D network labels the whole scan in any case.
+    only = range(min(NUM_MEASURED_SLICES, len(volume_ZHW)))
+    begin = time.perf_counter()
+    found = segment_probabilities(prepared.segmenter, volume_ZHW, record.stats, prepared.inference, only=only)
+    slice_s = (time.perf_counter() - begin) / found.shape[1]
+    # The parts are measured one after the other and must not share the memory of a GPU.
+    prepared.segmenter.cpu()
+    release_memory(device)
+    return PartCost(name=part.name, num_steps=part.config.trainer.max_steps, step_s=step.seconds, slice_s=slice_s)
+
+
+def describe_costs(costs: Sequence[PartCost], rounds: Sequence[Round], *, num_slices: int, passes: int) -> list[str]:
+    """Return the pre-flight lines on the time of every part and of all of them.
+
+    Args:
+        costs: The student, then the teachers.
+        rounds: Rounds of the self-training.
+        num_slices: Number of slices to label in every round.
+        passes: Largest number of flips of a slice.
+    """
+    by_name = {cost.name: cost for cost in costs}
+    student = costs[0]
+    lines, total = [], 0.0
+    for one in rounds:
+        new = [by_name[teacher.name] for teacher in one.teachers if one.number == 1]
+        for name, cost in [*((cost.name, cost) for cost in new), (one.student.name, student)]:
+            seconds = cost.num_steps * cost.step_s
+            total += seconds
+            lines.append(
+                f"{name}: {cost.num_steps} steps of {cost.step_s:.2f} s, about {format_duration(seconds)} without "
+                "validation"
+            )
+        seconds = num_slices * passes * sum(by_name.get(teacher.name, student).slice_s for teacher in one.teachers)
+        total += seconds
+        lines.append(f"labels of round {one.number}: {num_slices} slices, about {format_duration(seconds)}")
+    return [*lines, f"self-training: about {format_duration(total)} together, without validation"]

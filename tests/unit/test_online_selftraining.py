@@ -1,0 +1,168 @@
+"""Self-training in one run, with targets, views and weights of the teacher, and a resume to the same bytes."""
+
+import os
+import signal
+
+import pytest
+import torch
+from model_factory import make_sam, tiny_vit_t_spec
+from samgraft.finetune.config import FinetuneConfig
+from samgraft.finetune.model_folder import read_model
+from samgraft.finetune.segmenter import Segmenter
+from samgraft.finetune.training import train
+from samgraft.finetune.training.module import FinetuneModule
+from samgraft.finetune.training.online import OnlineTeacher, strong_intensity
+from samgraft.shared.config import load_config
+from samgraft.shared.errors import StoppedAndSaved, UsageError
+from samgraft.shared.files import write_tensors
+from samgraft.shared.runs.run_folder import RunFolder
+from samgraft.shared.samples.augment import AugmentConfig
+from samgraft.shared.scans.volume import IGNORE_LABEL
+from samgraft.shared.training.device import choose_device
+from store_factory import make_store
+
+DEVICE = choose_device("cpu")
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    root = tmp_path_factory.mktemp("lab")
+    make_store(root, num_patients=8, shape_zyx=(4, 24, 20))
+    write_tensors(root / "base.safetensors", dict(make_sam(tiny_vit_t_spec(), image_size=32).state_dict()))
+    return root
+
+
+def config_of(lab, *overrides):
+    layer = {
+        "modality": "mri",
+        "data": {"store": str(lab / "store.zarr"), "batch_size": 4, "few_shot": {"num": 2}},
+        "model": {"ckpt": str(lab / "base.safetensors"), "image_size": 32},
+        "adapter": {"r": 2, "lora_alpha": 2},
+        "optim": {"warmup_steps": 1},
+        "trainer": {"max_steps": 4, "save_every_steps": 2, "device": "cpu"},
+        "watch": {"validate_every_n_steps": 4, "num_overlays": 1},
+        "selftrain": {"mode": "online", "min_agreement": 0.0, "online": {"ramp_up_steps": 4}},
+    }
+    return load_config(FinetuneConfig, layers=[layer], overrides=overrides)
+
+
+def run(lab, name, *overrides):
+    config = config_of(lab, *overrides)
+    prepared = train.prepare_seeded(config)
+    with RunFolder.open(lab / "runs", name, config=config, stage="finetune") as folder:
+        train.finetune(config, folder, DEVICE, prepared)
+    return lab / "runs" / name
+
+
+class Threshold(Segmenter):
+    """Network whose logit is high where a slice is bright."""
+
+    def __init__(self):
+        torch.nn.Module.__init__(self)
+        self.scale = torch.nn.Parameter(torch.tensor(20.0))
+
+    def forward(self, images_NCSS):
+        return self.scale * (images_NCSS - 0.5)
+
+
+def teacher_of(lab, *overrides):
+    return OnlineTeacher(Threshold(), config_of(lab, *overrides))
+
+
+def bright_squares(lab):
+    """Return two labelled and two unlabelled slices with a bright square, and the channels of the labelled ones."""
+    images = torch.zeros(4, 1, 16, 16)
+    for place in range(4):
+        images[place, :, 2 + place : 8 + place, 3:9] = 1.0
+    target = (images[:, 0] > 0.5).long()
+    target[2:] = IGNORE_LABEL
+    return images, target
+
+
+def test_mix__without_paste_labels_and_pseudo_labels_are_apart(lab):
+    images, target = bright_squares(lab)
+    teacher = teacher_of(lab, "selftrain.online.paste_probability=0", "selftrain.online.intensity_strength=0")
+    mixed = teacher.mix(images, target, [0, 1, 2, 3], num_labelled=2)
+    assert torch.equal(mixed.known_NSS, target)
+    assert (mixed.pseudo_NSS[:2] == IGNORE_LABEL).all()
+    assert torch.equal(mixed.pseudo_NSS[2:], (images[2:, 0] > 0.5).long())
+    assert torch.equal(mixed.images_NCSS[:2], images[:2])
+
+
+def test_mix__pixels_below_the_agreement_are_ignored(lab):
+    images, target = bright_squares(lab)
+    images[2, :, 0, 0] = 0.52  # the teacher's probability there is sigmoid(0.4) = 0.6
+    mixed = teacher_of(lab, "selftrain.min_agreement=0.7", "selftrain.online.paste_probability=0").mix(
+        images, target, [0, 1, 2, 3], num_labelled=2
+    )
+    assert mixed.pseudo_NSS[2, 0, 0] == IGNORE_LABEL
+    assert (mixed.pseudo_NSS[2:] == IGNORE_LABEL).sum() == 1
+
+
+def test_mix__pasted_pixels_keep_their_own_target(lab):
+    """Every pixel of the student's view has the target of the slice that it comes from, and exactly one target."""
+    images, target = bright_squares(lab)
+    teacher = teacher_of(lab, "selftrain.online.paste_probability=1", "selftrain.online.intensity_strength=0")
+    mixed = teacher.mix(images, target, [10, 11, 12, 13], num_labelled=2)
+    both = torch.stack([mixed.known_NSS, mixed.pseudo_NSS])
+    assert ((both == IGNORE_LABEL).sum(dim=0) == 1).all()
+    assert torch.equal(both.max(dim=0).values, (mixed.images_NCSS[:, 0] > 0.5).long())
+    shares = [(mixed.known_NSS[place] == IGNORE_LABEL).float().mean().item() for place in range(4)]
+    assert all(0.05 < share < 0.55 for share in shares[:2])
+    assert all(0.45 < share < 0.95 for share in shares[2:])
+    again = teacher.mix(images, target, [10, 11, 12, 13], num_labelled=2)
+    assert torch.equal(again.images_NCSS, mixed.images_NCSS)
+    other = teacher.mix(images, target, [20, 21, 22, 23], num_labelled=2)
+    assert not torch.equal(other.images_NCSS, mixed.images_NCSS)
+
+
+def test_mix__strong_view_changes_unlabelled_slices_only(lab):
+    images, target = bright_squares(lab)
+    images = 0.2 + 0.6 * images
+    mixed = teacher_of(lab, "selftrain.online.paste_probability=0").mix(images, target, [0, 1, 2, 3], num_labelled=2)
+    assert torch.equal(mixed.images_NCSS[:2], images[:2])
+    assert (mixed.images_NCSS[2:] - images[2:]).abs().max() > 0.02
+
+
+def test_strong_intensity__keeps_changes_off_that_the_modality_switches_off():
+    weak = AugmentConfig(max_log_gamma=0.2, noise_std=0.0, blur_probability=0.6)
+    strong = strong_intensity(weak, 2.0)
+    assert (strong.max_log_gamma, strong.noise_std, strong.blur_probability) == (0.4, 0.0, 1.0)
+
+
+def test_teacher__follows_the_student_slowly_and_its_loss_ramps_up(lab):
+    student = Threshold()
+    teacher = OnlineTeacher(student, config_of(lab, "selftrain.online.ema_decay=0.75"))
+    teacher.update(student)
+    with torch.no_grad():
+        student.scale.fill_(24.0)
+    teacher.update(student)
+    assert teacher.average.module.scale.item() == pytest.approx(21.0)
+    weights = [teacher.weight(step) for step in (0, 2, 4, 9)]
+    assert weights == pytest.approx([0.0067379, 0.2865048, 1.0, 1.0], rel=1e-4)
+
+
+def test_finetune__online_run_resumes_to_the_same_bytes(lab, monkeypatch):
+    whole = run(lab, "whole")
+    original = FinetuneModule.training_step
+
+    def training_step(self, batch, batch_idx):
+        if self.trainer.global_step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, batch, batch_idx)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FinetuneModule, "training_step", training_step)
+        with pytest.raises(StoppedAndSaved):
+            run(lab, "stopped")
+    stopped = run(lab, "stopped")
+    weights = [(path / "model" / "sam.safetensors").read_bytes() for path in (whole, stopped)]
+    assert weights[0] == weights[1]
+    model = read_model(whole)
+    assert model.card.notes[-1].startswith("self-training: store.zarr, 4 scans of 4 patients, 16 slices without labels")
+    assert len(model.card.data_manifest["patient_ids"]) == 6
+
+
+def test_finetune_config__online_teacher_is_not_sharded(lab):
+    with pytest.raises(UsageError, match="keeps a whole teacher per process"):
+        config_of(lab, "trainer.strategy=fsdp")

@@ -1,0 +1,322 @@
+"""Self-training, with pseudo-labels by rule, the guard of validation and test patients, and whole runs."""
+
+import dataclasses
+import json
+import logging
+import os
+import signal
+
+import numpy as np
+import pytest
+from model_factory import make_sam, tiny_vit_t_spec
+from samgraft.finetune.classes import ClassTable
+from samgraft.finetune.config import FinetuneConfig, SelftrainMode
+from samgraft.finetune.model_folder import read_model
+from samgraft.finetune.selftraining import labelling
+from samgraft.finetune.selftraining.labelling import choose_labels
+from samgraft.finetune.selftraining.parts import plan_rounds, teacher_parts
+from samgraft.finetune.selftraining.selftraining import PartFailed, plan_selftraining, run_selftraining
+from samgraft.finetune.training import train
+from samgraft.finetune.training.module import FinetuneModule
+from samgraft.finetune.training.unlabelled import choose_unlabelled
+from samgraft.shared.cli import main
+from samgraft.shared.config import config_to_yaml, load_config
+from samgraft.shared.errors import DataError, StoppedAndSaved, UsageError
+from samgraft.shared.files import write_tensors
+from samgraft.shared.samples.split import make_split
+from samgraft.shared.scans.volume import IGNORE_LABEL
+from samgraft.shared.store.store import SliceStore
+from samgraft.shared.training.device import choose_device
+from store_factory import make_store
+
+CLASSES = ClassTable(ids=(3, 7), names=("a", "b"))
+DEVICE = choose_device("cpu")
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    root = tmp_path_factory.mktemp("lab")
+    make_store(root, num_patients=10, shape_zyx=(4, 24, 20))
+    write_tensors(root / "base.safetensors", dict(make_sam(tiny_vit_t_spec(), image_size=32).state_dict()))
+    return root
+
+
+def config_of(lab, *overrides):
+    layer = {
+        "modality": "mri",
+        "data": {"store": str(lab / "store.zarr"), "batch_size": 2, "few_shot": {"num": 2}},
+        "model": {"ckpt": str(lab / "base.safetensors"), "image_size": 32},
+        "adapter": {"r": 2, "lora_alpha": 2},
+        "baseline": {"base_channels": 4},
+        "optim": {"warmup_steps": 1},
+        "trainer": {"max_steps": 2, "save_every_steps": 1, "device": "cpu"},
+        "watch": {"validate_every_n_steps": 2, "num_overlays": 1},
+        "selftrain": {
+            "mode": "offline",
+            "teachers": ["lora", "dynunet2d"],
+            "min_agreement": 0.5,
+            "min_slice_agreement": 0.0,
+        },
+    }
+    return load_config(FinetuneConfig, layers=[layer], overrides=overrides)
+
+
+def in_this_process(arguments, log_file, num_threads, processes):
+    code = main(list(arguments))
+    log_file.write_text("" if code == 0 else "error: it failed\n")
+    return code, 1.0, 1.0
+
+
+def selftrain(config, path, run=in_this_process):
+    plan = plan_selftraining(config, path, DEVICE, measure=False)
+    return run_selftraining(plan, DEVICE, run=run)
+
+
+def weights_of(path):
+    return (path / "model" / "sam.safetensors").read_bytes()
+
+
+def pseudo_bytes(path):
+    folder = path / "round-1" / "pseudo_labels.zarr"
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+@pytest.fixture(scope="module")
+def whole(lab):
+    return selftrain(config_of(lab), lab / "runs" / "whole")
+
+
+def test_run_selftraining__student_learns_from_teachers_in_an_ordinary_run(whole):
+    model = read_model(whole)
+    assert model.card.notes[-1].startswith("self-training: 4 scans of 4 patients have pseudo-labels of lora, dynunet2d")
+    assert main(["evaluate", str(whole), "--split", "test"]) == 0
+    summary = json.loads((whole / "selftraining.json").read_text())
+    assert list(summary["validation_dice"]) == ["teacher lora", "teacher dynunet2d", "student 1"]
+
+
+PLACES = ["in a teacher", "between teachers", "in the student"]
+
+
+@pytest.mark.parametrize("place", ["in the labelling", *(pytest.param(p, marks=pytest.mark.slow) for p in PLACES)])
+def test_run_selftraining__stopped_anywhere_it_ends_with_the_same_bytes(lab, whole, monkeypatch, place):
+    config = config_of(lab)
+    path = lab / "runs" / place.replace(" ", "-")
+    calls = []
+
+    def stopping_run(arguments, log_file, num_threads, processes):
+        calls.append(arguments)
+        if len(calls) == {"in a teacher": 1, "between teachers": 2, "in the student": 3}.get(place):
+            if place != "between teachers":
+                stop_at_step(monkeypatch, 1)
+            processes.stopping = True
+            return (main(list(arguments)) if place != "between teachers" else 75), 1.0, 1.0
+        return in_this_process(arguments, log_file, num_threads, processes)
+
+    with monkeypatch.context() as patch:
+        if place == "in the labelling":
+            stop_in_labelling(patch)
+        with pytest.raises(StoppedAndSaved, match="was stopped"):
+            selftrain(config, path, run=stopping_run)
+    monkeypatch.undo()
+    selftrain(config, path)
+    assert pseudo_bytes(path) == pseudo_bytes(whole)
+    assert weights_of(path) == weights_of(whole)
+
+
+def stop_at_step(monkeypatch, step):
+    original = FinetuneModule.training_step
+
+    def training_step(self, batch, batch_idx):
+        if self.trainer.global_step == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, batch, batch_idx)
+
+    monkeypatch.setattr(FinetuneModule, "training_step", training_step)
+
+
+def stop_in_labelling(patch):
+    original, labelled = labelling.find_consensus, []
+
+    def find_consensus(*arguments):
+        if len(labelled) == 2:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        labelled.append(arguments)
+        return original(*arguments)
+
+    patch.setattr(labelling, "find_consensus", find_consensus)
+
+
+def test_run_selftraining__second_round_uses_the_first_student(lab):
+    config = config_of(lab, "selftrain.rounds=2", "selftrain.teachers=[lora]", "selftrain.keep_teachers=false")
+    path = selftrain(config, lab / "runs" / "rounds")
+    summary = json.loads((path / "selftraining.json").read_text())
+    assert [row["teachers"] for row in summary["rounds"]] == ["lora", "student 1"]
+    assert (path / "round-1" / "student" / "model").is_dir()
+    assert "student 1 (round 2)" in read_model(path).card.notes[-1]
+
+
+def test_run_selftraining__complete_run_trains_nothing_again(lab, whole):
+    def refuse(*_):
+        raise AssertionError("a complete part was run again")
+
+    assert selftrain(config_of(lab), whole, run=refuse) == whole
+
+
+def test_run_selftraining__other_settings_are_refused(lab, whole):
+    with pytest.raises(UsageError, match=r"another configuration.*selftrain\.min_agreement: 0\.5 -> 0\.6"):
+        plan_selftraining(config_of(lab, "selftrain.min_agreement=0.6"), whole, DEVICE, measure=False)
+
+
+def test_run_selftraining__failed_teacher_ends_with_its_exit_code(lab):
+    def fail(arguments, log_file, num_threads, processes):
+        log_file.write_text("hello\nerror: the disk is full.\n")
+        return 5, 1.0, 1.0
+
+    with pytest.raises(PartFailed, match="teacher lora failed: error: the disk is full") as refusal:
+        selftrain(config_of(lab), lab / "runs" / "failed", run=fail)
+    assert refusal.value.exit_code == 5
+
+
+def test_finetune__settings_of_a_selftraining_alone_are_refused(lab):
+    with pytest.raises(UsageError, match="needs samgraft selftrain"):
+        train.prepare_seeded(config_of(lab))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "match"),
+    [
+        (["selftrain.teachers=[]"], "at least one name"),
+        (["selftrain.teachers=[lora,lora]"], "none twice"),
+        (["selftrain.teachers=[mine]"], "must be one of lora"),
+        (["selftrain.teachers=[a b]"], "letters, digits"),
+        (["selftrain.teacher_settings.fool=[optim.lr=1e-4]"], "does not list"),
+        (["selftrain.every_teacher=[trainer.steps=4]"], "trainer.steps"),
+        (["data.pseudo_labels=a.zarr"], "Leave it out"),
+    ],
+)
+def test_plan_rounds__wrong_teachers_are_refused(lab, overrides, match):
+    with pytest.raises(UsageError, match=match):
+        plan_rounds(config_of(lab, *overrides), lab / "runs" / "a")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "match"),
+    [
+        (["prompt.mode=box"], "exclusive classes without prompts"),
+        (["data.regions={a: [1]}"], "exclusive classes without prompts"),
+        (["adapter.scope=decoder", "cache.variants=2"], "cached embeddings and pseudo-labels"),
+        (["data.pseudo_fraction=0.9"], "must leave places"),
+        (["data.pseudo_fraction=0.1"], "must leave places"),
+    ],
+)
+def test_finetune_config__settings_that_pseudo_labels_cannot_have_are_refused(lab, overrides, match):
+    with pytest.raises(UsageError, match=match):
+        config_of(lab, *overrides)
+
+
+def test_teacher_parts__each_differs_from_the_student_in_its_own_settings(lab):
+    config = config_of(
+        lab,
+        "selftrain.teachers=[full, dynunet2d, neighbours, late]",
+        "selftrain.every_teacher=[trainer.max_steps=7]",
+        "selftrain.teacher_settings={full: [optim.lr=1e-4], late: [trainer.max_steps=9]}",
+    )
+    full, network, neighbours, late = (part.config for part in teacher_parts(config, lab / "a"))
+    assert (full.adapter.method, full.optim.lr, full.trainer.max_steps) == ("full", 1e-4, 7)
+    assert (network.model.arch, network.model.ckpt) == ("dynunet2d", None)
+    assert neighbours.data.num_neighbours == 1
+    assert late.trainer.max_steps == 9
+    assert all(part.selftrain.mode is SelftrainMode.OFF for part in (full, network, neighbours, late))
+    assert late.optim == config.optim
+
+
+def probabilities(*rows):
+    """Return (1 + C, Z=len(rows), 1, W) from the probabilities of the two classes in every pixel."""
+    foreground = np.array(rows, dtype=np.float32)  # Z, W, C
+    everything = np.concatenate([1 - foreground.sum(axis=-1, keepdims=True), foreground], axis=-1)
+    return everything.transpose(2, 0, 1)[:, :, None, :]
+
+
+def test_choose_labels__low_agreement_is_ignored():
+    mean = probabilities([(0.9, 0.0), (0.3, 0.3), (0.0, 0.05)], [(0.6, 0.1), (0.1, 0.6), (0.0, 0.0)])
+    is_class = mean.argmax(axis=0) > 0
+    is_class[0, 0, 1] = True
+    found = choose_labels(mean, is_class, CLASSES, min_agreement=0.8, min_slice_agreement=0.0)
+    assert found.label_ZHW[:, 0].tolist() == [[3, IGNORE_LABEL, 0], [IGNORE_LABEL, IGNORE_LABEL, 0]]
+    np.testing.assert_allclose(found.slice_agreement_Z, [(0.9 + 0.4) / 2, 0.6], atol=1e-6)
+    strict = choose_labels(mean, is_class, CLASSES, min_agreement=0.5, min_slice_agreement=0.63)
+    assert strict.label_ZHW[:, 0].tolist() == [[3, IGNORE_LABEL, 0], [IGNORE_LABEL] * 3]
+
+
+def test_choose_labels__slice_on_which_no_teacher_finds_a_class_is_background():
+    mean = probabilities([(0.05, 0.0), (0.0, 0.1)])
+    found = choose_labels(mean, mean.argmax(axis=0) > 0, CLASSES, min_agreement=0.8, min_slice_agreement=1.0)
+    assert found.label_ZHW.tolist() == [[[0, 0]]]
+    assert found.slice_agreement_Z.tolist() == [1.0]
+
+
+def open_store(lab, name="store.zarr"):
+    store = SliceStore.open(lab / name)
+    return store, make_split(store)
+
+
+def test_choose_unlabelled__patients_of_validation_and_test_are_never_labelled(lab):
+    store, split = open_store(lab)
+    drawn = dataclasses.replace(split, train=split.train[:2])
+    scans = choose_unlabelled(store, store, drawn)
+    labelled = {store.record(series).patient_id for series in scans.series}
+    assert labelled == set(split.train[2:])
+    assert scans.left_out == {"of validation or test patients": 4, "with labels in the training": 2}
+    assert not scans.transductive
+
+
+def test_choose_unlabelled__same_patients_in_another_store_are_left_out(lab, tmp_path, caplog):
+    """The second store has another salt, so its ids differ; its voxels are equal."""
+    store, split = open_store(lab)
+    other = SliceStore.open(make_store(tmp_path, num_patients=12, shape_zyx=(4, 24, 20), labelled=False))
+    caplog.set_level(logging.INFO)
+    scans = choose_unlabelled(other, store, split)
+    contents = {r.content_sha256 for r in store.series}
+    assert len(scans.series) == 2
+    assert all(other.record(series).content_sha256 not in contents for series in scans.series)
+    assert scans.left_out == {"of validation or test patients": 4, "with labels in the training": 6}
+
+
+def test_choose_unlabelled__transductive_use_is_possible_and_recorded(lab):
+    store, split = open_store(lab)
+    scans = choose_unlabelled(store, store, split, allow_transductive=True)
+    assert scans.transductive
+    assert len(scans.series) == 4
+    with pytest.raises(DataError, match="0 scans are left to label"):
+        choose_unlabelled(store, store, split)
+
+
+def test_finetune__pseudo_labels_of_held_out_patients_are_refused(lab):
+    """A student may be started by hand, with pseudo-labels that another self-training made with permission."""
+    path = selftrain(config_of(lab, "data.allow_transductive=true"), lab / "runs" / "transductive")
+    model = read_model(path)
+    assert model.task.transductive
+    assert any(note.startswith("transductive") for note in model.card.notes)
+    config = config_of(lab, f"data.pseudo_labels={path}/round-1/pseudo_labels.zarr")
+    with pytest.raises(DataError, match="4 validation or test patients have pseudo-labels"):
+        train.prepare_seeded(config)
+    with pytest.raises(DataError, match="must be a store of pseudo-labels"):
+        train.prepare_seeded(config_of(lab, f"data.pseudo_labels={lab}/store.zarr"))
+
+
+def test_selftrain__dry_run_measures_every_part_and_writes_nothing(lab, monkeypatch, capsys):
+    monkeypatch.chdir(lab)
+    file = lab / "settings.yaml"
+    file.write_text(config_to_yaml(config_of(lab)))
+    command = ["selftrain", "--config", str(file), "--preset", "cpu", "--runs", "runs", "--name", "dry", "--dry-run"]
+    assert main(command) == 0
+    printed = capsys.readouterr().err
+    assert "teacher dynunet2d: 2 steps of" in printed
+    assert "labels of round 1: 16 slices" in printed
+    assert "dry run: runs/dry would train 3 models" in printed
+    assert not (lab / "runs" / "dry").exists()
+
+
+def test_selftrain__several_processes_are_refused(lab, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["selftrain", "--base", str(lab / "base.safetensors")]) == 2
