@@ -11,8 +11,8 @@ from samgraft.finetune.selftraining.parts import Part, Round
 from samgraft.finetune.training.preparation import Prepared
 from samgraft.finetune.training.train import measure_cost
 from samgraft.finetune.training.unlabelled import UnlabelledScans
+from samgraft.shared.machine import format_duration
 from samgraft.shared.training.device import DeviceChoice, release_memory
-from samgraft.shared.training.progress import format_duration
 
 NUM_MEASURED_SLICES = 4
 
