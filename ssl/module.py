@@ -48,8 +48,9 @@ class PretrainModule(pl.LightningModule):
         part = mesh["data_parallel"]
         # A module is sharded after its submodules, and each unit gathers its weights for its own forward pass only.
         for encoder in [m for m in self.objective.modules() if isinstance(m, ImageEncoder)]:
-            for unit in [*encoder.units(), encoder.neck]:
+            for unit in encoder.units():
                 shard_module(unit, part)
+            shard_module(encoder.neck, part, methods=encoder.neck_entry_points)
             shard_module(encoder, part, methods=encoder.entry_points)
         shard_module(self.objective, part, methods=("loss", "panel"))
 

@@ -286,6 +286,8 @@ class ImageEncoder(nn.Module, ABC):
     """Layers from the features to the image embeddings."""
     entry_points: ClassVar[tuple[str, ...]] = ("forward_features",)
     """Methods besides ``forward`` that callers use. Sharded parameters are gathered for them."""
+    neck_entry_points: ClassVar[tuple[str, ...]] = ()
+    """Methods of the neck besides ``forward`` that the encoder uses, for the same reason."""
 
     def __init__(self, spec: EncoderSpec, *, image_size: int) -> None:
         super().__init__()

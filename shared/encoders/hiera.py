@@ -343,6 +343,8 @@ class HieraEncoder(TokenDroppingEncoder):
     """
 
     neck: HieraNeck
+    entry_points = (*TokenDroppingEncoder.entry_points, "forward_with_high_res")
+    neck_entry_points = ("forward_high_res",)
 
     def __init__(self, spec: HieraSpec, *, image_size: int) -> None:
         super().__init__(spec, image_size=image_size)

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from samgraft.shared.encoders.base import EncoderSpec, ImageFeatures
+from samgraft.shared.encoders.base import EncoderSpec, ImageEncoder, ImageFeatures
 from samgraft.shared.encoders.registry import arch_spec
 from samgraft.shared.encoders.sam2_decoder import Sam2MaskDecoder, Sam2PromptEncoder
 from segment_anything.modeling import MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
@@ -116,14 +116,15 @@ def to_pixels(
     return images_N1SS * (255.0 / std) - mean / std
 
 
-def encode_images(sam: Sam, pixels_B3SS: torch.Tensor) -> ImageFeatures:
+def encode_images(sam: Sam, pixels_B3SS: torch.Tensor, *, encoder: ImageEncoder | None = None) -> ImageFeatures:
     """Return what the mask decoder reads of images.
 
     Args:
-        sam: Model whose image encoder is used, and whose mask decoder projects the finer maps if it reads any.
+        sam: Model whose mask decoder projects the finer maps if it reads any.
         pixels_B3SS: Images after :func:`to_pixels`.
+        encoder: Image encoder; default that of ``sam``.
     """
-    embeddings, high_res = sam.image_encoder.forward_with_high_res(pixels_B3SS)
+    embeddings, high_res = (encoder or sam.image_encoder).forward_with_high_res(pixels_B3SS)
     # SAM 2 projects the maps once per image. Projected maps are an eighth of the size, in memory and in a cache.
     return ImageFeatures(embeddings, sam.mask_decoder.project_high_res(high_res) if high_res else ())
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 from samgraft.shared.encoders.base import ImageEncoder, ImageFeatures
-from samgraft.shared.encoders.sam import decode_boxes
+from samgraft.shared.encoders.sam import decode_boxes, encode_images, to_pixels
 from samgraft.shared.errors import UsageError, WeightsError
 from samgraft.shared.samples.frame import InputFrame, logits_to_native
 from samgraft.shared.scans.volume import IGNORE_LABEL
@@ -88,11 +88,16 @@ class BoxPromptCheck:
             return
         self.decoder.to(features_BChw.device)
         rows = torch.tensor([box.slice_number - first for box in chosen], device=features_BChw.device)
+        if encoder.high_res_layers():
+            # The finer maps that this decoder reads are no part of the features, so the slices are encoded once more.
+            images_B1SS = self.slices.images_N1SS[[box.slice_number for box in chosen]].to(features_BChw.device)
+            features = encode_images(self.decoder, to_pixels(images_B1SS, encoder.spec), encoder=encoder)
+        else:
+            features = ImageFeatures(encoder.neck(features_BChw[rows]))
         # In float32 whatever the precision of the training, so that values of different runs can be compared.
-        embeddings_BChw = encoder.neck(features_BChw[rows]).float()
+        features = features.map(Tensor.float)
         frames = [self.slices.frames[box.slice_number] for box in chosen]
         boxes_B4 = torch.tensor([box.in_frame(f) for box, f in zip(chosen, frames, strict=True)])
-        features = ImageFeatures(embeddings_BChw)
         logits, _ = decode_boxes(self.decoder, features, boxes_B4.to(features_BChw.device), multimask=False)
         for box, frame, logits_1hw in zip(chosen, frames, logits, strict=True):
             label_HW = self.slices.labels[box.slice_number]

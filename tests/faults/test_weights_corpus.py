@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import pathlib
+import re
 import resource
 import struct
 import zipfile
@@ -15,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from model_factory import make_sam, tiny_plain_spec
+from model_factory import make_sam, tiny_hiera_spec, tiny_plain_spec
 from safetensors.torch import save_file
 from samgraft.shared.cli import main
 from samgraft.shared.encoders.sam import build_sam
@@ -23,6 +24,7 @@ from samgraft.shared.errors import WeightsError
 from samgraft.shared.weights.card import Card
 from samgraft.shared.weights.load import load_image_encoder, load_sam, read_weights
 from samgraft.shared.weights.safe_read import read_raw_weights
+from samgraft.shared.weights.sam2_format import to_sam2
 from samgraft.shared.weights.save import save_sam
 
 
@@ -402,3 +404,60 @@ def test_inspect__real_vit_b_has_all_314_keys(tmp_path: Path, capsys: pytest.Cap
     parts = json.loads(capsys.readouterr().out)["parts"]
     assert sum(part["matched"] for part in parts.values()) == 314
     assert not any(part["missing"] or part["unexpected"] for part in parts.values())
+
+
+@pytest.fixture(scope="module")
+def sam2_tensors() -> dict[str, torch.Tensor]:
+    """Return the tensors of a small SAM 2 under the names of its own package, with a part of the memory."""
+    tensors = to_sam2(make_sam(tiny_hiera_spec(), image_size=64).state_dict())
+    return {**tensors, "maskmem_tpos_enc": torch.rand(7, 1, 1, 8), "memory_encoder.out_proj.bias": torch.rand(8)}
+
+
+def test_sam2__nested_file_is_read_with_its_memory_and_a_warning(
+    tmp_path: Path, sam2_tensors: dict[str, torch.Tensor]
+) -> None:
+    torch.save({"model": sam2_tensors}, tmp_path / "sam2.pt")
+    weights = read_weights(tmp_path / "sam2.pt")
+    assert weights.format == "SAM 2"
+    assert set(weights.memory) == {"maskmem_tpos_enc", "memory_encoder.out_proj.bias"}
+    assert weights.parts == {"image_encoder", "prompt_encoder", "mask_decoder"}
+    assert any("do not contain the number of heads (1)" in note for note in weights.notes)
+    assert main(["inspect", str(tmp_path / "sam2.pt")]) == 0
+    load_sam(tmp_path / "sam2.pt", image_size=64)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda t: {k: v for k, v in t.items() if not re.search(r"blocks\.[89]\.", k)},
+            "3 stages in 8 blocks, expected 4",
+        ),
+        (lambda t: {k: v for k, v in t.items() if not k.endswith("pos_embed_window")}, r"pos_embed_window is missing"),
+        (lambda t: {k: v for k, v in t.items() if not k.endswith("neck.convs.2.conv.bias")}, r"1 missing.*convs\.2"),
+        (lambda t: {**t, "image_encoder.trunk.blocks.0.lora": torch.rand(2)}, r"1 unexpected.*blocks\.0\.lora"),
+        (lambda t: {**t, "sam_mask_decoder.new.weight": torch.rand(2)}, r"1 unexpected.*mask_decoder\.new"),
+        (lambda t: {**t, "image_encoder.trunk.pos_embed": torch.full((1, 8, 7, 7), torch.nan)}, "contains NaN or Inf"),
+        (
+            lambda t: {f"detector.backbone.vision_backbone.{k}": v for k, v in t.items()},
+            r"weights are SAM 3\. Its encoder has another structure than those of SAM and SAM 2.*sam2\.1_hiera_tiny",
+        ),
+    ],
+    ids=["no last stage", "no positions", "no neck bias", "extra encoder", "extra decoder", "NaN", "SAM 3"],
+)
+def test_sam2__damaged_or_foreign_file_is_refused_by_name(
+    tmp_path: Path,
+    sam2_tensors: dict[str, torch.Tensor],
+    change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]],
+    message: str,
+) -> None:
+    torch.save({"model": change(sam2_tensors)}, tmp_path / "sam2.pt")
+    with pytest.raises(WeightsError, match=message):
+        load_sam(tmp_path / "sam2.pt", image_size=64)
+
+
+def test_sam2__truncated_file_is_refused(tmp_path: Path, sam2_tensors: dict[str, torch.Tensor]) -> None:
+    torch.save({"model": sam2_tensors}, tmp_path / "whole.pt")
+    (tmp_path / "sam2.pt").write_bytes((tmp_path / "whole.pt").read_bytes()[:-5000])
+    with pytest.raises(WeightsError):
+        read_weights(tmp_path / "sam2.pt")

@@ -7,8 +7,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from model_factory import make_sam, tiny_vit_t_spec
+from model_factory import make_sam, tiny_hiera_spec, tiny_vit_t_spec
 from samgraft.shared.config import load_config
+from samgraft.shared.encoders.sam import to_pixels
 from samgraft.shared.errors import DataError, UsageError, WeightsError
 from samgraft.shared.samples.frame import fit_frame
 from samgraft.shared.samples.split import Split, default_split_path
@@ -46,6 +47,9 @@ class GreyEncoder(torch.nn.Module):
         self.spec = replace(tiny_vit_t_spec())
         self.blind = blind
         self.neck = torch.nn.Identity()
+
+    def high_res_layers(self) -> list[torch.nn.Module]:
+        return []
 
     def forward_features(self, pixels_B3SS: torch.Tensor) -> torch.Tensor:
         grey_B1hw = torch.nn.functional.avg_pool2d(pixels_B3SS[:, :1], self.stride)
@@ -314,6 +318,35 @@ def test_box_prompt_check__equals_sams_own_decoder(tmp_path) -> None:
         )
         expected.append(2 * float((predicted & (label == 3)).sum()) / float(predicted.sum() + (label == 3).sum()))
     assert check.mean_dice() == pytest.approx(sum(expected) / 3)
+
+
+def test_box_prompt_check__sam2_decoder_reads_the_finer_maps(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The maps of the present encoder, not of the file's."""
+    spec = tiny_hiera_spec()
+    save_sam(make_sam(spec, image_size=SIZE), tmp_path / "sam2.safetensors")
+    model = ModelConfig(arch="sam2_t", base=str(tmp_path / "sam2.safetensors"), image_size=SIZE)
+    probe = data()
+    check, _ = box_prompt_check.load_box_prompt_check(probe, ProbeConfig(store="s", num_boxes=8), model, stride=16)
+    encoder = make_sam(spec, image_size=SIZE, seed=1).image_encoder
+    read, decode = [], box_prompt_check.decode_boxes
+
+    def reading(sam, features, boxes_B4, *, multimask):
+        read.append(features)
+        return decode(sam, features, boxes_B4, multimask=multimask)
+
+    monkeypatch.setattr(box_prompt_check, "decode_boxes", reading)
+    pixels = to_pixels(probe.test.images_N1SS, spec)
+    with torch.no_grad():
+        check.start_round()
+        check.add(encoder, 0, encoder.forward_features(pixels))
+        expected = encoder.forward_with_high_res(pixels)
+    assert 0 <= check.mean_dice() <= 1
+    torch.testing.assert_close(read[0].embeddings, expected.embeddings)
+    assert len(read[0].high_res) == 2
+    for found, wanted in zip(
+        read[0].high_res, check.decoder.mask_decoder.project_high_res(expected.high_res), strict=True
+    ):
+        torch.testing.assert_close(found, wanted)
 
 
 def test_box_prompt_check__without_a_decoder_is_off_or_refused(tmp_path) -> None:
