@@ -5,12 +5,14 @@ import dataclasses
 import pytest
 import torch
 from model_factory import make_sam, tiny_hiera_spec
+from samgraft.shared.encoders.registry import arch_spec
 from samgraft.shared.release import clients
 from samgraft.shared.release.clients import CLIENTS
 from samgraft.shared.release.formats import SAM_FORMAT, TRANSFORMERS_FORMAT
 from samgraft.shared.release.onnx_format import ONNX_FORMAT
-from samgraft.shared.release.sam2_client import sam2_build, why_not_sam2
+from samgraft.shared.release.sam2_client import predictor_outputs, sam2_build, why_not_sam2
 from samgraft.shared.release.subject import Subject, expected_outputs, make_probe
+from samgraft.shared.weights.load import load_sam, read_weights
 from samgraft.shared.weights.sam2_format import MEMORY, from_sam2, split_memory
 
 SIZE = 64
@@ -140,3 +142,25 @@ def test_memory__names_of_the_package_are_all_known():
     images, memory = split_memory(from_sam2(reference.state_dict()))
     assert {name.split(".")[0] for name in images} == {"image_encoder", "prompt_encoder", "mask_decoder"}
     assert all(name.startswith(MEMORY) for name in memory)
+
+
+@pytest.mark.slow  # the published shape has 39 million parameters
+@pytest.mark.parametrize("generation", ["sam2", "sam2.1"])
+def test_file_of_the_package__is_loaded_strictly_with_equal_outputs(tmp_path, generation):
+    pytest.importorskip("sam2")
+    from sam2.build_sam import build_sam2
+
+    torch.manual_seed(0)
+    reference = build_sam2(f"configs/{generation}/{generation}_hiera_t.yaml", device="cpu")
+    torch.save({"model": reference.state_dict()}, tmp_path / "published.pt")
+    weights = read_weights(tmp_path / "published.pt")
+    assert weights.spec == arch_spec("sam2_t")
+    sam = load_sam(tmp_path / "published.pt", image_size=256)
+    subject = Subject(tensors=sam.state_dict(), spec=weights.spec, image_size=256, memory=weights.memory)
+    assert why_not_sam2(subject) is None
+    probe = make_probe(subject)
+    expected = predictor_outputs(tmp_path / "published.pt", subject, probe)
+    assert_equal_outputs(SAM_FORMAT.write(subject, tmp_path)[1], tmp_path, probe, expected)
+    for name, value in expected_outputs(subject, probe).items():
+        largest = max(1.0, float(expected[name].abs().max()))
+        assert float((value - expected[name]).abs().max()) < 1e-4 * largest, name
