@@ -44,6 +44,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="text file with one original id or name per line, none of which may occur in the release",
     )
     parser.add_argument(
+        "--push",
+        metavar="OWNER/NAME",
+        help="upload the finished release to this repository of the Hugging Face Hub (a new one is private)",
+    )
+    parser.add_argument(
         "--force", action="store_true", help="release a model that segments nothing or ended below its start"
     )
     parser.add_argument(
@@ -84,6 +89,7 @@ def release(
     formats: Sequence[str] | str | None = None,
     data_statement: str | None = None,
     known_identifiers: Path | str | None = None,
+    push: str | None = None,
     force: bool = False,
     continuable: bool = False,
 ) -> ReleaseResult:
@@ -96,15 +102,19 @@ def release(
         formats: Formats, as a list or separated by commas; None writes all that apply.
         data_statement: Sentence for the card on origin, consent and de-identification of the scans.
         known_identifiers: Text file with one original id or name per line, none of which may occur in the release.
+        push: Repository ``OWNER/NAME`` of the Hugging Face Hub to upload to; a new one is private.
         force: Release a model that segments nothing or ended below its start.
         continuable: Add decoder, teacher and optimizer of stage 1, so that others can continue.
 
     Raises:
         SamgraftError: If the run is not finished, a file does not load back, or the privacy gate finds anything.
     """
+    from samgraft.shared.release.push import check_repository, push_release
     from samgraft.shared.release.request import Released, ReleaseRequest
 
     path, folder = Path(run), Path(out)
+    if push:
+        check_repository(push)
     request = ReleaseRequest(
         run=path,
         out=folder,
@@ -128,6 +138,8 @@ def release(
         log.info("%s", line)
     log.info("privacy gate: every byte searched, nothing found")
     log.info("released: %s (sha256sum -c SHA256SUMS verifies it)", folder)
+    if push:
+        log.info("uploaded: %s", push_release(folder, push))
     # Without the tensors and reports of the check, which nobody needs after it has passed.
     return ReleaseResult(
         path=folder, files=tuple(file.path for file in released.checked), left_out=tuple(released.left_out)

@@ -124,7 +124,8 @@ def test_path__from_scans_to_a_release(tmp_path, monkeypatch):
     scores = sg.evaluate(run.path, batch_size=2)
     assert set(scores.cases["class"]) == {"lesion"}
     assert scores.summary["num_cases"] == scores.cases["series_id"].nunique()
-    released = sg.release(run.path, out="released", license="cc-by-4.0", formats=["sam"])
+    # Two steps may end below the start by chance.
+    released = sg.release(run.path, out="released", license="cc-by-4.0", formats=["sam"], force=True)
     assert released.report.is_file()
     assert sg.load_sam(released.path).image_encoder.image_size == 32
     assert sg.load_encoder(encoder.path).image_size == 32
