@@ -127,13 +127,8 @@ def release(
     )
     released: Released = _releaser(path)(request)
     for file in released.checked:
-        log.info(
-            "%s: loaded back by %s; %s differ by %.1e",
-            file.path,
-            file.loaded_by,
-            ", ".join(file.outputs),
-            file.max_difference,
-        )
+        outputs = ", ".join(file.outputs)
+        log.info("%s: loaded back by %s; %s differ by %.1e", file.path, file.loaded_by, outputs, file.max_difference)
     for line in released.left_out:
         log.info("%s", line)
     log.info("privacy gate: every byte searched, nothing found")

@@ -21,7 +21,7 @@ def check_repository(repository: str) -> None:
     """Check the name of a repository and the login, before a release is made.
 
     Raises:
-        UsageError: If the name is invalid, downloads and uploads are disallowed, or nobody is logged in.
+        UsageError: If the name is invalid, the network is disallowed, or there is no login.
     """
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import get_token, validate_repo_id
