@@ -7,6 +7,7 @@ its owner decides who sees a model of patients' scans.
 from __future__ import annotations
 
 import logging
+import re
 from pathlib import Path
 
 from samgraft.shared.errors import StorageError, UsageError
@@ -15,6 +16,8 @@ from samgraft.shared.fetch import OFFLINE_VARIABLE, is_offline
 log = logging.getLogger(__name__)
 
 LOGIN = "hf auth login"
+NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
+"""Form of a repository's name. The Hub has further rules, which it reports itself."""
 
 
 def check_repository(repository: str) -> None:
@@ -23,14 +26,9 @@ def check_repository(repository: str) -> None:
     Raises:
         UsageError: If the name is invalid, the network is disallowed, or there is no login.
     """
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import get_token, validate_repo_id
+    from huggingface_hub import get_token
 
-    try:
-        validate_repo_id(repository)
-    except HFValidationError as err:
-        raise UsageError(f"--push must name a repository (got {repository!r}, expected OWNER/NAME).") from err
-    if "/" not in repository:
+    if not NAME.fullmatch(repository):
         raise UsageError(f"--push must name a repository (got {repository!r}, expected OWNER/NAME).")
     if is_offline():
         raise UsageError(f"--push needs the network, which {OFFLINE_VARIABLE} disallows. Unset it or leave --push out.")

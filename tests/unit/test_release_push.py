@@ -114,7 +114,7 @@ def test_repository__without_network_or_login_is_refused_before_the_release(hub,
         check_repository("lab/model")
     monkeypatch.setenv(OFFLINE_VARIABLE, "0")
     monkeypatch.delenv("HF_TOKEN")
-    monkeypatch.setattr("huggingface_hub.utils.get_token", lambda: None)
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
     with pytest.raises(UsageError, match="needs a login"):
         check_repository("lab/model")
 
