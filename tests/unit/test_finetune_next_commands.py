@@ -11,7 +11,7 @@ from samgraft.shared.cli import main
 from samgraft.shared.files import write_tensors
 from samgraft.shared.samples.split import Split
 from samgraft.shared.store.store import SliceStore
-from store_factory import make_store
+from store_factory import make_scan, make_store, write_nifti
 from tiny_sams import tiny_sam
 
 
@@ -86,3 +86,26 @@ def test_next_commands__quote_a_path_with_spaces():
     evaluate, release = next_commands("runs/my run", ["p1"])
     assert evaluate == "make evaluate RUN='runs/my run' SPLIT=test"
     assert release.startswith("make release RUN='runs/my run' OUT='releases/my run' ")
+
+
+def test_store_build__prints_a_command_that_splits_its_store(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for number in range(4):
+        image, label = make_scan(shape_zyx=(3, 24, 24), seed=number)
+        write_nifti(tmp_path / "my scans" / f"P{number}" / "t1.nii.gz", image)
+        write_nifti(tmp_path / "my scans" / f"P{number}" / "t1_seg.nii.gz", label)
+    assert main(["store", "build", "my scans", "--out", "my store.zarr"]) == 0
+    command = re.search(r"(samgraft store split '[^']+')", printed(capsys))[1]
+    assert main([*arguments_of(command, tmp_path), "--fractions", "0.5,0.25,0.25"]) == 0
+    assert (tmp_path / "my store.split.json").is_file()
+
+
+def test_store_build__refused_cases_can_be_skipped_as_the_message_says(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    write_nifti(tmp_path / "scans" / "P1" / "t1.nii.gz", make_scan(shape_zyx=(3, 24, 24))[0])
+    (tmp_path / "scans" / "P2.nii.gz").write_bytes(b"")
+    build = ["store", "build", "scans", "--out", "s.zarr"]
+    assert main(build) == 3
+    option = re.search(r"or build with (--skip-refused)", printed(capsys))[1]
+    assert main([*build, option]) == 0
+    assert len(SliceStore.open(tmp_path / "s.zarr")) == 1
