@@ -10,7 +10,7 @@ from samgraft.shared.encoders.registry import arch_spec
 from samgraft.shared.errors import WeightsError
 from samgraft.shared.weights.card import Card
 from samgraft.shared.weights.load import absent_by_nature, card_of, load_into, read_weights
-from samgraft.shared.weights.official import BASE_WEIGHTS
+from samgraft.shared.weights.official import official_name
 from samgraft.ssl.config import RANDOM, ModelConfig, PretrainConfig
 from samgraft.ssl.objectives import Objective, build_objective
 from samgraft.ssl.scope import apply_scope
@@ -97,7 +97,7 @@ def _load_encoder(config: ModelConfig) -> tuple[ImageEncoder, Card]:
             f"the initial weights are a {weights.format} without SAM's relative positions and neck, and no base SAM "
             "weights supply them. Pass this file as CKPT and the SAM that it was trained from, or SAM itself, as BASE.",
             where=weights.name,
-            next_command=f"make pretrain CKPT={weights.name} BASE={BASE_WEIGHTS.get(config.arch, 'FILE')}",
+            next_command=f"make pretrain CKPT={weights.name} BASE={official_name(config.arch)}",
         )
     # A plain ViT (MAE, DINO) overwrites everything that it has in the base SAM; the rest stays SAM's.
     complete = read_weights(config.base) if weights.is_partial and config.base else weights

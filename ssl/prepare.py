@@ -18,7 +18,7 @@ from samgraft.shared.stage_config import DemoSettings, TypedSettings, build_stag
 from samgraft.shared.store.from_data import store_from_data
 from samgraft.shared.store.store import SliceStore
 from samgraft.shared.weights.load import read_weights
-from samgraft.shared.weights.official import BASE_WEIGHTS
+from samgraft.shared.weights.official import official_name
 from samgraft.ssl.config import RANDOM, PretrainConfig
 from samgraft.ssl.objectives import OBJECTIVES
 
@@ -112,7 +112,7 @@ def _default_base(arch: str) -> str:
     if arch == DEFAULT_ARCH:
         target = demo_paths().weights
         return str(fetch_base_weights(target, cache=cache_folder(target.parent.parent)))
-    name = BASE_WEIGHTS.get(arch, "FILE")
+    name = official_name(arch)
     raise UsageError(
         f"MODEL={arch} needs weights, which no package contains. Pass BASE={name}, BASE=FILE or BASE=random.",
         next_command=f"make pretrain MODEL={arch} BASE={name}",

@@ -84,18 +84,6 @@ _SAM_2_NAMES = {
 }
 """Newest official weights of SAM 2's architectures."""
 
-BASE_WEIGHTS = {
-    "vit_t": "mobile_sam",
-    "vit_b": "sam_vit_b",
-    "vit_l": "sam_vit_l",
-    "vit_h": "sam_vit_h",
-    "sam2_t": "sam2.1_hiera_tiny",
-    "sam2_s": "sam2.1_hiera_small",
-    "sam2_bp": "sam2.1_hiera_base_plus",
-    "sam2_l": "sam2.1_hiera_large",
-}
-"""Official weights of each architecture, for messages."""
-
 
 def official_weights(name: str, *, cache: Path | None = None, address: str | None = None) -> Path:
     """Return the verified local file of official weights, downloading it if needed.
