@@ -147,6 +147,20 @@ class ClassTable:
         best, channel = logits_NCHW.max(dim=1)
         return self.to_ids(torch.where(best > 0, channel + 1, 0))
 
+    def to_probabilities(self, logits_NCHW: Tensor) -> Tensor:
+        """Return the probability of every class, without the background's."""
+        if self.members:
+            return torch.sigmoid(logits_NCHW)
+        background = torch.zeros_like(logits_NCHW[:, :1])
+        return torch.softmax(torch.cat([background, logits_NCHW], dim=1), dim=1)[:, 1:]
+
+    def from_probabilities(self, probabilities_NCHW: Tensor) -> Tensor:
+        """Return the label ids of the most probable classes, as ``from_logits`` does for one set of logits."""
+        if self.members:
+            return self.from_logits(probabilities_NCHW - 0.5)
+        # A class wins when it is more probable than the background and every other class.
+        return self.from_logits(probabilities_NCHW - (1 - probabilities_NCHW.sum(dim=1, keepdim=True)))
+
     def to_channels(self, label: Tensor) -> Tensor:
         """Map label ids to channels of exclusive classes and other ids to background, int64."""
         channels = torch.zeros_like(label, dtype=torch.int64)

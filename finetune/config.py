@@ -54,8 +54,8 @@ class DataConfig:
     """True trains on slices with a label only, as the study did. Validation and test use all slices."""
     planes: list[Plane] = field(default_factory=list)
     """Planes of the training slices, e.g. [axial, coronal, sagittal], which gives up to three times as many. The store
-    must have them (``store build --planes``, up to three times its size). Empty takes every scan in the plane in which
-    it was acquired, as validation and test always do."""
+    must have them (``store build --planes``, up to three times its size). Validation and the model then average the
+    probabilities of these planes, except with prompts. Empty takes every scan in the plane in which it was acquired."""
     few_shot: FewShotConfig = field(default_factory=FewShotConfig)
     """Random part of the training patients or slices."""
     foreground_fraction: ShareBelowOne = 0.67

@@ -19,9 +19,12 @@ from samgraft.finetune.loss import with_background
 from samgraft.finetune.prompting.prompt_sampling import PromptConfig
 from samgraft.finetune.prompting.prompted_inference import PromptSource, label_prompts, segment_prompted_slices
 from samgraft.finetune.segmenter import Segmenter
+from samgraft.shared.errors import DataError
 from samgraft.shared.samples.dataset import neighbour_slices
 from samgraft.shared.samples.frame import InputFrame, fit_frame, image_to_frame, logits_to_native
 from samgraft.shared.scans.intensity import IntensityPreset, IntensityStats, normalise
+from samgraft.shared.scans.orientation import NEAR_ISOTROPIC_RATIO, Plane, change_plane
+from samgraft.shared.store.series import SeriesRecord
 from samgraft.shared.store.store import SliceStore
 from torch import Tensor, nn
 
@@ -46,6 +49,9 @@ class InferenceConfig:
     """Number of slices per forward pass. It changes speed and memory only."""
     prompt: PromptConfig = field(default_factory=PromptConfig)
     """Prompts that validation and evaluation draw from the labels. Automatic mode has none."""
+    planes: tuple[Plane, ...] = ()
+    """Planes in which near-isotropic scans are segmented, with the mean of their probabilities. Empty segments the
+    slices as they are given."""
 
 
 @contextmanager
@@ -85,8 +91,7 @@ def segment_volume(
         only: Numbers of the slices to segment; None segments all.
         flips: Axes to mirror, one pass each; the logits are averaged. Not used with prompts.
         prompts: Prompts of the slices; None segments automatically.
-        on_slices: Function that gets the numbers of finished and of all slices after every batch; it may raise to
-            stop.
+        on_slices: Called after every batch with the numbers of finished and of all slices. It may raise to stop.
 
     Returns:
         Label ids of these slices, (Z, H, W). Logits are resized and the class is chosen on native pixels.
@@ -97,15 +102,17 @@ def segment_volume(
     if isinstance(segmenter, VolumeBaseline):
         with evaluating(segmenter):
             return segmenter.segment(volume_ZHW, stats, classes, config.intensity)
+    if config.planes:
+        averaged = _segment_planes(segmenter, volume_ZHW, stats, classes, config, flips=flips, on_slices=on_slices)
+        return averaged if only is None else averaged[list(only)]
     _, height, width = volume_ZHW.shape
     frame = fit_frame((height, width), image_size=segmenter.image_size, keep_aspect=config.keep_aspect)
-    device = next(segmenter.parameters()).device
-    wanted = list(range(len(volume_ZHW)) if only is None else only)
+    device, wanted = next(segmenter.parameters()).device, list(range(len(volume_ZHW)) if only is None else only)
     labels = np.zeros((len(wanted), *volume_ZHW.shape[1:]), dtype=np.int32)
     with evaluating(segmenter):
         for start in range(0, len(wanted), config.batch_size):
             numbers = wanted[start : start + config.batch_size]
-            images_NCHW = torch.from_numpy(_with_neighbours(volume_ZHW, numbers, stats, config)).to(device)
+            images_NCHW = _with_neighbours(volume_ZHW, numbers, stats, config).to(device)
             if prompts is None:
                 found = classes.from_logits(_mean_logits(segmenter, images_NCHW, frame, flips)).cpu().numpy()
             else:
@@ -156,7 +163,7 @@ def segment_probabilities(
             numbers = []
         for start in range(0, len(numbers), config.batch_size):
             images = _with_neighbours(volume_ZHW, numbers[start : start + config.batch_size], stats, config)
-            logits_NCHW = _mean_logits(segmenter, torch.from_numpy(images).to(device), frame, flips)
+            logits_NCHW = _mean_logits(segmenter, images.to(device), frame, flips)
             batches.append(_probabilities(logits_NCHW).swapaxes(0, 1))
     return np.concatenate(batches, axis=1)
 
@@ -165,6 +172,58 @@ def _probabilities(logits_NC: Tensor) -> npt.NDArray[np.float32]:
     require_finite_logits(logits_NC)
     probabilities: npt.NDArray[np.float32] = torch.softmax(with_background(logits_NC), dim=1).cpu().numpy()
     return probabilities
+
+
+def _segment_planes(
+    segmenter: Segmenter,
+    volume_ZHW: Volume,
+    stats: IntensityStats,
+    classes: ClassTable,
+    config: InferenceConfig,
+    *,
+    flips: Flips,
+    on_slices: Callable[[int, int], None] | None,
+) -> npt.NDArray[np.int32]:
+    """Segment axial slices in several planes, by the mean of the probabilities on the scan's own grid."""
+    device = next(segmenter.parameters()).device
+    total, done = sum(len(change_plane(volume_ZHW, Plane.AXIAL, plane)) for plane in config.planes), 0
+    mean_CZHW = np.zeros((classes.num_classes, *volume_ZHW.shape), dtype=np.float32)
+    for plane in config.planes:
+        cut_ZHW = change_plane(volume_ZHW, Plane.AXIAL, plane)
+        _, height, width = cut_ZHW.shape
+        frame = fit_frame((height, width), image_size=segmenter.image_size, keep_aspect=config.keep_aspect)
+        found_CZHW = np.zeros((classes.num_classes, *cut_ZHW.shape), dtype=np.float32)
+        with evaluating(segmenter):
+            for start in range(0, len(cut_ZHW), config.batch_size):
+                numbers = range(start, min(start + config.batch_size, len(cut_ZHW)))
+                images_NCHW = _with_neighbours(cut_ZHW, numbers, stats, config).to(device)
+                logits_NCHW = _mean_logits(segmenter, images_NCHW, frame, flips)
+                part_CNHW = classes.to_probabilities(logits_NCHW).cpu().numpy().swapaxes(0, 1)
+                # An untrained SAM may have fewer masks than classes.
+                found_CZHW[: len(part_CNHW), start : start + len(numbers)] = part_CNHW
+                done += len(numbers)
+                if on_slices is not None:
+                    on_slices(done, total)
+        for mean_ZHW, found_ZHW in zip(mean_CZHW, found_CZHW, strict=True):
+            mean_ZHW += change_plane(found_ZHW, plane, Plane.AXIAL) / len(config.planes)
+    return classes.from_probabilities(torch.from_numpy(mean_CZHW)[None])[0].numpy().astype(np.int32)
+
+
+def check_planes(record: SeriesRecord, config: InferenceConfig) -> None:
+    """Refuse a scan that cannot be segmented in the planes of a model.
+
+    Raises:
+        DataError: If its voxels are not near-isotropic, or it has one slice only.
+    """
+    ratio = max(record.spacing_mm) / min(record.spacing_mm)
+    # Near-isotropic scans are always cut into axial slices, and a single slice has no other planes.
+    if config.planes and (ratio > NEAR_ISOTROPIC_RATIO or record.plane is not Plane.AXIAL or 1 in record.shape_zyx):
+        raise DataError(
+            f"the model segments in {len(config.planes)} planes and needs near-isotropic scans (spacing ratio "
+            f"{ratio:.2g} with {record.shape_zyx[0]} slices, expected at most {NEAR_ISOTROPIC_RATIO:g}). Use a model "
+            "that was trained without data.planes.",
+            where=record.series_id,
+        )
 
 
 def _mean_logits(segmenter: Segmenter, images_NCHW: Tensor, frame: InputFrame, flips: Flips) -> Tensor:
@@ -180,20 +239,21 @@ def _mean_logits(segmenter: Segmenter, images_NCHW: Tensor, frame: InputFrame, f
 
 def _with_neighbours(
     volume_ZHW: Volume, numbers: Sequence[int], stats: IntensityStats, config: InferenceConfig
-) -> npt.NDArray[np.float32]:
+) -> Tensor:
     """Return normalised slices with their neighbours as channels, (N, C, H, W)."""
     channels = [
         neighbour_slices(number, num_slices=len(volume_ZHW), num_neighbours=config.num_neighbours) for number in numbers
     ]
     # Neighbouring slices of a batch overlap, so every slice is normalised once.
     normalised = {z: normalise(volume_ZHW[z], stats, config.intensity) for row in channels for z in row}
-    return np.stack([np.stack([normalised[z] for z in row]) for row in channels])
+    return torch.from_numpy(np.stack([np.stack([normalised[z] for z in row]) for row in channels]))
 
 
 def segment_series(
     segmenter: Segmenter, store: SliceStore, series_id: str, classes: ClassTable, config: InferenceConfig
 ) -> npt.NDArray[np.int32]:
     """Segment one series of a store on its own grid, from prompts of its labels if the model needs prompts."""
+    check_planes(store.record(series_id), config)
     volume_ZHW, stats = store.read_volume(series_id), store.record(series_id).stats
     if not config.prompt.is_prompted:
         return segment_volume(segmenter, volume_ZHW, stats, classes, config)

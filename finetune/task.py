@@ -16,6 +16,7 @@ from samgraft.shared.config import load_config
 from samgraft.shared.errors import WeightsError
 from samgraft.shared.files import write_json
 from samgraft.shared.scans.intensity import IntensityPreset
+from samgraft.shared.scans.orientation import Plane
 
 SCHEMA = 1
 TASK_FILE = "task.json"
@@ -36,6 +37,8 @@ class Task:
     intensity: dict[str, Any]
     num_neighbours: int = 0
     """Number of slices on each side that are further channels of the encoder (2.5D)."""
+    planes: list[str] = field(default_factory=list)
+    """Planes whose probabilities are averaged. Empty segments scans in the plane in which they were acquired."""
     store_fingerprint: str
     """Fingerprint of the training store."""
     split_sha256: str
@@ -74,6 +77,7 @@ class Task:
             intensity=IntensityPreset.from_dict(self.intensity),
             keep_aspect=self.keep_aspect,
             num_neighbours=self.num_neighbours,
+            planes=tuple(Plane(plane) for plane in self.planes),
             batch_size=batch_size,
             prompt=load_config(PromptConfig, layers=[self.prompt]).for_evaluation(),
         )
@@ -100,8 +104,8 @@ class Task:
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
             known = {f.name for f in dataclasses.fields(cls)}
-            # Models of versions without 2.5D input have no such field.
-            if values.get("schema") != SCHEMA or set(values) | {"num_neighbours"} != known:
+            # Models of versions without 2.5D input or planes have no such fields.
+            if values.get("schema") != SCHEMA or set(values) | {"num_neighbours", "planes"} != known:
                 raise WeightsError(
                     f"{TASK_FILE} does not fit this version (got schema {values.get('schema')!r}, expected {SCHEMA}; "
                     f"missing or unexpected fields {sorted(set(values) ^ known)}). Install the version of "

@@ -20,6 +20,7 @@ from typing import Any, Protocol
 
 import numpy as np
 from samgraft.finetune.classes import ClassTable
+from samgraft.finetune.inference import check_planes
 from samgraft.finetune.prediction.dicom_seg_file import write_dicom_seg
 from samgraft.finetune.prediction.prediction_files import (
     LABEL_LIST,
@@ -165,6 +166,8 @@ def _predict_one(
     _refuse_to_overwrite(stem, names)
     record = examined.record
     notes = list(record.notes)
+    if prompts is None:
+        check_planes(record, predictor.model.task.inference())
     placed = _slice_prompts(prompts, scan, examined, notes, is_only=is_only)
     masks = segment_examined(predictor, examined, prompts=placed, form_codes=_form_codes(scan), on_slices=on_slices)
     values = {**expected, "input": scan.name, "voxels": masks.count_voxels(), "notes": notes}

@@ -11,6 +11,7 @@ Shape letters: Z = slices, H, W = rows and columns of a slice.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,8 @@ class Predictor:
         """Segment a volume.
 
         Args:
-            volume_ZHW: Slices in the plane the model was trained on, native units (Hounsfield units for CT).
+            volume_ZHW: Slices in the plane the model was trained on, native units (Hounsfield units for CT). Axial
+                slices of near-isotropic voxels for a model of several planes.
             prompts: Prompts of some slices, the only ones to be segmented; None segments every slice automatically.
             stats: Intensity statistics of the volume; measured when not given.
             on_slices: Called after every batch of slices.
@@ -127,7 +129,7 @@ class Predictor:
                 volume_ZHW,
                 stats,
                 self.classes,
-                config,
+                config if prompts is None else replace(config, planes=()),
                 only=indexes,
                 flips=ALL_FLIPS if self.flips else NO_FLIPS,
                 prompts=None if prompts is None else _source(marking),

@@ -198,6 +198,8 @@ def _prepare_sam(
             num_neighbours=num_neighbours,
             batch_size=config.watch.batch_size,
             prompt=config.prompt.for_evaluation(),
+            # A prompt belongs to one slice of one plane.
+            planes=() if config.prompt.is_prompted else tuple(config.data.planes),
         ),
         transductive=transductive or (further is not None and further.transductive),
         further=further,
@@ -265,6 +267,7 @@ def _prepare_baseline(
             keep_aspect=config.data.keep_aspect,
             num_neighbours=num_neighbours,
             batch_size=config.watch.batch_size,
+            planes=tuple(config.data.planes),
         ),
         transductive=further is not None and further.transductive,
         further=further,

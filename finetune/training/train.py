@@ -306,6 +306,8 @@ def finished_card(prepared: Prepared, config: FinetuneConfig, *, result: FitResu
         notes.append(f"self-training: {further.describe()}")
     if prepared.transductive:
         notes.append("transductive: validation or test patients were among the unlabelled training scans")
+    if planes := prepared.inference.planes:
+        notes.append(f"scores are of the mean probability of {len(planes)} planes; exported networks segment one plane")
     if not ending.is_good:
         notes.append(ending.text)
     return dataclasses.replace(
@@ -340,6 +342,7 @@ def finished_task(
         keep_aspect=config.data.keep_aspect,
         intensity=prepared.inference.intensity.to_dict(),
         num_neighbours=prepared.inference.num_neighbours,
+        planes=[plane.value for plane in prepared.inference.planes],
         store_fingerprint=prepared.store.fingerprint,
         split_sha256=split.sha256,
         split={"train": list(split.train), "val": list(split.val), "test": list(split.test)},

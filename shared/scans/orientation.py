@@ -152,6 +152,14 @@ def to_native(array_zyx: Array, grid: NativeGrid, plane: Plane) -> Array:
     return np.ascontiguousarray(array_ijk)
 
 
+def change_plane(array_zyx: Array, source: Plane, target: Plane) -> Array:
+    """Cut canonical slices of one plane into those of another, without changing voxel values."""
+    # Canonical axes are directions in the patient, so no affine is needed.
+    start, end = (nib.orientations.axcodes2ornt(DISPLAY_AXES[plane]) for plane in (source, target))
+    turned = nib.apply_orientation(array_zyx.transpose(2, 1, 0), nib.orientations.ornt_transform(start, end))
+    return np.ascontiguousarray(turned.transpose(2, 1, 0))
+
+
 def native_grid(affine: Affine, shape_ijk: tuple[int, ...]) -> NativeGrid:
     """Describe the grid of a file."""
     i, j, k = (int(n) for n in shape_ijk)

@@ -1,17 +1,27 @@
 """Training slices of several planes from one store."""
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
+import torch
+from model_factory import randomise
 from samgraft.finetune.classes import ClassTable
 from samgraft.finetune.config import FinetuneConfig
+from samgraft.finetune.inference import InferenceConfig, segment_series, segment_volume
+from samgraft.finetune.loss import with_background
+from samgraft.finetune.model_folder import read_model
+from samgraft.finetune.segmenter import Segmenter
 from samgraft.finetune.training.preparation import prepare, training_set
 from samgraft.shared.cli import main
 from samgraft.shared.config import load_config
 from samgraft.shared.errors import DataError, UsageError
 from samgraft.shared.files import write_tensors
+from samgraft.shared.samples.frame import fit_frame, image_to_frame, logits_to_native
 from samgraft.shared.samples.split import make_split
 from samgraft.shared.scans.case import LabelFiles, SourceCase
-from samgraft.shared.scans.intensity import IntensityPreset
-from samgraft.shared.scans.orientation import Plane
+from samgraft.shared.scans.intensity import IntensityPreset, normalise
+from samgraft.shared.scans.orientation import Plane, change_plane
 from samgraft.shared.scans.volume import Modality
 from samgraft.shared.store.build import build_store
 from samgraft.shared.store.examine import BuildSettings
@@ -90,3 +100,57 @@ def test_finetune__planes_through_the_command_and_its_resume(lab, monkeypatch):
     assert main(command) == 0
     assert main(command) == 0
     assert main(["evaluate", "runs/planes", "--split", "test"]) == 0
+    with pytest.raises(DataError, match="needs near-isotropic scans"):
+        segment_series(*thick_inputs(lab))
+
+
+def thick_inputs(lab):
+    """Return the arguments of ``segment_series`` for a scan of thick slices and the model of several planes."""
+    model, store = read_model(lab / "runs" / "planes"), SliceStore.open(lab / "thick.zarr")
+    assert model.task.planes == ["axial", "coronal", "sagittal"]
+    return model.segmenter, store, store.series[0].series_id, model.task.classes, model.task.inference()
+
+
+def test_change_plane__equals_the_cut_of_the_store(lab):
+    store = SliceStore.open(lab / "store.zarr")
+    axial = store.read_volume(store.series[0].series_id)
+    for plane in Plane:
+        cut = store.read_volume(store.series[0].series_id, plane=plane)
+        assert np.array_equal(change_plane(axial, Plane.AXIAL, plane), cut)
+        assert np.array_equal(change_plane(cut, plane, Plane.AXIAL), axial)
+
+
+@pytest.mark.parametrize(
+    "classes", [ClassTable(ids=(1, 3), names=("a", "b")), ClassTable.of_regions({"a": [1], "b": [3]})]
+)
+def test_segment_volume__averages_the_probabilities_of_the_planes(lab, classes):
+    store = SliceStore.open(lab / "store.zarr")
+    record = store.series[0]
+    volume = store.read_volume(record.series_id)
+    noisy = tiny_sam("vit_t")
+    randomise(noisy)
+    segmenter = Segmenter(noisy, num_classes=2)
+    config = InferenceConfig(intensity=IntensityPreset(), keep_aspect=True, batch_size=5, planes=tuple(Plane))
+    done = []
+    found = segment_volume(segmenter, volume, record.stats, classes, config, on_slices=lambda *n: done.append(n))
+    assert done[-1] == (60, 60)
+    mean = 0
+    for plane in Plane:
+        cut = store.read_volume(record.series_id, plane=plane)
+        images = torch.from_numpy(np.stack([normalise(one, record.stats, IntensityPreset()) for one in cut]))[:, None]
+        frame = fit_frame(cut.shape[1:], image_size=32, keep_aspect=True)
+        with torch.no_grad():
+            logits = logits_to_native(segmenter.eval()(image_to_frame(images, frame)), frame)
+        odds = torch.sigmoid(logits) if classes.is_overlapping else torch.softmax(with_background(logits), dim=1)[:, 1:]
+        mean = mean + np.stack([change_plane(one.numpy(), plane, Plane.AXIAL) for one in odds.swapaxes(0, 1)]) / 3
+    if classes.is_overlapping:
+        expected = (mean[0] > 0.5) * 1 + (mean[1] > 0.5) * 2
+    else:
+        expected = np.array([0, 1, 3])[np.concatenate([1 - mean.sum(0, keepdims=True), mean]).argmax(0)]
+    assert len(np.unique(expected)) > 1
+    assert (found == expected).mean() > 0.999  # ties of rounding
+    assert np.array_equal(segment_volume(segmenter, volume, record.stats, classes, config, only=[3, 5]), found[[3, 5]])
+    one = segment_volume(segmenter, volume, record.stats, classes, replace(config, planes=()))
+    axial = segment_volume(segmenter, volume, record.stats, classes, replace(config, planes=(Plane.AXIAL,)))
+    assert (one == axial).mean() > 0.999
+    assert not np.array_equal(one, found)
