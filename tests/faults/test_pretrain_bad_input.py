@@ -184,7 +184,7 @@ def with_runs(lab: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
         ("a/b", "must be a plain folder name"),
         ("file", "file is a file"),
         ("foreign", "contains no run"),
-        ("before", "another configuration, 1 difference: optim.lr: 1e-05 -> 0.0003"),
+        ("before", "another configuration, 1 difference: optim.lr: 3e-05 -> 0.0003"),
     ],
 )
 def test_dry_run__run_folder_that_a_run_would_refuse_is_refused(
