@@ -77,7 +77,7 @@ class StudyConfig:
     """Unit of ``shots``, patients or slices."""
     seeds: list[int] = field(default_factory=lambda: [0])
     """Seeds of training and of the draw of the shots."""
-    folds: list[int] = field(default_factory=list)
+    folds: list[NonNegativeInt] = field(default_factory=list)
     """Numbers of folds of a cross-validation, such as 0 to 4. Every data set needs a split with folds, and ``part`` is
     val. Scores are pooled over the folds."""
     settings: list[str] = field(default_factory=list)
@@ -105,8 +105,8 @@ class StudyConfig:
         for axis, values in axes.items():
             if not values or len(set(values)) != len(values):
                 raise ValueError(f"{axis} must have at least one value and none twice, got {values}.")
-        if len(set(self.folds)) != len(self.folds) or min(self.folds, default=0) < 0:
-            raise ValueError(f"folds must be different numbers of at least 0, got {self.folds}.")
+        if len(set(self.folds)) != len(self.folds):
+            raise ValueError(f"folds must be different numbers, got {self.folds}.")
         if self.folds and self.part != "val":
             raise ValueError(f"part must be val with folds, which score the patients left out, got {self.part!r}.")
         if self.shot_unit not in {"patients", "slices"} or min(self.shots) < 0:

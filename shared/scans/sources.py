@@ -85,7 +85,7 @@ def discover(source: Path, options: SourceOptions | None = None) -> Discovery:
     refuse_zarr(source)
     layout = detect_layout(source)
     found = _LAYOUTS[layout](source, options) if layout in _LAYOUTS else plain_cases(source, options)
-    if source.is_file() and layout == "plain":
+    if source.is_file() and layout not in _LAYOUTS:
         found = _only_file(source, found)
     if options.label_names is not None:
         found.label_names = dict(options.label_names)

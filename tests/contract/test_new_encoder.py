@@ -165,7 +165,9 @@ def test_new_encoder__goes_through_both_stages_and_a_release(
     assert main(["finetune", *arguments, *settings]) == 0
 
     monkeypatch.setattr(load_back.subprocess, "run", InThisProcess(capsys, release_clients.CLIENTS).run)
-    assert main(["release", "runs/seg", "--out", "released", "--license", "cc-by-4.0", "--format", "sam"]) == 0
+    assert (
+        main(["release", "runs/seg", "--out", "released", "--license", "cc-by-4.0", "--format", "sam", "--force"]) == 0
+    )
     released, base = read_weights(Path("released/sam.safetensors")), read_weights(Path("base.safetensors"))
     assert released.spec.has_shape_of(toy)
     assert released.tensors.keys() == base.tensors.keys()

@@ -107,9 +107,9 @@ def test_initial_weights__base_without_decoder_is_refused(place):
 @pytest.mark.parametrize(
     ("arguments", "code", "text"),
     [
-        (["--ckpt", "gone.pth", "--data", "store.zarr"], 4, "CKPT does not exist"),
+        (["--ckpt", "gone.pth", "--data", "store.zarr"], 4, "--ckpt does not exist"),
         (["--ckpt", "notes.pth", "--data", "store.zarr"], 4, "error"),
-        ([], 2, "CKPT and BASE are both missing"),
+        ([], 2, "--ckpt and --base are both missing"),
         (["--ckpt", "base.safetensors", "--data", "no.zarr"], 3, "does not exist"),
         (["--ckpt", "base.safetensors", "--data", "store.zarr", "data.classes=[7]"], 3, "got 7; it has 1"),
         (["--ckpt", "base.safetensors", "--data", "store.zarr", "data.batchsize=2"], 2, "data.batch_size"),
@@ -121,7 +121,7 @@ def test_initial_weights__base_without_decoder_is_refused(place):
         (["--ckpt", "base.safetensors", "--data", "store.zarr", "--method", "lorra"], 2, "lora"),
         (["--ckpt", "base.safetensors", "--data", "store.zarr", "--model", "vit_x"], 2, "model must be one of vit_t"),
         (["--ckpt", "base.safetensors", "--data", "store.zarr", "seed=-1"], 2, "seed must be in 0..4294967295"),
-        (["--ckpt", "base.safetensors", "--data", "store.zarr", "--preset", "gpu"], 2, "cpu, default"),
+        (["--ckpt", "base.safetensors", "--data", "store.zarr", "--preset", "gpu"], 2, "cpu, cpu_long, default"),
     ],
 )
 def test_finetune__bad_input_gives_its_exit_code(place, monkeypatch, capsys, arguments, code, text):

@@ -55,7 +55,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.param(["--data", "half.zarr"], 3, ["is not a slice store"], id="a folder that is no store"),
         pytest.param(
             ["--data", "store.zarr", "--modality", "ct", "--base", "tiny"], 3,
-            ["must be of modality ct, got mri. Use MODALITY=mri"], id="another modality than the store's",
+            ["must be of modality ct, got mri. Use --modality mri"], id="another modality than the store's",
         ),
         pytest.param(
             ["--data", "store.zarr", "--base", "tiny", "optim.lrr=1e-4"], 2, ["lrr", "Did you mean 'optim.lr'"],
@@ -76,10 +76,10 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.param(["--data", "store.zarr", "--base", "notes.txt"], 4, ["notes.txt"], id="base that is no weights"),
         pytest.param(
             ["--data", "store.zarr", "--base", "plain", "--model", "vit_t"], 4,
-            ["of another architecture", "Use MODEL=vit_b"], id="base of another architecture",
+            ["of another architecture", "Use --model vit_b"], id="base of another architecture",
         ),
         pytest.param(
-            ["--data", "store.zarr", "--model", "vit_b"], 2, ["MODEL=vit_b needs weights", "BASE=sam"],
+            ["--data", "store.zarr", "--model", "vit_b"], 2, ["--model vit_b needs weights", "--base sam"],
             id="no base",
         ),
         pytest.param(

@@ -368,7 +368,7 @@ def test_adapt__setting_that_does_not_fit_is_refused_and_the_model_unchanged(opt
         ({"method": "vera", "targets": Targets.QV}, "targets=qv needs one of lora, dora, rslora"),
         ({"method": "vera", "targets": Targets.LINEAR_CONV}, "linear_conv needs one of"),
         ({"scope": TuningScope.DECODER, "last_blocks": 2}, "scope=encoder_decoder"),
-        ({"last_blocks": 0}, "last_blocks must be at least 1"),
+        ({"last_blocks": 0}, r"last_blocks\n  Input should be greater than or equal to 1"),
         ({"last_blocks": 1, "blocks": [0]}, "must not both be given"),
         ({"blocks": [1, 1]}, "different numbers"),
         ({"bottleneck_ratio": 0.0}, "bottleneck_ratio"),

@@ -149,6 +149,7 @@ class Recorder(torch.nn.Module):
     def __init__(self):
         super().__init__()
         self.seen = []
+        self.anchor = None
 
     def loss(self, images, *, sample_counters, step, planes):
         assert len(images) == len(sample_counters) == len(planes)

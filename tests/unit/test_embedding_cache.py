@@ -259,7 +259,8 @@ def test_dry_run__prints_size_of_embeddings_and_trained_tensors(place, monkeypat
     root, store = place
     monkeypatch.chdir(tmp_path)
     arguments = [
-        "finetune", "--ckpt", str(root / "base.safetensors"), "--data", str(store), "--dry-run", "--preset", "cpu",
+        "finetune", "--ckpt", str(root / "base.safetensors"), "--data", str(store), "--dry-run", "--debug",
+        "--preset", "cpu",
         "adapter.scope=decoder", "adapter.r=2", "cache.variants=3", "data.batch_size=2", "model.image_size=32",
         f"cache.folder={tmp_path / 'embeddings'}",
     ]  # fmt: skip

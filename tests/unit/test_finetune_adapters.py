@@ -204,7 +204,11 @@ def test_add_class_tokens__further_tokens_are_copies():
 
 @pytest.mark.parametrize(
     ("values", "message"),
-    [({"r": 0}, "adapter.r"), ({"lora_dropout": 1.0}, "lora_dropout"), ({"lora_alpha": 0}, "lora_alpha")],
+    [
+        ({"r": 0}, r"r\n  Input should be gr"),
+        ({"lora_dropout": 1.0}, "lora_dropout"),
+        ({"lora_alpha": 0}, "lora_alpha"),
+    ],
 )
 def test_adapter_config__bad_value_is_refused(values, message):
     with pytest.raises(ValueError, match=message):
