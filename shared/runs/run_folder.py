@@ -36,6 +36,7 @@ from samgraft.shared.runs.environment import (
     thread_count,
 )
 from samgraft.shared.runs.metrics import MetricsLog
+from samgraft.shared.runs.result import checked_run_path
 from samgraft.shared.runs.training_state import delete_leftovers, find_newest_state, newest_state_name
 
 log = logging.getLogger(__name__)
@@ -73,7 +74,7 @@ class RunFolder:
                 run, or is in use by another process.
             StorageError: If it cannot be written.
         """
-        path = _checked_path(root, name)
+        path = checked_run_path(root, name)
         command = continue_command or repeat_command()
         # The other processes share the folder that the first one locks and writes.
         if process_rank() != 0:
@@ -196,20 +197,10 @@ def check_run_folder(root: Path, name: str, *, config: object, stage: str) -> No
     Raises:
         UsageError: If the folder contains a run of another configuration or stage, or something else than a run.
     """
-    path = _checked_path(root, name)
+    path = checked_run_path(root, name)
     # Only the first process checks, because others could see the folder while the first one is filling it.
     if process_rank() == 0 and path.exists():
         _check_same_run(path, config=config, stage=stage)
-
-
-def _checked_path(root: Path, name: str) -> Path:
-    if not name or name in {".", ".."} or Path(name).name != name or "\n" in name or len(name.encode()) > 200:
-        raise UsageError(f"the run name must be a plain folder name of at most 200 bytes, got {name!r}.", where="NAME=")
-    path = root / name
-    for place in (path, root, *root.parents):
-        if place.exists() and not place.is_dir():
-            raise UsageError(f"the run folder must be a folder, but {place.name} is a file.", where="NAME=")
-    return path
 
 
 def _take_lock(path: Path) -> FileLock:

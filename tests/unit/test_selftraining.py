@@ -311,7 +311,8 @@ def test_selftrain__dry_run_measures_every_part_and_writes_nothing(lab, monkeypa
     command = ["selftrain", "--config", str(file), "--preset", "cpu", "--runs", "runs", "--name", "dry", "--dry-run"]
     assert main(command) == 0
     printed = capsys.readouterr().err
-    assert "teacher dynunet2d: 2 steps of" in printed
+    assert "teacher lora: 2 steps of" in printed
+    assert "teacher dynunet2d: 400 steps of" in printed
     assert "labels of round 1: 16 slices" in printed
     assert "dry run: runs/dry would train 3 models" in printed
     assert not (lab / "runs" / "dry").exists()
