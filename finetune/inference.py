@@ -141,6 +141,8 @@ def segment_probabilities(
 ) -> npt.NDArray[np.float32]:
     """Return the softmax probabilities (1 + C, Z, H, W) of exclusive classes on a scan's grid, background first.
 
+    The slices are segmented as they are given. A caller that wants several planes cuts the scan and adds the results.
+
     Args:
         segmenter: Model without prompts, on the device to use.
         volume_ZHW: Scan in native units.
@@ -204,9 +206,16 @@ def _segment_planes(
                 done += len(numbers)
                 if on_slices is not None:
                     on_slices(done, total)
-        for mean_ZHW, found_ZHW in zip(mean_CZHW, found_CZHW, strict=True):
-            mean_ZHW += change_plane(found_ZHW, plane, Plane.AXIAL) / len(config.planes)
+        add_plane(mean_CZHW, found_CZHW, plane, share=1 / len(config.planes))
     return classes.from_probabilities(torch.from_numpy(mean_CZHW)[None])[0].numpy().astype(np.int32)
+
+
+def add_plane(
+    mean_CZHW: npt.NDArray[np.float32], found_CZHW: npt.NDArray[np.float32], plane: Plane, *, share: float
+) -> None:
+    """Add the probabilities of slices of one plane to a mean on axial slices, in place."""
+    for mean_ZHW, found_ZHW in zip(mean_CZHW, found_CZHW, strict=True):
+        mean_ZHW += share * change_plane(found_ZHW, plane, Plane.AXIAL)
 
 
 def check_planes(record: SeriesRecord, config: InferenceConfig) -> None:

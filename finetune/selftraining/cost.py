@@ -38,7 +38,8 @@ def measure_part(part: Part, prepared: Prepared, scans: UnlabelledScans, device:
     only = range(min(NUM_MEASURED_SLICES, len(volume_ZHW)))
     begin = time.perf_counter()
     found = segment_probabilities(prepared.segmenter, volume_ZHW, record.stats, prepared.inference, only=only)
-    slice_s = (time.perf_counter() - begin) / found.shape[1]
+    # A model of several planes segments about as many slices in each of them.
+    slice_s = (time.perf_counter() - begin) / found.shape[1] * max(1, len(prepared.inference.planes))
     # The parts are measured one after the other and must not share the memory of a GPU.
     prepared.segmenter.cpu()
     release_memory(device)

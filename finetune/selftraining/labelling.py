@@ -12,19 +12,20 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from samgraft.finetune.classes import ClassTable
 from samgraft.finetune.config import FinetuneConfig
-from samgraft.finetune.inference import NO_FLIPS, Flips, segment_probabilities
+from samgraft.finetune.inference import NO_FLIPS, Flips, InferenceConfig, add_plane, check_planes, segment_probabilities
 from samgraft.finetune.model_folder import CARD_FILE, FinishedModel, read_model
 from samgraft.finetune.pseudo_labels import FACTS_KEY, PseudoFacts, pseudo_record
 from samgraft.finetune.selftraining.parts import Round
 from samgraft.finetune.task import Task
 from samgraft.finetune.training.unlabelled import UnlabelledScans
-from samgraft.shared.scans.orientation import Plane, has_mirror_image
+from samgraft.shared.scans.orientation import Plane, change_plane, has_mirror_image
 from samgraft.shared.scans.volume import IGNORE_LABEL
 from samgraft.shared.store.series import SeriesRecord
 from samgraft.shared.store.store import COMPLETE, SCHEMA, SERIES, SliceStore, read_table
@@ -134,14 +135,13 @@ def find_consensus(
 ) -> Consensus:
     """Average the probabilities of the models on one scan and choose its labels."""
     volume_ZHW, record = store.read_volume(series_id), store.record(series_id)
-    flips = allowed_flips(config, record.plane)
     total: npt.NDArray[np.float32] | None = None
     is_class_ZHW = np.zeros(volume_ZHW.shape, dtype=bool)
     for model in models:
         # Teachers differ in their input, e.g. in neighbours and size, so that each prepares the slices itself.
         inference = model.task.inference(batch_size=config.watch.batch_size)
         with torch.autocast(device.torch_device.type, dtype=torch.bfloat16, enabled=device.precision == "bf16-mixed"):
-            found = segment_probabilities(model.segmenter, volume_ZHW, record.stats, inference, flips=flips)
+            found = _plane_probabilities(model, volume_ZHW, record, config, inference)
         # Every teacher counts, because a structure that only one of them finds is a disagreement.
         is_class_ZHW |= found.argmax(axis=0) > 0
         total = found if total is None else total + found
@@ -155,6 +155,26 @@ def find_consensus(
         min_agreement=settings.min_agreement,
         min_slice_agreement=settings.min_slice_agreement,
     )
+
+
+def _plane_probabilities(
+    model: FinishedModel,
+    volume_ZHW: npt.NDArray[Any],
+    record: SeriesRecord,
+    config: FinetuneConfig,
+    inference: InferenceConfig,
+) -> npt.NDArray[np.float32]:
+    """Return the probabilities (1 + C, Z, H, W) of a model, averaged over its planes if it has several."""
+    check_planes(record, inference)
+    if not inference.planes:
+        flips = allowed_flips(config, record.plane)
+        return segment_probabilities(model.segmenter, volume_ZHW, record.stats, inference, flips=flips)
+    mean_CZHW = np.zeros((1 + model.task.classes.num_classes, *volume_ZHW.shape), dtype=np.float32)
+    for plane in inference.planes:
+        cut_ZHW, flips = change_plane(volume_ZHW, record.plane, plane), allowed_flips(config, plane)
+        found_CZHW = segment_probabilities(model.segmenter, cut_ZHW, record.stats, inference, flips=flips)
+        add_plane(mean_CZHW, found_CZHW, plane, share=1 / len(inference.planes))
+    return mean_CZHW
 
 
 def choose_labels(

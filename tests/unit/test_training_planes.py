@@ -1,6 +1,7 @@
 """Training slices of several planes from one store."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from samgraft.finetune.inference import InferenceConfig, segment_series, segment
 from samgraft.finetune.loss import with_background
 from samgraft.finetune.model_folder import read_model
 from samgraft.finetune.segmenter import Segmenter
+from samgraft.finetune.selftraining.labelling import find_consensus
 from samgraft.finetune.training.preparation import prepare, training_set
 from samgraft.shared.cli import main
 from samgraft.shared.config import load_config
@@ -154,3 +156,20 @@ def test_segment_volume__averages_the_probabilities_of_the_planes(lab, classes):
     axial = segment_volume(segmenter, volume, record.stats, classes, replace(config, planes=(Plane.AXIAL,)))
     assert (one == axial).mean() > 0.999
     assert not np.array_equal(one, found)
+
+
+def test_find_consensus__of_a_model_of_several_planes_is_its_segmentation(lab):
+    store = SliceStore.open(lab / "store.zarr")
+    record = store.series[0]
+    noisy = tiny_sam("vit_t")
+    randomise(noisy)
+    classes = ClassTable(ids=(1, 3), names=("a", "b"))
+    inference = InferenceConfig(intensity=IntensityPreset(), keep_aspect=True, batch_size=5, planes=tuple(Plane))
+    task = SimpleNamespace(classes=classes, inference=lambda batch_size: inference)
+    model = SimpleNamespace(segmenter=Segmenter(noisy, num_classes=2), task=task)
+    settings = ["selftrain.flips=false", "selftrain.min_agreement=0.001", "selftrain.min_slice_agreement=0"]
+    device = SimpleNamespace(torch_device=torch.device("cpu"), precision="32-true")
+    found = find_consensus([model], store, record.series_id, config_of(lab, *settings), device).label_ZHW
+    expected = segment_volume(model.segmenter, store.read_volume(record.series_id), record.stats, classes, inference)
+    assert len(np.unique(expected)) > 1
+    assert (found == expected).mean() > 0.999  # ties of rounding
