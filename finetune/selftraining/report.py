@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from samgraft.shared.report.page import Picture, Section, Table, Text, curve_fig
 from samgraft.shared.scans.intensity import normalise
 from samgraft.shared.scans.volume import IGNORE_LABEL
 from samgraft.shared.store.store import SliceStore
+
+log = logging.getLogger(__name__)
 
 REPORT_FILE = "selftraining.html"
 SUMMARY_FILE = "selftraining.json"
@@ -47,6 +50,7 @@ def write_report(path: Path, rounds: Sequence[Round], scans: UnlabelledScans, *,
     )
     if not is_better:
         text += " The student is not better. Use the teacher, or train the student longer."
+    log.log(logging.INFO if is_better else logging.WARNING, "%s", text)
     stores = [SliceStore.open(one.pseudo_path) for one in rounds]
     histograms = [agreement_histogram(store) for store in stores]
     rows = [

@@ -11,14 +11,16 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 from samgraft.finetune.config import FinetuneConfig
+from samgraft.finetune.ending import describe_ending
 from samgraft.finetune.selftraining.cost import describe_costs, measure_part
 from samgraft.finetune.selftraining.labelling import label_scans
 from samgraft.finetune.selftraining.parts import Part, Round, as_plain_finetuning, plan_rounds
@@ -99,7 +101,8 @@ def plan_selftraining(
     scans = choose_unlabelled(unlabelled, ready.store, ready.split, allow_transductive=config.data.allow_transductive)
     costs = [measure_part(plain, ready, scans, device)] if measure else []
     for teacher in rounds[0].teachers:
-        prepared = prepare_seeded(teacher.config, run_path=teacher.path)
+        with _without_info():
+            prepared = prepare_seeded(teacher.config, run_path=teacher.path)
         costs += [measure_part(teacher, prepared, scans, device)] if measure else []
     passes = 1 + config.selftrain.flips
     cost_lines = describe_costs(costs, rounds, num_slices=scans.num_slices, passes=passes) if measure else []
@@ -116,6 +119,16 @@ def plan_selftraining(
         split=ready.split,
         lines=(*describe_data(ready), f"unlabelled: {scans.describe()}", *cost_lines),
     )
+
+
+@contextmanager
+def _without_info() -> Iterator[None]:
+    """Hide the lines on data and weights of a teacher, which are those of the student."""
+    logging.disable(logging.INFO)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def run_selftraining(
@@ -189,7 +202,11 @@ def _run_part(part: Part, plan: SelftrainingPlan, processes: Processes, num_thre
         if code != 0:
             raise PartFailed(part, log_file, code=code)
         log.info("%s: done in %.1f min", part.name, seconds / 60)
-    log.info("%s: validation Dice %.3f", part.name, Task.read(part.path / "model").validation["best"])
+    validation = Task.read(part.path / "model").validation
+    log.info("%s: validation Dice %.3f", part.name, validation["best"])
+    ending = describe_ending(validation)
+    if ending is not None and not ending.is_good:
+        log.warning("%s: %s", part.name, ending.text)
 
 
 def _open_part(part: Part, plan: SelftrainingPlan) -> None:

@@ -11,8 +11,9 @@ import pytest
 from model_factory import make_sam, tiny_vit_t_spec
 from samgraft.finetune.classes import ClassTable
 from samgraft.finetune.config import FinetuneConfig, SelftrainMode
+from samgraft.finetune.ending import Ending
 from samgraft.finetune.model_folder import read_model
-from samgraft.finetune.selftraining import labelling
+from samgraft.finetune.selftraining import labelling, selftraining
 from samgraft.finetune.selftraining.labelling import choose_labels
 from samgraft.finetune.selftraining.parts import plan_rounds, teacher_parts
 from samgraft.finetune.selftraining.selftraining import PartFailed, plan_selftraining, run_selftraining
@@ -160,6 +161,18 @@ def test_run_selftraining__complete_run_trains_nothing_again(lab, whole):
         raise AssertionError("a complete part was run again")
 
     assert selftrain(config_of(lab), whole, run=refuse) == whole
+
+
+def test_run_selftraining__bad_endings_and_the_comparison_are_in_the_terminal(lab, whole, caplog, monkeypatch):
+    bad = Ending(is_good=False, text="The model segments nothing.")
+    monkeypatch.setattr(selftraining, "describe_ending", lambda validation: bad)
+    caplog.set_level(logging.INFO)
+    selftrain(config_of(lab), whole)
+    warnings = [record.message for record in caplog.records if record.levelno == logging.WARNING]
+    assert warnings[:3] == [f"{name}: {bad.text}" for name in ("teacher lora", "teacher dynunet2d", "student 1")]
+    assert any(
+        "of the student" in record.message and "of the best teacher" in record.message for record in caplog.records
+    )
 
 
 def test_run_selftraining__other_settings_are_refused(lab, whole):
