@@ -159,13 +159,9 @@ def _prepare_sam(
         image_size=config.model.image_size,
         model=config.model.arch,
     )
-    transductive = check_leak(
-        initial.encoder.card,
-        split,
-        store,
-        allow=config.data.allow_transductive,
-        way_out=pretrain_again(config.model.ckpt, config.data.store),
-    )
+    way_out = pretrain_again(config.model.ckpt, config.data.store)
+    allow = config.data.allow_transductive
+    transductive = check_leak(initial.encoder.card, split, store, allow=allow, way_out=way_out)
     intensity = intensity_of(initial.card, store)
     num_neighbours = neighbours_of(config.data.num_neighbours, initial.card)
     # The encoder must get slices prepared as in its pretraining, so its card has priority over the store.
@@ -182,6 +178,15 @@ def _prepare_sam(
         max_steps=config.trainer.max_steps,
         prompted_tokens=config.prompt.mask_tokens,
     )
+    inference = InferenceConfig(
+        intensity=intensity,
+        keep_aspect=config.data.keep_aspect,
+        num_neighbours=num_neighbours,
+        batch_size=config.watch.batch_size,
+        prompt=config.prompt.for_evaluation(),
+        # A prompt belongs to one slice of one plane.
+        planes=() if config.prompt.is_prompted else tuple(config.data.planes),
+    )
     return Prepared(
         store=store,
         split=split,
@@ -192,15 +197,7 @@ def _prepare_sam(
         segmenter=Segmenter(sam, num_classes=classes.num_classes),
         peft_model=peft_model,
         reports=reports,
-        inference=InferenceConfig(
-            intensity=intensity,
-            keep_aspect=config.data.keep_aspect,
-            num_neighbours=num_neighbours,
-            batch_size=config.watch.batch_size,
-            prompt=config.prompt.for_evaluation(),
-            # A prompt belongs to one slice of one plane.
-            planes=() if config.prompt.is_prompted else tuple(config.data.planes),
-        ),
+        inference=inference,
         transductive=transductive or (further is not None and further.transductive),
         further=further,
     )

@@ -290,10 +290,14 @@ def test_call__leaves_signal_handlers_alone():
 def test_ctrl_c__in_a_training_raises_keyboard_interrupt_and_keeps_the_handler(tmp_path):
     from tiny_training import At, tiny_config, tiny_fit
 
-    before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt), called_from_python():
-        tiny_fit(tmp_path, "a", tiny_config(), callbacks=[At(3, lambda: os.kill(os.getpid(), signal.SIGINT))])
-    assert signal.getsignal(signal.SIGINT) is before
+    # A command in this process may have left a handler of its own.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt), called_from_python():
+            tiny_fit(tmp_path, "a", tiny_config(), callbacks=[At(3, lambda: os.kill(os.getpid(), signal.SIGINT))])
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_repeat_command__does_not_contain_the_arguments_of_a_kernel(monkeypatch):
