@@ -26,6 +26,7 @@ from samgraft.shared.scans.intensity import IntensityPreset, IntensityStats, nor
 from samgraft.shared.scans.orientation import NEAR_ISOTROPIC_RATIO, Plane, change_plane
 from samgraft.shared.store.series import SeriesRecord
 from samgraft.shared.store.store import SliceStore
+from samgraft.shared.training.resume import evaluation_mode
 from torch import Tensor, nn
 
 Volume = npt.NDArray[Any]
@@ -57,15 +58,8 @@ class InferenceConfig:
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
     """Run a block in eval mode without gradients, and restore the mode of every submodule."""
-    # Submodules may have different modes (frozen BatchNorm), which one call of train() would not restore.
-    modes = {child: child.training for child in module.modules()}
-    module.eval()
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        for child, mode in modes.items():
-            child.training = mode
+    with evaluation_mode(module), torch.inference_mode():
+        yield
 
 
 def segment_volume(
@@ -154,20 +148,13 @@ def segment_probabilities(
     Raises:
         NumericalError: If the model gives NaN or Inf.
     """
-    device = next(segmenter.parameters()).device
-    frame = fit_frame(volume_ZHW.shape[1:], image_size=segmenter.image_size, keep_aspect=config.keep_aspect)
-    numbers = list(range(len(volume_ZHW)) if only is None else only)
-    batches = []
     with evaluating(segmenter):
         if isinstance(segmenter, VolumeBaseline):
-            batches.append(_probabilities(segmenter.volume_logits(volume_ZHW, stats, config.intensity))[0])
             # A 3D network needs the slices around each slice, so it returns all of them at once.
-            numbers = []
-        for start in range(0, len(numbers), config.batch_size):
-            images = _with_neighbours(volume_ZHW, numbers[start : start + config.batch_size], stats, config)
-            logits_NCHW = _mean_logits(segmenter, images.to(device), frame, flips)
-            batches.append(_probabilities(logits_NCHW).swapaxes(0, 1))
-    return np.concatenate(batches, axis=1)
+            return _probabilities(segmenter.volume_logits(volume_ZHW, stats, config.intensity))[0]
+        numbers = range(len(volume_ZHW)) if only is None else only
+        batches = _logits_of(segmenter, volume_ZHW, numbers, stats, config, flips)
+        return np.concatenate([_probabilities(logits_NCHW).swapaxes(0, 1) for logits_NCHW in batches], axis=1)
 
 
 def _probabilities(logits_NC: Tensor) -> npt.NDArray[np.float32]:
@@ -187,35 +174,48 @@ def _segment_planes(
     on_slices: Callable[[int, int], None] | None,
 ) -> npt.NDArray[np.int32]:
     """Segment axial slices in several planes, by the mean of the probabilities on the scan's own grid."""
-    device = next(segmenter.parameters()).device
-    total, done = sum(len(change_plane(volume_ZHW, Plane.AXIAL, plane)) for plane in config.planes), 0
-    mean_CZHW = np.zeros((classes.num_classes, *volume_ZHW.shape), dtype=np.float32)
-    for plane in config.planes:
-        cut_ZHW = change_plane(volume_ZHW, Plane.AXIAL, plane)
-        _, height, width = cut_ZHW.shape
-        frame = fit_frame((height, width), image_size=segmenter.image_size, keep_aspect=config.keep_aspect)
+    # Axial slices number z, coronal ones y and sagittal ones x.
+    num_slices = dict(zip((Plane.AXIAL, Plane.CORONAL, Plane.SAGITTAL), volume_ZHW.shape, strict=True))
+    total, done = sum(num_slices[plane] for plane in config.planes), 0
+
+    def segment(cut_ZHW: Volume, _: Plane) -> npt.NDArray[np.float32]:
+        nonlocal done
         found_CZHW = np.zeros((classes.num_classes, *cut_ZHW.shape), dtype=np.float32)
-        with evaluating(segmenter):
-            for start in range(0, len(cut_ZHW), config.batch_size):
-                numbers = range(start, min(start + config.batch_size, len(cut_ZHW)))
-                images_NCHW = _with_neighbours(cut_ZHW, numbers, stats, config).to(device)
-                logits_NCHW = _mean_logits(segmenter, images_NCHW, frame, flips)
-                part_CNHW = classes.to_probabilities(logits_NCHW).cpu().numpy().swapaxes(0, 1)
-                # An untrained SAM may have fewer masks than classes.
-                found_CZHW[: len(part_CNHW), start : start + len(numbers)] = part_CNHW
-                done += len(numbers)
-                if on_slices is not None:
-                    on_slices(done, total)
-        add_plane(mean_CZHW, found_CZHW, plane, share=1 / len(config.planes))
+        start = 0
+        for logits_NCHW in _logits_of(segmenter, cut_ZHW, range(len(cut_ZHW)), stats, config, flips):
+            part_CNHW = classes.to_probabilities(logits_NCHW).cpu().numpy().swapaxes(0, 1)
+            # An untrained SAM may have fewer masks than classes.
+            found_CZHW[: len(part_CNHW), start : start + len(logits_NCHW)] = part_CNHW
+            start, done = start + len(logits_NCHW), done + len(logits_NCHW)
+            if on_slices is not None:
+                on_slices(done, total)
+        return found_CZHW
+
+    with evaluating(segmenter):
+        mean_CZHW = average_planes(volume_ZHW, config.planes, segment)
     return classes.from_probabilities(torch.from_numpy(mean_CZHW)[None])[0].numpy().astype(np.int32)
 
 
-def add_plane(
-    mean_CZHW: npt.NDArray[np.float32], found_CZHW: npt.NDArray[np.float32], plane: Plane, *, share: float
-) -> None:
-    """Add the probabilities of slices of one plane to a mean on axial slices, in place."""
-    for mean_ZHW, found_ZHW in zip(mean_CZHW, found_CZHW, strict=True):
-        mean_ZHW += share * change_plane(found_ZHW, plane, Plane.AXIAL)
+def average_planes(
+    volume_ZHW: Volume, planes: Sequence[Plane], segment: Callable[[Volume, Plane], npt.NDArray[np.float32]]
+) -> npt.NDArray[np.float32]:
+    """Return the mean over planes of the probabilities of axial slices.
+
+    Args:
+        volume_ZHW: Axial slices of a scan.
+        planes: Planes to cut the scan into, at least one.
+        segment: Function that returns the probabilities (C, slices, rows, columns) of the slices of one plane.
+    """
+    mean_CZHW: npt.NDArray[np.float32] | None = None
+    for plane in planes:
+        found_CZHW = segment(change_plane(volume_ZHW, Plane.AXIAL, plane), plane)
+        if mean_CZHW is None:
+            mean_CZHW = np.zeros((len(found_CZHW), *volume_ZHW.shape), dtype=np.float32)
+        # One class at a time, so that no second copy of all classes is needed.
+        for mean_ZHW, found_ZHW in zip(mean_CZHW, found_CZHW, strict=True):
+            mean_ZHW += change_plane(found_ZHW, plane, Plane.AXIAL) / len(planes)
+    assert mean_CZHW is not None
+    return mean_CZHW
 
 
 def check_planes(record: SeriesRecord, config: InferenceConfig) -> None:
@@ -233,6 +233,25 @@ def check_planes(record: SeriesRecord, config: InferenceConfig) -> None:
             "that was trained without data.planes.",
             where=record.series_id,
         )
+
+
+def _logits_of(
+    segmenter: Segmenter,
+    volume_ZHW: Volume,
+    numbers: Sequence[int],
+    stats: IntensityStats,
+    config: InferenceConfig,
+    flips: Flips,
+) -> Iterator[Tensor]:
+    """Yield the mean logits (N, C, H, W) of all flips for one batch of slices after the other.
+
+    The caller sets the evaluation mode. Set here, it would last as long as an interrupted generator exists.
+    """
+    device = next(segmenter.parameters()).device
+    frame = fit_frame(volume_ZHW.shape[1:], image_size=segmenter.image_size, keep_aspect=config.keep_aspect)
+    for start in range(0, len(numbers), config.batch_size):
+        images_NCHW = _with_neighbours(volume_ZHW, numbers[start : start + config.batch_size], stats, config)
+        yield _mean_logits(segmenter, images_NCHW.to(device), frame, flips)
 
 
 def _mean_logits(segmenter: Segmenter, images_NCHW: Tensor, frame: InputFrame, flips: Flips) -> Tensor:

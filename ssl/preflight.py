@@ -114,16 +114,26 @@ def find_left_out(store: SliceStore, labelled: Sequence[tuple[SliceStore, Split]
 
 def open_labelled(config: DataConfig) -> list[tuple[SliceStore, Split]]:
     """Open the stores of ``config.labelled`` with their splits."""
-    stores = [SliceStore.open(name) for name in config.labelled]
+    stores = [SliceStore.open(name) for name in dict.fromkeys(config.labelled)]
     return [(store, load_split(None, store)) for store in stores]
 
 
 def check_leaks(
-    config: DataConfig, store: SliceStore, patient_ids: Sequence[str], *, probe: tuple[SliceStore, Split] | None
+    config: DataConfig,
+    store: SliceStore,
+    patient_ids: Sequence[str],
+    *,
+    labelled: Sequence[tuple[SliceStore, Split]] = (),
+    probe: tuple[SliceStore, Split] | None,
 ) -> list[str]:
-    """Compare the training patients with the validation and test patients of the labelled stores.
+    """Compare the training patients with the validation and test patients of labelled stores.
 
-    The labelled stores are ``config.test_stores``, ``config.labelled`` and the store of the linear probe.
+    Args:
+        config: Settings, whose ``test_stores`` are compared too.
+        store: Store of the training slices.
+        patient_ids: Training patients.
+        labelled: The stores of ``config.labelled`` with their splits.
+        probe: Store and split of the linear probe.
 
     Returns:
         Lines for the pre-flight and the card, one per store that leaks and one for all that do not.
@@ -134,8 +144,8 @@ def check_leaks(
     # Patients are compared by id and by content hash, because one patient can have two ids.
     manifest = pretrain_manifest(store, patient_ids)
     leaks: dict[str, list[Leak]] = {}
-    for labelled, split, use in _labelled_stores(config, probe):
-        leaks.setdefault(f"{labelled.path.name}{use}", []).extend(find_leaks(manifest, split, labelled))
+    for other, split, use in _compared_stores(config.test_stores, labelled, probe):
+        leaks.setdefault(f"{other.path.name}{use}", []).extend(find_leaks(manifest, split, other))
     leaking = [name for name, found in leaks.items() if found]
     if leaking and not config.allow_transductive:
         refuse_leaks(leaks, way_out="the same command with LABELLED=STORE")
@@ -145,12 +155,13 @@ def check_leaks(
     return lines
 
 
-def _labelled_stores(
-    config: DataConfig, probe: tuple[SliceStore, Split] | None
+def _compared_stores(
+    test_stores: Sequence[str], labelled: Sequence[tuple[SliceStore, Split]], probe: tuple[SliceStore, Split] | None
 ) -> Iterator[tuple[SliceStore, Split, str]]:
     """Yield each labelled store and split once, with its use for the linear probe as text."""
-    named = [SliceStore.open(name) for name in dict.fromkeys([*config.test_stores, *config.labelled])]
-    compared = [(store, load_split(None, store)) for store in named]
+    known = {store.path for store, _ in labelled}
+    named = [store for store in map(SliceStore.open, dict.fromkeys(test_stores)) if store.path not in known]
+    compared = [*((store, load_split(None, store)) for store in named), *labelled]
     is_probe = [probe is not None and (store.path, split) == (probe[0].path, probe[1]) for store, split in compared]
     for (store, split), also in zip(compared, is_probe, strict=True):
         yield store, split, " (test and probe)" if also else ""

@@ -56,7 +56,7 @@ def pretrain(
     left_out = find_left_out(store, labelled)
     split = pretraining_split(config.data, store, seed=config.seed, run_path=runs / name, left_out=left_out.patients)
     probe_store = open_probe_store(config.probe)
-    leaks = [*left_out.lines, *check_leaks(config.data, store, split.train, probe=probe_store)]
+    leaks = [*left_out.lines, *check_leaks(config.data, store, split.train, labelled=labelled, probe=probe_store)]
     dataset = build_training_set(config, store, split.train, preset)
 
     # Before the first weights are drawn; new heads must not depend on what ran earlier in this process.

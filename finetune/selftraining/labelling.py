@@ -19,13 +19,20 @@ import numpy.typing as npt
 import torch
 from samgraft.finetune.classes import ClassTable
 from samgraft.finetune.config import FinetuneConfig
-from samgraft.finetune.inference import NO_FLIPS, Flips, InferenceConfig, add_plane, check_planes, segment_probabilities
+from samgraft.finetune.inference import (
+    NO_FLIPS,
+    Flips,
+    InferenceConfig,
+    average_planes,
+    check_planes,
+    segment_probabilities,
+)
 from samgraft.finetune.model_folder import CARD_FILE, FinishedModel, read_model
 from samgraft.finetune.pseudo_labels import FACTS_KEY, PseudoFacts, pseudo_record
 from samgraft.finetune.selftraining.parts import Round
 from samgraft.finetune.task import Task
 from samgraft.finetune.training.unlabelled import UnlabelledScans
-from samgraft.shared.scans.orientation import Plane, change_plane, has_mirror_image
+from samgraft.shared.scans.orientation import Plane, has_mirror_image
 from samgraft.shared.scans.volume import IGNORE_LABEL
 from samgraft.shared.store.series import SeriesRecord
 from samgraft.shared.store.store import COMPLETE, SCHEMA, SERIES, SliceStore, read_table
@@ -166,15 +173,14 @@ def _plane_probabilities(
 ) -> npt.NDArray[np.float32]:
     """Return the probabilities (1 + C, Z, H, W) of a model, averaged over its planes if it has several."""
     check_planes(record, inference)
+
+    def segment(cut_ZHW: npt.NDArray[Any], plane: Plane) -> npt.NDArray[np.float32]:
+        flips = allowed_flips(config, plane)
+        return segment_probabilities(model.segmenter, cut_ZHW, record.stats, inference, flips=flips)
+
     if not inference.planes:
-        flips = allowed_flips(config, record.plane)
-        return segment_probabilities(model.segmenter, volume_ZHW, record.stats, inference, flips=flips)
-    mean_CZHW = np.zeros((1 + model.task.classes.num_classes, *volume_ZHW.shape), dtype=np.float32)
-    for plane in inference.planes:
-        cut_ZHW, flips = change_plane(volume_ZHW, record.plane, plane), allowed_flips(config, plane)
-        found_CZHW = segment_probabilities(model.segmenter, cut_ZHW, record.stats, inference, flips=flips)
-        add_plane(mean_CZHW, found_CZHW, plane, share=1 / len(inference.planes))
-    return mean_CZHW
+        return segment(volume_ZHW, record.plane)
+    return average_planes(volume_ZHW, inference.planes, segment)
 
 
 def choose_labels(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,7 +31,7 @@ from samgraft.shared.runs.training_state import (
 from samgraft.shared.training.config import TrainerConfig
 from samgraft.shared.training.numerics import find_suspect_batch
 from samgraft.shared.training.optim import WeightAverage
-from samgraft.shared.training.periodic import PeriodicTasks
+from samgraft.shared.training.periodic import PeriodicTask, PeriodicTasks
 from samgraft.shared.training.processes import (
     any_across_processes,
     broadcast_first,
@@ -100,8 +100,7 @@ class StepBoundary(Checkpoint):
             self._restore(trainer, pl_module, state)
         else:
             seed_process(self.counters.seed, rank=trainer.global_rank)
-        run = self.tasks.run_pending if state else self.tasks.run_due
-        run(pl_module, step, rank=trainer.global_rank, world_size=trainer.world_size, average=self.average)
+        self._run_tasks(self.tasks.take_pending() if state else self.tasks.due(step), trainer, pl_module, step)
         (stop,) = any_across_processes(self.stop.requested)
         if stop:
             # A new run that has done nothing yet needs no state, unless a task was interrupted.
@@ -140,9 +139,7 @@ class StepBoundary(Checkpoint):
         self.counters.samples_seen += self.counters.accumulate * self.counters.batch_size * trainer.world_size
         if self.average is not None:
             self.average.update(step)
-        self.tasks.run_due(
-            pl_module, step, rank=trainer.global_rank, world_size=trainer.world_size, average=self.average
-        )
+        self._run_tasks(self.tasks.due(step), trainer, pl_module, step)
         # Clocks and signals differ between processes. All must decide alike, because saving is collective.
         is_old = time.monotonic() - self._last_save >= 60 * self.config.save_every_min
         stop, is_old = any_across_processes(self.stop.requested, is_old)
@@ -158,6 +155,13 @@ class StepBoundary(Checkpoint):
             trainer.should_stop = True
         self.meter.resume_clock()
         self._is_at_boundary = True
+
+    def _run_tasks(
+        self, tasks: Sequence[PeriodicTask], trainer: pl.Trainer, pl_module: pl.LightningModule, step: int
+    ) -> None:
+        self.tasks.run(
+            tasks, pl_module, step, rank=trainer.global_rank, world_size=trainer.world_size, average=self.average
+        )
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Save the last finished step if the loader failed after it, and write the collected values."""

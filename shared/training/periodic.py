@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,9 +13,8 @@ import torch
 from samgraft.shared.training.optim import WeightAverage
 from samgraft.shared.training.processes import any_across_processes, broadcast_first
 from samgraft.shared.training.progress import StepLog
-from samgraft.shared.training.resume import RunCounters, preserve_rng
+from samgraft.shared.training.resume import RunCounters, evaluation_mode, preserve_rng
 from samgraft.shared.training.signals import StopRequest
-from torch import nn
 
 
 class TaskStopped(Exception):
@@ -104,43 +103,26 @@ class PeriodicTasks:
         if len(set(names)) < len(names):
             raise ValueError(f"periodic tasks must have different names, got {', '.join(names)}.")
 
-    def run_due(
-        self,
-        module: pl.LightningModule,
-        step: int,
-        *,
-        rank: int = 0,
-        world_size: int = 1,
-        average: WeightAverage | None = None,
-    ) -> None:
-        """Run the tasks that are due at a step, with the averaged weights if there are any."""
-        due = [task for task in self.tasks if task.is_due(step, max_steps=self.max_steps)]
-        self._run(due, module, step, rank=rank, world_size=world_size, average=average)
+    def due(self, step: int) -> list[PeriodicTask]:
+        """Return the tasks that are due at a step."""
+        return [task for task in self.tasks if task.is_due(step, max_steps=self.max_steps)]
 
-    def run_pending(
-        self,
-        module: pl.LightningModule,
-        step: int,
-        *,
-        rank: int = 0,
-        world_size: int = 1,
-        average: WeightAverage | None = None,
-    ) -> None:
-        """Run the tasks that a stop interrupted at the step of the resume."""
+    def take_pending(self) -> list[PeriodicTask]:
+        """Return the tasks that a stop interrupted, and record none as interrupted."""
         names, self.counters.pending = self.counters.pending, []
-        due = [task for task in self.tasks if task.name in names]
-        self._run(due, module, step, rank=rank, world_size=world_size, average=average)
+        return [task for task in self.tasks if task.name in names]
 
-    def _run(
+    def run(
         self,
         tasks: Sequence[PeriodicTask],
         module: pl.LightningModule,
         step: int,
         *,
-        rank: int,
-        world_size: int,
-        average: WeightAverage | None,
+        rank: int = 0,
+        world_size: int = 1,
+        average: WeightAverage | None = None,
     ) -> None:
+        """Run tasks at a step, with the averaged weights if there are any."""
         context = TaskContext(
             module=module,
             step=step,
@@ -163,19 +145,6 @@ class PeriodicTasks:
         self.counters.ended = broadcast_first(self.counters.ended)
         if values:
             self.step_log.record(step, broadcast_first(values))
-
-
-@contextmanager
-def evaluation_mode(module: nn.Module) -> Iterator[None]:
-    """Set a module to evaluation mode and restore the mode of each submodule on exit."""
-    # Frozen parts of a training module are in evaluation mode already; module.train() would change them.
-    modes = [(part, part.training) for part in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, mode in modes:
-            part.training = mode
 
 
 def _run_one(task: PeriodicTask, context: TaskContext) -> dict[str, float]:

@@ -1,4 +1,7 @@
-"""Random state, run counters and the resume check."""
+"""State of a training besides its weights, and the check before a resume.
+
+It is the random state, the modes of the modules and the counters of the run.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ from samgraft.shared.invocation import repeat_command
 from samgraft.shared.runs.environment import BITWISE_PACKAGES, software_versions, thread_count
 from samgraft.shared.training.config import TrainerConfig
 from samgraft.shared.training.device import DeviceChoice
-from torch import Tensor
+from torch import Tensor, nn
 
 log = logging.getLogger(__name__)
 
@@ -95,6 +98,19 @@ def preserve_rng() -> Iterator[None]:
         yield
     finally:
         restore_rng(before)
+
+
+@contextmanager
+def evaluation_mode(module: nn.Module) -> Iterator[None]:
+    """Set a module to evaluation mode and restore the mode of each submodule on exit."""
+    # Frozen parts of a training module are in evaluation mode already; module.train() would change them.
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
 
 
 def check_resumable(

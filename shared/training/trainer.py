@@ -239,7 +239,7 @@ def _finish(module: pl.LightningModule, state: TrainingState, context: FitContex
             return
         module.to(context.device.torch_device)
         boundary.step_log.start(after_step=state.step)
-        boundary.tasks.run_pending(module, state.step, rank=process_rank())
+        boundary.tasks.run(boundary.tasks.take_pending(), module, state.step, rank=process_rank())
         boundary.step_log.close()
         if counters.pending:
             raise stopped_error(state.step, run=context.run, signal_name=stop.signal_name)
