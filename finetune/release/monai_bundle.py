@@ -35,6 +35,8 @@ def monai_format(model: FinishedModel) -> Format:
     def why_not(_: Subject) -> str | None:
         if importlib.util.find_spec("jsonschema") is None:
             return "jsonschema, which checks the metadata, is not installed. Run pip install 'samgraft[monai]'."
+        if model.task.planes:
+            return "a bundle segments axial slices only, and this model averages the probabilities of several planes."
         return None
 
     def write(subject: Subject, folder: Path) -> list[Artefact]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,15 @@ class Names:
 
     by_series: Mapping[str, OwnerName] = field(default_factory=dict)
 
+    @cached_property
+    def _by_patient(self) -> dict[str, str]:
+        """Name of each patient by its id."""
+        found: dict[str, str] = {}
+        for name in self.by_series.values():
+            # The first scan decides, because scans of one patient may name it differently.
+            found.setdefault(name.patient_id, name.patient)
+        return found
+
     def __bool__(self) -> bool:
         return bool(self.by_series)
 
@@ -54,7 +64,7 @@ class Names:
 
     def patient(self, patient_id: str) -> str:
         """Return the name of a patient, or the id."""
-        return next((n.patient for n in self.by_series.values() if n.patient_id == patient_id), patient_id)
+        return self._by_patient.get(patient_id, patient_id)
 
     def patients_by_name(self) -> dict[str, set[str]]:
         """Return the ids of the patients that have a name.

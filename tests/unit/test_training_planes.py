@@ -12,6 +12,7 @@ from samgraft.finetune.config import FinetuneConfig
 from samgraft.finetune.inference import InferenceConfig, segment_series, segment_volume
 from samgraft.finetune.loss import with_background
 from samgraft.finetune.model_folder import read_model
+from samgraft.finetune.release.monai_bundle import monai_format
 from samgraft.finetune.segmenter import Segmenter
 from samgraft.finetune.selftraining.labelling import find_consensus
 from samgraft.finetune.training.preparation import prepare, training_set
@@ -156,6 +157,11 @@ def test_segment_volume__averages_the_probabilities_of_the_planes(lab, classes):
     axial = segment_volume(segmenter, volume, record.stats, classes, replace(config, planes=(Plane.AXIAL,)))
     assert (one == axial).mean() > 0.999
     assert not np.array_equal(one, found)
+
+
+def test_monai_format__model_of_several_planes_is_left_out():
+    task = SimpleNamespace(planes=["axial", "coronal"])
+    assert "of several planes" in monai_format(SimpleNamespace(task=task)).why_not(None)
 
 
 def test_find_consensus__of_a_model_of_several_planes_is_its_segmentation(lab):
