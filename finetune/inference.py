@@ -151,7 +151,8 @@ def segment_probabilities(
     with evaluating(segmenter):
         if isinstance(segmenter, VolumeBaseline):
             # A 3D network needs the slices around each slice, so it returns all of them at once.
-            return _probabilities(segmenter.volume_logits(volume_ZHW, stats, config.intensity))[0]
+            (whole_CZHW,) = _probabilities(segmenter.volume_logits(volume_ZHW, stats, config.intensity))
+            return np.asarray(whole_CZHW)
         numbers = range(len(volume_ZHW)) if only is None else only
         batches = _logits_of(segmenter, volume_ZHW, numbers, stats, config, flips)
         return np.concatenate([_probabilities(logits_NCHW).swapaxes(0, 1) for logits_NCHW in batches], axis=1)
