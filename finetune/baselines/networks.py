@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from enum import Enum
 from typing import Annotated, Any
 
 import numpy as np
@@ -19,6 +18,7 @@ import numpy.typing as npt
 import pydantic.dataclasses
 import torch
 from annotated_types import Ge
+from samgraft.finetune.baselines import Baseline
 from samgraft.finetune.classes import ClassTable
 from samgraft.finetune.segmenter import Segmenter
 from samgraft.shared.config import PositiveInt, ShareBelowOne
@@ -33,24 +33,6 @@ MIN_SIDE = 4
 """Smallest side of a feature map in voxels, as in nnU-Net."""
 MAX_LEVELS = 5
 """Largest number of downsampling steps, as in nnU-Net's 3D networks."""
-
-
-class Baseline(Enum):
-    """Baseline networks. MODEL= on the command line."""
-
-    UNET_2D = "unet2d"
-    """MONAI's U-Net with residual units, on slices."""
-    UNET_3D = "unet3d"
-    """3D variant, on patches of volumes."""
-    DYNUNET_2D = "dynunet2d"
-    """nnU-Net's network, without deep supervision, on slices."""
-    DYNUNET_3D = "dynunet3d"
-    """3D variant, on patches of volumes."""
-
-    @property
-    def is_volume(self) -> bool:
-        """True for 3D."""
-        return self.value.endswith("3d")
 
 
 @pydantic.dataclasses.dataclass(frozen=True, kw_only=True)

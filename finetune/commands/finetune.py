@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from samgraft.finetune.baselines import Baseline
 from samgraft.shared.cli import Command, keywords
 from samgraft.shared.errors import ExitCode, UsageError
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 RUNS = Path("runs")
-BASELINES = ("unet2d", "unet3d", "dynunet2d", "dynunet3d")
+BASELINES = tuple(baseline.value for baseline in Baseline)
 """Names of networks without SAM, which are trained from scratch for comparison."""
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from samgraft.finetune.adapters import METHODS
-from samgraft.finetune.baselines.networks import Baseline
+from samgraft.finetune.baselines import Baseline
 from samgraft.finetune.config import FinetuneConfig, SelftrainConfig
 from samgraft.shared.config import config_to_dict, default_settings, load_config
 from samgraft.shared.errors import UsageError

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from samgraft.finetune.adapters import adapt, render_parts, trainable_groups, trainable_table
-from samgraft.finetune.baselines.networks import Baseline, RandomWeights, as_baseline, build_network, plan_network
+from samgraft.finetune.baselines import Baseline
+from samgraft.finetune.baselines.networks import RandomWeights, as_baseline, build_network, plan_network
 from samgraft.finetune.baselines.volume_patches import VolumePatches
 from samgraft.finetune.classes import ClassTable, choose_classes
 from samgraft.finetune.config import FinetuneConfig, SelftrainMode
