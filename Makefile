@@ -24,7 +24,7 @@ endif
 export SAMGRAFT_FRONT_END := make $(MAKECMDGOALS)
 export SAMGRAFT_MAKE_GIVEN := $(GIVEN)
 
-.PHONY: help install demo-data store pretrain finetune selftrain evaluate predict study release inspect doctor test test-slow test-gpu check docs format imports types wheel clean
+.PHONY: help install demo-data store pretrain finetune selftrain evaluate predict study release inspect doctor test test-slow test-gpu check docs site format imports types wheel clean
 
 help: ## list the targets
 	@echo "samgraft: unlabelled scans -> better SAM encoder -> segmentation models you can release"
@@ -40,7 +40,7 @@ $(STAMP): pyproject.toml constraints.txt
 	  { echo "error: $(PYTHON) cannot make an environment (Debian and Ubuntu: apt install python3-venv)."; exit 2; }
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(BIN)/python -m ensurepip >/dev/null
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
-	@$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[dev]'
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[dev,docs]'
 	@$(BIN)/python -m samgraft.finetune.evaluation.viewer
 	@touch $@
 
@@ -92,7 +92,7 @@ test-slow: $(STAMP) ## run the suite with real shapes and long runs | make test-
 test-gpu: $(STAMP) ## compare the encoders with the originals on this machine's GPU | make test-gpu
 	@$(BIN)/python -m pytest -n 0 -m gpu
 
-check: $(STAMP) imports types ## check format, lint, language, types, imports and spelling | make check
+check: $(STAMP) imports types site ## check format, lint, language, types, imports, spelling and docs | make check
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/python tests/check_language.py api shared ssl finetune
@@ -114,6 +114,9 @@ imports: $(STAMP) linktree
 
 docs: $(STAMP) ## write docs/commands from the commands' own parsers | make docs
 	@$(BIN)/python -m samgraft.shared.command_pages docs/commands
+
+site: $(STAMP) ## build the documentation into build/site/index.html | make site
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 format: $(STAMP) ## format the code | make format
 	@$(BIN)/ruff format . && $(BIN)/ruff check --fix .

@@ -18,8 +18,9 @@ def test_citation__is_of_this_version_and_licence() -> None:
 
 
 def test_workflow__runs_targets_and_tests_that_exist() -> None:
-    workflow = yaml.safe_load((ROOT / ".github/workflows/checks.yml").read_text())
-    steps = [step["run"] for job in workflow["jobs"].values() for step in job["steps"] if "run" in step]
+    workflows = [yaml.safe_load(path.read_text()) for path in (ROOT / ".github/workflows").glob("*.yml")]
+    jobs = [job for workflow in workflows for job in workflow["jobs"].values()]
+    steps = [step["run"] for job in jobs for step in job["steps"] if "run" in step]
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
     wanted = [word for step in steps if step.startswith("make ") for word in step.split()[1:]]
     assert wanted
