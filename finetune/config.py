@@ -33,8 +33,7 @@ class DataConfig:
     pseudo_labels: str | None = None
     """Store of pseudo-labels, which ``samgraft selftrain`` writes into its run and sets here."""
     pseudo_fraction: ShareBelowOne = 0.5
-    """Share of slices without labels of their own in every batch. The others have labels. Slices with pseudo-labels are
-    of the acquired plane, whatever ``planes`` has."""
+    """Share of slices without labels of their own in every batch. The others have labels."""
     split: str | None = None
     """Split file by patient. null takes <store>.split.json next to the store, or else draws a split with seed 0."""
     fold: NonNegativeInt | None = None

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from samgraft.finetune.classes import ClassTable
 from samgraft.shared.errors import DataError
 from samgraft.shared.samples.leaks import count_rules, find_patients_again
 from samgraft.shared.samples.split import Split
+from samgraft.shared.scans.orientation import Plane
 from samgraft.shared.store.series import SeriesRecord
 from samgraft.shared.store.store import SliceStore, read_table
 
@@ -44,6 +46,8 @@ class PseudoFacts:
     flips: bool
     transductive: bool
     """True if scans of validation or test patients are among them."""
+    planes: list[str] = field(default_factory=list)
+    """Planes into which the scans and their pseudo-labels are cut. Empty is the acquired plane."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,16 +99,17 @@ def ignored_slices(record: SeriesRecord) -> npt.NDArray[np.bool_]:
     return whole
 
 
-def pseudo_record(record: SeriesRecord, label_ZHW: npt.NDArray[np.integer[Any]], *, label_sha256: str) -> SeriesRecord:
-    """Return the record of a scan's pseudo-labels, with their pixels per slice."""
-    # Background is not counted in the tables of stores.
-    ids = [int(label) for label in np.unique(label_ZHW) if label]
-    pixels = {label: tuple(int(n) for n in (label_ZHW == label).sum(axis=(1, 2))) for label in ids}
-    # Only the main plane has pseudo-labels, so that the tables of the other planes would be wrong.
-    table = dataclasses.replace(record.planes[record.plane], label_pixels=pixels)
-    return dataclasses.replace(
-        record, planes={record.plane: table}, has_label=True, label_sha256=label_sha256, notes=(), files={}
-    )
+def pseudo_record(
+    record: SeriesRecord, labels: Mapping[Plane, npt.NDArray[np.integer[Any]]], *, label_sha256: str
+) -> SeriesRecord:
+    """Return the record of a scan's pseudo-labels (Z, H, W) per plane, with their pixels per slice."""
+    tables = {}
+    for plane, label_ZHW in labels.items():
+        # Background is not counted in the tables of stores.
+        ids = [int(label) for label in np.unique(label_ZHW) if label]
+        pixels = {label: tuple(int(n) for n in (label_ZHW == label).sum(axis=(1, 2))) for label in ids}
+        tables[plane] = dataclasses.replace(record.planes[plane], label_pixels=pixels)
+    return dataclasses.replace(record, planes=tables, has_label=True, label_sha256=label_sha256, notes=(), files={})
 
 
 def open_pseudo_labels(

@@ -32,7 +32,7 @@ from samgraft.finetune.pseudo_labels import FACTS_KEY, PseudoFacts, pseudo_recor
 from samgraft.finetune.selftraining.parts import Round
 from samgraft.finetune.task import Task
 from samgraft.finetune.training.unlabelled import UnlabelledScans
-from samgraft.shared.scans.orientation import Plane, has_mirror_image
+from samgraft.shared.scans.orientation import Plane, change_plane, has_mirror_image
 from samgraft.shared.scans.volume import IGNORE_LABEL
 from samgraft.shared.store.series import SeriesRecord
 from samgraft.shared.store.store import COMPLETE, SCHEMA, SERIES, SliceStore, read_table
@@ -90,7 +90,11 @@ def label_scans(
         finished = read_record(path / SERIES / series_id, build_key=build_key)
         if finished is None:
             consensus = find_consensus(models, scans.images, series_id, config, device)
-            records.append(_write_scan(path, scans.images, series_id, consensus, build_key=build_key))
+            records.append(
+                _write_scan(
+                    path, scans.images.record(series_id), consensus, planes=config.data.planes, build_key=build_key
+                )
+            )
         else:
             records.append(finished[0])
         log.info("pseudo-labels: %d of %d scans", number, len(scans.series))
@@ -114,6 +118,7 @@ def _facts_of(one: Round, scans: UnlabelledScans, config: FinetuneConfig) -> Pse
         min_slice_agreement=config.selftrain.min_slice_agreement,
         flips=config.selftrain.flips,
         transductive=scans.transductive,
+        planes=[plane.value for plane in config.data.planes],
     )
 
 
@@ -220,17 +225,21 @@ def allowed_flips(config: FinetuneConfig, plane: Plane) -> Flips:
     return NO_FLIPS
 
 
-def _write_scan(path: Path, store: SliceStore, series_id: str, consensus: Consensus, *, build_key: str) -> SeriesRecord:
-    record = store.record(series_id)
+def _write_scan(
+    path: Path, record: SeriesRecord, consensus: Consensus, *, planes: Sequence[Plane], build_key: str
+) -> SeriesRecord:
     # The smallest signed type that has all ids and IGNORE_LABEL.
-    label_ZHW = consensus.label_ZHW.astype(np.result_type(np.int8, np.min_scalar_type(int(consensus.label_ZHW.max()))))
+    smallest = np.result_type(np.int8, np.min_scalar_type(int(consensus.label_ZHW.max())))
+    label_ZHW = consensus.label_ZHW.astype(smallest)
     # One byte per voxel in a store is enough for reports and pictures.
     percent_ZHW = (100 * consensus.agreement_ZHW).round().astype(np.uint8)
-    digest = hashlib.sha256(label_ZHW.tobytes()).hexdigest()
+    # The acquired plane is always there, because reports show its slices.
+    present = [record.plane, *(p for p in planes if p in record.planes and p is not record.plane)]
+    labels = {plane: change_plane(label_ZHW, record.plane, plane) for plane in present}
     return write_series(
         path,
-        pseudo_record(record, label_ZHW, label_sha256=digest),
-        {record.plane: percent_ZHW},
-        {record.plane: label_ZHW},
+        pseudo_record(record, labels, label_sha256=hashlib.sha256(label_ZHW.tobytes()).hexdigest()),
+        {plane: change_plane(percent_ZHW, record.plane, plane) for plane in present},
+        labels,
         build_key=build_key,
     )

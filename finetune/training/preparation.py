@@ -358,8 +358,7 @@ def _further_slices(
     refs = select_slices(
         table,
         further.patients,
-        # Pseudo-labels are written for the acquired plane only.
-        planes=() if is_labelled else config.data.planes,
+        planes=config.data.planes,
         min_foreground_fraction=config.data.min_foreground_fraction,
         annotated_only=is_labelled,
     )

@@ -15,6 +15,7 @@ from samgraft.finetune.model_folder import read_model
 from samgraft.finetune.release.monai_bundle import monai_format
 from samgraft.finetune.segmenter import Segmenter
 from samgraft.finetune.selftraining.labelling import find_consensus
+from samgraft.finetune.selftraining.selftraining import plan_selftraining, run_selftraining
 from samgraft.finetune.training.preparation import prepare, training_set
 from samgraft.shared.cli import main
 from samgraft.shared.config import load_config
@@ -29,6 +30,7 @@ from samgraft.shared.scans.volume import Modality
 from samgraft.shared.store.build import build_store
 from samgraft.shared.store.examine import BuildSettings
 from samgraft.shared.store.store import SliceStore
+from samgraft.shared.training.device import choose_device
 from store_factory import make_scan, make_store, nifti_files, write_nifti
 from tiny_sams import tiny_sam
 
@@ -179,3 +181,46 @@ def test_find_consensus__of_a_model_of_several_planes_is_its_segmentation(lab):
     expected = segment_volume(model.segmenter, store.read_volume(record.series_id), record.stats, classes, inference)
     assert len(np.unique(expected)) > 1
     assert (found == expected).mean() > 0.999  # ties of rounding
+
+
+def test_run_selftraining__pseudo_labels_are_cut_into_the_planes_of_the_student(lab, tmp_path):
+    config = config_of(
+        lab,
+        ALL,
+        "model.arch=dynunet2d",
+        "model.ckpt=null",
+        "baseline.base_channels=4",
+        "optim.warmup_steps=1",
+        "trainer.device=cpu",
+        "data.few_shot.num=1",
+        # All scans of this lab are near-duplicates of each other.
+        "data.allow_transductive=true",
+        "selftrain.mode=offline",
+        "selftrain.teachers=[dynunet2d]",
+        # An untrained teacher is uncertain, and voxels that are ignored on a whole slice would leave no slices.
+        "selftrain.min_agreement=0.5",
+        "selftrain.min_slice_agreement=0",
+    )
+    plan = plan_selftraining(config, tmp_path / "run", choose_device("cpu"), measure=False)
+
+    def in_this_process(arguments, log_file, num_threads, processes):
+        return main(list(arguments)), 1.0, 1.0
+
+    run_selftraining(plan, choose_device("cpu"), run=in_this_process)
+    round_1 = plan.rounds[0]
+    labels = SliceStore.open(round_1.pseudo_path)
+    record = labels.series[0]
+    for plane in Plane:
+        label = labels.read_label_volume(record.series_id, plane=plane)
+        cut = change_plane(labels.read_label_volume(record.series_id), Plane.AXIAL, plane)
+        assert label.tolist() == cut.tolist()
+        agreement = labels.read_volume(record.series_id, plane=plane)
+        assert agreement.tolist() == change_plane(labels.read_volume(record.series_id), Plane.AXIAL, plane).tolist()
+        for label_id, pixels in record.planes[plane].label_pixels.items():
+            assert list(pixels) == (cut == label_id).sum(axis=(1, 2)).tolist()
+    pseudo = prepare(round_1.student.config, run_path=plan.path).dataset.datasets[1]
+    assert {ref.plane for ref in pseudo.slices} == set(Plane)
+    number, ref = next((i, r) for i, r in enumerate(pseudo.slices) if r.plane is Plane.CORONAL)
+    sample = pseudo.without_augmentation()[number, 0]
+    expected = labels.read_label_volume(ref.series_id, plane=Plane.CORONAL)[ref.slice_index]
+    assert sample["label"].tolist() == expected.tolist()
