@@ -63,7 +63,11 @@ def _read_manifest(weights: Path) -> Mapping[str, object]:
 def pretrain_again(ckpt: str | None, labelled: str) -> str:
     """Return the command that pretrains without the validation and test patients of a labelled store."""
     file = Path(ckpt or "") / "config.yaml"
-    unlabelled = read_stored_config(file)["data"]["store"] if ckpt and file.is_file() else "STORE.zarr"
-    name = f"{Path(ckpt).name}-without" if ckpt else "NEW"
-    given = {"DATA": unlabelled, "LABELLED": labelled, "NAME": name}
+    given = {"DATA": "STORE.zarr", "LABELLED": labelled, "NAME": f"{Path(ckpt).name}-without" if ckpt else "NEW"}
+    if ckpt and file.is_file():
+        stored = read_stored_config(file)
+        model = stored["model"]
+        weights = {"CKPT": model["ckpt"], "BASE": model["base"]}
+        given |= {"DATA": stored["data"]["store"], "MODEL": model["arch"], "METHOD": stored["objective"]["name"]}
+        given |= {variable: value for variable, value in weights.items() if value}
     return f"make pretrain {' '.join(f'{variable}={shlex.quote(value)}' for variable, value in given.items())}"

@@ -101,15 +101,23 @@ def typed_program() -> str:
     return shlex.quote(program)
 
 
-def repeat_command() -> str:
-    """Return what repeats the current work, as a command ready to paste where there is one."""
+def repeat_command(*settings: str) -> str:
+    """Return what repeats the current work, as a command ready to paste where there is one.
+
+    Args:
+        settings: Further settings ``key=value`` of the repetition.
+    """
     # The arguments of a notebook's kernel contain a path of the user's home.
     if is_library_call():
-        return "the same call"
+        return " with ".join(["the same call", *settings])
     if not is_from_make():
-        return " ".join([typed_program(), shlex.join(sys.argv[1:])]).rstrip()
-    given = os.environ.get(GIVEN, "").split()
-    return " ".join([os.environ[FRONT_END], *(f"{name}={shlex.quote(os.environ.get(name, ''))}" for name in given)])
+        # A replay that ends in the same way has its setting already.
+        added = [setting for setting in settings if setting not in sys.argv]
+        return " ".join([typed_program(), shlex.join([*sys.argv[1:], *added])]).rstrip()
+    given = {name: os.environ.get(name, "") for name in os.environ.get(GIVEN, "").split()}
+    if added := [setting for setting in settings if setting not in given.get("ARGS", "").split()]:
+        given["ARGS"] = " ".join([given.get("ARGS", ""), *added]).strip()
+    return " ".join([os.environ[FRONT_END], *(f"{name}={shlex.quote(value)}" for name, value in given.items())])
 
 
 def _as_command(target: str, given: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import shlex
 
 from samgraft.shared.encoders.base import ImageEncoder, freeze_batch_norm, has_batch_norm
 from samgraft.shared.encoders.registry import arch_spec
@@ -97,7 +98,7 @@ def _load_encoder(config: ModelConfig) -> tuple[ImageEncoder, Card]:
             f"the initial weights are a {weights.format} without SAM's relative positions and neck, and no base SAM "
             "weights supply them. Pass this file as CKPT and the SAM that it was trained from, or SAM itself, as BASE.",
             where=weights.name,
-            next_command=f"make pretrain CKPT={weights.name} BASE={official_name(config.arch)}",
+            next_command=f"make pretrain CKPT={shlex.quote(config.initial_weights)} BASE={official_name(config.arch)}",
         )
     # A plain ViT (MAE, DINO) overwrites everything that it has in the base SAM; the rest stays SAM's.
     complete = read_weights(config.base) if weights.is_partial and config.base else weights

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import logging
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -29,7 +28,7 @@ from samgraft.ssl.initial_weights import build_initial_objective
 from samgraft.ssl.module import PretrainModule
 from samgraft.ssl.monitor.labelled import open_probe_store
 from samgraft.ssl.monitor.monitor import Monitor, MonitorData, load_monitor_data
-from samgraft.ssl.monitor.report import write_report
+from samgraft.ssl.monitor.report import finetune_command, write_report
 from samgraft.ssl.objectives import Objective
 from samgraft.ssl.optimizer import build_schedule, read_moments
 from samgraft.ssl.preflight import check_leaks, find_left_out, open_labelled, preflight, pretraining_split
@@ -100,8 +99,7 @@ def _log_places(config: PretrainConfig, run: RunFolder, weights: Path) -> None:
     # The report has printed what the run learned; these are the places of the results.
     log.info("  encoder  %s", weights)
     log.info("  report   %s", run.report)
-    data = f" DATA={shlex.quote(config.data.labelled[0])}" if config.data.labelled else ""
-    log.info("  next     make finetune CKPT=%s%s", shlex.quote(str(run.path)), data)
+    log.info("  next     %s", finetune_command(config, str(run.path)))
 
 
 def _fit_context(

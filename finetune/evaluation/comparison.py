@@ -38,6 +38,8 @@ class EvaluatedRun:
     """Evaluation of a run as read from its files."""
 
     name: str
+    path: str
+    """Path as the user gave it."""
     rows: list[dict[str, Any]]
     """Rows of ``cases.csv``."""
     summary: Mapping[str, Any]
@@ -61,7 +63,7 @@ def read_evaluated_run(path: Path, *, part: str) -> EvaluatedRun:
     try:
         summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
         name = path.name if folder != path or path.parent.name != "evaluation" else path.parent.parent.name
-        found = EvaluatedRun(name=name, rows=rows, summary=dict(summary))
+        found = EvaluatedRun(name=name, path=str(path), rows=rows, summary=dict(summary))
     except (OSError, ValueError, TypeError) as err:
         raise DataError(
             "summary.json of the evaluation is missing or damaged. Evaluate again.", where=path.name
@@ -189,7 +191,8 @@ def _check_comparable(runs: Sequence[EvaluatedRun], metrics: Sequence[str]) -> N
                 raise DataError(
                     f"runs must be evaluated on the same data, {key} of {run.name} differs from that of {first.name}.",
                     where=run.name,
-                    next_command=f"samgraft evaluate runs/{run.name} with the store and split of {first.name}",
+                    next_command=f"make evaluate RUN={shlex.quote(run.path)} with the store and --split-file of "
+                    f"{first.name}",
                 )
         _check_same_cases(run.rows, first.rows, name=run.name, first=first.name)
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from samgraft.shared.cli import Command
 from samgraft.shared.errors import UsageError
+from samgraft.shared.invocation import is_from_make
 
 if TYPE_CHECKING:
     from samgraft.shared.diagnosis import DoctorFinding
@@ -40,7 +41,9 @@ def _run(arguments: argparse.Namespace) -> int:
     except (ImportError, OSError, RuntimeError) as err:
         raise UsageError(
             f"the installation is broken ({str(err).splitlines()[0]}). Install it again.",
-            next_command="rm -r .venv && make install",
+            next_command="rm -r .venv && make install"
+            if is_from_make()
+            else "pip check, which names what does not fit",
         ) from err
     findings = diagnose(Path(), data=arguments.data, weights=arguments.weights)
     code = exit_code(findings)

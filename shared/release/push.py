@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import re
+import shlex
 from pathlib import Path
 
 from samgraft.shared.errors import StorageError, UsageError
@@ -60,6 +61,6 @@ def push_release(folder: Path, repository: str) -> str:
             f"the release could not be uploaded ({reason}).",
             where=repository,
             kept=f"the release {folder.name}",
-            next_command=f"{LOGIN}, then hf upload {repository} {folder.name}",
+            next_command=f"{LOGIN}, then hf upload {repository} {shlex.quote(str(folder))}",
         ) from err
     return str(commit.commit_url)

@@ -15,6 +15,7 @@ from typing import Any
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Checkpoint
 from samgraft.shared.errors import NumericalError, StoppedAndSaved
+from samgraft.shared.invocation import repeat_command
 from samgraft.shared.machine import format_duration
 from samgraft.shared.runs.environment import software_versions, thread_count
 from samgraft.shared.runs.run_folder import RunFolder
@@ -200,7 +201,7 @@ class StepBoundary(Checkpoint):
             where=f"{self.run.path.name}/{name} has weights, optimizer and generators before this step, and "
             f"{description}",
             kept=f"last good state: {last}" if last else f"the state before step {step}, in {name}",
-            next_command=f"replay: {self.run.continue_command} trainer.resume_from={name}",
+            next_command=repeat_command(f"trainer.resume_from={name}"),
         )
 
     def _restore(self, trainer: pl.Trainer, module: pl.LightningModule, state: TrainingState) -> None:

@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import pickletools
+import shlex
 import struct
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -86,7 +87,7 @@ def read_raw_weights(path: Path) -> RawFile:
     metadata: dict[str, str] = {}
     if head.startswith(ZIP_MAGIC):
         with _open_zip(path, size) as archive:
-            check_pickle(_read_pickle(archive, size, name=path.name), name=path.name)
+            check_pickle(_read_pickle(archive, size, name=path.name), path=path)
         content = _load_zip(path)
     else:
         content, metadata = _read_safetensors(path, size)
@@ -172,13 +173,13 @@ def iterate_tensors(content: Any, prefix: str = "", depth: int = 0) -> Iterator[
             yield from iterate_tensors(value, f"{prefix}.{key}" if prefix else str(key), depth + 1)
 
 
-def check_pickle(pickled: bytes, *, name: str) -> None:
+def check_pickle(pickled: bytes, *, path: Path) -> None:
     """Refuse a pickle that names anything but tensors. Nothing in it is run.
 
     Raises:
         WeightsError: With the kind of content: code, a whole module, or other objects.
     """
-    foreign = foreign_globals(pickled)
+    foreign, name = foreign_globals(pickled), path.name
     _refuse_code(foreign, name=name)
     if any(g.startswith("torch.nn.") for g in foreign):
         outermost = next(g for g in pickle_globals(pickled) if not _is_plain(g))
@@ -192,7 +193,8 @@ def check_pickle(pickled: bytes, *, name: str) -> None:
             f"the file contains foreign objects ({', '.join(foreign[:6])}), expected tensors and plain values only. "
             "Nothing in it was run.",
             where=name,
-            next_command=f"samgraft inspect {name} --save-tensors {Path(name).stem}.safetensors",
+            next_command=f"samgraft inspect {shlex.quote(str(path))} --save-tensors "
+            f"{shlex.quote(f'{path.stem}.safetensors')}",
         )
 
 

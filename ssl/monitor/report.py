@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import logging
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
+from samgraft.shared.demo import demo_paths
+from samgraft.shared.encoders.registry import DEFAULT_ARCH
 from samgraft.shared.files import write_text
 from samgraft.shared.machine import format_duration
 from samgraft.shared.report.page import (
@@ -26,6 +29,8 @@ from samgraft.shared.report.page import (
 )
 from samgraft.shared.runs.run_folder import RunFolder
 from samgraft.shared.training.trainer import FitResult
+from samgraft.shared.weights.load import read_weights
+from samgraft.shared.weights.official import official_name
 from samgraft.ssl.config import RANDOM, PretrainConfig
 from samgraft.ssl.monitor.exported import MEASURES, Exported
 from samgraft.ssl.monitor.health import PROBE_NOISE, has_moving_target
@@ -161,22 +166,51 @@ def _summary(lines: Lines, monitored: MonitorData, *, result: FitResult, exporte
     return [*conclusions(lines, monitored, exported), KeyValues(items=facts)]
 
 
+def _full_sam(config: PretrainConfig) -> str | None:
+    """Return the weights that supply prompt encoder and mask decoder, or None if stage 2 finds them itself."""
+    model = config.model
+    if model.has_random_weights:
+        return None if model.arch == DEFAULT_ARCH else official_name(model.arch)
+    if model.base:
+        return None if Path(model.base) == demo_paths().weights else model.base
+    # A run as initial weights has only the encoder.
+    if Path(model.initial_weights).is_dir():
+        return None
+    parts = read_weights(model.initial_weights).parts
+    return model.initial_weights if {"prompt_encoder", "mask_decoder"} <= parts else None
+
+
+def finetune_command(config: PretrainConfig, ckpt: str, *, shown: Callable[[str], str] = str) -> str:
+    """Return the command that fine-tunes from weights as this run has them.
+
+    Args:
+        config: Settings of the run.
+        ckpt: Initial weights of the fine-tuning, the run or its own initial weights.
+        shown: Function of a path for what is printed.
+    """
+    given = {"CKPT": ckpt}
+    base = _full_sam(config)
+    if base not in (None, ckpt):
+        given["BASE"] = base
+    # The store whose patients were left out is the one to fine-tune on.
+    if config.data.labelled:
+        given["DATA"] = config.data.labelled[0]
+    return f"make finetune {' '.join(f'{name}={shlex.quote(shown(value))}' for name, value in given.items())}"
+
+
 def _next_steps(run: RunFolder, config: PretrainConfig) -> list[Any]:
     """Return the commands of the comparison that shows whether this run helped."""
     run_path = path_for_report(run.path)
-    # The store whose patients were left out is the one to fine-tune on.
-    labelled = config.data.labelled[:1]
-    data = f" DATA={shlex.quote(path_for_report(labelled[0]))}" if labelled else ""
     parts: list[Any] = [
         Text(
             text="Neither a lower loss nor a better linear probe proves a better encoder for your task. Fine-tune from "
             "this run and from its initial weights, on the same few labelled patients, and compare the results."
         ),
-        Text(text=f"make finetune CKPT={shlex.quote(run_path)}{data}", kind="command"),
+        Text(text=finetune_command(config, run_path, shown=path_for_report), kind="command"),
     ]
     if config.model.base != RANDOM:
-        initial = shlex.quote(path_for_report(config.model.initial_weights))
-        parts.append(Text(text=f"make finetune CKPT={initial}{data} NAME=initial-weights", kind="command"))
+        initial = finetune_command(config, config.model.initial_weights, shown=path_for_report)
+        parts.append(Text(text=f"{initial} NAME=initial-weights", kind="command"))
     parts.append(
         Text(
             text="For more steps, more patients or another objective, give the run another NAME=. This run's curves "

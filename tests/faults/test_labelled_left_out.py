@@ -125,6 +125,6 @@ def test_finetune__leak_refusal_names_the_command_that_leaves_patients_out(lab):
     with pytest.raises(DataError) as refusal:
         prepare(load_config(FinetuneConfig, layers=[layer]))
     assert (
-        f"samgraft pretrain --data {lab / 'many.zarr'} --labelled {lab / 'labelled.zarr'} --name all-without"
-        in in_typed_grammar(refusal.value.render())
+        f"samgraft pretrain --data {lab / 'many.zarr'} --labelled {lab / 'labelled.zarr'} --name all-without "
+        f"--model vit_t --method masked_image --base {base}" in in_typed_grammar(refusal.value.render())
     )

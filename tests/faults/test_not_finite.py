@@ -16,11 +16,14 @@ from samgraft.shared.training.numerics import find_suspect_batch
 from tiny_training import At, TinyModule, curve, final_bytes, tiny_config, tiny_fit
 
 
-def test_fit__with_a_nan_loss_stops_before_the_update_and_can_be_replayed(tmp_path: Path) -> None:
+def test_fit__with_a_nan_loss_stops_before_the_update_and_can_be_replayed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", ["samgraft", "pretrain"])
     with pytest.raises(NumericalError, match=r"loss is nan and gradient norm nan at step 7 ") as refusal:
         tiny_fit(tmp_path, "a", tiny_config(), nan_at=7)
     assert refusal.value.kept == "last good state: step-000004"
-    assert refusal.value.next_command == "replay: make pretrain NAME=a trainer.resume_from=nan-step-7"
+    assert refusal.value.next_command == "samgraft pretrain trainer.resume_from=nan-step-7"
     assert [step for step, _ in curve(tmp_path, "a")] == list(range(7))
     kept = tmp_path / "a" / "nan-step-7"
     state = read_state(kept)

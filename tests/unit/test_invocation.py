@@ -67,11 +67,17 @@ def test_main__error_and_log_lines_are_in_the_typed_grammar(front_end, monkeypat
 def test_repeat_command__is_the_one_of_the_user(monkeypatch):
     monkeypatch.setattr(sys, "argv", [".venv/bin/samgraft", "pretrain", "--data", "my scans"])
     assert invocation.repeat_command() == ".venv/bin/samgraft pretrain --data 'my scans'"
+    replay = invocation.repeat_command("a.b=1")
+    assert replay == ".venv/bin/samgraft pretrain --data 'my scans' a.b=1"
+    monkeypatch.setattr(sys, "argv", shlex.split(replay))
+    assert invocation.repeat_command("a.b=1") == replay
     monkeypatch.setenv(invocation.FRONT_END, "make pretrain")
     monkeypatch.setenv(invocation.GIVEN, "ARGS DATA")
     monkeypatch.setenv("DATA", "my scans")
     monkeypatch.setenv("ARGS", "seed=1 a='b c'")
     assert invocation.repeat_command() == "make pretrain ARGS='seed=1 a='\"'\"'b c'\"'\"'' DATA='my scans'"
+    monkeypatch.setenv("ARGS", "seed=1")
+    assert invocation.repeat_command("a.b=1") == "make pretrain ARGS='seed=1 a.b=1' DATA='my scans'"
 
 
 def test_demo__runs_its_commands_and_stops_at_the_first_that_fails(monkeypatch, caplog):
