@@ -1,0 +1,138 @@
+"""Data sets and arms of ``unlabelled_pays.py``, one place for the runs and for the table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSet:
+    """Data set, its split, and what its arms share."""
+
+    title: str
+    build: tuple[str, ...]
+    """Options of ``store build``."""
+    num_val: int
+    """Training patients that validate, once, at the end."""
+    num_test: int | None
+    """Test patients to draw. None takes the validation list of the folder's ``dataset.json``."""
+    image_size: int
+    sam: tuple[str, ...]
+    """Settings of SAM."""
+    unet: tuple[str, ...]
+    """Settings of the U-Net."""
+    steps: dict[str, int]
+    """Steps by network, equal in all arms of the network."""
+    unit: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """One way to train, on a number of labelled patients."""
+
+    title: str
+    network: str
+    """``sam``, LoRA on LiteMedSAM's ViT-T, or ``unet``, nnU-Net's 2D network from random weights."""
+    command: str = "finetune"
+    settings: tuple[str, ...] = ()
+    """Further settings, in which ``{seed}`` stands for the seed."""
+    baseline: str | None = None
+    """Arm of the same network and steps without unlabelled scans, which it is compared with."""
+    teacher_of: str | None = None
+    """Arm whose teacher this is, so that it is not trained twice."""
+    teacher: str = "dynunet2d"
+    pseudo_labels_of: str | None = None
+    """Arm whose pseudo-labels it trains on."""
+    once: bool = False
+    """True for an arm with all labels, which is trained with one seed."""
+
+
+EMA = ("optim.ema_decay=0.99", "optim.warmup_steps=20", "trainer.save_every_steps=100")
+UNET = (
+    "baseline.base_channels=16",
+    "data.batch_size=16",
+    "optim.lr=1e-3",
+    "optim.weight_decay=1e-4",
+    "data.min_foreground_fraction=0",
+    *EMA,
+)
+SAM = ("data.batch_size=4", "data.min_foreground_fraction=0", *EMA)
+
+DATA_SETS = {
+    "hippocampus": DataSet(
+        title="Medical Segmentation Decathlon, hippocampus (T1 MRI, 2 classes)",
+        build=("--modality", "mri", "--planes", "axial,coronal,sagittal"),
+        num_val=4,
+        num_test=None,
+        # The crops are about 35 x 50 pixels; vit_t's attention windows fit 56 px exactly.
+        image_size=56,
+        sam=SAM,
+        unet=("data.planes=[axial,coronal,sagittal]", *UNET),
+        steps={"sam": 600, "unet": 400},
+        unit="subjects",
+    ),
+    "hc18": DataSet(
+        title="HC18 (ultrasound, head of the fetus)",
+        build=("--modality", "ultrasound", "--patient-pattern", "([0-9]+)_[0-9]*HC", "--accept-burned-in"),
+        num_val=10,
+        num_test=150,
+        image_size=64,
+        sam=SAM,
+        unet=UNET,
+        steps={"sam": 400, "unet": 400},
+        unit="fetuses",
+    ),
+}
+
+# Two teachers that differ in their random draws make different errors. The first is the U-Net of labels alone.
+TEACHERS = (
+    "selftrain.teachers=[dynunet2d,second]",
+    # The preset gives this teacher more steps than the others.
+    "selftrain.teacher_settings.dynunet2d=[]",
+    "selftrain.flips=false",
+    "selftrain.teacher_settings.second=[model.arch=dynunet2d,model.ckpt=null,model.base=null,seed=1000{seed}]",
+)
+ARMS = {
+    "unet_unlabelled": Arm(
+        title="U-Net, labels and unlabelled scans",
+        network="unet",
+        command="selftrain",
+        settings=TEACHERS,
+        baseline="unet",
+    ),
+    "unet": Arm(title="U-Net, labels alone", network="unet", teacher_of="unet_unlabelled"),
+    "sam": Arm(title="SAM (LoRA), labels alone", network="sam"),
+    "sam_unlabelled": Arm(
+        title="SAM (LoRA), labels and unlabelled scans",
+        network="sam",
+        pseudo_labels_of="unet_unlabelled",
+        baseline="sam",
+    ),
+    "unet_all": Arm(title="U-Net, all labels", network="unet", once=True),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Place, data set and device of a comparison."""
+
+    work: Path
+    data: str
+    base: Path | None
+    numbers: tuple[int, ...]
+    device: str
+
+    @property
+    def store(self) -> Path:
+        """Store of all patients."""
+        return self.work / f"{self.data}.zarr"
+
+    @property
+    def split(self) -> Path:
+        """Split file of the data set."""
+        return self.work / f"{self.data}.split.json"
+
+    def cell(self, arm: str, num: int | None, seed: int) -> str:
+        """Return the name of a cell and of its run."""
+        return f"{self.data}-{arm}-{'all' if num is None else num}-{seed}"

@@ -1,0 +1,148 @@
+"""Table and figure of ``unlabelled_pays.py`` from its finished cells."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from samgraft.finetune.evaluation.statistics import bootstrap_mean
+from ssl_helps_table import p_value, seed_interval
+from unlabelled_pays_plan import ARMS, DATA_SETS
+
+Record = dict[str, Any]
+HEAD = (
+    "| arm | seeds | test Dice (95 % interval over patients) | gain over labels alone, paired | the same over seeds "
+    "| Wilcoxon p | Dice of the pseudo-labels | core-minutes |",
+    "|---|---|---|---|---|---|---|---|",
+)
+
+
+def arm_cells(records: Sequence[Record], *, data: str, arm: str, labels: int | None) -> dict[int, Record]:
+    """Return the finished cells of an arm by seed."""
+    return {
+        record["seed"]: record
+        for record in records
+        if (record["data"], record["arm"], record["labels"]) == (data, arm, labels)
+    }
+
+
+def patient_means(cells: Sequence[Record]) -> dict[str, float]:
+    """Return the Dice of every patient, the mean over seeds."""
+    return {p: float(np.mean([cell["dice"][p] for cell in cells])) for p in cells[0]["dice"]}
+
+
+def row_of(records: Sequence[Record], *, data: str, arm: str, labels: int | None) -> list[str] | None:
+    """Return the cells of a table row, None where nothing is finished."""
+    own = arm_cells(records, data=data, arm=arm, labels=labels)
+    if not own:
+        return None
+    interval = bootstrap_mean(list(patient_means(list(own.values())).values()))
+    assert interval is not None
+    row = [ARMS[arm].title, str(len(own)), f"{interval.mean:.3f} ({interval.low:.3f} to {interval.high:.3f})"]
+    gain = paired_gain(records, data=data, arm=arm, labels=labels)
+    if gain is None:
+        row += ["", "", ""]
+    else:
+        per_patient, per_seed = gain
+        over_patients, over_seeds = bootstrap_mean(per_patient), seed_interval(per_seed)
+        assert over_patients is not None
+        row += [
+            f"{over_patients.mean:+.3f} ({over_patients.low:+.3f} to {over_patients.high:+.3f}), {len(per_seed)} seeds",
+            f"{over_seeds[0]:+.3f} to {over_seeds[1]:+.3f}" if over_seeds else "needs 3 seeds",
+            p_value(per_patient),
+        ]
+    pseudo = [cell["pseudo_dice"] for cell in own.values() if "pseudo_dice" in cell]
+    minutes = [cell["cpu_minutes"] for cell in own.values() if cell["cpu_minutes"]]
+    row += [f"{np.mean(pseudo):.3f}" if pseudo else "", f"{np.median(minutes):.0f}" if minutes else "in another arm"]
+    return row
+
+
+def paired_gain(
+    records: Sequence[Record], *, data: str, arm: str, labels: int | None
+) -> tuple[list[float], list[float]] | None:
+    """Return the gain over labels alone per patient and per seed, over the seeds that both arms have."""
+    baseline = ARMS[arm].baseline
+    if baseline is None:
+        return None
+    own, other = (arm_cells(records, data=data, arm=name, labels=labels) for name in (arm, baseline))
+    seeds = sorted(set(own) & set(other))
+    if not seeds:
+        return None
+    first, second = (patient_means([cells[s] for s in seeds]) for cells in (own, other))
+    per_seed = [float(np.mean([own[s]["dice"][p] - other[s]["dice"][p] for p in first])) for s in seeds]
+    return [first[p] - second[p] for p in first], per_seed
+
+
+def render(records: Sequence[Record]) -> str:
+    """Return the whole result as Markdown."""
+    lines = [
+        f"# What do unlabelled scans buy? {datetime.date.today()}",
+        "",
+        "Every seed draws other labelled patients; all other training patients are scans without labels. The test "
+        "patients are looked at once per model, nothing is chosen on them, and the weights of the last step count "
+        "(moving averages). Dice is the mean over scans and classes per patient on the scan's own grid. The interval "
+        "over patients does not cover the choice of the labelled ones. The interval over seeds (t, from three on) "
+        "covers that choice and everything else that a training draws, not the test patients. The pseudo-labels are "
+        "compared with the labels that no training saw, without their ignored voxels. Core-minutes are processor time "
+        "of the training, teachers and labelling included, unless another arm has them.",
+        "",
+    ]
+    for data in DATA_SETS:
+        for labels in sorted({r["labels"] for r in records if r["data"] == data and r["labels"] is not None}):
+            lines += [*section(records, data=data, labels=labels), ""]
+    hardware = sorted({f"{r['hardware']}, torch {r['torch']}, code {r['code_revision'][:9]}" for r in records})
+    lines += ["Hardware: " + "; ".join(hardware) + ". Other work ran beside it.", ""]
+    lines += [
+        "Command: `python benchmarks/unlabelled_pays.py FOLDER --data NAME --base lite_medsam.pth --work WORK`, then "
+        "`--table`. All settings are in `benchmarks/unlabelled_pays_plan.py`.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def section(records: Sequence[Record], *, data: str, labels: int) -> list[str]:
+    """Return the table of one data set and number of labels."""
+    about = DATA_SETS[data]
+    rows = [row_of(records, data=data, arm=arm, labels=None if ARMS[arm].once else labels) for arm in ARMS]
+    steps = ", ".join(f"{network} {number}" for network, number in about.steps.items())
+    return [
+        f"## {about.title}, {labels} labelled {about.unit}",
+        "",
+        f"Steps, equal in all arms of a network: {steps}; {about.image_size} px.",
+        "",
+        *HEAD,
+        *("| " + " | ".join(row) + " |" for row in rows if row is not None),
+    ]
+
+
+def draw(records: Sequence[Record], path: Path) -> None:
+    """Write the figure with the Dice of labels alone and of labels and unlabelled scans."""
+    bars = []
+    for data, about in DATA_SETS.items():
+        for labels in sorted({r["labels"] for r in records if r["data"] == data and r["labels"] is not None}):
+            for arm, what in ARMS.items():
+                gain = paired_gain(records, data=data, arm=arm, labels=labels)
+                if gain is None:
+                    continue
+                own, other = (arm_cells(records, data=data, arm=name, labels=labels) for name in (arm, what.baseline))
+                shared = sorted(set(own) & set(other))
+                pair = [[np.mean(list(cells[s]["dice"].values())) for s in shared] for cells in (other, own)]
+                bars.append((f"{data}, {labels} {about.unit}\n{'SAM' if what.network == 'sam' else 'U-Net'}", pair))
+    figure = Figure(figsize=(7.5, 0.9 + 0.75 * max(1, len(bars))), layout="constrained")
+    axes = figure.subplots()
+    for place, (_, (alone, more)) in enumerate(bars):
+        axes.plot([np.mean(alone), np.mean(more)], [place, place], color="0.6", linewidth=2, zorder=1)
+        for values, colour in ((alone, "#8a8a8a"), (more, "#1f77b4")):
+            axes.scatter(values, [place] * len(values), color=colour, s=14, alpha=0.5, zorder=2)
+            axes.scatter([np.mean(values)], [place], color=colour, s=90, zorder=3)
+    axes.set_yticks(range(len(bars)), [name for name, _ in bars])
+    axes.invert_yaxis()
+    axes.set_xlabel("Dice on test patients (small dots: seeds)")
+    for colour, title in (("#8a8a8a", "labels alone"), ("#1f77b4", "labels and unlabelled scans")):
+        axes.scatter([], [], color=colour, s=60, label=title)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.0 + 0.45 / max(1, len(bars))), ncols=2, frameon=False)
+    figure.savefig(path, dpi=110)
