@@ -135,15 +135,13 @@ class SelftrainMode(Enum):
     OFFLINE = "offline"
     """Teachers are trained first and label the scans once per round. ``samgraft selftrain`` runs all parts."""
     ONLINE = "online"
-    """A moving average of the model labels the slices of every batch while it trains, in one run."""
+    """The averaged weights (``optim.ema_decay``) label the slices of every batch while the model trains, in one run."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class OnlineConfig:
     """Self-training in one run, read with ``selftrain.mode=online`` only."""
 
-    ema_decay: ShareBelowOne = 0.99
-    """Share of the teacher's weights that stays at every step. The rest is the student's."""
     weight: NonNegative = 1.0
     """Weight of the loss on pseudo-labels after the ramp."""
     ramp_up_steps: NonNegativeInt = 200
@@ -241,8 +239,11 @@ class FinetuneConfig:
             )
         if self.cache.variants:
             raise ValueError("cached embeddings and pseudo-labels cannot be combined. Remove cache.variants.")
-        if self.selftrain.mode is SelftrainMode.ONLINE and self.trainer.strategy is Strategy.FSDP:
-            raise ValueError("selftrain.mode=online keeps a whole teacher per process. Use trainer.strategy=ddp.")
+        if self.selftrain.mode is SelftrainMode.ONLINE:
+            if self.trainer.strategy is Strategy.FSDP:
+                raise ValueError("selftrain.mode=online changes weights in every step. Use trainer.strategy=ddp.")
+            if self.optim.ema_decay is None:
+                raise ValueError("selftrain.mode=online labels with averaged weights. Set optim.ema_decay, e.g. 0.99.")
         if not 1 <= self.num_pseudo_per_batch < self.data.batch_size:
             raise ValueError(
                 "data.pseudo_fraction must leave places for slices with labels and with pseudo-labels in a batch, got "

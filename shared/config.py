@@ -40,6 +40,7 @@ RENAMED_KEYS: Final[Mapping[str, str]] = MappingProxyType({
     "probe.decoder": "model.base",
     "model.rest": "model.base",
     "data.num_workers": "trainer.num_workers",
+    "selftrain.online.ema_decay": "optim.ema_decay",
 })  # fmt: skip
 """Settings of earlier versions and their names today.
 

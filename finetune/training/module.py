@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import pytorch_lightning as pl
@@ -18,6 +19,7 @@ from samgraft.finetune.training.online import OnlineTeacher
 from samgraft.shared.encoders.base import ImageFeatures
 from samgraft.shared.samples.dataset import SliceBatch, batch_to_input
 from samgraft.shared.scans.volume import IGNORE_LABEL
+from samgraft.shared.training.boundary import StepBoundary
 from samgraft.shared.training.optim import build_optimizer
 from torch import Tensor
 
@@ -41,7 +43,7 @@ class FinetuneModule(pl.LightningModule):
         self.loss = SegmentationLoss(config.loss, overlapping=classes.is_overlapping)
         self.teacher: OnlineTeacher | None = None
         if config.selftrain.mode is SelftrainMode.ONLINE:
-            self.teacher = OnlineTeacher(segmenter, config)
+            self.teacher = OnlineTeacher(config)
         self.prompted_loss = PromptedLoss(config.prompt, config.loss, seed=config.seed)
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
@@ -70,12 +72,11 @@ class FinetuneModule(pl.LightningModule):
     def _online_losses(self, batch: SliceBatch, teacher: OnlineTeacher) -> dict[str, Tensor]:
         """Return the losses on labels and on the teacher's labels."""
         images_NCSS, labels_NSS = self._framed(batch)
-        mixed = teacher.mix(
-            images_NCSS,
-            self.classes.to_target(labels_NSS),
-            batch["sample_counter"].tolist(),
-            num_labelled=len(images_NCSS) - self.config.num_pseudo_per_batch,
-        )
+        num_labelled = len(images_NCSS) - self.config.num_pseudo_per_batch
+        with self._averaged_weights():
+            pseudo_USS = teacher.label(self.segmenter, images_NCSS[num_labelled:])
+        target_NSS = self.classes.to_target(labels_NSS)
+        mixed = teacher.mix(images_NCSS, target_NSS, pseudo_USS, batch["sample_counter"].tolist())
         logits_NChw = self.segmenter(mixed.images_NCSS)
         known, pseudo = self.loss(logits_NChw, mixed.known_NSS), self.loss(logits_NChw, mixed.pseudo_NSS)
         # Before a trainer exists, the pre-flight measures a step.
@@ -84,6 +85,13 @@ class FinetuneModule(pl.LightningModule):
         total = known + teacher.weight(step) * pseudo
         return {"loss": total, "loss/labels": known.detach(), "loss/pseudo": pseudo.detach(), "pseudo_share": share}
 
+    def _averaged_weights(self) -> AbstractContextManager[None]:
+        """Return a context in which the module has the averaged weights of the run."""
+        # Before a trainer exists, the pre-flight measures a step, which costs the same with any weights.
+        callbacks: list[Any] = self.trainer.callbacks if self._trainer is not None else []  # type: ignore[attr-defined]
+        averages = [c.average for c in callbacks if isinstance(c, StepBoundary) and c.average is not None]
+        return averages[0].applied() if averages else nullcontext()
+
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Update the weights, then the ranks of adalora."""
         # Lightning raises global_step in the call below; adalora counts the step that is being done.
@@ -91,8 +99,6 @@ class FinetuneModule(pl.LightningModule):
         super().optimizer_step(*args, **kwargs)
         if self.rank_updates is not None:
             self.rank_updates.after_update(step)
-        if self.teacher is not None:
-            self.teacher.update(self.segmenter)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the rank state of adalora to the training state."""

@@ -1,4 +1,4 @@
-"""Self-training in one run. A moving average of the model labels the unlabelled slices of every batch.
+"""Self-training in one run. The averaged weights of the run label the unlabelled slices of every batch.
 
 The teacher gets a slice as the data augmentation returns it. The student gets it with further intensity changes and has
 to give the same labels. Rectangles of labelled slices are pasted into unlabelled ones and the reverse.
@@ -14,7 +14,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -24,8 +23,8 @@ from samgraft.finetune.loss import with_background
 from samgraft.finetune.segmenter import Segmenter
 from samgraft.shared.samples.augment import AugmentConfig, SliceAugmentation
 from samgraft.shared.scans.volume import IGNORE_LABEL
-from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from samgraft.shared.training.resume import evaluation_mode
+from torch import Tensor
 
 ONLINE_STREAM = 6
 """Second number of the seeds of strong views and rectangles. It separates them from the streams of the samples."""
@@ -44,23 +43,13 @@ class MixedBatch:
     """Channels from the teacher, ``IGNORE_LABEL`` elsewhere."""
 
 
-class OnlineTeacher(nn.Module):
-    """Moving average of the model with the views and the targets of its student."""
+class OnlineTeacher:
+    """Labels, views and loss weights of the unlabelled slices of a batch."""
 
-    def __init__(self, segmenter: Segmenter, config: FinetuneConfig) -> None:
-        super().__init__()
+    def __init__(self, config: FinetuneConfig) -> None:
         self.config = config.selftrain
         self.seed = config.seed
-        average = get_ema_multi_avg_fn(self.config.online.ema_decay)
-        self.average = AveragedModel(segmenter, multi_avg_fn=average).requires_grad_(False)
-        # The memory of validation embeddings would be filled with training slices.
-        network: Any = self.average.module
-        network.embedding_memory = None
         self.strong = SliceAugmentation(strong_intensity(config.data.augment, self.config.online.intensity_strength))
-
-    def update(self, segmenter: Segmenter) -> None:
-        """Move the teacher towards the student after an optimizer step."""
-        self.average.update_parameters(segmenter)
 
     def weight(self, step: int) -> float:
         """Return the weight of the loss on pseudo-labels at a step."""
@@ -69,28 +58,33 @@ class OnlineTeacher(nn.Module):
         return online.weight * math.exp(-5 * (1 - done) ** 2)
 
     @torch.no_grad()
-    def label(self, images_UCSS: Tensor) -> Tensor:
-        """Return the channel of every pixel (U, S, S), int64, ``IGNORE_LABEL`` where the teacher is not confident."""
-        # In eval mode, because dropout would make the teacher's labels random.
-        logits = self.average.module.eval()(images_UCSS).float()
+    def label(self, segmenter: Segmenter, images_UCSS: Tensor) -> Tensor:
+        """Return the channel of every pixel (U, S, S), int64, ``IGNORE_LABEL`` where the model is not confident.
+
+        The caller gives the model the averaged weights.
+        """
+        # Dropout would make the labels random.
+        with evaluation_mode(segmenter):
+            logits = segmenter(images_UCSS).float()
         # SAM's logits have a quarter of the input's side.
         logits = F.interpolate(logits, size=images_UCSS.shape[-2:], mode="bilinear", align_corners=False)
         confidence, channel = torch.softmax(with_background(logits), dim=1).max(dim=1)
         return channel.masked_fill(confidence < self.config.min_agreement, IGNORE_LABEL)
 
-    def mix(self, images_NCSS: Tensor, target_NSS: Tensor, counters: list[int], *, num_labelled: int) -> MixedBatch:
-        """Label the unlabelled slices and return the student's view of the batch.
+    def mix(self, images_NCSS: Tensor, target_NSS: Tensor, pseudo_USS: Tensor, counters: list[int]) -> MixedBatch:
+        """Return the student's view of the batch.
 
         Args:
             images_NCSS: Slices in [0, 1], the labelled ones first.
             target_NSS: Channels of the labels, ``IGNORE_LABEL`` in unlabelled slices.
+            pseudo_USS: Channels of the unlabelled slices from ``label``.
             counters: Sample counters of the slices, which decide everything random.
-            num_labelled: Number of slices with labels.
         """
+        num_labelled = len(images_NCSS) - len(pseudo_USS)
         # Labels and pseudo-labels have a target each, so that their losses can have different weights.
         known = target_NSS.clone()
         pseudo = torch.full_like(target_NSS, IGNORE_LABEL)
-        pseudo[num_labelled:] = self.label(images_NCSS[num_labelled:])
+        pseudo[num_labelled:] = pseudo_USS
         # Seeded by the sample counters, so that a resumed run mixes its batches in the same way.
         generators = [np.random.default_rng([self.seed, ONLINE_STREAM, counter]) for counter in counters]
         views = images_NCSS.clone()

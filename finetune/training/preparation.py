@@ -533,7 +533,8 @@ def use_cached_embeddings(prepared: Prepared, config: FinetuneConfig, device: De
     """Return the run with cached embeddings. The same run when the encoder trains or there is no cache."""
     if not config.freezes_encoder or isinstance(prepared.dataset, VolumePatches):
         return prepared
-    if config.cache.validation_mb:
+    # The labels of an online self-training would fill the memory of validation embeddings with training slices.
+    if config.cache.validation_mb and config.selftrain.mode is not SelftrainMode.ONLINE:
         prepared.segmenter.embedding_memory = EmbeddingMemory(limit_bytes=config.cache.validation_mb * 2**20)
     if not config.cache.variants or not isinstance(prepared.dataset, SliceDataset):
         return prepared

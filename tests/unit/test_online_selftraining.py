@@ -38,7 +38,7 @@ def config_of(lab, *overrides):
         "data": {"store": str(lab / "store.zarr"), "batch_size": 4, "few_shot": {"num": 2}},
         "model": {"ckpt": str(lab / "base.safetensors"), "image_size": 32},
         "adapter": {"r": 2, "lora_alpha": 2},
-        "optim": {"warmup_steps": 1},
+        "optim": {"warmup_steps": 1, "ema_decay": 0.9},
         "trainer": {"max_steps": 4, "save_every_steps": 2, "device": "cpu"},
         "watch": {"validate_every_n_steps": 4, "num_overlays": 1},
         "selftrain": {"mode": "online", "min_agreement": 0.0, "online": {"ramp_up_steps": 4}},
@@ -65,8 +65,10 @@ class Threshold(Segmenter):
         return self.scale * (images_NCSS - 0.5)
 
 
-def teacher_of(lab, *overrides):
-    return OnlineTeacher(Threshold(), config_of(lab, *overrides))
+def mix(lab, images, target, *overrides, counters=(0, 1, 2, 3)):
+    """Label the second half of the slices with a network that finds bright pixels, and return the student's view."""
+    teacher = OnlineTeacher(config_of(lab, *overrides))
+    return teacher.mix(images, target, teacher.label(Threshold(), images[2:]), list(counters))
 
 
 def bright_squares(lab):
@@ -81,8 +83,8 @@ def bright_squares(lab):
 
 def test_mix__without_paste_labels_and_pseudo_labels_are_apart(lab):
     images, target = bright_squares(lab)
-    teacher = teacher_of(lab, "selftrain.online.paste_probability=0", "selftrain.online.intensity_strength=0")
-    mixed = teacher.mix(images, target, [0, 1, 2, 3], num_labelled=2)
+    off = ("selftrain.online.paste_probability=0", "selftrain.online.intensity_strength=0")
+    mixed = mix(lab, images, target, *off)
     assert torch.equal(mixed.known_NSS, target)
     assert (mixed.pseudo_NSS[:2] == IGNORE_LABEL).all()
     assert torch.equal(mixed.pseudo_NSS[2:], (images[2:, 0] > 0.5).long())
@@ -92,9 +94,7 @@ def test_mix__without_paste_labels_and_pseudo_labels_are_apart(lab):
 def test_mix__pixels_below_the_agreement_are_ignored(lab):
     images, target = bright_squares(lab)
     images[2, :, 0, 0] = 0.52  # the teacher's probability there is sigmoid(0.4) = 0.6
-    mixed = teacher_of(lab, "selftrain.min_agreement=0.7", "selftrain.online.paste_probability=0").mix(
-        images, target, [0, 1, 2, 3], num_labelled=2
-    )
+    mixed = mix(lab, images, target, "selftrain.min_agreement=0.7", "selftrain.online.paste_probability=0")
     assert mixed.pseudo_NSS[2, 0, 0] == IGNORE_LABEL
     assert (mixed.pseudo_NSS[2:] == IGNORE_LABEL).sum() == 1
 
@@ -102,24 +102,24 @@ def test_mix__pixels_below_the_agreement_are_ignored(lab):
 def test_mix__pasted_pixels_keep_their_own_target(lab):
     """Every pixel of the student's view has the target of the slice that it comes from, and exactly one target."""
     images, target = bright_squares(lab)
-    teacher = teacher_of(lab, "selftrain.online.paste_probability=1", "selftrain.online.intensity_strength=0")
-    mixed = teacher.mix(images, target, [10, 11, 12, 13], num_labelled=2)
+    on = ("selftrain.online.paste_probability=1", "selftrain.online.intensity_strength=0")
+    mixed = mix(lab, images, target, *on, counters=(10, 11, 12, 13))
     both = torch.stack([mixed.known_NSS, mixed.pseudo_NSS])
     assert ((both == IGNORE_LABEL).sum(dim=0) == 1).all()
     assert torch.equal(both.max(dim=0).values, (mixed.images_NCSS[:, 0] > 0.5).long())
     shares = [(mixed.known_NSS[place] == IGNORE_LABEL).float().mean().item() for place in range(4)]
     assert all(0.05 < share < 0.55 for share in shares[:2])
     assert all(0.45 < share < 0.95 for share in shares[2:])
-    again = teacher.mix(images, target, [10, 11, 12, 13], num_labelled=2)
+    again = mix(lab, images, target, *on, counters=(10, 11, 12, 13))
     assert torch.equal(again.images_NCSS, mixed.images_NCSS)
-    other = teacher.mix(images, target, [20, 21, 22, 23], num_labelled=2)
+    other = mix(lab, images, target, *on, counters=(20, 21, 22, 23))
     assert not torch.equal(other.images_NCSS, mixed.images_NCSS)
 
 
 def test_mix__strong_view_changes_unlabelled_slices_only(lab):
     images, target = bright_squares(lab)
     images = 0.2 + 0.6 * images
-    mixed = teacher_of(lab, "selftrain.online.paste_probability=0").mix(images, target, [0, 1, 2, 3], num_labelled=2)
+    mixed = mix(lab, images, target, "selftrain.online.paste_probability=0")
     assert torch.equal(mixed.images_NCSS[:2], images[:2])
     assert (mixed.images_NCSS[2:] - images[2:]).abs().max() > 0.02
 
@@ -130,16 +130,47 @@ def test_strong_intensity__keeps_changes_off_that_the_modality_switches_off():
     assert (strong.max_log_gamma, strong.noise_std, strong.blur_probability) == (0.4, 0.0, 1.0)
 
 
-def test_teacher__follows_the_student_slowly_and_its_loss_ramps_up(lab):
-    student = Threshold()
-    teacher = OnlineTeacher(student, config_of(lab, "selftrain.online.ema_decay=0.75"))
-    teacher.update(student)
-    with torch.no_grad():
-        student.scale.fill_(24.0)
-    teacher.update(student)
-    assert teacher.average.module.scale.item() == pytest.approx(21.0)
+def test_teacher__its_loss_ramps_up(lab):
+    teacher = OnlineTeacher(config_of(lab))
     weights = [teacher.weight(step) for step in (0, 2, 4, 9)]
     assert weights == pytest.approx([0.0067379, 0.2865048, 1.0, 1.0], rel=1e-4)
+
+
+def test_label__needs_no_gradient_and_leaves_the_model_in_its_mode(lab):
+    images, _ = bright_squares(lab)
+    network = Threshold().train()
+    labels = OnlineTeacher(config_of(lab)).label(network, images)
+    assert torch.equal(labels, (images[:, 0] > 0.5).long())
+    assert network.training
+    assert not labels.requires_grad
+
+
+def test_training__averaged_weights_label_and_the_own_weights_train(lab, monkeypatch):
+    used = {"label": [], "train": []}
+    label, forward = OnlineTeacher.label, Segmenter.forward
+
+    def tensors(segmenter):
+        return torch.cat([p.detach().flatten() for p in segmenter.parameters() if p.requires_grad]).clone()
+
+    def spied_label(self, segmenter, images):
+        used["label"].append(tensors(segmenter))
+        return label(self, segmenter, images)
+
+    def spied_forward(self, images):
+        if self.training:
+            used["train"].append(tensors(self))
+        return forward(self, images)
+
+    monkeypatch.setattr(OnlineTeacher, "label", spied_label)
+    monkeypatch.setattr(Segmenter, "forward", spied_forward)
+    run(lab, "spied")
+    average = used["train"][0]
+    for step in range(4):
+        if step:
+            decay = min(0.9, (1 + step) / (10 + step))
+            average = decay * average + (1 - decay) * used["train"][step]
+        assert torch.allclose(used["label"][step], average, atol=1e-6)
+    assert not torch.allclose(used["label"][3], used["train"][3], atol=1e-6)
 
 
 def test_finetune__online_run_resumes_to_the_same_bytes(lab, monkeypatch):
@@ -164,5 +195,10 @@ def test_finetune__online_run_resumes_to_the_same_bytes(lab, monkeypatch):
 
 
 def test_finetune_config__online_teacher_is_not_sharded(lab):
-    with pytest.raises(UsageError, match="keeps a whole teacher per process"):
+    with pytest.raises(UsageError, match="changes weights in every step"):
         config_of(lab, "trainer.strategy=fsdp")
+
+
+def test_finetune_config__online_needs_averaged_weights(lab):
+    with pytest.raises(UsageError, match=r"labels with averaged weights\. Set optim\.ema_decay"):
+        config_of(lab, "optim.ema_decay=null")
