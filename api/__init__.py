@@ -19,6 +19,7 @@ from importlib.metadata import version
 
 from samgraft.api.calls import as_call
 from samgraft.api.loading import load, load_encoder, load_sam, open_store
+from samgraft.finetune.commands.average import average as _average
 from samgraft.finetune.commands.compare import ComparisonResult
 from samgraft.finetune.commands.compare import compare as _compare
 from samgraft.finetune.commands.evaluate import EvaluationResult
@@ -41,6 +42,7 @@ finetune = as_call(_finetune)
 selftrain = as_call(_selftrain)
 evaluate = as_call(_evaluate)
 compare = as_call(_compare)
+average = as_call(_average)
 release = as_call(_release)
 
 __all__ = [
@@ -51,6 +53,7 @@ __all__ = [
     "StoreResult",
     "TrainingResult",
     "__version__",
+    "average",
     "build_store",
     "compare",
     "evaluate",

@@ -1,112 +1,123 @@
-"""Average of the weights along a run, which is validated, saved, resumed and written."""
+"""The mean of the weights of several models, which must be alike."""
 
-from pathlib import Path
+import dataclasses
+import logging
 
 import pytest
+import samgraft.api as sg
 import torch
-from safetensors.torch import load_file
-from samgraft.shared.training.optim import WeightAverage
-from samgraft.shared.training.periodic import PeriodicTask, TaskContext
-from samgraft.shared.training.preflight import state_bytes, training_bytes
-from tiny_training import At, Killed, TinyModule, curve, die, final_bytes, tiny_config, tiny_fit
-from torch import nn
+from model_factory import make_sam, tiny_vit_t_spec
+from samgraft.finetune.averaging import common_split, joined_card
+from samgraft.finetune.commands.average import average
+from samgraft.finetune.config import FinetuneConfig
+from samgraft.finetune.model_folder import read_model
+from samgraft.finetune.task import Task
+from samgraft.finetune.training import train
+from samgraft.shared.cli import main
+from samgraft.shared.config import load_config
+from samgraft.shared.errors import StorageError, UsageError
+from samgraft.shared.files import write_tensors
+from samgraft.shared.runs.run_folder import RunFolder
+from samgraft.shared.training.device import choose_device
+from store_factory import make_store
+
+DEVICE = choose_device("cpu")
 
 
-def small_module() -> nn.Sequential:
-    torch.manual_seed(0)
-    module = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2), nn.Linear(2, 2).requires_grad_(False))
-    module[1].running_mean.fill_(1.0)
-    return module
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    root = tmp_path_factory.mktemp("lab")
+    make_store(root, num_patients=6, shape_zyx=(4, 24, 20))
+    sam = make_sam(tiny_vit_t_spec(), image_size=32).state_dict()
+    write_tensors(root / "base.safetensors", dict(sam))
+    other = {name: 1.01 * t if t.is_floating_point() else t for name, t in sam.items()}
+    write_tensors(root / "other.safetensors", other)
+    for name, *overrides in (
+        ("a",),
+        ("b", "seed=1"),
+        ("start", f"model.ckpt={root / 'other.safetensors'}"),
+        ("unet", "model.arch=dynunet2d", "model.ckpt=null", "baseline.base_channels=4"),
+        ("square", "data.keep_aspect=false"),
+    ):
+        train_run(root, name, *overrides)
+    return root
 
 
-def test_weight_average__equals_the_recursion_worked_out_by_hand() -> None:
-    module = small_module()
-    average = WeightAverage(module, decay=0.3)
-    expected, expected_mean = module[0].weight[0, 0].item(), 1.0
-    for step in range(1, 6):
-        with torch.no_grad():
-            module[0].weight += step
-            module[1].running_mean += step
-        average.update(step)
-        decay = min(0.3, (1 + step) / (10 + step))  # 2/11, 3/12, 4/13 and then 0.3
-        expected = decay * expected + (1 - decay) * module[0].weight[0, 0].item()
-        expected_mean = decay * expected_mean + (1 - decay) * float(module[1].running_mean[0])
-    assert float(average.state()["0.weight"][0, 0]) == pytest.approx(expected, rel=1e-6)
-    assert float(average.state()["1.running_mean"][0]) == pytest.approx(expected_mean, rel=1e-6)
-    assert set(average.state()) == {
-        *("0.weight", "0.bias", "1.weight", "1.bias"),
-        *("1.running_mean", "1.running_var"),
+def train_run(root, name, *overrides):
+    layer = {
+        "modality": "mri",
+        "data": {"store": str(root / "store.zarr"), "batch_size": 2},
+        "model": {"ckpt": str(root / "base.safetensors"), "image_size": 32},
+        "adapter": {"r": 2, "lora_alpha": 2},
+        "optim": {"warmup_steps": 1, "lr": 0.01},
+        "trainer": {"max_steps": 2, "device": "cpu"},
+        "watch": {"validate_every_n_steps": 2, "num_overlays": 1},
     }
+    config = load_config(FinetuneConfig, layers=[layer], overrides=overrides)
+    with RunFolder.open(root / "runs", name, config=config, stage="finetune") as folder:
+        train.finetune(config, folder, DEVICE, train.prepare_seeded(config))
 
 
-def test_applied__module_has_the_average_and_then_its_own_weights_again() -> None:
-    module = small_module()
-    average = WeightAverage(module, decay=0.5)
-    with torch.no_grad():
-        module[0].weight += 1
-        module[1].running_var += 1
-    own = {name: tensor.clone() for name, tensor in module.state_dict().items()}
-
-    def look_and_fail() -> None:
-        with average.applied():
-            assert all(torch.equal(module.state_dict()[name], tensor) for name, tensor in average.state().items())
-            assert not torch.equal(module[0].weight, own["0.weight"])
-            raise RuntimeError("inside")
-
-    with pytest.raises(RuntimeError, match="inside"):
-        look_and_fail()
-    assert all(torch.equal(module.state_dict()[name], tensor) for name, tensor in own.items())
+def tensors(path):
+    return read_model(path).segmenter.sam.state_dict()
 
 
-def test_load__tensors_of_another_module_are_refused() -> None:
-    average = WeightAverage(small_module(), decay=0.5)
-    with pytest.raises(ValueError, match=r"1 differ, e.g. 0.bias"):
-        average.load({name: tensor for name, tensor in average.state().items() if name != "0.bias"})
+def test_average__weights_are_the_mean_and_the_model_is_an_ordinary_one(lab, tmp_path, caplog):
+    a, b = lab / "runs" / "a", lab / "runs" / "b"
+    with caplog.at_level(logging.INFO):
+        result = average([a, b], out=tmp_path / "mean", device="cpu")
+    first, second, mean = tensors(a), tensors(b), tensors(tmp_path / "mean")
+    assert any(not torch.equal(first[name], second[name]) for name in first)
+    for name, tensor in mean.items():
+        if tensor.is_floating_point():
+            assert torch.allclose(tensor, ((first[name].double() + second[name].double()) / 2).float(), atol=0)
+    assert result.member_dice.keys() == {str(a), str(b)}
+    assert f"{result.dice:.3f}  average" in caplog.text
+    model = read_model(tmp_path / "mean")
+    assert model.task.validation["best"] == result.dice
+    assert model.card.notes[-1].startswith("mean of the weights of 2 models (sha256 ")
+    assert main(["evaluate", str(tmp_path / "mean"), "--data", str(lab / "store.zarr"), "--split", "test"]) == 0
 
 
-def test_preflight__counts_the_average() -> None:
-    module = small_module()
-    trained = 4 * (3 * 2 + 2 + 2 + 2)
-    assert state_bytes(module, has_average=True) == state_bytes(module) + trained
-    assert training_bytes(module, 0, has_average=True) == training_bytes(module, 0) + 2 * trained
+def test_average__of_one_model_twice_in_two_folders_is_that_model(lab, tmp_path):
+    sg.average([lab / "runs" / "a", lab / "runs" / "a" / "model"], out=tmp_path / "same", device="cpu")
+    first, same = tensors(lab / "runs" / "a"), tensors(tmp_path / "same")
+    assert all(torch.equal(first[name], same[name]) for name in first)
 
 
-@pytest.mark.parametrize("settings", [{}, {"accumulate": 2}, {"channels_last": True}], ids=str)
-def test_fit__with_an_average_killed_and_resumed_gives_the_same_bytes(tmp_path: Path, settings: dict) -> None:
-    config = tiny_config(**settings)
-    tiny_fit(tmp_path, "whole", config, ema_decay=0.9)
-    for step in (5, 11):
-        with pytest.raises(Killed):
-            tiny_fit(tmp_path, "killed", config, callbacks=[At(step, die)], ema_decay=0.9)
-    tiny_fit(tmp_path, "killed", config, ema_decay=0.9)
-    assert final_bytes(tmp_path, "whole", 15) == final_bytes(tmp_path, "killed", 15)
-    assert curve(tmp_path, "whole") == curve(tmp_path, "killed")
+@pytest.mark.parametrize(
+    ("other", "match"),
+    [
+        ("start", "differs from a in base_sha256"),
+        ("square", "differs from a in keep_aspect"),
+        ("unet", "dynunet2d starts from random weights"),
+        ("a", "two or more different"),
+    ],
+)
+def test_average__other_models_are_refused_and_nothing_is_written(lab, tmp_path, other, match):
+    with pytest.raises(UsageError, match=match):
+        average([lab / "runs" / "a", lab / "runs" / other], out=tmp_path / "mean", device="cpu")
+    assert not (tmp_path / "mean").exists()
 
 
-def test_fit__average_changes_validation_and_result_but_not_the_training(tmp_path: Path) -> None:
-    made: list[TinyModule] = []
-    seen: dict[int, torch.Tensor] = {}
+def test_average__existing_folder_is_kept(lab, tmp_path):
+    (tmp_path / "mean").mkdir()
+    with pytest.raises(StorageError, match="the folder exists"):
+        average([lab / "runs" / "a", lab / "runs" / "b"], out=tmp_path / "mean")
 
-    def make_module(**settings: int) -> TinyModule:
-        made.append(TinyModule(**settings))
-        return made[-1]
 
-    def look(context: TaskContext) -> dict[str, float]:
-        seen[context.step] = context.module.student[0].weight.detach().clone()
-        return {}
+def test_common_split__what_a_member_trained_on_is_trained_on(lab):
+    task = Task.read(lab / "runs" / "a" / "model")
+    folds = [
+        dataclasses.replace(task, split={"train": ["1", "2"], "val": ["3", "4"], "test": ["5", "6"]}),
+        dataclasses.replace(task, split={"train": ["3", "2"], "val": ["1", "4", "6"], "test": ["5"]}),
+    ]
+    assert common_split(folds) == {"train": ["1", "2", "3"], "val": ["4", "6"], "test": ["5"]}
 
-    task = PeriodicTask(name="look", every_steps=5, run=look, at_start=True)
-    for name, ema_decay in (("plain", None), ("average", 0.9)):
-        tiny_fit(tmp_path, name, tiny_config(), module=make_module, periodic=[task], ema_decay=ema_decay)
-    state = load_file(tmp_path / "average" / "checkpoints" / "step-000015" / "state.safetensors")
-    plain = load_file(tmp_path / "plain" / "checkpoints" / "step-000015" / "state.safetensors")
-    assert all(torch.equal(state[name], tensor) for name, tensor in plain.items())
-    averaged = {name.removeprefix("average."): t for name, t in state.items() if name.startswith("average.")}
-    assert {"student.0.weight", "student.1.running_var"} < set(averaged)
-    assert "teacher.weight" not in averaged
-    assert not torch.equal(averaged["student.0.weight"], plain["model.student.0.weight"])
-    assert torch.equal(seen[15], averaged["student.0.weight"])
-    assert all(torch.equal(made[1].state_dict()[name], tensor) for name, tensor in averaged.items())
-    # A finished run that is opened again ends with the average too.
-    tiny_fit(tmp_path, "average", tiny_config(), module=make_module, periodic=[task], ema_decay=0.9)
-    assert all(torch.equal(made[2].state_dict()[name], tensor) for name, tensor in averaged.items())
+
+def test_joined_card__has_the_training_data_of_all(lab):
+    card = read_model(lab / "runs" / "a").card
+    other = dataclasses.replace(card, data_manifest={**card.data_manifest, "patient_ids": ["x"]}, notes=["bad ending"])
+    joined = joined_card([card, other])
+    assert set(joined.data_manifest["patient_ids"]) == {*card.data_manifest["patient_ids"], "x"}
+    assert "bad ending" not in joined.notes
