@@ -52,7 +52,7 @@ EMA = ("optim.ema_decay=0.99", "optim.warmup_steps=20", "trainer.save_every_step
 UNET = (
     "baseline.base_channels=16",
     "data.batch_size=16",
-    "optim.lr=1e-3",
+    "optim.lr=3e-3",
     "optim.weight_decay=1e-4",
     "data.min_foreground_fraction=0",
     *EMA,

@@ -31,6 +31,8 @@ from torch import Tensor, nn
 Volume = npt.NDArray[Any]
 MIN_SIDE = 4
 """Smallest side of a feature map in voxels, as in nnU-Net."""
+FIRST_PROBABILITY = 0.01
+"""Probability of each class before training, as in RetinaNet."""
 MAX_LEVELS = 5
 """Largest number of downsampling steps, as in nnU-Net's 3D networks."""
 
@@ -221,9 +223,25 @@ def build_network(plan: dict[str, Any]) -> SliceBaseline:
             filters=plan["channels"],
             norm_name=("INSTANCE", {"affine": True}),
         )
+    _expect_background(net, num_classes=plan["num_classes"])
     if baseline.is_volume:
         return VolumeBaseline(net, num_classes=plan["num_classes"], patch_size=plan["sizes"], overlap=plan["overlap"])
     return SliceBaseline(net, num_classes=plan["num_classes"], image_size=plan["sizes"][0])
+
+
+def _expect_background(net: nn.Module, *, num_classes: int) -> None:
+    """Let an untrained network find the background everywhere.
+
+    The background's logit is 0, so that every other logit would have to fall by its own steps first. With AdamW at a
+    rate of 1e-3 that takes hundreds of steps, in which little else is learned.
+
+    Source:
+        Lin et al., Focal loss for dense object detection, ICCV 2017 (section 4.1).
+    """
+    heads = [m for m in net.modules() if isinstance(m, nn.Conv2d | nn.Conv3d) and m.out_channels == num_classes]
+    bias = heads[-1].bias
+    assert bias is not None
+    nn.init.constant_(bias, -math.log((1 - FIRST_PROBABILITY) / FIRST_PROBABILITY))
 
 
 def _unet(options: dict[str, Any], channels: list[int]) -> nn.Module:

@@ -13,7 +13,7 @@ from samgraft.shared.cli import Command, keywords
 from samgraft.shared.errors import ExitCode
 
 if TYPE_CHECKING:
-    from samgraft.finetune.averaging import AverageResult
+    from samgraft.finetune.release.averaging import AverageResult
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ def run(arguments: argparse.Namespace) -> int:
 def average(
     runs: Sequence[Path | str], *, out: Path | str, data: Path | str | None = None, device: str = "auto"
 ) -> AverageResult:
-    """Average the weights of several fine-tuned models of one task, and write one model of the same size.
+    """Write one model whose weights are the mean of several fine-tuned models.
 
     Args:
         runs: Two or more finished runs or releases from the same initial weights.
@@ -46,10 +46,10 @@ def average(
         device: ``auto``, ``cpu`` or ``cuda``.
 
     Raises:
-        SamgraftError: If the models are not alike, or ``out`` exists.
+        SamgraftError: If the models are of different tasks or initial weights, or ``out`` exists.
     """
-    from samgraft.finetune.averaging import average_models
     from samgraft.finetune.evaluation.run_inputs import read_run_inputs
+    from samgraft.finetune.release.averaging import average_models
     from samgraft.shared.store.store import SliceStore
     from samgraft.shared.training.device import choose_device
 

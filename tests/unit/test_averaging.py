@@ -7,10 +7,10 @@ import pytest
 import samgraft.api as sg
 import torch
 from model_factory import make_sam, tiny_vit_t_spec
-from samgraft.finetune.averaging import common_split, joined_card
 from samgraft.finetune.commands.average import average
 from samgraft.finetune.config import FinetuneConfig
 from samgraft.finetune.model_folder import read_model
+from samgraft.finetune.release.averaging import common_split, joined_card
 from samgraft.finetune.task import Task
 from samgraft.finetune.training import train
 from samgraft.shared.cli import main

@@ -204,3 +204,23 @@ def test_volume_baseline__segments_a_scan_on_its_own_grid(store):
     assert labels.shape == record.shape_zyx
     assert set(np.unique(labels)) <= {0, 1}
     assert isinstance(segmenter, SliceBaseline)
+
+
+@pytest.mark.parametrize("baseline", [Baseline.UNET_2D, Baseline.DYNUNET_2D, Baseline.DYNUNET_3D])
+def test_build_network__untrained_network_expects_background(baseline):
+    """Every class begins near a probability of 0.01, so that training starts with the classes and not the background."""
+    config = BaselineConfig(base_channels=8)
+    plan = plan_network(
+        baseline,
+        config,
+        num_classes=3,
+        in_channels=1,
+        image_size=32,
+        median_shape_zyx=(16, 16, 16),
+        spacing_zyx=(1.0, 1.0, 1.0),
+    )
+    torch.manual_seed(0)
+    network = build_network(plan).eval()
+    side = (16, 16, 16) if baseline.is_volume else (32, 32)
+    probability = torch.sigmoid(network.net(torch.rand(2, 1, *side))).median()
+    assert 0.003 < probability < 0.03

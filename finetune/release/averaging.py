@@ -57,7 +57,7 @@ def average_models(runs: Sequence[Path], out: Path, *, store: SliceStore | None,
         device: Device of the scoring.
 
     Raises:
-        UsageError: If the models are not alike.
+        UsageError: If the models are of different tasks or initial weights.
         StorageError: If ``out`` exists.
         WeightsError: If a folder has no finished model.
     """
@@ -75,7 +75,7 @@ def average_models(runs: Sequence[Path], out: Path, *, store: SliceStore | None,
     for path in runs:
         # One model at a time, so that ten large models need the memory of two.
         model = first if path is runs[0] else read_model(path)
-        _check_alike(model, first, where=path.name)
+        _check_model(model, first, where=path.name)
         _add(total, model.segmenter.sam.state_dict(), where=path.name)
         cards.append(model.card)
         if (score := _dice(model, store, series, device)) is not None:
@@ -132,7 +132,7 @@ def _checked_task(path: Path, first: FinishedModel, name: str) -> Task:
     return task
 
 
-def _check_alike(model: FinishedModel, first: FinishedModel, *, where: str) -> None:
+def _check_model(model: FinishedModel, first: FinishedModel, *, where: str) -> None:
     if not model.is_merged:
         raise UsageError(
             "the method of this model cannot be merged into the weights, so that they have no mean. Leave it out.",
