@@ -73,7 +73,7 @@ class PseudoLabels:
     def describe(self) -> str:
         """Return one sentence for the pre-flight, the card and the report."""
         records = self.labels.series
-        ignored = 100 * sum(r.ignored_voxels for r in records) / sum(math.prod(r.shape_zyx) for r in records)
+        ignored = 100 * ignored_share(self.labels)
         dropped = sum(int(ignored_slices(record).sum()) for record in records)
         return (
             f"{len(records)} scans of {len(self.patients)} patients have pseudo-labels of "
@@ -90,6 +90,12 @@ class PseudoLabels:
     def inputs(self) -> dict[str, str]:
         """Hashes that a resumed run must have again."""
         return {"pseudo_labels_fingerprint": self.labels.fingerprint}
+
+
+def ignored_share(labels: SliceStore) -> float:
+    """Return the share of ignored voxels of all scans, 0 to 1."""
+    records = labels.series
+    return sum(r.ignored_voxels for r in records) / sum(math.prod(r.shape_zyx) for r in records)
 
 
 def ignored_slices(record: SeriesRecord) -> npt.NDArray[np.bool_]:

@@ -28,7 +28,7 @@ from samgraft.finetune.inference import (
     segment_probabilities,
 )
 from samgraft.finetune.model_folder import CARD_FILE, FinishedModel, read_model
-from samgraft.finetune.pseudo_labels import FACTS_KEY, PseudoFacts, pseudo_record
+from samgraft.finetune.pseudo_labels import FACTS_KEY, PseudoFacts, ignored_share, pseudo_record
 from samgraft.finetune.selftraining.parts import Round
 from samgraft.finetune.task import Task
 from samgraft.finetune.training.unlabelled import UnlabelledScans
@@ -42,6 +42,8 @@ from samgraft.shared.weights.card import Card
 
 log = logging.getLogger(__name__)
 
+LARGEST_USUAL_SHARE = 0.25
+"""Share of ignored voxels above which the labelling warns."""
 LEFT_RIGHT: Flips = ((), (-1,))
 """A slice and its left-right mirror image."""
 
@@ -103,7 +105,22 @@ def label_scans(
     # The student trains in another process on the same GPU.
     del models
     release_memory(device)
-    return SliceStore.open(path)
+    labels = SliceStore.open(path)
+    _report_ignored(labels, min_agreement=config.selftrain.min_agreement)
+    return labels
+
+
+def _report_ignored(labels: SliceStore, *, min_agreement: float) -> None:
+    """Log the share of ignored voxels, and warn if it is so large that the student learns little."""
+    share = ignored_share(labels)
+    log.info("pseudo-labels: %.1f %% of the voxels are ignored (agreement below %g)", 100 * share, min_agreement)
+    # Nearly all voxels are background, of which trained models are sure. Elsewhere only borders are in doubt.
+    if share > LARGEST_USUAL_SHARE:
+        log.warning(
+            "%.0f %% of the voxels are ignored, also clear background, so the teachers are hardly trained. Train them "
+            "longer (selftrain.every_teacher=[trainer.max_steps=N]) or with another learning rate.",
+            100 * share,
+        )
 
 
 def _facts_of(one: Round, scans: UnlabelledScans, config: FinetuneConfig) -> PseudoFacts:

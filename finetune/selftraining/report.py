@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from samgraft.finetune.evaluation.overlays import overlay
-from samgraft.finetune.pseudo_labels import ignored_slices
+from samgraft.finetune.pseudo_labels import ignored_share, ignored_slices
 from samgraft.finetune.selftraining.parts import Part, Round
 from samgraft.finetune.task import Task
 from samgraft.finetune.training.unlabelled import UnlabelledScans
@@ -99,7 +99,6 @@ def agreement_histogram(store: SliceStore) -> npt.NDArray[np.float64]:
 
 def _describe_round(one: Round, store: SliceStore, histogram: npt.NDArray[np.float64]) -> dict[str, Any]:
     num_slices = sum(record.shape_zyx[0] for record in store.series)
-    num_voxels = sum(int(np.prod(record.shape_zyx)) for record in store.series)
     dropped = sum(int(ignored_slices(record).sum()) for record in store.series)
     return {
         "round": one.number,
@@ -108,7 +107,7 @@ def _describe_round(one: Round, store: SliceStore, histogram: npt.NDArray[np.flo
         "scans": len(store.series),
         "slices": num_slices,
         "ignored slices": dropped,
-        "ignored voxels (%)": round(100 * sum(r.ignored_voxels for r in store.series) / num_voxels, 2),
+        "ignored voxels (%)": round(100 * ignored_share(store), 2),
         "mean agreement": round(float(histogram @ np.arange(101)) / 100, 4),
     }
 

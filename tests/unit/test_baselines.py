@@ -208,7 +208,7 @@ def test_volume_baseline__segments_a_scan_on_its_own_grid(store):
 
 @pytest.mark.parametrize("baseline", [Baseline.UNET_2D, Baseline.DYNUNET_2D, Baseline.DYNUNET_3D])
 def test_build_network__untrained_network_expects_background(baseline):
-    """Every class begins near a probability of 0.01, so that training starts with the classes and not the background."""
+    """Every class begins near a probability of 0.01, so that training starts with the classes."""
     config = BaselineConfig(base_channels=8)
     plan = plan_network(
         baseline,
