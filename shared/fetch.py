@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import time
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -41,6 +42,8 @@ TIMEOUT_S = (15.0, 60.0)
 """Seconds to wait for a connection, and between two packets."""
 FIRST_WAIT_S = 1.0
 """Seconds before the second attempt of a download."""
+LOG_INTERVAL_S = 30.0
+"""Seconds between two lines about one download where the output is not a terminal."""
 NPM_TIMEOUT_S = 180.0
 # npm's smallest wait is 10 s by default and must not exceed the largest, so both are given.
 NPM_OPTIONS = ("--fetch-retries=2", "--fetch-retry-mintimeout=500", "--fetch-retry-maxtimeout=4000")
@@ -75,6 +78,16 @@ def package_archive(project: str, version: str, *, sha256: str, num_bytes: int, 
         licence=licence,
         project=project,
     )
+
+
+NILEARN = package_archive(
+    "nilearn",
+    "0.14.1",
+    licence="BSD-3-Clause",
+    sha256="725206484e9fb3f6691f9c2d20204a068759d5072f12055324702ee0cb2bbe8a",
+    num_bytes=11_509_444,
+)
+"""Wheel that contains the viewer of the reports (niivue) and a brain template of the demo."""
 
 
 def cache_folder(data_root: Path = Path("data")) -> Path:
@@ -350,18 +363,20 @@ def _wrong_hash(name: str, *, expected: str, found: str, error_class: type[Samgr
 
 
 def _progress(name: str) -> Callable[[int, int], None]:
-    """Return a callback that shows a download, as one changing line on a terminal and as a line per tenth elsewhere."""
-    shown = -1
+    """Return a callback that shows a download, as one changing line on a terminal and as a few lines elsewhere."""
+    last_line_s: float | None = None
 
     def show(received: int, expected: int) -> None:
-        nonlocal shown
-        tenth = min(10, 10 * received // max(1, expected))
+        nonlocal last_line_s
         if sys.stderr.isatty():
             end = "\n" if received >= expected else ""
             sys.stderr.write(f"\rfetching {name}: {received / 1e6:.0f} of {expected / 1e6:.0f} MB{end}")
             sys.stderr.flush()
-        elif tenth != shown:
-            shown = tenth
+        elif last_line_s is None:
+            last_line_s = time.monotonic()
+            log.info("fetching %s: %.0f MB", name, expected / 1e6)
+        elif time.monotonic() - last_line_s >= LOG_INTERVAL_S:
+            last_line_s = time.monotonic()
             log.info("fetching %s: %.0f of %.0f MB", name, received / 1e6, expected / 1e6)
 
     return show

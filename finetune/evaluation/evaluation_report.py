@@ -13,7 +13,13 @@ import numpy.typing as npt
 from matplotlib.figure import Figure
 from samgraft.finetune.classes import IGNORE_LABEL, ClassTable
 from samgraft.finetune.evaluation.evaluate import Evaluation
-from samgraft.finetune.evaluation.overlays import choose_slices, overlay, slice_pictures
+from samgraft.finetune.evaluation.overlays import (
+    TRUTH_AND_PREDICTION,
+    choose_slices,
+    class_key,
+    overlay,
+    slice_pictures,
+)
 from samgraft.finetune.evaluation.scores import (
     AVERAGING,
     EMPTY_RULE,
@@ -54,7 +60,7 @@ NO_PICTURES = (
     "Pictures of patients are left out. They are shown only for data that was declared shareable "
     "(watch.log_images of the run, or --log-images here)."
 )
-NO_VIEWER = "The 3D viewer is left out, because niivue is not installed. `make install` downloads it with npm."
+NO_VIEWER = "The 3D viewer is left out, because niivue is not installed. `make install` downloads it."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,26 +103,31 @@ def write_evaluation_report(
         names: Names of patients and scans for a report that only their owner may read.
     """
     rows, names = evaluation.rows, names or Names()
+    pictures, scripts = _picture_section(evaluation, pictured, names)
     sections = [
-        Section(title="Result", parts=[*_headline(evaluation), _metric_table(rows), _strip_plot(rows)]),
+        Section(title="Result", parts=_headline(evaluation)),
+        pictures,
+        Section(title="Scores", parts=[_metric_table(rows), _strip_plot(rows)]),
         *(Section(title=f"By {one.attribute}", parts=[_subgroup_table(one, rows)]) for one in subgroups),
         Section(title="Cases", parts=[_case_table(rows, names)]),
+        Section(title="How it was measured", parts=[KeyValues(items=_facts(evaluation, provenance))]),
     ]
-    scripts: list[str] = []
-    if pictured is None:
-        sections.append(Section(title="Pictures", parts=[Text(text=NO_PICTURES)]))
-    else:
-        chosen = choose_pictured_cases(rows)
-        parts, scripts = _viewer(evaluation, chosen, pictured, names)
-        pictures = _pictures(evaluation, chosen, pictured, names)
-        sections.append(Section(title="Worst, median, best", parts=[*pictures, *parts]))
-    sections.append(Section(title="How it was measured", parts=[KeyValues(items=_facts(evaluation, provenance))]))
     subtitle = f"evaluation on {evaluation.part}, {evaluation.num_cases} scans"
     subtitle += ", with the names of patients: do not share" if names else ""
     page = render_report(title, sections, subtitle=subtitle, scripts=scripts)
     path = folder / (f"report{NAMES_WORD}html" if names else "report.html")
     (write_private_text if names else write_text)(path, page)
     return path
+
+
+def _picture_section(evaluation: Evaluation, pictured: Pictured | None, names: Names) -> tuple[Section, list[str]]:
+    """Return the section with masks on slices and the viewer, and the scripts of the viewer."""
+    if pictured is None:
+        return Section(title="Pictures", parts=[Text(text=NO_PICTURES)]), []
+    chosen = choose_pictured_cases(evaluation.rows)
+    viewer, scripts = _viewer(evaluation, chosen, pictured, names)
+    title = "Worst, median, best" if len(chosen) > 1 else "Masks"
+    return Section(title=title, parts=[*_pictures(evaluation, chosen, pictured, names), *viewer]), scripts
 
 
 def choose_pictured_cases(rows: Sequence[Row]) -> dict[str, str]:
@@ -233,8 +244,9 @@ def _pictures(evaluation: Evaluation, chosen: Mapping[str, str], pictured: Pictu
         parts.append(
             Picture(
                 png=image_grid([plain_tiles, tiles], column_titles=titles, cell_in=1.9),
-                caption=f"{name.capitalize()}: {_case_title(evaluation.rows, series_id, names)}. Truth outlined in "
-                f"green, prediction filled in red.{' Dark areas are not annotated.' if ignored else ''}",
+                caption=f"{name.capitalize()}: {_case_title(evaluation.rows, series_id, names)}. "
+                f"{TRUTH_AND_PREDICTION}{' Dark areas are not annotated.' if ignored else ''}",
+                key=class_key(pictured.classes),
             )
         )
     return parts

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from samgraft.finetune.classes import IGNORE_LABEL
+from samgraft.finetune.classes import IGNORE_LABEL, ClassTable
 from samgraft.shared.scans.intensity import IntensityPreset, normalise
 from samgraft.shared.store.store import SliceStore
 from scipy import ndimage
@@ -17,8 +17,12 @@ from scipy import ndimage
 Array = npt.NDArray[Any]
 Rgb = npt.NDArray[np.float32]
 
-TRUTH_COLOR = (0.20, 0.85, 0.35)
-PREDICTION_COLOR = (1.0, 0.35, 0.25)
+CLASS_COLORS = ("#ff5a40", "#3da5ff", "#ffd23f", "#33d959", "#c77dff", "#2fe0d8", "#ff8fc7", "#c98b4b")
+"""Colors of label ids 1, 2, ... on grey slices, repeated after the last."""
+FILL_ALPHA = 0.4
+"""Opacity of a predicted area."""
+TRUTH_AND_PREDICTION = "The line is the truth, the filled area the prediction."
+"""Sentence of captions under pictures with both."""
 IGNORED_BRIGHTNESS = 0.4
 """Factor of the brightness of pixels that are not annotated."""
 MIN_SIDE = 256
@@ -34,7 +38,7 @@ def choose_slices(true_ZHW: Array, *, number: int) -> list[int]:
 
 
 def overlay(image_HW: Array, *, true_HW: Array | None = None, predicted_HW: Array | None = None) -> Rgb:
-    """Draw the truth as green outline and the prediction as red, half filled area on a slice.
+    """Draw the truth as an outline and the prediction as a filled area on a slice, one color per class.
 
     Pixels that are not annotated are dark.
 
@@ -50,17 +54,28 @@ def overlay(image_HW: Array, *, true_HW: Array | None = None, predicted_HW: Arra
     factor = max(1, MIN_SIDE // max(image_HW.shape))
     image = _enlarge(np.asarray(image_HW, dtype=np.float32), factor)
     picture = np.repeat(image[..., None], 3, axis=-1)
-    for label, color, alpha in ((predicted_HW, PREDICTION_COLOR, 0.35), (true_HW, TRUTH_COLOR, 0.0)):
+    for label, is_truth in ((predicted_HW, False), (true_HW, True)):
         if label is None:
             continue
         big = _enlarge(np.asarray(label), factor)
-        for label_id in np.unique(big[big > 0]):
-            inside = big == label_id
-            picture[inside] = (1 - alpha) * picture[inside] + alpha * np.asarray(color, dtype=np.float32)
-            outline = inside & ~ndimage.binary_erosion(inside, iterations=1 if factor == 1 else 2)
-            picture[outline] = color
+        for label_id in np.unique(big[(big > 0) & (big != IGNORE_LABEL)]):
+            inside, color = big == label_id, _rgb(class_color(int(label_id)))
+            if is_truth:
+                picture[inside & ~ndimage.binary_erosion(inside, iterations=1 if factor == 1 else 2)] = color
+            else:
+                picture[inside] = (1 - FILL_ALPHA) * picture[inside] + FILL_ALPHA * color
         picture[big == IGNORE_LABEL] *= IGNORED_BRIGHTNESS
     return picture
+
+
+def class_color(label_id: int) -> str:
+    """Return the CSS color of a label id, which is the same in every picture."""
+    return CLASS_COLORS[(label_id - 1) % len(CLASS_COLORS)]
+
+
+def class_key(classes: ClassTable) -> dict[str, str]:
+    """Return the color of each class by its name."""
+    return {name: class_color(label_id) for label_id, name in zip(classes.ids, classes.names, strict=True)}
 
 
 def slice_pictures(
@@ -75,6 +90,10 @@ def slice_pictures(
         )
         for index in slice_indexes
     ]
+
+
+def _rgb(color: str) -> npt.NDArray[np.float32]:
+    return np.array([int(color[place : place + 2], 16) / 255 for place in (1, 3, 5)], dtype=np.float32)
 
 
 def _enlarge(array: Array, factor: int) -> Array:

@@ -1,8 +1,8 @@
 """Viewer for scans in a report, with three planes and a 3D view.
 
 The viewer is niivue, pinned by version and sha256 and embedded in the page. It is not part of the repository:
-``make install`` and ``make wheel`` run ``python -m samgraft.finetune.evaluation.viewer``, which downloads it next to
-this file. Reports without it contain a note instead.
+``make install`` and ``make wheel`` run ``python -m samgraft.finetune.evaluation.viewer``, which takes it from nilearn's
+wheel and writes it next to this file. Reports without it contain a note instead.
 
 Shape letters: Z = slices, H, W = rows and columns of a slice.
 """
@@ -23,19 +23,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from samgraft.shared.errors import SamgraftError, StorageError
-from samgraft.shared.fetch import cache_folder, extract_members, fetch_npm
+from samgraft.shared.fetch import NILEARN, cache_folder, extract_members, fetch_file
 from samgraft.shared.files import file_sha256
 
 log = logging.getLogger(__name__)
 
 Array = npt.NDArray[Any]
 
-PACKAGE = "@niivue/niivue"
-VERSION = "0.69.0"
-PACKAGE_SHA256 = "6e9a6a471b428eb3b258a0086beca9187d95e43a781a39e8a519c6da246af485"
-BUNDLE_MEMBER = "package/dist/niivue.umd.js"
+VERSION = "0.68.1"
+BUNDLE_MEMBER = "nilearn/_assets/js/niivue.umd.js"
 BUNDLE_FILE = "niivue.umd.js"
-BUNDLE_SHA256 = "47b896b77ec4a5be3ef1949c33ad393b6f45629921f326c279000bcf51bdb4af"
+BUNDLE_SHA256 = "c40dc2679c337c906deef22e157ee02c17459db9b8ecc51aa773af27791a567c"
 LICENCE_FILE = Path(__file__).parent / "niivue_licence.txt"
 VENDOR_FOLDER = Path(__file__).parent / "vendor"
 
@@ -75,13 +73,13 @@ def find_bundle() -> str | None:
 
 
 def download_bundle(cache: Path) -> None:
-    """Download niivue into the folder next to this file.
+    """Take niivue from nilearn's wheel into the folder next to this file.
 
     Raises:
-        StorageError: If npm is missing or fails.
+        StorageError: If the wheel is not cached and cannot be downloaded.
         DataError: If the download has another sha256.
     """
-    archive = fetch_npm(PACKAGE, VERSION, sha256=PACKAGE_SHA256, cache=cache)
+    archive = fetch_file(NILEARN, cache=cache)
     (VENDOR_FOLDER / BUNDLE_FILE).unlink(missing_ok=True)
     extract_members(archive, {BUNDLE_MEMBER: VENDOR_FOLDER / BUNDLE_FILE})
 
@@ -91,7 +89,7 @@ def fetch_bundle() -> str | None:
     if find_bundle() is None:
         try:
             download_bundle(cache_folder())
-        except (SamgraftError, OSError) as err:  # offline, npm's errors, or an installation that may not be changed
+        except (SamgraftError, OSError) as err:  # offline, or an installation that may not be changed
             log.warning("The report has no 3D viewer: %s The next report tries again.", err)
     return find_bundle()
 
@@ -105,7 +103,7 @@ def viewer_html(cases: Sequence[ViewedCase]) -> str:
         data.append(f'<script type="application/octet-stream" id="marks-{place}">{marks}</script>')
         options.append(f'<option data-center="{json.dumps(center)}">{html.escape(case.title)}</option>')
     key = "".join(
-        f'<span class="key" style="background:rgb({",".join(map(str, entry["rgb"]))})"></span>{entry["name"]}'
+        f'<span><span class="key" style="background:rgb{tuple(entry["rgb"])}"></span>{entry["name"]}</span>'
         for entry in KEY
     )
     licence = html.escape(LICENCE_FILE.read_text(encoding="utf-8"))
@@ -114,7 +112,7 @@ def viewer_html(cases: Sequence[ViewedCase]) -> str:
         f"<p><label>Case <select>{''.join(options)}</select></label>"
         '<label>Opacity <input type="range" min="0" max="1" step="0.05" value="0.6"></label></p>'
         '<div class="stage"><canvas aria-label="Three planes and a 3D view of the chosen scan"></canvas></div>'
-        f'<p>{key}</p><p class="state">The viewer needs scripts to be allowed.</p>'
+        f'<p class="keys">{key}</p><p class="state">The viewer needs scripts to be allowed.</p>'
         f"<details><summary>Viewer: NiiVue {VERSION}, BSD 2-Clause</summary><pre>{licence}</pre></details></div>"
         + "".join(data)
     )

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from samgraft.finetune.evaluation.overlays import overlay
+from samgraft.finetune.evaluation.overlays import class_color, overlay
 from samgraft.finetune.pseudo_labels import ignored_share, ignored_slices
 from samgraft.finetune.selftraining.parts import Part, Round
 from samgraft.finetune.task import Task
@@ -152,6 +152,7 @@ def _pictures(scans: UnlabelledScans, labels: SliceStore, *, log_images: bool) -
             Picture(
                 png=image_grid([[*cells, percent / 100.0]], column_titles=["slice", "label", "ignored", "agreement"]),
                 caption=f"Scan {record.series_id}, slice {index}: pseudo-label, ignored voxels, and agreement.",
+                key={name: class_color(label_id) for label_id, name in labels.label_names.items()},
             )
         )
     return parts

@@ -9,7 +9,13 @@ from typing import Any
 
 from samgraft.finetune.adapters import TensorGroup
 from samgraft.finetune.config import FinetuneConfig
-from samgraft.finetune.evaluation.overlays import choose_slices, overlay, slice_pictures
+from samgraft.finetune.evaluation.overlays import (
+    TRUTH_AND_PREDICTION,
+    choose_slices,
+    class_key,
+    overlay,
+    slice_pictures,
+)
 from samgraft.finetune.evaluation.validation import CaseResult, select_example_cases
 from samgraft.finetune.inference import segment_volume
 from samgraft.finetune.initial_weights import InitialWeights
@@ -51,8 +57,8 @@ def write_report(
     """Write the report. ``prepared.segmenter`` must be the finished model."""
     sections = [
         Section(title="Result", parts=[_result(record), _comparison(prepared, record)]),
-        Section(title="Cases", parts=[_cases(results)]),
         Section(title="Segmentations", parts=_pictures(config, prepared, results)),
+        Section(title="Cases", parts=[_cases(results)]),
         Section(title="Training", parts=_curves(run, record)),
         Section(title="What was trained", parts=_trained(trainable, groups, _facts(config, prepared))),
         Section(title="Data", parts=[Text(text="\n\n".join(describe_data(prepared)))]),
@@ -116,8 +122,8 @@ def _pictures(config: FinetuneConfig, prepared: Prepared, results: Sequence[Case
             Picture(
                 png=image_grid(rows, column_titles=["slice", *models, "best"], cell_in=2.0),
                 caption=f"Scan {result.series_id} ({', '.join(told[result.series_id])}), slices "
-                f"{', '.join(map(str, indexes))}: true outline in green, "
-                "prediction in red.",
+                f"{', '.join(map(str, indexes))}. {TRUTH_AND_PREDICTION}",
+                key=class_key(prepared.classes),
             )
         )
     return parts
@@ -169,7 +175,8 @@ def _trained(
         Table(
             columns=["trained tensors", "number", "parameters", "share"],
             rows=kinds,
-            caption="All trained tensors. The * replaces the numbers in which names of one kind differ.",
+            caption="The * replaces the numbers in which names of one kind differ.",
+            summary="All trained tensors",
         ),
     ]
 

@@ -68,6 +68,8 @@ class Table:
     """Largest number of rows. Further rows are left out and counted, so that a report stays small."""
     sortable: bool = False
     """True to sort by a column when its heading is clicked."""
+    summary: str = ""
+    """Line that opens the table when it is clicked. Empty shows the table at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +79,8 @@ class Picture:
     png: bytes
     caption: str
     width_px: int | None = None
+    key: Mapping[str, str] = field(default_factory=dict)
+    """CSS colour by the name of what has it, shown before the caption."""
 
 
 @dataclass(frozen=True, kw_only=True)

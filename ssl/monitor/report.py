@@ -71,12 +71,12 @@ def write_report(
     lines, held_out = list(run.metrics.read()), monitored.held_out
     sections = [
         Section(title="Summary", parts=_summary(lines, monitored, result=result, exported=exported)),
+        Section(title="Output on slices of held-out patients", parts=_picture_parts(run, config, objective, held_out)),
         Section(
             title="Signs for segmentation: linear probe and box-prompt check",
             parts=[*probe_parts(lines, monitored), *export_parts(exported)],
         ),
         Section(title="Loss", parts=_loss_parts(lines, objective, held_out, exported)),
-        Section(title="Output on slices of held-out patients", parts=_picture_parts(run, config, objective, held_out)),
         Section(title="Features", parts=feature_parts(lines)),
         Section(title="Training", parts=training_parts(lines)),
         Section(title="Next steps", parts=_next_steps(run, config)),

@@ -65,7 +65,7 @@ def test_bundle__that_is_not_the_pinned_one_is_not_used(tmp_path, monkeypatch, c
 
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine (Debian: apt install chromium)")
-@pytest.mark.skipif(find_bundle() is None, reason="niivue is not vendored (make install fetches it through npm)")
+@pytest.mark.skipif(find_bundle() is None, reason="niivue is not there (make install fetches it)")
 def test_report__in_a_browser(evaluated, tmp_path):
     path = write(evaluated, tmp_path, pictures=True)
     with open_page(path, tmp_path / "profile") as page:

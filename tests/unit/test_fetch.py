@@ -133,11 +133,16 @@ def fetch_archive(cache: Path) -> Path:
     return fetch.fetch_file(ARCHIVE, cache=cache)
 
 
-def test_fetch__progress_is_logged_per_tenth(server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_fetch__outside_a_terminal_prints_one_line_and_more_only_for_slow_downloads(
+    server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with caplog.at_level("INFO"):
-        fetch_archive(tmp_path)
+        fetch_archive(tmp_path / "fast")
+        assert caplog.messages == ["fetching demo-scans 1.0: 1 MB"]
+        monkeypatch.setattr(fetch, "LOG_INTERVAL_S", 0.0)
+        fetch_archive(tmp_path / "slow")
     assert caplog.messages[-1] == "fetching demo-scans 1.0: 1 of 1 MB"
-    assert 2 <= len(caplog.messages) <= 11
+    assert len(caplog.messages) > 3
 
 
 @pytest.mark.parametrize("trouble", ["num_cuts", "num_failures"])
@@ -364,14 +369,14 @@ def test_viewer__missing_script_is_a_warning_and_the_next_report_tries_again(
 
     def fail(*_: object, **__: object) -> Path:
         calls.append(1)
-        raise StorageError("npm's registry is down.")
+        raise StorageError("the package index is down.")
 
     monkeypatch.setattr(viewer, "VENDOR_FOLDER", tmp_path / "vendor")
-    monkeypatch.setattr(viewer, "fetch_npm", fail)
+    monkeypatch.setattr(viewer, "fetch_file", fail)
     assert viewer.fetch_bundle() is None
     assert viewer.fetch_bundle() is None
     assert len(calls) == 2
-    assert "no 3D viewer: npm's registry is down. The next report tries again." in caplog.text
+    assert "no 3D viewer: the package index is down. The next report tries again." in caplog.text
 
 
 def test_demo_data__other_modality_gives_the_command_for_own_scans(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from samgraft.finetune.classes import IGNORE_LABEL, ClassTable
 from samgraft.finetune.evaluation.metrics import class_scores
-from samgraft.finetune.evaluation.overlays import overlay
+from samgraft.finetune.evaluation.overlays import FILL_ALPHA, class_key, overlay
 from samgraft.finetune.evaluation.postprocess import choose_postprocessing
 from samgraft.finetune.evaluation.scores import case_rows
 from samgraft.finetune.evaluation.surface import surface_score
@@ -200,6 +200,20 @@ def test_overlay__ignored_pixels_are_dark():
     picture = overlay(image, true_HW=true, predicted_HW=np.zeros_like(true))
     assert picture[0, 0].tolist() == [1, 1, 1]
     assert picture[0, 200].tolist() == pytest.approx([0.4] * 3)
+
+
+def test_overlay__classes_have_different_colors_for_lines_and_areas():
+    image = np.zeros((256, 256), dtype=np.float32)
+    label = np.zeros((256, 256), dtype=np.int16)
+    label[50:100, 50:100], label[150:200, 50:100] = 1, 2
+    colors = list(class_key(ClassTable(ids=(1, 2), names=("anterior", "posterior"))).values())
+    assert len(set(colors)) == 2
+    lines, areas = overlay(image, true_HW=label), overlay(image, predicted_HW=label)
+    for row, color in zip((50, 150), colors, strict=True):
+        rgb = [int(color[place : place + 2], 16) / 255 for place in (1, 3, 5)]
+        assert lines[row, 70].tolist() == pytest.approx(rgb)
+        assert lines[row + 25, 70].tolist() == [0, 0, 0]
+        assert areas[row + 25, 70].tolist() == pytest.approx([FILL_ALPHA * part for part in rgb])
 
 
 def nnunet(root, labels, *, names, num_cases=4):

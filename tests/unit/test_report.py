@@ -109,3 +109,18 @@ def test_finetune_report__names_the_run_without_its_folders(runs: str, shown: st
     text = "\n".join(part.text for part in _next_steps(SimpleNamespace(path=Path(runs) / "a b"), prepared))
     assert f"RUN={shown} SPLIT=test" in text
     assert f"RUN={shown} OUT='releases/a b'" in text
+
+
+def test_report__captions_stay_when_a_table_is_scrolled_and_long_tables_open_on_request():
+    table = Table(columns=["a"], rows=[[1]], caption="Stays.", summary="All tensors")
+    page = render_report("Run", [Section(title="One", parts=[table])])
+    scrolled = page[page.index('<div class="scroll">') : page.index("</table></div>")]
+    assert "Stays." not in scrolled
+    assert "<figcaption>Stays.</figcaption>" in page
+    assert "<details><summary>All tensors</summary>" in page
+
+
+def test_report__key_of_a_picture_shows_a_color_per_escaped_name():
+    picture = Picture(png=b"x", caption="Masks.", key={"<b>brain": "#ff5a40"})
+    page = render_report("Run", [Section(title="One", parts=[picture])])
+    assert '<span class="key" style="background:#ff5a40"></span>&lt;b&gt;brain' in page
