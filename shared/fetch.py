@@ -87,7 +87,7 @@ NILEARN = package_archive(
     sha256="725206484e9fb3f6691f9c2d20204a068759d5072f12055324702ee0cb2bbe8a",
     num_bytes=11_509_444,
 )
-"""Wheel that contains the viewer of the reports (niivue) and a brain template of the demo."""
+"""Wheel that contains niivue, the viewer of the reports."""
 
 
 def cache_folder(data_root: Path = Path("data")) -> Path:

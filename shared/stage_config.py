@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from samgraft.shared.config import load_config, read_settings, without_keys
-from samgraft.shared.demo import DemoPaths, demo_data, demo_paths
+from samgraft.shared.demo.heads import DemoPaths, demo_data, demo_paths
 from samgraft.shared.scans.preset import load_preset, modality_layer
 from samgraft.shared.store.files import is_address
 from samgraft.shared.store.from_data import modality_of_data, store_from_data

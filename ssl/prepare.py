@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from samgraft.shared.config import packaged_config
-from samgraft.shared.demo import DemoPaths, demo_paths, fetch_base_weights
+from samgraft.shared.demo.heads import DemoPaths, demo_paths, fetch_base_weights
 from samgraft.shared.encoders.registry import DEFAULT_ARCH, arch_spec
 from samgraft.shared.errors import DataError, UsageError
 from samgraft.shared.fetch import cache_folder

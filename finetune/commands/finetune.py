@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ckpt", help="initial encoder weights: a stage-1 run, or any encoder or SAM file; default BASE's own encoder"
     )
-    parser.add_argument("--data", help="labelled slice store, or folder of scans with labels; default the tumour demo")
+    parser.add_argument("--data", help="labelled slice store, or folder of scans with labels; default the demo scans")
     parser.add_argument("--modality", help="mri, ct, xray or ultrasound (default: the store's, or mri)")
     parser.add_argument(
         "--model",

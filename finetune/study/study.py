@@ -172,7 +172,7 @@ def _fetch_demo_weights(grid: Grid) -> None:
 
     named = {cell.ckpt for cell in grid.cells} | {cell.base for cell in grid.cells}
     if str(DEMO_BASE) in named and not DEMO_BASE.is_file():
-        from samgraft.shared.demo import fetch_base_weights
+        from samgraft.shared.demo.heads import fetch_base_weights
         from samgraft.shared.fetch import cache_folder
 
         fetch_base_weights(DEMO_BASE, cache=cache_folder())

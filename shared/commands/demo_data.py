@@ -11,7 +11,7 @@ from samgraft.shared.cli import Command
 log = logging.getLogger(__name__)
 
 EXCLUDED_LINE = (
-    "The unlabelled store leaves out the validation and test heads of the labelled one (MNI152 template, pycortex S1)."
+    "The unlabelled store leaves out the validation and test heads of the labelled one (SRI24 template, pycortex S1)."
 )
 
 
@@ -29,7 +29,7 @@ def _run(arguments: argparse.Namespace) -> int:
     # Imported here: `samgraft --help` must not wait for zarr.
     if arguments.task:
         return _fetch_task(arguments.task, arguments.root.parent)
-    from samgraft.shared.demo import SOURCES, demo_data
+    from samgraft.shared.demo.heads import SOURCES, demo_data
 
     paths = demo_data(arguments.root, arguments.modality)
     log.info(EXCLUDED_LINE)
@@ -48,7 +48,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _fetch_task(name: str, root: Path) -> int:
-    from samgraft.shared.decathlon import TASKS, decathlon_data
+    from samgraft.shared.demo.decathlon import TASKS, decathlon_data
     from samgraft.shared.fetch import cache_folder
 
     store = decathlon_data(name, root=root, cache=cache_folder(root))

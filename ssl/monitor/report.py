@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
-from samgraft.shared.demo import demo_paths
+from samgraft.shared.demo.heads import demo_paths
 from samgraft.shared.encoders.registry import DEFAULT_ARCH
 from samgraft.shared.files import write_text
 from samgraft.shared.machine import format_duration

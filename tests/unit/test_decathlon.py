@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from monai.apps.datasets import DecathlonDataset
 from samgraft.shared.commands.demo_data import COMMAND
-from samgraft.shared.decathlon import TASKS, decathlon_data
+from samgraft.shared.demo.decathlon import TASKS, decathlon_data
 from samgraft.shared.errors import DataError, StorageError
 from samgraft.shared.store.store import SliceStore
 

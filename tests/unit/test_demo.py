@@ -3,7 +3,7 @@
 import nibabel as nib
 import numpy as np
 from mesh_factory import sphere
-from samgraft.shared.demo import (
+from samgraft.shared.demo.heads import (
     CLOSING_VOXELS,
     DEMO_SALT,
     PIAL_SURFACES,
@@ -40,7 +40,8 @@ def write_sources(scans):
     head = (random.integers(20, 60, ball.shape) + 100 * ball).astype(np.int16)
     nib.save(nib.Nifti1Image(head[..., None], np.eye(4)), scans / "SRI24.nii")
     nib.save(nib.Nifti1Image((head * (ball | noise))[..., None], np.eye(4)), scans / "SRI24_brain.nii")
-    nib.save(nib.Nifti1Image((head * ball).astype(np.uint8), np.eye(4)), scans / "MNI152.nii.gz")
+    nib.save(nib.Nifti1Image(head, np.eye(4)), scans / "MNI152.nii.gz")
+    nib.save(nib.Nifti1Image(ball.astype(np.uint8), np.eye(4)), scans / "MNI152_brain.nii.gz")
     # Canonical slices 130 to 195 of 256 are rows 60 to 125 of the second axis.
     person = random.integers(0, 200, (60, 256, 40)).astype(np.uint8)
     nib.save(nib.Nifti1Image(person, S1_AFFINE), scans / "pycortex_S1.nii.gz")

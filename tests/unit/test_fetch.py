@@ -380,7 +380,7 @@ def test_viewer__missing_script_is_a_warning_and_the_next_report_tries_again(
 
 
 def test_demo_data__other_modality_gives_the_command_for_own_scans(tmp_path: Path) -> None:
-    from samgraft.shared.demo import demo_data
+    from samgraft.shared.demo.heads import demo_data
 
     with pytest.raises(UsageError, match="demo data exist for MODALITY=mri"):
         demo_data(tmp_path / "demo", "ct")

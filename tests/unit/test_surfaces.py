@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from mesh_factory import sphere
-from samgraft.shared.scans.surfaces import voxelize_surface
+from samgraft.shared.demo.surfaces import voxelize_surface
 
 
 def distances(shape, affine, center):

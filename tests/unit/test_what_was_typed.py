@@ -3,7 +3,7 @@
 import pytest
 from samgraft.finetune.commands.finetune import build_config, typed_settings
 from samgraft.shared.config import read_settings, without_keys
-from samgraft.shared.demo import demo_paths
+from samgraft.shared.demo.heads import demo_paths
 from samgraft.shared.errors import UsageError
 from samgraft.shared.stage_config import TypedSettings
 from samgraft.ssl.prepare import prepare

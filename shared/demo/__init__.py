@@ -1,0 +1,1 @@
+"""Demo scans, larger data sets to try, and base weights."""
