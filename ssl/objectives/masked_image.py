@@ -32,8 +32,9 @@ from samgraft.ssl.scope import learns_mask_token
 from samgraft.ssl.views.masking import MaskKind, mask_unit, upsample_mask
 from torch import nn
 
-MASK_SHARE = 1 / 16
-"""Side of a hidden square over the input's side where ``mask_unit_px`` is null, about MAE's 16 of 224 px."""
+MASK_SHARE = 1 / 8
+"""Side of a hidden square over the input's side where ``mask_unit_px`` is null. Smoothing fills smaller squares of a
+head so well that a short run cannot do better (benchmarks/results/demo_stage1-2026-11-30.md)."""
 
 
 class PixelTarget(Enum):
@@ -58,7 +59,7 @@ class MaskedImageConfig:
     """Fraction of squares hidden."""
     mask_unit_px: PositiveInt | None = 16
     """Side of a hidden square in pixels of the encoder's input, a multiple of the encoder's stride. null takes one
-    token of the windowed ViTs, 32 px for sam2_* and about a sixteenth of the input for vit_t."""
+    token of the windowed ViTs, 32 px for sam2_* and about an eighth of the input for vit_t."""
     mask_kind: MaskKind = MaskKind.RANDOM
     """Spread of the hidden squares, random or block."""
     target: PixelTarget = PixelTarget.SLICE

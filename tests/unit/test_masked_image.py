@@ -187,10 +187,10 @@ def test_loss__falls_on_a_constant_slice():
 
 @pytest.mark.parametrize(
     ("arch", "stem", "unit_px"),
-    [("vit_t", Stem.conv1x1, 8), ("vit_t", Stem.conv3x3, 16), ("vit_b", None, 16)],
+    [("vit_t", Stem.conv1x1, 16), ("vit_t", Stem.conv3x3, 16), ("vit_b", None, 16)],
 )
 def test_cpu_preset__hidden_squares_fit_every_encoder(arch, stem, unit_px):
-    """LiteMedSAM's 8 px would be half a token of MobileSAM and vit_b, and stopped the first command once."""
+    """Squares of half a token of MobileSAM and vit_b stopped the first command once."""
     layer = {"modality": "mri", "data": {"store": "a.zarr"}, "model": {"base": "random"}}
     preset = load_config(PretrainConfig, layers=[packaged_config("pretrain/masked_image-cpu.yaml"), layer])
     with torch.device("meta"):
