@@ -22,6 +22,7 @@ STEPS = (
     ("pretrain", "--modality", "mri", "--name", ENCODER.name),
     ("finetune", "--ckpt", str(ENCODER), "--name", MODEL.name),
     ("evaluate", str(MODEL), "--split", "test"),
+    ("predict", str(MODEL), "data/demo/scans/S1_scan.nii.gz", "--out", "masks/demo"),
 )
 """Commands of the demo in order."""
 
