@@ -263,7 +263,7 @@ def _scan_and_brain(name: str, scans: Path) -> tuple[nib.Nifti1Image, nib.Nifti1
     if name == "S1":
         brain = np.zeros(image.shape, dtype=bool)
         for surface in PIAL_SURFACES:
-            mesh = nib.load(scans / surface)
+            mesh = nib.gifti.GiftiImage.from_filename(scans / surface)
             vertices_V3, triangles_F3 = mesh.agg_data("pointset"), mesh.agg_data("triangle")
             brain |= voxelize_surface(vertices_V3, triangles_F3, affine=image.affine, shape=image.shape)
         # Brain masks contain the gaps between folds, which the pial surfaces follow to the ground.
@@ -272,7 +272,7 @@ def _scan_and_brain(name: str, scans: Path) -> tuple[nib.Nifti1Image, nib.Nifti1
         # The template without skull has noise of single voxels around the brain.
         brain = ndimage.binary_opening(nib.squeeze_image(nib.load(scans / "SRI24_brain.nii")).get_fdata() > 0)
     else:
-        brain = nib.load(scans / "MNI152_brain.nii.gz").get_fdata() > 0
+        brain = nib.Nifti1Image.from_filename(scans / "MNI152_brain.nii.gz").get_fdata() > 0
     brain = ndimage.binary_fill_holes(brain)
     label = nib.Nifti1Image(brain.astype(np.uint8), image.affine)
     return nib.as_closest_canonical(image), nib.as_closest_canonical(label)

@@ -14,6 +14,7 @@ from samgraft.finetune.training.report import _next_steps
 from samgraft.shared.report.page import (
     KeyValues,
     Picture,
+    RawHtml,
     Section,
     Table,
     Text,
@@ -124,3 +125,8 @@ def test_report__key_of_a_picture_shows_a_color_per_escaped_name():
     picture = Picture(png=b"x", caption="Masks.", key={"<b>brain": "#ff5a40"})
     page = render_report("Run", [Section(title="One", parts=[picture])])
     assert '<span class="key" style="background:#ff5a40"></span>&lt;b&gt;brain' in page
+
+
+def test_report__html_of_the_viewer_reaches_the_page():
+    page = render_report("Run", [Section(title="One", parts=[RawHtml(html="<canvas></canvas>")])])
+    assert "<canvas></canvas>" in page
