@@ -13,7 +13,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from samgraft.shared.demo.surfaces import voxelize_surface
@@ -263,7 +263,7 @@ def _scan_and_brain(name: str, scans: Path) -> tuple[nib.Nifti1Image, nib.Nifti1
     if name == "S1":
         brain = np.zeros(image.shape, dtype=bool)
         for surface in PIAL_SURFACES:
-            mesh = nib.gifti.GiftiImage.from_filename(scans / surface)
+            mesh: Any = nib.load(scans / surface)  # nibabel does not export the type of meshes
             vertices_V3, triangles_F3 = mesh.agg_data("pointset"), mesh.agg_data("triangle")
             brain |= voxelize_surface(vertices_V3, triangles_F3, affine=image.affine, shape=image.shape)
         # Brain masks contain the gaps between folds, which the pial surfaces follow to the ground.
