@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
 from samgraft.finetune.classes import ClassTable, clean_class_names
 from samgraft.finetune.ending import describe_ending
 from samgraft.finetune.inference import InferenceConfig
@@ -102,7 +103,8 @@ class Task:
                 next_command="make finetune CKPT=...",
             )
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
+            text = path.read_text(encoding="utf-8")
+            values = json.loads(text)
             known = {f.name for f in dataclasses.fields(cls)}
             # Models of versions without 2.5D input or planes have no such fields.
             if values.get("schema") != SCHEMA or set(values) | {"num_neighbours", "planes"} != known:
@@ -112,8 +114,18 @@ class Task:
                     "samgraft that wrote it.",
                     where=folder.name,
                 )
-            return cls(**values)
-        except (ValueError, TypeError, AttributeError) as err:
+            task = _TYPES.validate_json(text, strict=True)
+            # Classes and intensities are checked here, so that no later step fails on them.
+            task.classes  # noqa: B018
+            task.inference()
+        except ValidationError as err:
+            problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in err.errors())
+            raise WeightsError(f"{TASK_FILE} is damaged ({problems[:300]}). Copy it again.", where=folder.name) from err
+        except (ValueError, TypeError, AttributeError, RecursionError) as err:
             if isinstance(err, WeightsError):
                 raise
-            raise WeightsError(f"{TASK_FILE} is damaged.", where=folder.name) from err
+            raise WeightsError(f"{TASK_FILE} is damaged. Copy it again.", where=folder.name) from err
+        return task
+
+
+_TYPES = TypeAdapter(Task)

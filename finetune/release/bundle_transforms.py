@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping
 from typing import Any
 
+import nibabel as nib
 import numpy as np
 import torch
 from monai.config.type_definitions import KeysCollection
@@ -28,6 +29,18 @@ class DisplayOrientationd(MapTransform):
         for key in self.key_iterator(out):
             plane = slice_plane(np.asarray(out[key].affine, dtype=np.float64), tuple(out[key].shape[1:]))
             out[key] = Orientation(axcodes="".join(DISPLAY_AXES[plane]))(out[key])
+        return out
+
+
+class FileOrientationd(MapTransform):
+    """Reorientation of masks back to the axes of the scan's file, without resampling."""
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Reorient a ``MetaTensor`` (1, X, Y, Z) to (1, i, j, k)."""
+        out = dict(data)
+        for key in self.key_iterator(out):
+            codes = nib.aff2axcodes(np.asarray(out[key].meta["original_affine"], dtype=np.float64))
+            out[key] = Orientation(axcodes="".join(str(code) for code in codes))(out[key])
         return out
 
 

@@ -13,6 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
 import numpy as np
 import torch
 from samgraft.finetune.inference import evaluating
@@ -24,6 +25,7 @@ from samgraft.shared.release.privacy import MONAI_SCHEMA_URL
 from samgraft.shared.release.subject import Subject
 from samgraft.shared.samples.frame import fit_frame, image_to_frame, logits_to_native
 from samgraft.shared.scans.intensity import measure_intensity, normalise
+from samgraft.shared.scans.orientation import Plane, native_grid, to_native
 from samgraft.shared.scans.volume import Modality
 from samgraft.shared.weights.save import write_pth
 from torch import Tensor
@@ -35,9 +37,7 @@ def monai_format(model: FinishedModel) -> Format:
     def why_not(_: Subject) -> str | None:
         if importlib.util.find_spec("jsonschema") is None:
             return "jsonschema, which checks the metadata, is not installed. Run pip install 'samgraft[monai]'."
-        if model.task.planes:
-            return "a bundle segments axial slices only, and this model averages the probabilities of several planes."
-        return None
+        return _why_no_bundle(model.task)
 
     def write(subject: Subject, folder: Path) -> list[Artefact]:
         folder = folder / "monai"
@@ -52,13 +52,26 @@ def monai_format(model: FinishedModel) -> Format:
     return Format(name="monai", why_not=why_not, write=write)
 
 
+def _why_no_bundle(task: Task) -> str | None:
+    """Return the reason why a bundle would give other masks than the model."""
+    if task.planes:
+        return "a bundle segments axial slices only, and this model averages the probabilities of several planes."
+    if task.classes.is_overlapping:
+        return "a bundle writes one label id per voxel, and the regions of this model overlap."
+    if task.num_neighbours:
+        return "a bundle segments each slice alone, and this model reads the slices beside it."
+    if task.inference().prompt.is_prompted:
+        return "a bundle segments without prompts, and this model needs them."
+    return None
+
+
 _README = """Run in the bundle's folder, with samgraft installed:
 
     python -m monai.bundle run --config_file configs/inference.json --meta_file configs/metadata.json \\
         --bundle_root . --image scan.nii.gz
 
-The mask is written on the scan's own grid into `output/`. The release's README.md describes the model, its scores,
-limits and licence.
+The mask is written on the scan's own grid into `output/`, without the post-processing of `samgraft predict`. The
+release's README.md describes the model, its scores, limits and licence.
 """
 
 
@@ -164,7 +177,7 @@ def _postprocessing(ids: list[int]) -> dict[str, Any]:
         "keys": "pred",
         "output_dir": "@output_dir",
         "output_postfix": "seg",
-        "mode": "nearest",
+        "resample": False,
         "output_dtype": "$torch.int32",
         "separate_folder": False,
     }
@@ -174,14 +187,25 @@ def _postprocessing(ids: list[int]) -> dict[str, Any]:
         "orig_labels": list(range(len(ids))),
         "target_labels": ids,
     }
-    return {
-        "_target_": "Compose",
-        "transforms": [{"_target_": "AsDiscreted", "keys": "pred", "argmax": True}, to_ids, save],
-    }
+    to_file = {"_target_": "samgraft.finetune.release.bundle_transforms.FileOrientationd", "keys": "pred"}
+    to_channel = {"_target_": "AsDiscreted", "keys": "pred", "argmax": True}
+    return {"_target_": "Compose", "transforms": [to_channel, to_ids, to_file, save]}
+
+
+def synthetic_scan(probe: Mapping[str, Tensor]) -> nib.Nifti1Image:
+    """Return a small scan made of the probe's images, whose file has other axes than slices have.
+
+    Its axes grow towards the feet, to the right and to the front, the slices are thick and the pixels are not square,
+    so that a bundle without reorientation or with exchanged axes gives other masks.
+    """
+    affine = np.array([[0, 1.1, 0, 0], [0, 0, 0.9, 0], [-5, 0, 0, 0], [0, 0, 0, 1]])
+    volume_ZHW = synthetic_volume(probe)
+    shape_ijk = (len(volume_ZHW), volume_ZHW.shape[2], volume_ZHW.shape[1])
+    return nib.Nifti1Image(to_native(volume_ZHW, native_grid(affine, shape_ijk), Plane.AXIAL), affine)
 
 
 def synthetic_volume(probe: Mapping[str, Tensor]) -> np.ndarray[Any, np.dtype[np.int16]]:
-    """Return a small scan (Z, H, W) made of the probe's images."""
+    """Return the slices (Z, H, W) of the synthetic scan."""
     # Not square, so that exchanged axes and a wrong padding are found.
     images_NSS = probe["images_NSS3"][..., 0]
     return np.ascontiguousarray(images_NSS[:, :, : 3 * images_NSS.shape[2] // 4].numpy().astype(np.int16))
@@ -191,7 +215,7 @@ def expected_slices(model: FinishedModel, probe: Mapping[str, Tensor]) -> dict[s
     """Compute the outputs that a bundle must reproduce for the synthetic volume.
 
     Returns:
-        ``slices``, logits (Z, 1 + C, H, W) with the background first.
+        ``slices``, logits (Z, 1 + C, H, W) with the background first, and ``mask``, label ids (Z, H, W).
     """
     volume_ZHW = synthetic_volume(probe)
     config = model.task.inference()
@@ -202,7 +226,7 @@ def expected_slices(model: FinishedModel, probe: Mapping[str, Tensor]) -> dict[s
     with evaluating(model.segmenter):
         images_N1SS = image_to_frame(torch.from_numpy(images)[:, None], frame)
         logits = logits_to_native(model.segmenter(images_N1SS).float(), frame)
-    return {"slices": with_background(logits)}
+    return {"slices": with_background(logits), "mask": model.task.classes.from_logits(logits).to(torch.int32)}
 
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:

@@ -15,13 +15,15 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
+import numpy.typing as npt
 import torch
-from samgraft.finetune.release.monai_bundle import synthetic_volume
+from samgraft.finetune.release.monai_bundle import synthetic_scan
 from samgraft.finetune.release.pair_format import pair_client
 from samgraft.shared.files import file_sha256
 from samgraft.shared.release.clients import Client, Outputs, read_subject
 from samgraft.shared.release.load_back import main
 from samgraft.shared.release.subject import sam_outputs
+from samgraft.shared.scans.orientation import Plane, to_plane
 from samgraft.shared.weights.load import load_sam
 from torch import Tensor
 
@@ -59,9 +61,7 @@ def monai_client(path: Path, probe: Mapping[str, Tensor], options: Mapping[str, 
         verify_metadata(
             meta_file=str(metadata), filepath=str(scratch / SCHEMA.name), hash_val=sha256, hash_type="sha256"
         )
-        # The affine has flipped axes and thick slices, so that a bundle without reorientation fails here.
-        volume_XYZ = synthetic_volume(probe).transpose(2, 1, 0)
-        nib.save(nib.Nifti1Image(volume_XYZ, np.diag([-1.0, -1.0, 5.0, 1.0])), scratch / "scan.nii.gz")
+        nib.save(synthetic_scan(probe), scratch / "scan.nii.gz")
         parser = ConfigParser()
         parser.read_config(str(path / "configs" / "inference.json"))
         parser.read_meta(str(metadata))
@@ -70,19 +70,22 @@ def monai_client(path: Path, probe: Mapping[str, Tensor], options: Mapping[str, 
         logits = parser.get_parsed_content("logits")
         parser.get_parsed_content("run")
         [mask] = (scratch / "out").glob("*.nii.gz")
-        _check_grid(mask, scratch / "scan.nii.gz")
+        mask_ZHW = _read_mask(mask, scratch / "scan.nii.gz")
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     slices = torch.as_tensor(logits.as_tensor() if hasattr(logits, "as_tensor") else logits).permute(3, 0, 2, 1)
-    return {"slices": slices}, "MONAI's ConfigParser, a synthetic scan through it"
+    outputs = {"slices": slices, "mask": torch.from_numpy(mask_ZHW)}
+    return outputs, "MONAI's ConfigParser, a synthetic scan through it"
 
 
-def _check_grid(mask: Path, scan: Path) -> None:
+def _read_mask(mask: Path, scan: Path) -> npt.NDArray[np.int32]:
+    """Return the slices (Z, H, W) of a mask that must be on the scan's grid."""
     found, wanted = (nib.Nifti1Image.from_filename(str(path)) for path in (mask, scan))
     if found.shape != wanted.shape or not np.allclose(found.affine, wanted.affine):
         raise ValueError(
             f"the bundle's mask is not on the scan's grid (got shape {found.shape}, expected {wanted.shape})."
         )
+    return to_plane(np.asarray(found.dataobj).astype(np.int32), found.affine, Plane.AXIAL)[0]
 
 
 CLIENTS: dict[str, Client] = {"peft": peft_client, "monai": monai_client, "pair": pair_client}

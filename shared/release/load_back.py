@@ -29,11 +29,16 @@ from torch import Tensor
 log = logging.getLogger(__name__)
 
 MAX_DIFFERENCE = 1e-4
-"""Largest allowed difference between outputs of the run's model and of a released file.
+"""Largest allowed difference between outputs of the run's model and of a released file, relative to their spread.
 
-It is relative to the largest expected value if that is above 1, because logits reach several tens and float32 has seven
-digits.
+The spread is the largest range of values within one map. A large offset must not hide that the maps differ.
 """
+ROUNDING = 1e-5
+"""Difference that is always allowed, relative to the largest value. float32 has seven digits, and layers add up."""
+MAX_OTHER_PIXELS = 1e-3
+"""Largest share of pixels with another label id, because rounding decides where two classes are equally probable."""
+MIN_CONTRAST = 20.0
+"""Smallest difference between outputs of two images, relative to the allowed difference."""
 THIS_MODULE = "samgraft.shared.release.load_back"
 
 
@@ -67,8 +72,10 @@ def load_back(
         module: Module to run, whose ``main`` has the clients of the artefacts.
 
     Raises:
-        WeightsError: If an artefact does not load or gives other outputs.
+        WeightsError: If an artefact does not load or gives other outputs, or the expected outputs are the same for
+            every image.
     """
+    _require_contrast(expected)
     scratch = folder.with_name(f"{folder.name}.check")
     scratch.mkdir()
     try:
@@ -118,17 +125,49 @@ def _compare(artefact: Artefact, loaded_by: str, got: dict[str, Tensor], expecte
                 f"{tuple(reference.shape)}).",
                 kept="the run; nothing was released",
             )
-        difference = float((value - reference).abs().max())
-        scale = max(1.0, float(reference.abs().max()))
+        if not reference.is_floating_point():
+            _compare_labels(artefact, name, value, reference)
+            continue
+        difference, allowed = float((value - reference).abs().max()), _allowed_difference(reference)
         # Written this way round, NaN is refused too.
-        if not difference <= MAX_DIFFERENCE * scale:
+        if not difference <= allowed:
             raise WeightsError(
                 f"{artefact.path} does not give the run's outputs when loaded back ({name} differ by {difference:.2e}, "
-                f"values reach {scale:.1f}).",
+                f"expected at most {allowed:.2e}).",
                 kept="the run; nothing was released",
             )
         worst = max(worst, difference)
     return Checked(path=artefact.path, loaded_by=loaded_by, max_difference=worst, outputs=tuple(sorted(got)))
+
+
+def _compare_labels(artefact: Artefact, name: str, value: Tensor, reference: Tensor) -> None:
+    share = float((value != reference).float().mean())
+    if share > MAX_OTHER_PIXELS:
+        raise WeightsError(
+            f"{artefact.path} does not give the run's outputs when loaded back ({name} differs in {share:.1%} of the "
+            "pixels).",
+            kept="the run; nothing was released",
+        )
+
+
+def _allowed_difference(reference: Tensor) -> float:
+    maps = reference.flatten(2)
+    spread = float((maps.amax(dim=2) - maps.amin(dim=2)).max())
+    return max(MAX_DIFFERENCE * spread, ROUNDING * float(reference.abs().max()))
+
+
+def _require_contrast(expected: Mapping[str, Tensor]) -> None:
+    """Refuse expected outputs with which no wrong image would be found."""
+    for name, reference in expected.items():
+        if not reference.is_floating_point():
+            continue
+        contrast = float((reference[0] - reference[1]).abs().max())
+        if not contrast >= MIN_CONTRAST * _allowed_difference(reference):
+            raise WeightsError(
+                f"the model gives the same {name} for different images (they differ by {contrast:.2e}, values reach "
+                f"{float(reference.abs().max()):.1f}). Its training has collapsed. Release another run.",
+                kept="the run; nothing was released",
+            )
 
 
 def main(arguments: Sequence[str], clients: Mapping[str, Any] | None = None) -> int:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from samgraft.shared.encoders.base import EncoderSpec, ImageEncoder, ImageFeatures
 from samgraft.shared.encoders.sam import build_sam, decode_automatic, decode_boxes, encode_images, to_pixels
 from segment_anything.modeling import Sam
@@ -78,10 +79,12 @@ def make_probe(subject: Subject) -> dict[str, Tensor]:
     ``images_NSS3`` is uint8 for ``SamPredictor``. ``pixels_N3SS`` is the same after SAM's normalisation, for encoders.
     """
     size, generator = subject.image_size, torch.Generator().manual_seed(0)
+    # Smooth and without symmetry, as slices are. With noise alone, a shifted or mirrored image could give almost the
+    # same outputs. The noise finds a wrong resizing.
+    coarse = torch.rand(NUM_PROBES, 1, 6, 6, generator=generator)
+    smooth = F.interpolate(coarse, size=size, mode="bicubic").clamp(0, 1)
     noise = torch.rand(NUM_PROBES, 1, size, size, generator=generator)
-    # The ramp is not symmetric. With noise alone, a shifted or mirrored grid could give almost the same outputs.
-    ramp = torch.linspace(0, 1, size).view(1, 1, 1, size) * torch.linspace(1, 0.3, size).view(1, 1, size, 1)
-    images_N1SS = ((0.5 * noise + 0.5 * ramp) * 255).round()
+    images_N1SS = ((0.9 * smooth + 0.1 * noise) * 255).round()
     images_NSS3 = images_N1SS.to(torch.uint8).permute(0, 2, 3, 1).repeat(1, 1, 1, 3).contiguous()
     pixels = to_pixels(images_N1SS / 255, subject.spec).expand(-1, 3, -1, -1).contiguous()
     boxes = torch.tensor([[0.2, 0.25, 0.7, 0.8], [0.1, 0.4, 0.55, 0.6]]) * size

@@ -1,12 +1,14 @@
 """Small SAMs with every kind of block (global, windowed, padded edge windows) and random weights."""
 
 import torch
-from samgraft.shared.encoders.base import SAM_PIXEL_MEAN, SAM_PIXEL_STD, EncoderSpec
+import torch.nn.functional as F
+from samgraft.shared.encoders.base import SAM_PIXEL_MEAN, SAM_PIXEL_STD, EncoderSpec, ImageEncoder
 from samgraft.shared.encoders.hiera import HieraSpec
-from samgraft.shared.encoders.sam import build_sam
+from samgraft.shared.encoders.sam import build_sam, decode_automatic, encode_images, to_pixels
 from samgraft.shared.encoders.tiny_vit import Stem, TinyViTSpec
 from samgraft.shared.encoders.vit import ViTSpec
 from segment_anything.modeling import Sam
+from torch import nn
 
 
 def tiny_plain_spec(*, attn_window_size: int = 4, depth: int = 4, image_size: int = 160) -> ViTSpec:
@@ -72,4 +74,45 @@ def make_sam(spec: EncoderSpec, *, image_size: int, seed: int = 0, num_multimask
     torch.manual_seed(seed)
     sam = build_sam(spec, image_size=image_size, num_multimask_outputs=num_multimask_outputs)
     randomise(sam, seed=seed)
+    make_sensitive(sam)
     return sam
+
+
+def make_sensitive(sam: Sam) -> None:
+    """Change a random SAM until its classes depend on the image.
+
+    Random BatchNorm statistics shrink an image to nothing, and the mean of random logits is far from 0, so that a
+    mirrored or an empty image would be segmented in the same way.
+    """
+    was_training = sam.training
+    sam.eval()
+    pixels = set_statistics(sam.image_encoder)
+    with torch.no_grad():
+        features = encode_images(sam, pixels)
+    logits = torch.cat([decode_automatic(sam, features, multimask=multimask)[0] for multimask in (False, True)], dim=1)
+    for channel, hypernetwork in zip(logits.unbind(1), sam.mask_decoder.output_hypernetworks_mlps, strict=True):
+        last = hypernetwork.layers[-1]
+        # A logit is a product with this bias, so that its gradient is the mean of the upscaled embedding.
+        [slope] = torch.autograd.grad(channel.mean(), last.bias, retain_graph=True)
+        with torch.no_grad():
+            last.bias -= channel.mean() / slope.square().sum() * slope
+            for tensor in (last.weight, last.bias):
+                tensor /= channel.std()
+    sam.train(was_training)
+
+
+@torch.no_grad()
+def set_statistics(encoder: ImageEncoder) -> torch.Tensor:
+    """Set the BatchNorm statistics of an encoder to those of smooth images, and return their pixels."""
+    coarse = torch.rand(4, 1, 5, 5, generator=torch.Generator().manual_seed(0))
+    images = F.interpolate(coarse, size=encoder.image_size, mode="bilinear")
+    pixels = to_pixels(images, encoder.spec).expand(-1, 3, -1, -1)
+    norms = [(m, m.momentum, m.training) for m in encoder.modules() if isinstance(m, nn.BatchNorm2d)]
+    for norm, _, _ in norms:
+        norm.train()
+        norm.momentum = 1.0
+    encoder(pixels)
+    for norm, momentum, was_training in norms:
+        norm.train(was_training)
+        norm.momentum = momentum
+    return pixels

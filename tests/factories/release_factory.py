@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import torch
-from model_factory import make_sam, randomise
+from model_factory import make_sam, randomise, set_statistics
 from samgraft.finetune.adapters import AdapterConfig, adapt
 from samgraft.finetune.evaluation.evaluate import Evaluation, write_evaluation
 from samgraft.finetune.evaluation.scores import CASE_COLUMNS
@@ -93,6 +93,8 @@ def finished_encoder(root: Path, store_path: Path, spec, *, image_size: int, met
     encoder = make_sam(spec, image_size=image_size).image_encoder
     objective = build_objective(encoder, config.objective, seed=config.seed, max_steps=config.trainer.max_steps)
     randomise(objective, scale=0.05)
+    for network in (encoder, *(m for m in objective.modules() if isinstance(m, type(encoder)))):
+        set_statistics(network)
     store = SliceStore.open(store_path)
     split = pretraining_split(config.data, store, seed=config.seed)
     card = _card(spec, image_size, stage="encoder", objective=method, steps=7, slices_seen=56, base_name="base.pth",

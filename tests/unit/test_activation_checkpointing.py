@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 
@@ -84,6 +85,22 @@ def test_checkpointing__fewer_saved_bytes_and_the_same_gradients(case: str) -> N
     assert grads[0].keys() == grads[1].keys()
     for name, grad in grads[0].items():
         assert torch.equal(grads[1][name], grad), name
+
+
+def test_checkpointing__batch_norm_counts_each_batch_once() -> None:
+    plain = TinyViTEncoder(tiny_vit_t_spec(), image_size=64).train()
+    randomise(plain)
+    checkpointed = copy.deepcopy(plain)
+    checkpointed.activation_checkpointing = True
+    images = torch.randn(3, 3, 64, 64)
+    for encoder in (plain, checkpointed):
+        encoder(images).pow(2).sum().backward()
+    wanted, found = dict(plain.named_buffers()), dict(checkpointed.named_buffers())
+    counts = {int(value) for name, value in found.items() if name.endswith("num_batches_tracked")}
+    assert counts == {1}
+    for name, value in wanted.items():
+        assert torch.equal(found[name], value), name
+    assert all(m.momentum == 0.1 for m in checkpointed.modules() if isinstance(m, nn.BatchNorm2d))
 
 
 def test_frozen_blocks__nothing_saved_below_the_first_trainable_block() -> None:

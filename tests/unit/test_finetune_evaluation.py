@@ -370,3 +370,33 @@ def test_choose_postprocessing__steps_need_a_gain_in_enough_patients(tmp_path):
     with pytest.raises(WeightsError, match="damaged"):
         read_postprocessing(tmp_path, weights_sha256="w", classes=CLASSES)
     assert read_postprocessing(tmp_path / "none", weights_sha256="w", classes=CLASSES) == PostProcessing()
+
+
+def test_apply_postprocessing__voxels_are_connected_by_faces_in_three_dimensions():
+    """A line of 3 touches one of 2 at an edge only, and 4 voxels in a column through the slices are the largest."""
+    labels = np.zeros((4, 4, 5), dtype=np.int32)
+    labels[0, 0, :3] = 7
+    labels[0, 1, 3:5] = 7
+    labels[:, 3, 0] = 7
+    labels[2, 1, 4] = 2
+    found = apply_postprocessing(labels, {7: ["largest_component"]})
+    expected = np.zeros_like(labels)
+    expected[:, 3, 0] = 7
+    expected[2, 1, 4] = 2
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_apply_postprocessing__holes_are_filled_within_a_slice_and_never_over_another_class():
+    labels = np.zeros((3, 5, 5), dtype=np.int32)
+    labels[1, 1:4, 1:4] = 7
+    labels[1, 2, 2] = 0
+    labels[2] = labels[1]
+    labels[2, 2, 2] = 3
+    found = apply_postprocessing(labels, {7: ["fill_holes"]})
+    assert found[1, 2, 2] == 7
+    assert found[2, 2, 2] == 3
+    assert (found == 7).sum() == 9 + 8
+    bits = np.where(labels == 7, 4, 0)
+    bits[1, 2, 2] = 1
+    filled = apply_postprocessing(bits, {4: ["fill_holes"]}, is_overlapping=True)
+    assert (filled[1, 2, 2], filled[2, 2, 2], filled[0].sum()) == (5, 4, 0)

@@ -79,3 +79,37 @@ def test_frame__slices_of_another_size_are_refused():
         image_to_frame(torch.zeros(1, 1, 11, 10), frame)
     with pytest.raises(ValueError, match="positive"):
         fit_frame((0, 10), image_size=32, keep_aspect=True)
+
+
+def test_label_to_frame__reduced_label_is_that_of_the_pixel_centres():
+    """6 x 9 pixels become 2 x 3. The centres are rows 1 and 4 and columns 1, 4 and 7."""
+    label = torch.arange(54).view(1, 6, 9)
+    out = label_to_frame(label, fit_frame((6, 9), image_size=3, keep_aspect=True))
+    assert out.tolist() == [[[10, 13, 16], [37, 40, 43], [0, 0, 0]]]
+    assert out.dtype == torch.int64
+
+
+def test_image_to_frame__reduction_averages_with_antialiasing():
+    """8 columns become 2 with the triangle filter of four columns half width, whose weights are worked out here."""
+    image = torch.eye(8)[:, None, None, :].expand(8, 1, 8, 8)  # one bright column each
+    frame = fit_frame((8, 8), image_size=2, keep_aspect=True)
+    out = image_to_frame(image, frame)
+    weights = torch.tensor([0.625, 0.875, 0.875, 0.625, 0.375, 0.125, 0, 0]) / 3.5
+    torch.testing.assert_close(out[:, 0, 0, 0], weights)
+    torch.testing.assert_close(out[:, 0, 1, 1], weights.flip(0))
+
+
+def test_image_to_frame__padding_is_on_the_right_and_at_the_bottom():
+    wide = image_to_frame(torch.ones(1, 2, 2, 4), fit_frame((2, 4), image_size=4, keep_aspect=True))
+    assert wide[0, 1].tolist() == [[1] * 4, [1] * 4, [0] * 4, [0] * 4]
+    tall = image_to_frame(torch.ones(1, 1, 4, 1), fit_frame((4, 1), image_size=4, keep_aspect=True))
+    assert tall[0, 0].tolist() == [[1, 0, 0, 0]] * 4
+
+
+def test_logits_to_native__enlarges_before_the_padding_is_cut():
+    """A quarter of 8 px has 2 columns, and 3 of the 8 columns are content, a border inside a logit."""
+    frame = fit_frame((8, 3), image_size=8, keep_aspect=True)
+    logits = torch.tensor([[0.0, 1.0], [0.0, 1.0]])[None, None]
+    # Bilinear without aligned corners: the columns lie at (i + 0.5) / 4 - 0.5 = -0.375, -0.125, 0.125, ...
+    expected = torch.tensor([0.0, 0.0, 0.125]).expand(1, 1, 8, 3)
+    torch.testing.assert_close(logits_to_native(logits, frame), expected)

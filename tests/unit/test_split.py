@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import os
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -12,6 +14,7 @@ from samgraft.shared.samples.split import (
     check_split,
     choose_fold,
     default_split_path,
+    group_patients,
     keep_drawn_split,
     load_split,
     make_folds,
@@ -239,3 +242,38 @@ def test_keep_drawn_split__is_written_once_and_never_replaced(tmp_path):
     other.save(path)
     keep_drawn_split(store)
     assert load_split(None, store) == other
+
+
+def patients_of(*series):
+    """Return a store of (patient, voxels, site, labels) without files."""
+    records = [
+        SimpleNamespace(patient_id=p, content_sha256=voxels, site_id=site, label_voxels=dict.fromkeys(labels, 5))
+        for p, voxels, site, labels in series
+    ]
+    patients = tuple(dict.fromkeys(record.patient_id for record in records))
+    return SimpleNamespace(series=records, patient_ids=patients, fingerprint="f", path=Path("s.zarr"))
+
+
+def test_group_patients__equal_voxels_and_sites_join_through_others():
+    """a = b by voxels, b = c by the other scan of b, d alone; e and f share a site only."""
+    store = patients_of(
+        ("a", "1", "x", [1]), ("b", "1", "y", [1]), ("b", "2", "y", [1]), ("c", "2", None, []), ("d", "3", None, []),
+        ("e", "4", "z", [2]), ("f", "5", "z", [2]),
+    )  # fmt: skip
+    assert group_patients(store) == [("a", "b", "c"), ("d",), ("e",), ("f",)]
+    assert group_patients(store, by_site=True) == [("a", "b", "c"), ("d",), ("e", "f")]
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_make_split__equal_scans_and_sites_are_never_separated(seed):
+    series = [(f"p{n}", str(n // 2), f"site{n // 3}", [n % 2]) for n in range(12)]
+    store = patients_of(*series)
+    for by_site, size in ((False, 2), (True, 6)):
+        split = make_split(store, fractions=(0.5, 0.25, 0.25), seed=seed, by_site=by_site)
+        part_of = {patient: name for name in ("train", "val", "test") for patient in split.part(name)}
+        assert len(part_of) == 12
+        for first in range(0, 12, size):
+            assert len({part_of[f"p{first + n}"] for n in range(size)}) == 1
+        folds = make_folds(store, num_folds=2, seed=seed, by_site=by_site).folds
+        for fold in folds:
+            assert all((f"p{n}" in fold.val) == (f"p{n + 1}" in fold.val) for n in range(0, 12, 2))
