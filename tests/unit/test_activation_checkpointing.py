@@ -88,7 +88,9 @@ def test_checkpointing__fewer_saved_bytes_and_the_same_gradients(case: str) -> N
 
 
 def test_checkpointing__batch_norm_counts_each_batch_once() -> None:
-    plain = TinyViTEncoder(tiny_vit_t_spec(), image_size=64).train()
+    plain = TinyViTEncoder(tiny_vit_t_spec(), image_size=64)
+    plain.batch_norm_frozen = False
+    plain.train()
     randomise(plain)
     checkpointed = copy.deepcopy(plain)
     checkpointed.activation_checkpointing = True
