@@ -24,11 +24,7 @@ endif
 export SAMGRAFT_FRONT_END := make $(MAKECMDGOALS)
 export SAMGRAFT_MAKE_GIVEN := $(GIVEN)
 
-<<<<<<< HEAD
-.PHONY: help install demo-data store pretrain finetune selftrain evaluate predict study release inspect doctor test test-slow test-gpu check docs site format imports types wheel clean
-=======
-.PHONY: help install demo-data store pretrain finetune selftrain evaluate predict study release inspect doctor test test-slow test-gpu mutants check docs format imports types wheel clean
->>>>>>> 8abba0a (Make model fixtures, load-back check and loss tests sensitive)
+.PHONY: help install demo-data store pretrain finetune selftrain evaluate predict study release inspect doctor test test-slow test-gpu mutants check docs site format imports types wheel clean
 
 help: ## list the targets
 	@echo "samgraft: unlabelled scans -> better SAM encoder -> segmentation models you can release"
@@ -96,14 +92,10 @@ test-slow: $(STAMP) ## run the suite with real shapes and long runs | make test-
 test-gpu: $(STAMP) ## compare the encoders with the originals on this machine's GPU | make test-gpu
 	@$(BIN)/python -m pytest -n 0 -m gpu
 
-<<<<<<< HEAD
-check: $(STAMP) imports types site ## check format, lint, language, types, imports, spelling and docs | make check
-=======
 mutants: $(STAMP) ## plant bugs one at a time and count those that the tests find | make mutants ARGS="--minutes 30"
 	@$(BIN)/python benchmarks/mutants.py $(ARGS)
 
-check: $(STAMP) imports types ## check format, lint, language, types, imports and spelling | make check
->>>>>>> 8abba0a (Make model fixtures, load-back check and loss tests sensitive)
+check: $(STAMP) imports types site ## check format, lint, language, types, imports, spelling and docs | make check
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/python tests/check_language.py api shared ssl finetune
