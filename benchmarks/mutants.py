@@ -30,10 +30,12 @@ import sys
 import tempfile
 import time
 import traceback
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import yaml
-from mutation import Mutation, mutations
+from mutation import mutations
 
 ROOT = Path(__file__).resolve().parents[1]
 PLAN = Path(__file__).with_suffix(".yaml")
@@ -152,9 +154,13 @@ def digest(path):
     return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
 
 
-def identity(mutation: Mutation) -> str:
-    """Return a text that stays while the line and its change stay."""
-    return f"{mutation.operator}: {mutation.before} -> {mutation.after} @ {mutation.code}"
+def identities(source: str) -> Iterator[str]:
+    """Yield a name of every mutation that stays while its line stays."""
+    seen: Counter[str] = Counter()
+    for mutation in mutations(source):
+        name = f"{mutation.operator}: {mutation.before} -> {mutation.after} @ {mutation.code}"
+        seen[name] += 1
+        yield f"{name} #{seen[name]}"
 
 
 def sample(module: str, number: int) -> list[int]:
@@ -170,27 +176,26 @@ def measure_module(module, tests, state, options, *, out_of_time):
     source = (ROOT / module).read_text()
     kept = state.setdefault(module, {"source": "", "mutants": {}})
     chosen = set(sample(module, options.per_module))
-    total = sum(1 for _ in mutations(source))
+    keys = list(identities(source))
     known = kept["mutants"] if kept["source"] == digest(ROOT / module) else {}
-    done = {key: value for key, value in kept["mutants"].items() if key in known}
-    todo = []
-    for number, mutation in enumerate(mutations(source)):
-        key = f"{number} {identity(mutation)}"
-        is_open = done.get(key, {}).get("outcome") == "survived"
-        if number in chosen and (key not in done or (options.survivors and is_open)):
-            todo.append(number)
+    done = {key: known[key] for key in keys if key in known}
+    todo = {
+        number
+        for number in chosen
+        if keys[number] not in done or (options.survivors and done[keys[number]]["outcome"] == "survived")
+    }
     if not todo:
         return
     outcome, base = run_tests(module, tests, None)
     if outcome != "survived":
         print(f"left out: the tests of {module} fail without a mutant.")
         return
-    kept |= {"source": digest(ROOT / module), "mutants": done, "possible": total, "tests": tests, "seconds": base}
+    kept |= {"source": digest(ROOT / module), "mutants": done, "possible": len(keys), "tests": tests, "seconds": base}
     for number, mutation in enumerate(mutations(source)):
         if number not in todo or out_of_time():
             continue
         outcome, spent = run_tests(module, tests, mutation.tree, cpu_seconds=3 * base + 10)
-        kept["mutants"][f"{number} {identity(mutation)}"] = {
+        kept["mutants"][keys[number]] = {
             "line": mutation.line,
             "operator": mutation.operator,
             "code": mutation.code,

@@ -58,5 +58,7 @@ def test_model_fixture__another_image_gives_other_classes(name, num_classes):
 
 def test_finished_model__another_image_gives_other_classes(tmp_path):
     run = finished_model(tmp_path, tiny_vit_t_spec(), image_size=64, num_classes=2)
-    shares = changed_shares(read_model(run).segmenter.eval())
+    segmenter = read_model(run).segmenter
+    assert not any(module.training for module in segmenter.modules())
+    shares = changed_shares(segmenter)
     assert min(shares.values()) >= SHARE, shares

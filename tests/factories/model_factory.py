@@ -78,6 +78,7 @@ def make_sam(spec: EncoderSpec, *, image_size: int, seed: int = 0, num_multimask
     return sam
 
 
+@torch.enable_grad()
 def make_sensitive(sam: Sam) -> None:
     """Change a random SAM until its classes depend on the image.
 
