@@ -115,7 +115,7 @@ def read_model(path: Path) -> FinishedModel:
     if not is_merged:
         load_adapter(sam, folder / ADAPTER_FOLDER)
     return FinishedModel(
-        segmenter=Segmenter(sam, num_classes=task.classes.num_classes),
+        segmenter=Segmenter(sam, num_classes=task.classes.num_classes).eval(),
         card=card,
         task=task,
         folder=folder,
