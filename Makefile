@@ -115,8 +115,8 @@ types: $(STAMP) linktree
 imports: $(STAMP) linktree
 	@PYTHONPATH=build/types $(BIN)/lint-imports
 
-docs: $(STAMP) ## write docs/commands from the commands' own parsers | make docs
-	@$(BIN)/python -m samgraft.shared.command_pages docs/commands
+docs: $(STAMP) ## write docs/commands and docs/reference from the code | make docs
+	@$(BIN)/python docs/tools/write_reference.py docs
 
 site: $(STAMP) ## build the documentation into build/site/index.html | make site
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build

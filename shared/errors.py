@@ -10,15 +10,23 @@ class ExitCode(IntEnum):
     """Exit codes of every command, on which scripts and schedulers may rely."""
 
     OK = 0
+    """Everything was done."""
     USAGE = 2
+    """Command line, configuration or make variable that cannot be carried out."""
     DATA = 3
+    """Scans, labels, stores or splits that would corrupt a training run."""
     WEIGHTS = 4
+    """Weights files that are incomplete, foreign, unsafe or of another architecture."""
     STORAGE = 5
+    """Full disk, missing permission, failed drive or missing download."""
     NUMERICAL = 6
+    """NaN or Inf in training. The last good state is kept."""
     INTERNAL = 7
+    """Defect of samgraft. Please report it."""
     STOPPED_SAVED = 75
-    """Code of a run that stopped with everything saved (``EX_TEMPFAIL``). The same command resumes it."""
+    """Stop with everything saved (``EX_TEMPFAIL``). The same command resumes the run."""
     INTERRUPTED = 130
+    """Second Ctrl-C. Every verified state is kept."""
 
 
 FULL_DISK = frozenset({errno.ENOSPC, errno.EDQUOT})

@@ -71,6 +71,7 @@ class StudyConfig:
     methods: list[str] = field(default_factory=lambda: ["lora"])
     """Values of adapter.method."""
     variants: list[Variant] = field(default_factory=lambda: [Variant(name="automatic")])
+    """Named groups of further settings. Each is combined with all other axes."""
     shots: list[int] = field(default_factory=lambda: [ALL])
     """Numbers of training patients or slices, 0 for all."""
     shot_unit: str = "patients"

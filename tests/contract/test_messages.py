@@ -1,39 +1,20 @@
 """What a message tells a person to type exists: options, configuration keys, commands, make targets."""
 
 import argparse
-import ast
 import dataclasses
 import re
 import typing
 from importlib.metadata import entry_points
-from pathlib import Path
 
 import pytest
+from message_texts import ROOT, texts
 from samgraft.finetune.config import FinetuneConfig
 from samgraft.finetune.study.config import StudyConfig
 from samgraft.shared.config import RENAMED_KEYS
 from samgraft.ssl.config import PretrainConfig
 
-ROOT = Path(__file__).parents[2]
 NOT_OURS = ("tensorboard", "torchrun", "srun", "python -m")
 """A text that names one of these may name its options."""
-
-
-def texts():
-    """Yield (file:line, text) of every string in the package."""
-    for folder in ("api", "ssl", "finetune", "shared"):
-        for path in sorted((ROOT / folder).rglob("*.py")):
-            tree = ast.parse(path.read_text())
-            whole = [node for node in ast.walk(tree) if isinstance(node, ast.JoinedStr)]
-            parts = {part for node in whole for part in node.values}
-            for node in ast.walk(tree):
-                if isinstance(node, ast.JoinedStr):
-                    text = "".join(part.value if isinstance(part, ast.Constant) else "{}" for part in node.values)
-                elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node not in parts:
-                    text = node.value
-                else:
-                    continue
-                yield f"{path.relative_to(ROOT)}:{node.lineno}", text
 
 
 def options_of(parser):

@@ -1,14 +1,9 @@
-"""The pages under ``docs/commands``, written from the commands' own parsers.
-
-python -m samgraft.shared.command_pages docs/commands
-"""
+"""Pages under ``docs/commands``, written from the commands' own parsers."""
 
 from __future__ import annotations
 
 import argparse
-import sys
 from importlib.metadata import entry_points
-from pathlib import Path
 from typing import Any
 
 from samgraft.shared.cli import Command
@@ -23,9 +18,9 @@ def command_pages() -> dict[str, str]:
     }
     pages = {f"{name}.md": _page(name, command) for name, command in commands.items()}
     rows = [f"| [`samgraft {name}`]({name}.md) | {_cell(command.help)} |" for name, command in commands.items()]
-    pages["README.md"] = "\n".join(
-        [NOTE, "", "# Commands", "", "| command | does |", "|---|---|", *rows, "", "Exit codes are in the README.", ""]
-    )
+    end = "Every command ends with one of the [exit codes](../reference/exit_codes.md)."
+    index = [NOTE, "", "# Commands", "", "| command | does |", "|---|---|", *rows, "", end, ""]
+    pages["README.md"] = "\n".join(index)
     return pages
 
 
@@ -78,20 +73,3 @@ def _cell(text: str) -> str:
 def _sentence(text: str) -> str:
     text = text[:1].upper() + text[1:]
     return text if not text or text.endswith(".") else f"{text}."
-
-
-def main(arguments: list[str]) -> int:
-    """Write the pages and remove those of commands that no longer exist."""
-    folder = Path(arguments[0])
-    folder.mkdir(parents=True, exist_ok=True)
-    pages = command_pages()
-    for stale in set(folder.glob("*.md")) - {folder / name for name in pages}:
-        stale.unlink()
-    for name, text in pages.items():
-        (folder / name).write_text(text, encoding="utf-8")
-    sys.stdout.write(f"{len(pages)} pages in {folder}\n")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
