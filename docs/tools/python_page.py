@@ -12,7 +12,18 @@ from samgraft.finetune.prediction.loaded_model import LoadedModel, Segmentation
 from settings_page import attribute_docs, cell_text
 
 _ARGUMENT = re.compile(r"^    (\*{0,2}\w+): (.*(?:\n {8}.*)*)", re.MULTILINE)
-_ORDER = ("build_store", "open_store", "pretrain", "finetune", "selftrain", "evaluate", "compare", "average", "release", "load")
+_ORDER = (
+    "build_store",
+    "open_store",
+    "pretrain",
+    "finetune",
+    "selftrain",
+    "evaluate",
+    "compare",
+    "average",
+    "release",
+    "load",
+)
 _PART = re.compile(r"^(Args|Returns|Raises|Source|Yields):\n((?: {4}.*\n?|\n)+)", re.MULTILINE)
 
 
