@@ -25,7 +25,7 @@ SIDE = 256
 HIDDEN_SHARE = 0.6
 NUM_SQUARES = 16
 AIR = 0.2
-NUM_COLORS = 64
+NUM_COLORS = 160
 TITLES = ("your scans", "stage 1: fill what is hidden", "stage 2: learn from few labels", "masks for new scans")
 
 
