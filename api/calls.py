@@ -8,7 +8,8 @@ import sys
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
-from samgraft.shared.invocation import called_from_python
+from samgraft.shared.errors import SamgraftError
+from samgraft.shared.invocation import called_from_python, in_typed_grammar
 
 P = ParamSpec("P")
 Result = TypeVar("Result")
@@ -17,14 +18,19 @@ Result = TypeVar("Result")
 def as_call(function: Callable[P, Result]) -> Callable[P, Result]:
     """Return the function for callers from Python.
 
-    It leaves the signal handlers of the program alone and shows messages in a notebook.
+    It leaves the signal handlers of the program alone and shows messages in a notebook. Errors name the arguments of
+    functions.
     """
 
     @functools.wraps(function)
     def call(*arguments: P.args, **keywords: P.kwargs) -> Result:
         _show_messages()
         with called_from_python():
-            return function(*arguments, **keywords)
+            try:
+                return function(*arguments, **keywords)
+            except SamgraftError as error:
+                error.reword(in_typed_grammar)
+                raise
 
     return call
 

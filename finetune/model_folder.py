@@ -81,19 +81,31 @@ def write_model(
     return path
 
 
+def read_task(path: Path) -> Task:
+    """Read the task of a finished run or a release, without its weights.
+
+    Raises:
+        WeightsError: If the folder has no finished model.
+    """
+    if not path.exists():
+        raise WeightsError(
+            "the run or release does not exist.", where=path.name, next_command="make finetune CKPT=runs/NAME"
+        )
+    return Task.read(_model_folder(path))
+
+
+def _model_folder(path: Path) -> Path:
+    # A run has its model in a sub-folder, a release is the folder itself.
+    return path / "model" if (path / "model").is_dir() else path
+
+
 def read_model(path: Path) -> FinishedModel:
     """Read a finished run or a release.
 
     Raises:
         WeightsError: If the folder has no finished model, or its weights do not match its card.
     """
-    if not path.exists():
-        raise WeightsError(
-            "the run or release does not exist.", where=path.name, next_command="make finetune CKPT=runs/NAME"
-        )
-    # A run has its model in a sub-folder, a release is the folder itself.
-    folder = path / "model" if (path / "model").is_dir() else path
-    task = Task.read(folder)
+    task, folder = read_task(path), _model_folder(path)
     if task.network:
         return _read_baseline(folder, task)
     is_merged = (folder / WEIGHTS_FILE).is_file()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable
 from enum import IntEnum
 
 
@@ -53,6 +54,13 @@ class SamgraftError(Exception):
         self.where = where
         self.kept = kept
         self.next_command = next_command
+
+    def reword(self, change: Callable[[str], str]) -> None:
+        """Change the wording of all texts, for a reader who types something else."""
+        self.what = change(self.what)
+        self.args = (self.what,)
+        self.kept = change(self.kept) if self.kept else None
+        self.next_command = change(self.next_command) if self.next_command else None
 
     def render(self) -> str:
         """Return the one-screen text that the command line prints."""

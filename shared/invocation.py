@@ -2,9 +2,10 @@
 
 Messages are written in the grammar of make, such as ``make finetune CKPT=runs/a ARGS=seed=1`` or "choose another
 NAME=". After a ``samgraft`` command they are shown as ``samgraft finetune --ckpt runs/a seed=1`` and "choose another
---name". Commands without a make target are written as ``samgraft`` commands, and are shown with the path of the program
-where it is not on PATH. The Makefile sets the environment variable by which the two are distinguished. A Python program
-that calls samgraft has no such command, and keeps its own signal handlers.
+--name", and in an error of a call from Python as "choose another name=". Commands without a make target are written as
+``samgraft`` commands, and are shown with the path of the program where it is not on PATH. The Makefile sets the
+environment variable by which the first two are distinguished. A Python program that calls samgraft has no command, and
+keeps its own signal handlers.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ _GIVEN = re.compile(rf"([A-Z]+)=({_WORD})")
 _VARIABLE = re.compile(rf"(?<![\w/$.-])(?P<name>{'|'.join(VARIABLES)})=(?P<value>\.\.\.|[^\s,;.)`]|\.(?=[\w/]))?")
 # Only these two are named without a value, as in "CKPT and BASE are both missing".
 _BARE = re.compile(r"(?<![\w/$.-])(CKPT|BASE)(?![\w=.-]|'s)")
+_OPTION = re.compile(r"(?<![\w-])--([a-z][a-z-]+)")
 _ARGUMENTS = re.compile(r"(?<![\w/$.-])ARGS='([^']*)'")
 _PROGRAM = re.compile(r"(?<![\w/.-])samgraft (?=(?:store|compare|evaluate|inspect|study|demo-data|doctor|release) )")
 
@@ -76,14 +78,24 @@ def is_from_make() -> bool:
 
 def in_typed_grammar(text: str) -> str:
     """Return a message with its commands and options in the grammar of the command that the user typed."""
-    if is_from_make():
+    if is_from_make() and not is_library_call():
         return text
     # Whole commands come first, because their variables may become arguments without an option name.
     text = _MAKE.sub(lambda match: _as_command(match["target"], match["given"]), text)
     text = text.replace("make help", "samgraft --help")
     text = _ARGUMENTS.sub(lambda match: match[1], text)
+    if is_library_call():
+        return _as_keywords(text)
     text = _VARIABLE.sub(lambda m: f"--{m['name'].lower()}" + (f" {m['value']}" if m["value"] else ""), text)
     return _BARE.sub(lambda match: f"--{match[1].lower()}", text)
+
+
+def _as_keywords(text: str) -> str:
+    """Return a message with variables and options as the arguments of a function."""
+    text = _VARIABLE.sub(lambda m: f"{m['name'].lower()}={m['value'] or ''}", text)
+    # Options of whole commands stay, because they are for a shell.
+    text = _BARE.sub(lambda match: match[1].lower(), text)
+    return text if "samgraft " in text else _OPTION.sub(lambda m: m[1].replace("-", "_"), text)
 
 
 def for_terminal(text: str) -> str:

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from samgraft.shared.cli import Command, keywords
-from samgraft.shared.errors import ExitCode
+from samgraft.shared.errors import ExitCode, UsageError
 
 if TYPE_CHECKING:
     from pandas import DataFrame
+    from samgraft.shared.store.names import Names
 
 log = logging.getLogger(__name__)
 
@@ -23,6 +24,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="evaluated runs, or folders with cases.csv")
     parser.add_argument("--split", default="test", choices=("train", "val", "test", "all"), help="part (default test)")
     parser.add_argument("--metrics", default="dice,nsd,hd95_mm", help="columns of cases.csv, separated by commas")
+    parser.add_argument(
+        "--show-names",
+        action="store_true",
+        help="list the difference of every patient by name, also in patients.names.csv, which must stay local",
+    )
     parser.add_argument(
         "--out", type=Path, help="folder for comparison.csv, .json and report.html; default: print only"
     )
@@ -62,6 +68,7 @@ def compare(
     split: str = "test",
     metrics: Sequence[str] | str = ("dice", "nsd", "hd95_mm"),
     out: Path | str | None = None,
+    show_names: bool = False,
 ) -> ComparisonResult:
     """Compare evaluated runs on the same patients.
 
@@ -70,11 +77,20 @@ def compare(
         split: Part of the split, ``train``, ``val``, ``test`` or ``all``.
         metrics: Columns of ``cases.csv``, as a list or separated by commas.
         out: Folder for tables and report; None writes nothing.
+        show_names: List the differences of all patients by name, in a further file that must stay local.
 
     Raises:
         SamgraftError: If a run was not evaluated, or not on the same patients.
     """
-    from samgraft.finetune.evaluation.comparison import compare_runs, read_evaluated_run, render_pair, write_comparison
+    from samgraft.finetune.evaluation.comparison import (
+        compare_runs,
+        patient_differences,
+        read_evaluated_run,
+        render_pair,
+        render_patient,
+        write_comparison,
+        write_patients,
+    )
     from samgraft.finetune.evaluation.comparison_report import write_comparison_report
     from samgraft.finetune.evaluation.scores import METRIC_BY_KEY, interval_of
     from samgraft.shared.store.from_data import progress_bar
@@ -82,6 +98,7 @@ def compare(
     names = metrics.split(",") if isinstance(metrics, str) else metrics
     keys = [name.strip() for name in names if name.strip()]
     evaluated = [read_evaluated_run(Path(path), part=split) for path in runs]
+    owner = _read_names([Path(path) for path in runs]) if show_names else None
     with progress_bar("comparing") as on_progress:
         results = compare_runs(evaluated, metrics=keys, on_progress=on_progress)
     for one in evaluated:
@@ -93,13 +110,30 @@ def compare(
             log.info("%s, %s: %s", METRIC_BY_KEY[metric].title, one.name, interval.render() if interval else "n/a")
     for result in results:
         log.info("%s", render_pair(result))
+    patients = patient_differences(evaluated, owner, metrics=keys) if owner else []
+    for row in patients:
+        log.info("%s", render_patient(row))
     # The tables are printed in any case, because a comparison is often only looked at.
     folder = Path(out) if out else None
     if folder:
         write_comparison(evaluated, results, folder, metrics=keys)
         write_comparison_report(evaluated, results, folder, metrics=keys)
         log.info("written: comparison.csv, comparison.json and report.html in %s", folder)
+        if owner:
+            log.info("with names, for you only: %s", write_patients(patients, folder).name)
     return ComparisonResult(path=folder, rows=results)
+
+
+def _read_names(runs: Sequence[Path]) -> Names:
+    """Return the names of the store that the runs were evaluated on, as the first one that has it gives."""
+    from samgraft.finetune.evaluation.run_inputs import read_run_inputs
+    from samgraft.shared.store.names import require_names
+    from samgraft.shared.store.store import SliceStore
+
+    stores = [inputs.store for inputs in map(read_run_inputs, runs) if inputs.store]
+    if not stores:
+        raise UsageError("--show-names needs the store, which is named by runs and not by releases. Compare a run.")
+    return require_names(SliceStore.open(stores[0]))
 
 
 COMMAND = Command(help="paired comparison of evaluated runs", add_arguments=add_arguments, run=run)

@@ -22,6 +22,7 @@ log = logging.getLogger(__name__)
 
 PLAIN_LINE_EVERY_S = 60.0
 FORMATS = ("nifti", "nrrd", "dicom-seg")
+PICTURES = ("auto", "stack", "single")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,6 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--frame", type=int, help="number of the volume in 4D files, counted from 0")
     parser.add_argument("--allow-gaps", action="store_true", help="accept missing DICOM slices")
+    parser.add_argument(
+        "--pictures", choices=PICTURES, default="auto", help="meaning of a folder of pictures; default as in training"
+    )
     parser.add_argument("--nan-policy", default="refuse", choices=("refuse", "zero"), help="NaN and Inf in scans")
     parser.add_argument("--precision", default="auto", choices=("auto", "bf16", "fp32"), help="number format")
     parser.add_argument("--batch-size", type=int, help="slices per forward pass; default 1 on a CPU, 8 on a GPU")
@@ -49,16 +53,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command and return its exit code."""
+    from samgraft.finetune.model_folder import read_task
     from samgraft.finetune.prediction.predict import PredictSettings, predict_scans
     from samgraft.finetune.prediction.prediction_inputs import find_inputs
     from samgraft.finetune.prediction.predictor import Predictor
     from samgraft.finetune.prompting.prompt_file import read_prompts
+    from samgraft.shared.scans.discovery import pictures_are_scans
     from samgraft.shared.training.device import retain_freed_memory
     from samgraft.shared.training.signals import StopRequest, handle_stop_signals
 
     if arguments.batch_size is not None and arguments.batch_size < 1:
         raise UsageError(f"--batch-size must be at least 1, got {arguments.batch_size}.")
-    inputs = find_inputs(arguments.input, frame=arguments.frame, allow_gaps=arguments.allow_gaps)
+    single = pictures_are_scans(arguments.pictures, read_task(arguments.model).modality)
+    inputs = find_inputs(
+        arguments.input, frame=arguments.frame, allow_gaps=arguments.allow_gaps, pictures_are_scans=single
+    )
     formats = _formats(arguments.formats, inputs)
     retain_freed_memory()
     predictor = Predictor(

@@ -25,7 +25,8 @@ from samgraft.finetune.evaluation.scores import (
 )
 from samgraft.finetune.evaluation.statistics import compare_paired, holm
 from samgraft.shared.errors import DataError, UsageError
-from samgraft.shared.files import write_json, write_text
+from samgraft.shared.files import write_json, write_private_text, write_text
+from samgraft.shared.store.names import NAMES_WORD, Names
 
 DEFAULT_METRICS = ("dice", "nsd", "hd95_mm")
 ALL_CLASSES = "all"
@@ -135,6 +136,43 @@ def _compare_patients(first: Mapping[str, float], second: Mapping[str, float]) -
         "num_patients": len(both),
         "num_patients_dropped": len(set(first) | set(second)) - len(both),
     }
+
+
+def patient_differences(runs: Sequence[EvaluatedRun], names: Names, *, metrics: Sequence[str]) -> list[dict[str, Any]]:
+    """Return the values of every patient by name, for every pair of runs, the largest loss first."""
+    rows: list[dict[str, Any]] = []
+    for metric in metrics:
+        values = {run.name: per_patient(run.rows, metric) for run in runs}
+        for one, two in combinations(runs, 2):
+            both = set(values[one.name]) & set(values[two.name])
+            pairs = [(values[one.name][patient], values[two.name][patient], names.patient(patient)) for patient in both]
+            rows += [
+                {
+                    "metric": metric,
+                    "first": one.name,
+                    "second": two.name,
+                    "patient": patient,
+                    "first_value": before,
+                    "second_value": after,
+                    "difference": after - before,
+                }
+                for before, after, patient in sorted(pairs, key=lambda pair: (pair[1] - pair[0], pair[2]))
+            ]
+    return rows
+
+
+def render_patient(row: Row) -> str:
+    """Return one line on one patient."""
+    values = f"{row['first']} {row['first_value']:.3f}, {row['second']} {row['second_value']:.3f}"
+    return f"{METRIC_BY_KEY[row['metric']].title}, {row['patient']}: {values}, difference {row['difference']:+.3f}"
+
+
+def write_patients(rows: Sequence[Row], folder: Path) -> Path:
+    """Write ``patients.names.csv``, which its owner alone may read."""
+    columns = ("metric", "first", "second", "patient", "first_value", "second_value", "difference")
+    path = folder / f"patients{NAMES_WORD}csv"
+    write_private_text(path, render_csv(rows, columns))
+    return path
 
 
 def write_comparison(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
 
@@ -47,21 +47,27 @@ class Inputs:
     """Notes about the folder, for the terminal."""
 
 
-def find_inputs(source: Path, *, frame: int | None = None, allow_gaps: bool = False) -> Inputs:
+def find_inputs(
+    source: Path, *, frame: int | None = None, allow_gaps: bool = False, pictures_are_scans: bool = False
+) -> Inputs:
     """List the scans of a file or folder without their labels.
 
     Args:
         source: A scan file, a folder (plain, nnU-Net, Decathlon, BIDS, DICOM series), or a CSV list.
         frame: Number of the volume of 4D files, from 0.
         allow_gaps: Accept missing DICOM slices.
+        pictures_are_scans: True if every picture is a scan of its own. Otherwise a folder of pictures is one stack.
 
     Raises:
         DataError: If there is no scan, or the file has no known format.
     """
     if source.is_file() and scan_suffix(source) not in {".csv", ".tsv"}:
         return _single_file(source, frame=frame, allow_gaps=allow_gaps)
-    found = discover(source, SourceOptions(frame=frame, allow_gaps=allow_gaps))
-    inputs = Inputs(scans=[], left_out=found.left_out, notes=list(found.notes))
+    options = SourceOptions(frame=frame, allow_gaps=allow_gaps, pictures_are_scans=pictures_are_scans)
+    found = discover(source, options)
+    # Who the patients are does not matter here, and there is no option for it.
+    notes = [note for note in found.notes if "--patient-pattern" not in note]
+    inputs = Inputs(scans=[], left_out=found.left_out, notes=notes)
     # Labels next to scans, as in training folders, are not scans to segment.
     if num := sum(len(case.labels) for case in found.cases) + len(found.labels_without_image):
         inputs.left_out["label file (not a scan)"] += num
@@ -86,7 +92,8 @@ def _single_file(path: Path, *, frame: int | None, allow_gaps: bool) -> Inputs:
 
 
 def _without_labels(case: SourceCase) -> SourceCase:
-    return SourceCase(name=case.name, patient_key=case.patient_key, study_key=case.study_key, scan=case.scan)
+    # A refusal because of the labels does not concern the scan.
+    return replace(case, labels=(), refusal=None)
 
 
 def _name(case: SourceCase, source: Path) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from samgraft.shared.cli import Command, keywords
-from samgraft.shared.errors import ExitCode, WeightsError
+from samgraft.shared.errors import ExitCode, UsageError, WeightsError
 from samgraft.shared.runs.result import ENCODER_FILE, MODEL_FOLDER
 
 log = logging.getLogger(__name__)
@@ -161,7 +161,13 @@ def _names(text: str | None) -> tuple[str, ...] | None:
 
 
 def _identifiers(path: Path | None) -> tuple[str, ...]:
-    lines = path.read_text(encoding="utf-8").splitlines() if path else []
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines() if path else []
+    except (OSError, UnicodeDecodeError) as err:
+        reason = err.strerror if isinstance(err, OSError) else "it is not UTF-8 text"
+        raise UsageError(
+            f"--known-identifiers must be a text file that can be read ({reason}).", where=str(path)
+        ) from err
     return tuple(line.strip() for line in lines if line.strip())
 
 

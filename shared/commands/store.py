@@ -338,7 +338,12 @@ def scan_request(
     Raises:
         UsageError: If an option has a wrong value.
     """
-    from samgraft.shared.scans.discovery import SourceOptions, parse_label_map, parse_label_names
+    from samgraft.shared.scans.discovery import (
+        SourceOptions,
+        parse_label_map,
+        parse_label_names,
+        pictures_are_scans,
+    )
     from samgraft.shared.scans.orientation import Plane
     from samgraft.shared.store.from_data import ScanRequest
 
@@ -351,8 +356,6 @@ def scan_request(
     workers = options.get("workers", 0)
     if workers < 0:
         raise UsageError(f"--workers must be 0 or more, got {workers}.")
-    # An X-ray or ultrasound picture is a scan of its own; pictures of other modalities are slices of a stack.
-    single = pictures == "single" or (pictures == "auto" and modality.lower() in ("xray", "ultrasound"))
     overlays = options.get("overlays")
     return ScanRequest(
         source=Path(source),
@@ -367,7 +370,7 @@ def scan_request(
             frame=options.get("frame"),
             allow_gaps=options.get("allow_gaps", False),
             round_labels=options.get("round_labels", False),
-            pictures_are_scans=single,
+            pictures_are_scans=pictures_are_scans(pictures, modality),
         ),
         planes=tuple(known[name] for name in planes),
         zero_non_finite=options.get("nan_policy") == "zero",

@@ -202,7 +202,11 @@ def unescape(text: str) -> str:
 
 def _plain(text: str) -> str:
     """Return text with escapes resolved and without case and accents."""
-    decomposed = unicodedata.normalize("NFKD", unescape(text).casefold().translate(_WITHOUT_STROKE))
+    folded = unescape(text).casefold()
+    # Most ids and almost all texts, which nothing below changes.
+    if folded.isascii():
+        return folded
+    decomposed = unicodedata.normalize("NFKD", folded.translate(_WITHOUT_STROKE))
     # Format characters, such as soft hyphens and zero-width spaces, are invisible.
     kept = (letter for letter in decomposed if not unicodedata.combining(letter))
     return "".join(letter for letter in kept if letter.isascii() or unicodedata.category(letter) != "Cf")
@@ -217,7 +221,7 @@ def _word_orders(text: str) -> set[tuple[str, ...]]:
     """Return the words of an identifier without case and accents, in every order."""
     orders: set[tuple[str, ...]] = set()
     lower = unicodedata.normalize("NFC", text).casefold()
-    for spelling in (lower, lower.translate(_TRANSLITERATION)):
+    for spelling in {lower, lower.translate(_TRANSLITERATION)}:
         words = [word for word in _SEPARATORS.split(_plain(spelling)) if word]
         orders |= set(permutations(words)) if len(words) <= MAX_PERMUTED_WORDS else {tuple(words)}
     return orders

@@ -71,7 +71,9 @@ class SourceCase:
     is_named_image: bool = True
     """False if only the absence of label words makes this file a scan. Its voxels are then checked."""
     refusal: str | None = None
-    """Reason to refuse the case before it is read, e.g. two labels of which one must be chosen."""
+    """Reason to refuse scan and labels together before they are read, e.g. two labels of which one must be chosen."""
+    scan_refusal: str | None = None
+    """Reason to refuse the scan, with or without its labels."""
 
 
 def read_case(case: SourceCase) -> RawScan:
@@ -80,8 +82,8 @@ def read_case(case: SourceCase) -> RawScan:
     Raises:
         DataError: If the case was refused when it was found, cannot be read, or is a label map and not a scan.
     """
-    if case.refusal is not None:
-        raise DataError(case.refusal, where=case.name)
+    if refusal := case.scan_refusal or case.refusal:
+        raise DataError(refusal, where=case.name)
     scan = read_scan(case.scan)
     if not case.is_named_image and is_label_map(scan.array_ijk):
         values = np.unique(scan.array_ijk)

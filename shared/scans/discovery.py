@@ -41,6 +41,16 @@ class SourceOptions:
     """True if every picture is a scan of its own (X-ray, ultrasound). Otherwise a folder of pictures is one stack."""
 
 
+def pictures_are_scans(meaning: str, modality: str) -> bool:
+    """Return whether every picture is a scan of its own.
+
+    Args:
+        meaning: ``stack``, ``single``, or ``auto``, which takes pictures of X-ray and ultrasound as scans.
+        modality: Kind of scan.
+    """
+    return meaning == "single" or (meaning == "auto" and modality.lower() in ("xray", "ultrasound"))
+
+
 @dataclass(kw_only=True)
 class Discovery:
     """Cases of a source, and the files that are no part of one."""

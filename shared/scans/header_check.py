@@ -48,8 +48,8 @@ def check_headers(source: Path) -> HeaderReport:
     for case in found.cases:
         names = set(path_findings(case.name))
         try:
-            if case.refusal is not None:
-                raise DataError(case.refusal.split(" (")[0])
+            if refusal := case.scan_refusal or case.refusal:
+                raise DataError(refusal.split(" (")[0])
             names.update(inspect_scan(case.scan))
             for label in case.labels:
                 inspect_scan(label.scan)

@@ -41,6 +41,11 @@ _CONTRASTS = _word_set(
     "t1 t2 t1w t2w t1ce t1c t1gd t1n t2f t2s pd pdw flair dwi adc swi dce bold asl ct cta mr mri mra pet cbct "
     "us xray cr dx mg axial coronal sagittal ax cor sag"
 )
+# Words for maps that programs compute from a scan, whose values are no intensities.
+_DERIVED_WORDS = _word_set(
+    "prob probs probability probabilities probmap softmax sigmoid logit logits uncertainty entropy variance confidence "
+    "heatmap heatmaps saliency"
+)
 # Words that number the scans of one patient, with or without their number in the same word.
 _REPEATS = _word_set(
     "frame fr time timepoint tp t ses session visit v scan phase day week month year slice slc z echo run acq rep "
@@ -116,6 +121,16 @@ class NamedFile:
     def loose_key(self) -> tuple[str, ...]:
         """Key in which folders such as ``Task1_Training_Input`` and ``Task1_GroundTruth_Training`` are equal."""
         return (*self.loose_folders, *self.key[len(self.folders) :])
+
+    @property
+    def is_derived(self) -> bool:
+        """True if the file name or a folder has a word for computed maps."""
+        return any(word in _DERIVED_WORDS for word in self.key)
+
+    @property
+    def key_of_origin(self) -> tuple[str, ...]:
+        """Key of the scan that a map was computed from."""
+        return tuple(word for word in self.key if word not in _DERIVED_WORDS)
 
     def label_candidates(self) -> Iterator[tuple[tuple[str, ...], str | None]]:
         """Yield (key of an image, class name) pairs to which this label may belong, the most exact first."""

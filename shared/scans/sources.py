@@ -124,9 +124,9 @@ def plain_cases(root: Path, options: SourceOptions) -> Discovery:
     index = index_files(root)
     found = Discovery(layout="plain folder", left_out=index.left_out, notes=list(index.notes))
     scans = [*_single_files(index, options), *_pictures(index, options, found), *_dicom(index, options, found)]
-    images = [scan for scan in scans if not scan.name.is_label]
+    images = _without_derived([scan for scan in scans if not scan.name.is_label], found)
     labels = [scan for scan in scans if scan.name.is_label]
-    refusals = {scan.files.name: scan.refusal for scan in images if scan.refusal is not None}
+    refusals: dict[str, str] = {}
     labels_of = _pair_labels(images, labels, options, found, refusals)
     rules = NameRules(options)
     paths = [scan.relative.as_posix() for scan in images if not scan.patient]
@@ -144,10 +144,20 @@ def plain_cases(root: Path, options: SourceOptions) -> Discovery:
                 is_named_image=False,
                 refusal=refusals.get(scan.files.name)
                 or refuse_unnamed(labels_of.get(scan.files.name, ()), options, found),
+                scan_refusal=scan.refusal,
             )
         )
     _note_dicom_patients(images, rules, found)
     return found
+
+
+def _without_derived(images: Sequence[FoundScan], found: Discovery) -> list[FoundScan]:
+    """Leave out what a program computed from a scan that is there as well, such as ``P01_prob`` beside ``P01``."""
+    keys = {image.name.key for image in images if not image.name.is_derived}
+    kept = [image for image in images if not image.name.is_derived or image.name.key_of_origin not in keys]
+    if num := len(images) - len(kept):
+        found.left_out["map computed from a scan, by its name (probability, uncertainty, ...)"] += num
+    return kept
 
 
 def _single_files(index: FileIndex, options: SourceOptions) -> list[FoundScan]:

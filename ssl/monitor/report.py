@@ -189,12 +189,12 @@ def finetune_command(config: PretrainConfig, ckpt: str, *, shown: Callable[[str]
         shown: Function of a path for what is printed.
     """
     given = {"CKPT": ckpt}
-    base = _full_sam(config)
-    if base not in (None, ckpt):
-        given["BASE"] = base
     # The store whose patients were left out is the one to fine-tune on.
     if config.data.labelled:
         given["DATA"] = config.data.labelled[0]
+    base = _full_sam(config)
+    if base not in (None, ckpt):
+        given["BASE"] = base
     return f"make finetune {' '.join(f'{name}={shlex.quote(shown(value))}' for name, value in given.items())}"
 
 

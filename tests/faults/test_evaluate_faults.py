@@ -12,7 +12,7 @@ import yaml
 from finished_factory import make_lab, write_finished
 from samgraft.finetune.evaluation.evaluate import evaluate
 from samgraft.finetune.evaluation.postprocess import PostProcessing
-from samgraft.finetune.evaluation.scores import read_cases
+from samgraft.finetune.evaluation.scores import per_patient, read_cases
 from samgraft.finetune.model_folder import read_model
 from samgraft.shared.cli import main
 from samgraft.shared.samples.split import default_split_path, load_split, make_folds, make_split
@@ -20,6 +20,7 @@ from samgraft.shared.scans.intensity import IntensityPreset
 from samgraft.shared.scans.volume import Modality
 from samgraft.shared.store.build import build_store
 from samgraft.shared.store.examine import BuildSettings
+from samgraft.shared.store.names import read_names
 from samgraft.shared.store.store import SliceStore
 from store_factory import make_cases
 
@@ -168,6 +169,23 @@ def test_compare__two_runs_write_tables_and_a_report(lab, tmp_path, capsys):
     page = (tmp_path / "out" / "report.html").read_text()
     assert "Comparison of seg and other" in page
     assert str(lab.root) not in page
+
+    assert main(["compare", *runs, "--out", str(tmp_path / "out"), "--show-names", "--metrics", "dice"]) == 0
+    shown = capsys.readouterr().err
+    private = tmp_path / "out" / "patients.names.csv"
+    rows = list(csv.DictReader(private.read_text().splitlines()))
+    first, second = (
+        per_patient(read_cases(lab.root / "runs" / name / "evaluation" / "test" / "cases.csv"), "dice")
+        for name in ("seg", "other")
+    )
+    owner = read_names(lab.store)
+    expected = {owner.patient(patient): second[patient] - first[patient] for patient in first}
+    assert all(name.startswith("patient0") for name in expected)
+    assert {row["patient"]: float(row["difference"]) for row in rows} == pytest.approx(expected)
+    assert [float(row["difference"]) for row in rows] == sorted(float(row["difference"]) for row in rows)
+    assert all(f"Dice, {name}: seg " in shown for name in expected)
+    assert private.stat().st_mode & 0o077 == 0
+    assert not any(name in (tmp_path / "out" / "report.html").read_text() for name in expected)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import pytest
 import torch
 from dicom_factory import write_series
 from finished_factory import make_lab, write_finished
+from PIL import Image
 from samgraft.finetune.classes import ClassTable
 from samgraft.finetune.evaluation.postprocess import PostProcessing, apply_postprocessing
 from samgraft.finetune.prediction import predict as predict_module
@@ -24,6 +25,7 @@ from samgraft.finetune.prompting.prompt_file import SlicePrompt
 from samgraft.shared.cli import main
 from samgraft.shared.errors import NumericalError, UsageError
 from samgraft.shared.scans.readers.nifti import read_nifti
+from samgraft.shared.scans.sources import discover
 from store_factory import make_scan
 from store_factory import write_nifti as write_scan
 
@@ -538,3 +540,41 @@ def test_find_inputs__unusual_names_become_valid_files(lab, tmp_path):
     report = predict_scans(predictor, inputs.scans, tmp_path / "out", settings=PredictSettings(formats=("nifti",)))
     assert len(report.written) == 3
     assert dataclasses.asdict(report)["refused"] == {}
+
+
+def write_pictures(folder, names):
+    folder.mkdir()
+    for number, name in enumerate(names):
+        image = make_scan(shape_zyx=(1, 32, 32), seed=number)[0][0]
+        Image.fromarray(image.astype(np.uint16)).save(folder / name)
+
+
+def test_predict__pictures_without_an_order_are_no_stack(lab, tmp_path, capsys):
+    write_pictures(tmp_path / "pictures", ["left.png", "right.png", "front.png"])
+    command = ["predict", str(lab.run), str(tmp_path / "pictures"), "--out", str(tmp_path / "masks")]
+    assert main(command) == 3
+    advice = re.search(r"Number them, or pass (--pictures single)", capsys.readouterr().err)[1]
+    assert main([*command, *advice.split()]) == 0
+    assert {path.name for path in (tmp_path / "masks").rglob("*_seg.nii.gz")} == {
+        "left_seg.nii.gz", "right_seg.nii.gz", "front_seg.nii.gz"
+    }  # fmt: skip
+
+
+def test_predict__x_ray_pictures_are_scans_of_their_own(tmp_path):
+    lab = make_lab(tmp_path, num_patients=4, modality="xray")
+    write_pictures(tmp_path / "pictures", ["p1.png", "p2.png"])
+    assert main(["predict", str(lab.run), str(tmp_path / "pictures"), "--out", str(tmp_path / "masks")]) == 0
+    assert len(list((tmp_path / "masks").rglob("*_seg.nii.gz"))) == 2
+
+
+def test_find_inputs__refusals_and_notes_about_labels_and_patients_do_not_count(tmp_path):
+    for name in ("a.nii.gz", "b.nii.gz"):
+        write_scan(tmp_path / name, make_scan(shape_zyx=(4, 32, 32))[0])
+    label = make_scan(shape_zyx=(4, 32, 32))[1]
+    # One class by its name and one label with ids are refused in training.
+    write_scan(tmp_path / "a_seg_liver.nii.gz", label)
+    write_scan(tmp_path / "b_seg.nii.gz", label)
+    assert any(case.refusal for case in discover(tmp_path).cases)
+    inputs = find_inputs(tmp_path)
+    assert [scan.case.refusal or scan.case.scan_refusal for scan in inputs.scans] == [None, None]
+    assert not any("--patient-pattern" in note for note in inputs.notes)

@@ -552,3 +552,16 @@ def test_summarise__masks_of_1_and_255_are_noted(tmp_path):
     assert "some labels hold only id 255 and others only 1: --label-map joins them" in notes
     report = examine(tmp_path, SourceOptions(label_map=parse_label_map("1=1,255=1")))
     assert {tuple(record.label_voxels) for record in report.records} == {(1,)}
+
+
+@pytest.mark.parametrize("word", ["prob", "softmax", "uncertainty", "probability_map"])
+def test_plain_cases__map_computed_from_a_scan_is_left_out_and_counted(tmp_path, word):
+    write(tmp_path, "P01.nii.gz", "P02.nii.gz", f"P01_{word}.nii.gz", f"maps/{word}/P02.nii.gz")
+    found = discover(tmp_path)
+    assert [case.name for case in found.cases] == ["P01.nii.gz", "P02.nii.gz", f"maps/{word}/P02.nii.gz"]
+    assert found.left_out["map computed from a scan, by its name (probability, uncertainty, ...)"] == 1
+
+
+def test_plain_cases__scan_with_such_a_word_and_no_origin_is_a_scan(tmp_path):
+    write(tmp_path, "P01_prob.nii.gz", "P02.nii.gz", "entropy study/P03.nii.gz")
+    assert len(discover(tmp_path).cases) == 3

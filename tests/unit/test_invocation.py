@@ -5,8 +5,10 @@ import shlex
 import sys
 
 import pytest
+import samgraft.api as sg
 from samgraft.shared import invocation
 from samgraft.shared.cli import main
+from samgraft.shared.errors import UsageError
 from samgraft.shared.invocation import for_terminal, in_typed_grammar
 
 MESSAGES = {
@@ -62,6 +64,31 @@ def test_main__error_and_log_lines_are_in_the_typed_grammar(front_end, monkeypat
     logging.getLogger("samgraft.test").info("make finetune CKPT=%s", shlex.quote("runs/a b"))
     line = capsys.readouterr().err
     assert line == ("make finetune CKPT='runs/a b'\n" if front_end else "samgraft finetune --ckpt 'runs/a b'\n")
+
+
+def test_call__error_names_arguments_and_not_variables_of_make(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for front_end in ("", "make finetune"):
+        monkeypatch.setenv(invocation.FRONT_END, front_end)
+        with pytest.raises(UsageError, match=r"^ckpt and base are both missing") as refusal:
+            sg.finetune()
+        assert "base=sam_vit_b" in refusal.value.render()
+        assert "CKPT" not in refusal.value.render()
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("choose another NAME=.", "choose another name=."),
+        ("Give it as DATA=STORE.zarr.", "Give it as data=STORE.zarr."),
+        ("else give --patient-pattern", "else give patient_pattern"),
+        ("the same with ARGS='a.b=1'", "the same with a.b=1"),
+        ("make evaluate RUN=runs/a SPLIT=val", "samgraft evaluate runs/a --split val"),
+    ],
+)
+def test_in_typed_grammar__in_a_call_names_arguments(text, expected):
+    with invocation.called_from_python():
+        assert invocation.in_typed_grammar(text) == expected
 
 
 def test_repeat_command__is_the_one_of_the_user(monkeypatch):

@@ -16,7 +16,7 @@ from samgraft.ssl.monitor.labelled import LabelledSlices, ProbeData
 from samgraft.ssl.monitor.monitor import Monitor, MonitorData, panel_path
 from samgraft.ssl.monitor.report import conclusions, feature_parts, probe_parts, training_parts
 from samgraft.ssl.objectives import Panel
-from tiny_pretrain import config_of, make_lab, run
+from tiny_pretrain import PLAIN_ONLY, config_of, make_lab, run
 
 LOSS = [{"step": 0, "held_out/loss": 1.0}, {"step": 100, "held_out/loss": 0.5}]
 NOTHING = MonitorData(held_out=None, probe=None, box_check=None, box_check_note="off")
@@ -191,7 +191,9 @@ def test_report__explains_the_pictures_and_contains_no_absolute_path(lab, object
         assert str(lab) not in written.read_text()
     for event_file in (folder / "tb").rglob("*tfevents*"):
         assert str(lab).encode() not in event_file.read_bytes()
-    assert f"samgraft finetune --ckpt report-{objective}<" in page
+    assert (
+        f"samgraft finetune --ckpt report-{objective} --base {'plain' if objective in PLAIN_ONLY else 'base'}<" in page
+    )
     assert "samgraft finetune --ckpt base --name initial-weights" in page
     texts = re.sub(r"data:image/png;base64,[^\"]+", "", page)
     assert not re.findall(rf"{re.escape(str(Path(lab.anchor) / lab.parts[1]))}/\S+", texts)
