@@ -104,7 +104,8 @@ def _name(case: SourceCase, source: Path) -> str:
 
 def _stem(case: SourceCase, source: Path) -> str:
     name = _name(case, source)
-    is_file = len(case.scan.paths) == 1 and case.scan.format not in (ScanFormat.DICOM, ScanFormat.IMAGES)
+    # The name of a series or stack is that of its folder, even if it is a single file.
+    is_file = case.scan.format != ScanFormat.DICOM and name.endswith(case.scan.paths[0].name)
     parts = [part for part in (_file_stem(name) if is_file else name).split("/") if part not in {"", ".", ".."}]
     # Results must have valid names on Windows too, which allows fewer characters than other systems.
     return "/".join(re.sub(r'[\x00-\x1f<>:"|?*\\]', "_", part) for part in parts)

@@ -157,8 +157,17 @@ def _sort_in(path: Path, size: int, index: FileIndex) -> None:
         index.left_out["DICOMDIR (files are found without it)"] += 1
     elif (found := format_by_content(path)) is not None:  # DICOM exports often have no suffix
         index.files[path] = found
+    elif _is_bare_dicom(path):
+        index.left_out["DICOM without its first 132 bytes, an old form (dcmconv of DCMTK adds them)"] += 1
     else:
         index.left_out["not a scan"] += 1
+
+
+def _is_bare_dicom(path: Path) -> bool:
+    """Return whether a file begins with an element of DICOM's group 2 or 8 that names its type of value."""
+    with path.open("rb") as file:
+        head = file.read(8)
+    return head[:2] in (b"\x02\x00", b"\x08\x00") and head[3:4] == b"\x00" and head[4:6] in (b"UL", b"UI", b"CS", b"DA")
 
 
 def _note_case_twins(index: FileIndex) -> None:

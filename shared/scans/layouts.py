@@ -209,7 +209,7 @@ def _csv_rows(path: Path, found: Discovery) -> list[tuple[int, dict[str, str]]]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as err:
-        raise DataError("the list must be UTF-8.", where=path.name) from err
+        raise DataError("the list must be UTF-8. Save it as 'CSV UTF-8'.", where=path.name) from err
     first = next((line for line in text.splitlines() if line.strip()), "")
     # Spreadsheets export commas, semicolons or tabs, depending on the language of the system.
     delimiter = max("\t;,", key=first.count) if any(d in first for d in "\t;,") else ","
@@ -255,7 +255,8 @@ def _check_columns(header: Sequence[str], path: Path, found: Discovery) -> None:
 
 def _listed_scan(path: Path, options: SourceOptions) -> ScanFiles:
     if not path.exists():
-        raise DataError(f"{path.name} is not there.")
+        hint = " Write / between folders." if "\\" in path.name else ""
+        raise DataError(f"{path.name} is not there.{hint}")
     if path.is_dir():
         files = sorted(p for p in path.iterdir() if p.is_file() and reason_to_leave_out(p, p.stat().st_size) is None)
         for reader in (ScanFormat.IMAGES, ScanFormat.DICOM):

@@ -8,6 +8,7 @@ time point or a side do not identify a patient.
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -130,7 +131,7 @@ class NamedFile:
     @property
     def key_of_origin(self) -> tuple[str, ...]:
         """Key of the scan that a map was computed from."""
-        return tuple(word for word in self.key if word not in _DERIVED_WORDS)
+        return tuple(word for word in self.key if word not in _DERIVED_WORDS | {"map", "maps"})
 
     def label_candidates(self) -> Iterator[tuple[tuple[str, ...], str | None]]:
         """Yield (key of an image, class name) pairs to which this label may belong, the most exact first."""
@@ -293,7 +294,8 @@ def _is_general(folder: str) -> bool:
 
 
 def _words(text: str, *, lower: bool = True) -> list[str]:
-    text = _JOINED.sub(lambda m: m[1] + m[2], text)
+    # macOS writes an accent as a letter of its own, other systems do not.
+    text = _JOINED.sub(lambda m: m[1] + m[2], unicodedata.normalize("NFC", text))
     words: list[str] = []
     for word in filter(None, re.split(r"[-_. ]+", text)):
         camel, numbered = _CAMEL_PART.match(word), _NUMBERED_ROLE.match(word)

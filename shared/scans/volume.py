@@ -59,6 +59,8 @@ class RawScan:
     """DICOM modality (``MR``, ``CT``, ...) if the file has one."""
     privacy: tuple[str, ...] = ()
     """Kinds of identifying content in the headers, without values."""
+    num_volumes: int = 1
+    """Number of volumes in the file, of which this is one."""
     has_orientation: bool = True
     """False for formats without geometry, whose axes are read as axial slices with possibly unknown spacing."""
 

@@ -4,6 +4,7 @@ import json
 import lzma
 import tarfile
 
+import nibabel as nib
 import numpy as np
 import pytest
 from samgraft.shared.errors import DataError, UsageError
@@ -558,10 +559,42 @@ def test_summarise__masks_of_1_and_255_are_noted(tmp_path):
 def test_plain_cases__map_computed_from_a_scan_is_left_out_and_counted(tmp_path, word):
     write(tmp_path, "P01.nii.gz", "P02.nii.gz", f"P01_{word}.nii.gz", f"maps/{word}/P02.nii.gz")
     found = discover(tmp_path)
-    assert [case.name for case in found.cases] == ["P01.nii.gz", "P02.nii.gz", f"maps/{word}/P02.nii.gz"]
-    assert found.left_out["map computed from a scan, by its name (probability, uncertainty, ...)"] == 1
+    assert [case.name for case in found.cases] == ["P01.nii.gz", "P02.nii.gz"]
+    assert found.left_out["map computed from a scan, by its name (probability, uncertainty, ...)"] == 2
 
 
 def test_plain_cases__scan_with_such_a_word_and_no_origin_is_a_scan(tmp_path):
     write(tmp_path, "P01_prob.nii.gz", "P02.nii.gz", "entropy study/P03.nii.gz")
     assert len(discover(tmp_path).cases) == 3
+
+
+def test_plain_cases__accents_of_macos_and_of_other_systems_are_one_name(tmp_path):
+    write(tmp_path, "Mu\u0308ller.nii.gz", "M\u00fcller_seg.nii.gz")
+    assert pairs(tmp_path) == {"Mu\u0308ller.nii.gz": ["M\u00fcller_seg.nii.gz"]}
+
+
+def test_label__volume_per_class_is_refused_with_and_without_a_frame(tmp_path):
+    write(tmp_path, "P1.nii.gz")
+    affine = nib.load(tmp_path / "P1.nii.gz").affine
+    classes = np.stack([LABEL, 1 - LABEL], axis=-1).transpose(2, 1, 0, 3)
+    nib.save(nib.Nifti1Image(classes, affine), tmp_path / "P1_seg.nii.gz")
+    for frame in (None, 0):
+        report = examine_cases(discover(tmp_path, SourceOptions(frame=frame)).cases, settings=SETTINGS)
+        assert "must have one too, got 2. Write its classes as ids" in report.refused["P1.nii.gz"]
+
+
+def test_label__frame_of_a_scan_in_time_is_that_of_its_label(tmp_path):
+    affine = np.diag([-1.0, -1, 5, 1])
+    for name, first in (("P1.nii.gz", IMAGE), ("P1_seg.nii.gz", 0 * LABEL)):
+        second = LABEL if "seg" in name else IMAGE + 7
+        volumes = np.stack([first, second], axis=-1).transpose(2, 1, 0, 3)
+        nib.save(nib.Nifti1Image(volumes, affine), tmp_path / name)
+    report = examine_cases(discover(tmp_path, SourceOptions(frame=1)).cases, settings=SETTINGS)
+    assert [record.label_voxels for record in report.records] == [{1: int(LABEL.sum())}]
+
+
+def test_index__dicom_of_an_old_form_is_named(tmp_path):
+    write(tmp_path, "P1.nii.gz")
+    (tmp_path / "IM1").write_bytes(b"\x08\x00\x05\x00CS\x0a\x00ISO_IR 100" + bytes(400))
+    found = discover(tmp_path)
+    assert [reason for reason in found.left_out if "dcmconv" in reason] != []

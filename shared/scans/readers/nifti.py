@@ -55,6 +55,7 @@ def read_nifti(path: Path, *, where: str, frame: int | None = None) -> RawScan:
         )
     image = kind.from_bytes(plain)
     array_ijk, notes = _voxels(image, header, where=where)
+    num_volumes = array_ijk.shape[3] if array_ijk.ndim > 3 else 1
     array_ijk = _select_frame(array_ijk, _shape_of_frame(array_ijk.shape, frame=frame, where=where), frame)
     affine, affine_notes = _affine(header, array_ijk.shape, where=where)
     return RawScan(
@@ -62,6 +63,7 @@ def read_nifti(path: Path, *, where: str, frame: int | None = None) -> RawScan:
         affine=affine,
         source_sha256=digest,
         notes=(*notes, *affine_notes),
+        num_volumes=num_volumes,
         privacy=nifti_findings(header, num_extensions=len(image.header.extensions)),
     )
 
@@ -266,8 +268,17 @@ def _matches(head: bytes) -> bool:
 
 
 def _read(files: ScanFiles, *, as_label: bool, like: RawScan | None) -> RawScan:
-    del as_label, like
-    return read_nifti(files.paths[0], where=files.name, frame=files.frame)
+    # A frame is chosen among time points, which scan and label have both. Of a label with one volume per class it would
+    # keep one class.
+    has_one = as_label and like is not None and like.num_volumes == 1
+    scan = read_nifti(files.paths[0], where=files.name, frame=0 if has_one and files.frame is None else files.frame)
+    if has_one and scan.num_volumes > 1:
+        raise DataError(
+            f"the label of a scan with one volume must have one too, got {scan.num_volumes}. Write its classes as ids "
+            "into one volume.",
+            where=files.name,
+        )
+    return scan
 
 
 NIFTI = ScanReader(
