@@ -112,7 +112,7 @@ def load_config(
         key, separator, text = override.partition("=")
         if not separator or not re.fullmatch(r"[A-Za-z_]\w*(\.\w+)*", key):
             problem = f"an override must look like key.sub=value, got {override!r}."
-            check.reject(override, problem, Setting(None, "", "command line (ARGS=...)"))
+            check.reject(override, problem, Setting(None, "", "command line"))
             continue
         nested: Any = read_override(
             text, takes_text=_takes_text(_kind_of(schema, key)), where=f"command line, {override}"
@@ -468,6 +468,8 @@ def _hint(word: str, known: Sequence[str]) -> str:
     if word in known:  # a dotted key, which overrides have and files do not
         nested = re.sub(r"\.", ": {", word)
         return f" In a file, write {nested}: VALUE{'}' * word.count('.')}."
+    # The nearest word of the device "gpu" is "cpu", which would be slow and not noticed.
+    word = {"gpu": "cuda"}.get(word, word).lower()
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     if not close:
         tail = word.rsplit(".", 1)[-1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -157,6 +158,7 @@ def evaluate(
     steps = _postprocessing(scored, batch_size, choose=choose_postprocessing) if postprocessing else None
     evaluation = _score(scored, names, batch_size=batch_size, tolerance_mm=tolerance_mm, postprocessing=steps)
     _write(evaluation, scored, folder, subgroups=subgroups, log_images=log_images, names=names)
+    _log_next(Path(model))
     return EvaluationResult(path=folder)
 
 
@@ -360,6 +362,14 @@ def _log_result(evaluation: Evaluation) -> None:
     if one_sided := count_one_sided(evaluation.rows):
         log.info("%d of %d rows are missed or have no truth: Dice is 0 and distances are the scan's diagonal",
         one_sided, len(evaluation.rows))  # fmt: skip
+
+
+def _log_next(model: Path) -> None:
+    path = shlex.quote(str(model))
+    log.info("  next     make predict RUN=%s DATA=SCANS OUT=masks", path)
+    # A release was made from a run, and is not released again.
+    if (model / "model").is_dir():
+        log.info("  then     make release RUN=%s OUT=%s LICENSE=...", path, shlex.quote(f"releases/{model.name}"))
 
 
 COMMAND = Command(help="scores per case and class, with intervals over patients", add_arguments=add_arguments, run=run)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
@@ -133,6 +134,7 @@ def release(
         log.info("%s", line)
     log.info("privacy gate: every byte searched, nothing found")
     log.info("released: %s (sha256sum -c SHA256SUMS verifies it)", folder)
+    log.info("  next     samgraft inspect %s", shlex.quote(str(folder)))
     if push:
         log.info("uploaded: %s", push_release(folder, push))
     # Without the tensors and reports of the check, which nobody needs after it has passed.

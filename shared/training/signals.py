@@ -134,4 +134,8 @@ def end_data_workers() -> None:
 
 def _write_to_stderr(text: str) -> None:
     # Logging is not safe in a signal handler, because the interrupted code may hold its lock.
-    os.write(sys.stderr.fileno() if hasattr(sys.stderr, "fileno") else 2, text.encode())
+    try:
+        descriptor = sys.stderr.fileno()
+    except (AttributeError, OSError):  # a notebook or an editor replaces it
+        descriptor = 2
+    os.write(descriptor, text.encode())

@@ -6,6 +6,7 @@ shape is a ``WeightsError``.
 
 from __future__ import annotations
 
+import difflib
 import logging
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
@@ -81,6 +82,8 @@ def read_weights(path: str | Path) -> WeightsFile:
     path = Path(path)
     if not path.exists() and str(path) in OFFICIAL:
         path = official_weights(str(path))
+    elif not path.exists() and (close := difflib.get_close_matches(str(path), OFFICIAL, n=1, cutoff=0.75)):
+        raise WeightsError(f"there is no such file. Did you mean the official weights {close[0]}?", where=str(path))
     file = find_weights_file(path)
     # From here on the name of the file does not matter: the bytes decide the container, tensor names the layout.
     raw = read_shards(file) if file.name.endswith(".index.json") else read_raw_weights(file)

@@ -302,16 +302,17 @@ def _read_pickle(archive: zipfile.ZipFile, size: int, *, name: str) -> bytes:
     names = [info.filename for info in infos]
     if any(n.startswith(("/", "\\")) or ".." in Path(n).parts for n in names):
         raise WeightsError("weights file has zip members with paths outside of it. Nothing was extracted.", where=name)
+    # Before the sizes, because torch compresses the code of such a program.
+    if any("/code/" in f"/{n}" or n.endswith("constants.pkl") for n in names):
+        raise WeightsError(
+            "weights must be plain tensors, got a TorchScript program. Save its state_dict instead.", where=name
+        )
     # A compressed member could unpack to any size.
     if sum(info.file_size for info in infos) > size or any(i.compress_type != zipfile.ZIP_STORED for i in infos):
         raise WeightsError(
             "weights file claims more data than it contains, or is compressed (torch.save stores plain).", where=name
         )
     pickles = [info for info in infos if info.filename.endswith("/data.pkl") and info.filename.count("/") == 1]
-    if any("/code/" in f"/{n}" or n.endswith("constants.pkl") for n in names):
-        raise WeightsError(
-            "weights must be plain tensors, got a TorchScript program. Save its state_dict instead.", where=name
-        )
     if len(pickles) != 1:
         raise WeightsError("weights must be a file written by torch.save, got another zip archive.", where=name)
     if pickles[0].file_size > MAX_PICKLE_BYTES:

@@ -347,6 +347,21 @@ def test_corpus__is_large_enough() -> None:
     assert len({make for make, _ in CORPUS}) >= 25
 
 
+def test_torchscript__with_compressed_code_is_named(tmp_path: Path) -> None:
+    """torch.jit.save compresses the code, which must not hide what the file is."""
+    with zipfile.ZipFile(tmp_path / "jit.pt", "w") as archive:
+        archive.writestr("jit/data.pkl", b"\x80\x02}.")
+        archive.writestr("jit/code/__torch__.py", "x = 1\n" * 500, compress_type=zipfile.ZIP_DEFLATED)
+        archive.writestr("jit/constants.pkl", b"\x80\x02}.")
+    with pytest.raises(WeightsError, match="got a TorchScript program"):
+        read_weights(tmp_path / "jit.pt")
+
+
+def test_official_name__mistyped_is_answered_with_the_nearest() -> None:
+    with pytest.raises(WeightsError, match=r"Did you mean the official weights sam_vit_b\?"):
+        read_weights("sam_vitb")
+
+
 @pytest.mark.parametrize("given", ["https://example.org/sam.pth", "hf://facebook/sam-vit-base", "missing.pth"])
 def test_address_or_missing_file__refused(given: str) -> None:
     with pytest.raises(WeightsError, match=r"local file|existing file"):
