@@ -1,5 +1,7 @@
 """Every command that an ending prints can be executed, whatever ended and in whichever grammar it was typed."""
 
+import os
+import signal
 import zipfile
 
 import pytest
@@ -10,6 +12,7 @@ from finished_factory import make_lab
 from samgraft.shared.files import write_tensors
 from samgraft.shared.samples.split import default_split_path
 from store_factory import make_scan, make_store, write_nifti
+from tiny_pretrain import act_after
 from tiny_sams import tiny_sam
 
 SMALL = [
@@ -127,3 +130,26 @@ def test_store__endings_of_build_check_and_split(lab, end):
     assert end(*split, "--fractions", "0.5,0.25,0.25").code == 0
     assert default_split_path(lab / "my store.zarr").is_file()
     assert end("store", "check", "my store.zarr").commands == ()
+
+
+@pytest.mark.parametrize("command", [PRETRAIN, FINETUNE], ids=["pretrain", "finetune"])
+def test_training__commands_of_a_stop_and_of_the_end_are_executed(lab, end, command):
+    name = command[0]
+    with pytest.MonkeyPatch.context() as patch:
+        act_after(1, lambda: os.kill(os.getpid(), signal.SIGTERM), patch)
+        stopped = end(*command, "--name", name)
+    assert stopped.code == 75, stopped.text
+    [resume] = stopped.commands
+    finished = end(*resume)
+    assert finished.code == 0
+    following = finished.commands[-2:] if name == "finetune" else finished.commands[-1:]
+    assert {command[0] for command in following} == ({"evaluate", "release"} if name == "finetune" else {"finetune"})
+    assert all(parse(command) for command in following)
+    if name == "pretrain":
+        assert end(*following[0], *SMALL, "--dry-run").code == 0
+    else:
+        assert end(*following[0]).code == 0
+    # Nothing to do: the same commands are printed.
+    again = end(*resume)
+    assert again.code == 0
+    assert [one for one in again.commands if one[0] != name] == [one for one in finished.commands if one[0] != name]
