@@ -400,17 +400,6 @@ def test_map_ids__suggested_map_works(tmp_path, value, given):
     assert not report.refused
 
 
-def test_read_label__frame_is_chosen_in_labels_too(tmp_path):
-    import nibabel as nib
-
-    write(tmp_path, "a.nii")
-    stack = np.stack([LABEL.T, LABEL.T * 0], axis=3)
-    nib.save(nib.Nifti1Image(stack, np.diag([-1, -1, 5, 1])), tmp_path / "a_seg.nii")
-    assert "--frame 0" in examine(tmp_path).refused["a.nii"]
-    (record,) = examine(tmp_path, SourceOptions(frame=0)).records
-    assert record.label_voxels == {1: int(LABEL.sum())}
-
-
 # One patient under several names, one file in several entries -------------------------------------------------------
 
 

@@ -91,7 +91,7 @@ def test_load_config__result_is_frozen() -> None:
         ("method=simclr", r"method must be one of mae, dino, got 'simclr'"),
         ("optim.lr=-1", r"optim\.lr must be positive, got -1"),
         ("method=dinov", r"Did you mean 'dino'"),
-        ("OPTIM.LR=3", r"unknown key 'OPTIM'\. Did you mean 'optim'"),
+        ("OPTIM.LR=3", r"unknown key 'OPTIM'\. Did you mean 'optim\.lr'"),
         ("optim=3", r"optim must hold keys and values, got '3'"),
         ("--seed", r"must look like key\.sub=value"),
         ("seed", r"must look like key\.sub=value"),
