@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from samgraft.shared.encoders.registry import DEFAULT_ARCH, arch_spec
 from samgraft.shared.encoders.sam import build_sam
@@ -14,7 +15,9 @@ from samgraft.shared.weights.checks import count_mask_outputs
 from samgraft.shared.weights.load import WeightsFile, absent_by_nature, card_of, load_into, read_weights
 from samgraft.shared.weights.official import OFFICIAL, official_name
 from samgraft.shared.weights.tensor_report import TensorReport
-from segment_anything.modeling import Sam
+
+if TYPE_CHECKING:
+    from segment_anything.modeling import Sam
 
 log = logging.getLogger(__name__)
 

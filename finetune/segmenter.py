@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 import torch
 from samgraft.shared.encoders.base import ImageFeatures
 from samgraft.shared.encoders.sam import decode_automatic, encode_images, to_pixels
-from segment_anything.modeling import Sam
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from samgraft.finetune.embedding_cache import EmbeddingMemory
+    from segment_anything.modeling import Sam
 
 SAM_MULTIMASK_OUTPUTS = 3
 """Number of multimask tokens of every published SAM."""

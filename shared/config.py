@@ -27,7 +27,6 @@ from typing import Annotated, Any, Final, TypeVar, get_args, get_origin, get_typ
 
 import yaml
 from annotated_types import Ge, Gt, Le, Lt
-from omegaconf import OmegaConf
 from pydantic import TypeAdapter, ValidationError
 from samgraft.shared.errors import UsageError
 from samgraft.shared.settings import Setting, read_override, read_settings_file
@@ -103,6 +102,8 @@ def load_config(
         UsageError: For unknown keys (with the nearest known key), wrong types, values out of range, missing required
             keys, failed checks (all of them in one message), or a file that is not plain YAML.
     """
+    from omegaconf import OmegaConf
+
     # A section's own default may differ from the defaults of its class, so that defaults are the first layer.
     merged = _omega(_from_python(default_settings(schema)))
     for layer in layers:
@@ -291,6 +292,8 @@ def _leaves(settings: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Set
 
 
 def _omega(content: Mapping[str, Any]) -> Any:
+    from omegaconf import OmegaConf
+
     return OmegaConf.create(dict(content), flags={"allow_objects": True})
 
 

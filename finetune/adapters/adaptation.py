@@ -23,11 +23,11 @@ from samgraft.shared.encoders.base import EncoderSpec
 from samgraft.shared.encoders.sam import DECODERS
 from samgraft.shared.errors import WeightsError
 from samgraft.shared.weights.save import tensors_sha256
-from segment_anything.modeling import Sam
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from peft import PeftModel
+    from segment_anything.modeling import Sam
 
 log = logging.getLogger(__name__)
 

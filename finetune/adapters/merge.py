@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from segment_anything.modeling import Sam
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from peft import PeftModel
+    from segment_anything.modeling import Sam
 
 
 def merge_adapters(peft_model: PeftModel) -> Sam:
@@ -41,8 +41,8 @@ def _unwrap(peft_model: PeftModel) -> Sam:
             setattr(sam.get_submodule(parent), child, inner)
     if hasattr(sam, "peft_config"):
         del sam.peft_config
-    assert isinstance(sam, Sam)
-    return sam
+    merged: Sam = sam
+    return merged
 
 
 def base_tensors(sam: Sam) -> dict[str, Tensor]:

@@ -20,11 +20,11 @@ from samgraft.shared.files import write_tensors
 from samgraft.shared.weights.run_files import read_adapter_base, write_adapter_base
 from samgraft.shared.weights.save import tensors_sha256
 from samgraft.shared.weights.tensor_report import shorten
-from segment_anything.modeling import Sam
 from torch import Tensor
 
 if TYPE_CHECKING:
     from peft import PeftModel
+    from segment_anything.modeling import Sam
 
 CONFIG_FILE = "adapter_config.json"
 TENSORS_FILE = "adapter_model.safetensors"

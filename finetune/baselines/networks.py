@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -25,8 +25,10 @@ from samgraft.shared.config import PositiveInt, ShareBelowOne
 from samgraft.shared.errors import UsageError
 from samgraft.shared.scans.intensity import IntensityPreset, IntensityStats, normalise
 from samgraft.shared.weights.card import Card
-from segment_anything.modeling import Sam
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from segment_anything.modeling import Sam
 
 Volume = npt.NDArray[Any]
 MIN_SIDE = 4

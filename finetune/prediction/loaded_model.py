@@ -23,7 +23,6 @@ from samgraft.shared.scans.readers.nifti import nifti_form_codes, scan_of_array,
 from samgraft.shared.scans.readers.scan import ScanFiles, ScanFormat
 from samgraft.shared.scans.volume import RawScan
 from samgraft.shared.store.examine import BuildSettings, examine_scan
-from samgraft.shared.store.from_data import progress_bar
 
 WRITERS = {".nii.gz": write_nifti, ".seg.nrrd": write_seg_nrrd}
 """Function that writes a segmentation, by the end of the file name."""
@@ -130,6 +129,9 @@ class LoadedModel:
             DataError: If the scan is not one readable scan.
             NumericalError: If the model gives NaN or Inf.
         """
+        # Brings zarr, which a loaded model without a scan does not need.
+        from samgraft.shared.store.from_data import progress_bar
+
         if nan_policy not in ("refuse", "zero"):
             raise UsageError(f"nan_policy must be refuse or zero, got {nan_policy!r}.")
         self.predictor.check_mode(prompted=prompts is not None)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -25,8 +26,10 @@ from samgraft.finetune.prompting.prompt_sampling import (
 )
 from samgraft.finetune.prompting.prompts import Prompt, best_masks, decode_prompts
 from samgraft.shared.encoders.base import ImageFeatures
-from segment_anything.modeling import Sam
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from segment_anything.modeling import Sam
 
 PROMPT_STREAM = 4
 """Second number of the seed of a sample's prompts. Its augmentation has 1."""

@@ -12,13 +12,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from samgraft.shared.encoders.base import ImageFeatures
 from samgraft.shared.encoders.sam import decode_pairs, embed_prompts
 from samgraft.shared.samples.frame import InputFrame
-from segment_anything.modeling import Sam
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from segment_anything.modeling import Sam
 
 MAX_PROMPTS_PER_PASS = 64
 """Largest number of prompts decoded at once. Each one needs its own copy of the image's tokens."""

@@ -26,7 +26,6 @@ from typing import Any, ClassVar, NamedTuple, Self
 import torch
 import torch.nn.functional as F
 from samgraft.shared.errors import UsageError
-from segment_anything.modeling.common import LayerNorm2d
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -459,6 +458,8 @@ def cut_patches(images_B3SS: Tensor, patch_size: int) -> Tensor:
 
 def build_neck(feature_dim: int, neck_dim: int) -> nn.Sequential:
     """Build segment_anything's neck, which turns features into image embeddings."""
+    from segment_anything.modeling.common import LayerNorm2d
+
     return nn.Sequential(
         nn.Conv2d(feature_dim, neck_dim, kernel_size=1, bias=False),
         LayerNorm2d(neck_dim),

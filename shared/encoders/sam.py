@@ -11,17 +11,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from samgraft.shared.encoders.base import EncoderSpec, ImageEncoder, ImageFeatures
 from samgraft.shared.encoders.registry import arch_spec
-from samgraft.shared.encoders.sam2_decoder import Sam2MaskDecoder, Sam2PromptEncoder
-from segment_anything.modeling import MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
+
+if TYPE_CHECKING:
+    from segment_anything.modeling import MaskDecoder, PromptEncoder, Sam
 
 
-def build_sam_decoder(*, dim: int, num_multimask_outputs: int) -> MaskDecoder:
-    """Build segment_anything's mask decoder with fresh weights for image embeddings of ``dim`` channels."""
-    return MaskDecoder(
+def build_sam_decoder(
+    *, dim: int, num_multimask_outputs: int, **prompt_sizes: Any
+) -> tuple[PromptEncoder, MaskDecoder]:
+    """Build segment_anything's prompt encoder and mask decoder with fresh weights."""
+    # segment_anything imports torchvision, which takes as long as torch. Code that reads only shapes does not need it.
+    from segment_anything.modeling import MaskDecoder, PromptEncoder, TwoWayTransformer
+
+    return PromptEncoder(embed_dim=dim, **prompt_sizes), MaskDecoder(
         num_multimask_outputs=num_multimask_outputs,
         transformer=TwoWayTransformer(depth=2, embedding_dim=dim, mlp_dim=8 * dim, num_heads=8),
         transformer_dim=dim,
@@ -30,13 +37,22 @@ def build_sam_decoder(*, dim: int, num_multimask_outputs: int) -> MaskDecoder:
     )
 
 
+def build_sam2_decoder(
+    *, dim: int, num_multimask_outputs: int, **prompt_sizes: Any
+) -> tuple[PromptEncoder, MaskDecoder]:
+    """Build SAM 2's prompt encoder and mask decoder with fresh weights."""
+    from samgraft.shared.encoders.sam2_decoder import Sam2MaskDecoder, Sam2PromptEncoder
+
+    mask_decoder = Sam2MaskDecoder(dim=dim, num_multimask_outputs=num_multimask_outputs)
+    return Sam2PromptEncoder(embed_dim=dim, **prompt_sizes), mask_decoder
+
+
 @dataclass(frozen=True, kw_only=True)
 class Decoder:
     """Prompt encoder and mask decoder of one generation of SAM."""
 
-    prompt_encoder: type[PromptEncoder]
-    mask_decoder: Callable[..., MaskDecoder]
-    """Function of ``dim`` and ``num_multimask_outputs`` that builds the mask decoder."""
+    build: Callable[..., tuple[PromptEncoder, MaskDecoder]]
+    """Function of ``dim``, ``num_multimask_outputs`` and the sizes that a prompt encoder takes, which builds both."""
     mlp: str
     """Linear layers of an MLP in its transformer, as a regular expression."""
     projections: tuple[str, ...] = ()
@@ -45,10 +61,9 @@ class Decoder:
 
 
 DECODERS = {
-    "sam": Decoder(prompt_encoder=PromptEncoder, mask_decoder=build_sam_decoder, mlp="lin[12]"),
+    "sam": Decoder(build=build_sam_decoder, mlp="lin[12]"),
     "sam2": Decoder(
-        prompt_encoder=Sam2PromptEncoder,
-        mask_decoder=Sam2MaskDecoder,
+        build=build_sam2_decoder,
         mlp=r"layers\.[01]",
         projections=("mask_decoder.conv_s0", "mask_decoder.conv_s1"),
     ),
@@ -74,18 +89,22 @@ def build_sam(
     Returns:
         ``segment_anything.modeling.Sam`` whose ``image_encoder`` is ours; every key as in segment_anything.
     """
+    from segment_anything.modeling import Sam
+
     spec = arch_spec(arch, stem)
     image_size = spec.native_image_size if image_size is None else image_size
-    decoder = DECODERS[spec.decoder]
+    image_encoder = spec.build(image_size=image_size)
+    prompt_encoder, mask_decoder = DECODERS[spec.decoder].build(
+        dim=spec.neck_dim,
+        num_multimask_outputs=num_multimask_outputs,
+        image_embedding_size=(image_size // spec.stride, image_size // spec.stride),
+        input_image_size=(image_size, image_size),
+        mask_in_chans=16,
+    )
     sam = Sam(
-        image_encoder=spec.build(image_size=image_size),
-        prompt_encoder=decoder.prompt_encoder(
-            embed_dim=spec.neck_dim,
-            image_embedding_size=(image_size // spec.stride, image_size // spec.stride),
-            input_image_size=(image_size, image_size),
-            mask_in_chans=16,
-        ),
-        mask_decoder=decoder.mask_decoder(dim=spec.neck_dim, num_multimask_outputs=num_multimask_outputs),
+        image_encoder=image_encoder,
+        prompt_encoder=prompt_encoder,
+        mask_decoder=mask_decoder,
         pixel_mean=list(spec.pixel_mean),
         pixel_std=list(spec.pixel_std),
     )
@@ -131,6 +150,8 @@ def encode_images(sam: Sam, pixels_B3SS: torch.Tensor, *, encoder: ImageEncoder 
 
 def feature_shapes(sam: Sam) -> list[tuple[int, int, int]]:
     """Return the shapes (C, h, w) of one image's features, the embeddings first."""
+    from samgraft.shared.encoders.sam2_decoder import Sam2MaskDecoder
+
     grid = sam.image_encoder.img_size // sam.image_encoder.spec.stride
     finer = sam.mask_decoder.high_res_shapes(grid) if isinstance(sam.mask_decoder, Sam2MaskDecoder) else []
     return [(sam.image_encoder.spec.neck_dim, grid, grid), *finer]

@@ -13,7 +13,7 @@ from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from samgraft.shared.encoders.attention import Plan, mix_tokens, plan_all, plan_visible
+from samgraft.shared.encoders.attention import Plan, plan_all, plan_visible
 from samgraft.shared.encoders.base import (
     EncoderSpec,
     FixedGridEncoder,
@@ -23,9 +23,6 @@ from samgraft.shared.encoders.base import (
     cut_patches,
     upsample_token_mask,
 )
-from segment_anything.modeling import ImageEncoderViT
-from segment_anything.modeling.common import MLPBlock
-from segment_anything.modeling.image_encoder import Attention, PatchEmbed
 from torch import Tensor, nn
 
 
@@ -173,54 +170,6 @@ class ViTSpec(EncoderSpec):
         return isinstance(other, ViTSpec) and all(getattr(self, n) == getattr(other, n) for n in numbers)
 
 
-class RelPosAttention(Attention):
-    """Attention with the parameters of segment_anything's, within the windows of a plan."""
-
-    def __init__(self, dim: int, *, num_heads: int, side: int, windowed: bool) -> None:
-        super().__init__(dim, num_heads=num_heads, use_rel_pos=True, input_size=(side, side))
-        self.windowed = windowed
-
-    def forward(self, tokens_BNC: Tensor, plan: Plan | None) -> Tensor:
-        """Mix tokens within the windows of a plan.
-
-        Without a plan attention is global and has no relative positions.
-        """
-        if plan is None:
-            query, key, value = (
-                part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-                for part in self.qkv(tokens_BNC).chunk(3, dim=-1)
-            )
-            mixed_BNC = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
-        else:
-            windows = plan.windowed if self.windowed else plan.everyone
-            # segment_anything pads edge windows with zero tokens, whose queries, keys and values are the bias of qkv. A
-            # layer with an adapter may add to that, so it is run on a zero token.
-            is_linear = type(self.qkv) is nn.Linear
-            padding_D = self.qkv.bias if is_linear else self.qkv(tokens_BNC.new_zeros(tokens_BNC.shape[-1]))
-            mixed_BNC = mix_tokens(
-                self.qkv(tokens_BNC), padding_D, self.rel_pos_h, self.rel_pos_w, windows, num_heads=self.num_heads
-            )
-        out: Tensor = self.proj(mixed_BNC)
-        return out
-
-
-class PlannedBlock(nn.Module):
-    """Transformer block with the parameters of segment_anything's, for tokens in any order."""
-
-    def __init__(self, dim: int, *, num_heads: int, side: int, windowed: bool) -> None:
-        super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
-        self.attn = RelPosAttention(dim, num_heads=num_heads, side=side, windowed=windowed)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = MLPBlock(embedding_dim=dim, mlp_dim=4 * dim)
-
-    def forward(self, tokens_BNC: Tensor, plan: Plan | None) -> Tensor:
-        """Run attention and MLP with their residuals."""
-        tokens_BNC = tokens_BNC + self.attn(self.norm1(tokens_BNC), plan)
-        out: Tensor = tokens_BNC + self.mlp(self.norm2(tokens_BNC))
-        return out
-
-
 class ViTEncoder(FixedGridEncoder):
     """Image encoder vit_b, vit_l or vit_h.
 
@@ -229,6 +178,8 @@ class ViTEncoder(FixedGridEncoder):
     """
 
     def __init__(self, spec: ViTSpec, *, image_size: int) -> None:
+        from samgraft.shared.encoders.vit_layers import PatchEmbed, PlannedBlock
+
         super().__init__(spec, image_size=image_size)
         self.grid, self.unit_px, self.unit_dim = image_size // spec.patch_size, spec.patch_size, spec.embed_dim
         self.attn_window_size = spec.attn_window_size
@@ -317,6 +268,8 @@ class ViTEncoder(FixedGridEncoder):
 
     def for_export(self) -> nn.Module:
         """Return segment_anything's own encoder with these weights, which has no custom autograd function."""
+        from segment_anything.modeling import ImageEncoderViT
+
         spec = self.spec
         assert isinstance(spec, ViTSpec)
         stock: nn.Module = ImageEncoderViT(

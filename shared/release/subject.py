@@ -7,13 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from samgraft.shared.encoders.base import EncoderSpec, ImageEncoder, ImageFeatures
 from samgraft.shared.encoders.sam import build_sam, decode_automatic, decode_boxes, encode_images, to_pixels
-from segment_anything.modeling import Sam
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from segment_anything.modeling import Sam
 
 NUM_PROBES = 2
 STOCK_MASK_TOKENS = 4

@@ -11,7 +11,7 @@ import logging
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from samgraft.shared.encoders.base import MEDSAM_SHA256, EncoderSpec, ImageEncoder
@@ -32,8 +32,10 @@ from samgraft.shared.weights.run_files import (
 )
 from samgraft.shared.weights.safe_read import read_raw_weights, read_shards
 from samgraft.shared.weights.tensor_report import ResizedTensor, TensorReport, shorten
-from segment_anything.modeling import Sam
 from torch import nn
+
+if TYPE_CHECKING:
+    from segment_anything.modeling import Sam
 
 log = logging.getLogger(__name__)
 
@@ -180,6 +182,8 @@ def load_into(
     Raises:
         WeightsError: If a tensor is missing, left over, or of another shape. The model is unchanged then.
     """
+    from segment_anything.modeling import Sam
+
     encoder = module.image_encoder if isinstance(module, Sam) else module
     target, prefix = (module, "") if part == "sam" else (encoder, "image_encoder.")
     assert isinstance(target, nn.Module)

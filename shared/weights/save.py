@@ -8,13 +8,16 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from samgraft.shared.errors import WeightsError
 from samgraft.shared.files import write_atomically, write_tensors
 from samgraft.shared.weights.card import Card
-from segment_anything.modeling import Sam
 from torch import nn
+
+if TYPE_CHECKING:
+    from segment_anything.modeling import Sam
 
 
 def save_encoder(encoder: nn.Module | Mapping[str, torch.Tensor], folder: Path, card: Card) -> Path:

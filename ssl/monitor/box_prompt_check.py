@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from samgraft.shared.encoders.base import ImageEncoder, ImageFeatures
@@ -24,8 +25,10 @@ from samgraft.shared.weights.load import load_sam, read_weights
 from samgraft.ssl.config import RANDOM, ModelConfig, ProbeConfig
 from samgraft.ssl.monitor.held_out import spread_evenly
 from samgraft.ssl.monitor.labelled import LabelledSlices, ProbeData
-from segment_anything.modeling import Sam
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from segment_anything.modeling import Sam
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from samgraft.shared.encoders import tiny_vit as tiny_attention
-from samgraft.shared.encoders.tiny_vit import GridBlock
+from samgraft.shared.encoders.tiny_vit_layers import GridBlock
 from timm.models.tiny_vit import TinyVitBlock
 
 

@@ -35,6 +35,17 @@ def test_help__imports_no_library(command):
     assert (code, modules) == (0, [])
 
 
+def test_predictor__imports_networks_only_when_a_model_is_read():
+    slow = ("torchvision", "timm", "monai", "peft", "transformers", "segment_anything", "omegaconf", "pypi_simple",
+            "matplotlib", "pandas", "pytorch_lightning", "zarr")  # fmt: skip
+    code = (
+        "import sys; from samgraft.finetune.prediction.loaded_model import LoadedModel;"
+        f"print('torch' in sys.modules, [m for m in {slow!r} if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "True []"
+
+
 @pytest.fixture
 def lab(tmp_path):
     """Store with a split beside it, and the card of an encoder that has seen one test patient."""
