@@ -12,6 +12,7 @@ from samgraft.shared.encoders.sam import build_sam
 from samgraft.shared.errors import UsageError, WeightsError
 from samgraft.shared.weights.card import Card
 from samgraft.shared.weights.checks import count_mask_outputs
+from samgraft.shared.weights.hub import is_hub_address
 from samgraft.shared.weights.load import WeightsFile, absent_by_nature, card_of, load_into, read_weights
 from samgraft.shared.weights.official import OFFICIAL, official_name
 from samgraft.shared.weights.tensor_report import TensorReport
@@ -124,7 +125,7 @@ def list_stage_1_runs(folder: Path = Path("runs")) -> list[str]:
 
 def _read_file(variable: str, path: Path | None) -> WeightsFile:
     assert path is not None
-    if not path.exists() and str(path) not in OFFICIAL:
+    if not path.exists() and str(path) not in OFFICIAL and not is_hub_address(path):
         raise WeightsError(
             f"{variable} does not exist, and is none of the official weights {', '.join(OFFICIAL)}. {advise_weights()}",
             where=path.name,

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from samgraft.shared.errors import UsageError, WeightsError
 from samgraft.shared.files import write_json, write_tensors
+from samgraft.shared.weights.hub import fetch_from_hub, is_hub_address
 from samgraft.shared.weights.positions import resize_positions
 from samgraft.shared.weights.run_files import SSL_STATE_METADATA
 from samgraft.shared.weights.safe_read import read_raw_weights
@@ -112,7 +113,7 @@ def restore_ssl_state(objective: Objective, *, initial_weights: str, objective_n
 
 def find_state(weights: str) -> Path | None:
     """Return the ``ssl_state`` folder of a run, given the run, or a folder or file of its encoder or state."""
-    path = Path(weights)
+    path = fetch_from_hub(weights).path if is_hub_address(weights) else Path(weights)
     for run in (path, path.parent, path.parent.parent):
         folder = run / STATE_FOLDER
         # A file that only happens to be next to an ssl_state must not bring that state along.

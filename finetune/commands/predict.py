@@ -30,7 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="RUN_OR_RELEASE", type=Path, help="a finished stage-2 run or a release")
     parser.add_argument("input", metavar="INPUT", type=local_path, help="a scan, a folder, a DICOM series, a CSV list")
     parser.add_argument("--out", type=Path, required=True, help="folder for the masks")
-    parser.add_argument("--prompts", type=Path, help="YAML or JSON with boxes and points; default: automatic")
+    parser.add_argument(
+        "--prompts", type=Path, help="YAML or JSON with boxes and points, slice by slice; default: automatic"
+    )
     parser.add_argument(
         "--formats", help="nifti, nrrd, dicom-seg (for DICOM input), separated by commas; default all that apply"
     )
@@ -81,6 +83,8 @@ def run(arguments: argparse.Namespace) -> int:
     predictor.check_mode(prompted=arguments.prompts is not None)
     prompts = read_prompts(arguments.prompts, predictor.classes) if arguments.prompts else None
     _log_start(inputs, predictor.reason, predictor.postprocessing.describe(predictor.classes))
+    if prompts is not None:
+        log.info("only slices with a prompt are segmented, and no mask is propagated between slices")
     stop = StopRequest()
     stop.kept = "every finished scan"
     settings = PredictSettings(formats=formats, zero_non_finite=arguments.nan_policy == "zero")

@@ -18,6 +18,8 @@ from samgraft.shared.scans.sources import discover
 
 SUFFIX = "_seg"
 """Suffix of results. ``store build`` recognises it as a label, and no scan itself has it."""
+VIDEO_SUFFIXES = {".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".wmv"}
+"""Endings of videos, which users of SAM 2 may expect to be segmented."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +82,13 @@ def find_inputs(
 
 
 def _single_file(path: Path, *, frame: int | None, allow_gaps: bool) -> Inputs:
+    if path.suffix.lower() in VIDEO_SUFFIXES:
+        raise DataError(
+            "videos are not segmented, not even by SAM 2, whose memory of earlier frames is not used (slices are "
+            "segmented one by one).",
+            where=path.name,
+            next_command="save the frames as pictures in a folder, and give that folder",
+        )
     kind = format_by_suffix(path) or format_by_content(path)
     if kind is None:
         raise DataError(

@@ -21,6 +21,7 @@ from samgraft.shared.weights.card import Card
 from samgraft.shared.weights.checks import count_mask_outputs, recognise_encoder, to_float32
 from samgraft.shared.weights.families import EXTRA_TENSORS, family_error, find_family
 from samgraft.shared.weights.formats import PARTS, convert_to_sam
+from samgraft.shared.weights.hub import fetch_from_hub, is_hub_address
 from samgraft.shared.weights.official import OFFICIAL, official_weights
 from samgraft.shared.weights.positions import resize_positions as resize_table
 from samgraft.shared.weights.run_files import (
@@ -76,11 +77,16 @@ def read_weights(path: str | Path) -> WeightsFile:
 
     Args:
         path: ``.pth``, ``.safetensors``, ``runs/NAME``, or a folder with weights. The content decides the layout. A
-            name of official weights such as ``sam_vit_b``, where no file has it, is downloaded by its pinned hash.
+            name of official weights such as ``sam_vit_b``, where no file has it, is downloaded by its pinned hash, and
+            an address such as ``hf://OWNER/NAME`` from the Hugging Face Hub.
 
     Raises:
         WeightsError: If it is no weights file, is damaged, unsafe, incomplete or of a foreign family, or contains NaN.
     """
+    if is_hub_address(path):
+        copy = fetch_from_hub(path)
+        weights = read_weights(copy.path)
+        return replace(weights, notes=[*weights.notes, f"from {copy.address}"])
     path = Path(path)
     if not path.exists() and str(path) in OFFICIAL:
         path = official_weights(str(path))

@@ -3,16 +3,22 @@
 import json
 from pathlib import Path
 
+import nibabel as nib
+import numpy as np
 import pytest
 import torch
-from model_factory import make_sam, tiny_hiera_spec
+import yaml
+from model_factory import make_sam, tiny_hiera_spec, tiny_vit_t_spec
 from release_factory import InThisProcess
 from samgraft.finetune.release import release_clients
+from samgraft.finetune.study import schedule
+from samgraft.finetune.study.cell_run import run_cell
 from samgraft.shared.cli import main
+from samgraft.shared.files import write_tensors
 from samgraft.shared.release import load_back
 from samgraft.shared.weights.load import read_weights
 from samgraft.shared.weights.sam2_format import to_sam2
-from store_factory import make_store
+from store_factory import make_scan, make_store, write_nifti
 
 SIZE = 64
 MEMORY = {
@@ -53,7 +59,7 @@ def test_sam2__goes_through_both_stages_and_a_release(
     assert main(["evaluate", "runs/seg", "--split", "test"]) == 0
 
     monkeypatch.setattr(load_back.subprocess, "run", InThisProcess(capsys, release_clients.CLIENTS).run)
-    arguments = ["--out", "released", "--license", "cc-by-4.0", "--format", "sam,transformers,peft", "--force"]
+    arguments = ["--out", "released", "--license", "cc-by-4.0", "--format", "sam,transformers,peft,monai", "--force"]
     assert main(["release", "runs/seg", *arguments]) == 0
     released, base = read_weights(Path("released/sam2.pt")), read_weights(Path("sam2.pt"))
     assert released.format == "SAM 2"
@@ -66,10 +72,31 @@ def test_sam2__goes_through_both_stages_and_a_release(
     assert "no mask is propagated between slices" in readme
     assert "the 157 tensors of the memory of videos, of which the base weights contain 3" in readme
     assert read_weights(Path("released/transformers")).format == "transformers Sam2Model"
+    assert mask_of("released").any()
 
 
-def test_sam2__prompts_cached_embeddings_and_unmerged_adapters(place: Path, tmp_path: Path) -> None:
+def mask_of(model: str, *arguments: str) -> np.ndarray:
+    """Return the mask (i, j, k) that ``predict`` writes for one scan."""
+    image, _ = make_scan(shape_zyx=(3, 24, 20), seed=9)
+    write_nifti(Path("new/scan.nii.gz"), image)
+    assert (
+        main(["predict", model, "new/scan.nii.gz", "--out", f"masks/{model}", "--precision", "fp32", *arguments]) == 0
+    )
+    (file,) = Path("masks", model).glob("*.nii.gz")
+    return np.asarray(nib.load(file).dataobj)
+
+
+def test_sam2__prompts_cached_embeddings_and_unmerged_adapters(
+    place: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
     assert finetune("prompt.mode=clicks", "prompt.num_clicks=1", name="clicks") == 0
+    prompts = {"version": 1, "coordinates": "voxel", "prompts": [{"class": 1, "box": [[4, 4, 1], [15, 15, 1]]}]}
+    Path("prompts.json").write_text(json.dumps(prompts))
+    caplog.clear()
+    segmented = mask_of("runs/clicks", "--prompts", "prompts.json")
+    assert sorted(set(np.nonzero(segmented)[2])) == [1]
+    assert "only slices with a prompt are segmented, and no mask is propagated between slices" in caplog.text
     cache = ["adapter.scope=decoder", "cache.variants=2", f"cache.folder={tmp_path / 'cache'}"]
     assert finetune(*cache, "data.num_neighbours=1", name="cached") == 0
     (folder,) = (tmp_path / "cache").iterdir()
@@ -81,3 +108,33 @@ def test_sam2__prompts_cached_embeddings_and_unmerged_adapters(place: Path, tmp_
     assert finetune("adapter.method=adapter", name="pair") == 0
     assert read_weights(Path("runs/pair/model/base.safetensors")).memory.keys() == MEMORY.keys()
     assert main(["evaluate", "runs/pair", "--split", "test"]) == 0
+
+
+def test_sam2__study_of_two_families_on_few_shots(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_tensors(place / "vit_t.safetensors", dict(make_sam(tiny_vit_t_spec(), image_size=SIZE).state_dict()))
+    grid = {
+        "name": "families",
+        "data_sets": [{"name": "a", "store": "labelled/store.zarr"}],
+        "initialisations": [{"name": "base", "ckpt": {"vit_t": "vit_t.safetensors", "sam2_t": "sam2.pt"}}],
+        "architectures": ["vit_t", "sam2_t"],
+        "shots": [2],
+        "preset": "cpu",
+        "settings": [f"model.image_size={SIZE}", "data.batch_size=2", "optim.warmup_steps=1", "trainer.max_steps=2"],
+    }
+    Path("families.yaml").write_text(yaml.safe_dump(grid))
+    texts: list[str] = []
+
+    def in_process(arguments, log_file, num_threads, processes):
+        texts.append(" ".join(arguments))
+        return main(list(arguments)), 1.0, 1.0
+
+    monkeypatch.setattr(schedule, "run_cell", lambda cell, folder, **_: run_cell(cell, folder, run=in_process))
+    assert main(["study", "families.yaml", "--parallel", "1"]) == 0
+    trained = [text for text in texts if text.startswith("finetune")]
+    assert [text.split("--model ")[1].split()[0] for text in trained] == ["vit_t", "sam2_t"]
+    assert all("data.few_shot.num=2" in text for text in trained)
+    results = [json.loads(file.read_text()) for file in Path("studies/families/cells").glob("*[!t].json")]
+    assert len(results) == 2
+    assert all(result["dice_per_patient"] for result in results)
+    (run, _) = sorted(Path("studies/families/runs").iterdir())
+    assert len(json.loads((run / "model" / "task.json").read_text())["split"]["train"]) == 2

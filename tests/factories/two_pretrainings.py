@@ -22,14 +22,16 @@ def main(lab: Path, objective: str, strategy: str, base: str = "") -> None:
     """Train uninterrupted, then stopped, killed and resumed. Both ranks have the same files.
 
     Only the second process receives the signal, right before a monitoring round in which both take part. With ``base``
-    random, a small encoder has random initial weights.
+    random, a small encoder has random initial weights. Any other ``base`` is a folder of the lab with a Hiera.
     """
     settings = ["trainer.accumulate=2", f"trainer.strategy={strategy}", "watch.log_images=true"]
     if objective != "dino":  # which exports its teacher
         settings.append("optim.ema_decay=0.9")
-    if base:
+    if base == "random":
         initial_weights.arch_spec = lambda _: TINY_VIT
-        settings.append(f"model.base={base}")
+        settings.append("model.base=random")
+    elif base:
+        settings += [f"model.base={lab / base}", "model.arch=sam2_t", "model.image_size=64"]
     whole = run(lab, f"pair-{objective}{base}-whole-{strategy}", objective, *settings)
     with pytest.MonkeyPatch.context() as patch:
         act_after(2, lambda: os.environ["RANK"] == "1" and os.kill(os.getpid(), signal.SIGTERM), patch)

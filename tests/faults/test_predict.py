@@ -23,7 +23,7 @@ from samgraft.finetune.prediction.prediction_inputs import find_inputs, make_uni
 from samgraft.finetune.prediction.predictor import Predictor
 from samgraft.finetune.prompting.prompt_file import SlicePrompt
 from samgraft.shared.cli import main
-from samgraft.shared.errors import NumericalError, UsageError
+from samgraft.shared.errors import DataError, NumericalError, UsageError
 from samgraft.shared.scans.readers.nifti import read_nifti
 from samgraft.shared.scans.sources import discover
 from store_factory import make_scan
@@ -578,3 +578,10 @@ def test_find_inputs__refusals_and_notes_about_labels_and_patients_do_not_count(
     inputs = find_inputs(tmp_path)
     assert [scan.case.refusal or scan.case.scan_refusal for scan in inputs.scans] == [None, None]
     assert not any("--patient-pattern" in note for note in inputs.notes)
+
+
+def test_predict__video_is_refused_in_words(lab, tmp_path):
+    video = tmp_path / "heart.MP4"
+    video.write_bytes(b"\x00\x00\x00\x18ftypmp42")
+    with pytest.raises(DataError, match=r"videos are not segmented, not even by SAM 2.*\n.*heart.MP4"):
+        find_inputs(video)

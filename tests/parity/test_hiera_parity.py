@@ -1,6 +1,7 @@
 """Hiera against SAM 2's own code and against the definition of its attention, dense and with units left out."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from model_factory import randomise, tiny_hiera_spec
 from original_hiera import masked_stages, original_encoder
 from samgraft.shared.encoders.hiera import HieraEncoder, HieraSpec, map_to_units, units_to_map
 from samgraft.shared.encoders.registry import arch_spec
+from samgraft.shared.weights.transformers_format import save_transformers_encoder
 
 
 def encoder_of(image_size: int, spec: HieraSpec | None = None) -> HieraEncoder:
@@ -38,6 +40,20 @@ def test_encoder__of_real_shape_equals_the_original(arch: str, image_size: int) 
     theirs = original_encoder(ours.spec)
     theirs.load_state_dict(ours.state_dict(), strict=True)
     _compare_with_original(ours, theirs, count=1)
+
+
+@pytest.mark.parametrize("image_size", [64, 288])
+def test_encoder__equals_sam2_vision_model_of_transformers(tmp_path: Path, image_size: int) -> None:
+    transformers = pytest.importorskip("transformers")
+    ours = encoder_of(image_size)
+    tensors = {f"image_encoder.{name}": tensor for name, tensor in ours.state_dict().items()}
+    save_transformers_encoder(tensors, tmp_path, ours.spec, image_size=image_size)
+    theirs = transformers.Sam2VisionModel.from_pretrained(str(tmp_path)).eval()
+    images = images_of(ours)
+    with torch.no_grad():
+        features, expected = ours.forward_with_high_res(images), theirs(images).fpn_hidden_states
+    for found, wanted in zip([*features.high_res, features.embeddings], expected, strict=True):
+        torch.testing.assert_close(found, wanted, atol=1e-5 * float(wanted.abs().max()), rtol=0)
 
 
 def _compare_with_original(ours: HieraEncoder, theirs: torch.nn.Module, count: int = 2) -> None:

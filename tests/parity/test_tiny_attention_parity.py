@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from samgraft.shared.encoders import tiny_vit as tiny_attention
+from samgraft.shared.encoders import tiny_vit_layers
 from samgraft.shared.encoders.tiny_vit_layers import GridBlock
 from timm.models.tiny_vit import TinyVitBlock
 
@@ -23,7 +23,7 @@ def pair(window_size):
 @pytest.mark.parametrize("in_strips", [True, False], ids=["cpu", "gpu"])
 @pytest.mark.parametrize(("height", "width"), [(4, 4), (8, 8), (5, 5), (3, 2), (9, 6), (4, 7)], ids=lambda n: str(n))
 def test_grid_block__equals_timms_padded_windows(height, width, in_strips, monkeypatch):
-    monkeypatch.setattr(tiny_attention, "splits_edges", lambda _device: in_strips)
+    monkeypatch.setattr(tiny_vit_layers, "splits_edges", lambda _device: in_strips)
     ours, timms = pair(4)
     features = torch.randn(2, height, width, 16, dtype=torch.float64, requires_grad=True)
     weights = torch.randn(2, height, width, 16, dtype=torch.float64)

@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 import requests
 from filelock import FileLock
+from pypi_simple import PYPI_SIMPLE_ENDPOINT
 from samgraft.finetune.evaluation import viewer
 from samgraft.shared import fetch
 from samgraft.shared.errors import DataError, StorageError, UsageError, WeightsError
@@ -281,7 +282,7 @@ def test_index__environment_then_pip_then_default(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(fetch.subprocess, "run", lambda *_, **__: Answer)
     assert fetch.index_endpoint() == "https://configured.example/simple"
     Answer.returncode = 1
-    assert fetch.index_endpoint() == fetch.PYPI_SIMPLE_ENDPOINT
+    assert fetch.index_endpoint() == PYPI_SIMPLE_ENDPOINT
 
 
 @pytest.mark.parametrize("kind", ["tar", "zip"])

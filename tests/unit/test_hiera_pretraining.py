@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from model_factory import randomise, tiny_hiera_spec
+from process_pair import run_pair
 from samgraft.shared.encoders.hiera import HieraEncoder
 from samgraft.shared.errors import StoppedAndSaved, UsageError
 from samgraft.shared.weights.card import Card
@@ -170,10 +171,27 @@ def test_checkpointing__gives_the_same_gradients_and_keeps_less(sparse: bool) ->
         assert torch.equal(gradient, gradients[1][name])
 
 
-def test_run__killed_and_resumed_has_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    lab = make_lab(tmp_path)
+@pytest.fixture
+def lab(tmp_path: Path) -> Path:
     card = Card(arch="sam2_t", image_size=64, pixel_mean=[0.0] * 3, pixel_std=[1.0] * 3)
-    save_encoder(encoder(), lab / "hiera", card)
+    save_encoder(encoder(), make_lab(tmp_path) / "hiera", card)
+    return tmp_path
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)  # two interpreters start, and train three times each
+def test_two_processes__sharded_training_has_the_same_bytes_after_a_kill_and_equals_copies(lab: Path) -> None:
+    for way in ("ddp", "fsdp"):
+        for done in run_pair(lab, f"mae/{way}/hiera", worker="two_pretrainings.py", timeout_s=800):
+            assert done.returncode == 0, done.stderr[-2000:]
+            assert "same bytes: True" in done.stdout
+    ddp, fsdp = (read_weights(lab / "runs" / f"pair-maehiera-whole-{way}").tensors for way in ("ddp", "fsdp"))
+    assert ddp.keys() == fsdp.keys()
+    for name, tensor in ddp.items():
+        torch.testing.assert_close(fsdp[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_run__killed_and_resumed_has_the_same_bytes(lab: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = (f"model.base={lab / 'hiera'}", "model.arch=sam2_t", "model.image_size=64")
     whole = left_behind(run(lab, "whole", "mae", *settings))
     with monkeypatch.context() as patch:

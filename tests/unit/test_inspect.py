@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from model_factory import make_sam, tiny_plain_spec, tiny_vit_t_spec
+from model_factory import make_sam, tiny_hiera_spec, tiny_plain_spec, tiny_vit_t_spec
 from samgraft.shared.cli import main
 from samgraft.shared.weights import load as weights_module
 from samgraft.shared.weights.card import Card
 from samgraft.shared.weights.load import read_weights
+from samgraft.shared.weights.sam2_format import to_sam2
 from samgraft.shared.weights.save import save_encoder, save_sam
 
 
@@ -49,6 +50,21 @@ def test_inspect__run_folder_shows_its_card(tmp_path: Path, capsys: pytest.Captu
     assert "steps           12" in shown
     # The card decides the pixel statistics of the model.
     assert read_weights(tmp_path).spec.pixel_std == (2.0, 2.0, 2.0)
+
+
+@pytest.mark.parametrize("kind", ["published", "trainer"])
+def test_inspect__medsam2_is_a_sam_2_file(tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str) -> None:
+    """MedSAM2 has the names of SAM 2.1, and its training program is that of SAM 2."""
+    model = to_sam2(make_sam(tiny_hiera_spec(), image_size=64).state_dict())
+    model["memory_attention.norm.weight"] = torch.ones(8)
+    state = {"state": {0: {"exp_avg": torch.zeros(3), "step": torch.tensor(5.0)}}, "param_groups": [{"lr": 1e-4}]}
+    trainer = {"optimizer": state, "epoch": 4, "loss": {}, "steps": {"train": 10, "val": 0}, "time_elapsed": 60}
+    torch.save({"model": model, **(trainer if kind == "trainer" else {})}, tmp_path / "MedSAM2_latest.pt")
+    assert main(["inspect", str(tmp_path / "MedSAM2_latest.pt")]) == 0
+    shown = capsys.readouterr().out
+    assert "MedSAM2_latest.pt: SAM 2, Hiera of unpublished shape" in shown
+    assert "1 tensors of the memory of videos kept aside, for release" in shown
+    assert "exp_avg" not in shown
 
 
 def test_inspect__official_name_is_downloaded_unless_offline(
