@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from model_factory import tiny_plain_spec, tiny_vit_t_spec
+from model_factory import tiny_hiera_spec, tiny_plain_spec, tiny_vit_t_spec
 from release_factory import PATIENTS, InThisProcess, finished_model, write_scores
 from samgraft.finetune.evaluation.postprocess import PostProcessing, read_postprocessing
 from samgraft.finetune.evaluation.scores import read_cases
@@ -87,6 +87,14 @@ def test_release__several_classes_reach_the_bundle(tmp_path, in_process):
         "1": "lesion",
         "2": "organ",
     }
+
+
+@pytest.mark.filterwarnings("ignore")  # MONAI's own
+def test_release__sam_2_runs_as_a_bundle(tmp_path, in_process):
+    pytest.importorskip("jsonschema")
+    run = finished_model(tmp_path, tiny_hiera_spec(), image_size=64)
+    released = release_model(request(run, formats=("monai",)))
+    assert {c.path: set(c.outputs) for c in released.checked}["monai"] == {"slices"}
 
 
 @pytest.mark.parametrize("damage", ["adapter", "base"])
