@@ -12,9 +12,8 @@ from samgraft.shared.encoders.sam import build_sam
 from samgraft.shared.errors import UsageError, WeightsError
 from samgraft.shared.weights.card import Card
 from samgraft.shared.weights.checks import count_mask_outputs
-from samgraft.shared.weights.hub import is_hub_address
 from samgraft.shared.weights.load import WeightsFile, absent_by_nature, card_of, load_into, read_weights
-from samgraft.shared.weights.official import OFFICIAL, official_name
+from samgraft.shared.weights.official import OFFICIAL, is_hub_address, official_name
 from samgraft.shared.weights.tensor_report import TensorReport
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from samgraft.shared.errors import UsageError, WeightsError
 from samgraft.shared.files import write_json, write_tensors
-from samgraft.shared.weights.hub import fetch_from_hub, is_hub_address
+from samgraft.shared.weights.official import fetch_from_hub, is_hub_address
 from samgraft.shared.weights.positions import resize_positions
 from samgraft.shared.weights.run_files import SSL_STATE_METADATA
 from samgraft.shared.weights.safe_read import read_raw_weights

@@ -21,8 +21,7 @@ from samgraft.shared.weights.card import Card
 from samgraft.shared.weights.checks import count_mask_outputs, recognise_encoder, to_float32
 from samgraft.shared.weights.families import EXTRA_TENSORS, family_error, find_family
 from samgraft.shared.weights.formats import PARTS, convert_to_sam
-from samgraft.shared.weights.hub import fetch_from_hub, is_hub_address
-from samgraft.shared.weights.official import OFFICIAL, official_weights
+from samgraft.shared.weights.official import OFFICIAL, fetch_from_hub, is_hub_address, official_weights
 from samgraft.shared.weights.positions import resize_positions as resize_table
 from samgraft.shared.weights.run_files import (
     SSL_STATE_METADATA,
@@ -188,9 +187,7 @@ def load_into(
     Raises:
         WeightsError: If a tensor is missing, left over, or of another shape. The model is unchanged then.
     """
-    from segment_anything.modeling import Sam
-
-    encoder = module.image_encoder if isinstance(module, Sam) else module
+    encoder = getattr(module, "image_encoder", module)
     target, prefix = (module, "") if part == "sam" else (encoder, "image_encoder.")
     assert isinstance(target, nn.Module)
     wanted = {f"{prefix}{k}": v for k, v in target.state_dict().items()}

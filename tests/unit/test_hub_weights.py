@@ -14,8 +14,8 @@ from samgraft.shared.cli import main
 from samgraft.shared.errors import StorageError, WeightsError
 from samgraft.shared.fetch import OFFLINE_VARIABLE
 from samgraft.shared.weights.card import Card
-from samgraft.shared.weights.hub import fetch_from_hub
 from samgraft.shared.weights.load import read_weights
+from samgraft.shared.weights.official import fetch_from_hub
 from samgraft.ssl.ssl_state import find_state
 
 COMMITS = {"main": "a" * 40, "v1": "b" * 40, "a" * 40: "a" * 40, "b" * 40: "b" * 40}
