@@ -1,4 +1,4 @@
-"""Weights that are downloaded: official ones by name with pinned hashes, and those on the Hugging Face Hub.
+"""Downloaded weights, official ones by name and those on the Hugging Face Hub.
 
 Weights on the Hub are given as ``hf://OWNER/NAME[/FILE][@REVISION]``. A file is kept in the cache folder under the
 commit that it came from, and that copy is used without a network.
