@@ -41,7 +41,7 @@ def plain_twin(ours: ViTEncoder) -> ImageEncoderViT:
 def hiera_original(spec: HieraSpec) -> nn.Module:
     """Build SAM 2's own encoder.
 
-    It needs the package ``sam2``, which is built with ``SAM2_BUILD_CUDA=0 pip install sam2==1.1.0``.
+    It needs the package ``sam2``, which the extra ``sam2`` installs (see pyproject.toml).
     """
     from sam2.modeling.backbones.hieradet import Hiera
     from sam2.modeling.backbones.image_encoder import FpnNeck, ImageEncoder

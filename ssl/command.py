@@ -44,7 +44,8 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--ckpt",
         default=None,
-        help="initial encoder weights: a stage-1 run, any encoder or SAM file (default: those of --base)",
+        help="initial encoder weights: a stage-1 run, any encoder or SAM file, an official name or hf://OWNER/NAME "
+        "(default: those of --base)",
     )
     add(
         "--base",

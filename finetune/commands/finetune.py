@@ -42,7 +42,9 @@ KEY_OF_OPTION = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.add_argument(
-        "--ckpt", help="initial encoder weights: a stage-1 run, or any encoder or SAM file; default BASE's own encoder"
+        "--ckpt",
+        help="initial encoder weights: a stage-1 run, any encoder or SAM file, an official name or hf://OWNER/NAME; "
+        "default BASE's own encoder",
     )
     parser.add_argument("--data", help="labelled slice store, or folder of scans with labels; default the demo scans")
     parser.add_argument("--modality", help="mri, ct, xray or ultrasound (default: the store's, or mri)")
@@ -53,7 +55,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--method", help="fine-tuning method: lora, adapter, full, dora, ...; default the preset's")
     parser.add_argument(
-        "--base", help="base SAM weights, a full SAM file that supplies what CKPT lacks; default CKPT's or the demo's"
+        "--base",
+        help="base SAM weights, a full SAM file, official name or hf://OWNER/NAME that supplies what CKPT lacks; "
+        "default CKPT's or the demo's",
     )
     parser.add_argument("--name", help="run name; default from the weights and DATA, so that the same command resumes")
     parser.add_argument("--runs", type=Path, default=RUNS, help="folder of all runs")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -92,6 +93,7 @@ def run(arguments: argparse.Namespace) -> int:
         report = predict_scans(
             predictor, inputs.scans, arguments.out, settings=settings, prompts=prompts, progress=_ProgressLines(stop)
         )
+    _log_viewers(report, inputs, arguments.out)
     return _finish(report, arguments.out, total=len(inputs.scans))
 
 
@@ -122,6 +124,26 @@ def _log_start(inputs: Inputs, device: str, postprocessing: str) -> None:
         log.info("left out: %d x %s", count, reason)
     for note in inputs.notes:
         log.info("note: %s", note)
+
+
+def _log_viewers(report: PredictReport, inputs: Inputs, out: Path) -> None:
+    """Print how the first mask is opened in ITK-SNAP and in 3D Slicer."""
+    from samgraft.finetune.prediction.predict import ENDINGS
+    from samgraft.finetune.prediction.prediction_files import LABEL_LIST
+
+    first = next((scan for scan in inputs.scans if scan.name in {*report.written, *report.skipped}), None)
+    if first is None:
+        return
+    scan = first.case.scan.paths[0]
+    volume, segmentation = (out / f"{first.out_stem}{ENDINGS[name]}" for name in ("nifti", "nrrd"))
+    ways = []
+    if volume.is_file():
+        words = ["itksnap", "-g", str(scan), "-s", str(volume), "-l", str(out / LABEL_LIST)]
+        ways.append(f"in ITK-SNAP: {shlex.join(words)}")
+    if segmentation.is_file():
+        ways.append(f"in 3D Slicer: drop {segmentation} and the scan on its window")
+    if ways:
+        log.info("view %s", "; ".join(ways))
 
 
 def _finish(report: PredictReport, out: Path, *, total: int) -> int:

@@ -16,7 +16,8 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "file",
         type=Path,
-        help="weights file, run folder, transformers folder, or official weights (sam_vit_b, sam2.1_hiera_tiny, ...)",
+        help="weights file, run folder, transformers folder, official weights (sam_vit_b, sam2.1_hiera_tiny, "
+        "...), or hf://OWNER/NAME[/FILE][@REVISION] of the Hugging Face Hub",
     )
     parser.add_argument("--offline", action="store_true", help="never download official weights")
     parser.add_argument("--json", action="store_true", help="machine-readable output")

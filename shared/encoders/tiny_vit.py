@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, cast
 
 import torch
 from samgraft.shared.encoders.base import (
@@ -217,7 +217,7 @@ class TinyViTEncoder(ImageEncoder):
         """
         yield 0, list(self.patch_embed.parameters())
         depth = 0
-        for stage in self.layers:
+        for stage in cast("Iterator[TinyStage]", iter(self.layers)):
             for block in stage.blocks:
                 depth += 1
                 yield depth, list(block.parameters())

@@ -10,6 +10,7 @@ from annotated_types import Ge, Le
 from pydantic.dataclasses import dataclass
 from samgraft.shared.config import MAY_CHANGE, Positive, PositiveInt
 from samgraft.shared.errors import UsageError
+from samgraft.shared.runs.trackers import Tracker
 from samgraft.shared.training.device import Device, Precision
 
 
@@ -52,6 +53,8 @@ class TrainerConfig:
     """Processes that load data. 0 loads in the training process. The numbers do not depend on it."""
     log_every_steps: PositiveInt = field(default=10, metadata=MAY_CHANGE)
     """Steps between points in TensorBoard. metrics.jsonl has every step."""
+    trackers: list[Tracker] = field(default_factory=list, metadata=MAY_CHANGE)
+    """wandb and mlflow, whose files are written into the run folder when a session ends. Nothing is uploaded."""
     save_every_steps: PositiveInt = field(default=500, metadata=MAY_CHANGE)
     """Steps between saved training states."""
     save_every_min: Positive = field(default=10.0, metadata=MAY_CHANGE)

@@ -25,6 +25,7 @@ from pytorch_lightning.strategies import DDPStrategy, ModelParallelStrategy
 from samgraft.shared.errors import SamgraftError, UsageError
 from samgraft.shared.runs.environment import process_rank, slurm_starts_processes
 from samgraft.shared.runs.run_folder import RunFolder
+from samgraft.shared.runs.trackers import check_trackers, write_trackers
 from samgraft.shared.runs.training_state import (
     TrainingState,
     load_module_state,
@@ -128,6 +129,7 @@ def fit(module: pl.LightningModule, context: FitContext) -> FitResult:
     """
     started = time.monotonic()
     config, run, device = context.config, context.run, context.device
+    check_trackers(config.trackers)
     state = _find_starting_state(config, run)
     counters = RunCounters(
         seed=context.seed,
@@ -158,11 +160,10 @@ def fit(module: pl.LightningModule, context: FitContext) -> FitResult:
         is_exact=is_exact,
         ema_decay=context.ema_decay,
     )
-    if state is not None and (state.step >= config.max_steps or counters.ended):
-        _finish(module, state, context, boundary)
-        step = state.step
-    else:
-        step = _train(module, context, boundary, first_step=state.step if state else 0)
+    try:
+        step = _run_to_end(module, state, context, boundary)
+    finally:
+        write_trackers(config.trackers, run)
     return FitResult(
         step=step,
         resumed_from_step=state.step if state else None,
@@ -183,6 +184,16 @@ def _build_meter(step_log: StepLog, context: FitContext, counters: RunCounters) 
         slices_per_micro_step=context.batch_size * context.device.world_size,
         slices_available=context.slices_available,
     )
+
+
+def _run_to_end(
+    module: pl.LightningModule, state: TrainingState | None, context: FitContext, boundary: StepBoundary
+) -> int:
+    """Train, or finish a run that was trained to its end, and return the last step."""
+    if state is not None and (state.step >= context.config.max_steps or boundary.counters.ended):
+        _finish(module, state, context, boundary)
+        return state.step
+    return _train(module, context, boundary, first_step=state.step if state else 0)
 
 
 def _train(module: pl.LightningModule, context: FitContext, boundary: StepBoundary, *, first_step: int) -> int:

@@ -97,6 +97,9 @@ def test_sam2__prompts_cached_embeddings_and_unmerged_adapters(
     assert sorted(set(np.nonzero(segmented)[2])) == [1]
     printed = " ".join("".join(capsys.readouterr()).split())
     assert "only slices with a prompt are segmented, and no mask is propagated between slices" in printed
+    masks = "masks/runs/clicks"
+    snap = f"itksnap -g new/scan.nii.gz -s {masks}/scan_seg.nii.gz -l {masks}/labels.txt"
+    assert f"view in ITK-SNAP: {snap}; in 3D Slicer: drop {masks}/scan_seg.seg.nrrd and the scan" in printed
     cache = ["adapter.scope=decoder", "cache.variants=2", f"cache.folder={tmp_path / 'cache'}"]
     assert finetune(*cache, "data.num_neighbours=1", name="cached") == 0
     (folder,) = (tmp_path / "cache").iterdir()

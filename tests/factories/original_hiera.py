@@ -6,6 +6,8 @@ import torch.nn.functional as F
 from original_encoders import hiera_original
 from samgraft.shared.encoders.hiera import HieraEncoder, HieraSpec
 
+NO_SAM2 = "package sam2 is not installed (SAM2_BUILD_CUDA=0 pip install --no-build-isolation 'samgraft[sam2]')"
+
 
 def masked_stages(encoder: HieraEncoder, images: torch.Tensor, visible_Bgg: torch.Tensor) -> list[torch.Tensor]:
     """Return the maps (B, H, W, C) of all stages in raster order, with hidden tokens outside of every softmax.
@@ -72,5 +74,5 @@ def pool(tokens: torch.Tensor) -> torch.Tensor:
 
 def original_encoder(spec: HieraSpec) -> torch.nn.Module:
     """Return SAM 2's own image encoder of this shape, or skip the test where the package is not installed."""
-    pytest.importorskip("sam2", reason="package sam2 is not installed (SAM2_BUILD_CUDA=0 pip install sam2==1.1.0)")
+    pytest.importorskip("sam2", reason=NO_SAM2)
     return hiera_original(spec)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from model_factory import make_sam, randomise, tiny_hiera_spec
+from original_hiera import NO_SAM2
 from samgraft.finetune.prompting.prompts import Prompt, decode_prompts
 from samgraft.shared.encoders.sam import encode_images, feature_shapes, feature_tensors
 from samgraft.shared.encoders.sam2_decoder import Sam2MaskDecoder, Sam2PromptEncoder
@@ -51,7 +52,7 @@ def decode(ours, image, prompts, *, multimask):
 @pytest.fixture(scope="module")
 def reference(ours):
     """Return the prompt encoder and the mask decoder of the package, with our weights."""
-    pytest.importorskip("sam2", reason="the package sam2 is not installed (pip install --no-deps sam2 iopath)")
+    pytest.importorskip("sam2", reason=NO_SAM2)
     from sam2.modeling.sam.mask_decoder import MaskDecoder
     from sam2.modeling.sam.prompt_encoder import PromptEncoder
     from sam2.modeling.sam.transformer import TwoWayTransformer

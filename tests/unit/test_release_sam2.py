@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 from model_factory import make_sam, tiny_hiera_spec
+from original_hiera import NO_SAM2
 from samgraft.shared.encoders.registry import arch_spec
 from samgraft.shared.release import clients
 from samgraft.shared.release.clients import CLIENTS
@@ -68,7 +69,7 @@ def test_sam2_files__memory_returns_and_the_reader_is_strict(tiny, tmp_path):
 @pytest.fixture(scope="module")
 def published():
     """Return a SAM 2 with the decoder and memory of the published ones behind a tiny trunk."""
-    pytest.importorskip("sam2", reason="the package sam2 is not installed (pip install --no-deps sam2 iopath)")
+    pytest.importorskip("sam2", reason=NO_SAM2)
     from sam2.build_sam import build_sam2
 
     spec = dataclasses.replace(tiny_hiera_spec(), neck_dim=256)
@@ -135,7 +136,7 @@ def test_onnx__runs_in_onnx_runtime(tiny, tmp_path):
 
 def test_memory__names_of_the_package_are_all_known():
     """Every tensor of the package's model is that of an image or of the memory."""
-    pytest.importorskip("sam2")
+    pytest.importorskip("sam2", reason=NO_SAM2)
     from sam2.build_sam import build_sam2
 
     reference = build_sam2("configs/sam2.1/sam2.1_hiera_t.yaml", device="meta")
@@ -147,7 +148,7 @@ def test_memory__names_of_the_package_are_all_known():
 @pytest.mark.slow  # the published shape has 39 million parameters
 @pytest.mark.parametrize("generation", ["sam2", "sam2.1"])
 def test_file_of_the_package__is_loaded_strictly_with_equal_outputs(tmp_path, generation):
-    pytest.importorskip("sam2")
+    pytest.importorskip("sam2", reason=NO_SAM2)
     from sam2.build_sam import build_sam2
 
     torch.manual_seed(0)
