@@ -57,8 +57,8 @@ def write_trackers(trackers: Sequence[Tracker], run: RunFolder) -> None:
     """Write the curves of a run for every tracker, replacing those of earlier sessions."""
     for tracker in trackers if run.is_writer else ():
         folder = run.path / tracker.value
-        # The folder itself stays, because MLflow keeps what it has opened for the rest of a process.
-        for path in folder.iterdir() if folder.is_dir() else ():
+        # The folder itself and MLflow's .trash stay, because MLflow checks only once per process that they exist.
+        for path in folder.glob("[!.]*"):
             shutil.rmtree(path, ignore_errors=True)
         lines = [{k: v for k, v in line.items() if isinstance(v, int | float)} for line in run.metrics.read()]
         if not lines:
