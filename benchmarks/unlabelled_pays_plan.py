@@ -99,6 +99,13 @@ ARMS = {
         title="U-Net, labels and unlabelled scans",
         network="unet",
         command="selftrain",
+        settings=(*TEACHERS, *ALL_VOXELS),
+        baseline="unet",
+    ),
+    "unet_unlabelled_sure": Arm(
+        title="U-Net, labels and unlabelled scans, sure voxels only",
+        network="unet",
+        command="selftrain",
         settings=TEACHERS,
         baseline="unet",
     ),

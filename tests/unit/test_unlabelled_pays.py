@@ -14,7 +14,14 @@ from unlabelled_pays import cells, draw_patients, pseudo_quality, run_cell, subj
 from unlabelled_pays_plan import ARMS, Plan
 from unlabelled_pays_table import draw, paired_gain, render
 
-GAIN = {"unet": 0.0, "unet_unlabelled": 0.03, "sam": -0.1, "sam_unlabelled": -0.05, "unet_all": 0.1}
+GAIN = {
+    "unet": 0.0,
+    "unet_unlabelled": 0.03,
+    "unet_unlabelled_sure": 0.02,
+    "sam": -0.1,
+    "sam_unlabelled": -0.05,
+    "unet_all": 0.1,
+}
 
 
 def record(arm, seed, *, labels=5, data="hippocampus"):
