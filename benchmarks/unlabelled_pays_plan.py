@@ -94,6 +94,8 @@ TEACHERS = (
     "selftrain.flips=false",
     "selftrain.teacher_settings.second=[model.arch=dynunet2d,model.ckpt=null,model.base=null,seed=1000{seed}]",
 )
+# Borders are what a student must learn. With the default of 0.8 the teachers of a short run leave most of them out.
+ALL_VOXELS = ("selftrain.min_agreement=0.5", "selftrain.min_slice_agreement=0")
 ARMS = {
     "unet_unlabelled": Arm(
         title="U-Net, labels and unlabelled scans",
