@@ -14,6 +14,7 @@ from urllib.error import URLError
 
 from samgraft.shared.errors import DataError, StorageError
 from samgraft.shared.fetch import OFFLINE_VARIABLE, is_offline
+from samgraft.shared.files import move
 from samgraft.shared.scans.volume import Modality
 from samgraft.shared.store.from_data import ScanRequest, build_from_scans
 
@@ -104,6 +105,6 @@ def _unpack(archive: Path, target: Path) -> Path:
     draft = target.parent / ".unpacked"
     shutil.rmtree(draft, ignore_errors=True)
     extractall(archive, draft, has_base=False)
-    (draft / target.name).rename(target)
+    move(draft / target.name, target)
     shutil.rmtree(draft)
     return target

@@ -13,7 +13,7 @@ from samgraft.finetune.study.config import StudyConfig
 from samgraft.shared.config import RENAMED_KEYS
 from samgraft.ssl.config import PretrainConfig
 
-NOT_OURS = ("tensorboard", "torchrun", "srun", "python -m")
+NOT_OURS = ("tensorboard", "torchrun", "srun", "python -m", "mlflow ui")
 """A text that names one of these may name its options."""
 
 

@@ -16,7 +16,7 @@ from tiny_sams import images_for, logits_of, tiny_sam
 
 def build_fourier(request):
     """Return peft's FourierFT, which samgraft does not offer itself."""
-    return peft.FourierFTConfig(**request.places, n_frequency=8 * request.config.r, scaling=300.0)
+    return peft.FourierFTConfig(**request.places, n_frequency=8 * request.config.r, scaling=30.0)
 
 
 TOY = MethodSpec(build=build_fourier, options=frozenset({"r"}))

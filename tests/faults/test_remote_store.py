@@ -220,7 +220,7 @@ def test_s3__evaluate_scores_the_same(lab, tmp_path, monkeypatch, given):
     rows = read_cases(tmp_path / "out" / "cases.csv")
     assert {row["patient_id"] for row in rows} == set(lab.split.test)
     assert [(row["series_id"], row["predicted_voxels"], row["dice"]) for row in rows] == [
-        (row["series_id"], row["predicted_voxels"], pytest.approx(row["dice"], abs=1e-5)) for row in expected
+        (row["series_id"], row["predicted_voxels"], pytest.approx(row["dice"], abs=1e-4)) for row in expected
     ]
 
 

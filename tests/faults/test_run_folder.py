@@ -78,7 +78,7 @@ def test_open__with_another_stage_is_refused(tmp_path: Path) -> None:
 def test_keys_that_may_change__are_exactly_these() -> None:
     names = (
         "devices num_workers log_every_steps save_every_steps save_every_min keep_last keep_every_steps allow_resize "
-        "resume_from"
+        "resume_from trackers"
     )
     assert set(keys_that_may_change(TinyConfig)) == {"note", *(f"trainer.{name}" for name in names.split(" "))}
 

@@ -362,7 +362,7 @@ def test_official_name__mistyped_is_answered_with_the_nearest() -> None:
         read_weights("sam_vitb")
 
 
-@pytest.mark.parametrize("given", ["https://example.org/sam.pth", "hf://facebook/sam-vit-base", "missing.pth"])
+@pytest.mark.parametrize("given", ["https://example.org/sam.pth", "missing.pth"])
 def test_address_or_missing_file__refused(given: str) -> None:
     with pytest.raises(WeightsError, match=r"local file|existing file"):
         read_weights(given)

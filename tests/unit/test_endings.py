@@ -96,7 +96,7 @@ def test_refusal__commands_are_understood(end, typed, name):
 
 def test_demo__dry_run_prints_commands_that_are_understood(end):
     ended = end("demo", "--dry-run")
-    assert [command[0] for command in ended.commands] == ["demo-data", "pretrain", "finetune", "evaluate"]
+    assert [command[0] for command in ended.commands] == ["demo-data", "pretrain", "finetune", "evaluate", "predict"]
     assert all(parse(command) for command in ended.commands)
 
 

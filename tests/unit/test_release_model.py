@@ -51,7 +51,7 @@ def test_release__writes_and_loads_back_every_format(run, in_process):
     out = run.parents[1] / "out"
     compared = {c.path: set(c.outputs) for c in released.checked}
     assert compared["peft"] == compared["onnx"] == {"automatic", "boxes", "embeddings"}
-    assert compared["monai"] == {"slices"}
+    assert compared["monai"] == {"mask", "slices"}
     config = json.loads((out / "peft" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "base.safetensors"  # not published weights
     assert (out / "peft" / "base.safetensors").is_file()
@@ -94,7 +94,7 @@ def test_release__sam_2_runs_as_a_bundle(tmp_path, in_process):
     pytest.importorskip("jsonschema")
     run = finished_model(tmp_path, tiny_hiera_spec(), image_size=64)
     released = release_model(request(run, formats=("monai",)))
-    assert {c.path: set(c.outputs) for c in released.checked}["monai"] == {"slices"}
+    assert {c.path: set(c.outputs) for c in released.checked}["monai"] == {"mask", "slices"}
 
 
 @pytest.mark.parametrize("damage", ["adapter", "base"])

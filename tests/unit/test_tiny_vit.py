@@ -43,8 +43,9 @@ def test_masked__no_output_depends_on_hidden_pixels(stem: Stem, mode: bool, grid
 def test_masked__nothing_hidden_equals_the_encoder() -> None:
     encoder, images = encoder_of(), torch.randn(1, 3, 64, 64)
     hidden = torch.zeros(1, 16, 16, dtype=torch.bool)
-    masked = encoder.forward_features(images, token_mask_Bhw=hidden)
-    torch.testing.assert_close(masked, encoder.forward_features(images), atol=1e-5, rtol=1e-5)
+    masked, plain = (encoder.forward_features(images, token_mask_Bhw=mask) for mask in (hidden, None))
+    # The features of random weights are large, so that rounding is measured by their spread.
+    torch.testing.assert_close(masked, plain, atol=1e-5 * plain.std().item(), rtol=1e-5)
 
 
 @pytest.mark.parametrize(

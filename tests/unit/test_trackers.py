@@ -15,7 +15,7 @@ from samgraft.shared.runs.trackers import Tracker, check_trackers, read_numbers,
 from tiny_training import At, Killed, die, tiny_config, tiny_fit
 
 CONFIG = """
-data: {store: /home/someone/private/smith.zarr, batch_size: 4}
+data: {store: /mnt/someone/private/smith.zarr, batch_size: 4}
 optim: {lr: 0.001, name: adamw}
 trainer: {channels_last: true, trackers: [wandb]}
 """
@@ -37,7 +37,7 @@ def written_texts(folder):
 
 
 def assert_private(folder, tmp_path):
-    private = (str(tmp_path), os.getcwd(), "/home/", "someone", "smith", "adamw", f"{getpass.getuser()}@",
+    private = (str(tmp_path), os.getcwd(), "/mnt/", "someone", "smith", "adamw", f"{getpass.getuser()}@",
                f"/{getpass.getuser()}", f'"{socket.gethostname()}"', f": {socket.gethostname()}\n")  # fmt: skip
     texts = written_texts(folder)
     assert texts
@@ -97,7 +97,7 @@ def test_trackers__failure_is_a_warning_and_a_second_process_writes_nothing(run,
 
     def fail(*arguments):
         calls.append(arguments)
-        raise RuntimeError("/home/someone/secret")
+        raise RuntimeError("/mnt/someone/secret")
 
     monkeypatch.setitem(trackers._WRITERS, Tracker.MLFLOW, fail)
     write_trackers([Tracker.MLFLOW], run)
