@@ -51,7 +51,8 @@ def row_of(records: Sequence[Record], *, data: str, arm: str, labels: int | None
         over_patients, over_seeds = bootstrap_mean(per_patient), seed_interval(per_seed)
         assert over_patients is not None
         row += [
-            f"{over_patients.mean:+.3f} ({over_patients.low:+.3f} to {over_patients.high:+.3f}), {len(per_seed)} seeds",
+            f"{over_patients.mean:+.3f} ({over_patients.low:+.3f} to {over_patients.high:+.3f}), "
+            f"{len(per_seed)} seed{'s' * (len(per_seed) > 1)}",
             f"{over_seeds[0]:+.3f} to {over_seeds[1]:+.3f}" if over_seeds else "needs 3 seeds",
             p_value(per_patient),
         ]
