@@ -200,12 +200,16 @@ def run_stage_2(
         plan,
         log=f"evaluate-{name}",
     )
-    rows = list(csv.DictReader((plan.work / "runs" / name / "evaluation" / "test" / "cases.csv").open()))
+    return {"steps": steps, "dice": subject_dice(plan.work / "runs" / name / "evaluation" / "test" / "cases.csv")}
+
+
+def subject_dice(path: Path) -> dict[str, float]:
+    """Return one Dice per patient, the mean over scans and classes."""
     per_subject: dict[str, list[float]] = {}
-    for row in rows:
+    for row in csv.DictReader(path.open()):
         if row["dice"] not in {"", "n/a"}:
             per_subject.setdefault(row["patient_id"], []).append(float(row["dice"]))
-    return {"steps": steps, "dice": {p: round(float(np.mean(v)), 4) for p, v in sorted(per_subject.items())}}
+    return {patient: round(float(np.mean(values)), 4) for patient, values in sorted(per_subject.items())}
 
 
 def run(arguments: Sequence[str], plan: Plan, *, log: str) -> None:

@@ -21,8 +21,12 @@ def load(plan: Plan) -> dict[str, dict[str, Any]]:
 
 def mean_over_seeds(done: dict[str, dict[str, Any]], init: str, size: str, seeds: Sequence[int]) -> dict[str, float]:
     """Return Dice per subject, the mean over seeds."""
-    runs = [done[f"{size}-{init}-{seed}"]["dice"] for seed in seeds]
-    return {patient: float(np.mean([run[patient] for run in runs])) for patient in runs[0]}
+    return patient_means([done[f"{size}-{init}-{seed}"] for seed in seeds])
+
+
+def patient_means(cells: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Return the Dice of every patient, the mean over cells."""
+    return {patient: float(np.mean([cell["dice"][patient] for cell in cells])) for patient in cells[0]["dice"]}
 
 
 def compared_seeds(plan: Plan, done: dict[str, dict[str, Any]], init: str, size: str) -> list[int]:
@@ -45,17 +49,20 @@ def stage_2_rows(plan: Plan, done: dict[str, dict[str, Any]], size: str) -> list
         if init == BASE:
             cells_ += ["", "", ""]
         else:
-            differences = [dice[p] - base[p] for p in base]
-            gain = bootstrap_mean(differences)
-            assert gain is not None
-            over_seeds = seed_interval(seed_differences(done, init, size, seeds))
-            cells_ += [
-                f"{gain.mean:+.3f} ({gain.low:+.3f} to {gain.high:+.3f})",
-                f"{over_seeds[0]:+.3f} to {over_seeds[1]:+.3f}" if over_seeds else "",
-                p_value(differences),
-            ]
+            cells_ += gain_cells([dice[p] - base[p] for p in base], seed_differences(done, init, size, seeds))
         rows.append("| " + " | ".join(cells_) + " |")
     return rows
+
+
+def gain_cells(per_patient: Sequence[float], per_seed: Sequence[float]) -> list[str]:
+    """Return a gain with its interval over patients, its interval over seeds if there is one, and its p value."""
+    gain, over_seeds = bootstrap_mean(per_patient), seed_interval(per_seed)
+    assert gain is not None
+    return [
+        f"{gain.mean:+.3f} ({gain.low:+.3f} to {gain.high:+.3f})",
+        f"{over_seeds[0]:+.3f} to {over_seeds[1]:+.3f}" if over_seeds else "",
+        p_value(per_patient),
+    ]
 
 
 def seed_differences(done: dict[str, dict[str, Any]], init: str, size: str, seeds: Sequence[int]) -> list[float]:

@@ -20,7 +20,6 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import argparse
-import csv
 import datetime
 import hashlib
 import json
@@ -30,9 +29,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from samgraft.finetune.evaluation.metrics import class_scores
+from samgraft.finetune.pseudo_labels import ignored_share
+from samgraft.finetune.task import Task
 from samgraft.shared.samples.leaks import find_patients_again
+from samgraft.shared.scans.volume import IGNORE_LABEL
 from samgraft.shared.store.store import SliceStore
-from ssl_helps import RESULTS, finish_cell, run, save, say, subjects
+from ssl_helps import RESULTS, finish_cell, run, save, say, subject_dice, subjects
 from unlabelled_pays_plan import ARMS, DATA_SETS, Arm, DataSet, Plan
 from unlabelled_pays_table import draw, render
 
@@ -139,24 +142,13 @@ def pseudo_quality(plan: Plan, folder: Path) -> dict[str, Any]:
     if not path.is_dir():
         return {}
     pseudo, store = SliceStore.open(path), SliceStore.open(plan.store)
-    dice, ignored, voxels = [], 0, 0
+    classes = Task.read(folder / "model").classes
+    dice = []
     for record in pseudo.series:
         found, truth = pseudo.read_label_volume(record.series_id), store.read_label_volume(record.series_id)
-        valid = found >= 0
-        ignored, voxels = ignored + int((~valid).sum()), voxels + valid.size
-        for label in (int(v) for v in np.unique(truth) if v > 0):
-            a, b = (found == label) & valid, (truth == label) & valid
-            dice.append(2 * int((a & b).sum()) / max(1, int(a.sum()) + int(b.sum())))
-    return {"pseudo_dice": round(float(np.mean(dice)), 4), "ignored_share": round(ignored / voxels, 4)}
-
-
-def subject_dice(path: Path) -> dict[str, float]:
-    """Return one Dice per patient, the mean over scans and classes."""
-    per_subject: dict[str, list[float]] = {}
-    for row in csv.DictReader(path.open()):
-        if row["dice"] not in {"", "n/a"}:
-            per_subject.setdefault(row["patient_id"], []).append(float(row["dice"]))
-    return {patient: round(float(np.mean(values)), 4) for patient, values in sorted(per_subject.items())}
+        kept = np.where(found == IGNORE_LABEL, IGNORE_LABEL, truth)
+        dice += [score.dice for score in class_scores(found, kept, classes) if score.dice is not None]
+    return {"pseudo_dice": round(float(np.mean(dice)), 4), "ignored_share": round(ignored_share(pseudo), 4)}
 
 
 def cpu_minutes() -> float:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 from samgraft.finetune.evaluation.statistics import bootstrap_mean
-from ssl_helps_table import p_value, seed_interval
+from ssl_helps_table import gain_cells, patient_means
 from unlabelled_pays_plan import ARMS, DATA_SETS
 
 Record = dict[str, Any]
@@ -30,11 +30,6 @@ def arm_cells(records: Sequence[Record], *, data: str, arm: str, labels: int | N
     }
 
 
-def patient_means(cells: Sequence[Record]) -> dict[str, float]:
-    """Return the Dice of every patient, the mean over seeds."""
-    return {p: float(np.mean([cell["dice"][p] for cell in cells])) for p in cells[0]["dice"]}
-
-
 def row_of(records: Sequence[Record], *, data: str, arm: str, labels: int | None) -> list[str] | None:
     """Return the cells of a table row, None where nothing is finished."""
     own = arm_cells(records, data=data, arm=arm, labels=labels)
@@ -47,15 +42,9 @@ def row_of(records: Sequence[Record], *, data: str, arm: str, labels: int | None
     if gain is None:
         row += ["", "", ""]
     else:
-        per_patient, per_seed = gain
-        over_patients, over_seeds = bootstrap_mean(per_patient), seed_interval(per_seed)
-        assert over_patients is not None
-        row += [
-            f"{over_patients.mean:+.3f} ({over_patients.low:+.3f} to {over_patients.high:+.3f}), "
-            f"{len(per_seed)} seed{'s' * (len(per_seed) > 1)}",
-            f"{over_seeds[0]:+.3f} to {over_seeds[1]:+.3f}" if over_seeds else "needs 3 seeds",
-            p_value(per_patient),
-        ]
+        found, over_seeds, chance = gain_cells(*gain)
+        number = len(gain[1])
+        row += [f"{found}, {number} seed{'s' * (number > 1)}", over_seeds or "needs 3 seeds", chance]
     pseudo = [cell["pseudo_dice"] for cell in own.values() if "pseudo_dice" in cell]
     minutes = [cell["cpu_minutes"] for cell in own.values() if cell["cpu_minutes"]]
     row += [f"{np.mean(pseudo):.3f}" if pseudo else "", f"{np.median(minutes):.0f}" if minutes else "in another arm"]

@@ -59,7 +59,8 @@ def average(
     result = average_models(paths, Path(out), store=store, device=choose_device(device))
     _describe(result)
     log.info("written: %s", result.path)
-    log.info("  next     samgraft evaluate %s --data %s --split test", shlex.quote(str(out)), source or "STORE.zarr")
+    given = shlex.quote(str(source)) if source else "STORE.zarr"
+    log.info("  next     make evaluate RUN=%s DATA=%s SPLIT=test", shlex.quote(str(out)), given)
     return result
 
 

@@ -14,13 +14,13 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from samgraft.finetune.evaluation.validation import labelled_series, mean_dice, score_scans
-from samgraft.finetune.model_folder import FinishedModel, read_model, write_model
+from samgraft.finetune.model_folder import FinishedModel, read_model, read_task, write_model
 from samgraft.finetune.task import Task
 from samgraft.shared.errors import StorageError, UsageError
+from samgraft.shared.samples.leaks import join_manifests
 from samgraft.shared.store.store import SliceStore
 from samgraft.shared.training.device import DeviceChoice
 from samgraft.shared.weights.card import Card
@@ -103,9 +103,6 @@ def common_split(tasks: Sequence[Task]) -> dict[str, list[str]]:
 
 def joined_card(cards: Sequence[Card]) -> Card:
     """Return the card of the average, with the training data of all members."""
-    manifest: dict[str, Any] = dict(cards[0].data_manifest)
-    for key in ("patient_ids", "content_sha256"):
-        manifest[key] = sorted({value for card in cards for value in card.data_manifest.get(key, ())})
     members = ", ".join(str(card.weights_sha256)[:12] for card in cards)
     # Sentences on the ending of one member would be wrong for the average.
     kept = [note for note in cards[0].notes if all(note in card.notes for card in cards)]
@@ -113,14 +110,14 @@ def joined_card(cards: Sequence[Card]) -> Card:
         cards[0],
         steps=sum(card.steps for card in cards),
         slices_seen=sum(card.slices_seen for card in cards),
-        data_manifest=manifest,
+        data_manifest=join_manifests([card.data_manifest for card in cards]),
         notes=[*kept, f"mean of the weights of {len(cards)} models (sha256 {members})"],
         weights_sha256=None,
     )
 
 
 def _checked_task(path: Path, first: FinishedModel, name: str) -> Task:
-    task = Task.read(path / "model" if (path / "model").is_dir() else path)
+    task = read_task(path)
     if task.network:
         raise UsageError(
             f"{task.network['name']} starts from random weights, and the mean of networks from different random "

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from samgraft.finetune.pseudo_labels import held_out_patients
 from samgraft.shared.errors import DataError
-from samgraft.shared.samples.leaks import count_rules, pretrain_manifest
+from samgraft.shared.samples.leaks import count_rules, join_manifests, pretrain_manifest
 from samgraft.shared.samples.split import Split
 from samgraft.shared.store.store import SliceStore
 
@@ -42,9 +42,8 @@ class FurtherScans(Protocol):
 def joined_manifest(store: SliceStore, train_patients: tuple[str, ...], further: FurtherScans) -> dict[str, Any]:
     """Return the data manifest of a model that was trained on labelled and on further scans."""
     labelled, others = pretrain_manifest(store, train_patients), pretrain_manifest(further.images, further.patients)
-    joined = {key: sorted({*labelled[key], *others[key]}) for key in ("patient_ids", "content_sha256")}
     origin = {"source_fingerprint": further.images.fingerprint, "num_patients": len(further.patients)}
-    return {**labelled, **joined, "self_training": {**further.inputs, **origin}}
+    return {**join_manifests([labelled, others]), "self_training": {**further.inputs, **origin}}
 
 
 @dataclass(frozen=True, kw_only=True)

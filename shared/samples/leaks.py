@@ -8,7 +8,7 @@ that were rescaled or stored in another type.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,6 +47,15 @@ def pretrain_manifest(store: SliceStore, patient_ids: Iterable[str]) -> dict[str
         "patient_ids": sorted(patients),
         "content_sha256": sorted({r.content_sha256 for r in store.series if r.patient_id in patients}),
     }
+
+
+def join_manifests(manifests: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the first manifest with the patients and contents of all."""
+    joined = {
+        key: sorted({value for manifest in manifests for value in manifest.get(key, ())})
+        for key in ("patient_ids", "content_sha256")
+    }
+    return {**manifests[0], **joined}
 
 
 def find_leaks(manifest: Mapping[str, Any], split: Split, store: SliceStore) -> list[Leak]:
