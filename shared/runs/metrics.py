@@ -12,7 +12,8 @@ import os
 import re
 import struct
 import time
-from collections.abc import Iterator, Mapping
+from array import array
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -97,6 +98,21 @@ class MetricsLog:
         # It is not removed here, because a kill may come before it is written again.
         self._last = next((line for line in lines if line["step"] == step), None)
         return self._last
+
+
+def curves_of(lines: Iterable[Mapping[str, Any]]) -> dict[str, array[float]]:
+    """Return the values of every metric of some lines, in the order of the lines."""
+    curves: dict[str, array[float]] = {}
+    add_to_curves(curves, lines)
+    return curves
+
+
+def add_to_curves(curves: dict[str, array[float]], lines: Iterable[Mapping[str, Any]]) -> None:
+    """Append the values of further lines to curves."""
+    for line in lines:
+        for name, value in line.items():
+            if name != "step":
+                curves.setdefault(name, array("d")).append(float(value))
 
 
 def _text(lines: list[dict[str, Any]]) -> str:

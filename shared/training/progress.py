@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import sys
 import time
+from array import array
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, TaskID, TextColumn
 from rich.progress import Progress as Bar
 from samgraft.shared.machine import format_duration
-from samgraft.shared.runs.metrics import TensorBoardFile
+from samgraft.shared.runs.metrics import TensorBoardFile, add_to_curves, curves_of
 from samgraft.shared.runs.run_folder import RunFolder
 from samgraft.shared.training.config import TrainerConfig
 from samgraft.shared.training.optim import describe_rates
@@ -233,6 +234,8 @@ class StepLog:
         self._run = run
         self._tensorboard = TensorBoardFile(run.tb)
         self._pending: dict[int, dict[str, float | Tensor]] = {}
+        self._curves: dict[str, array[float]] | None = None
+        """Values of the written lines from the first call of ``curves`` on."""
         self._written_before: frozenset[str] | set[str] = frozenset()
 
     def start(self, *, after_step: int) -> None:
@@ -250,13 +253,15 @@ class StepLog:
         if self._run.is_writer:
             self._pending.setdefault(step, {}).update(values)
 
-    def lines(self) -> Iterator[dict[str, Any]]:
-        """Yield all lines in step order, including those not yet written, in the writing process."""
-        pending = dict(self._pending)
-        for line in self._run.metrics.read() if self._run.is_writer else ():
-            yield {**line, **{k: _number(v) for k, v in pending.pop(line["step"], {}).items()}}
-        for step in sorted(pending):
-            yield {"step": step, **{k: _number(v) for k, v in pending[step].items()}}
+    def curves(self) -> dict[str, array[float]]:
+        """Return the values of every metric in step order, also those not yet written, in the writing process."""
+        if self._curves is None:
+            # The file is read once per session. Reading it in every monitoring round would take hours in a long run.
+            written = self._run.metrics.read() if self._run.is_writer else ()
+            self._curves = curves_of(line for line in written if line["step"] not in self._pending)
+        curves = {name: values[:] for name, values in self._curves.items()}
+        add_to_curves(curves, self._pending_lines())
+        return curves
 
     def add_image(self, step: int, tag: str, image_HWC: npt.NDArray[np.uint8]) -> None:
         """Write an image to TensorBoard."""
@@ -265,15 +270,15 @@ class StepLog:
 
     def flush(self) -> None:
         """Write all collected values."""
-        lines: list[dict[str, Any]] = []
-        for step in sorted(self._pending):
-            values = {key: _number(value) for key, value in self._pending[step].items()}
-            lines.append({"step": step, **values})
-            new = {key: value for key, value in values.items() if key not in self._written_before}
+        lines = self._pending_lines()
+        for line in lines:
+            new = {key: value for key, value in line.items() if key != "step" and key not in self._written_before}
             self._written_before = frozenset()
             # metrics.jsonl has every step. TensorBoard gets fewer, which is enough for a curve on a screen.
-            if new and (step % self.every_steps == 0 or any(not key.startswith("train/") for key in new)):
-                self._tensorboard.add_scalars(step, new)
+            if new and (line["step"] % self.every_steps == 0 or any(not key.startswith("train/") for key in new)):
+                self._tensorboard.add_scalars(line["step"], new)
+        if self._curves is not None:
+            add_to_curves(self._curves, lines)
         self._pending.clear()
         self._run.metrics.append_many(lines)
         self._tensorboard.flush()
@@ -282,6 +287,12 @@ class StepLog:
         """Write all collected values and close the files."""
         self.flush()
         self._tensorboard.close()
+
+    def _pending_lines(self) -> list[dict[str, Any]]:
+        return [
+            {"step": step, **{key: _number(value) for key, value in self._pending[step].items()}}
+            for step in sorted(self._pending)
+        ]
 
 
 def _number(value: float | Tensor) -> float:

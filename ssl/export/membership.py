@@ -20,13 +20,14 @@ from samgraft.shared.config import load_config, read_stored_config
 from samgraft.shared.errors import DataError, UsageError, WeightsError
 from samgraft.shared.runs.inputs import load_run_split
 from samgraft.shared.samples.dataset import SliceDataset, batch_to_input, collate_slices
+from samgraft.shared.samples.slices import SliceRef
 from samgraft.shared.scans.preset import load_preset
 from samgraft.shared.store.store import SliceStore
 from samgraft.shared.training.device import choose_device
 from samgraft.shared.weights.load import load_into, read_weights
 from samgraft.ssl.config import PretrainConfig
 from samgraft.ssl.export.encoder_weights import ENCODER_FOLDER
-from samgraft.ssl.monitor.held_out import spread_slices
+from samgraft.ssl.monitor.held_out import spread_evenly, spread_slices
 from samgraft.ssl.objectives import Objective, build_objective
 from samgraft.ssl.preflight import pretraining_split
 from samgraft.ssl.ssl_state import StateUse, find_state, restore_ssl_state
@@ -35,7 +36,7 @@ from scipy.stats import rankdata
 log = logging.getLogger(__name__)
 
 NUM_SLICES = 32
-"""Number of slices per group, evenly spread over its patients."""
+"""Number of slices per group, evenly spread over its patients. A group with fewer usable slices has all of them."""
 NUM_MASKS = 4
 """Number of masks per slice, over which the error is averaged as an attacker would do."""
 AUDIT_COUNTER = 1 << 41
@@ -51,6 +52,7 @@ class MembershipAudit:
     auc_control: float
     """AUC of one half of the members against the other, which shows chance and differences between patients."""
     num_member_patients: int
+    """Number of patients with a slice in the audit, as below."""
     num_held_out_patients: int
     num_slices: tuple[int, int]
     """Number of slices of members and of held-out patients."""
@@ -93,20 +95,32 @@ def audit_membership(run: Path) -> MembershipAudit:
     device = choose_device().torch_device
     objective.to(device)
     # Alternating patients, because the order of patient ids often follows the time or the site of the scan.
-    halves = [split.train[0::2], split.train[1::2]]
-    errors = [_errors(objective, config, store, patients, device=device) for patients in (*halves, split.val)]
-    if any(len(e) == 0 for e in errors):
+    halves = [audit_slices(store, half, config) for half in (split.train[0::2], split.train[1::2]) if half]
+    if len(halves) < 2:
         # With one member patient the control compares two halves of its slices.
-        members = _errors(objective, config, store, split.train, device=device)
-        errors = [members[0::2], members[1::2], errors[2]]
-    members = np.concatenate(errors[:2])
+        halves = [halves[0][0::2], halves[0][1::2]]
+    groups = [*halves, audit_slices(store, split.val, config)]
+    first, second, others = (_errors(objective, config, store, refs, device=device) for refs in groups)
     return MembershipAudit(
-        auc_held_out=attack_auc(members, errors[2]),
-        auc_control=attack_auc(errors[0], errors[1]),
-        num_member_patients=len(split.train),
-        num_held_out_patients=len(split.val),
-        num_slices=(len(members), len(errors[2])),
+        auc_held_out=attack_auc(np.concatenate([first, second]), others),
+        auc_control=attack_auc(first, second),
+        num_member_patients=_count_patients(store, groups[0] + groups[1]),
+        num_held_out_patients=_count_patients(store, groups[2]),
+        num_slices=(len(first) + len(second), len(others)),
     )
+
+
+def audit_slices(store: SliceStore, patients: Sequence[str], config: PretrainConfig) -> list[SliceRef]:
+    """Return ``NUM_SLICES`` slices, evenly spread over the patients and over the slices of each."""
+    # More slices than wanted of a few patients, or one slice each of some of many. Both are thinned out evenly.
+    chosen = [patients[i] for i in spread_evenly(len(patients), NUM_SLICES)]
+    per_patient = -(-NUM_SLICES // len(chosen))
+    refs = spread_slices(store, chosen, per_patient, config=config.data, preset=load_preset(config.modality))
+    return [refs[i] for i in spread_evenly(len(refs), NUM_SLICES)]
+
+
+def _count_patients(store: SliceStore, refs: Sequence[SliceRef]) -> int:
+    return len({store.record(ref.series_id).patient_id for ref in refs})
 
 
 def attack_auc(members: npt.NDArray[np.float64], others: npt.NDArray[np.float64]) -> float:
@@ -138,12 +152,10 @@ def load_objective(run: Path, config: PretrainConfig) -> tuple[Objective, str | 
 
 @torch.no_grad()
 def _errors(
-    objective: Objective, config: PretrainConfig, store: SliceStore, patients: Sequence[str], *, device: torch.device
+    objective: Objective, config: PretrainConfig, store: SliceStore, refs: Sequence[SliceRef], *, device: torch.device
 ) -> npt.NDArray[np.float64]:
     """Return the mean loss per slice over ``NUM_MASKS`` masks."""
     preset = load_preset(config.modality)
-    per_patient = max(1, NUM_SLICES // len(patients)) if patients else 0
-    refs = spread_slices(store, patients, per_patient, config=config.data, preset=preset)
     dataset = SliceDataset(store, refs, intensity=preset.intensity, num_neighbours=config.data.num_neighbours)
     errors = []
     for index in range(len(refs)):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -12,13 +12,14 @@ from typing import Any, cast
 import torch
 from PIL import Image
 from samgraft.shared.encoders.base import ImageEncoder
+from samgraft.shared.runs.metrics import add_to_curves
 from samgraft.shared.samples.split import Split
 from samgraft.shared.scans.preset import ModalityPreset
 from samgraft.shared.store.store import SliceStore
 from samgraft.shared.training.periodic import PeriodicTask, TaskContext
 from samgraft.ssl.config import PretrainConfig
 from samgraft.ssl.monitor.box_prompt_check import BoxPromptCheck, load_box_prompt_check
-from samgraft.ssl.monitor.health import HealthWarning, health_warnings
+from samgraft.ssl.monitor.health import health_warnings
 from samgraft.ssl.monitor.held_out import HeldOut, held_out_loss, held_out_panel, load_held_out, panel_picture
 from samgraft.ssl.monitor.labelled import ProbeData, load_probe
 from samgraft.ssl.monitor.linear_probe import probe_dice
@@ -125,8 +126,9 @@ class Monitor:
         newest, self._values = self._values, {}
         if context.rank != 0 or context.step == self.config.trainer.max_steps:
             return
-        lines = [*context.log.lines(), {"step": context.step, **newest}]
-        found = find_warnings(lines, is_final=False)
+        curves = context.log.curves()
+        add_to_curves(curves, [newest])
+        found = health_warnings(curves, is_final=False)
         for warning in found:
             if warning.rule not in self._active_rules:
                 log.warning("step %d: %s", context.step, warning.text)
@@ -165,21 +167,6 @@ def check_encoder(
     )
     boxes = {} if box_check is None else {"drift/box_dice": box_check.mean_dice()}
     return {"probe/dice": dice, **boxes}
-
-
-def find_warnings(lines: Iterable[Mapping[str, Any]], *, is_final: bool) -> list[HealthWarning]:
-    """Return the health warnings of metrics, one line per step."""
-    return health_warnings(curves_of(lines), is_final=is_final)
-
-
-def curves_of(lines: Iterable[Mapping[str, Any]]) -> dict[str, list[float]]:
-    """Return the values of every metric, in the order of the steps."""
-    curves: dict[str, list[float]] = {}
-    for line in lines:
-        for name, value in line.items():
-            if name != "step":
-                curves.setdefault(name, []).append(float(value))
-    return curves
 
 
 def panel_path(run_path: Path, step: int) -> Path:

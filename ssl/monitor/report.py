@@ -27,15 +27,16 @@ from samgraft.shared.report.page import (
     path_for_report,
     render_report,
 )
+from samgraft.shared.runs.metrics import curves_of
 from samgraft.shared.runs.run_folder import RunFolder
 from samgraft.shared.training.trainer import FitResult
 from samgraft.shared.weights.load import read_weights
 from samgraft.shared.weights.official import official_name
 from samgraft.ssl.config import RANDOM, PretrainConfig
 from samgraft.ssl.monitor.exported import MEASURES, Exported
-from samgraft.ssl.monitor.health import PROBE_NOISE, has_moving_target
+from samgraft.ssl.monitor.health import PROBE_NOISE, has_moving_target, health_warnings
 from samgraft.ssl.monitor.held_out import HeldOut, held_out_panel, split_picture
-from samgraft.ssl.monitor.monitor import MonitorData, curves_of, find_warnings, panel_path
+from samgraft.ssl.monitor.monitor import MonitorData, panel_path
 from samgraft.ssl.objectives import Objective, Panel
 
 log = logging.getLogger(__name__)
@@ -96,7 +97,7 @@ def conclusions(lines: Lines, monitored: MonitorData, exported: Exported = TRAIN
     """
     if measured := exported.measured.get(exported.share):
         lines = [*lines, {**measured, "step": lines[-1]["step"]}]
-    warnings = {w.rule: Text(text=w.text, kind="warning") for w in find_warnings(lines, is_final=True)}
+    warnings = {w.rule: Text(text=w.text, kind="warning") for w in health_warnings(curves_of(lines), is_final=True)}
     has_warnings = bool(warnings)
     probe = warnings.pop("probe", None) or _probe_conclusion(lines)
     if probe is not None and monitored.probe is not None:

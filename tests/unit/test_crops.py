@@ -18,7 +18,7 @@ from samgraft.shared.store.build import build_store
 from samgraft.shared.store.examine import BuildSettings
 from samgraft.shared.store.store import SliceStore
 from samgraft.ssl.config import PretrainConfig
-from samgraft.ssl.export.membership import _errors
+from samgraft.ssl.export.membership import _errors, audit_slices
 from samgraft.ssl.module import PretrainModule
 from samgraft.ssl.monitor.held_out import held_out_loss, load_held_out
 from samgraft.ssl.objectives import ObjectiveLoss
@@ -184,7 +184,7 @@ def test_planes__are_passed_in_training_monitoring_and_audit(tmp_path):
     assert looked_at.seen == [store.record(ref.series_id).plane for ref in held_out.refs]
 
     audited = Recorder()
-    _errors(audited, config, store, store.patient_ids, device=torch.device("cpu"))
+    _errors(audited, config, store, audit_slices(store, store.patient_ids, config), device=torch.device("cpu"))
     assert set(audited.seen) == set(expected)
 
 

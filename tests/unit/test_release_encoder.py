@@ -1,19 +1,25 @@
 """Release of a stage-1 run, the encoder alone or with its audited state."""
 
 import json
+from collections import Counter
 
 import numpy as np
 import pytest
 from model_factory import tiny_plain_spec, tiny_vit_t_spec
 from release_factory import InThisProcess, finished_encoder
 from samgraft.shared.commands.release import _releaser
+from samgraft.shared.config import load_config, packaged_config
 from samgraft.shared.errors import DataError, UsageError, WeightsError
 from samgraft.shared.release import load_back
 from samgraft.shared.release.request import ReleaseRequest
+from samgraft.shared.samples.slices import select_slices
+from samgraft.shared.store.store import SliceStore
 from samgraft.shared.weights.load import load_image_encoder
+from samgraft.ssl.config import PretrainConfig
 from samgraft.ssl.export import membership
-from samgraft.ssl.export.membership import attack_auc, audit_membership
+from samgraft.ssl.export.membership import attack_auc, audit_membership, audit_slices
 from samgraft.ssl.export.release import release_encoder
+from samgraft.ssl.monitor import held_out
 from store_factory import make_store
 
 
@@ -97,6 +103,24 @@ def test_audit__changed_store_or_missing_state_is_refused(run, tmp_path):
     (run / "ssl_state" / "state.safetensors").unlink()
     with pytest.raises(WeightsError, match="must contain an ssl_state"):
         audit_membership(run)
+
+
+@pytest.mark.parametrize(
+    ("num_slices", "expected"), [(2, [1, 1]), (3, [1, 1, 1]), (5, [1, 2, 2]), (9, [3, 3, 3]), (50, [3, 3, 3])]
+)
+def test_audit_slices__are_as_many_as_said_and_of_as_many_patients_as_possible(
+    tmp_path, monkeypatch, num_slices, expected
+):
+    store = SliceStore.open(make_store(tmp_path, num_patients=3, shape_zyx=(3, 40, 36), labelled=False))
+    monkeypatch.setattr(membership, "NUM_SLICES", num_slices)
+    settings = {"modality": "mri", "data": {"store": "x"}, "model": {"base": "random"}}
+    config = load_config(PretrainConfig, layers=[packaged_config("pretrain/masked_image-cpu.yaml"), settings])
+    passes = []
+    monkeypatch.setattr(held_out, "select_slices", lambda *a, **k: passes.append(1) or select_slices(*a, **k))
+    refs = audit_slices(store, store.patient_ids, config)
+    assert passes == [1]  # one for every patient would cost the square of their number
+    assert len(set(refs)) == len(refs)
+    assert sorted(Counter(store.record(ref.series_id).patient_id for ref in refs).values()) == expected
 
 
 def test_attack_auc__equals_a_calculation_by_hand():

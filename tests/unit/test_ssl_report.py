@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from samgraft.shared.report.page import Picture, Table, Text
+from samgraft.shared.runs.metrics import curves_of
 from samgraft.shared.scans.preset import load_preset
 from samgraft.shared.store.store import SliceStore
 from samgraft.ssl.monitor import monitor as monitor_module
@@ -93,7 +94,7 @@ def live_warnings(dices, run_path, *, max_steps):
     monitor = Monitor(data=NOTHING, config=config, run_path=run_path)
     for step, dice in zip(range(0, 10 * len(dices), 10), dices, strict=True):
         monitor._values = {"probe/dice": dice}
-        monitor._print_warnings(SimpleNamespace(rank=0, step=step, log=SimpleNamespace(lines=lambda: log)))
+        monitor._print_warnings(SimpleNamespace(rank=0, step=step, log=SimpleNamespace(curves=lambda: curves_of(log))))
         log.append({"step": step, "probe/dice": dice})
     return log
 

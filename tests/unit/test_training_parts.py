@@ -18,6 +18,7 @@ from samgraft.shared.errors import UsageError
 from samgraft.shared.machine import format_duration
 from samgraft.shared.report.page import running_mean
 from samgraft.shared.runs.environment import local_rank, process_rank
+from samgraft.shared.runs.metrics import MetricsLog
 from samgraft.shared.training import device as device_module
 from samgraft.shared.training import progress as progress_module
 from samgraft.shared.training.config import TrainerConfig
@@ -32,7 +33,7 @@ from samgraft.shared.training.optim import (
 )
 from samgraft.shared.training.periodic import PeriodicTask, evaluation_mode
 from samgraft.shared.training.preflight import state_bytes
-from samgraft.shared.training.progress import ProgressMeter
+from samgraft.shared.training.progress import ProgressMeter, StepLog
 from samgraft.shared.training.resume import RunCounters, capture_rng, preserve_rng, restore_rng, seed_process
 from samgraft.shared.training.trainer import choose_cluster_environment
 from torch import nn
@@ -319,6 +320,29 @@ def test_format_duration__uses_two_units(seconds: float, text: str) -> None:
 
 def test_running_mean__has_shorter_windows_at_both_ends() -> None:
     np.testing.assert_allclose(running_mean(np.array([1.0, 2.0, 6.0, 3.0]), 3), [1.5, 3.0, 11 / 3, 4.5])
+
+
+def test_step_log__curves_have_all_sessions_and_the_file_is_read_once(tmp_path: Path) -> None:
+    """Step 2 is in the file, in the values that a resume loads again, and has a value that is not written yet."""
+    metrics = MetricsLog(tmp_path / "metrics.jsonl")
+    metrics.append_many([{"step": step, "train/loss": 10.0 - step} for step in (1, 2, 3)])
+    run = SimpleNamespace(metrics=metrics, tb=tmp_path / "tb", is_writer=True)
+    step_log = StepLog(run, every_steps=1)  # type: ignore[arg-type]
+    step_log.start(after_step=2)
+    step_log.record(2, {"probe/dice": 0.5})
+    assert {name: list(values) for name, values in step_log.curves().items()} == {
+        "train/loss": [9.0, 8.0], "probe/dice": [0.5],
+    }  # fmt: skip
+    step_log.flush()
+    size = metrics.path.stat().st_size
+    metrics.read = pytest.fail  # type: ignore[method-assign]
+    for step in (3, 4):
+        step_log.record(step, {"train/loss": torch.tensor(float(step))})
+        assert list(step_log.curves()["train/loss"])[-1] == step
+        step_log.flush()
+    step_log.close()
+    assert list(step_log.curves()["train/loss"]) == [9.0, 8.0, 3.0, 4.0]
+    assert metrics.path.stat().st_size > size
 
 
 def make_meter(step_log: Any, config: TrainerConfig, *, samples_seen: int = 0) -> ProgressMeter:
