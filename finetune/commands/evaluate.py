@@ -352,10 +352,10 @@ def _log_case(names: Names | None, number: int, total: int, rows: Any) -> None:
 
 
 def _log_result(evaluation: Evaluation) -> None:
-    from samgraft.finetune.evaluation.scores import METRICS, count_one_sided, interval_of
+    from samgraft.finetune.evaluation.scores import METRICS, count_one_sided
 
     for metric in METRICS:
-        interval = interval_of(evaluation.rows, metric.key)
+        interval = evaluation.intervals[None, metric.key]
         log.info("%s, %s: %s", evaluation.part, metric.title, interval.render() if interval else "n/a")
     for warning in evaluation.warnings:
         log.warning("%s", warning)

@@ -6,6 +6,7 @@ import logging
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from samgraft.finetune.evaluation.scores import (
     case_rows,
     class_names,
     count_one_sided,
-    interval_of,
+    interval_table,
     render_csv,
 )
 from samgraft.finetune.evaluation.statistics import Interval
@@ -90,15 +91,20 @@ class Evaluation:
             found.append(f"The model {what} in {self.num_cases} scans.")
         return found
 
+    @cached_property
+    def intervals(self) -> dict[tuple[str | None, str], Interval | None]:
+        """Intervals by class and metric, computed once for tables and report. Class None is the mean over classes."""
+        return interval_table(self.rows, class_names(self.rows))
+
     @property
     def overall(self) -> Interval | None:
         """Mean Dice over classes per scan, over scans per patient, over patients."""
-        return interval_of(self.rows, "dice")
+        return self.intervals[None, "dice"]
 
     @property
     def per_class(self) -> dict[str, Interval | None]:
         """Dice of every class."""
-        return {name: interval_of(self.rows, "dice", class_name=name) for name in class_names(self.rows)}
+        return {name: self.intervals[name, "dice"] for name in class_names(self.rows)}
 
     @property
     def num_cases(self) -> int:
@@ -243,9 +249,9 @@ def write_evaluation(
         "metrics": {
             metric.key: {
                 "better": metric.better,
-                "overall": interval_to_json(interval_of(rows, metric.key)),
+                "overall": interval_to_json(evaluation.intervals[None, metric.key]),
                 "per_class": {
-                    name: interval_to_json(interval_of(rows, metric.key, class_name=name)) for name in class_names(rows)
+                    name: interval_to_json(evaluation.intervals[name, metric.key]) for name in class_names(rows)
                 },
             }
             for metric in METRICS

@@ -27,7 +27,6 @@ from samgraft.finetune.evaluation.scores import (
     Row,
     class_names,
     count_one_sided,
-    interval_of,
     per_patient,
 )
 from samgraft.finetune.evaluation.statistics import Interval
@@ -107,7 +106,7 @@ def write_evaluation_report(
     sections = [
         Section(title="Result", parts=_headline(evaluation)),
         pictures,
-        Section(title="Scores", parts=[_metric_table(rows), _strip_plot(rows)]),
+        Section(title="Scores", parts=[_metric_table(evaluation), _strip_plot(rows)]),
         *(Section(title=f"By {one.attribute}", parts=[_subgroup_table(one, rows)]) for one in subgroups),
         Section(title="Cases", parts=[_case_table(rows, names)]),
         Section(title="How it was measured", parts=[KeyValues(items=_facts(evaluation, provenance))]),
@@ -149,7 +148,7 @@ def choose_pictured_cases(rows: Sequence[Row]) -> dict[str, str]:
 def _headline(evaluation: Evaluation) -> list[SectionPart]:
     rows, overall = evaluation.rows, evaluation.overall
     text = f"Dice {overall.render()}." if overall else "No case could be measured."
-    distance = interval_of(rows, "hd95_mm")
+    distance = evaluation.intervals[None, "hd95_mm"]
     if distance:
         text += f" HD95 {distance.render()} mm."
     warnings = []
@@ -170,13 +169,11 @@ def _headline(evaluation: Evaluation) -> list[SectionPart]:
     return [*failed, headline, *(Text(text=warning, kind="warning") for warning in warnings)]
 
 
-def _metric_table(rows: Sequence[Row]) -> Table:
-    names = class_names(rows)
+def _metric_table(evaluation: Evaluation) -> Table:
+    names = class_names(evaluation.rows)
     shown = [None, *(names if len(names) > 1 else [])]
     columns = ["metric", "better", *(name or "all classes" for name in shown)]
-    lines = [
-        [m.title, m.better, *(_short(interval_of(rows, m.key, class_name=name)) for name in shown)] for m in METRICS
-    ]
+    lines = [[m.title, m.better, *(_short(evaluation.intervals[name, m.key]) for name in shown)] for m in METRICS]
     return Table(columns=columns, rows=lines, caption=f"{AVERAGING[0].upper()}{AVERAGING[1:]}.")
 
 

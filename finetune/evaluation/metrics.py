@@ -103,4 +103,6 @@ def mean_over_patients(values: Iterable[tuple[str, float | None]]) -> float | No
 def mean_or_none(values: list[float | None]) -> float | None:
     """Return the mean of the values that are not None, or None without any."""
     known = [value for value in values if value is not None]
+    if len(known) == 1:  # most scans and patients of a table; np.mean takes ten times as long
+        return float(known[0])
     return float(np.mean(known)) if known else None

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from samgraft.finetune.classes import IGNORE_LABEL, ClassTable, drop_ignored
 from samgraft.finetune.evaluation.metrics import ClassScore, class_scores, mean_or_none
-from samgraft.finetune.evaluation.statistics import Interval, bootstrap_mean
+from samgraft.finetune.evaluation.statistics import Interval, bootstrap_mean, bootstrap_means
 from samgraft.finetune.evaluation.surface import SurfaceScore, surface_score
 from samgraft.shared.errors import DataError
 from samgraft.shared.store.series import SeriesRecord
@@ -149,6 +149,18 @@ def per_patient(rows: Iterable[Row], metric: str, *, class_name: str | None = No
 def interval_of(rows: Iterable[Row], metric: str, *, class_name: str | None = None) -> Interval | None:
     """Return the mean over patients with its bootstrap interval."""
     return bootstrap_mean(list(per_patient(rows, metric, class_name=class_name).values()))
+
+
+def interval_table(rows: Sequence[Row], names: Sequence[str]) -> dict[tuple[str | None, str], Interval | None]:
+    """Return the intervals of every class and metric. Class None is the mean over classes.
+
+    Args:
+        rows: Rows of any number of patients.
+        names: Classes of the table, also those without a row.
+    """
+    keys = [(name, metric.key) for name in (None, *names) for metric in METRICS]
+    columns = [list(per_patient(rows, metric, class_name=name).values()) for name, metric in keys]
+    return dict(zip(keys, bootstrap_means(columns), strict=True))
 
 
 def class_names(rows: Iterable[Row]) -> list[str]:

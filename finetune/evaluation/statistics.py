@@ -53,16 +53,31 @@ def bootstrap_mean(per_patient: Sequence[float], *, seed: int = 0, confidence: f
     Returns:
         None without any value; an interval without bounds below ``MIN_PATIENTS``.
     """
-    values = np.asarray(per_patient, dtype=np.float64)
-    if values.size == 0:
-        return None
-    mean, number = float(values.mean()), int(values.size)
-    if number < MIN_PATIENTS:
-        return Interval(mean=mean, low=None, high=None, num_patients=number)
-    # Percentiles of means of patients drawn with replacement: no assumption about the distribution of scores.
-    means = np.concatenate([values[rows].mean(axis=1) for rows in _resamples(number, NUM_RESAMPLES, seed=seed)])
-    low, high = _bounds(means, confidence)
-    return Interval(mean=mean, low=low, high=high, num_patients=number)
+    return bootstrap_means([per_patient], seed=seed, confidence=confidence)[0]
+
+
+def bootstrap_means(
+    columns: Sequence[Sequence[float]], *, seed: int = 0, confidence: float = 0.95
+) -> list[Interval | None]:
+    """Return the interval of ``bootstrap_mean`` for every column of values.
+
+    Columns of the same number of patients share their resamples, because drawing them takes most of the time.
+    """
+    arrays = [np.asarray(column, dtype=np.float64) for column in columns]
+    by_number: dict[int, list[int]] = {}
+    for place, values in enumerate(arrays):
+        by_number.setdefault(values.size, []).append(place)
+    intervals: list[Interval | None] = [None] * len(arrays)
+    for number, places in by_number.items():
+        if number == 0:
+            continue
+        # Percentiles of means of patients drawn with replacement: no assumption about the distribution of scores.
+        means = _resampled_means([arrays[place] for place in places], seed=seed) if number >= MIN_PATIENTS else None
+        for row, place in enumerate(places):
+            low, high = (None, None) if means is None else _bounds(means[row], confidence)
+            mean = float(arrays[place].mean())
+            intervals[place] = Interval(mean=mean, low=low, high=high, num_patients=number)
+    return intervals
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,6 +167,19 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
         largest = max(largest, min(1.0, p * (len(known) - rank)))
         corrected[place] = largest
     return corrected
+
+
+def _resampled_means(columns: Sequence[npt.NDArray[np.float64]], *, seed: int) -> npt.NDArray[np.float64]:
+    """Return the means (columns, resamples) of columns of equal length."""
+    means = np.empty((len(columns), NUM_RESAMPLES))
+    start, drawn = 0, np.empty((0, 0))
+    for rows in _resamples(len(columns[0]), NUM_RESAMPLES, seed=seed):
+        # One array for all columns of a block, and clipping instead of a check of each index, are five times faster.
+        drawn = drawn if drawn.shape == rows.shape else np.empty(rows.shape)
+        for column, values in enumerate(columns):
+            means[column, start : start + len(rows)] = values.take(rows, out=drawn, mode="clip").mean(axis=1)
+        start += len(rows)
+    return means
 
 
 def _resamples(number: int, num_resamples: int, *, seed: int) -> Iterator[npt.NDArray[np.int64]]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from samgraft.finetune.evaluation.scores import METRICS, Row, class_names, interval_of
+from samgraft.finetune.evaluation.scores import Row, class_names, interval_table
 from samgraft.shared.errors import DataError, UsageError
 from samgraft.shared.store.series import SeriesRecord
 from samgraft.shared.store.store import SliceStore
@@ -36,21 +36,19 @@ class Subgroups:
         """Return a row per group, class and metric, with intervals over the group's patients."""
         lines = []
         for group, members in self._groups(rows).items():
-            for name in (None, *class_names(rows)):
-                for metric in METRICS:
-                    interval = interval_of(members, metric.key, class_name=name)
-                    lines.append(
-                        {
-                            "attribute": self.attribute,
-                            "group": group,
-                            "class": name or "all",
-                            "metric": metric.key,
-                            "mean": interval.mean if interval else None,
-                            "low": interval.low if interval else None,
-                            "high": interval.high if interval else None,
-                            "num_patients": interval.num_patients if interval else 0,
-                        }
-                    )
+            for (name, metric), interval in interval_table(members, class_names(rows)).items():
+                lines.append(
+                    {
+                        "attribute": self.attribute,
+                        "group": group,
+                        "class": name or "all",
+                        "metric": metric,
+                        "mean": interval.mean if interval else None,
+                        "low": interval.low if interval else None,
+                        "high": interval.high if interval else None,
+                        "num_patients": interval.num_patients if interval else 0,
+                    }
+                )
         return lines
 
     def counts(self, rows: Sequence[Row]) -> dict[str, int]:

@@ -67,6 +67,19 @@ def test_bootstrap_mean__global_generators_are_unchanged():
     assert np.array_equal(before, np.random.get_state()[1])
 
 
+def test_bootstrap_means__equal_those_of_single_columns_and_are_drawn_once(monkeypatch):
+    rng = np.random.default_rng(0)
+    columns = [list(rng.normal(size=number)) for number in (50, 7, 50, 2, 0, 50, 7)]
+    single = [bootstrap_mean(column) for column in columns]
+    drawn = []
+    original = statistics._resamples
+    monkeypatch.setattr(statistics, "_resamples", lambda n, *a, **k: drawn.append(n) or original(n, *a, **k))
+    assert statistics.bootstrap_means(columns) == single
+    assert drawn == [50, 7]
+    assert single[0] != single[2]
+    assert (single[3].low, single[4]) == (None, None)
+
+
 def test_bootstrap_mean__blocks_of_resamples_do_not_change_the_interval(monkeypatch):
     """Resamples are drawn in blocks, because 10,000 patients at once would need 800 MB."""
     values = np.random.default_rng(0).normal(size=50)
