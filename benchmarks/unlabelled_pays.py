@@ -117,6 +117,8 @@ def train(plan: Plan, name: str, arm: Arm, *, num: int | None, seed: int) -> Pat
     steps = data.steps[arm.network]
     # One round, at the end: nothing is chosen among rounds.
     command += [f"trainer.max_steps={steps}", f"watch.validate_every_n_steps={steps}", "watch.patience_rounds=null"]
+    if arm.command == "selftrain":
+        command += data.student
     command += [f"trainer.device={plan.device}", *(text.format(seed=seed) for text in arm.settings)]
     if arm.pseudo_labels_of is not None:
         owner = plan.work / "runs" / plan.cell(arm.pseudo_labels_of, num, seed)

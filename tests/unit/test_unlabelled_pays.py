@@ -17,7 +17,7 @@ from unlabelled_pays_table import draw, paired_gain, render
 GAIN = {
     "unet": 0.0,
     "unet_unlabelled": 0.03,
-    "unet_unlabelled_sure": 0.02,
+    "unet_online": 0.02,
     "sam": -0.1,
     "sam_unlabelled": -0.05,
     "unet_all": 0.1,
