@@ -40,6 +40,8 @@ from ssl_helps import RESULTS, finish_cell, run, save, say, subject_dice, subjec
 from unlabelled_pays_plan import ARMS, DATA_SETS, Arm, DataSet, Plan
 from unlabelled_pays_table import draw, render
 
+FIGURE = Path(__file__).parents[1] / "docs" / "pictures" / "unlabelled_pays.png"
+
 # data
 
 
@@ -201,7 +203,7 @@ def main() -> None:
     records = [json.loads(path.read_text()) for path in sorted((plan.work / "cells").glob("*.json"))]
     out = RESULTS / f"unlabelled_pays-{datetime.date.today()}.md"
     out.write_text(render(records))
-    draw(records, RESULTS / "unlabelled_pays.png")
+    draw(records, FIGURE)
     say(f"written: {out.name}")
 
 

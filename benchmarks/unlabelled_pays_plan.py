@@ -11,6 +11,8 @@ class DataSet:
     """Data set, its split, and what its arms share."""
 
     title: str
+    short: str
+    """Name in the figure."""
     build: tuple[str, ...]
     """Options of ``store build``."""
     num_val: int
@@ -34,6 +36,8 @@ class Arm:
     """One way to train, on a number of labelled patients."""
 
     title: str
+    short: str
+    """Name in the figure."""
     network: str
     """``sam``, LoRA on LiteMedSAM's ViT-T, or ``unet``, nnU-Net's 2D network from random weights."""
     command: str = "finetune"
@@ -68,6 +72,7 @@ SAM = ("data.batch_size=4", "data.min_foreground_fraction=0", *EMA)
 DATA_SETS = {
     "hippocampus": DataSet(
         title="Medical Segmentation Decathlon, hippocampus (T1 MRI, 2 classes)",
+        short="hippocampus MRI",
         build=("--modality", "mri", "--planes", "axial,coronal,sagittal"),
         num_val=4,
         num_test=None,
@@ -82,6 +87,7 @@ DATA_SETS = {
     ),
     "hc18": DataSet(
         title="HC18 (ultrasound, head of the fetus)",
+        short="fetal head ultrasound",
         build=("--modality", "ultrasound", "--patient-pattern", "([0-9]+)_[0-9]*HC", "--accept-burned-in"),
         num_val=10,
         num_test=150,
@@ -108,6 +114,7 @@ ALL_VOXELS = ("selftrain.min_agreement=0.5", "selftrain.min_slice_agreement=0")
 ARMS = {
     "unet_unlabelled": Arm(
         title="U-Net, labels and unlabelled scans",
+        short="U-Net, self-training",
         network="unet",
         command="selftrain",
         settings=(*TEACHERS, *ALL_VOXELS),
@@ -115,6 +122,7 @@ ARMS = {
     ),
     "unet_rounds": Arm(
         title="U-Net, labels and unlabelled scans, two rounds",
+        short="U-Net, two rounds",
         network="unet",
         command="selftrain",
         settings=(*TEACHERS, *ALL_VOXELS, "selftrain.rounds=2"),
@@ -123,20 +131,22 @@ ARMS = {
     ),
     "unet_online": Arm(
         title="U-Net, labels and unlabelled scans, one run",
+        short="U-Net, online",
         network="unet",
         command="selftrain",
         settings=("selftrain.mode=online", "data.pseudo_fraction=0.5"),
         baseline="unet",
     ),
-    "unet": Arm(title="U-Net, labels alone", network="unet", teacher_of="unet_unlabelled"),
-    "sam": Arm(title="SAM (LoRA), labels alone", network="sam"),
+    "unet": Arm(title="U-Net, labels alone", short="U-Net, labels alone", network="unet", teacher_of="unet_unlabelled"),
+    "sam": Arm(title="SAM (LoRA), labels alone", short="SAM, labels alone", network="sam"),
     "sam_unlabelled": Arm(
         title="SAM (LoRA), labels and unlabelled scans",
+        short="SAM, self-training",
         network="sam",
         pseudo_labels_of="unet_unlabelled",
         baseline="sam",
     ),
-    "unet_all": Arm(title="U-Net, all labels", network="unet", once=True),
+    "unet_all": Arm(title="U-Net, all labels", short="U-Net, all labels", network="unet", once=True),
 }
 
 

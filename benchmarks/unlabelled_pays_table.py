@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from samgraft.finetune.evaluation.statistics import bootstrap_mean
-from ssl_helps_table import gain_cells, patient_means
+from ssl_helps_table import gain_cells, patient_means, seed_interval
 from unlabelled_pays_plan import ARMS, DATA_SETS
 
 Record = dict[str, Any]
@@ -109,30 +110,51 @@ def section(records: Sequence[Record], *, data: str, labels: int) -> list[str]:
     ]
 
 
+ALONE_COLOUR, MORE_COLOUR = "#8a8a8a", "#1f77b4"
+
+
 def draw(records: Sequence[Record], path: Path) -> None:
-    """Write the figure with the Dice of labels alone and of labels and unlabelled scans."""
-    bars = []
-    for data, about in DATA_SETS.items():
-        for labels in sorted({r["labels"] for r in records if r["data"] == data and r["labels"] is not None}):
-            for arm, what in ARMS.items():
-                gain = paired_gain(records, data=data, arm=arm, labels=labels)
-                if gain is None:
-                    continue
-                own, other = (arm_cells(records, data=data, arm=name, labels=labels) for name in (arm, what.baseline))
-                shared = sorted(set(own) & set(other))
-                pair = [[np.mean(list(cells[s]["dice"].values())) for s in shared] for cells in (other, own)]
-                bars.append((f"{data}, {labels} {about.unit}\n{'SAM' if what.network == 'sam' else 'U-Net'}", pair))
-    figure = Figure(figsize=(7.5, 0.9 + 0.75 * max(1, len(bars))), layout="constrained")
+    """Write the figure with the Dice of labels alone and of labels and unlabelled scans, seed by seed."""
+    rows = [
+        (data, arm, labels)
+        for data in DATA_SETS
+        for labels in sorted({r["labels"] for r in records if r["data"] == data and r["labels"] is not None})
+        for arm in ARMS
+        if paired_gain(records, data=data, arm=arm, labels=labels) is not None
+    ]
+    figure = Figure(figsize=(8, 1.3 + 1.05 * max(1, len(rows))), layout="constrained")
     axes = figure.subplots()
-    for place, (_, (alone, more)) in enumerate(bars):
-        axes.plot([np.mean(alone), np.mean(more)], [place, place], color="0.6", linewidth=2, zorder=1)
-        for values, colour in ((alone, "#8a8a8a"), (more, "#1f77b4")):
-            axes.scatter(values, [place] * len(values), color=colour, s=14, alpha=0.5, zorder=2)
-            axes.scatter([np.mean(values)], [place], color=colour, s=90, zorder=3)
-    axes.set_yticks(range(len(bars)), [name for name, _ in bars])
-    axes.invert_yaxis()
-    axes.set_xlabel("Dice on test patients (small dots: seeds)")
-    for colour, title in (("#8a8a8a", "labels alone"), ("#1f77b4", "labels and unlabelled scans")):
+    for place, (data, arm, labels) in enumerate(rows):
+        _draw_pairs(axes, place, records, data=data, arm=arm, labels=labels)
+    names = [f"{DATA_SETS[data].short}, {labels} labelled\n{ARMS[arm].short}" for data, arm, labels in rows]
+    axes.set_yticks(range(len(rows)), names)
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.grid(axis="x", color="0.92")
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.tick_params(left=False)
+    axes.set_xlabel("Dice on test patients (thin: one seed with its own labelled patients, thick: mean)")
+    for colour, title in ((ALONE_COLOUR, "labels alone"), (MORE_COLOUR, "labels and unlabelled scans")):
         axes.scatter([], [], color=colour, s=60, label=title)
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.0 + 0.45 / max(1, len(bars))), ncols=2, frameon=False)
+    figure.legend(loc="outside upper center", ncols=2, frameon=False)
     figure.savefig(path, dpi=110)
+
+
+def _draw_pairs(axes: Axes, place: int, records: Sequence[Record], *, data: str, arm: str, labels: int) -> None:
+    """Draw one comparison at a height of the figure, with its gain in points."""
+    own, other = (arm_cells(records, data=data, arm=name, labels=labels) for name in (arm, ARMS[arm].baseline))
+    seeds = sorted(set(own) & set(other))
+    alone, more = ([float(np.mean(list(cells[s]["dice"].values()))) for s in seeds] for cells in (other, own))
+    heights = place + (np.linspace(-0.22, 0.22, len(seeds)) if len(seeds) > 1 else np.zeros(1))
+    for height, start, end in zip(heights, alone, more, strict=True):
+        axes.plot([start, end], [height, height], color="0.8", linewidth=1, zorder=1)
+    axes.plot([np.mean(alone), np.mean(more)], [place, place], color="0.4", linewidth=3, zorder=3)
+    for values, colour in ((alone, ALONE_COLOUR), (more, MORE_COLOUR)):
+        axes.scatter(values, heights, color=colour, s=12, alpha=0.7, zorder=2)
+        axes.scatter([np.mean(values)], [place], color=colour, s=90, zorder=4)
+    gain = paired_gain(records, data=data, arm=arm, labels=labels)
+    assert gain is not None
+    interval = seed_interval(gain[1])
+    text = f"{100 * np.mean(gain[1]):+.1f} points"
+    text += f" ({100 * interval[0]:+.1f} to {100 * interval[1]:+.1f} over {len(seeds)} seeds)" if interval else ""
+    axes.text(float(np.mean(more)), place - 0.32, text, ha="center", va="bottom", fontsize=9)
