@@ -1,4 +1,7 @@
-"""Ending of a fine-tuning, which is good if validation Dice rose, and is stated wherever the model appears."""
+"""Ending of a fine-tuning, which is good if validation Dice rose to a useful value.
+
+It is stated wherever the model appears.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,10 @@ from typing import Any
 
 SMALLEST_DICE = 0.0005
 """Dice below which a model segments nothing. It is shown as 0.000."""
+LOW_DICE = 0.1
+"""Dice below which a model segments hardly anything, however far it rose.
+
+A model that marks whole scans already has a Dice of 0.1 if 5 % of the voxels belong to the class."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +45,12 @@ def describe_ending(validation: Mapping[str, Any]) -> Ending | None:
             is_good=False,
             text="The model segments nothing: its foreground Dice on validation is 0.000 at best. Train longer, check "
             "the labels, or change optim.lr.",
+        )
+    if dice < LOW_DICE:
+        return Ending(
+            is_good=False,
+            text=f"The model segments hardly anything: its foreground Dice on validation is {dice:.3f} at best, "
+            f"{before:.3f} before training. Train longer, check the labels, or change optim.lr.",
         )
     if dice <= before:
         return Ending(

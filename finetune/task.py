@@ -59,7 +59,7 @@ class Task:
 
     @property
     def warning(self) -> str | None:
-        """Sentence on a model that segments nothing or ended below its start, None for any other."""
+        """Sentence on a model that segments hardly anything or did not improve, None for any other."""
         ending = describe_ending(self.validation)
         return None if ending is None or ending.is_good else ending.text
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from samgraft.finetune.classes import ClassTable
-from samgraft.finetune.ending import SMALLEST_DICE
+from samgraft.finetune.ending import LOW_DICE, SMALLEST_DICE
 from samgraft.finetune.evaluation.metrics import Labels, mean_over_patients
 from samgraft.finetune.evaluation.postprocess import PostProcessing, apply_postprocessing, choose_postprocessing
 from samgraft.finetune.evaluation.scores import (
@@ -79,16 +79,19 @@ class Evaluation:
     predictions: Mapping[str, PackedLabels] = field(default_factory=dict)
     """Predicted label ids by series on the scans' own grids, for pictures."""
     notes: tuple[str, ...] = ()
-    """Sentences on a model that ended below its start, and on patients of its encoder's pretraining."""
+    """Sentences on a model with a bad ending, and on patients of its encoder's pretraining."""
 
     @property
     def warnings(self) -> list[str]:
         """Notes, and a sentence on a model that failed on these scans."""
         found = list(self.notes)
-        if self.overall and self.overall.mean < SMALLEST_DICE:
+        if self.overall is None or self.overall.mean >= LOW_DICE:
+            return found
+        what = "segments hardly anything"
+        if self.overall.mean < SMALLEST_DICE:
             none = all(row["predicted_voxels"] == 0 for row in self.rows)
             what = "predicted no voxel of any class" if none else "found no voxel of any class where it is"
-            found.append(f"The model {what} in {self.num_cases} scans.")
+        found.append(f"The model {what} in {self.num_cases} scans.")
         return found
 
     @cached_property

@@ -12,7 +12,12 @@ from pathlib import Path
 from samgraft.shared.errors import DataError
 from samgraft.shared.scans.case import SourceCase
 from samgraft.shared.scans.discovery import SourceOptions
-from samgraft.shared.scans.readers.registry import format_by_content, format_by_suffix, scan_suffix
+from samgraft.shared.scans.readers.registry import (
+    format_by_content,
+    format_by_suffix,
+    name_packed_scan,
+    scan_suffix,
+)
 from samgraft.shared.scans.readers.scan import ScanFiles, ScanFormat
 from samgraft.shared.scans.sources import discover
 
@@ -90,6 +95,8 @@ def _single_file(path: Path, *, frame: int | None, allow_gaps: bool) -> Inputs:
             next_command="save the frames as pictures in a folder, and give that folder",
         )
     kind = format_by_suffix(path) or format_by_content(path)
+    if (packed := name_packed_scan(path)) is not None:
+        raise DataError(f"the file is {packed}.", where=path.name)
     if kind is None:
         raise DataError(
             f"the file must be a scan (NIfTI, NRRD, DICOM, NumPy, a picture), got {scan_suffix(path) or 'no suffix'}.",

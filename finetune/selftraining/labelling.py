@@ -77,7 +77,10 @@ def label_scans(
     if (path / COMPLETE).is_file():
         # Another teacher or threshold since then makes these labels out of date.
         if read_table(path).get(FACTS_KEY) == dataclasses.asdict(facts):
-            return SliceStore.open(path)
+            labels = SliceStore.open(path)
+            # A user who resumes may not have the terminal of the session that labelled.
+            _report_ignored(labels, min_agreement=config.selftrain.min_agreement)
+            return labels
         (path / COMPLETE).unlink()
     # The key changes with the teachers and the settings, so that labels of an earlier attempt are not taken for these.
     build_key = hashlib.sha256(json.dumps(dataclasses.asdict(facts), sort_keys=True).encode()).hexdigest()

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from samgraft.finetune.ending import LOW_DICE
 from samgraft.finetune.evaluation.overlays import class_color, overlay
 from samgraft.finetune.pseudo_labels import ignored_share, ignored_slices
 from samgraft.finetune.selftraining.parts import Part, Round
@@ -48,16 +49,20 @@ def write_report(path: Path, rounds: Sequence[Round], scans: UnlabelledScans, *,
         f"Foreground Dice on validation: {dice[student.name]:.3f} of the student, {dice[best_teacher.name]:.3f} of the "
         f"best teacher ({best_teacher.name.removeprefix('teacher ')})."
     )
+    is_low = dice[student.name] < LOW_DICE
     if not is_better:
         text += " The student is not better. Use the teacher, or train the student longer."
-    log.log(logging.INFO if is_better else logging.WARNING, "%s", text)
+    if is_low:
+        text += " It segments hardly anything. Label more scans, or train teachers and student longer."
+    is_good = is_better and not is_low
+    log.log(logging.INFO if is_good else logging.WARNING, "%s", text)
     stores = [SliceStore.open(one.pseudo_path) for one in rounds]
     histograms = [agreement_histogram(store) for store in stores]
     rows = [
         _describe_round(one, store, histogram) for one, store, histogram in zip(rounds, stores, histograms, strict=True)
     ]
     sections = [
-        Section(title="Result", parts=[Text(kind="good" if is_better else "warning", text=text), _dice_table(dice)]),
+        Section(title="Result", parts=[Text(kind="good" if is_good else "warning", text=text), _dice_table(dice)]),
         Section(title="Unlabelled scans", parts=[Text(text=scans.describe())]),
         Section(
             title="Pseudo-labels",

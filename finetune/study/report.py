@@ -85,7 +85,7 @@ def _settings_without_gain(rows: Sequence[SettingScore]) -> list[Text]:
         return []
     listed = ", ".join(f"{name} ({count})" for name, count in bad.items())
     text = (
-        f"Models that segment nothing or ended below their start, by setting: {listed}. They are ranked all the same."
+        f"Models that segment hardly anything or did not improve, by setting: {listed}. They are ranked all the same."
     )
     return [Text(text=text, kind="warning")]
 

@@ -45,7 +45,7 @@ class SettingScore:
     trainable_millions: float
     """Trainable parameters, millions."""
     num_without_gain: int = 0
-    """Number of models that segment nothing or ended below their start."""
+    """Number of models that segment hardly anything or did not improve."""
 
 
 @dataclass(frozen=True, kw_only=True)

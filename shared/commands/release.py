@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="upload the finished release to this repository of the Hugging Face Hub (a new one is private)",
     )
     parser.add_argument(
-        "--force", action="store_true", help="release a model that segments nothing or ended below its start"
+        "--force", action="store_true", help="release a model that segments hardly anything or did not improve"
     )
     parser.add_argument(
         "--continuable",
@@ -104,7 +104,7 @@ def release(
         data_statement: Sentence for the card on origin, consent and de-identification of the scans.
         known_identifiers: Text file with one original id or name per line, none of which may occur in the release.
         push: Repository ``OWNER/NAME`` of the Hugging Face Hub to upload to; a new one is private.
-        force: Release a model that segments nothing or ended below its start.
+        force: Release a model that segments hardly anything or did not improve.
         continuable: Add decoder, teacher and optimizer of stage 1, so that others can continue.
 
     Raises:

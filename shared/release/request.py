@@ -34,7 +34,7 @@ class ReleaseRequest:
     identifiers: tuple[str, ...] = ()
     """Further strings that must not occur in any file."""
     force: bool = False
-    """True to release a model that segments nothing or ended below its start."""
+    """True to release a model that segments hardly anything or did not improve."""
     continuable: bool = False
     """True to add decoder, teacher and optimizer of stage 1, after a membership audit."""
 

@@ -16,6 +16,7 @@ from samgraft.shared.scans.discovery import Discovery
 from samgraft.shared.scans.names import is_placeholder_id, patient_folder
 from samgraft.shared.scans.readers.dicom import find_tag
 from samgraft.shared.scans.readers.dicom_geometry import is_parallel
+from samgraft.shared.scans.readers.registry import name_packed_scan
 
 _MACHINE_TAGS = ("InstitutionName", "Manufacturer", "ManufacturerModelName", "DeviceSerialNumber")
 _TAGS = [
@@ -228,4 +229,6 @@ def _reason_not_dicom(path: Path) -> str | None:
     # Old exports hold the data set alone: it begins with group 0002 or 0008, little endian.
     if head[:2] in (b"\x08\x00", b"\x02\x00") and head[128:132] != b"DICM":
         return "DICOM without the preamble that every DICOM file needs (export it again, or run dcmconv)"
-    return None if head[128:132] == b"DICM" else "file with a DICOM name that is not DICOM"
+    if head[128:132] == b"DICM":
+        return None
+    return name_packed_scan(path) or "file with a DICOM name that is not DICOM"

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from samgraft.shared.errors import DataError, StorageError
-from samgraft.shared.scans.readers.registry import READERS, format_by_content, format_by_suffix
+from samgraft.shared.scans.readers.registry import READERS, format_by_content, format_by_suffix, name_packed_scan
 
 _UNREAD_KINDS = {
     "NRRD with detached data": ".nhdr",
@@ -159,6 +159,8 @@ def _sort_in(path: Path, size: int, index: FileIndex) -> None:
         index.files[path] = found
     elif _is_bare_dicom(path):
         index.left_out["DICOM without its first 132 bytes, an old form (dcmconv of DCMTK adds them)"] += 1
+    elif (packed := name_packed_scan(path)) is not None:
+        index.left_out[packed] += 1
     else:
         index.left_out["not a scan"] += 1
 

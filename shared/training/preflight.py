@@ -26,7 +26,7 @@ from torch import Tensor, nn
 log = logging.getLogger(__name__)
 
 MEASURE_S = 8.0
-"""Seconds after which no further micro-step is measured."""
+"""Seconds after which no further micro-step is measured, even if only the warm-up was."""
 MAX_MEASURED_STEPS = 5
 LOGS_BYTES = 2**26
 """Allowance for metrics, events, images and the report."""
@@ -40,7 +40,7 @@ class StepCost:
     seconds: float
     """Median micro-step times the number of micro-steps."""
     num_measured: int
-    """Number of measured micro-steps, after one as warm-up."""
+    """Number of measured micro-steps, after one as warm-up. A slow warm-up is the only measured one."""
     saved_bytes: int
     """Memory of the activations that the forward pass keeps for the backward pass."""
 
@@ -74,11 +74,13 @@ def measure_step(
     buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
     saved = SavedBytes(module)
     times: list[float] = []
+    # Printed before the first step, because one step of large slices can take minutes on a CPU.
+    log.info("measuring a training step of %d slices ...", batch_size)
     started = time.perf_counter()
     with preserve_rng():
         try:
-            # The first micro-step also allocates memory and is not counted.
-            while len(times) < 1 + MAX_MEASURED_STEPS and (len(times) < 2 or time.perf_counter() - started < MEASURE_S):
+            # The first micro-step also allocates memory, which is a small part of a slow one. It is counted only then.
+            while len(times) < 1 + MAX_MEASURED_STEPS and (not times or time.perf_counter() - started < MEASURE_S):
                 counting = contextlib.nullcontext() if times else saved.count()
                 times.append(_time_micro_step(module, compute_loss, counting, device))
         except torch.OutOfMemoryError as error:
@@ -86,7 +88,10 @@ def measure_step(
     # The trial steps have moved batch norm's statistics and, in some objectives, centers and counters.
     for buffer, before in buffers:
         buffer.copy_(before)
-    return StepCost(seconds=config.accumulate * median(times[1:]), num_measured=len(times) - 1, saved_bytes=saved.total)
+    measured = times[1:] or times
+    return StepCost(
+        seconds=config.accumulate * median(measured), num_measured=len(measured), saved_bytes=saved.total
+    )
 
 
 def _time_micro_step(

@@ -1,11 +1,14 @@
 """Rules for DICOM: which files form a series, whether they form a straight stack, and what stored values mean."""
 
+import gzip
+
 import numpy as np
 import pydicom
 import pytest
 from dicom_factory import ENHANCED_MR, new_dataset, save, set_pixels, write_segmentation, write_series
 from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence
+from samgraft.finetune.prediction.prediction_inputs import find_inputs
 from samgraft.shared.errors import DataError
 from samgraft.shared.scans.header_check import check_headers
 from samgraft.shared.scans.readers.dicom import read_dicom_series
@@ -175,6 +178,18 @@ def test_discover__file_without_preamble_is_counted_with_the_cause(tmp_path):
     write_series(tmp_path / "good", IMAGE)
     (tmp_path / "old.dcm").write_bytes(b"\x08\x00\x05\x00\x0a\x00\x00\x00ISO_IR 100" + b"\0" * 200)
     assert any("without the preamble" in reason for reason in discover(tmp_path).left_out)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("a.dcm.gz", "DICOM"), ("a.dcm", "DICOM"), ("a.nrrd.gz", "NRRD")])
+def test_discover__compressed_scan_is_named_with_the_way_out(tmp_path, name, kind):
+    """Only NIfTI is read from gzip, whatever the file is called."""
+    first, *_ = write_series(tmp_path / "good", IMAGE)
+    plain = first.read_bytes() if kind == "DICOM" else b"NRRD0004\n"
+    (tmp_path / name).write_bytes(gzip.compress(plain))
+    reason = f"{kind} inside gzip (decompress it, for example with gunzip)"
+    assert discover(tmp_path).left_out[reason] == 1
+    with pytest.raises(DataError, match=rf"the file is {kind} inside gzip .*gunzip"):
+        find_inputs(tmp_path / name)
 
 
 def test_discover__damaged_file_is_refused_by_name_and_not_left_out(tmp_path):

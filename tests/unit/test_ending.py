@@ -1,4 +1,4 @@
-"""A model that segments nothing or ended below its start is stated everywhere, and is not released by itself."""
+"""A model that segments hardly anything or did not improve is stated everywhere, and is not released by itself."""
 
 import dataclasses
 import json
@@ -20,15 +20,18 @@ from samgraft.shared.release.request import ReleaseRequest
 
 BAD = {"zero_shot": 0.2, "start": 0.1, "best": 0.15, "best_step": 50}
 EMPTY = {"zero_shot": 0.0, "start": 0.0, "best": 0.0, "best_step": 50}
+LOW = {"zero_shot": None, "start": 0.039, "best": 0.043, "best_step": 50}
 GOOD = {"zero_shot": 0.2, "start": 0.1, "best": 0.25, "best_step": 50}
 
 
-def test_describe_ending__three_endings():
+def test_describe_ending__four_endings():
     assert describe_ending({}) is None
     for validation, is_good, text in (
         (GOOD, True, r"rose from 0.200 to 0.250 (best at step 50)"),
         (BAD, False, "did not rise: 0.150 at best, 0.200 before training"),
         (EMPTY, False, "segments nothing"),
+        (LOW, False, "segments hardly anything: its foreground Dice on validation is 0.043 at best, 0.039 before"),
+        (LOW | {"best": 0.1}, True, "rose from 0.039 to 0.100"),
     ):
         ending = describe_ending(validation)
         assert ending.is_good is is_good
@@ -53,6 +56,7 @@ def evaluation(dice, *, predicted=0, notes=()):
     [
         (evaluation(0.0), ["The model predicted no voxel of any class in 1 scans."]),
         (evaluation(0.0, predicted=3), ["The model found no voxel of any class where it is in 1 scans."]),
+        (evaluation(0.04, predicted=3), ["The model segments hardly anything in 1 scans."]),
         (evaluation(0.5, predicted=3, notes=("It ended badly.",)), ["It ended badly."]),
         (evaluation(0.5, predicted=3), []),
     ],

@@ -254,9 +254,10 @@ def probabilities(*rows):
 def test_label_scans__many_ignored_voxels_are_a_warning(lab, capsys):
     """Untrained teachers are unsure of the background too, so that nearly every voxel is ignored."""
     config = config_of(lab, "selftrain.min_agreement=0.999")
-    with pytest.raises(PartFailed, match="student 1 failed"):
-        selftrain(config, lab / "runs" / "unsure")
-    assert "100 % of the voxels are ignored, also clear background" in capsys.readouterr().err
+    for _ in range(2):  # The second time, the labels are complete.
+        with pytest.raises(PartFailed, match="student 1 failed"):
+            selftrain(config, lab / "runs" / "unsure")
+        assert "100 % of the voxels are ignored, also clear background" in capsys.readouterr().err
 
 
 def test_choose_labels__low_agreement_is_ignored():

@@ -89,14 +89,37 @@ def format_by_content(path: Path) -> str | None:
     Raises:
         DataError: If the file cannot be opened.
     """
+    found, is_packed = _match_content(path)
+    return found.name if found is not None and (not is_packed or _reads_gzip(found)) else None
+
+
+def name_packed_scan(path: Path) -> str | None:
+    """Return a description of a gzip file whose content is a scan that is read uncompressed only, or None.
+
+    Raises:
+        DataError: If the file cannot be opened.
+    """
+    found, is_packed = _match_content(path)
+    if found is None or not is_packed or _reads_gzip(found):
+        return None
+    return f"{found.name.upper()} inside gzip (decompress it, for example with gunzip)"
+
+
+def _reads_gzip(reader: ScanReader) -> bool:
+    return any(suffix.endswith(".gz") for suffix in reader.suffixes)
+
+
+def _match_content(path: Path) -> tuple[ScanReader | None, bool]:
+    """Return the reader whose mark the file begins with, and True if the file is compressed by gzip."""
     try:
         with path.open("rb") as file:
             head = file.read(4096)
     except OSError as err:
         raise DataError(f"the file cannot be read ({err.strerror}).", where=path.name) from err
-    if head[:2] == GZIP_MAGIC:  # logs, tables and archives are gzip files too: only the content decides
+    is_packed = head[:2] == GZIP_MAGIC
+    if is_packed:  # logs, tables and archives are gzip files too: only the content decides
         try:
             head = zlib.decompressobj(wbits=31).decompress(head, HEAD_BYTES)
         except zlib.error:
-            return None
-    return next((reader.name for reader in READERS.values() if reader.matches(head[:HEAD_BYTES])), None)
+            return None, True
+    return next((one for one in READERS.values() if one.matches(head[:HEAD_BYTES])), None), is_packed
