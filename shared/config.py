@@ -106,21 +106,24 @@ def load_config(
 
     # A section's own default may differ from the defaults of its class, so that defaults are the first layer.
     merged = _omega(_from_python(default_settings(schema)))
-    for layer in layers:
-        merged = OmegaConf.merge(merged, _omega(_read_layer(layer)))
     check = _Check(schema)
+    for layer in layers:
+        merged = OmegaConf.merge(merged, _omega(check.fitting_content(schema, _read_layer(layer))))
     for override in overrides:
         key, separator, text = override.partition("=")
         if not separator or not re.fullmatch(r"[A-Za-z_]\w*(\.\w+)*", key):
             problem = f"an override must look like key.sub=value, got {override!r}."
             check.reject(override, problem, Setting(None, "", "command line"))
             continue
+        if not text.strip():
+            check.reject(key, _NO_VALUE.format(key=key), Setting(None, "", f"command line, {override}"))
+            continue
         nested: Any = read_override(
             text, takes_text=_takes_text(_kind_of(schema, key)), where=f"command line, {override}"
         )
         for part in reversed(key.split(".")):
             nested = {part: nested}
-        merged = OmegaConf.merge(merged, _omega(nested))
+        merged = OmegaConf.merge(merged, _omega(check.fitting_content(schema, nested)))
     settings: Any = OmegaConf.to_container(merged, resolve=False)
     return _validate(schema, settings, check)
 
@@ -168,13 +171,16 @@ def read_settings(layers: Sequence[Path | Mapping[str, Any]], overrides: Sequenc
     Nothing is checked here, because ``load_config`` reads the same again. Lists and null are left out.
 
     Raises:
-        UsageError: For a file that is not plain YAML.
+        UsageError: For a file that is not plain YAML, or an override without a value.
     """
     given: dict[str, str] = {}
     for layer in layers:
         given |= {key: setting.text for key, setting in _leaves(_read_layer(layer), "")}
     for override in overrides:
-        key, _, text = override.partition("=")
+        key, separator, text = override.partition("=")
+        if separator and not text.strip():
+            # Taken as "none", an unset variable in data.store=$STORE would train on the demo data.
+            raise UsageError(_NO_VALUE.format(key=key), where=f"command line, {override}")
         given[key] = text.strip().strip("\"'")
     return {key: text for key, text in given.items() if text.lower() not in {"", "~", "null", "none"}}
 
@@ -309,6 +315,9 @@ _EXPECTED = {
     "dataclass": "hold keys and values",
 }
 """Requirement of a field, by the first word of pydantic's error type."""
+_NO_VALUE = "{key} has no value. Write one, or null for none."
+_MAX_SHOWN = 80
+"""Characters of a wrong value that a message shows."""
 _RANGES = {"gt": "greater than", "ge": "at least", "lt": "less than", "le": "at most"}
 
 
@@ -320,6 +329,28 @@ class _Check:
         self.places: dict[str, Setting] = {}
         self.problems: dict[str, str] = {}
         """Problem and place by dotted key."""
+
+    def fitting_content(self, schema: type, content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+        """Return the content of one layer without single values for sections and keys below single values.
+
+        They are recorded as problems here, because a later layer would silently replace them in the merge.
+        """
+        hints = get_type_hints(schema)
+        fitting: dict[str, Any] = {}
+        for name, value in content.items():
+            kind, key = hints.get(name), f"{prefix}{name}"
+            is_section, has_keys = dataclasses.is_dataclass(kind), isinstance(value, Mapping)
+            if is_section and not has_keys:
+                what = _shown(value.text)
+                self.reject(key, f"{key} must {_EXPECTED['dataclass']}, got {what}. Write keys below it.", value)
+            elif is_section:
+                fitting[name] = self.fitting_content(kind, value, f"{key}.")
+            elif kind is not None and has_keys and get_origin(kind) is not dict:
+                got = ", ".join(map(str, value)) or "nothing"
+                self.reject(key, f"{key} must be a single value, got keys below it ({_shown(got)}).", value)
+            else:
+                fitting[name] = value
+        return fitting
 
     def plain_section(self, schema: type, settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         """Return the values of one section as JSON holds them.
@@ -377,7 +408,11 @@ class _Check:
                 self._reject_combination(key, str(entry["ctx"]["error"]).splitlines()[0])
                 continue
             content = self.places.get(key)
-            got = entry["input"] if content is None else content.text
+            got = str(entry["input"]) if content is None else content.text
+            # What is nested in a list has no place of its own.
+            while content is None and "." in key:
+                key = key.rpartition(".")[0]
+                content = self.places.get(key)
             kind = entry["type"].split("_")[0]
             limits = [
                 f"{word} {entry['ctx'][name]:g}" for name, word in _RANGES.items() if name in entry.get("ctx", {})
@@ -385,9 +420,9 @@ class _Check:
             if entry["type"] == "missing":
                 self.reject(key, f"required key not given: {key}.", None)
             elif limits:
-                self.reject(key, f"{key} must be {limits[0]}, got {got}.", content)
+                self.reject(key, f"{key} must be {limits[0]}, got {_shortened(got)}.", content)
             else:
-                self.reject(key, f"{key} must {_EXPECTED.get(kind, entry['msg'])}, got {got!r}.", content)
+                self.reject(key, f"{key} must {_EXPECTED.get(kind, entry['msg'])}, got {_shown(got)}.", content)
 
     def raise_problems(self) -> None:
         """Raise one error that lists every problem with its place.
@@ -425,6 +460,15 @@ class _Check:
         words = set(re.findall(r"\w+", message))
         named = [k for k in self.places if k.startswith(section) and k.rsplit(".", 1)[-1] in words]
         self.reject(f"{section} {message}", message, self.places[named[-1]] if named else None)
+
+
+def _shown(text: str) -> str:
+    """Return a wrong value in quotes, shortened, or ``nothing``."""
+    return repr(_shortened(text)) if text else "nothing"
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= _MAX_SHOWN else f"{text[: _MAX_SHOWN - 20]}... ({len(text)} characters)"
 
 
 def _validate(schema: type[Schema], settings: Mapping[str, Any], check: _Check) -> Schema:

@@ -89,7 +89,8 @@ def read_settings_file(path: Path) -> dict[str, Any]:
         UsageError: If it is missing, too large, or not plain YAML.
     """
     if not path.is_file():
-        raise UsageError("the configuration file does not exist.", where=path.name)
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise UsageError(f"the configuration file {what}. Give the path of a YAML file.", where=str(path))
     if path.stat().st_size > MAX_CONFIG_BYTES:
         raise UsageError(f"a configuration file must be under {MAX_CONFIG_BYTES} bytes.", where=path.name)
     try:
@@ -103,7 +104,10 @@ def read_settings_file(path: Path) -> dict[str, Any]:
     if content is None:
         return {}
     if not isinstance(content, dict):
-        raise UsageError("a configuration file must hold keys and values at its top level.", where=path.name)
+        raise UsageError(
+            "a configuration file must hold keys and values at its top level. Write one `key: value` per line.",
+            where=path.name,
+        )
     return content
 
 
@@ -162,11 +166,22 @@ def _from_node(loader: _StrictLoader, node: Any, text: str, where: str) -> Any:
     if isinstance(node, yaml.SequenceNode):
         children = [_from_node(loader, child, text, where) for child in node.value]
         return Setting(children, text[node.start_mark.index : node.end_mark.index], place)
-    return Setting(loader.construct_object(node), str(node.value), place)
+    try:
+        return Setting(loader.construct_object(node), str(node.value), place)
+    except ValueError as err:  # Python refuses to convert a number of more than 4,300 digits.
+        raise yaml.YAMLError(f"the number has too many digits (line {line})") from err
 
 
 def _yaml_problem(err: Exception) -> str:
     mark = getattr(err, "problem_mark", None)
+    if isinstance(err, RecursionError):
+        return "it is nested too deeply"
+    if isinstance(err, UnicodeDecodeError):
+        line = err.object.count(b"\n", 0, err.start) + 1
+        return f"it is not UTF-8 text (line {line}). Save it as UTF-8"
     if mark is None:
         return str(err).splitlines()[0]
-    return f"{getattr(err, 'problem', None) or 'it cannot be read'} (line {mark.line + 1})"
+    problem = getattr(err, "problem", None) or "it cannot be read"
+    if "'\\t'" in problem:
+        problem = "a tab is not allowed as a space"
+    return f"{problem} (line {mark.line + 1})"

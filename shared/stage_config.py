@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from samgraft.shared.config import load_config, read_settings, without_keys
 from samgraft.shared.demo.heads import DemoPaths, demo_data, demo_paths
+from samgraft.shared.errors import UsageError
 from samgraft.shared.scans.preset import load_preset, modality_layer
 from samgraft.shared.store.files import is_address
 from samgraft.shared.store.from_data import modality_of_data, store_from_data
@@ -36,8 +37,12 @@ class TypedSettings:
         """Return every typed setting as text by its dotted key.
 
         Raises:
-            UsageError: If a file is not plain YAML.
+            UsageError: If a file is not plain YAML, or an option or override has no value.
         """
+        for key, value in self.options.items():
+            # Taken as not given, an unset variable in --data "$STORE" would train on the demo data.
+            if value == "":
+                raise UsageError(f"the option for {key} has an empty value. Write one, or leave the option out.")
         return read_settings([*self.files, nest_keys(self.options)], self.overrides)
 
 

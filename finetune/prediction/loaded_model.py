@@ -144,10 +144,9 @@ class LoadedModel:
         # Prompts are placed in the slices that the model sees, which are in another order than the file.
         placed = None
         if prompts is not None:
-            file = read_prompts(Path(prompts), self.predictor.classes)
-            file.check_cases([case.name])
+            file = read_prompts(Path(prompts), self.predictor.classes).with_scan_names([case.name])
             placed = slice_prompts(
-                file.for_case(case.name, is_only=True),
+                file.for_case(case.name),
                 file.frame,
                 native_affine=np.asarray(record.grid.affine, dtype=np.float64),
                 affine=record.affine,

@@ -110,7 +110,7 @@ def predict_scans(
         StorageError: If a file would be overwritten that this command did not write, or cannot be written.
     """
     if prompts is not None:
-        prompts.check_cases([scan.name for scan in scans])
+        prompts = prompts.with_scan_names([scan.name for scan in scans])
     if out.exists() and not out.is_dir():
         raise StorageError("--out must be a folder, got a file.", where=out.name, kept="that file")
     out.mkdir(parents=True, exist_ok=True)
@@ -118,13 +118,13 @@ def predict_scans(
     if not predictor.classes.is_overlapping:
         _write_label_list(out, predictor)
     for number, scan in enumerate(scans, start=1):
-        if prompts is not None and not prompts.for_case(scan.name, is_only=len(scans) == 1):
+        if prompts is not None and not prompts.for_case(scan.name):
             report.unprompted.append(scan.name)
             continue
         on_slices = progress.begin(number, len(scans), scan.name) if progress else None
         start = time.monotonic()
         try:
-            record = _predict_one(predictor, scan, out, settings, prompts, len(scans) == 1, on_slices)
+            record = _predict_one(predictor, scan, out, settings, prompts, on_slices)
         except SamgraftError as error:
             if not _concerns_one_scan(error) or len(scans) == 1:
                 raise
@@ -147,7 +147,6 @@ def _predict_one(
     out: Path,
     settings: PredictSettings,
     prompts: PromptFile | None,
-    is_only: bool,
     on_slices: OnSlices | None,
 ) -> dict[str, Any] | None:
     """Segment a scan and return its record, or None if it was finished before."""
@@ -168,7 +167,7 @@ def _predict_one(
     notes = list(record.notes)
     if prompts is None:
         check_planes(record, predictor.model.task.inference())
-    placed = _slice_prompts(prompts, scan, examined, notes, is_only=is_only)
+    placed = _slice_prompts(prompts, scan, examined, notes)
     masks = segment_examined(predictor, examined, prompts=placed, form_codes=_form_codes(scan), on_slices=on_slices)
     values = {**expected, "input": scan.name, "voxels": masks.count_voxels(), "notes": notes}
     with _written_together(stem) as folder:
@@ -243,7 +242,7 @@ def _identity(
 
 
 def _slice_prompts(
-    prompts: PromptFile | None, scan: InputScan, examined: Examined, notes: list[str], *, is_only: bool
+    prompts: PromptFile | None, scan: InputScan, examined: Examined, notes: list[str]
 ) -> list[SlicePrompt] | None:
     if prompts is None:
         return None
@@ -254,7 +253,7 @@ def _slice_prompts(
 
     record = examined.record
     return slice_prompts(
-        prompts.for_case(scan.name, is_only=is_only),
+        prompts.for_case(scan.name),
         prompts.frame,
         native_affine=np.asarray(record.grid.affine, dtype=np.float64),
         affine=record.affine,

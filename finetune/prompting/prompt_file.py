@@ -3,7 +3,7 @@
     version: 1
     coordinates: voxel          # voxel: i, j, k of the file, from 0; ras_mm or lps_mm: millimetres in the patient
     prompts:
-      - case: scan01.nii.gz     # name that `predict` prints; may be left out when there is one scan
+      - case: scan01.nii.gz     # name that `predict` prints, with or without its ending; optional for a single scan
         class: lesion           # name or label id
         box: [[40, 52, 10], [61, 80, 17]]       # two opposite corners of a 3D box, or of a box in one slice
       - case: scan02.nii.gz
@@ -27,6 +27,7 @@ Letters: i, j, k = voxel axes of the file; x, y, z = columns, rows and slices of
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import logging
 import reprlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -42,6 +43,7 @@ from samgraft.finetune.classes import ClassTable
 from samgraft.finetune.prompting.prompts import NEGATIVE, POSITIVE
 from samgraft.shared.errors import UsageError
 from samgraft.shared.files import file_sha256
+from samgraft.shared.scans.readers.registry import format_by_suffix, scan_suffix
 from samgraft.shared.settings import read_yaml
 
 log = logging.getLogger(__name__)
@@ -114,24 +116,21 @@ class PromptFile:
     sha256: str
     name: str
 
-    def for_case(self, name: str, *, is_only: bool) -> tuple[FilePrompt, ...]:
-        """Return the prompts of a scan, with entries without a case for the only one."""
-        return tuple(p for p in self.prompts if p.case == name or (p.case is None and is_only))
+    def for_case(self, name: str) -> tuple[FilePrompt, ...]:
+        """Return the prompts of a scan, after ``with_scan_names``."""
+        return tuple(prompt for prompt in self.prompts if prompt.case == name)
 
-    def check_cases(self, names: Sequence[str]) -> None:
-        """Refuse cases that are not among the scans, and entries without case for several scans.
+    def with_scan_names(self, names: Sequence[str]) -> PromptFile:
+        """Return the file with the full name of a scan as the case of every prompt.
+
+        Args:
+            names: Names of all scans. A case may leave out the ending of a file name. It is optional for a single scan.
 
         Raises:
-            UsageError: For the first of them.
+            UsageError: For a case that is not among the scans, or fits several of them.
         """
-        for prompt in self.prompts:
-            if prompt.case is None and len(names) != 1:
-                raise UsageError(f"with {len(names)} scans every prompt must name its case.", where=prompt.where)
-            if prompt.case is not None and prompt.case not in names:
-                shown = ", ".join(list(names)[:3]) + (", ..." if len(names) > 3 else "")
-                raise UsageError(
-                    f"a prompt must name one of the scans, got {prompt.case!r}; there are {shown}.", where=prompt.where
-                )
+        full = tuple(dataclasses.replace(one, case=_find_scan(one, names)) for one in self.prompts)
+        return dataclasses.replace(self, prompts=full)
 
 
 def read_prompts(path: Path, classes: ClassTable) -> PromptFile:
@@ -256,6 +255,33 @@ def _refuse_contradiction(group: Sequence[SlicePrompt]) -> None:
                 )
 
 
+def _find_scan(prompt: FilePrompt, names: Sequence[str]) -> str:
+    if prompt.case is None:
+        if len(names) != 1:
+            raise UsageError(f"with {len(names)} scans every prompt must name its case.", where=prompt.where)
+        return names[0]
+    # The exact name comes first, because "a" may be the name of a series beside a file "a.nii".
+    found = [name for name in names if name == prompt.case] or [n for n in names if _plain_name(n) == prompt.case]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise UsageError(
+            f"case {prompt.case!r} fits {len(found)} scans ({', '.join(found[:3])}). Write the name with its ending.",
+            where=prompt.where,
+        )
+    close = difflib.get_close_matches(prompt.case, names, n=3, cutoff=0.5) or list(names)[:3]
+    raise UsageError(
+        f"a prompt must name one of the {len(names)} scans, got {prompt.case!r}. Write the name that predict prints, "
+        f"such as {', '.join(close)}.",
+        where=prompt.where,
+    )
+
+
+def _plain_name(name: str) -> str:
+    """Return the name of a scan without the ending of a file. A series has none."""
+    return name[: -len(scan_suffix(name))] if format_by_suffix(Path(name)) else name
+
+
 def _prompt(entry: Any, classes: ClassTable, *, where: str) -> FilePrompt:
     if not isinstance(entry, dict):
         raise UsageError("a prompt must consist of keys and values.", where=where)
@@ -266,7 +292,7 @@ def _prompt(entry: Any, classes: ClassTable, *, where: str) -> FilePrompt:
         raise UsageError("labels belong to points, there are none.", where=where)
     case = entry.get("case")
     if case is not None and not isinstance(case, str):
-        raise UsageError(f"case must be a name, got {case!r}.", where=where)
+        raise UsageError(f"case must be a name, got {case!r}. Put it in quotes.", where=where)
     corners = _numbers(entry["box"], rows=2, what="box", where=where) if "box" in entry else None
     points = _numbers(entry["points"], rows=None, what="points", where=where) if "points" in entry else None
     return FilePrompt(
@@ -339,7 +365,9 @@ def _boxes(prompt: FilePrompt, to_xyz: npt.NDArray[np.float64], shape_zyx: tuple
     eight = np.array(list(product(*prompt.corners.T)))
     xyz = _transform(eight, to_xyz)
     low, high = xyz.min(axis=0), xyz.max(axis=0)
-    last = _check_inside(np.stack([low, high]), shape_zyx, what="a box", where=prompt.where)
+    last = _check_inside(
+        np.stack([low, high]), shape_zyx, what="a box", written=[prompt.corners] * 2, where=prompt.where
+    )
     first_voxel, last_voxel = np.ceil(low), np.floor(high)
     nearest = _voxel_of((low + high) / 2)
     has_center = first_voxel <= last_voxel
@@ -354,7 +382,7 @@ def _points(
     if prompt.points is None:
         return {}
     xyz = _transform(prompt.points, to_xyz)
-    _check_inside(xyz, shape_zyx, what="a point", where=prompt.where)
+    _check_inside(xyz, shape_zyx, what="a point", written=prompt.points, where=prompt.where)
     slices = np.clip(_voxel_of(xyz[:, 2]), 0, shape_zyx[0] - 1).astype(int).tolist()
     by_slice: dict[int, list[tuple[tuple[float, float], int]]] = {}
     for (x, y, _), index, label in zip(xyz.tolist(), slices, prompt.labels, strict=True):
@@ -374,16 +402,21 @@ def _transform(points: Coordinates3, matrix: npt.NDArray[np.float64]) -> Coordin
     return np.asarray(np.round(moved, 6) + 0.0)
 
 
-def _check_inside(xyz: Coordinates3, shape_zyx: tuple[int, int, int], *, what: str, where: str) -> Coordinates3:
-    """Refuse coordinates outside the scan and return its last voxel in x, y, z."""
+def _check_inside(
+    xyz: Coordinates3, shape_zyx: tuple[int, int, int], *, what: str, written: Sequence[Any], where: str
+) -> Coordinates3:
+    """Refuse coordinates outside the scan, showing the numbers ``written`` for them, and return its last voxel."""
     last = np.asarray(shape_zyx[::-1], dtype=np.float64) - 1
-    outside = (xyz < -0.5) | (xyz > last + 0.5)
+    # Written so that NaN, the difference of two huge numbers, is outside too.
+    outside = ~((xyz >= -0.5) & (xyz <= last + 0.5)).all(axis=1)
     if outside.any():
+        worst = int(outside.argmax())
         size = " x ".join(str(n) for n in shape_zyx[::-1])
-        worst = xyz[outside.any(axis=1)][0]
+        column, row, index = (f"{v:g}" for v in xyz[worst])
         raise UsageError(
             f"{what} must be inside the scan of {size} voxels (columns, rows, slices of the model's input), got "
-            f"{', '.join(f'{v:g}' for v in worst)}. Check coordinates: voxel, ras_mm or lps_mm.",
+            f"{written[worst].tolist()}, which is column {column}, row {row} of slice {index}. Check the numbers and "
+            "coordinates: voxel, ras_mm or lps_mm.",
             where=where,
         )
     return last

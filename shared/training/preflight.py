@@ -89,9 +89,7 @@ def measure_step(
     for buffer, before in buffers:
         buffer.copy_(before)
     measured = times[1:] or times
-    return StepCost(
-        seconds=config.accumulate * median(measured), num_measured=len(measured), saved_bytes=saved.total
-    )
+    return StepCost(seconds=config.accumulate * median(measured), num_measured=len(measured), saved_bytes=saved.total)
 
 
 def _time_micro_step(

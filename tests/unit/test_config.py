@@ -16,6 +16,8 @@ from samgraft.shared.config import (
     translate_renamed_keys,
 )
 from samgraft.shared.errors import UsageError
+from samgraft.shared.settings import read_settings_file
+from samgraft.shared.stage_config import TypedSettings
 
 
 class Method(Enum):
@@ -82,10 +84,12 @@ def test_load_config__result_is_frozen() -> None:
         ("lr=3", r"unknown key 'lr'\. Did you mean 'optim\.lr'"),
         ("seed=1.5", r"seed must be a whole number \(such as 10\), got '1\.5'"),
         ("seed=true", r"seed must be a whole number \(such as 10\), got 'true'"),
-        ("seed=", r"seed must be a whole number \(such as 10\), got ''"),
+        ("seed=", r"seed has no value\. Write one, or null for none\."),
+        ("seed=null", r"seed must be a whole number \(such as 10\), got 'null'"),
+        (f"seed={'9' * 5000}", r"seed must be a whole number .*, got '9{60}\.\.\. \(5000 characters\)'"),
         ("optim.lr=abc", r"optim\.lr must be a number .*, got 'abc'"),
         ("optim.lr=1e999", r"optim\.lr must be a finite number, got 1e999"),
-        ("optim.lr.x=1", r"optim\.lr must be a number"),
+        ("optim.lr.x=1", r"optim\.lr must be a single value, got keys below it \('x'\)"),
         ("optim.betas=0.9", r"optim\.betas must be a list .*, got '0\.9'"),
         ("optim.betas=[0.9, x]", r"optim\.betas\.1 must be a number .*, got 'x'"),
         ("method=simclr", r"method must be one of mae, dino, got 'simclr'"),
@@ -224,3 +228,50 @@ def test_config_to_yaml__round_trips(tmp_path: Path) -> None:
 
 def test_dotted_keys__lists_leaves() -> None:
     assert dotted_keys(Root) == ["name", "seed", "method", "base", "optim.lr", "optim.dropout", "optim.betas"]
+
+
+@pytest.mark.parametrize(
+    ("text", "override", "match"),
+    [
+        ("optim: 3\n", "optim.lr=1", r"optim must hold keys and values, got '3'\. Write keys below it\."),
+        ("optim:\n", "optim.lr=1", "optim must hold keys and values, got nothing"),
+        ("optim: [1]\n", "optim.lr=1", r"optim must hold keys and values, got '\[1\]'"),
+        ("seed: {a: 1}\n", "seed=1", r"seed must be a single value, got keys below it \('a'\)"),
+    ],
+)
+def test_load_config__sections_and_values_are_never_replaced_by_each_other(tmp_path, text, override, match):
+    with pytest.raises(UsageError, match=match) as caught:
+        _load("name=a", "optim.lr=0.1", override, layers=(_file(tmp_path, text),))
+    assert caught.value.where == "x.yaml, line 1"
+
+
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [
+        (b"optim:\n\tlr: 1\n", r"a tab is not allowed as a space \(line 2\)"),
+        ("name: \u00e9\n".encode("latin-1"), r"it is not UTF-8 text \(line 1\)\. Save it as UTF-8"),
+        ("name: a\n".encode("utf-16"), "it is not UTF-8 text"),
+        (b"name: a\nseed: " + b"9" * 5000, r"the number has too many digits \(line 2\)"),
+        (b"name: " + b"[" * 3000 + b"]" * 3000, "it is nested too deeply"),
+        (b"- a\n", "keys and values at its top level. Write one `key: value` per line"),
+    ],
+)
+def test_read_settings_file__unreadable_content_is_explained(tmp_path, content, match):
+    path = tmp_path / "x.yaml"
+    path.write_bytes(content)
+    with pytest.raises(UsageError, match=match):
+        read_settings_file(path)
+
+
+def test_read_settings_file__folder_is_refused_as_one(tmp_path):
+    with pytest.raises(UsageError, match="the configuration file is a folder"):
+        read_settings_file(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "typed", [TypedSettings(options={"data.store": ""}), TypedSettings(overrides=("data.store=",))]
+)
+def test_typed_settings__empty_store_is_refused_and_does_not_mean_the_demo(typed):
+    """An unset variable of a shell script gives an empty value."""
+    with pytest.raises(UsageError, match=r"data\.store has (no|an empty) value"):
+        typed.by_key()

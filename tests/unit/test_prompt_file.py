@@ -1,6 +1,7 @@
 """Prompts files: strict reading, and positions that do not depend on the orientation of the scan."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -27,6 +28,9 @@ AFFINES = {
 }
 
 
+HEAD = "version: 1\ncoordinates: voxel\nprompts:\n"
+
+
 def write(tmp_path, text, name="prompts.yaml"):
     path = tmp_path / name
     path.write_text(text)
@@ -36,7 +40,7 @@ def write(tmp_path, text, name="prompts.yaml"):
 def test_read_prompts__yaml_and_json_are_equal(tmp_path):
     file = read_prompts(write(tmp_path, GOOD), CLASSES)
     assert file.frame is Frame.VOXEL
-    box, points = file.for_case("a.nii.gz", is_only=False)
+    box, points = file.with_scan_names(["a.nii.gz", "b.nii.gz"]).for_case("a.nii.gz")
     assert (box.channel, points.channel) == (0, 1)
     assert points.labels == (1, 0, 1)
     values = {
@@ -89,18 +93,39 @@ def test_read_prompts__bad_file_is_refused(tmp_path, change, text):
         read_prompts(write(tmp_path, GOOD.replace(*change)), CLASSES)
 
 
-def test_check_cases__unknown_or_missing_case_is_refused(tmp_path):
+def test_with_scan_names__unknown_or_missing_case_is_refused(tmp_path):
     file = read_prompts(write(tmp_path, GOOD), CLASSES)
-    file.check_cases(["a.nii.gz", "b.nii.gz"])
-    with pytest.raises(UsageError, match=r"got 'a\.nii\.gz'; there are b"):
-        file.check_cases(["b.nii.gz"])
+    with pytest.raises(UsageError, match=r"one of the 1 scans, got 'a\.nii\.gz'. Write .* such as b"):
+        file.with_scan_names(["b.nii.gz"])
     nameless = read_prompts(write(tmp_path, GOOD.replace("case: a.nii.gz, ", "")), CLASSES)
-    nameless.check_cases(["b.nii.gz"])
-    assert len(nameless.for_case("b.nii.gz", is_only=True)) == 2
+    assert len(nameless.with_scan_names(["b.nii.gz"]).for_case("b.nii.gz")) == 2
     with pytest.raises(UsageError, match="must name its case"):
-        nameless.check_cases(["a", "b"])
+        nameless.with_scan_names(["a", "b"])
     with pytest.raises(UsageError, match="does not exist"):
         read_prompts(tmp_path / "gone.yaml", CLASSES)
+
+
+@pytest.mark.parametrize(
+    ("case", "names", "expected"),
+    [
+        ("a", ["a.nii.gz", "b.nii.gz"], "a.nii.gz"),
+        ("P1/t1", ["P1/t1.nrrd", "P2/t1.nrrd"], "P1/t1.nrrd"),
+        ("a", ["a", "a.nii"], "a"),
+        ("a.nii", ["a.nii", "a.nii.gz"], "a.nii"),
+        ("series 1.2", ["series 1.2", "series 1"], "series 1.2"),
+        ("a", ["a.nii", "a.nrrd"], "fits 2 scans (a.nii, a.nrrd). Write the name with its ending"),
+        ("series 1", ["series 1.2"], "must name one of the 1 scans, got 'series 1'"),
+        ("t1", ["P1/t1.nrrd"], "must name one of the 1 scans, got 't1'"),
+    ],
+)
+def test_with_scan_names__ending_may_be_left_out(tmp_path, case, names, expected):
+    text = HEAD + f"  - {{case: {case}, class: core, points: [[3, 4, 5]]}}\n"
+    file = read_prompts(write(tmp_path, text), CLASSES)
+    if expected in names:
+        assert [bool(file.with_scan_names(names).for_case(name)) for name in names] == [n == expected for n in names]
+    else:
+        with pytest.raises(UsageError, match=re.escape(expected)):
+            file.with_scan_names(names)
 
 
 def placed(tmp_path, affine, shape, text, plane=Plane.AXIAL, **options):
@@ -111,7 +136,6 @@ def placed(tmp_path, affine, shape, text, plane=Plane.AXIAL, **options):
     )
 
 
-HEAD = "version: 1\ncoordinates: voxel\nprompts:\n"
 LPS = np.diag([-1.0, -1.0, 3.0, 1.0])
 """Orientation in which voxels of the file and pixels of the slices have equal numbers."""
 
@@ -148,10 +172,19 @@ prompts:
     assert [len(p.points) for p in prompts] == [0, 1, 0, 0]
 
 
-def test_slice_prompts__point_outside_is_refused_with_its_entry(tmp_path):
-    text = "version: 1\ncoordinates: voxel\nprompts:\n  - {class: core, points: [[3, 4, 9]]}\n"
-    with pytest.raises(UsageError, match="be inside the scan of 10 x 12 x 9 voxels") as refusal:
-        placed(tmp_path, np.diag([-1.0, -1.0, 3.0, 1.0]), (10, 12, 9), text)
+@pytest.mark.parametrize(
+    ("entry", "got"),
+    [
+        ("points: [[3, 4, 5], [3, 4, 9]]", "got [3.0, 4.0, 9.0], which is column 3, row 4 of slice 9"),
+        ("box: [[3, 4, 5], [10, 4, 5]]", "got [[3.0, 4.0, 5.0], [10.0, 4.0, 5.0]], which is column 10"),
+        ("points: [[1.0e+308, 1.0e+308, 5]]", "got [1e+308, 1e+308, 5.0]"),
+    ],
+)
+def test_slice_prompts__place_outside_is_refused_as_it_is_written(tmp_path, entry, got):
+    oblique = LPS @ np.array([[3, -3, 0, 0], [3, 3, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
+    with np.errstate(all="ignore"), pytest.raises(UsageError, match="be inside the scan of 10 x 12 x 9") as refusal:
+        placed(tmp_path, oblique if "308" in entry else LPS, (10, 12, 9), f"{HEAD}  - {{class: core, {entry}}}\n")
+    assert got in refusal.value.what
     assert refusal.value.where == "prompts.yaml, prompt 1"
 
 

@@ -146,7 +146,7 @@ def test_write_results__models_without_gain_are_marked(tmp_path):
     assert [row.num_without_gain for row in rows] == [0, 1]
     assert [line.split()[-1] for line in report.table_lines(rows)[1:]] == ["-", "1"]
     page = (tmp_path / "report.html").read_text()
-    assert page.count("ended below their start, by setting: full (1)") == 2
+    assert page.count("did not improve, by setting: full (1)") == 2
 
 
 def test_score_settings__folds_are_pooled_over_patients():
