@@ -262,7 +262,8 @@ def load_split(path: Path | None, store: SliceStore) -> Split:
     """
     if path is not None:
         if not path.is_file():
-            raise DataError("the split file does not exist.", where=path.name)
+            what = "is a folder" if path.is_dir() else "does not exist"
+            raise DataError(f"the split file {what}. Give the path of a split file.", where=str(path))
         return _parse_split(path.read_bytes(), store, where=path.name)
     split = load_split_beside(store)
     if split is None:
@@ -337,7 +338,11 @@ def _parse_split(content: bytes, store: SliceStore, *, where: str) -> Split:
         )
         recorded = str(values["sha256"])
     except (ValueError, KeyError, TypeError, RecursionError) as err:
-        raise DataError(f"the split file is damaged ({type(err).__name__}).", where=where) from err
+        raise DataError(
+            f"the split file is damaged, or is not one that samgraft wrote ({type(err).__name__}). Make it again with "
+            "`samgraft store split`, which also reads other forms with --from.",
+            where=where,
+        ) from err
     if recorded != split.sha256:
         raise DataError("the split file was edited: its hash differs. Make it again.", where=where)
     check_split(split, store)

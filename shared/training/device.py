@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -43,6 +44,9 @@ class Precision(Enum):
     AUTO = "auto"
     BF16 = "bf16"
     FP32 = "fp32"
+
+
+Choice = TypeVar("Choice", Device, Precision)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,10 +85,11 @@ def choose_device(
         devices: Processes on this machine, or None for the number that torchrun or SLURM set, else 1.
 
     Raises:
-        UsageError: If the requested device does not exist, or other processes were started.
+        UsageError: If the device or precision has another name, the device does not exist, or other processes were
+            started.
     """
-    wanted = Device(requested)
-    number_format = Precision(precision)
+    wanted = _member_of(Device, requested, name="device")
+    number_format = _member_of(Precision, precision, name="precision")
     accelerator, why = _choose_accelerator(wanted)
     world = processes_expected()
     local = processes_per_node()
@@ -114,6 +119,15 @@ def choose_device(
         precision="bf16-mixed" if use_bf16 else "32-true",
         reason=f"{why}, {format_name}" + (f", {processes} processes" if processes > 1 else ""),
     )
+
+
+def _member_of(kind: type[Choice], value: Choice | str, *, name: str) -> Choice:
+    try:
+        return kind(value)
+    except ValueError as err:
+        known = ", ".join(str(member.value) for member in kind)
+        hint = " A GPU of NVIDIA is called cuda." if str(value).lower().startswith(("gpu", "cuda")) else ""
+        raise UsageError(f"{name} must be one of {known}, got {value!r}.{hint}") from err
 
 
 def cpu_has_fast_bf16() -> bool:

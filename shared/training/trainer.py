@@ -288,7 +288,6 @@ def _read_replayed_state(name: str, run: RunFolder) -> TrainingState:
             f"trainer.resume_from must name a kept state of the run ({', '.join(kept) or 'none'}), got {name!r}. "
             "Leave it out to resume from the newest state in checkpoints/.",
             where=run.path.name,
-            next_command=run.continue_command,
         )
     return read_state(path)
 

@@ -113,3 +113,5 @@ def test_resume_from__unknown_state_is_refused_with_the_known_ones(tmp_path: Pat
     with pytest.raises(UsageError, match=r"kept state of the run \(nan-step-7\)") as refusal:
         tiny_fit(tmp_path, "a", tiny_config(resume_from=name))
     assert "to resume from the newest state in checkpoints/" in str(refusal.value)
+    # The same command would be refused again.
+    assert refusal.value.next_command is None

@@ -495,6 +495,11 @@ def test_predict__missing_highdicom_is_refused_or_noted(lab, tmp_path, capsys, m
         (["{run}", "{empty}", "--out", "{out}"], 3, "no scan was found"),
         (["{run}", "{nan}", "--out", "{out}"], 3, "must be finite"),
         (["{run}", "{scan}", "--out", "{out}", "--device", "cuda"], 2, "device cuda is not available"),
+        (
+            ["{run}", "{scan}", "--out", "{out}", "--device", "gpu"],
+            2,
+            "device must be one of auto, cpu, cuda, mps, got",
+        ),
         (["{run}", "{scan}", "--out", "{scan}"], 5, "must be a folder"),
     ],
 )
