@@ -105,6 +105,6 @@ def test_probe__with_another_store_or_split_is_refused(lab: Path) -> None:
 def test_split__with_a_damaged_copy_is_refused(lab: Path) -> None:
     stop_half_way(lab)
     (lab / "runs" / "run" / "split.json").write_text("{")
-    with pytest.raises(DataError, match=r"split file is damaged, .* \(JSONDecodeError\)") as refusal:
+    with pytest.raises(DataError, match="split file is damaged") as refusal:
         run_pretrain(lab)
     assert refusal.value.where == "run/split.json"
