@@ -115,8 +115,9 @@ def write_store(path: Path, records: list[SeriesRecord]) -> SliceStore:
 def run_split_command(path: Path) -> tuple[float, float]:
     """Return CPU seconds and peak memory in MB of ``samgraft store split``."""
     code = (
-        "import resource, sys; from samgraft.shared.cli import main; code = main(['store', 'split', sys.argv[1]]); "
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss); sys.exit(code)"
+        "import sys; from samgraft.shared.cli import main; code = main(['store', 'split', sys.argv[1]]); "
+        # Not ru_maxrss, which starts with the memory of the process that started this one.
+        "print(next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM'))); sys.exit(code)"
     )
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run([sys.executable, "-c", code, str(path)], check=True, capture_output=True, text=True)

@@ -149,6 +149,54 @@ def test_augmentation__works_without_label():
     assert augmented(EVERYTHING, image, None)[1] is None
 
 
+def extents(config, image, *, number=40):
+    """Return rows and columns of the bright part of augmented images, (number, 2)."""
+    outs = [augmented(AugmentConfig(**STILL, **config), image, None, counter)[0][0] > 0.5 for counter in range(number)]
+    return np.array([(int(out.any(1).sum()), int(out.any(0).sum())) for out in outs])
+
+
+def test_augmentation__magnification_and_shear_have_the_stated_size():
+    image = torch.zeros(1, 64, 96)
+    image[:, 24:40, 40:56] = 1  # 16 px
+    np.testing.assert_allclose(extents({"min_scale": 2.0, "max_scale": 2.0}, image, number=1), [[32, 32]], atol=1)
+    sheared = extents({"max_shear": 0.5}, image)
+    ratios = sheared[:, 0] / sheared[:, 1]
+    assert 1.3 < ratios.max() < 1.85  # exp(0.5) is 1.65, and a side is rounded to pixels
+    assert 0.54 < ratios.min() < 0.77
+
+
+def test_augmentation__largest_shift_is_the_set_share_of_the_side():
+    image = torch.zeros(1, 40, 80)
+    image[:, 20, 40] = 1
+    outs = [augmented(AugmentConfig(**STILL, max_shift=0.25), image, None, counter)[0] for counter in range(60)]
+    places = np.array([np.unravel_index(int(out[0].argmax()), (40, 80)) for out in outs if out.max() > 0])
+    shares = np.abs(places - [20, 40]) / [40, 80]
+    assert len(places) == 60
+    assert (shares.max(axis=0) > 0.2).all()
+    assert (shares <= 0.25 + 1 / 40).all()
+
+
+def test_augmentation__crops_reach_every_side_and_cut_the_label_at_the_same_place():
+    label = torch.arange(8 * 40).view(8, 40)
+    image = (label / 320)[None]
+    outs = [augmented(AugmentConfig(**STILL, min_crop_fraction=0.2), image, label, c) for c in range(60)]
+    for out, out_label in outs:
+        assert torch.equal((out[0] * 320).round().long(), out_label)
+    small = [out_label % 40 for _, out_label in outs if out_label.shape[1] <= 16]
+    assert min(int(columns.min()) for columns in small) < 6
+    assert max(int(columns.max()) for columns in small) > 33
+
+
+def test_augmentation__blur_keeps_the_border_and_noise_has_any_strength():
+    image = torch.ones(1, 12, 10)
+    torch.testing.assert_close(augmented(AugmentConfig(**STILL, blur_probability=1.0), image, None)[0], image)
+    grey = torch.full((1, 40, 40), 0.5)
+    noisy = AugmentConfig(**STILL, noise_std=0.2)
+    stds = [float(augmented(noisy, grey, None, counter)[0].std()) for counter in range(30)]
+    assert min(stds) < 0.05
+    assert 0.15 < max(stds) < 0.21
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [

@@ -11,7 +11,7 @@ from samgraft.shared.samples.sampler import StepBatchSampler
 from samgraft.shared.samples.slices import SliceRef, select_slices
 from samgraft.shared.scans.intensity import IntensityKind, IntensityPreset, normalise
 from samgraft.shared.scans.orientation import Plane
-from samgraft.shared.scans.volume import Modality
+from samgraft.shared.scans.volume import IGNORE_LABEL, Modality
 from samgraft.shared.store.build import build_store
 from samgraft.shared.store.examine import BuildSettings
 from samgraft.shared.store.store import SliceStore
@@ -146,3 +146,15 @@ def test_select_slices__requested_planes_are_used_where_a_series_has_them(tmp_pa
     refs = select_slices(store, store.patient_ids, planes=["axial", "coronal", "sagittal"])
     assert [sum(ref.plane is plane for ref in refs) for plane in Plane] == [12, 16, 0]
     assert SliceDataset(store, [refs[-1]])[0, 0]["image"].shape == (1, 12, 20)
+    seen = []
+    dataset = SliceDataset(store, [refs[-1]], augment=lambda i, la, _, plane: seen.append(plane) or (i, la))
+    assert [dataset[0, 0]["plane"], *seen] == [Plane.CORONAL] * 2
+
+
+def test_without_augmentation__keeps_neighbours_and_hidden_labels(store):
+    options = {"augment": jitter, "with_label": True, "num_neighbours": 1, "hide_labels": True}
+    dataset = SliceDataset(store, [SliceRef(store.series[0].series_id, 2)], **options)
+    plain = dataset.without_augmentation()[0, 7]
+    assert plain["image"].shape[0] == 3
+    assert (plain["label"] == IGNORE_LABEL).all()
+    assert not torch.equal(plain["image"], dataset[0, 7]["image"])

@@ -61,6 +61,7 @@ def typed(request, monkeypatch):
     return request.param
 
 
+SCREEN_LINES = 24
 REFUSED = {
     "finetune without weights": (["finetune", "--data", "store.zarr"], 2, {"pretrain"}),
     "finetune of weights that do not exist": (
@@ -88,6 +89,7 @@ def test_refusal__commands_are_understood(end, typed, name):
     arguments, code, expected = REFUSED[name]
     ended = end(*arguments)
     assert ended.code == code, ended.text
+    assert len(ended.text.splitlines()) <= SCREEN_LINES, ended.text
     assert {command[0] for command in ended.commands if "--help" not in command} == expected, ended.text
     for command in ended.commands:
         if "--help" not in command:

@@ -4,10 +4,11 @@ import csv
 import dataclasses
 import io
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from samgraft.finetune.classes import ClassTable
+from samgraft.finetune.classes import IGNORE_LABEL, ClassTable
 from samgraft.finetune.evaluation.comparison import compare_runs, read_evaluated_run, render_pair, write_comparison
 from samgraft.finetune.evaluation.evaluate import Evaluation, PackedLabels, write_evaluation
 from samgraft.finetune.evaluation.metrics import class_scores
@@ -400,3 +401,30 @@ def test_apply_postprocessing__holes_are_filled_within_a_slice_and_never_over_an
     bits[1, 2, 2] = 1
     filled = apply_postprocessing(bits, {4: ["fill_holes"]}, is_overlapping=True)
     assert (filled[1, 2, 2], filled[2, 2, 2], filled[0].sum()) == (5, 4, 0)
+
+
+def test_case_rows__volume_is_that_of_voxels_with_three_different_sides():
+    record = SimpleNamespace(patient_id="p", series_id="s", spacing_mm=(5.0, 0.5, 2.0))
+    true = np.zeros((3, 4, 5), dtype=np.int32)
+    true[1, :2, :3] = CLASSES.ids[0]
+    row = case_rows(np.roll(true, 1, axis=2), true, record, CLASSES, tolerance_mm=1.0)[0]
+    assert (row["true_ml"], row["volume_error_ml"]) == (pytest.approx(6 * 0.005), 0)
+
+
+def piece_with_another(other):
+    """Return labels of eight voxels and, if wanted, of four others apart from them."""
+    label = np.zeros((4, 8, 8), dtype=np.int32)
+    label[:2, :2, :2] = CLASSES.ids[0]
+    label[3, 5:7, 5:7] = other
+    return label
+
+
+def test_choose_postprocessing__patients_count_once_and_ignored_voxels_never():
+    """Removing the other piece helps in three scans of one patient and harms the two other patients."""
+    label_id, facts = CLASSES.ids[0], {"weights_sha256": "w", "split_sha256": "s"}
+    both, one = piece_with_another(label_id), piece_with_another(0)
+    cases = [("p", both, one)] * 3 + [("q", both, both), ("r", both, both)]
+    assert choose_postprocessing(cases, CLASSES, **facts).steps == {}
+    assert choose_postprocessing([(str(n), both, one) for n in range(3)], CLASSES, **facts).steps != {}
+    ignored = [(str(n), both, piece_with_another(IGNORE_LABEL)) for n in range(3)]
+    assert choose_postprocessing(ignored, CLASSES, **facts).steps == {}

@@ -89,3 +89,15 @@ def test_bootstrap_mean__blocks_of_resamples_do_not_change_the_interval(monkeypa
     monkeypatch.setattr(statistics, "MAX_DRAWN", 1234)
     assert bootstrap_mean(values) == whole
     assert (whole.low, whole.high) == (pytest.approx(low), pytest.approx(high))
+
+
+def test_bootstrap_mean__seed_and_confidence_change_the_interval():
+    values = np.random.default_rng(0).normal(size=40)
+    usual, other, narrow = (
+        bootstrap_mean(values),
+        bootstrap_mean(values, seed=1),
+        bootstrap_mean(values, confidence=0.5),
+    )
+    assert (usual.low, usual.high) != (other.low, other.high)
+    assert usual.mean == other.mean
+    assert usual.low < narrow.low < narrow.high < usual.high

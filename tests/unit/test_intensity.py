@@ -153,3 +153,11 @@ def test_preset__round_trip_and_refusals():
         IntensityPreset(lower_percentile=99, upper_percentile=1)
     with pytest.raises(ValueError, match="window_width"):
         IntensityPreset(window_width=0)
+
+
+def test_measure_intensity__statistics_are_of_the_voxels_above_minus_500_hu():
+    volume = np.array([[[-1000, -600, -501, -500, -400, 0, 40, 800]]], dtype=np.int16)
+    stats = measure_intensity(volume, modality=Modality.CT)
+    tissue = [-400, 0, 40, 800]
+    assert (stats.air_threshold, stats.minimum, stats.maximum) == (-500, -1000, 800)
+    assert (stats.mean, stats.std) == (pytest.approx(np.mean(tissue)), pytest.approx(np.std(tissue)))

@@ -74,3 +74,11 @@ def test_upsample_mask__covers_the_pixels_below_each_token():
 def test_upsample_mask__grid_that_does_not_divide_is_refused():
     with pytest.raises(ValueError, match="must divide image_size 5"):
         upsample_mask(torch.zeros(1, 2, 2, dtype=torch.bool), image_size=5)
+
+
+def test_upsample_mask__rows_and_columns_have_their_own_size():
+    mask_Bhw = torch.zeros(1, 2, 4, dtype=torch.bool)
+    mask_Bhw[0, 1, 2] = True
+    expected = torch.zeros(1, 1, 8, 8, dtype=torch.bool)
+    expected[..., 4:, 4:6] = True
+    assert torch.equal(upsample_mask(mask_Bhw, image_size=8), expected)

@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 from samgraft.shared.errors import DataError
 from samgraft.shared.scans.orientation import (
     Plane,
+    affine_of_axes,
     check_affine,
     grids_agree,
+    is_near_isotropic,
     native_grid,
     slice_plane,
     to_native,
@@ -118,3 +120,37 @@ def test_grids_agree__measures_corners():
     scaled[0, 0] *= 1.001
     assert not grids_agree(LPS, shape, scaled, shape, tolerance_mm=0.05)[0]
     assert "shapes differ" in grids_agree(LPS, shape, LPS, (101, 101, 10), tolerance_mm=1)[1]
+
+
+@pytest.mark.parametrize(
+    ("spacing", "expected"),
+    [((3.0, 4.0, 5.0), True), ((0.4, 0.8, 0.8), True), ((1.0, 2.1, 1.0), False), ((6.1, 3.0, 3.0), False)],
+)
+def test_is_near_isotropic__largest_ratio_of_sizes_is_two(spacing, expected):
+    assert is_near_isotropic(np.diag([*spacing, 1.0])) is expected
+
+
+@pytest.mark.parametrize("axis", range(3))
+def test_grids_agree__distance_is_that_of_the_last_voxel_of_each_axis(axis):
+    shape = (101, 51, 11)
+    scaled = LPS.copy()
+    scaled[axis, axis] *= 1.001
+    moved = abs(0.001 * LPS[axis, axis]) * (shape[axis] - 1)
+    assert grids_agree(LPS, shape, scaled, shape, tolerance_mm=1.001 * moved)[0]
+    assert not grids_agree(LPS, shape, scaled, shape, tolerance_mm=0.999 * moved)[0]
+
+
+def test_grids_agree__corners_include_those_of_single_axes():
+    """Two axes move the far corner in opposite directions, so that only the corners of one of them differ."""
+    shape = (101, 101, 11)
+    turned = LPS.copy()
+    turned[0, 1:3] += 0.001, -0.01
+    assert not grids_agree(LPS, shape, turned, shape, tolerance_mm=0.09)[0]
+
+
+def test_affine_of_axes__every_letter_has_its_direction():
+    expected = [[0, -3, 0, 0], [0, 0, -4, 0], [-2, 0, 0, 0], [0, 0, 0, 1]]
+    np.testing.assert_array_equal(affine_of_axes("ILP", (2, 3, 4)), expected)
+    np.testing.assert_array_equal(affine_of_axes("sra", (2, 3, 4)), np.abs(expected))
+    with pytest.raises(DataError, match="axes must name the direction of each array axis"):
+        affine_of_axes("RLS", (1, 1, 1))

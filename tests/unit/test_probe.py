@@ -118,6 +118,22 @@ def test_fit_head__finds_a_linear_rule_and_ignores_a_constant_channel() -> None:
     assert head.weight_KC[0, 3] == 0
 
 
+def test_fit_head__ridge_makes_the_weights_smaller() -> None:
+    features = torch.randn(400, 3, generator=torch.Generator().manual_seed(0))
+    shares = (features[:, :1] > 0).float()
+    free, held = (fit_head(features, shares, ridge=ridge).weight_KC[0, 0] for ridge in (1e-6, 1.0))
+    # The features have variance 1, so that a ridge of 1 halves the weight.
+    assert float(held / free) == pytest.approx(0.5, abs=0.05)
+
+
+def test_probe_dice__slices_count_for_their_patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    patients = []
+    add = DiceCount.add
+    monkeypatch.setattr(DiceCount, "add", lambda self, patient, *a: patients.append(patient) or add(self, patient, *a))
+    probe_dice(GreyEncoder(), data(), ridge=0.01, batch_size=2, device=CPU)
+    assert patients == ["c", "c", "d"]
+
+
 def test_best_threshold__equals_the_best_of_all_thresholds() -> None:
     generator = torch.Generator().manual_seed(0)
     scores, shares = torch.rand(50, generator=generator), (torch.rand(50, generator=generator) > 0.7).float()

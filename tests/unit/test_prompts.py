@@ -283,3 +283,37 @@ def test_add_correction_click__points_are_where_the_mask_is_wrong():
 def test_prompt_config__values_out_of_range_are_refused(values, message):
     with pytest.raises(ValueError, match=message):
         PromptConfig(mode=PromptMode.POINTS, **values)
+
+
+def test_draw_box__noise_follows_the_sides_of_the_box_and_of_the_slice():
+    """A box of 20 columns and 2 rows in a slice of 48 columns and 24 rows."""
+    mask_HW = np.zeros((24, 48), dtype=bool)
+    mask_HW[11:13, 14:34] = True
+    config = PromptConfig(mode=PromptMode.BOX, box_jitter=0.1, max_jitter=0.1)
+    boxes = np.array([draw_box(mask_HW, config, np.random.default_rng(seed)) for seed in range(200)])
+    x_std, y_std = boxes[:, [0, 2]].std(axis=0), boxes[:, [1, 3]].std(axis=0)
+    np.testing.assert_allclose(x_std, 2.0, atol=0.4)
+    np.testing.assert_allclose(y_std, 0.2, atol=0.05)
+    assert 2.4 < np.abs(boxes[:, 0] - 14).max() <= 4.8 + 1e-6
+
+
+def test_draw_points__negative_ones_are_in_the_doubled_box():
+    mask_HW = masks([(11, 6, 13, 18)])[0]  # 2 rows, 12 columns
+    config = PromptConfig(mode=PromptMode.POINTS, num_negative=1)
+    outside = np.array([draw_points(mask_HW, config, np.random.default_rng(s), central=True)[0][1] for s in range(150)])
+    assert (outside.min(axis=0).tolist(), outside.max(axis=0).tolist()) == ([0, 10], [23, 13])
+
+
+def test_roughen__object_grows_and_shrinks():
+    mask_HW = masks([(8, 8, 16, 16)])[0]
+    config = PromptConfig(mode=PromptMode.MASK, mask_jitter=0.2)
+    sizes = [int(roughen(mask_HW, config, np.random.default_rng(seed)).sum()) for seed in range(20)]
+    assert min(sizes) < 64 < max(sizes)
+
+
+def test_thin_out__every_object_is_kept_sometimes():
+    objects = [(0, np.full((1, 1), number)) for number in range(4)]
+    config = PromptConfig(mode=PromptMode.BOX, max_objects=2)
+    kept = [thin_out(objects, config, np.random.default_rng(seed)) for seed in range(20)]
+    assert {int(mask.item()) for pair in kept for _, mask in pair} == {0, 1, 2, 3}
+    assert all(len(pair) == 2 and pair[0][1] < pair[1][1] for pair in kept)

@@ -1,10 +1,19 @@
 """Health measures of a stage-1 run, and the rules that warn."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from samgraft.ssl.monitor.health import feature_health, health_warnings
-from samgraft.ssl.monitor.held_out import panel_picture, split_picture, spread_evenly
-from samgraft.ssl.objectives import Panel
+from samgraft.ssl.monitor.held_out import (
+    HeldOut,
+    held_out_loss,
+    held_out_panel,
+    panel_picture,
+    split_picture,
+    spread_evenly,
+)
+from samgraft.ssl.objectives import ObjectiveLoss, Panel
 
 HEALTHY = {
     "held_out/loss": [1.0, 0.6, 0.5],
@@ -84,3 +93,22 @@ def test_split_picture__returns_the_pictures_of_panel_picture():
     assert grid.shape == (2 * 7, 3 * 7)
     back = torch.from_numpy(split_picture(grid, num_columns=3, side=5))
     assert torch.equal(back, (pictures * 255).round().to(torch.uint8))
+
+
+def test_held_out__every_slice_counts_once_and_keeps_its_counter():
+    """Three slices in batches of two. The mean over batches would be 3 instead of 7 / 3."""
+    images = torch.tensor([1.0, 2.0, 4.0]).view(3, 1, 1, 1)
+    refs = tuple(SimpleNamespace(slice_index=number) for number in range(3))
+    held_out = HeldOut(images_N1SS=images, sample_counters=(70, 71, 72), planes=(None,) * 3, refs=refs, num_patients=1)
+    seen = []
+
+    def loss(images_B1SS, *, sample_counters, step, planes):
+        seen.extend(sample_counters)
+        return ObjectiveLoss(total=images_B1SS.mean(), parts={"part": 2 * images_B1SS.mean()}, features_BC=None)
+
+    cpu = torch.device("cpu")
+    numbers = held_out_loss(SimpleNamespace(loss=loss), held_out, batch_size=2, step=5, device=cpu)
+    assert numbers == {"loss": pytest.approx(7 / 3), "part": pytest.approx(14 / 3)}
+    assert seen == [70, 71, 72]
+    panel = SimpleNamespace(panel=lambda images, sample_counters: (images.flatten().tolist(), sample_counters))
+    assert held_out_panel(panel, held_out, num_rows=1, device=cpu) == ([2.0], [71])

@@ -1,6 +1,7 @@
 """Studies: cells of the grid, runs and resumed runs, and tables worked out by hand."""
 
 import csv
+import dataclasses
 import json
 import logging
 import math
@@ -365,3 +366,24 @@ def test_score_settings__seeds_are_averaged_within_patients_first():
     assert ranking.num_patients == 1, "q has no score with full and must not count"
     assert sorted(ranking.mean_ranks.values()) == [1.0, 2.0]
     assert short_names([c.setting for c in found]) == {lora[0].setting: "lora", full[0].setting: "full"}
+
+
+def test_score_settings__costs_are_the_mean_time_and_the_largest_memory():
+    first, second = [c for c in cells() if c.method == "lora"][:2]
+    values = {"dice_per_patient": {"p": 0.5}, "trainable_millions": 1.5}
+    results = {
+        first.key: values | {"train_seconds": 60.0, "peak_mib": 3072.0},
+        second.key: values | {"train_seconds": 180.0, "peak_mib": 1024.0},
+    }
+    [row] = score_settings([first, second], results)
+    assert (row.train_minutes, row.peak_gib) == (2.0, 3.0)
+
+
+def test_rank_settings__numbers_of_shots_are_blocks_of_their_own():
+    lora, full = (next(c for c in cells() if c.method == method) for method in ("lora", "full"))
+    found = [dataclasses.replace(c, shots=shots) for c in (lora, full) for shots in (3, 5)]
+    dice = [0.9, 0.1, 0.5, 0.5]  # lora with 3 and 5 shots, full with 3 and 5 shots
+    results = {c.key: {"dice_per_patient": {"p": value}} for c, value in zip(found, dice, strict=True)}
+    ranking = rank_settings(found, results)
+    assert ranking.num_patients == 2
+    assert list(ranking.mean_ranks.values()) == [1.5, 1.5]
