@@ -210,14 +210,14 @@ def choose_on_validation(
     """
     series_ids = _series_to_score(model, store, split, "val")
     config = model.task.inference(batch_size=batch_size)
-    cases = [
+    cases = (
         (
             store.record(series_id).patient_id,
             segment_series(model.segmenter, store, series_id, model.task.classes, config),
             store.read_label_volume(series_id).astype(np.int32),
         )
         for series_id in series_ids
-    ]
+    )
     return choose_postprocessing(
         cases, model.task.classes, weights_sha256=model.card.weights_sha256 or "", split_sha256=split.sha256
     )

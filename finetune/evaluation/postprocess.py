@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -138,12 +138,12 @@ def apply_postprocessing(
 
 
 def choose_postprocessing(
-    cases: Sequence[tuple[str, Labels, Labels]], classes: ClassTable, *, weights_sha256: str, split_sha256: str
+    cases: Iterable[tuple[str, Labels, Labels]], classes: ClassTable, *, weights_sha256: str, split_sha256: str
 ) -> PostProcessing:
     """Choose steps per class by the mean Dice over validation patients.
 
     Args:
-        cases: Patient, predicted and true label volume of every validation scan.
+        cases: Patient, predicted and true label volume of every validation scan, of which one is in memory at a time.
         classes: Classes of the model.
         weights_sha256: Hash of the model, for the record.
         split_sha256: Hash of the split, for the record.
@@ -158,38 +158,39 @@ def choose_postprocessing(
             "--choose-postprocessing out."
         )
     # The test part is never used here: its scores would be too good after a choice by them.
-    num_patients = len({patient for patient, _, _ in cases})
+    scores: dict[tuple[int, tuple[str, ...]], list[tuple[str, float | None]]] = {
+        (channel, chosen): [] for channel in range(classes.num_classes) for chosen in ((), *CANDIDATES)
+    }
+    patients: set[str] = set()
+    for patient, predicted, true in cases:
+        patients.add(patient)
+        for (channel, chosen), found in scores.items():
+            found.append((patient, _dice(predicted, true, classes, channel, chosen)))
+    means = {key: mean_over_patients(found) for key, found in scores.items()}
     steps: dict[int, list[str]] = {}
     dice: dict[int, dict[str, float | None]] = {}
     for channel, label_id in enumerate(classes.ids):
-        before = _mean_dice(cases, classes, channel, ())
+        before = means[channel, ()]
         dice[label_id] = {"before": before, "after": before}
-        if num_patients < MIN_PATIENTS or before is None:
+        if len(patients) < MIN_PATIENTS or before is None:
             continue
-        scores = {candidate: _mean_dice(cases, classes, channel, candidate) or 0.0 for candidate in CANDIDATES}
-        best = max(scores, key=lambda candidate: scores[candidate])
-        if scores[best] >= before + MIN_GAIN:
+        after = {chosen: means[channel, chosen] or 0.0 for chosen in CANDIDATES}
+        best = max(CANDIDATES, key=after.__getitem__)
+        if after[best] >= before + MIN_GAIN:
             steps[label_id] = list(best)
-            dice[label_id]["after"] = scores[best]
+            dice[label_id]["after"] = after[best]
     rounded = {i: {k: None if v is None else round(v, 4) for k, v in pair.items()} for i, pair in dice.items()}
     return PostProcessing(
-        steps=steps, weights_sha256=weights_sha256, split_sha256=split_sha256, num_patients=num_patients, dice=rounded
+        steps=steps, weights_sha256=weights_sha256, split_sha256=split_sha256, num_patients=len(patients), dice=rounded
     )
 
 
-def _mean_dice(
-    cases: Sequence[tuple[str, Labels, Labels]], classes: ClassTable, channel: int, steps: Sequence[str]
-) -> float | None:
-    scores: list[tuple[str, float | None]] = []
-    for patient, predicted, true in cases:
-        after = predicted
-        if steps:
-            wanted = {classes.ids[channel]: steps}
-            after = apply_postprocessing(predicted, wanted, is_overlapping=classes.is_overlapping)
-        found, truth = classes.predicted_mask(drop_ignored(after, true), channel), classes.true_mask(true, channel)
-        total = int(found.sum()) + int(truth.sum())
-        scores.append((patient, 2 * int((found & truth).sum()) / total if total else None))
-    return mean_over_patients(scores)
+def _dice(predicted: Labels, true: Labels, classes: ClassTable, channel: int, steps: Sequence[str]) -> float | None:
+    if steps:
+        predicted = apply_postprocessing(predicted, {classes.ids[channel]: steps})
+    found, truth = classes.predicted_mask(drop_ignored(predicted, true), channel), classes.true_mask(true, channel)
+    total = int(found.sum()) + int(truth.sum())
+    return 2 * int((found & truth).sum()) / total if total else None
 
 
 def _largest_component(mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:

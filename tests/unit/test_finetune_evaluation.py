@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import io
 import json
+import weakref
 from types import SimpleNamespace
 
 import numpy as np
@@ -428,3 +429,17 @@ def test_choose_postprocessing__patients_count_once_and_ignored_voxels_never():
     assert choose_postprocessing([(str(n), both, one) for n in range(3)], CLASSES, **facts).steps != {}
     ignored = [(str(n), both, piece_with_another(IGNORE_LABEL)) for n in range(3)]
     assert choose_postprocessing(ignored, CLASSES, **facts).steps == {}
+
+
+def test_choose_postprocessing__has_one_scan_in_memory_at_a_time():
+    alive = []
+
+    def cases():
+        for number in range(4):
+            predicted = piece_with_another(CLASSES.ids[0])
+            alive.append(weakref.ref(predicted))
+            # The scan before is replaced only when this one arrives.
+            assert sum(ref() is not None for ref in alive) <= 2
+            yield str(number), predicted, piece_with_another(0)
+
+    assert choose_postprocessing(cases(), CLASSES, weights_sha256="w", split_sha256="s").num_patients == 4
