@@ -113,3 +113,9 @@ def test_logits_to_native__enlarges_before_the_padding_is_cut():
     # Bilinear without aligned corners: the columns lie at (i + 0.5) / 4 - 0.5 = -0.375, -0.125, 0.125, ...
     expected = torch.tensor([0.0, 0.0, 0.125]).expand(1, 1, 8, 3)
     torch.testing.assert_close(logits_to_native(logits, frame), expected)
+
+
+def test_label_to_frame__every_slice_of_a_batch_has_its_own_label():
+    label = torch.arange(2 * 4 * 4).view(2, 4, 4)
+    out = label_to_frame(label, fit_frame((4, 4), image_size=4, keep_aspect=True))
+    assert torch.equal(out, label)

@@ -1,9 +1,11 @@
 """Token masks, their number and spread, which depend on seed and counter only."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
-from samgraft.ssl.views.masking import MaskKind, hidden_count, token_masks, upsample_mask
+from samgraft.ssl.views.masking import MaskKind, hidden_count, mask_unit, token_masks, upsample_mask
 
 
 @pytest.mark.parametrize("kind", [MaskKind.RANDOM, MaskKind.BLOCK])
@@ -82,3 +84,9 @@ def test_upsample_mask__rows_and_columns_have_their_own_size():
     expected = torch.zeros(1, 1, 8, 8, dtype=torch.bool)
     expected[..., 4:, 4:6] = True
     assert torch.equal(upsample_mask(mask_Bhw, image_size=8), expected)
+
+
+def test_mask_unit__half_and_double_are_equally_far():
+    """The wanted side is 5.76 px, nearer to 8 than to 4 by its ratio and nearer to 4 by its difference."""
+    encoder = SimpleNamespace(spec=SimpleNamespace(natural_mask_unit_px=None), image_size=48, stride=4)
+    assert mask_unit(encoder, None, share=0.12) == 8
