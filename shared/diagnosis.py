@@ -30,6 +30,7 @@ ENOUGH_DISK_BYTES = 10 * 10**9
 ENOUGH_TEMPORARY_BYTES = 10**9
 ENOUGH_SHARED_MEMORY_BYTES = 10**9
 ENOUGH_MEMORY_BYTES = 6 * 10**9
+NO_STORE = "samgraft demo-data, or samgraft store build FOLDER --out STORE.zarr"
 
 
 class Status(Enum):
@@ -93,7 +94,7 @@ def diagnose(root: Path, *, data: Sequence[Path | str] = (), weights: Sequence[P
         *_check_disk(root),
         *_check_devices(),
         *[finding for path in stores for finding in (_check_scans(path) if is_scans(path) else [_check_store(path)])],
-        *([] if stores else [_missing("data", "no store in data/", "samgraft demo-data, or samgraft store build")]),
+        *([] if stores else [_missing("data", "no store in data/", NO_STORE)]),
         *[_check_weights(path) for path in files],
         *([] if files else [_missing("weights", "no file in data/weights/", "samgraft demo-data fetches LiteMedSAM")]),
     ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import shlex
 from pathlib import Path
 
 from samgraft.shared.cli import Command
@@ -54,8 +55,9 @@ def _fetch_task(name: str, root: Path) -> int:
     store = decathlon_data(name, root=root, cache=cache_folder(root))
     log.info("  store    %s (%s)", store, TASKS[name].description)
     log.info("  licence  %s, Medical Segmentation Decathlon", TASKS[name].licence)
-    log.info("  next     samgraft pretrain --data %s --labelled %s", store, store)
-    log.info("  or       samgraft finetune --data %s", store)
+    typed = shlex.quote(str(store))
+    log.info("  next     samgraft pretrain --data %s --labelled %s", typed, typed)
+    log.info("  or       samgraft finetune --data %s", typed)
     return 0
 
 

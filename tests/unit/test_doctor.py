@@ -32,7 +32,7 @@ def test_diagnose__empty_folder_gives_warnings_with_advice(tmp_path: Path) -> No
     findings = diagnose(tmp_path)
     assert diagnosis.exit_code(findings) == 0
     advice = {finding.area: finding.advice for finding in findings if finding.name == "none"}
-    assert advice["data"] == "samgraft demo-data, or samgraft store build"
+    assert advice["data"] == "samgraft demo-data, or samgraft store build FOLDER --out STORE.zarr"
     assert {finding.area for finding in findings} == {"environment", "disk", "device", "data", "weights"}
 
 

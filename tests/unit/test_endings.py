@@ -9,6 +9,7 @@ import torch
 from doc_commands import fake_environment, parse
 from endings import run_to_end
 from finished_factory import make_lab
+from samgraft.shared.demo.heads import demo_paths
 from samgraft.shared.files import write_tensors
 from samgraft.shared.samples.split import default_split_path
 from store_factory import make_scan, make_store, write_nifti
@@ -27,6 +28,15 @@ PRETRAIN = [
 FINETUNE = ["finetune", "--base", "my weights/base.safetensors", "--data", "store.zarr", *SMALL, "adapter.r=2"]
 
 
+def write_study(path, *, store):
+    path.write_text(
+        "name: adapters\n"
+        f"data_sets: [{{name: tumours, store: {store}}}]\n"
+        "initialisations: [{name: tiny, ckpt: {vit_t: 'my weights/base.safetensors'}}]\n"
+        "architectures: [vit_t]\n"
+    )
+
+
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory):
     """A folder with a finished model, stores, scans and weights."""
@@ -39,6 +49,7 @@ def lab(tmp_path_factory):
         write_nifti(root / "my scans" / f"P{number}" / "t1_seg.nii.gz", label)
     (root / "my weights").mkdir()
     write_tensors(root / "my weights" / "base.safetensors", dict(tiny_sam("vit_t").state_dict()))
+    write_study(root / "my study.yaml", store="no.zarr")
     torch.save({**tiny_sam("vit_t").state_dict(), "made with": zipfile.Path}, root / "my weights" / "foreign.pth")
     return root
 
@@ -80,6 +91,9 @@ REFUSED = {
     "folder without a store": (["store", "info", "my scans"], 3, {"store"}),
     "store check of damage": (["store", "check", "damaged.zarr"], 3, set()),
     "unknown option": (["predict", "--no-such-option"], 2, set()),
+    "selftrain without scans to label": (["selftrain", *FINETUNE[1:]], 3, set()),
+    "selftrain of scans that do not exist": (["selftrain", *FINETUNE[1:], "--unlabelled", "no.zarr"], 3, {"store"}),
+    "study of a store that does not exist": (["study", "my study.yaml"], 3, {"store"}),
     "inspect of foreign objects": (["inspect", "my weights/foreign.pth"], 4, {"inspect"}),
 }
 
@@ -155,3 +169,12 @@ def test_training__commands_of_a_stop_and_of_the_end_are_executed(lab, end, comm
     again = end(*resume)
     assert again.code == 0
     assert [one for one in again.commands if one[0] != name] == [one for one in finished.commands if one[0] != name]
+
+
+def test_demo_data__commands_of_both_endings_are_understood(end, monkeypatch):
+    monkeypatch.setattr("samgraft.shared.demo.heads.demo_data", lambda root, modality: demo_paths(root))
+    assert [command[0] for command in end("demo-data").commands] == ["pretrain"]
+    monkeypatch.setattr("samgraft.shared.demo.decathlon.decathlon_data", lambda *_, root, cache: root / "mri.zarr")
+    pretrain, finetune = end("demo-data", "--task", "hippocampus", "--root", "my data/demo").commands
+    assert pretrain == ["pretrain", "--data", "my data/mri.zarr", "--labelled", "my data/mri.zarr"]
+    assert finetune == ["finetune", "--data", "my data/mri.zarr"]
