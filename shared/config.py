@@ -344,6 +344,7 @@ class _Check:
                 what = _shown(value.text)
                 self.reject(key, f"{key} must {_EXPECTED['dataclass']}, got {what}. Write keys below it.", value)
             elif is_section:
+                assert isinstance(kind, type)
                 fitting[name] = self.fitting_content(kind, value, f"{key}.")
             elif kind is not None and has_keys and get_origin(kind) is not dict:
                 got = ", ".join(map(str, value)) or "nothing"
