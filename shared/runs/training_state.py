@@ -27,7 +27,6 @@ from safetensors.torch import load_file
 from samgraft.shared.errors import StorageError, WeightsError
 from samgraft.shared.files import file_sha256, move, write_json, write_tensors
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 log = logging.getLogger(__name__)
 
@@ -362,6 +361,9 @@ def unflatten_state(value: Json, tensors: Mapping[str, Tensor]) -> Any:
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """Load an optimizer state into new memory with the memory layout of the parameters."""
+    # Brings sympy, which takes a second that readers of runs and models do not have to wait.
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
     # load_state_dict keeps the contiguous layout of the file. With channels-last parameters the update would then use
     # other kernels than in the uninterrupted run and differ in the last bits.
     optimizer.load_state_dict(state)

@@ -37,7 +37,7 @@ def test_help__imports_no_library(command):
 
 def test_predictor__imports_networks_only_when_a_model_is_read():
     slow = ("torchvision", "timm", "monai", "peft", "transformers", "segment_anything", "omegaconf", "pypi_simple",
-            "matplotlib", "pandas", "pytorch_lightning", "zarr")  # fmt: skip
+            "matplotlib", "pandas", "pytorch_lightning", "zarr", "torch.distributed.tensor", "sympy")  # fmt: skip
     code = (
         "import sys; from samgraft.finetune.prediction.loaded_model import LoadedModel;"
         f"print('torch' in sys.modules, [m for m in {slow!r} if m in sys.modules])"
