@@ -252,6 +252,7 @@ def _write(
 ) -> None:
     from samgraft.finetune.evaluation.evaluate import write_evaluation, write_named_cases
     from samgraft.finetune.evaluation.evaluation_report import write_evaluation_report
+    from samgraft.shared.report.page import path_for_report
 
     provenance = {
         "weights_sha256": scored.model.card.weights_sha256,
@@ -269,6 +270,7 @@ def _write(
         provenance=provenance,
         subgroups=subgroups,
         pictured=_pictured(scored) if log_images or scored.may_be_shown else None,
+        next_commands=_next_commands(scored.path, path_for_report(scored.path)),
     )
     write_report()
     _log_result(evaluation)
@@ -365,11 +367,18 @@ def _log_result(evaluation: Evaluation) -> None:
 
 
 def _log_next(model: Path) -> None:
-    path = shlex.quote(str(model))
-    log.info("  next     make predict RUN=%s DATA=SCANS OUT=masks", path)
+    for word, command in zip(("next", "then"), _next_commands(model, str(model)), strict=False):
+        log.info("  %s     %s", word, command)
+
+
+def _next_commands(model: Path, shown: str) -> list[str]:
+    """Return the commands that use an evaluated model, under the path that is shown."""
+    path = shlex.quote(shown)
+    commands = [f"make predict RUN={path} DATA=SCANS OUT=masks"]
     # A release was made from a run, and is not released again.
     if (model / "model").is_dir():
-        log.info("  then     make release RUN=%s OUT=%s LICENSE=...", path, shlex.quote(f"releases/{model.name}"))
+        commands.append(f"make release RUN={path} OUT={shlex.quote(f'releases/{model.name}')} LICENSE=...")
+    return commands
 
 
 COMMAND = Command(help="scores per case and class, with intervals over patients", add_arguments=add_arguments, run=run)

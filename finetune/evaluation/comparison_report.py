@@ -66,7 +66,9 @@ def _pairs_table(rows: Sequence[Row], metric: str) -> Table:
     chosen = [row for row in rows if row["metric"] == metric]
     lines = [[row["class"], f"{row['second']} - {row['first']}", *(row[key] for key in keys)] for row in chosen]
     columns = ["class", "pair", "difference", "low", "high", "effect", "low", "high", "p", "p (Holm)", "patients"]
-    return Table(columns=columns, rows=lines, sortable=True, caption=f"{METRIC_BY_KEY[metric].better} is better.")
+    return Table(
+        columns=columns, rows=lines, sortable=True, caption=f"{METRIC_BY_KEY[metric].better.capitalize()} is better."
+    )
 
 
 def _forest(rows: Sequence[Row], metric: str) -> Picture:

@@ -45,6 +45,7 @@ from samgraft.shared.report.page import (
     Text,
     figure_png,
     image_grid,
+    next_section,
     render_report,
 )
 from samgraft.shared.scans.intensity import IntensityPreset, normalise
@@ -89,6 +90,7 @@ def write_evaluation_report(
     subgroups: Sequence[Subgroups] = (),
     pictured: Pictured | None = None,
     names: Names | None = None,
+    next_commands: Sequence[str] = (),
 ) -> Path:
     """Write ``report.html`` next to the tables and return its path. With names it is ``report.names.html``.
 
@@ -100,6 +102,7 @@ def write_evaluation_report(
         subgroups: Subgroups with a table each.
         pictured: Data for pictures; None leaves them out.
         names: Names of patients and scans for a report that only their owner may read.
+        next_commands: Commands that use the model, shown at the end.
     """
     rows, names = evaluation.rows, names or Names()
     pictures, scripts = _picture_section(evaluation, pictured, names)
@@ -110,6 +113,7 @@ def write_evaluation_report(
         *(Section(title=f"By {one.attribute}", parts=[_subgroup_table(one, rows)]) for one in subgroups),
         Section(title="Cases", parts=[_case_table(rows, names)]),
         Section(title="How it was measured", parts=[KeyValues(items=_facts(evaluation, provenance))]),
+        *next_section(next_commands),
     ]
     subtitle = f"evaluation on {evaluation.part}, {evaluation.num_cases} scans"
     subtitle += ", with the names of patients: do not share" if names else ""
@@ -150,7 +154,7 @@ def _headline(evaluation: Evaluation) -> list[SectionPart]:
     text = f"Dice {overall.render()}." if overall else "No case could be measured."
     distance = evaluation.intervals[None, "hd95_mm"]
     if distance:
-        text += f" HD95 {distance.render()} mm."
+        text += f" HD95 in mm {distance.render()}."
     warnings = []
     if evaluation.part == "train":
         warnings.append("These are training cases. Their scores do not estimate those of new patients.")
@@ -161,8 +165,6 @@ def _headline(evaluation: Evaluation) -> list[SectionPart]:
             f"In {one_sided} of {len(rows)} rows a class is only true (missed) or only predicted (invented). "
             "Dice is 0 and distances are the diagonal of the scan in these rows."
         )
-    if overall and overall.low is None:
-        warnings.append(f"{overall.num_patients} patients are too few for intervals.")
     # What failed comes first, and nothing is marked as good then.
     failed = [Text(text=warning, kind="warning") for warning in evaluation.warnings]
     headline = Text(text=text, kind="plain" if failed or overall is None else "good")
@@ -241,7 +243,7 @@ def _pictures(evaluation: Evaluation, chosen: Mapping[str, str], pictured: Pictu
         parts.append(
             Picture(
                 png=image_grid([plain_tiles, tiles], column_titles=titles, cell_in=1.9),
-                caption=f"{name.capitalize()}: {_case_title(evaluation.rows, series_id, names)}. "
+                caption=f"{_ranked(name, chosen)}{_case_title(evaluation.rows, series_id, names)}. "
                 f"{TRUTH_AND_PREDICTION}{' Dark areas are not annotated.' if ignored else ''}",
                 key=class_key(pictured.classes),
             )
@@ -261,7 +263,7 @@ def _viewer(
         volume = pictured.store.read_volume(series_id)
         cases.append(
             ViewedCase(
-                title=f"{name}: {_case_title(evaluation.rows, series_id, names)}",
+                title=f"{_ranked(name, chosen)}{_case_title(evaluation.rows, series_id, names)}",
                 image_ZHW=np.stack([normalise(one, record.stats, pictured.intensity) for one in volume]),
                 true_ZHW=pictured.true_labels(series_id),
                 predicted_ZHW=evaluation.predictions[series_id].unpack(),
@@ -283,6 +285,11 @@ def _facts(evaluation: Evaluation, provenance: Mapping[str, Any]) -> dict[str, A
         "post-processing": evaluation.postprocessing,
         **provenance,
     }
+
+
+def _ranked(name: str, chosen: Mapping[str, str]) -> str:
+    """Return the rank of a case for its title, which is empty for the only case."""
+    return f"{name.capitalize()} " if len(chosen) > 1 else ""
 
 
 def _case_title(rows: Sequence[Row], series_id: str, names: Names) -> str:

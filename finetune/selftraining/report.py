@@ -14,9 +14,20 @@ from samgraft.finetune.evaluation.overlays import class_color, overlay
 from samgraft.finetune.pseudo_labels import ignored_share, ignored_slices
 from samgraft.finetune.selftraining.parts import Part, Round
 from samgraft.finetune.task import Task
+from samgraft.finetune.training.report import next_commands
 from samgraft.finetune.training.unlabelled import UnlabelledScans
 from samgraft.shared.files import write_json, write_text
-from samgraft.shared.report.page import Picture, Section, Table, Text, curve_figure, image_grid, render_report
+from samgraft.shared.report.page import (
+    Picture,
+    Section,
+    Table,
+    Text,
+    curve_figure,
+    image_grid,
+    next_section,
+    path_for_report,
+    render_report,
+)
 from samgraft.shared.scans.intensity import normalise
 from samgraft.shared.scans.volume import IGNORE_LABEL
 from samgraft.shared.store.store import SliceStore
@@ -28,7 +39,9 @@ SUMMARY_FILE = "selftraining.json"
 NUM_PICTURES = 6
 
 
-def write_report(path: Path, rounds: Sequence[Round], scans: UnlabelledScans, *, log_images: bool) -> bool:
+def write_report(
+    path: Path, rounds: Sequence[Round], scans: UnlabelledScans, *, log_images: bool, test_patients: Sequence[str]
+) -> bool:
     """Write ``selftraining.html`` and ``selftraining.json``.
 
     Args:
@@ -36,6 +49,7 @@ def write_report(path: Path, rounds: Sequence[Round], scans: UnlabelledScans, *,
         rounds: Rounds, all of them complete.
         scans: Scans with pseudo-labels.
         log_images: True if pictures of the scans may be shown.
+        test_patients: Patients of the test part, which the next command scores.
 
     Returns:
         True if the last student is better than every teacher on validation.
@@ -72,6 +86,7 @@ def write_report(path: Path, rounds: Sequence[Round], scans: UnlabelledScans, *,
             ],
         ),
         Section(title="Accepted and ignored regions", parts=_pictures(scans, stores[-1], log_images=log_images)),
+        *next_section(next_commands(path_for_report(path), test_patients)),
     ]
     write_text(path / REPORT_FILE, render_report(f"Self-training {path.name}", sections))
     write_json(

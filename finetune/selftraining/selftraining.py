@@ -162,7 +162,13 @@ def run_selftraining(
                 log.info("round %d: labelling %d scans", one.number, len(plan.scans.series))
                 label_scans(one, plan.scans, plan.config, device, check_stop=check_stop)
                 _run_parts([one.student], plan, processes, num_parallel=1, run=run)
-            write_report(plan.path, plan.rounds, plan.scans, log_images=plan.config.watch.log_images)
+            write_report(
+                plan.path,
+                plan.rounds,
+                plan.scans,
+                log_images=plan.config.watch.log_images,
+                test_patients=plan.split.test,
+            )
     except Timeout as err:
         raise UsageError(
             "another process runs this self-training. Wait for it or stop it.", where=plan.path.name

@@ -31,6 +31,7 @@ from samgraft.shared.report.page import (
     Text,
     curve_figure,
     image_grid,
+    next_section,
     path_for_report,
     render_report,
 )
@@ -56,20 +57,21 @@ def write_report(
 ) -> None:
     """Write the report. ``prepared.segmenter`` must be the finished model."""
     sections = [
-        Section(title="Result", parts=[_result(record), _comparison(prepared, record)]),
+        Section(title="Result", parts=_result(record, prepared)),
         Section(title="Segmentations", parts=_pictures(config, prepared, results)),
-        Section(title="Cases", parts=[_cases(results)]),
+        Section(title="Scores", parts=[_comparison(prepared, record), _cases(results)]),
         Section(title="Training", parts=_curves(run, record)),
         Section(title="What was trained", parts=_trained(trainable, groups, _facts(config, prepared))),
         Section(title="Data", parts=[Text(text="\n\n".join(describe_data(prepared)))]),
-        Section(title="Next", parts=_next_steps(run, prepared)),
+        *next_section(next_commands(path_for_report(run.path), prepared.split.test)),
     ]
     subtitle = f"stage 2, {prepared.store.modality.value}, {slices_per_s:.2g} slices/s in training"
     write_text(run.report, render_report(f"Fine-tuning {run.path.name}", sections, subtitle=subtitle))
 
 
-def _result(record: Record) -> Text:
-    return Text(kind="good" if record.ending.is_good else "warning", text=record.ending.text)
+def _result(record: Record, prepared: Prepared) -> list[Text]:
+    notes = [] if prepared.split.test else [Text(kind="warning", text=NO_TEST_PART)]
+    return [Text(kind="good" if record.ending.is_good else "warning", text=record.ending.text), *notes]
 
 
 def _comparison(prepared: Prepared, record: Record) -> Table:
@@ -120,7 +122,7 @@ def _pictures(config: FinetuneConfig, prepared: Prepared, results: Sequence[Case
         rows, indexes = _rows(prepared, result, models, number=config.watch.num_overlays)
         parts.append(
             Picture(
-                png=image_grid(rows, column_titles=["slice", *models, "best"], cell_in=2.0),
+                png=image_grid(rows, column_titles=["slice", "this model", *models], cell_in=2.0),
                 caption=f"Scan {result.series_id} ({', '.join(told[result.series_id])}), slices "
                 f"{', '.join(map(str, indexes))}. {TRUTH_AND_PREDICTION}",
                 key=class_key(prepared.classes),
@@ -140,7 +142,8 @@ def _rows(
         segment_volume(model, volume_ZHW, stats, prepared.classes, prepared.inference, only=indexes)
         for model in models.values()
     ]
-    predictions.append(result.predicted[indexes])
+    # The finished model comes first, because it must be seen on a narrow screen too.
+    predictions.insert(0, result.predicted[indexes])
     rows = [
         [overlay(image), *(overlay(image, true_HW=label, predicted_HW=p[row]) for p in predictions)]
         for row, (image, label) in enumerate(pictures)
@@ -204,9 +207,3 @@ def next_commands(run_path: str, test_patients: Sequence[str]) -> list[str]:
     path, out = shlex.quote(run_path), shlex.quote(f"releases/{Path(run_path).name}")
     part = "test" if test_patients else "val"
     return [f"make evaluate RUN={path} SPLIT={part}", f"make release RUN={path} OUT={out} LICENSE=..."]
-
-
-def _next_steps(run: RunFolder, prepared: Prepared) -> list[Text]:
-    commands = "\n\n".join(next_commands(path_for_report(run.path), prepared.split.test))
-    notes = [] if prepared.split.test else [Text(kind="warning", text=NO_TEST_PART)]
-    return [*notes, Text(kind="command", text=commands)]

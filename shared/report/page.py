@@ -101,6 +101,11 @@ class Section:
     parts: Sequence[SectionPart] = field(default_factory=tuple)
 
 
+def next_section(commands: Sequence[str]) -> list[Section]:
+    """Return the last section of a report with the commands to run next, or nothing without any."""
+    return [Section(title="Next", parts=[Text(kind="command", text="\n\n".join(commands))])] if commands else []
+
+
 def render_report(title: str, sections: Sequence[Section], *, subtitle: str = "", scripts: Sequence[str] = ()) -> str:
     """Return a complete HTML page in which all text is escaped.
 
@@ -218,7 +223,7 @@ def image_grid(
     """
     num_columns = max(len(row) for row in rows)
     with mpl.rc_context(FIGURE_STYLE):
-        size = (num_columns * cell_in, len(rows) * cell_in + (0.25 if column_titles else 0))
+        size = (num_columns * cell_in, len(rows) * cell_in + (0.4 if column_titles else 0))
         figure = Figure(figsize=size)
         figure.set_layout_engine("constrained", w_pad=0.015, h_pad=0.015, wspace=0.01, hspace=0.01)
         grid = figure.subplots(len(rows), num_columns, squeeze=False)

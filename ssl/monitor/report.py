@@ -80,8 +80,8 @@ def write_report(
         Section(title="Loss", parts=_loss_parts(lines, objective, held_out, exported)),
         Section(title="Features", parts=feature_parts(lines)),
         Section(title="Training", parts=training_parts(lines)),
-        Section(title="Next steps", parts=_next_steps(run, config)),
         Section(title="Settings of this run", parts=[KeyValues(items=_facts(config, notes))]),
+        Section(title="Next steps", parts=_next_steps(run, config)),
     ]
     for text in conclusions(lines, monitored, exported):
         (log.warning if text.kind == "warning" else log.info)("%s", text.text)

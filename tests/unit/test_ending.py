@@ -65,8 +65,11 @@ def test_evaluation__failure_is_the_first_line_and_nothing_is_green(scored, warn
     assert scored.warnings == warnings
     write_evaluation(scored, tmp_path, provenance={})
     assert json.loads((tmp_path / "summary.json").read_text()).get("warnings", []) == warnings
-    page = write_evaluation_report(scored, tmp_path, title="m", provenance={}).read_text()
+    page = write_evaluation_report(
+        scored, tmp_path, title="m", provenance={}, next_commands=["make predict RUN=m"]
+    ).read_text()
     body = page[page.index("<body") :]
+    assert "<pre>make predict RUN=m</pre>" in body[body.rindex("<h2") :]
     assert ('class="good"' in body) is (not warnings)
     if warnings:
         assert body.index(warnings[0]) < body.index("Dice ")

@@ -5,12 +5,11 @@ from __future__ import annotations
 import io
 import re
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
-from samgraft.finetune.training.report import _next_steps
+from samgraft.finetune.training.report import next_commands
 from samgraft.shared.report.page import (
     KeyValues,
     Picture,
@@ -20,6 +19,7 @@ from samgraft.shared.report.page import (
     Text,
     curve_figure,
     image_grid,
+    next_section,
     path_for_report,
     render_report,
     strip_folders,
@@ -106,10 +106,21 @@ def test_path_for_report__absolute_path_loses_its_folders() -> None:
 
 @pytest.mark.parametrize(("runs", "shown"), [("/vol/name/runs", "'a b'"), ("other", "'other/a b'")])
 def test_finetune_report__names_the_run_without_its_folders(runs: str, shown: str) -> None:
-    prepared = SimpleNamespace(split=SimpleNamespace(test=["p_1"]))
-    text = "\n".join(part.text for part in _next_steps(SimpleNamespace(path=Path(runs) / "a b"), prepared))
+    sections = next_section(next_commands(path_for_report(Path(runs) / "a b"), ["p_1"]))
+    text = "\n".join(part.text for section in sections for part in section.parts)
     assert f"RUN={shown} SPLIT=test" in text
     assert f"RUN={shown} OUT='releases/a b'" in text
+
+
+def test_report__pictures_scroll_on_narrow_screens_and_their_captions_stay():
+    picture = Picture(png=b"", caption="Stays.")
+    page = render_report("Run", [Section(title="One", parts=[picture])])
+    assert re.search(r'<div class="scroll"><img [^>]*></div>\s*<figcaption>Stays.</figcaption>', page)
+    assert ".scroll img { max-width: none; width: 40rem; }" in page[page.index("@media (max-width: 40rem)") :]
+
+
+def test_next_section__without_commands_is_left_out():
+    assert next_section([]) == []
 
 
 def test_report__captions_stay_when_a_table_is_scrolled_and_long_tables_open_on_request():
