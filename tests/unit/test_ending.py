@@ -69,7 +69,7 @@ def test_evaluation__failure_is_the_first_line_and_nothing_is_green(scored, warn
         scored, tmp_path, title="m", provenance={}, next_commands=["make predict RUN=m"]
     ).read_text()
     body = page[page.index("<body") :]
-    assert "<pre>make predict RUN=m</pre>" in body[body.rindex("<h2") :]
+    assert "<pre>samgraft predict m</pre>" in body[body.rindex("<h2") :]
     assert ('class="good"' in body) is (not warnings)
     if warnings:
         assert body.index(warnings[0]) < body.index("Dice ")
