@@ -98,7 +98,7 @@ def run_cell(plan: Plan, name: str, what: dict[str, Any]) -> None:
         out = plan.work / "scores" / name
         run([*command, "--device", plan.device, "--out", str(out)], plan, log=f"evaluate-{name}")
         return {
-            "steps": DATA_SETS[plan.data].steps[arm.network],
+            "steps": num_steps(plan, arm),
             "cpu_minutes": round(trained - before, 1),
             "dice": subject_dice(out / "cases.csv"),
             **pseudo_quality(plan, folder),
@@ -119,10 +119,10 @@ def train(plan: Plan, name: str, arm: Arm, *, num: int | None, seed: int) -> Pat
     command += [*network_settings(plan, arm, data), f"seed={seed}", f"data.split={plan.split}"]
     if num is not None:
         command += [f"data.few_shot.num={num}", f"data.few_shot.repeat={seed}"]
-    steps = data.steps[arm.network]
+    steps = num_steps(plan, arm)
     # One round, at the end: nothing is chosen among rounds.
     command += [f"trainer.max_steps={steps}", f"watch.validate_every_n_steps={steps}", "watch.patience_rounds=null"]
-    if arm.command == "selftrain":
+    if arm.command == "selftrain" or arm.pseudo_labels_of is not None:
         command += data.student
     command += [f"trainer.device={plan.device}", *(text.format(seed=seed) for text in arm.settings)]
     if arm.pseudo_labels_of is not None:
@@ -130,6 +130,11 @@ def train(plan: Plan, name: str, arm: Arm, *, num: int | None, seed: int) -> Pat
         command += [f"data.pseudo_labels={owner / 'round-1' / 'pseudo_labels.zarr'}"]
     run(command, plan, log=name)
     return plan.work / "runs" / name
+
+
+def num_steps(plan: Plan, arm: Arm) -> int:
+    """Return the steps of every training of an arm."""
+    return arm.times_steps * DATA_SETS[plan.data].steps[arm.network]
 
 
 def copy_teachers(source: Path, run_path: Path) -> None:

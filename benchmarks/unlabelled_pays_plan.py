@@ -43,6 +43,8 @@ class Arm:
     command: str = "finetune"
     settings: tuple[str, ...] = ()
     """Further settings, in which ``{seed}`` stands for the seed."""
+    times_steps: int = 1
+    """Factor on the steps of the network."""
     baseline: str | None = None
     """Arm of the same network and steps without unlabelled scans, which it is compared with."""
     teacher_of: str | None = None
@@ -147,6 +149,28 @@ ARMS = {
         baseline="sam",
     ),
     "unet_all": Arm(title="U-Net, all labels", short="U-Net, all labels", network="unet", once=True),
+    # Many slices need more steps than few. These arms tell what the steps above leave unlearned.
+    "unet_long": Arm(
+        title="U-Net, labels alone, three times the steps",
+        short="U-Net, labels alone, long",
+        network="unet",
+        times_steps=3,
+    ),
+    "unet_long_unlabelled": Arm(
+        title="U-Net, labels and pseudo-labels of the short teachers, three times the steps",
+        short="U-Net, self-training, long",
+        network="unet",
+        times_steps=3,
+        pseudo_labels_of="unet_unlabelled",
+        baseline="unet_long",
+    ),
+    "unet_long_all": Arm(
+        title="U-Net, all labels, three times the steps",
+        short="U-Net, all labels, long",
+        network="unet",
+        times_steps=3,
+        once=True,
+    ),
 }
 
 

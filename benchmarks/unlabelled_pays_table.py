@@ -103,7 +103,7 @@ def section(records: Sequence[Record], *, data: str, labels: int) -> list[str]:
     return [
         f"## {about.title}, {labels} labelled {about.unit}",
         "",
-        f"Steps, equal in all arms of a network: {steps}; {about.image_size} px.",
+        f"Steps, equal in all arms of a network unless said: {steps}; {about.image_size} px.",
         "",
         *HEAD,
         *("| " + " | ".join(row) + " |" for row in rows if row is not None),

@@ -22,6 +22,9 @@ GAIN = {
     "sam": -0.1,
     "sam_unlabelled": -0.05,
     "unet_all": 0.1,
+    "unet_long": 0.01,
+    "unet_long_unlabelled": 0.05,
+    "unet_long_all": 0.11,
 }
 
 
@@ -85,7 +88,9 @@ def test_cells__run_once_with_equal_draws_and_steps(plan):
         "hippocampus-sam-5-1",
         "hippocampus-sam_unlabelled-5-1",
         f"data.pseudo_labels={labels}",
+        "data.pseudo_fraction=0.75",
     }
+    assert "trainer.max_steps=2400" in trained["hippocampus-unet_long_unlabelled-5-1"]
     assert {"data.few_shot.num=5", "data.few_shot.repeat=1", "seed=1", "trainer.max_steps=600"} <= alone
     assert any("seed=10001" in text for text in trained["hippocampus-unet_unlabelled-5-1"])
     assert not any("few_shot" in text for text in trained["hippocampus-unet_all-all-0"])
