@@ -24,7 +24,6 @@ import datetime
 import hashlib
 import json
 import resource
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -112,8 +111,6 @@ def train(plan: Plan, name: str, arm: Arm, *, num: int | None, seed: int) -> Pat
     if arm.teacher_of is not None:
         owner = plan.work / "runs" / plan.cell(arm.teacher_of, num, seed)
         return owner / "round-1" / "teachers" / arm.teacher
-    if arm.teachers_of is not None:
-        copy_teachers(plan.work / "runs" / plan.cell(arm.teachers_of, num, seed), plan.work / "runs" / name)
     data = DATA_SETS[plan.data]
     command = [arm.command, "--data", str(plan.store), "--name", name, "--preset", "cpu_long", "--runs", "runs"]
     command += [*network_settings(plan, arm, data), f"seed={seed}", f"data.split={plan.split}"]
@@ -137,13 +134,6 @@ def num_steps(plan: Plan, arm: Arm) -> int:
     return arm.times_steps * DATA_SETS[plan.data].steps[arm.network]
 
 
-def copy_teachers(source: Path, run_path: Path) -> None:
-    """Copy the teachers and the first pseudo-labels of a finished self-training into one that has not begun."""
-    for name in ("teachers", "pseudo_labels.zarr"):
-        if not (run_path / "round-1" / name).exists():
-            shutil.copytree(source / "round-1" / name, run_path / "round-1" / name)
-
-
 def network_settings(plan: Plan, arm: Arm, data: DataSet) -> list[str]:
     """Return the settings of the arm's network on a data set."""
     size = [f"model.image_size={data.image_size}"]
@@ -157,11 +147,10 @@ def pseudo_quality(plan: Plan, folder: Path) -> dict[str, Any]:
 
     This is the only place that reads these labels, after the training.
     """
-    made = sorted(folder.glob("round-*/pseudo_labels.zarr"))
-    if not made:
+    path = folder / "round-1" / "pseudo_labels.zarr"
+    if not path.is_dir():
         return {}
-    # Those of the last round taught the model that is tested.
-    pseudo, store = SliceStore.open(made[-1]), SliceStore.open(plan.store)
+    pseudo, store = SliceStore.open(path), SliceStore.open(plan.store)
     classes = Task.read(folder / "model").classes
     dice = []
     for record in pseudo.series:

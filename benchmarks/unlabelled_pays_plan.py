@@ -50,8 +50,6 @@ class Arm:
     teacher_of: str | None = None
     """Arm whose teacher this is, so that it is not trained twice."""
     teacher: str = "dynunet2d"
-    teachers_of: str | None = None
-    """Arm whose teachers and first pseudo-labels it begins with, so that they are not made twice."""
     pseudo_labels_of: str | None = None
     """Arm whose pseudo-labels it trains on."""
     once: bool = False
@@ -121,15 +119,6 @@ ARMS = {
         command="selftrain",
         settings=(*TEACHERS, *ALL_VOXELS),
         baseline="unet",
-    ),
-    "unet_rounds": Arm(
-        title="U-Net, labels and unlabelled scans, two rounds",
-        short="U-Net, two rounds",
-        network="unet",
-        command="selftrain",
-        settings=(*TEACHERS, *ALL_VOXELS, "selftrain.rounds=2"),
-        baseline="unet",
-        teachers_of="unet_unlabelled",
     ),
     "unet_online": Arm(
         title="U-Net, labels and unlabelled scans, one run",

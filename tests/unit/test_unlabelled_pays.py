@@ -17,7 +17,6 @@ from unlabelled_pays_table import draw, paired_gain, render
 GAIN = {
     "unet": 0.0,
     "unet_unlabelled": 0.03,
-    "unet_rounds": 0.04,
     "unet_online": 0.02,
     "sam": -0.1,
     "sam_unlabelled": -0.05,
@@ -53,16 +52,8 @@ def plan(tmp_path, monkeypatch):
             scores = plan.work / "scores" / arguments[arguments.index("--out") + 1].rsplit("/", 1)[1]
             scores.mkdir(parents=True)
             (scores / "cases.csv").write_text("patient_id,dice\np0,0.5\np0,0.7\np1,n/a\np1,0.8\n")
-        elif arguments[0] == "selftrain":
-            teachers = plan.work / "runs" / arguments[arguments.index("--name") + 1] / "round-1" / "teachers"
-            if not teachers.is_dir():
-                teachers.mkdir(parents=True)
-                (teachers / "made_by").write_text(log)
-                (teachers.parent / "pseudo_labels.zarr").mkdir()
 
     monkeypatch.setattr(unlabelled_pays, "run", pretend)
-    # The pretended pseudo-labels are empty folders.
-    monkeypatch.setattr(unlabelled_pays, "pseudo_quality", lambda plan, folder: {})
     given = Plan(work=tmp_path, data="hippocampus", base=tmp_path / "base.pth", numbers=(5,), device="cpu")
     return given, commands
 
@@ -94,9 +85,6 @@ def test_cells__run_once_with_equal_draws_and_steps(plan):
     assert {"data.few_shot.num=5", "data.few_shot.repeat=1", "seed=1", "trainer.max_steps=600"} <= alone
     assert any("seed=10001" in text for text in trained["hippocampus-unet_unlabelled-5-1"])
     assert not any("few_shot" in text for text in trained["hippocampus-unet_all-all-0"])
-    # Two rounds begin with the teachers of the same draw.
-    copied = plan.work / "runs" / "hippocampus-unet_rounds-5-1" / "round-1" / "teachers" / "made_by"
-    assert copied.read_text() == "hippocampus-unet_unlabelled-5-1"
 
 
 def test_subject_dice__is_the_mean_over_scans_and_classes(tmp_path):
