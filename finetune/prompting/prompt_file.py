@@ -382,7 +382,7 @@ def _points(
     if prompt.points is None:
         return {}
     xyz = _transform(prompt.points, to_xyz)
-    _check_inside(xyz, shape_zyx, what="a point", written=prompt.points, where=prompt.where)
+    _check_inside(xyz, shape_zyx, what="a point", written=list(prompt.points), where=prompt.where)
     slices = np.clip(_voxel_of(xyz[:, 2]), 0, shape_zyx[0] - 1).astype(int).tolist()
     by_slice: dict[int, list[tuple[tuple[float, float], int]]] = {}
     for (x, y, _), index, label in zip(xyz.tolist(), slices, prompt.labels, strict=True):
