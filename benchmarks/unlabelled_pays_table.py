@@ -136,7 +136,8 @@ def draw(records: Sequence[Record], path: Path) -> None:
     axes.set_xlabel("Dice on test patients (thin: one seed with its own labelled patients, thick: mean)")
     for colour, title in ((ALONE_COLOUR, "labels alone"), (MORE_COLOUR, "labels and unlabelled scans")):
         axes.scatter([], [], color=colour, s=60, label=title)
-    figure.legend(loc="outside upper center", ncols=2, frameon=False)
+    axes.scatter([], [], color="black", marker="|", s=120, label="all labels")
+    figure.legend(loc="outside upper center", ncols=3, frameon=False)
     figure.savefig(path, dpi=110)
 
 
@@ -152,9 +153,18 @@ def _draw_pairs(axes: Axes, place: int, records: Sequence[Record], *, data: str,
     for values, colour in ((alone, ALONE_COLOUR), (more, MORE_COLOUR)):
         axes.scatter(values, heights, color=colour, s=12, alpha=0.7, zorder=2)
         axes.scatter([np.mean(values)], [place], color=colour, s=90, zorder=4)
+    for name, what in ARMS.items():
+        # What all labels reach in as many steps bounds what any use of unlabelled scans can add.
+        if what.once and (what.network, what.times_steps) == (ARMS[arm].network, ARMS[arm].times_steps):
+            for cell in arm_cells(records, data=data, arm=name, labels=None).values():
+                reached = float(np.mean(list(cell["dice"].values())))
+                axes.scatter([reached], [place], color="black", marker="|", s=260, zorder=5)
     gain = paired_gain(records, data=data, arm=arm, labels=labels)
     assert gain is not None
     interval = seed_interval(gain[1])
     text = f"{100 * np.mean(gain[1]):+.1f} points"
-    text += f" ({100 * interval[0]:+.1f} to {100 * interval[1]:+.1f} over {len(seeds)} seeds)" if interval else ""
+    if interval is None:
+        text += f" ({len(seeds)} seed{'s' * (len(seeds) > 1)}, no interval)"
+    else:
+        text += f" ({100 * interval[0]:+.1f} to {100 * interval[1]:+.1f} over {len(seeds)} seeds)"
     axes.text(float(np.mean(more)), place - 0.32, text, ha="center", va="bottom", fontsize=9)
