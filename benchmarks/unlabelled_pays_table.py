@@ -138,7 +138,7 @@ def draw(records: Sequence[Record], path: Path) -> None:
         axes.scatter([], [], color=colour, s=60, label=title)
     axes.scatter([], [], color="black", marker="|", s=120, label="all labels")
     figure.legend(loc="outside upper center", ncols=3, frameon=False)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=110, metadata={"Software": None})
 
 
 def _draw_pairs(axes: Axes, place: int, records: Sequence[Record], *, data: str, arm: str, labels: int) -> None:
