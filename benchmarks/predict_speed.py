@@ -210,7 +210,8 @@ def write(arguments, rates, agreement, choice):
             f"turns of {arguments.slices_per_turn} slices, batch {arguments.batch_size}.",
             f"{platform.machine()}, {os.cpu_count()} cores, {arguments.threads} threads, load "
             f"{os.getloadavg()[0]:.1f}, {choice.reason}, torch {torch.__version__}.",
-            f"Command: `python benchmarks/predict_speed.py --model {arguments.model} --turns {arguments.turns} "
+            f"Command: `python benchmarks/predict_speed.py --model {arguments.model} --shape "
+            f"{' '.join(map(str, arguments.shape))} --turns {arguments.turns} "
             f"--slices-per-turn {arguments.slices_per_turn} --device {arguments.device} "
             f"--threads {arguments.threads}`.",
             "",
