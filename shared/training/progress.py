@@ -258,7 +258,11 @@ class StepLog:
         if self._curves is None:
             # The file is read once per session. Reading it in every monitoring round would take hours in a long run.
             written = self._run.metrics.read() if self._run.is_writer else ()
-            self._curves = curves_of(line for line in written if line["step"] not in self._pending)
+            # A value that is collected again is added with the other collected ones.
+            self._curves = curves_of(
+                {key: value for key, value in line.items() if key not in self._pending.get(line["step"], ())}
+                for line in written
+            )
         curves = {name: values[:] for name, values in self._curves.items()}
         add_to_curves(curves, self._pending_lines())
         return curves

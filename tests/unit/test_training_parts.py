@@ -322,6 +322,17 @@ def test_running_mean__has_shorter_windows_at_both_ends() -> None:
     np.testing.assert_allclose(running_mean(np.array([1.0, 2.0, 6.0, 3.0]), 3), [1.5, 3.0, 11 / 3, 4.5])
 
 
+def test_step_log__values_of_one_step_may_be_written_in_two_parts(tmp_path: Path) -> None:
+    run = SimpleNamespace(metrics=MetricsLog(tmp_path / "metrics.jsonl"), tb=tmp_path / "tb", is_writer=True)
+    step_log = StepLog(run, every_steps=1)  # type: ignore[arg-type]
+    step_log.record(1, {"train/loss": 3.0})
+    step_log.flush()
+    step_log.record(1, {"probe/dice": 0.5})
+    assert {name: list(values) for name, values in step_log.curves().items()} == {
+        "train/loss": [3.0], "probe/dice": [0.5],
+    }  # fmt: skip
+
+
 def test_step_log__curves_have_all_sessions_and_the_file_is_read_once(tmp_path: Path) -> None:
     """Step 2 is in the file, in the values that a resume loads again, and has a value that is not written yet."""
     metrics = MetricsLog(tmp_path / "metrics.jsonl")
