@@ -27,7 +27,7 @@ class DataSet:
     student: tuple[str, ...]
     """Settings of self-training."""
     steps: dict[str, int]
-    """Steps by network, equal in all arms of the network."""
+    """Steps by network, which an arm may multiply."""
     unit: str
 
 
@@ -36,8 +36,6 @@ class Arm:
     """One way to train, on a number of labelled patients."""
 
     title: str
-    short: str
-    """Name in the figure."""
     network: str
     """``sam``, LoRA on LiteMedSAM's ViT-T, or ``unet``, nnU-Net's 2D network from random weights."""
     command: str = "finetune"
@@ -47,6 +45,8 @@ class Arm:
     """Factor on the steps of the network."""
     baseline: str | None = None
     """Arm of the same network and steps without unlabelled scans, which it is compared with."""
+    short: str = ""
+    """Name in the figure, which shows the arms with a baseline."""
     teacher_of: str | None = None
     """Arm whose teacher this is, so that it is not trained twice."""
     teacher: str = "dynunet2d"
@@ -128,8 +128,8 @@ ARMS = {
         settings=("selftrain.mode=online", "data.pseudo_fraction=0.5"),
         baseline="unet",
     ),
-    "unet": Arm(title="U-Net, labels alone", short="U-Net, labels alone", network="unet", teacher_of="unet_unlabelled"),
-    "sam": Arm(title="SAM (LoRA), labels alone", short="SAM, labels alone", network="sam"),
+    "unet": Arm(title="U-Net, labels alone", network="unet", teacher_of="unet_unlabelled"),
+    "sam": Arm(title="SAM (LoRA), labels alone", network="sam"),
     "sam_unlabelled": Arm(
         title="SAM (LoRA), labels and unlabelled scans",
         short="SAM, self-training",
@@ -137,11 +137,10 @@ ARMS = {
         pseudo_labels_of="unet_unlabelled",
         baseline="sam",
     ),
-    "unet_all": Arm(title="U-Net, all labels", short="U-Net, all labels", network="unet", once=True),
+    "unet_all": Arm(title="U-Net, all labels", network="unet", once=True),
     # Many slices need more steps than few. These arms tell what the steps above leave unlearned.
     "unet_long": Arm(
         title="U-Net, labels alone, three times the steps",
-        short="U-Net, labels alone, long",
         network="unet",
         times_steps=3,
     ),
@@ -155,7 +154,6 @@ ARMS = {
     ),
     "unet_long_all": Arm(
         title="U-Net, all labels, three times the steps",
-        short="U-Net, all labels, long",
         network="unet",
         times_steps=3,
         once=True,

@@ -52,20 +52,35 @@ def row_of(records: Sequence[Record], *, data: str, arm: str, labels: int | None
     return row
 
 
+def label_numbers(records: Sequence[Record], data: str) -> list[int]:
+    """Return the numbers of labelled patients of which a data set has cells."""
+    return sorted({r["labels"] for r in records if r["data"] == data and r["labels"] is not None})
+
+
+def cell_dice(cell: Record) -> float:
+    """Return the mean Dice over the patients of a cell."""
+    return float(np.mean(list(cell["dice"].values())))
+
+
+def paired_cells(records: Sequence[Record], *, data: str, arm: str, labels: int | None) -> list[tuple[Record, Record]]:
+    """Return the cells of labels alone and of an arm, over the seeds that both have."""
+    baseline = ARMS[arm].baseline
+    if baseline is None:
+        return []
+    alone, more = (arm_cells(records, data=data, arm=name, labels=labels) for name in (baseline, arm))
+    return [(alone[seed], more[seed]) for seed in sorted(set(alone) & set(more))]
+
+
 def paired_gain(
     records: Sequence[Record], *, data: str, arm: str, labels: int | None
 ) -> tuple[list[float], list[float]] | None:
     """Return the gain over labels alone per patient and per seed, over the seeds that both arms have."""
-    baseline = ARMS[arm].baseline
-    if baseline is None:
+    pairs = paired_cells(records, data=data, arm=arm, labels=labels)
+    if not pairs:
         return None
-    own, other = (arm_cells(records, data=data, arm=name, labels=labels) for name in (arm, baseline))
-    seeds = sorted(set(own) & set(other))
-    if not seeds:
-        return None
-    first, second = (patient_means([cells[s] for s in seeds]) for cells in (own, other))
-    per_seed = [float(np.mean([own[s]["dice"][p] - other[s]["dice"][p] for p in first])) for s in seeds]
-    return [first[p] - second[p] for p in first], per_seed
+    alone, more = (patient_means(cells) for cells in zip(*pairs, strict=True))
+    per_seed = [float(np.mean([b["dice"][p] - a["dice"][p] for p in more])) for a, b in pairs]
+    return [more[p] - alone[p] for p in more], per_seed
 
 
 def render(records: Sequence[Record]) -> str:
@@ -83,7 +98,7 @@ def render(records: Sequence[Record]) -> str:
         "",
     ]
     for data in DATA_SETS:
-        for labels in sorted({r["labels"] for r in records if r["data"] == data and r["labels"] is not None}):
+        for labels in label_numbers(records, data):
             lines += [*section(records, data=data, labels=labels), ""]
     hardware = sorted({f"{r['hardware']}, torch {r['torch']}, code {r['code_revision'][:9]}" for r in records})
     lines += ["Hardware: " + "; ".join(hardware) + ". Other work ran beside it.", ""]
@@ -118,9 +133,9 @@ def draw(records: Sequence[Record], path: Path) -> None:
     rows = [
         (data, arm, labels)
         for data in DATA_SETS
-        for labels in sorted({r["labels"] for r in records if r["data"] == data and r["labels"] is not None})
+        for labels in label_numbers(records, data)
         for arm in ARMS
-        if paired_gain(records, data=data, arm=arm, labels=labels) is not None
+        if paired_cells(records, data=data, arm=arm, labels=labels)
     ]
     figure = Figure(figsize=(8, 1.3 + 1.05 * max(1, len(rows))), layout="constrained")
     axes = figure.subplots()
@@ -143,10 +158,9 @@ def draw(records: Sequence[Record], path: Path) -> None:
 
 def _draw_pairs(axes: Axes, place: int, records: Sequence[Record], *, data: str, arm: str, labels: int) -> None:
     """Draw one comparison at a height of the figure, with its gain in points."""
-    own, other = (arm_cells(records, data=data, arm=name, labels=labels) for name in (arm, ARMS[arm].baseline))
-    seeds = sorted(set(own) & set(other))
-    alone, more = ([float(np.mean(list(cells[s]["dice"].values()))) for s in seeds] for cells in (other, own))
-    heights = place + (np.linspace(-0.22, 0.22, len(seeds)) if len(seeds) > 1 else np.zeros(1))
+    pairs = paired_cells(records, data=data, arm=arm, labels=labels)
+    alone, more = ([cell_dice(cell) for cell in cells] for cells in zip(*pairs, strict=True))
+    heights = place + (np.linspace(-0.22, 0.22, len(pairs)) if len(pairs) > 1 else np.zeros(1))
     for height, start, end in zip(heights, alone, more, strict=True):
         axes.plot([start, end], [height, height], color="0.8", linewidth=1, zorder=1)
     axes.plot([np.mean(alone), np.mean(more)], [place, place], color="0.4", linewidth=3, zorder=3)
@@ -157,14 +171,12 @@ def _draw_pairs(axes: Axes, place: int, records: Sequence[Record], *, data: str,
         # What all labels reach in as many steps bounds what any use of unlabelled scans can add.
         if what.once and (what.network, what.times_steps) == (ARMS[arm].network, ARMS[arm].times_steps):
             for cell in arm_cells(records, data=data, arm=name, labels=None).values():
-                reached = float(np.mean(list(cell["dice"].values())))
-                axes.scatter([reached], [place], color="black", marker="|", s=260, zorder=5)
-    gain = paired_gain(records, data=data, arm=arm, labels=labels)
-    assert gain is not None
-    interval = seed_interval(gain[1])
-    text = f"{100 * np.mean(gain[1]):+.1f} points"
+                axes.scatter([cell_dice(cell)], [place], color="black", marker="|", s=260, zorder=5)
+    gains = [end - start for start, end in zip(alone, more, strict=True)]
+    interval = seed_interval(gains)
+    text = f"{100 * np.mean(gains):+.1f} points"
     if interval is None:
-        text += f" ({len(seeds)} seed{'s' * (len(seeds) > 1)}, no interval)"
+        text += f" ({len(pairs)} seed{'s' * (len(pairs) > 1)}, no interval)"
     else:
-        text += f" ({100 * interval[0]:+.1f} to {100 * interval[1]:+.1f} over {len(seeds)} seeds)"
+        text += f" ({100 * interval[0]:+.1f} to {100 * interval[1]:+.1f} over {len(pairs)} seeds)"
     axes.text(float(np.mean(more)), place - 0.32, text, ha="center", va="bottom", fontsize=9)
