@@ -373,11 +373,12 @@ def _log_next(model: Path) -> None:
 
 def _next_commands(model: Path, shown: str) -> list[str]:
     """Return the commands that use an evaluated model, under the path that is shown."""
-    path = shlex.quote(shown)
-    commands = [f"make predict RUN={path} DATA=SCANS OUT=masks"]
+    from samgraft.finetune.training.report import release_command
+
+    commands = [f"make predict RUN={shlex.quote(shown)} DATA=SCANS OUT=masks"]
     # A release was made from a run, and is not released again.
     if (model / "model").is_dir():
-        commands.append(f"make release RUN={path} OUT={shlex.quote(f'releases/{model.name}')} LICENSE=...")
+        commands.append(release_command(shown))
     return commands
 
 

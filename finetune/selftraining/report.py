@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from samgraft.finetune.ending import LOW_DICE
-from samgraft.finetune.evaluation.overlays import class_color, overlay
+from samgraft.finetune.classes import ClassTable
+from samgraft.finetune.evaluation.overlays import class_key, overlay
 from samgraft.finetune.pseudo_labels import ignored_share, ignored_slices
 from samgraft.finetune.selftraining.parts import Part, Round
 from samgraft.finetune.task import Task
@@ -63,12 +63,12 @@ def write_report(
         f"Foreground Dice on validation: {dice[student.name]:.3f} of the student, {dice[best_teacher.name]:.3f} of the "
         f"best teacher ({best_teacher.name.removeprefix('teacher ')})."
     )
-    is_low = dice[student.name] < LOW_DICE
+    task = Task.read(student.path / "model")
     if not is_better:
         text += " The student is not better. Use the teacher, or train the student longer."
-    if is_low:
-        text += " It segments hardly anything. Label more scans, or train teachers and student longer."
-    is_good = is_better and not is_low
+    if task.warning:
+        text += f" {task.warning}"
+    is_good = is_better and not task.warning
     log.log(logging.INFO if is_good else logging.WARNING, "%s", text)
     stores = [SliceStore.open(one.pseudo_path) for one in rounds]
     histograms = [agreement_histogram(store) for store in stores]
@@ -85,7 +85,10 @@ def write_report(
                 _agreement_figure(rounds, histograms),
             ],
         ),
-        Section(title="Accepted and ignored regions", parts=_pictures(scans, stores[-1], log_images=log_images)),
+        Section(
+            title="Accepted and ignored regions",
+            parts=_pictures(scans, stores[-1], task.classes, log_images=log_images),
+        ),
         *next_section(next_commands(path_for_report(path), test_patients)),
     ]
     write_text(path / REPORT_FILE, render_report(f"Self-training {path.name}", sections))
@@ -151,7 +154,9 @@ def _agreement_figure(rounds: Sequence[Round], histograms: Sequence[npt.NDArray[
     return Picture(png=png, caption="Share of voxels whose agreement is at most the value on the abscissa.")
 
 
-def _pictures(scans: UnlabelledScans, labels: SliceStore, *, log_images: bool) -> list[Text | Picture]:
+def _pictures(
+    scans: UnlabelledScans, labels: SliceStore, classes: ClassTable, *, log_images: bool
+) -> list[Text | Picture]:
     if not log_images:
         return [Text(text="Pictures of patients are written only with watch.log_images=true.")]
     parts: list[Text | Picture] = []
@@ -172,7 +177,7 @@ def _pictures(scans: UnlabelledScans, labels: SliceStore, *, log_images: bool) -
             Picture(
                 png=image_grid([[*cells, percent / 100.0]], column_titles=["slice", "label", "ignored", "agreement"]),
                 caption=f"Scan {record.series_id}, slice {index}: pseudo-label, ignored voxels, and agreement.",
-                key={name: class_color(label_id) for label_id, name in labels.label_names.items()},
+                key=class_key(classes),
             )
         )
     return parts

@@ -204,6 +204,11 @@ def next_commands(run_path: str, test_patients: Sequence[str]) -> list[str]:
         run_path: Path of the run as the user types it.
         test_patients: Patients of the test part. Without any, the validation part is evaluated.
     """
-    path, out = shlex.quote(run_path), shlex.quote(f"releases/{Path(run_path).name}")
     part = "test" if test_patients else "val"
-    return [f"make evaluate RUN={path} SPLIT={part}", f"make release RUN={path} OUT={out} LICENSE=..."]
+    return [f"make evaluate RUN={shlex.quote(run_path)} SPLIT={part}", release_command(run_path)]
+
+
+def release_command(run_path: str) -> str:
+    """Return the command that releases a run."""
+    path, out = shlex.quote(run_path), shlex.quote(f"releases/{Path(run_path).name}")
+    return f"make release RUN={path} OUT={out} LICENSE=..."
