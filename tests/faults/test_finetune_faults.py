@@ -70,8 +70,10 @@ def start(root, ckpt, **given):
     return read_initial_weights(root / ckpt, **given)
 
 
-def test_initial_weights__missing_file_or_no_weights_is_refused(place):
+def test_initial_weights__missing_file_or_no_weights_is_refused(place, tmp_path, monkeypatch):
     root, _, _ = place
+    # The advice names runs and weights of the current folder, which a checkout has after the quick start.
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(WeightsError, match="does not exist") as refusal:
         start(root, "nothing.pth")
     assert "make pretrain MODALITY=mri" in refusal.value.what
