@@ -78,7 +78,7 @@ DATA_SETS = {
         num_test=None,
         # The crops are about 35 x 50 pixels; vit_t's attention windows fit 56 px exactly.
         image_size=56,
-        sam=SAM,
+        sam=("data.planes=[axial,coronal,sagittal]", *SAM),
         unet=("data.planes=[axial,coronal,sagittal]", *UNET),
         # Many unlabelled slices for each labelled one.
         student=("data.pseudo_fraction=0.75",),
@@ -143,6 +143,23 @@ ARMS = {
         title="U-Net, labels alone, three times the steps",
         network="unet",
         times_steps=3,
+        teacher_of="unet_converged",
+    ),
+    "unet_converged": Arm(
+        title="U-Net, labels and unlabelled scans, three times the steps",
+        short="U-Net, self-training, long",
+        network="unet",
+        command="selftrain",
+        settings=(*TEACHERS, *ALL_VOXELS),
+        times_steps=3,
+        baseline="unet_long",
+    ),
+    "sam_converged": Arm(
+        title="SAM (LoRA), labels and pseudo-labels of the long U-Nets",
+        short="SAM, self-training",
+        network="sam",
+        pseudo_labels_of="unet_converged",
+        baseline="sam",
     ),
     "unet_long_unlabelled": Arm(
         title="U-Net, labels and pseudo-labels of the short teachers, three times the steps",
