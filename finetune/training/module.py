@@ -76,7 +76,8 @@ class FinetuneModule(pl.LightningModule):
         with self._averaged_weights():
             pseudo_USS = teacher.label(self.segmenter, images_NCSS[num_labelled:])
         target_NSS = self.classes.to_target(labels_NSS)
-        mixed = teacher.mix(images_NCSS, target_NSS, pseudo_USS, batch["sample_counter"].tolist())
+        counters = batch["sample_counter"].tolist()
+        mixed = teacher.mix(images_NCSS, target_NSS, pseudo_USS, counters=counters, planes=batch["planes"])
         logits_NChw = self.segmenter(mixed.images_NCSS)
         known, pseudo = self.loss(logits_NChw, mixed.known_NSS), self.loss(logits_NChw, mixed.pseudo_NSS)
         # Before a trainer exists, the pre-flight measures a step.

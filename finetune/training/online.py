@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,6 +23,7 @@ from samgraft.finetune.config import FinetuneConfig
 from samgraft.finetune.loss import with_background
 from samgraft.finetune.segmenter import Segmenter
 from samgraft.shared.samples.augment import AugmentConfig, SliceAugmentation
+from samgraft.shared.scans.orientation import Plane
 from samgraft.shared.scans.volume import IGNORE_LABEL
 from samgraft.shared.training.resume import evaluation_mode
 from torch import Tensor
@@ -71,7 +73,15 @@ class OnlineTeacher:
         confidence, channel = torch.softmax(with_background(logits), dim=1).max(dim=1)
         return channel.masked_fill(confidence < self.config.min_agreement, IGNORE_LABEL)
 
-    def mix(self, images_NCSS: Tensor, target_NSS: Tensor, pseudo_USS: Tensor, counters: list[int]) -> MixedBatch:
+    def mix(
+        self,
+        images_NCSS: Tensor,
+        target_NSS: Tensor,
+        pseudo_USS: Tensor,
+        *,
+        counters: Sequence[int],
+        planes: Sequence[Plane],
+    ) -> MixedBatch:
         """Return the student's view of the batch.
 
         Args:
@@ -79,6 +89,7 @@ class OnlineTeacher:
             target_NSS: Channels of the labels, ``IGNORE_LABEL`` in unlabelled slices.
             pseudo_USS: Channels of the unlabelled slices from ``label``.
             counters: Sample counters of the slices, which decide everything random.
+            planes: Planes of the slices. Rectangles are pasted between slices of one plane only.
         """
         num_labelled = len(images_NCSS) - len(pseudo_USS)
         # Labels and pseudo-labels have a target each, so that their losses can have different weights.
@@ -97,7 +108,9 @@ class OnlineTeacher:
         for place, generator in enumerate(generators):
             if generator.random() >= self.config.online.paste_probability:
                 continue
-            partner = _partner(place, num_labelled=num_labelled, num_slices=len(views))
+            partner = _partner(place, planes, num_labelled=num_labelled)
+            if partner is None:
+                continue
             box = _rectangle(int(views.shape[-1]), generator)
             for mixed, source in zip((views, known, pseudo), sources, strict=True):
                 mixed[place][..., box[0], box[1]] = source[partner][..., box[0], box[1]]
@@ -119,11 +132,12 @@ def strong_intensity(augment: AugmentConfig, strength: float) -> AugmentConfig:
     )
 
 
-def _partner(place: int, *, num_labelled: int, num_slices: int) -> int:
-    """Return the place of a slice in the other part of the batch."""
-    if place < num_labelled:
-        return num_labelled + place % (num_slices - num_labelled)
-    return (place - num_labelled) % num_labelled
+def _partner(place: int, planes: Sequence[Plane], *, num_labelled: int) -> int | None:
+    """Return the place of a slice of the same plane in the other part of the batch, None without one."""
+    # A rectangle of another plane shows anatomy that no scan has at this place.
+    others = range(num_labelled, len(planes)) if place < num_labelled else range(num_labelled)
+    fitting = [other for other in others if planes[other] is planes[place]]
+    return fitting[place % len(fitting)] if fitting else None
 
 
 def _rectangle(side: int, generator: np.random.Generator) -> tuple[slice, slice]:

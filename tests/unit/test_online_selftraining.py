@@ -17,6 +17,7 @@ from samgraft.shared.errors import StoppedAndSaved, UsageError
 from samgraft.shared.files import write_tensors
 from samgraft.shared.runs.run_folder import RunFolder
 from samgraft.shared.samples.augment import AugmentConfig
+from samgraft.shared.scans.orientation import Plane
 from samgraft.shared.scans.volume import IGNORE_LABEL
 from samgraft.shared.training.device import choose_device
 from store_factory import make_store
@@ -65,10 +66,10 @@ class Threshold(Segmenter):
         return self.scale * (images_NCSS - 0.5)
 
 
-def mix(lab, images, target, *overrides, counters=(0, 1, 2, 3)):
+def mix(lab, images, target, *overrides, counters=(0, 1, 2, 3), planes=(Plane.AXIAL,) * 4):
     """Label the second half of the slices with a network that finds bright pixels, and return the student's view."""
     teacher = OnlineTeacher(config_of(lab, *overrides))
-    return teacher.mix(images, target, teacher.label(Threshold(), images[2:]), list(counters))
+    return teacher.mix(images, target, teacher.label(Threshold(), images[2:]), counters=counters, planes=planes)
 
 
 def bright_squares(lab):
@@ -114,6 +115,21 @@ def test_mix__pasted_pixels_keep_their_own_target(lab):
     assert torch.equal(again.images_NCSS, mixed.images_NCSS)
     other = mix(lab, images, target, *on, counters=(20, 21, 22, 23))
     assert not torch.equal(other.images_NCSS, mixed.images_NCSS)
+
+
+@pytest.mark.parametrize(
+    ("planes", "partners"),
+    [("ACCA", {0: 3, 1: 2, 2: 1, 3: 0}), ("AACS", {0: None, 1: None, 2: None, 3: None}), ("ASAA", {0: 2, 1: None})],
+)
+def test_mix__pastes_between_slices_of_one_plane_only(lab, planes, partners):
+    images = torch.zeros(4, 1, 16, 16) + torch.tensor([0.1, 0.2, 0.3, 0.4])[:, None, None, None]
+    target = torch.zeros(4, 16, 16, dtype=torch.long)
+    letters = {plane.value[0].upper(): plane for plane in Plane}
+    on = ("selftrain.online.paste_probability=1", "selftrain.online.intensity_strength=0")
+    mixed = mix(lab, images, target, *on, planes=[letters[letter] for letter in planes])
+    for place, partner in partners.items():
+        expected = {images[i, 0, 0, 0].item() for i in (place, partner) if i is not None}
+        assert set(mixed.images_NCSS[place].unique().tolist()) == expected
 
 
 def test_mix__strong_view_changes_unlabelled_slices_only(lab):
