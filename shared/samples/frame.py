@@ -23,32 +23,22 @@ class InputFrame:
     """Side of the square input in pixels."""
 
 
-def fit_frame(
-    native_hw: tuple[int, int],
-    *,
-    image_size: int,
-    keep_aspect: bool,
-    spacing_rc: tuple[float, float] | None = None,
-) -> InputFrame:
+def fit_frame(native_hw: tuple[int, int], *, image_size: int, keep_aspect: bool) -> InputFrame:
     """Compute the placement of a slice in the encoder's input.
 
     Args:
         native_hw: Rows and columns of the slice.
         image_size: Side of the input, pixels.
         keep_aspect: Scale both axes by one factor and pad right and bottom, as SAM does. Otherwise stretch to the
-            square.
-        spacing_rc: Distance of rows and of columns in mm. With it the aspect ratio is that of the body, not of the
-            pixel grid.
+            square. Pixels count as squares in both cases, whatever their size in mm.
     """
     if min(native_hw) < 1 or image_size < 1:
         raise ValueError(f"sizes must be positive, got native_hw {native_hw} and image_size {image_size}.")
     if not keep_aspect:
         return InputFrame(native_hw=native_hw, content_hw=(image_size, image_size), image_size=image_size)
-    row_mm, column_mm = spacing_rc or (1.0, 1.0)
-    height, width = native_hw[0] * row_mm, native_hw[1] * column_mm
-    scale = image_size / max(height, width)
+    scale = image_size / max(native_hw)
     # SAM's ResizeLongestSide rounds half up.
-    content = (int(height * scale + 0.5), int(width * scale + 0.5))
+    content = (int(native_hw[0] * scale + 0.5), int(native_hw[1] * scale + 0.5))
     content_hw = (min(image_size, max(1, content[0])), min(image_size, max(1, content[1])))
     return InputFrame(native_hw=native_hw, content_hw=content_hw, image_size=image_size)
 
