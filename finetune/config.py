@@ -144,8 +144,9 @@ class OnlineConfig:
 
     weight: NonNegative = 1.0
     """Weight of the loss on pseudo-labels after the ramp."""
-    ramp_up_steps: NonNegativeInt = 200
-    """Steps in which that weight rises from nearly 0, as exp(-5 (1 - t)^2) (Laine and Aila, ICLR 2017)."""
+    ramp_up_steps: NonNegativeInt | None = None
+    """Steps in which that weight rises from nearly 0, as exp(-5 (1 - t)^2) (Laine and Aila, ICLR 2017). null takes all
+    steps of the run, because a network that learns wrong labels early does not recover."""
     paste_probability: Share = 0.5
     """Probability that a rectangle of a slice is replaced by that of a slice from the other half of the batch
     (Bai et al., CVPR 2023)."""

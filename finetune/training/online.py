@@ -50,14 +50,15 @@ class OnlineTeacher:
 
     def __init__(self, config: FinetuneConfig) -> None:
         self.config = config.selftrain
+        ramp_up_steps = self.config.online.ramp_up_steps
+        self.ramp_up_steps = config.trainer.max_steps if ramp_up_steps is None else ramp_up_steps
         self.seed = config.seed
         self.strong = SliceAugmentation(strong_intensity(config.data.augment, self.config.online.intensity_strength))
 
     def weight(self, step: int) -> float:
         """Return the weight of the loss on pseudo-labels at a step."""
-        online = self.config.online
-        done = min(1.0, step / online.ramp_up_steps) if online.ramp_up_steps else 1.0
-        return online.weight * math.exp(-5 * (1 - done) ** 2)
+        done = min(1.0, step / self.ramp_up_steps) if self.ramp_up_steps else 1.0
+        return self.config.online.weight * math.exp(-5 * (1 - done) ** 2)
 
     @torch.no_grad()
     def label(self, segmenter: Segmenter, images_UCSS: Tensor) -> Tensor:

@@ -146,8 +146,11 @@ def test_strong_intensity__keeps_changes_off_that_the_modality_switches_off():
     assert (strong.max_log_gamma, strong.noise_std, strong.blur_probability) == (0.4, 0.0, 1.0)
 
 
-def test_teacher__its_loss_ramps_up(lab):
-    teacher = OnlineTeacher(config_of(lab))
+@pytest.mark.parametrize("steps", [("selftrain.online.ramp_up_steps=4", "trainer.max_steps=20"), ()])
+def test_teacher__its_loss_ramps_up_over_the_given_steps_or_the_whole_run(lab, steps):
+    # config_of sets 4 steps of the ramp and of the run.
+    null = () if steps else ("selftrain.online.ramp_up_steps=null",)
+    teacher = OnlineTeacher(config_of(lab, *steps, *null))
     weights = [teacher.weight(step) for step in (0, 2, 4, 9)]
     assert weights == pytest.approx([0.0067379, 0.2865048, 1.0, 1.0], rel=1e-4)
 
