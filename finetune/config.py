@@ -167,8 +167,9 @@ class SelftrainConfig:
     """Smallest agreement of a slice, which is the mean over the pixels that any teacher labels as a class. Slices below
     it are ignored. Read with ``mode=offline`` only, as are the following settings."""
     teachers: list[str] = field(default_factory=list)
-    """Names of the teachers of the first round. A name is a fine-tuning method such as lora, a baseline such as
-    dynunet2d, neighbours (2.5D input), or any name with settings in ``teacher_settings``."""
+    """Teachers of the first round. A name is a fine-tuning method such as lora, a baseline such as dynunet2d,
+    neighbours (2.5D input), or any name with settings in ``teacher_settings``. A path with a slash, such as runs/mine,
+    is a finished run with the same validation and test patients."""
     every_teacher: list[str] = field(default_factory=list)
     """Settings as key=value in which the teachers differ from the student, e.g. trainer.max_steps=600."""
     teacher_settings: dict[str, list[str]] = field(default_factory=dict)

@@ -6,8 +6,10 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from samgraft.finetune.inference import segment_probabilities
-from samgraft.finetune.selftraining.parts import Part, Round
+from samgraft.finetune.inference import InferenceConfig, segment_probabilities
+from samgraft.finetune.model_folder import FinishedModel
+from samgraft.finetune.segmenter import Segmenter
+from samgraft.finetune.selftraining.parts import Part, Round, Teacher
 from samgraft.finetune.training.preparation import Prepared
 from samgraft.finetune.training.train import measure_cost
 from samgraft.finetune.training.unlabelled import UnlabelledScans
@@ -32,18 +34,32 @@ class PartCost:
 def measure_part(part: Part, prepared: Prepared, scans: UnlabelledScans, device: DeviceChoice) -> PartCost:
     """Measure a training step and the labelling of some slices."""
     step = measure_cost(prepared, part.config, device)
+    slice_s = _measure_slice(prepared.segmenter, prepared.inference, scans, device)
+    return PartCost(name=part.name, num_steps=part.config.trainer.max_steps, step_s=step.seconds, slice_s=slice_s)
+
+
+def measure_teacher(teacher: Teacher, model: FinishedModel, scans: UnlabelledScans, device: DeviceChoice) -> PartCost:
+    """Measure the labelling of some slices by a finished model, which costs no step."""
+    model.segmenter.to(device.torch_device)
+    slice_s = _measure_slice(model.segmenter, model.task.inference(), scans, device)
+    return PartCost(name=teacher.name, num_steps=0, step_s=0.0, slice_s=slice_s)
+
+
+def _measure_slice(
+    segmenter: Segmenter, inference: InferenceConfig, scans: UnlabelledScans, device: DeviceChoice
+) -> float:
     record = scans.images.record(scans.series[0])
     volume_ZHW = scans.images.read_volume(record.series_id)
     # A few slices suffice, and a 3D network labels the whole scan in any case.
     only = range(min(NUM_MEASURED_SLICES, len(volume_ZHW)))
     begin = time.perf_counter()
-    found = segment_probabilities(prepared.segmenter, volume_ZHW, record.stats, prepared.inference, only=only)
+    found = segment_probabilities(segmenter, volume_ZHW, record.stats, inference, only=only)
     # A model of several planes segments about as many slices in each of them.
-    slice_s = (time.perf_counter() - begin) / found.shape[1] * max(1, len(prepared.inference.planes))
-    # The parts are measured one after the other and must not share the memory of a GPU.
-    prepared.segmenter.cpu()
+    seconds = (time.perf_counter() - begin) / int(found.shape[1]) * max(1, len(inference.planes))
+    # The models are measured one after the other and must not share the memory of a GPU.
+    segmenter.cpu()
     release_memory(device)
-    return PartCost(name=part.name, num_steps=part.config.trainer.max_steps, step_s=step.seconds, slice_s=slice_s)
+    return seconds
 
 
 def describe_costs(costs: Sequence[PartCost], rounds: Sequence[Round], *, num_slices: int, passes: int) -> list[str]:
@@ -59,7 +75,7 @@ def describe_costs(costs: Sequence[PartCost], rounds: Sequence[Round], *, num_sl
     student = costs[0]
     lines, total = [], 0.0
     for one in rounds:
-        new = [by_name[teacher.name] for teacher in one.teachers if one.number == 1]
+        new = [by_name[teacher.name] for teacher in one.trained_teachers if one.number == 1]
         for name, cost in [*((cost.name, cost) for cost in new), (one.student.name, student)]:
             seconds = cost.num_steps * cost.step_s
             total += seconds

@@ -1,4 +1,7 @@
-"""Fine-tunings of a self-training, which are the teachers of the first round and one student per round."""
+"""Fine-tunings of a self-training, which are the teachers of the first round and one student per round.
+
+A teacher is trained in the first round, or is a finished run of the user.
+"""
 
 from __future__ import annotations
 
@@ -23,13 +26,19 @@ PSEUDO_STORE = "pseudo_labels.zarr"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Part:
-    """Fine-tuning of a self-training."""
+class Teacher:
+    """Run whose model labels scans."""
 
     name: str
     """Name for progress lines and tables, e.g. ``teacher lora``."""
     path: Path
-    """Folder of its run."""
+    """Folder of the run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part(Teacher):
+    """Fine-tuning of a self-training. A student may be a teacher of the next round."""
+
     config: FinetuneConfig
     """Settings of its run."""
     files: Path
@@ -42,10 +51,15 @@ class Round:
 
     number: int
     """Number of the round, from 1."""
-    teachers: tuple[Part, ...]
+    teachers: tuple[Teacher, ...]
     pseudo_path: Path
     """Store of the pseudo-labels."""
     student: Part
+
+    @property
+    def trained_teachers(self) -> list[Part]:
+        """Teachers that the self-training trains."""
+        return [teacher for teacher in self.teachers if isinstance(teacher, Part)]
 
 
 def plan_rounds(config: FinetuneConfig, path: Path) -> list[Round]:
@@ -61,7 +75,7 @@ def plan_rounds(config: FinetuneConfig, path: Path) -> list[Round]:
     settings = config.selftrain
     if config.data.pseudo_labels is not None:
         raise UsageError("data.pseudo_labels is written by the self-training. Leave it out.", where="data")
-    first = teacher_parts(config, path / "round-1" / "teachers")
+    first = plan_teachers(config, path / "round-1" / "teachers")
     rounds: list[Round] = []
     for number in range(1, settings.rounds + 1):
         folder = path / f"round-{number}"
@@ -80,14 +94,16 @@ def plan_rounds(config: FinetuneConfig, path: Path) -> list[Round]:
     return rounds
 
 
-def teacher_parts(config: FinetuneConfig, folder: Path) -> list[Part]:
-    """Return the teachers of the first round, which differ from the student in their settings only.
+def plan_teachers(config: FinetuneConfig, folder: Path) -> list[Teacher]:
+    """Return the teachers of the first round. Those to be trained differ from the student in their settings only.
 
     Raises:
         UsageError: If there is none, or one is unknown, twice, or has wrong settings.
     """
     settings = config.selftrain
-    if not settings.teachers or len(set(settings.teachers)) != len(settings.teachers):
+    # The folder of a run is its name in tables and in the record of the pseudo-labels.
+    names = [Path(name).name if is_run(name) else name for name in settings.teachers]
+    if not names or len(set(names)) != len(names):
         raise UsageError(
             f"selftrain.teachers must be at least one name and none twice, got {settings.teachers}. Use for example "
             "selftrain.teachers=[lora,adapter].",
@@ -101,14 +117,21 @@ def teacher_parts(config: FinetuneConfig, folder: Path) -> list[Part]:
             where="selftrain.teacher_settings",
         )
     return [
-        Part(
+        Teacher(name=f"teacher {name}", path=Path(given))
+        if is_run(given)
+        else Part(
             name=f"teacher {name}",
             path=folder / name,
             config=as_plain_finetuning(config, teacher_changes(name, settings)),
             files=folder / name,
         )
-        for name in settings.teachers
+        for name, given in zip(names, settings.teachers, strict=True)
     ]
+
+
+def is_run(teacher: str) -> bool:
+    """Return whether a name in ``selftrain.teachers`` is the path of a finished run."""
+    return "/" in teacher
 
 
 def teacher_changes(name: str, settings: SelftrainConfig) -> list[str]:
@@ -132,8 +155,8 @@ def teacher_changes(name: str, settings: SelftrainConfig) -> list[str]:
         own = []
     else:
         raise UsageError(
-            f"a teacher must be one of {', '.join(KNOWN_TEACHERS)}, or have settings, got {name!r}. "
-            f"Add selftrain.teacher_settings.{name}.",
+            f"a teacher must be one of {', '.join(KNOWN_TEACHERS)}, the path of a finished run, or have settings, got "
+            f"{name!r}. Add selftrain.teacher_settings.{name}.",
             where="selftrain.teachers",
         )
     return [*own, *settings.every_teacher, *given]

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from samgraft.finetune.classes import ClassTable
 from samgraft.finetune.evaluation.overlays import class_key, overlay
 from samgraft.finetune.pseudo_labels import ignored_share, ignored_slices
-from samgraft.finetune.selftraining.parts import Part, Round
+from samgraft.finetune.selftraining.parts import Round, Teacher
 from samgraft.finetune.task import Task
 from samgraft.finetune.training.report import next_commands
 from samgraft.finetune.training.unlabelled import UnlabelledScans
@@ -106,8 +106,8 @@ CAPTION = (
 )
 
 
-def validation_dice(part: Part) -> float:
-    """Return the foreground Dice of a complete part on the validation scans."""
+def validation_dice(part: Teacher) -> float:
+    """Return the foreground Dice of a finished run on the validation scans."""
     return float(Task.read(part.path / "model").validation["best"])
 
 

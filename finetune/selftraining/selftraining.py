@@ -21,18 +21,19 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from samgraft.finetune.config import FinetuneConfig
 from samgraft.finetune.ending import describe_ending
-from samgraft.finetune.selftraining.cost import describe_costs, measure_part
+from samgraft.finetune.model_folder import FinishedModel, read_model
+from samgraft.finetune.selftraining.cost import describe_costs, measure_part, measure_teacher
 from samgraft.finetune.selftraining.labelling import label_scans
-from samgraft.finetune.selftraining.parts import Part, Round, as_plain_finetuning, plan_rounds
+from samgraft.finetune.selftraining.parts import Part, Round, Teacher, as_plain_finetuning, plan_rounds
 from samgraft.finetune.selftraining.report import write_report
 from samgraft.finetune.study.cell_run import Processes, Runner, find_error, run_samgraft, wait_for_orphan
 from samgraft.finetune.study.schedule import forward_stop_signals
 from samgraft.finetune.task import Task
-from samgraft.finetune.training.preparation import describe_data, open_unlabelled
+from samgraft.finetune.training.preparation import Prepared, describe_data, open_unlabelled
 from samgraft.finetune.training.train import prepare_seeded
 from samgraft.finetune.training.unlabelled import UnlabelledScans, choose_unlabelled
 from samgraft.shared.config import config_to_yaml
-from samgraft.shared.errors import ExitCode, SamgraftError, StoppedAndSaved, UsageError
+from samgraft.shared.errors import DataError, ExitCode, SamgraftError, StoppedAndSaved, UsageError
 from samgraft.shared.files import write_text
 from samgraft.shared.machine import granted_cores
 from samgraft.shared.runs.inputs import record_run_inputs, save_run_split
@@ -75,7 +76,7 @@ class SelftrainingPlan:
     @property
     def parts(self) -> list[Part]:
         """All fine-tunings in order."""
-        return [*self.rounds[0].teachers, *(one.student for one in self.rounds)]
+        return [*self.rounds[0].trained_teachers, *(one.student for one in self.rounds)]
 
 
 def plan_selftraining(
@@ -101,9 +102,13 @@ def plan_selftraining(
     scans = choose_unlabelled(unlabelled, ready.store, ready.split, allow_transductive=config.data.allow_transductive)
     costs = [measure_part(plain, ready, scans, device)] if measure else []
     for teacher in rounds[0].teachers:
-        with _without_info():
-            prepared = prepare_seeded(teacher.config, run_path=teacher.path)
-        costs += [measure_part(teacher, prepared, scans, device)] if measure else []
+        if isinstance(teacher, Part):
+            with _without_info():
+                prepared = prepare_seeded(teacher.config, run_path=teacher.path)
+            costs += [measure_part(teacher, prepared, scans, device)] if measure else []
+        else:
+            model = _read_finished(teacher, ready, allow_transductive=config.data.allow_transductive)
+            costs += [measure_teacher(teacher, model, scans, device)] if measure else []
     passes = 1 + config.selftrain.flips
     cost_lines = describe_costs(costs, rounds, num_slices=scans.num_slices, passes=passes) if measure else []
     return SelftrainingPlan(
@@ -119,6 +124,34 @@ def plan_selftraining(
         split=ready.split,
         lines=(*describe_data(ready), f"unlabelled: {scans.describe()}", *cost_lines),
     )
+
+
+def _read_finished(teacher: Teacher, ready: Prepared, *, allow_transductive: bool) -> FinishedModel:
+    """Read a finished run that is to be a teacher.
+
+    Raises:
+        SamgraftError: If it has no finished model, other classes, or may have seen validation or test patients.
+    """
+    where = f"selftrain.teachers, {teacher.path.name}"
+    record = read_run_json(teacher.path)
+    if record.get("stage") != "finetune" or not record.get("complete"):
+        raise UsageError("a teacher given by its path must be a finished fine-tuning. Give another run.", where=where)
+    model = read_model(teacher.path)
+    if model.task.classes != ready.classes or model.task.inference().prompt.is_prompted:
+        raise UsageError(
+            f"a teacher must segment the classes {', '.join(ready.classes.names)} without prompts, got "
+            f"{', '.join(model.task.classes.names)}. Give another run.",
+            where=where,
+        )
+    # Other parts would make its Dice incomparable with the student's, and its labels could come from test patients.
+    differing = [part for part in ("val", "test") if set(model.task.split[part]) != set(ready.split.part(part))]
+    if differing or (model.task.transductive and not allow_transductive):
+        raise DataError(
+            f"a teacher must have the validation and test patients of this run and have seen none of them, "
+            f"{' and '.join(differing) or 'its pretraining'} differs. Train it with the same data.split.",
+            where=where,
+        )
+    return model
 
 
 @contextmanager
@@ -158,7 +191,7 @@ def run_selftraining(
             for one in plan.rounds:
                 # Later rounds use teachers that exist already.
                 if one.number == 1:
-                    _run_parts(one.teachers, plan, processes, num_parallel=num_parallel, run=run)
+                    _run_parts(one.trained_teachers, plan, processes, num_parallel=num_parallel, run=run)
                 log.info("round %d: labelling %d scans", one.number, len(plan.scans.series))
                 label_scans(one, plan.scans, plan.config, device, check_stop=check_stop)
                 _run_parts([one.student], plan, processes, num_parallel=1, run=run)

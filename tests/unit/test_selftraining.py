@@ -4,6 +4,7 @@ import dataclasses
 import json
 import logging
 import os
+import shutil
 import signal
 
 import numpy as np
@@ -15,14 +16,14 @@ from samgraft.finetune.ending import Ending
 from samgraft.finetune.model_folder import read_model
 from samgraft.finetune.selftraining import labelling, selftraining
 from samgraft.finetune.selftraining.labelling import choose_labels
-from samgraft.finetune.selftraining.parts import plan_rounds, teacher_parts
+from samgraft.finetune.selftraining.parts import plan_rounds, plan_teachers
 from samgraft.finetune.selftraining.selftraining import PartFailed, plan_selftraining, run_selftraining
 from samgraft.finetune.training import train
 from samgraft.finetune.training.module import FinetuneModule
 from samgraft.finetune.training.unlabelled import choose_unlabelled
 from samgraft.shared.cli import main
 from samgraft.shared.config import config_to_yaml, load_config
-from samgraft.shared.errors import DataError, StoppedAndSaved, UsageError
+from samgraft.shared.errors import DataError, SamgraftError, StoppedAndSaved, UsageError
 from samgraft.shared.files import write_tensors
 from samgraft.shared.samples.split import make_split
 from samgraft.shared.scans.volume import IGNORE_LABEL
@@ -157,6 +158,63 @@ def test_run_selftraining__second_round_uses_the_first_student(lab):
     assert any("student 1 (round 2)" in note for note in read_model(path).card.notes)
 
 
+def test_run_selftraining__finished_runs_are_teachers(lab, whole):
+    """A student of the same models has the same pseudo-labels, and the finished runs are not trained again."""
+    teachers = whole / "round-1" / "teachers"
+    before = {p: p.stat().st_mtime_ns for p in teachers.rglob("*") if p.is_file()}
+    runs = f"selftrain.teachers=[{teachers}/lora,{teachers}/dynunet2d]"
+    plan = plan_selftraining(config_of(lab, runs), lab / "runs" / "again", DEVICE)
+    assert not any(line.startswith("teacher") for line in plan.lines)
+    assert [part.name for part in plan.parts] == ["student 1"]
+    again = run_selftraining(plan, DEVICE, run=in_this_process)
+    assert {p: p.stat().st_mtime_ns for p in teachers.rglob("*") if p.is_file()} == before
+    assert pseudo_bytes(again) == pseudo_bytes(whole)
+    assert weights_of(again) == weights_of(whole)
+    summary = json.loads((again / "selftraining.json").read_text())
+    assert list(summary["validation_dice"]) == ["teacher lora", "teacher dynunet2d", "student 1"]
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ("stage-1 run", "must be a finished fine-tuning"),
+        ("no run", "must be a finished fine-tuning"),
+        ("unfinished", "must be a finished fine-tuning"),
+        ("other classes", "must segment the classes"),
+        ("prompted", "without prompts"),
+        ("other test patients", "test differs"),
+        ("other parts", "val and test differs"),
+        ("transductive", "its pretraining differs"),
+    ],
+)
+def test_plan_selftraining__unfit_runs_as_teachers_are_refused(lab, whole, tmp_path, change, match):
+    run = tmp_path / "run"
+    shutil.copytree(whole / "round-1" / "teachers" / "lora", run)
+    record, task = json.loads((run / "run.json").read_text()), json.loads((run / "model" / "task.json").read_text())
+    val, test = task["split"]["val"], task["split"]["test"]
+    if change == "stage-1 run":
+        record["stage"] = "pretrain"
+    elif change == "no run":
+        record = {}
+    elif change == "unfinished":
+        del record["complete"]
+    elif change == "other classes":
+        task["class_names"][0] = "other"
+    elif change == "prompted":
+        task["prompt"] = {"mode": "box"}
+    elif change == "other test patients":
+        task["split"]["test"] = [*test, task["split"]["train"][0]]
+    elif change == "other parts":
+        task["split"].update(val=test, test=val)
+    else:
+        task["transductive"] = True
+    (run / "run.json").write_text(json.dumps(record))
+    (run / "model" / "task.json").write_text(json.dumps(task))
+    with pytest.raises(SamgraftError, match=match):
+        plan_selftraining(config_of(lab, f"selftrain.teachers=[{run}]"), tmp_path / "new", DEVICE, measure=False)
+    assert not (tmp_path / "new").exists()
+
+
 def test_run_selftraining__complete_run_trains_nothing_again(lab, whole):
     def refuse(*_):
         raise AssertionError("a complete part was run again")
@@ -201,6 +259,8 @@ def test_finetune__settings_of_a_selftraining_alone_are_refused(lab):
     [
         (["selftrain.teachers=[]"], "at least one name"),
         (["selftrain.teachers=[lora,lora]"], "none twice"),
+        (["selftrain.teachers=[lora,runs/lora]"], "none twice"),
+        (["selftrain.teachers=[runs/mine]", "selftrain.teacher_settings.mine=[optim.lr=1e-4]"], "does not list"),
         (["selftrain.teachers=[mine]"], "must be one of lora"),
         (["selftrain.teachers=[a b]"], "letters, digits"),
         (["selftrain.teacher_settings.fool=[optim.lr=1e-4]"], "does not list"),
@@ -228,14 +288,14 @@ def test_finetune_config__settings_that_pseudo_labels_cannot_have_are_refused(la
         config_of(lab, *overrides)
 
 
-def test_teacher_parts__each_differs_from_the_student_in_its_own_settings(lab):
+def test_plan_teachers__each_differs_from_the_student_in_its_own_settings(lab):
     config = config_of(
         lab,
         "selftrain.teachers=[full, dynunet2d, neighbours, late]",
         "selftrain.every_teacher=[trainer.max_steps=7]",
         "selftrain.teacher_settings={full: [optim.lr=1e-4], late: [trainer.max_steps=9]}",
     )
-    full, network, neighbours, late = (part.config for part in teacher_parts(config, lab / "a"))
+    full, network, neighbours, late = (part.config for part in plan_teachers(config, lab / "a"))
     assert (full.adapter.method, full.optim.lr, full.trainer.max_steps) == ("full", 1e-4, 7)
     assert (network.model.arch, network.model.ckpt) == ("dynunet2d", None)
     assert neighbours.data.num_neighbours == 1
