@@ -160,6 +160,12 @@ def pseudo_quality(plan: Plan, folder: Path) -> dict[str, Any]:
     return {"pseudo_dice": round(float(np.mean(dice)), 4), "ignored_share": round(ignored_share(pseudo), 4)}
 
 
+def words_of(path: Path) -> str:
+    """Return the section that people write below the tables of a result file, empty without one."""
+    text = path.read_text() if path.is_file() else ""
+    return "".join(text.partition("\n## In words\n")[1:])
+
+
 def cpu_minutes() -> float:
     """Return the processor time of the finished child processes in minutes."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -196,7 +202,7 @@ def main() -> None:
             run_cell(plan, name, what)
     records = [json.loads(path.read_text()) for path in sorted((plan.work / "cells").glob("*.json"))]
     out = RESULTS / f"unlabelled_pays-{datetime.date.today()}.md"
-    out.write_text(render(records))
+    out.write_text(render(records) + words_of(out))
     draw(records, FIGURE)
     say(f"written: {out.name}")
 
