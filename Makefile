@@ -9,13 +9,23 @@ STAMP := $(VENV)/.samgraft-installed
 
 # User variables reach the recipes through the environment and not through make's own text, so that paths with
 # spaces, quotes or other scripts stay unchanged.
-export MODALITY DATA LABELLED UNLABELLED MODEL METHOD BASE CKPT NAME PRESET OUT SPLIT LICENSE RUN FILE
+TYPED := MODALITY DATA LABELLED UNLABELLED MODEL METHOD BASE CKPT NAME PRESET OUT SPLIT LICENSE RUN FILE
+export $(TYPED)
 
-# Without this check, a misspelt variable (CHKPT=...) would be ignored silently.
+# Other programs use these names too: Windows' Linux sets NAME to the name of the computer, which would become the
+# name of the run. Only variables after `make TARGET` count.
+INHERITED := $(foreach v,$(TYPED) ARGS,$(if $(filter environment%,$(origin $(v))),$(if $(value $(v)),$(v))))
+ifneq ($(strip $(INHERITED)),)
+$(foreach v,$(INHERITED),$(eval $(v) :=))
+$(shell echo "note: $(strip $(INHERITED)) of the environment is not used; write it after the target, as in make pretrain DATA=..." 1>&2)
+endif
+
+# Without this check, a misspelt variable (CHKPT=...) and an empty one (NAME=) would be ignored silently.
 GIVEN := $(foreach v,$(.VARIABLES),$(if $(filter command line,$(origin $(v))),$(v)))
 GIVEN := $(filter-out MAKEFLAGS MAKEOVERRIDES -*-command-variables-*-,$(sort $(GIVEN)))
+EMPTY := $(foreach v,$(GIVEN),$(if $(value $(v)),,$(v)))
 ifneq ($(strip $(GIVEN)),)
-ifneq ($(shell SAMGRAFT_MAKE_VARIABLES="$(GIVEN)" $(PYTHON) shared/make_variables.py 1>&2; echo $$?),0)
+ifneq ($(shell SAMGRAFT_MAKE_VARIABLES="$(GIVEN)" SAMGRAFT_MAKE_EMPTY="$(EMPTY)" $(PYTHON) shared/make_variables.py 1>&2; echo $$?),0)
 $(error see the message above)
 endif
 endif

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 import sys
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
-from samgraft.shared.errors import SamgraftError
+from samgraft.shared.errors import SamgraftError, UsageError
 from samgraft.shared.invocation import called_from_python, in_typed_grammar
 
 P = ParamSpec("P")
@@ -27,12 +28,20 @@ def as_call(function: Callable[P, Result]) -> Callable[P, Result]:
         _show_messages()
         with called_from_python():
             try:
+                _refuse_empty(inspect.signature(function).bind(*arguments, **keywords))
                 return function(*arguments, **keywords)
             except SamgraftError as error:
                 error.reword(in_typed_grammar)
                 raise
 
     return call
+
+
+def _refuse_empty(bound: inspect.BoundArguments) -> None:
+    """Refuse an empty text, which would otherwise count as not given or as the current folder."""
+    given = {**bound.arguments, **bound.arguments.get("options", {})}
+    if empty := [name for name, value in given.items() if isinstance(value, str) and not value]:
+        raise UsageError(f"{empty[0]} has an empty value. Write one, or leave it out if it has a default.")
 
 
 def _show_messages() -> None:

@@ -19,9 +19,10 @@ from safetensors.torch import load_file
 from samgraft.finetune.adapters import base_tensors, load_adapter
 from samgraft.finetune.baselines.networks import build_network
 from samgraft.finetune.segmenter import Segmenter
-from samgraft.finetune.task import Task
+from samgraft.finetune.task import TASK_FILE, Task
 from samgraft.shared.errors import WeightsError
 from samgraft.shared.files import file_sha256, write_tensors
+from samgraft.shared.runs.other_folder import refuse_other_folder
 from samgraft.shared.weights.card import Card
 from samgraft.shared.weights.load import load_sam, read_weights
 from torch import Tensor, nn
@@ -87,11 +88,10 @@ def read_task(path: Path) -> Task:
     Raises:
         WeightsError: If the folder has no finished model.
     """
-    if not path.exists():
-        raise WeightsError(
-            "the run or release does not exist.", where=path.name, next_command="make finetune CKPT=runs/NAME"
-        )
-    return Task.read(_model_folder(path))
+    folder = _model_folder(path)
+    if not (folder / TASK_FILE).is_file():
+        raise refuse_other_folder(path, expected="a finished run of stage 2, or a release of one")
+    return Task.read(folder)
 
 
 def _model_folder(path: Path) -> Path:

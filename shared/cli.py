@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from samgraft.shared.errors import FULL_DISK, ExitCode, SamgraftError, StoppedAndSaved, StorageError, UsageError
-from samgraft.shared.invocation import for_terminal
+from samgraft.shared.invocation import for_terminal, typed_argument
 from samgraft.shared.machine import configure_openmp
 
 # With these variables MONAI and torch would load pickles again, which can execute code.
@@ -43,6 +43,19 @@ class Command:
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:  # type: ignore[override]
         raise UsageError(f"{message}.", next_command=f"{self.prog} --help")
+
+    def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
+        # An unset variable of a script leaves an empty word. Taken as not given, the default would be used silently,
+        # and an empty path is the current folder.
+        if (
+            "" in arg_strings and action.nargs != argparse.PARSER
+        ):  # the words of `store build` have a parser of their own
+            positionals = [one for one in self._actions if not one.option_strings]
+            place = positionals.index(action) if action in positionals else None
+            option = max(action.option_strings, key=len, default=str(action.metavar or action.dest))
+            name = typed_argument(option, place=place)
+            raise UsageError(f"{name} has an empty value. Write one, or leave it out if it has a default.")
+        return super()._get_values(action, arg_strings)
 
 
 def keywords(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -113,6 +113,23 @@ def typed_program() -> str:
     return shlex.quote(program)
 
 
+def typed_argument(option: str, *, place: int | None) -> str:
+    """Return the name of an argument as the user can type it, a variable after a target of make.
+
+    Args:
+        option: Option such as ``--out``, or the name that the help gives to an argument without one.
+        place: Place of an argument without an option, from 0. None for an option.
+    """
+    if not is_from_make():
+        return option
+    target = (os.environ[FRONT_END].split()[1:] or [""])[0]
+    places = POSITIONAL.get(target, ())
+    if place is not None:
+        return places[place] if place < len(places) else option
+    name = option.lstrip("-").upper()
+    return name if name in VARIABLES else option
+
+
 def repeat_command(*settings: str) -> str:
     """Return what repeats the current work, as a command ready to paste where there is one.
 

@@ -4,9 +4,12 @@ The Makefile runs it before anything is installed, so that it needs only the sta
 arrive through the environment, where quoting cannot change them.
 """
 
+from __future__ import annotations
+
 import difflib
 import os
 import sys
+from collections.abc import Collection
 
 KNOWN = (
     "MODALITY",
@@ -30,11 +33,14 @@ KNOWN = (
 )
 
 
-def check(given: list[str]) -> list[str]:
-    """Return one message for each name that no target reads."""
+def check(given: list[str], empty: Collection[str] = ()) -> list[str]:
+    """Return one message for each name that no target reads, or whose value is empty."""
     messages = []
     for name in given:
         if name in KNOWN:
+            # ARGS is a list of words, which may have none.
+            if name in empty and name != "ARGS":
+                messages.append(f"error: the make variable {name} has an empty value. Write one, or leave it out.")
             continue
         close = difflib.get_close_matches(name.upper(), KNOWN, n=1, cutoff=0.5)
         hint = f" Did you mean {close[0]}?" if close else ""
@@ -44,7 +50,8 @@ def check(given: list[str]) -> list[str]:
 
 def main() -> int:
     """Print the messages and the next command, and return the exit code."""
-    messages = check(os.environ.get("SAMGRAFT_MAKE_VARIABLES", "").split())
+    given, empty = (os.environ.get(f"SAMGRAFT_MAKE_{which}", "").split() for which in ("VARIABLES", "EMPTY"))
+    messages = check(given, empty)
     for message in messages:
         sys.stderr.write(message + "\n")
     if messages:

@@ -61,7 +61,7 @@ def prepare(
     if "model.image_size" not in given:
         config = _with_fitting_size(config)
     config = _with_labelled_stores(config)
-    return config, name or _run_name(config)
+    return config, _run_name(config) if name is None else name
 
 
 def _with_fitting_size(config: PretrainConfig) -> PretrainConfig:

@@ -22,7 +22,9 @@ log = logging.getLogger(__name__)
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="evaluated runs, or folders with cases.csv")
-    parser.add_argument("--split", default="test", choices=("train", "val", "test", "all"), help="part (default test)")
+    parser.add_argument(
+        "--split", choices=("train", "val", "test", "all"), help="part (default test, or that of a folder)"
+    )
     parser.add_argument("--metrics", default="dice,nsd,hd95_mm", help="columns of cases.csv, separated by commas")
     parser.add_argument(
         "--show-names",
@@ -65,7 +67,7 @@ def run(arguments: argparse.Namespace) -> int:
 def compare(
     runs: Sequence[Path | str],
     *,
-    split: str = "test",
+    split: str | None = None,
     metrics: Sequence[str] | str = ("dice", "nsd", "hd95_mm"),
     out: Path | str | None = None,
     show_names: bool = False,
@@ -74,7 +76,8 @@ def compare(
 
     Args:
         runs: Two or more evaluated runs, or folders with ``cases.csv``.
-        split: Part of the split, ``train``, ``val``, ``test`` or ``all``.
+        split: Part of the split, ``train``, ``val``, ``test`` or ``all``; None takes ``test`` of a run, and the part of
+            a folder with ``cases.csv``.
         metrics: Columns of ``cases.csv``, as a list or separated by commas.
         out: Folder for tables and report; None writes nothing.
         show_names: List the differences of all patients by name, in a further file that must stay local.
@@ -95,8 +98,7 @@ def compare(
     from samgraft.finetune.evaluation.scores import METRIC_BY_KEY, interval_of
     from samgraft.shared.store.from_data import progress_bar
 
-    names = metrics.split(",") if isinstance(metrics, str) else metrics
-    keys = [name.strip() for name in names if name.strip()]
+    keys = _metric_names(metrics)
     evaluated = [read_evaluated_run(Path(path), part=split) for path in runs]
     owner = _read_names([Path(path) for path in runs]) if show_names else None
     with progress_bar("comparing") as on_progress:
@@ -122,6 +124,14 @@ def compare(
         if owner:
             log.info("with names, for you only: %s", write_patients(patients, folder).name)
     return ComparisonResult(path=folder, rows=results)
+
+
+def _metric_names(metrics: Sequence[str] | str) -> list[str]:
+    names = metrics.split(",") if isinstance(metrics, str) else metrics
+    keys = [name.strip() for name in names if name.strip()]
+    if not keys:
+        raise UsageError("--metrics must name at least one column of cases.csv, got none.")
+    return keys
 
 
 def _read_names(runs: Sequence[Path]) -> Names:

@@ -152,7 +152,9 @@ def check_early(given: Mapping[str, str], *, name: str | None, runs: Path, comma
     from samgraft.shared.runs.result import checked_run_path
 
     store, fold = given.get("data.store"), given.get("data.fold")
-    path = checked_run_path(runs, name or default_name(weights or arch or "", store, command=command, fold=fold))
+    path = checked_run_path(
+        runs, default_name(weights or arch or "", store, command=command, fold=fold) if name is None else name
+    )
     # A run that exists has its own split and has passed the check.
     if not path.exists():
         from samgraft.finetune.early_checks import refuse_known_leak

@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 PLAIN_LINE_EVERY_S = 60.0
 FORMATS = ("nifti", "nrrd", "dicom-seg")
 PICTURES = ("auto", "stack", "single")
+MAX_NOTES = 8
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -154,6 +155,10 @@ def _finish(report: PredictReport, out: Path, *, total: int) -> int:
         parts.append(f"{len(report.unprompted)} without a prompt")
     if report.refused:
         parts.append(f"{len(report.refused)} refused")
+    for note, number in report.notes.most_common(MAX_NOTES):
+        log.info("note: %d x %s", number, note)
+    if (more := len(report.notes) - MAX_NOTES) > 0:
+        log.info("note: %d more in the records beside the masks", more)
     log.info("%d scans: %s; masks in %s", total, ", ".join(parts), out)
     if report.refused:
         shown = "; ".join(f"{name}: {reason}" for name, reason in list(report.refused.items())[:5])

@@ -47,12 +47,17 @@ class EvaluatedRun:
     """Content of ``summary.json``."""
 
 
-def read_evaluated_run(path: Path, *, part: str) -> EvaluatedRun:
+def read_evaluated_run(path: Path, *, part: str | None) -> EvaluatedRun:
     """Read the evaluation of a run or release, or of a folder with ``cases.csv``.
 
+    Args:
+        path: Run, release or folder.
+        part: Part of the split; None takes ``test`` of a run, and the part of a folder.
+
     Raises:
-        DataError: If there is none or it is damaged.
+        DataError: If there is none, it is of another part, or it is damaged.
     """
+    wanted, part = part, part or "test"
     folder = path if (path / "cases.csv").is_file() else path / "evaluation" / part
     if not (folder / "cases.csv").is_file():
         raise DataError(
@@ -69,6 +74,12 @@ def read_evaluated_run(path: Path, *, part: str) -> EvaluatedRun:
         raise DataError(
             "summary.json of the evaluation is missing or damaged. Evaluate again.", where=path.name
         ) from err
+    if wanted is not None and found.summary.get("part") != wanted:
+        raise DataError(
+            f"the folder is an evaluation of {found.summary.get('part')} (expected {wanted}). Give the folder of that "
+            "part, or leave --split out.",
+            where=path.name,
+        )
     num_cases = len({row["series_id"] for row in rows})
     if found.summary.get("num_cases") != num_cases:
         raise DataError(

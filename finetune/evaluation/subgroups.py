@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,8 @@ from samgraft.finetune.evaluation.scores import Row, class_names, interval_table
 from samgraft.shared.errors import DataError, UsageError
 from samgraft.shared.store.series import SeriesRecord
 from samgraft.shared.store.store import SliceStore
+
+log = logging.getLogger(__name__)
 
 UNKNOWN = "unknown"
 ATTRIBUTES: dict[str, Callable[[SeriesRecord], str]] = {
@@ -101,6 +104,8 @@ def read_subgroups(path: Path, store: SliceStore, *, patients: Sequence[str]) ->
                     f"{', '.join(reader.fieldnames or ()) or 'none'}.",
                     where=path.name,
                 )
+            if unused := [str(column) for column in reader.fieldnames or () if column not in ("patient_id", "group")]:
+                log.info("columns of %s that are not used: %s", path.name, ", ".join(unused))
             group_of: dict[str, str] = {}
             for row in reader:
                 patient, group = (row["patient_id"] or "").strip(), (row["group"] or "").strip()

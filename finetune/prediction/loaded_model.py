@@ -17,7 +17,7 @@ from samgraft.finetune.prediction.predictor import Predictor
 from samgraft.finetune.prompting.prompt_file import read_prompts, slice_prompts
 from samgraft.shared.errors import DataError, UsageError
 from samgraft.shared.files import move
-from samgraft.shared.scans.case import SourceCase, read_case
+from samgraft.shared.scans.case import SourceCase, note_unused_frame, read_case
 from samgraft.shared.scans.orientation import affine_of_axes
 from samgraft.shared.scans.readers.nifti import nifti_form_codes, scan_of_array, scan_of_image
 from samgraft.shared.scans.readers.scan import ScanFiles, ScanFormat
@@ -188,7 +188,7 @@ def _read(
         raw = scan_of_image(scan, where=name, frame=frame)
     else:
         raise UsageError(f"a scan must be a path, a nibabel image or an array, got {type(scan).__name__}.")
-    return SourceCase(name=name, patient_key=name, scan=files), raw, (1, 1)
+    return SourceCase(name=name, patient_key=name, scan=files), note_unused_frame(raw, frame), (1, 1)
 
 
 def _only_scan(path: Path, *, frame: int | None, allow_gaps: bool) -> InputScan:

@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -68,6 +69,8 @@ class PredictReport:
     """Scans without a prompt in the prompts file."""
     refused: dict[str, str] = field(default_factory=dict)
     """Reason of every scan that could not be segmented."""
+    notes: Counter[str] = field(default_factory=Counter)
+    """Number of segmented scans by the reader's notes on them."""
 
 
 class _FileInTheWay(StorageError):
@@ -134,6 +137,7 @@ def predict_scans(
             (report.written if record else report.skipped).append(scan.name)
             text = "finished before, verified"
             if record is not None:
+                report.notes.update(record["notes"])
                 counts = ", ".join(f"{name} {voxels}" for name, voxels in record["voxels"].items())
                 text = f"voxels {counts}; {time.monotonic() - start:.1f} s"
         if progress:
@@ -159,7 +163,7 @@ def _predict_one(
     stem = out / scan.out_stem
     formats = [name for name in settings.formats if name != "dicom-seg" or scan.is_dicom]
     names = file_names(stem.name, formats, predictor.classes)
-    expected = _identity(predictor, examined, settings, prompts, formats)
+    expected = _identity(predictor, examined, settings, prompts, formats, scan.case.scan.frame)
     if is_finished(stem, expected):
         return None
     _refuse_to_overwrite(stem, names)
@@ -224,6 +228,7 @@ def _identity(
     settings: PredictSettings,
     prompts: PromptFile | None,
     formats: Sequence[str],
+    frame: int | None,
 ) -> dict[str, Any]:
     """Return everything that the masks depend on."""
     return {
@@ -238,6 +243,8 @@ def _identity(
         "zero_non_finite": settings.zero_non_finite,
         "prompts_sha256": prompts.sha256 if prompts else None,
         "formats": list(formats),
+        # The file is the same for all its volumes.
+        **({} if frame is None else {"frame": frame}),
     }
 
 

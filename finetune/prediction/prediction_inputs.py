@@ -11,7 +11,7 @@ from pathlib import Path
 
 from samgraft.shared.errors import DataError
 from samgraft.shared.scans.case import SourceCase
-from samgraft.shared.scans.discovery import SourceOptions
+from samgraft.shared.scans.discovery import SourceOptions, refuse_unused_frame
 from samgraft.shared.scans.readers.registry import (
     format_by_content,
     format_by_suffix,
@@ -67,6 +67,7 @@ def find_inputs(
 
     Raises:
         DataError: If there is no scan, or the file has no known format.
+        UsageError: If ``frame`` is given and no scan can have several volumes.
     """
     if source.is_file() and scan_suffix(source) not in {".csv", ".tsv"}:
         return _single_file(source, frame=frame, allow_gaps=allow_gaps)
@@ -103,6 +104,7 @@ def _single_file(path: Path, *, frame: int | None, allow_gaps: bool) -> Inputs:
             where=path.name,
         )
     scan = ScanFiles(format=kind, paths=(path,), name=path.name, frame=frame, allow_gaps=allow_gaps)
+    refuse_unused_frame(frame, [scan])
     case = SourceCase(name=path.name, patient_key=path.name, scan=scan)
     return Inputs(scans=[InputScan(name=path.name, case=case, out_stem=f"{_file_stem(path.name)}{SUFFIX}")])
 

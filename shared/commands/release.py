@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from samgraft.shared.cli import Command, keywords
-from samgraft.shared.errors import ExitCode, UsageError, WeightsError
-from samgraft.shared.runs.result import ENCODER_FILE, MODEL_FOLDER
+from samgraft.shared.errors import ExitCode, UsageError
+from samgraft.shared.runs.other_folder import MODEL_RESULT, refuse_other_folder
+from samgraft.shared.runs.result import ENCODER_FILE
 
 log = logging.getLogger(__name__)
 
 FORMATS = ("sam", "transformers", "peft", "onnx", "monai")
-RESULT_OF_STAGE = {"model": f"{MODEL_FOLDER}/task.json", "encoder": ENCODER_FILE}
+RESULT_OF_STAGE = {"model": MODEL_RESULT, "encoder": ENCODER_FILE}
 """File of a finished run, by the entry point that releases it."""
 
 
@@ -145,17 +146,11 @@ def release(
 
 def _releaser(path: Path) -> Any:
     """Return the release function of the stage that the run folder belongs to."""
-    if not path.exists():
-        raise WeightsError("the run does not exist.", where=path.name, next_command="make finetune CKPT=runs/NAME")
     for stage, result in RESULT_OF_STAGE.items():
         if (path / result).is_file():
             [point] = entry_points(group="samgraft.releases", name=stage)
             return point.load()
-    raise WeightsError(
-        f"the run is not finished (it has neither {' nor '.join(RESULT_OF_STAGE.values())}).",
-        where=path.name,
-        next_command="the command that started the run; it resumes",
-    )
+    raise refuse_other_folder(path, expected="a finished run")
 
 
 def _names(text: str | None) -> tuple[str, ...] | None:
@@ -170,7 +165,10 @@ def _identifiers(path: Path | None) -> tuple[str, ...]:
         raise UsageError(
             f"--known-identifiers must be a text file that can be read ({reason}).", where=str(path)
         ) from err
-    return tuple(line.strip() for line in lines if line.strip())
+    identifiers = tuple(line.strip() for line in lines if line.strip())
+    if path and not identifiers:
+        raise UsageError("--known-identifiers must list one id or name per line, the file is empty.", where=str(path))
+    return identifiers
 
 
 COMMAND = Command(help="checked weights, card and checksums from a run", add_arguments=add_arguments, run=run)

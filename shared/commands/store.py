@@ -119,11 +119,11 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         help="read an own split: CSV with the columns patient and part (names of files or patients), or nnU-Net's "
         "splits_final.json",
     )
-    split.add_argument("--seed", type=int, default=0)
+    split.add_argument("--seed", type=int, help="seed of the draw; default 0")
     split.add_argument("--by-site", action="store_true", help="keep every site or scanner in one part")
     split.add_argument("--few-shot", type=int, help="keep this many training patients or slices")
-    split.add_argument("--unit", choices=["patients", "slices"], default="patients", help="unit of --few-shot")
-    split.add_argument("--repeats", type=int, default=1, help="number of few-shot files, each with its own draw")
+    split.add_argument("--unit", choices=["patients", "slices"], help="unit of --few-shot; default patients")
+    split.add_argument("--repeats", type=int, help="number of few-shot files, each with its own draw; default 1")
     split.add_argument("--out", type=Path, help="file; default: beside the store")
 
 
@@ -221,7 +221,9 @@ def _check(arguments: argparse.Namespace) -> list[str]:
     from samgraft.shared.store.check import check_store, compare_with_scans, refuse_problems
     from samgraft.shared.store.from_data import examine_again, examine_scans, progress_bar
 
-    if not (arguments.path / "zarr.json").is_file():
+    is_store = (arguments.path / "zarr.json").is_file()
+    _refuse_unused_check(arguments, is_store=is_store)
+    if not is_store:
         examine_scans(_scan_request(arguments, arguments.path))
         return []
     with progress_bar("verifying") as on_progress:
@@ -234,6 +236,19 @@ def _check(arguments: argparse.Namespace) -> list[str]:
         f"{arguments.path}: all bytes verified ({check.num_series} series, {check.num_files} files, "
         f"{check.num_bytes / 1e6:.1f} MB)"
     ]
+
+
+def _refuse_unused_check(arguments: argparse.Namespace, *, is_store: bool) -> None:
+    """Refuse options of a check that it would ignore."""
+    if not is_store and arguments.source is not None:
+        raise UsageError("--source is compared with a store, and the path is none. Leave it out.")
+    if not is_store or arguments.source is not None:
+        return
+    parser = argparse.ArgumentParser(add_help=False)
+    _add_source_options(parser)
+    defaults = vars(parser.parse_args([]))
+    if given := [f"--{name.replace('_', '-')}" for name in defaults if getattr(arguments, name) != defaults[name]]:
+        raise UsageError(f"{' and '.join(given)} would be ignored, because no scans are read. Add --source SCANS.")
 
 
 def _info(arguments: argparse.Namespace) -> list[str]:
@@ -273,6 +288,12 @@ def _split(arguments: argparse.Namespace) -> list[str]:
 
     if arguments.out is None and is_address(arguments.path):
         raise UsageError("--out is missing: the store is not on this machine, so the split cannot be saved beside it.")
+    few_shot = {"--unit": arguments.unit, "--repeats": arguments.repeats}
+    if arguments.few_shot is None and (given := [option for option, value in few_shot.items() if value is not None]):
+        raise UsageError(f"{' and '.join(given)} would be ignored without --few-shot. Add it.")
+    repeats = 1 if arguments.repeats is None else arguments.repeats
+    if repeats < 1:
+        raise UsageError(f"--repeats must be at least 1, got {repeats}.")
     store = SliceStore.open(arguments.path)
     split = _make_split(arguments, store)
     path = arguments.out or default_split_path(Path(arguments.path))
@@ -283,9 +304,10 @@ def _split(arguments: argparse.Namespace) -> list[str]:
         raise UsageError("--few-shot draws from a split without folds. Use data.few_shot.num=... with data.fold=0.")
     lines = []
     name = path.name.removesuffix(".json").removesuffix(".split")
-    for repeat in range(arguments.repeats):
-        small = select_few_shot(split, store, num=arguments.few_shot, unit=arguments.unit, repeat=repeat)
-        target = path.with_name(f"{name}.{arguments.few_shot}{arguments.unit}.{repeat}.split.json")
+    unit = arguments.unit or "patients"
+    for repeat in range(repeats):
+        small = select_few_shot(split, store, num=arguments.few_shot, unit=unit, repeat=repeat)
+        target = path.with_name(f"{name}.{arguments.few_shot}{unit}.{repeat}.split.json")
         small.save(target)
         lines.append(f"{target}: {len(small.train)} training patients, draw {repeat}")
     return lines
@@ -297,8 +319,9 @@ def _make_split(arguments: argparse.Namespace, store: SliceStore) -> Split:
     from samgraft.shared.samples.split import make_folds, make_split, refuse_empty_parts
 
     if arguments.own is not None:
-        drawn = {"--fractions": arguments.fractions, "--folds": arguments.folds, "--by-site": arguments.by_site}
-        if given := [option for option, value in drawn.items() if value]:
+        drawn = {"--fractions": arguments.fractions, "--folds": arguments.folds, "--seed": arguments.seed}
+        given = [option for option, value in drawn.items() if value is not None]
+        if given := [*given, *(["--by-site"] if arguments.by_site else [])]:
             raise UsageError(f"--from reads a split, so that {' and '.join(given)} would be ignored. Remove it.")
         return read_own_split(arguments.own, store)
     text = arguments.fractions or ("1,0,0" if arguments.folds else "0.7,0.15,0.15")
@@ -306,8 +329,9 @@ def _make_split(arguments: argparse.Namespace, store: SliceStore) -> Split:
         fractions = [float(part) for part in text.split(",")]
     except ValueError as err:
         raise UsageError(f"--fractions must be three numbers like 0.7,0.15,0.15, got {text!r}.") from err
+    seed = 0 if arguments.seed is None else arguments.seed
     if arguments.folds is None:
-        split = make_split(store, fractions=fractions, seed=arguments.seed, by_site=arguments.by_site)
+        split = make_split(store, fractions=fractions, seed=seed, by_site=arguments.by_site)
         refuse_empty_parts(split, fractions, where=store.path.name)
         return split
     if len(fractions) != 3 or fractions[1]:
@@ -319,7 +343,7 @@ def _make_split(arguments: argparse.Namespace, store: SliceStore) -> Split:
         store,
         num_folds=arguments.folds,
         test_fraction=fractions[2],
-        seed=arguments.seed,
+        seed=seed,
         by_site=arguments.by_site,
     )
 

@@ -98,6 +98,8 @@ def _read_table(path: Path, translate: _Translation) -> Split:
     if not set(CSV_COLUMNS) <= columns:
         found = ", ".join(sorted(str(column) for column in columns)) or "none"
         raise UsageError(f"the table must have the columns patient and part (got {found}).", where=path.name)
+    if unused := sorted(str(column or "without a name") for column in columns - set(CSV_COLUMNS)):
+        log.info("columns of %s that are not used: %s", path.name, ", ".join(unused))
     names: dict[str, list[str]] = {part: [] for part in PARTS}
     for number, row in enumerate(rows, start=2):
         part = (row["part"] or "").strip().lower()
@@ -123,6 +125,12 @@ def _read_nnunet(path: Path, translate: _Translation) -> Split:
         ) from err
     if not listed:
         raise UsageError("the file lists no fold.", where=path.name)
+    if unknown := sorted({key for entry in entries for key in entry} - {"train", "val"}):
+        raise UsageError(
+            f"a fold of nnU-Net has train and val (got {', '.join(unknown)} too). Give a table of patients with the "
+            "columns patient and part, in which test is a part.",
+            where=path.name,
+        )
     # A case of nnU-Net with several channels is several series of one patient here, which one name finds.
     folds = tuple(Fold(train=translate.patients(train), val=translate.patients(val)) for train, val in listed)
     _refuse_overlap(folds, path)

@@ -24,6 +24,8 @@ SCHEMA = 1
 DEFAULT_FRACTIONS = (0.7, 0.15, 0.15)
 """Fractions of the patients in train, val and test."""
 PARTS = ("train", "val", "test")
+OPTIONAL_KEYS = ("train_slices", "folds")
+"""Keys of a split file that not every split has."""
 ALL_PARTS = "all"
 """Name of all patients of a split, whatever their part."""
 MAX_WARNINGS = 8
@@ -337,12 +339,19 @@ def _parse_split(content: bytes, store: SliceStore, *, where: str) -> Split:
             folds=tuple(Fold(train=tuple(f["train"]), val=tuple(f["val"])) for f in values.get("folds", ())),
         )
         recorded = str(values["sha256"])
+        unknown = sorted(set(values) - {*split._plain(), *OPTIONAL_KEYS, "sha256"})
     except (ValueError, KeyError, TypeError, RecursionError) as err:
         raise DataError(
             f"the split file is damaged, or is not one that samgraft wrote ({type(err).__name__}). Make it again with "
             "`samgraft store split`, which also reads other forms with --from.",
             where=where,
         ) from err
+    if unknown:
+        raise DataError(
+            f"the split file has keys that are not read (got {', '.join(unknown)}, expected {', '.join(PARTS)}). "
+            "Remove them, and make the split again.",
+            where=where,
+        )
     if recorded != split.sha256:
         raise DataError("the split file was edited: its hash differs. Make it again.", where=where)
     check_split(split, store)

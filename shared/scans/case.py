@@ -5,6 +5,7 @@ Shape letters: I, J, K = voxel axes of the file.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -84,16 +85,23 @@ def read_case(case: SourceCase) -> RawScan:
     """
     if refusal := case.scan_refusal or case.refusal:
         raise DataError(refusal, where=case.name)
-    scan = read_scan(case.scan)
+    scan = note_unused_frame(read_scan(case.scan), case.scan.frame)
     if not case.is_named_image and is_label_map(scan.array_ijk):
         values = np.unique(scan.array_ijk)
         text = ", ".join(f"{v:g}" for v in values[:5]) + (", ..." if len(values) > 5 else "")
         raise DataError(
-            f"the scan looks like a label map ({len(values)} values: {text}). Add a word like _seg to its name, or "
-            "list it as image in a CSV list if it is a scan.",
+            f"the scan looks like a label map ({len(values)} values: {text}). Add a word like _seg to its name "
+            "(_dseg in BIDS), or list it as image in a CSV list if it is a scan.",
             where=case.name,
         )
     return scan
+
+
+def note_unused_frame(scan: RawScan, frame: int | None) -> RawScan:
+    """Return a scan with a note if a volume was chosen although its file has one only."""
+    if frame is None or scan.num_volumes > 1:
+        return scan
+    return dataclasses.replace(scan, notes=(*scan.notes, f"--frame {frame} is not used, the file has one volume"))
 
 
 def is_label_map(array_ijk: Array) -> bool:

@@ -12,8 +12,8 @@ from pathlib import Path, PurePosixPath
 
 from samgraft.shared.errors import DataError, UsageError
 from samgraft.shared.scans.case import IGNORE_NAME, LabelFiles, SourceCase
-from samgraft.shared.scans.names import patient_folder, patient_of_stem
-from samgraft.shared.scans.readers.registry import scan_stem
+from samgraft.shared.scans.names import patient_folder, patient_of_stem, without_contrasts
+from samgraft.shared.scans.readers.registry import READERS, scan_stem
 from samgraft.shared.scans.readers.scan import ScanFiles
 from samgraft.shared.scans.volume import IGNORE_LABEL
 
@@ -39,6 +39,16 @@ class SourceOptions:
     round_labels: bool = False
     pictures_are_scans: bool = False
     """True if every picture is a scan of its own (X-ray, ultrasound). Otherwise a folder of pictures is one stack."""
+
+
+def refuse_unused_frame(frame: int | None, scans: Iterable[ScanFiles]) -> None:
+    """Refuse a chosen volume if no scan is of a format with several volumes, or their volumes are scans of their own.
+
+    Raises:
+        UsageError: If it would be ignored for every scan.
+    """
+    if frame is not None and not any(READERS[one.format].has_volumes and one.frame == frame for one in scans):
+        raise UsageError("--frame has no effect, because no scan is a file with several volumes. Leave it out.")
 
 
 def pictures_are_scans(meaning: str, modality: str) -> bool:
@@ -85,6 +95,28 @@ class Discovery:
                 replace(case, labels=tuple(_with_ignored(label, ignore_id, wanted) for label in case.labels))
                 for case in self.cases
             ]
+
+    def refuse_unused(self, options: SourceOptions) -> None:
+        """Refuse options that this source ignores, which are mistakes.
+
+        Options that permit something (gaps, rounding, NaN) may find nothing to permit.
+
+        Raises:
+            UsageError: With the option and the reason.
+        """
+        labels = [label for case in self.cases for label in case.labels]
+        have_ids = any(label.class_id is None for label in labels)
+        unused = {
+            "--label-map": options.label_map and not have_ids,
+            "--label-names": options.label_names and not labels,
+            "--ignore-label": options.ignore_label is not None and not labels,
+        }
+        if given := [option for option, is_unused in unused.items() if is_unused]:
+            why = "its labels name one class each" if labels else "it has no label that belongs to a scan"
+            raise UsageError(f"{' and '.join(given)} would be ignored for this source, because {why}. Leave it out.")
+        if options.label_desc is not None and self.layout != "BIDS":
+            raise UsageError(f"--label-desc is for labels of BIDS, and this source is read as {self.layout}.")
+        refuse_unused_frame(options.frame, (case.scan for case in self.cases))
 
     def finish(self) -> None:
         """Sort the cases, refuse copies that contradict each other, and list images without label."""
@@ -158,7 +190,8 @@ def patients_by_path(relatives: Iterable[str], found: Discovery) -> dict[str, st
             continue
         stem = patient_of_stem(scan_stem(path.name))
         # Bare numbers start again in every part of a split: 001 in imagesTr and in imagesTs are two patients.
-        by_stem[f"{path.parent}/{stem}" if stem.isdecimal() else stem].append(relative)
+        # In T1 and in T2 they are one.
+        by_stem[f"{without_contrasts(path.parent)}/{stem}" if stem.isdecimal() else stem].append(relative)
     folder_of = merge_patients(
         {folder: patient_of_stem(folder, is_file=False) for folder in by_folder.values()}, found, "folders"
     )

@@ -105,6 +105,7 @@ def msd_cases(root: Path, options: SourceOptions) -> Discovery:
     channels = values.get("modality") if all(entry.image == entry.first for entry in entries) else None
     num_channels = len(channels) if isinstance(channels, Mapping) and channels else 1
     present = _present_entries(root, entries, found)
+    _note_other_parts(values, parts, found)
     # The files of one entry are one patient, whatever their names are.
     patients = merge_patients({e.first: patient_of_stem(scan_stem(e.first)) for _, e in present}, found)
     for path, entry in present:
@@ -160,7 +161,8 @@ def bids_cases(root: Path, options: SourceOptions) -> Discovery:
                 for p in chosen[path]
             ]
             refusal = refusals.get(path) or (None if has_table else refuse_unnamed(parts_of, options, found))
-            found.cases.append(replace(case, labels=tuple(parts_of), refusal=refusal))
+            # Other programs write masks such as _seg beside the images of BIDS, so the voxels are checked.
+            found.cases.append(replace(case, labels=tuple(parts_of), refusal=refusal, is_named_image=False))
     found.labels_without_image += [p.name for paths in labels.values() for p in paths]
     return found
 
@@ -178,6 +180,8 @@ def csv_cases(path: Path, options: SourceOptions) -> Discovery:
     rows = _csv_rows(path, found)
     unnamed = [row["image"] for _, row in rows if row.get("image") and not row.get("patient")]
     patients = {} if rules.has_patient else patients_by_path(unnamed, found)
+    for column, pattern in (("patient", options.patient_pattern), ("site", options.site_pattern)):
+        _check_pattern(column, pattern, rows, found)
     for number, row in rows:
         if not row.get("image"):
             raise DataError(f"line {number} has no image.", where=path.name)
@@ -203,6 +207,17 @@ def csv_cases(path: Path, options: SourceOptions) -> Discovery:
             )
         )
     return found
+
+
+def _check_pattern(
+    column: str, pattern: str | None, rows: Sequence[tuple[int, Mapping[str, str]]], found: Discovery
+) -> None:
+    """Refuse a pattern that no row needs, and note the rows that do not."""
+    filled = sum(bool(row.get(column)) for _, row in rows)
+    if pattern is not None and rows and filled == len(rows):
+        raise UsageError(f"--{column}-pattern would be ignored, because every row has its {column}. Leave it out.")
+    if pattern is not None and filled:
+        found.notes.append(f"{filled} rows have their {column} from the list and not from --{column}-pattern")
 
 
 def _csv_rows(path: Path, found: Discovery) -> list[tuple[int, dict[str, str]]]:
@@ -312,12 +327,13 @@ def _labels_per_image(
 ) -> tuple[dict[Path, list[Path]], dict[Path, str]]:
     """Choose the labels of images that share their entities, or refuse an image if no rule decides.
 
-    Rules, in this order: ``space-`` names the image; ``_dseg`` (all classes) goes before ``_mask`` (one class); masks
-    with ``label-`` go before others and are classes of one label. Masks of several ``kinds`` need a choice.
+    Rules, in this order: ``space-`` or the image's own ending inside the name (``sub-01_T1w_label-lesion_mask``) names
+    the image; ``_dseg`` (all classes) goes before ``_mask`` (one class); masks with ``label-`` go before others and are
+    classes of one label. Masks of several ``kinds`` need a choice.
     """
     fitting: dict[Path, list[Path]] = {image: [] for image in images}
     for label in labels:
-        space = _entity(label, "space")
+        space = _entity(label, "space") or _ending_inside(label)
         chosen = [p for p in images if scan_stem(p).endswith(f"_{space}")] if space else list(images)
         if len(chosen) == 1:
             fitting[chosen[0]].append(label)
@@ -382,7 +398,12 @@ def _entity(path: Path, name: str) -> str:
 
 
 def _entities(stem: str) -> str:
-    return "_".join(part for part in stem.split("_")[:-1] if not part.startswith(_IGNORED_ENTITIES))
+    return "_".join(part for part in stem.split("_")[:-1] if "-" in part and not part.startswith(_IGNORED_ENTITIES))
+
+
+def _ending_inside(label: Path) -> str:
+    """Return the ending of an image that the name of its label repeats, or an empty text."""
+    return next((part for part in scan_stem(label).split("_")[:-1] if "-" not in part), "")
 
 
 def _names_from_dseg(root: Path) -> dict[int, str] | None:
@@ -425,6 +446,19 @@ def _names_from_json(values: Mapping[str, Any], root: Path, options: SourceOptio
         if label_id != 0:
             names[label_id] = text
     return names
+
+
+def _note_other_parts(values: Mapping[str, Any], parts: Collection[str], found: Discovery) -> None:
+    """Note lists of cases under names that are not read."""
+    others = [
+        name
+        for name, entries in values.items()
+        if name not in parts
+        and isinstance(entries, list)
+        and any(isinstance(entry, Mapping) and "image" in entry for entry in entries)
+    ]
+    if others:
+        found.notes.append(f"parts of dataset.json that are not read: {', '.join(others)} (read: {', '.join(parts)})")
 
 
 @dataclass(frozen=True)

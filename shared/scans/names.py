@@ -86,6 +86,8 @@ class NamedFile:
     """Words of the file name in their own upper and lower case, for class names."""
     loose_folders: tuple[str, ...]
     """Words of the folders, where a folder with a role word gives no more than its part of the split."""
+    class_folder: tuple[str, ...] = ()
+    """Words of the innermost folder, in their own upper and lower case, if it is below a folder for labels."""
 
     @property
     def is_label(self) -> bool:
@@ -124,6 +126,11 @@ class NamedFile:
         return (*self.loose_folders, *self.key[len(self.folders) :])
 
     @property
+    def key_of_case(self) -> tuple[str, ...]:
+        """Key without the folders of contrasts, in which ``T1/P01`` and ``T2/P01`` are equal."""
+        return (*(word for word in self.folders if word not in _CONTRASTS), *self.key[len(self.folders) :])
+
+    @property
     def is_derived(self) -> bool:
         """True if the file name or a folder has a word for computed maps."""
         return any(word in _DERIVED_WORDS for word in self.key)
@@ -147,6 +154,9 @@ class NamedFile:
         pairs = [(w, o) for w, o in zip(self.words, self.original, strict=True) if w not in _ROLE_WORDS]
         for end in range(len(pairs) - 1, 0, -1):
             yield (*self.folders, *(w for w, _ in pairs[:end])), _class_name([o for _, o in pairs[end:]])
+        if self.class_folder:  # masks/liver/P01 beside images/P01
+            kept = self.folders[: len(self.folders) - len(self.class_folder)]
+            yield (*kept, *self.key[len(self.folders) :]), _class_name(self.class_folder)
 
     def class_beside(self, image: NamedFile) -> str | None:
         """Return the class that the whole name gives, for a label in the folder of its only image (``liver.nii.gz``).
@@ -213,8 +223,10 @@ def split_name(relative: PurePath) -> NamedFile:
     folders: list[str] = []
     loose: list[str] = []
     in_label_folder = False
+    class_folder: list[str] = []
     for folder in relative.parent.parts:
         words = _words(folder)
+        class_folder = _words(folder, lower=False) if in_label_folder else []
         has_role = any(word in _ROLE_WORDS for word in words)
         loose += [word for word in words if not has_role or word in _PART_WORDS.values()]
         # ``masks`` and ``labels_train`` are role folders; ``mask_study_07`` may be a patient's, its files decide.
@@ -229,7 +241,19 @@ def split_name(relative: PurePath) -> NamedFile:
     original = _words(scan_stem(relative.name), lower=False)
     lowered = tuple(word.lower() for word in original)
     found = next((i for i, word in enumerate(lowered) if word in _LABEL_WORDS), None)
-    return NamedFile(tuple(folders), lowered, found, in_label_folder, tuple(original), tuple(loose))
+    # A folder with a role word or a number names no class.
+    is_class = class_folder == [w for w in class_folder if w.lower() not in _ROLE_WORDS | _QUALIFIERS | _CONTRASTS]
+    named = tuple(class_folder) if is_class and not any(map(_has_digit, class_folder)) else ()
+    return NamedFile(tuple(folders), lowered, found, in_label_folder, tuple(original), tuple(loose), named)
+
+
+def without_contrasts(folder: PurePath) -> PurePath:
+    """Return a path without the folders of contrasts, in which scans of one patient have one name."""
+    return PurePath(*(part for part in folder.parts if not all(word in _CONTRASTS for word in _words(part))))
+
+
+def _has_digit(word: str) -> bool:
+    return any(char.isdigit() for char in word)
 
 
 def patient_folder(relative: PurePath) -> str | None:

@@ -58,6 +58,8 @@ class _ImageIndex:
     by_folder: dict[tuple[str, ...], list[FoundScan]] = field(default_factory=lambda: defaultdict(list))
     by_case: dict[tuple[str, ...], list[FoundScan]] = field(default_factory=lambda: defaultdict(list))
     """Images by the beginnings of their keys, which are the cases that they may be channels of."""
+    by_contrast: dict[tuple[str, ...], list[FoundScan]] = field(default_factory=lambda: defaultdict(list))
+    """Images by their keys without the folders of contrasts."""
 
     def add(self, image: FoundScan) -> None:
         """Add an image under all its keys."""
@@ -65,6 +67,7 @@ class _ImageIndex:
         self.by_key[key].append(image)
         self.by_loose_key[image.name.loose_key].append(image)
         self.by_folder[folders].append(image)
+        self.by_contrast[image.name.key_of_case].append(image)
         for length in range(len(folders) + 1, len(key)):
             self.by_case[key[:length]].append(image)
 
@@ -98,6 +101,7 @@ def discover(source: Path, options: SourceOptions | None = None) -> Discovery:
         raise DataError(
             f"no scan was found (layout: {found.layout}; left out: {counts or 'nothing'}).", where=str(source)
         )
+    found.refuse_unused(options)
     return found
 
 
@@ -328,7 +332,7 @@ def _owners(label: FoundScan, index: _ImageIndex) -> tuple[list[FoundScan], str 
             return fitting, class_name
         if fitting:
             return [], None
-    if channels := index.by_case.get(label.name.key):
+    if channels := index.by_case.get(label.name.key) or index.by_contrast.get(label.name.key):
         return channels, None
     if len(loose := index.by_loose_key.get(label.name.loose_key, [])) == 1:
         return loose, None

@@ -10,7 +10,7 @@ import pytest
 from doc_commands import arguments_of
 from samgraft.shared.cli import main
 
-_WORD = r"(?:'[^']*'|[^\s';,`(]+)"
+_WORD = r"(?:'[^']*'|[^\s';,`(])+"
 _PROSE = r"(?!(?:or|and|then|shows|fetches|with)\b)"
 # Names of commands inside a sentence are in backticks.
 _COMMAND = re.compile(rf"(?<![`\w])(?:samgraft|make) (?!help)[a-z][a-z-]*(?: {_PROSE}{_WORD})*")

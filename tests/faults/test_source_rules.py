@@ -72,6 +72,9 @@ def examine(root, options=None):
         ("case_image_01.nii", ["case_label_01.nii"]),
         ("01_ct.nii.gz", ["01.seg.nii.gz"]),
         ("data/p1.nii", ["manual_segmentations/p1.nii"]),
+        ("images/p1.nii", ["masks/Liver/p1.nii", "masks/spleen/p1.nii"]),
+        ("train/images/p1.nii", ["train/masks/liver/p1.nii"]),
+        ("T1/001.nii", ["GT/001.nii"]),
     ],
 )
 def test_discover__label_of_any_naming_scheme_meets_its_image(tmp_path, image, labels):
@@ -175,6 +178,8 @@ def test_patient_of_stem__frames_time_points_contrasts_and_sides_are_removed(ste
         (["train/P01/a.nii", "train/P02/a.nii", "test/P03/a.nii"], 3),
         (["P01_t1.nii", "P01_t2.nii", "P02_t1.nii"], 2),
         (["T1/P01.nii", "T2/P01.nii", "T1/P02.nii"], 2),
+        (["T1/001.nii", "T2/001.nii", "T1/002.nii"], 2),
+        (["train/T1/001.nii", "train/T2/001.nii", "test/T1/001.nii"], 2),
         (["images/fold_0/P01/a.nii", "images/fold_1/P01/b.nii"], 1),
         (["a.nii", "b.nii"], 2),
     ],
@@ -377,6 +382,21 @@ def test_bids_cases__masks_of_named_labels_are_classes(tmp_path):
     assert len(chosen) == 2
     assert [label.class_id for label in case.labels] == [1, 2]
     assert discover(tmp_path).label_names == {1: "core", 2: "edema"}
+
+
+def test_bids_cases__name_of_the_image_inside_the_label_chooses_it(tmp_path):
+    for name in ("sub-01_T1w", "sub-01_T2w", "sub-02_T1w"):
+        write(tmp_path, f"{name[:6]}/anat/{name}.nii.gz")
+    write(tmp_path, "derivatives/x/sub-01/anat/sub-01_T2w_label-core_mask.nii.gz")
+    labelled = {case.name: len(case.labels) for case in discover(tmp_path).cases}
+    assert labelled == {"sub-01_T1w": 0, "sub-01_T2w": 1, "sub-02_T1w": 0}
+
+
+def test_bids_cases__mask_of_another_program_beside_the_image_is_no_scan(tmp_path):
+    write(tmp_path, "sub-01/anat/sub-01_T1w.nii.gz", "sub-01/anat/sub-01_T1w_seg.nii.gz")
+    refused = examine(tmp_path).refused
+    assert list(refused) == ["sub-01_T1w_seg"]
+    assert "looks like a label map" in refused["sub-01_T1w_seg"]
 
 
 @pytest.mark.parametrize("names", [("desc-a_mask", "desc-b_mask"), ("desc-a_dseg", "desc-b_dseg")])

@@ -124,7 +124,10 @@ def read_spacing_file(path: Path, *, where: str) -> tuple[tuple[float, float, fl
     if not path.is_file():
         return (1.0, 1.0, 1.0), False
     try:
-        z, row, column = (float(v) for v in json.loads(path.read_text(encoding="utf-8-sig"))["spacing_mm"])
+        values = json.loads(path.read_text(encoding="utf-8-sig"))
+        z, row, column = (float(v) for v in values["spacing_mm"])
+        if unknown := sorted(set(values) - {"spacing_mm"}):
+            raise ValueError(f"{', '.join(unknown)} is not read")
     except (ValueError, KeyError, TypeError, OSError) as err:
         raise DataError(f'{path.name} must hold {{"spacing_mm": [z, row, col]}} in mm ({err}).', where=where) from err
     return (z, row, column), True

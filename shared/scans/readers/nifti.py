@@ -130,7 +130,8 @@ def scan_of_array(values: Any, affine: Any, *, where: str, frame: int | None = N
     array_ijk = _select_frame(values, _shape_of_frame(values.shape, frame=frame, where=where), frame)
     # It identifies the scan in the record as the hash of a file does.
     digest = hashlib.sha256(np.ascontiguousarray(array_ijk).tobytes() + affine.tobytes())
-    return RawScan(array_ijk=array_ijk, affine=affine, source_sha256=digest.hexdigest())
+    num_volumes = values.shape[3] if values.ndim > 3 else 1
+    return RawScan(array_ijk=array_ijk, affine=affine, source_sha256=digest.hexdigest(), num_volumes=num_volumes)
 
 
 def nifti_form_codes(path: Path, *, where: str) -> tuple[int, int]:
@@ -287,4 +288,5 @@ NIFTI = ScanReader(
     matches=_matches,
     read=_read,
     inspect=lambda files: inspect_nifti(files.paths[0], where=files.name, frame=files.frame),
+    has_volumes=True,
 )

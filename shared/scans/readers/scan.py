@@ -73,5 +73,7 @@ class ScanReader:
     """Function that checks the headers for ``samgraft doctor``."""
     one_file_per_scan: bool = True
     """False for formats whose files are first grouped into series or stacks."""
+    has_volumes: bool = False
+    """True for formats whose files may have several volumes, of which ``ScanFiles.frame`` chooses one."""
     has_native_geometry: bool = True
     """False for formats without any header for spacing and orientation."""
