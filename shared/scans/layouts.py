@@ -242,6 +242,12 @@ def _csv_rows(path: Path, found: Discovery) -> list[tuple[int, dict[str, str]]]:
                     header = lowered
                     _check_columns(header, path, found)
                     continue
+                if named := set(lowered) & set(CSV_COLUMNS):
+                    raise DataError(
+                        f"the list has the column {min(named)} and none for the scans (got {', '.join(values)}). Call "
+                        "it image.",
+                        where=path.name,
+                    )
                 header = CSV_COLUMNS
             if len(values) > len(header):
                 raise DataError(

@@ -122,9 +122,10 @@ def _check_learning(curves: Curves, is_final: bool) -> str | None:
     if last < LEARNED_SHARE * first:
         return None
     # A loss can begin low, for example at the error of smoothing, so that "nothing was learned" would claim too much.
+    change = "did not fall" if last >= first else f"fell by less than {1 - LEARNED_SHARE:.0%}"
     return (
-        f"The loss on held-out slices did not fall ({last:.4g}, {first:.4g} before training), so the objective's task "
-        "is not solved better on unseen patients than at the start. That alone is no sign of harm; linear probe and "
+        f"The loss on held-out slices {change} ({last:.4g}, {first:.4g} before training), so the objective's task "
+        "is hardly solved better on unseen patients than at the start. That alone is no sign of harm; linear probe and "
         "box-prompt check show it. Use more steps, more slices, or another optim.lr."
     )
 

@@ -129,6 +129,12 @@ def test_csv_cases__pattern_beside_a_full_column_is_refused_and_beside_a_part_no
     assert f"1 rows have their {column} from the list and not from --{column}-pattern" in discover(table, options).notes
 
 
+def test_csv_cases__header_without_a_column_for_scans_is_refused(scans):
+    (scans / "list.csv").write_text("file,label\nP0/t1.nii.gz,P0/t1.nii.gz\n")
+    with pytest.raises(DataError, match=r"the column label and none for the scans \(got file, label\)"):
+        discover(scans / "list.csv")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

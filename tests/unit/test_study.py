@@ -201,6 +201,11 @@ def test_run_study__every_cell_runs_once_and_is_in_table_and_report(study, caplo
     assert float(rows[0]["low"]) < 0.575 < float(rows[0]["high"])
     assert (rows[0]["train min"], rows[0]["peak GiB"], rows[1]["trainable M"]) == ("1.0000", "2.0000", "3.0000")
     assert "0.575 (0." in caplog.text
+    compared, released = (re.search(pattern, caplog.text)[1] for pattern in (r"samgraft compare (.*)", r"RUN=(\S+)"))
+    runs = [word for word in compared.split() if "/runs/" in word]
+    assert released == runs[0] != runs[1]
+    assert all((report.parent / "cells" / f"{Path(run).name}.json").is_file() for run in runs)
+    assert compared.endswith("--split test")
     page = report.read_text()
     assert page.count("data:image/png") == 2
     assert "4 of 4 complete" in page
