@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from samgraft.shared.cli import Command
 from samgraft.shared.errors import UsageError
-from samgraft.shared.invocation import is_from_make
+from samgraft.shared.invocation import for_terminal, is_from_make
 
 if TYPE_CHECKING:
     from samgraft.shared.diagnosis import DoctorFinding
@@ -51,7 +52,7 @@ def _run(arguments: argparse.Namespace) -> int:
         content = {"ready": int(code) == 0, "findings": [finding.as_dict() for finding in findings]}
         sys.stdout.write(json.dumps(content, indent=1) + "\n")
     else:
-        sys.stdout.write(_render(findings))
+        sys.stdout.write(for_terminal(_render(findings) + f"  next     {next_command(findings, arguments.data)}\n"))
     return int(code)
 
 
@@ -70,6 +71,15 @@ def _render(findings: Sequence[DoctorFinding]) -> str:
     summary = f"{problems} problem{'s' * (problems != 1)}" if problems else "ready"
     lines += ["", summary + (f", {warnings} warning{'s' * (warnings != 1)}" if warnings else "")]
     return "\n".join(lines) + "\n"
+
+
+def next_command(findings: Sequence[DoctorFinding], data: Sequence[str]) -> str:
+    """Return what to do after these findings."""
+    if any(finding.status.value == "problem" for finding in findings):
+        return "follow the advice above, then: make doctor"
+    # Scans become a store on the way. Without --data the stores in data/ were checked.
+    given = [*data, *map(str, sorted(Path("data").glob("**/*.zarr")))]
+    return f"make pretrain DATA={shlex.quote(given[0])}" if given else "make pretrain MODALITY=mri"
 
 
 COMMAND = Command(

@@ -155,8 +155,8 @@ class NamedFile:
         for end in range(len(pairs) - 1, 0, -1):
             yield (*self.folders, *(w for w, _ in pairs[:end])), _class_name([o for _, o in pairs[end:]])
         if self.class_folder:  # masks/liver/P01 beside images/P01
-            kept = self.folders[: len(self.folders) - len(self.class_folder)]
-            yield (*kept, *self.key[len(self.folders) :]), _class_name(self.class_folder)
+            above = self.folders[: len(self.folders) - len(self.class_folder)]
+            yield (*above, *self.key[len(self.folders) :]), _class_name(self.class_folder)
 
     def class_beside(self, image: NamedFile) -> str | None:
         """Return the class that the whole name gives, for a label in the folder of its only image (``liver.nii.gz``).

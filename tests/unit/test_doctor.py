@@ -15,7 +15,9 @@ import pytest
 from dicom_factory import write_series
 from samgraft.shared import diagnosis
 from samgraft.shared.cli import main
+from samgraft.shared.commands.doctor import next_command
 from samgraft.shared.diagnosis import Status, diagnose
+from samgraft.shared.invocation import for_terminal
 from samgraft.shared.scans.header_check import check_headers
 from samgraft.shared.scans.privacy import BURNED_IN
 from samgraft.shared.scans.sources import discover
@@ -163,4 +165,20 @@ def test_doctor__text_ends_with_a_summary(
     assert main(["doctor", "--data", "no.zarr"]) == 3
     out = capsys.readouterr().out
     assert "PROBLEM  no.zarr: " in out
-    assert out.splitlines()[-1].startswith("1 problem, ")
+    *_, summary, following = out.splitlines()
+    assert summary.startswith("1 problem, ")
+    assert following.endswith("follow the advice above, then: samgraft doctor")
+
+
+@pytest.mark.parametrize(
+    ("stores", "command"),
+    [([], "samgraft pretrain --modality mri"), (["demo/mri.zarr"], "samgraft pretrain --data data/demo/mri.zarr")],
+)
+def test_next_command__without_a_problem_pretrains_on_the_store_that_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stores: list[str], command: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in stores:
+        (tmp_path / "data" / name).mkdir(parents=True)
+    assert for_terminal(next_command([], [])) == command
+    assert for_terminal(next_command([], ["my scans"])) == "samgraft pretrain --data 'my scans'"
