@@ -147,9 +147,9 @@ class OnlineConfig:
     ramp_up_steps: NonNegativeInt | None = None
     """Steps in which that weight rises from nearly 0, as exp(-5 (1 - t)^2) (Laine and Aila, ICLR 2017). null takes all
     steps of the run, because a network that learns wrong labels early does not recover."""
-    paste_probability: Share = 0.5
-    """Probability that a rectangle of a slice is replaced by that of a slice from the other half of the batch
-    (Bai et al., CVPR 2023)."""
+    paste_probability: Share = 0.0
+    """Probability that a rectangle of a slice is replaced by that of a slice of the same plane from the other half of
+    the batch (Bai et al., CVPR 2023). It lowered the Dice on both of our data sets (docs/unlabelled.md)."""
     intensity_strength: NonNegative = 2.0
     """Factor on the strengths of intensity changes in ``data.augment`` for the student's view of unlabelled slices. The
     teacher gets the view without them."""

@@ -1,7 +1,7 @@
 """Self-training in one run. The averaged weights of the run label the unlabelled slices of every batch.
 
 The teacher gets a slice as the data augmentation returns it. The student gets it with further intensity changes and has
-to give the same labels. Rectangles of labelled slices are pasted into unlabelled ones and the reverse.
+to give the same labels. On request, rectangles of labelled slices are pasted into unlabelled ones and the reverse.
 
 Source: Sohn et al., FixMatch, NeurIPS 2020 (confident labels of a weak view); Tarvainen and Valpola, Mean teachers,
 NeurIPS 2017; Bai et al., Bidirectional copy-paste, CVPR 2023.

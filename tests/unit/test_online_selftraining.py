@@ -42,7 +42,7 @@ def config_of(lab, *overrides):
         "optim": {"warmup_steps": 1, "ema_decay": 0.9},
         "trainer": {"max_steps": 4, "save_every_steps": 2, "device": "cpu"},
         "watch": {"validate_every_n_steps": 4, "num_overlays": 1},
-        "selftrain": {"mode": "online", "min_agreement": 0.0, "online": {"ramp_up_steps": 4}},
+        "selftrain": {"mode": "online", "min_agreement": 0.0, "online": {"ramp_up_steps": 4, "paste_probability": 0.5}},
     }
     return load_config(FinetuneConfig, layers=[layer], overrides=overrides)
 
