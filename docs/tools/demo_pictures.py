@@ -57,9 +57,14 @@ def main(data: Path, stage1: Path, out: Path) -> None:
     _save(image_grid([[hidden, *rows[LEAD_SLICE]]], column_titles=LEAD_TITLES, cell_in=2.4), out / "lead.png")
     panels = Image.open(max((stage1 / "panels").glob("step-*.png")))
     row = panels.height / NUM_PANEL_ROWS
-    panels.crop((0, round(row), panels.width, round(4 * row) - 2)).save(out / "reconstruction.png", optimize=True)
-    shown = [rows[place] for place in TEST_SLICES]
-    _save(image_grid(shown, column_titles=OVERLAY_TITLES, cell_in=2.2), out / "overlay.png")
+    shown = panels.crop((0, round(row), panels.width, round(4 * row) - 2))
+    # Pixels of 64 x 64 are too few for a page. Enlarged without smoothing, so that every pixel of the output is seen.
+    shown = shown.resize((2 * shown.width, 2 * shown.height), Image.Resampling.NEAREST)
+    shown.save(out / "reconstruction.png", optimize=True)
+    _save(
+        image_grid([rows[place] for place in TEST_SLICES], column_titles=OVERLAY_TITLES, cell_in=2.2),
+        out / "overlay.png",
+    )
 
 
 def _slice(store: Any, series_id: str, index: int) -> Array:

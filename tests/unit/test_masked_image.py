@@ -187,7 +187,7 @@ def test_loss__falls_on_a_constant_slice():
 
 @pytest.mark.parametrize(
     ("arch", "stem", "unit_px"),
-    [("vit_t", Stem.conv1x1, 16), ("vit_t", Stem.conv3x3, 16), ("vit_b", None, 16)],
+    [("vit_t", Stem.conv1x1, 8), ("vit_t", Stem.conv3x3, 16), ("vit_b", None, 16)],
 )
 def test_cpu_preset__hidden_squares_fit_every_encoder(arch, stem, unit_px):
     """Squares of half a token of MobileSAM and vit_b stopped the first command once."""
@@ -197,7 +197,7 @@ def test_cpu_preset__hidden_squares_fit_every_encoder(arch, stem, unit_px):
         encoder = arch_spec(arch, stem).build(image_size=preset.model.image_size)
         objective = MaskedImage(encoder, preset.objective.masked_image, seed=0)
     assert objective.mask_unit_px == unit_px
-    assert objective.draw_masks([0], side=objective.mask_side).shape == (1, 128 // unit_px, 128 // unit_px)
+    assert objective.draw_masks([0], side=objective.mask_side).shape == (1, 64 // unit_px, 64 // unit_px)
 
 
 @pytest.mark.parametrize("unit", [6, 24])
