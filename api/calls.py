@@ -9,8 +9,8 @@ import sys
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
-from samgraft.shared.errors import SamgraftError, UsageError
-from samgraft.shared.invocation import called_from_python, in_typed_grammar
+from samgraft.shared.errors import UsageError
+from samgraft.shared.invocation import called_from_python
 
 P = ParamSpec("P")
 Result = TypeVar("Result")
@@ -27,12 +27,8 @@ def as_call(function: Callable[P, Result]) -> Callable[P, Result]:
     def call(*arguments: P.args, **keywords: P.kwargs) -> Result:
         _show_messages()
         with called_from_python():
-            try:
-                _refuse_empty(inspect.signature(function).bind(*arguments, **keywords))
-                return function(*arguments, **keywords)
-            except SamgraftError as error:
-                error.reword(in_typed_grammar)
-                raise
+            _refuse_empty(inspect.signature(function).bind(*arguments, **keywords))
+            return function(*arguments, **keywords)
 
     return call
 

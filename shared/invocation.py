@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
 
+from samgraft.shared.errors import SamgraftError
 from samgraft.shared.make_variables import KNOWN
 
 FRONT_END, GIVEN = "SAMGRAFT_FRONT_END", "SAMGRAFT_MAKE_GIVEN"
@@ -58,10 +59,13 @@ _IS_LIBRARY: ContextVar[bool] = ContextVar("samgraft_is_library", default=False)
 
 @contextmanager
 def called_from_python() -> Iterator[None]:
-    """Mark the work inside as called by a Python program."""
+    """Mark the work inside as called by a Python program, whose errors name the arguments of functions."""
     token = _IS_LIBRARY.set(True)
     try:
         yield
+    except SamgraftError as error:
+        error.reword(in_typed_grammar)
+        raise
     finally:
         _IS_LIBRARY.reset(token)
 

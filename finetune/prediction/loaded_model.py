@@ -12,9 +12,9 @@ import numpy.typing as npt
 from nibabel.spatialimages import SpatialImage
 from samgraft.finetune.prediction.predict import segment_examined
 from samgraft.finetune.prediction.prediction_files import NativeMasks, write_nifti, write_seg_nrrd
-from samgraft.finetune.prediction.prediction_inputs import InputScan, find_inputs
-from samgraft.finetune.prediction.predictor import Predictor
-from samgraft.finetune.prompting.prompt_file import read_prompts, slice_prompts
+from samgraft.finetune.prediction.prediction_inputs import find_inputs
+from samgraft.finetune.prediction.predictor import OnSlices, Predictor
+from samgraft.finetune.prompting.prompt_file import PromptFile, read_prompts, slice_prompts
 from samgraft.shared.errors import DataError, UsageError
 from samgraft.shared.files import move
 from samgraft.shared.scans.case import SourceCase, note_unused_frame, read_case
@@ -26,6 +26,23 @@ from samgraft.shared.store.examine import BuildSettings, examine_scan
 
 WRITERS = {".nii.gz": write_nifti, ".seg.nrrd": write_seg_nrrd}
 """Function that writes a segmentation, by the end of the file name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadScan:
+    """Scan in memory with its name for messages."""
+
+    case: SourceCase
+    raw: RawScan
+    form_codes: tuple[int, int] = (1, 1)
+    """NIfTI (qform_code, sform_code) of the scan's file, (1, 1) for other formats."""
+
+    @classmethod
+    def in_memory(cls, raw: RawScan, *, name: str) -> ReadScan:
+        """Return a scan that was not read from a file."""
+        # Nothing is read from these files. The checks need a name for their messages only.
+        files = ScanFiles(format=ScanFormat.NIFTI, paths=(), name=name)
+        return cls(case=SourceCase(name=name, patient_key=name, scan=files), raw=raw)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,48 +152,65 @@ class LoadedModel:
         if nan_policy not in ("refuse", "zero"):
             raise UsageError(f"nan_policy must be refuse or zero, got {nan_policy!r}.")
         self.predictor.check_mode(prompted=prompts is not None)
-        case, raw, form_codes = _read(scan, spacing=spacing, axes=axes, frame=frame, allow_gaps=allow_gaps)
-        build = BuildSettings(
-            modality=self.predictor.modality, salt="", zero_non_finite=nan_policy == "zero", accept_burned_in=True
-        )
-        examined = examine_scan(raw, case, build)
-        record, notes = examined.record, list(examined.record.notes)
-        # Prompts are placed in the slices that the model sees, which are in another order than the file.
-        placed = None
-        if prompts is not None:
-            file = read_prompts(Path(prompts), self.predictor.classes).with_scan_names([case.name])
-            placed = slice_prompts(
-                file.for_case(case.name),
-                file.frame,
-                native_affine=np.asarray(record.grid.affine, dtype=np.float64),
-                affine=record.affine,
-                shape_zyx=record.shape_zyx,
-                on_note=notes.append,
-            )
+        read = _read(scan, spacing=spacing, axes=axes, frame=frame, allow_gaps=allow_gaps)
+        file = read_prompts(Path(prompts), self.predictor.classes) if prompts is not None else None
         with progress_bar("segmenting") as on_slices:
-            masks = segment_examined(
-                self.predictor, examined, prompts=placed, form_codes=form_codes, on_slices=on_slices
+            return segment_scan(
+                self.predictor, read, prompts=file, zero_non_finite=nan_policy == "zero", on_slices=on_slices
             )
-        return Segmentation(masks=masks, notes=tuple(notes))
+
+
+def segment_scan(
+    predictor: Predictor,
+    read: ReadScan,
+    *,
+    prompts: PromptFile | None = None,
+    zero_non_finite: bool = False,
+    on_slices: OnSlices | None = None,
+) -> Segmentation:
+    """Check a scan in memory and segment it.
+
+    Args:
+        predictor: Model.
+        read: Scan with its name.
+        prompts: Boxes and points; None segments automatically.
+        zero_non_finite: Replace NaN and Inf by 0 instead of refusing them.
+        on_slices: Called after every batch of slices.
+
+    Raises:
+        UsageError: If the prompts do not fit the scan or the model.
+        DataError: If the scan does not pass the checks of ``samgraft predict``.
+        NumericalError: If the model gives NaN or Inf.
+    """
+    predictor.check_mode(prompted=prompts is not None)
+    build = BuildSettings(modality=predictor.modality, salt="", zero_non_finite=zero_non_finite, accept_burned_in=True)
+    examined = examine_scan(read.raw, read.case, build)
+    record, notes = examined.record, list(examined.record.notes)
+    # Prompts are placed in the slices that the model sees, which are in another order than the file.
+    placed = None
+    if prompts is not None:
+        file = prompts.with_scan_names([read.case.name])
+        placed = slice_prompts(
+            file.for_case(read.case.name),
+            file.frame,
+            native_affine=np.asarray(record.grid.affine, dtype=np.float64),
+            affine=record.affine,
+            shape_zyx=record.shape_zyx,
+            on_note=notes.append,
+        )
+    masks = segment_examined(predictor, examined, prompts=placed, form_codes=read.form_codes, on_slices=on_slices)
+    return Segmentation(masks=masks, notes=tuple(notes))
 
 
 def _read(
     scan: Any, *, spacing: Sequence[float] | None, axes: str | None, frame: int | None, allow_gaps: bool
-) -> tuple[SourceCase, RawScan, tuple[int, int]]:
-    """Return the scan, a case with its name, and the form codes for its mask."""
+) -> ReadScan:
     is_array = isinstance(scan, np.ndarray)
     if not is_array and (spacing is not None or axes is not None):
         raise UsageError("spacing and axes describe an array, other scans have their own. Leave them out.")
     if isinstance(scan, str | Path):
-        found = _only_scan(Path(scan), frame=frame, allow_gaps=allow_gaps)
-        files = found.case.scan
-        is_nifti = files.format == ScanFormat.NIFTI
-        # Viewers place a NIfTI file by its codes, so that the mask needs those of its scan.
-        codes = nifti_form_codes(files.paths[0], where=files.name) if is_nifti else (1, 1)
-        return found.case, read_case(found.case), codes
+        return read_one_scan(Path(scan), frame=frame, allow_gaps=allow_gaps)
     name = "the array" if is_array else "the image"
-    # Nothing is read from these files. The checks need a name for their messages only.
-    files = ScanFiles(format=ScanFormat.NIFTI, paths=(), name=name)
     if is_array:
         if axes is None or spacing is None:
             raise UsageError(
@@ -188,10 +222,15 @@ def _read(
         raw = scan_of_image(scan, where=name, frame=frame)
     else:
         raise UsageError(f"a scan must be a path, a nibabel image or an array, got {type(scan).__name__}.")
-    return SourceCase(name=name, patient_key=name, scan=files), note_unused_frame(raw, frame), (1, 1)
+    return ReadScan.in_memory(note_unused_frame(raw, frame), name=name)
 
 
-def _only_scan(path: Path, *, frame: int | None, allow_gaps: bool) -> InputScan:
+def read_one_scan(path: Path, *, frame: int | None = None, allow_gaps: bool = False) -> ReadScan:
+    """Read the only scan of a file or folder.
+
+    Raises:
+        DataError: If there is no scan, there are several, or it cannot be read.
+    """
     if not path.exists():
         raise DataError("the scan does not exist.", where=path.name)
     scans = find_inputs(path, frame=frame, allow_gaps=allow_gaps).scans
@@ -201,4 +240,8 @@ def _only_scan(path: Path, *, frame: int | None, allow_gaps: bool) -> InputScan:
             "folder.",
             where=path.name,
         )
-    return scans[0]
+    case = scans[0].case
+    # Viewers place a NIfTI file by its codes, so that the mask needs those of its scan.
+    is_nifti = case.scan.format == ScanFormat.NIFTI
+    codes = nifti_form_codes(case.scan.paths[0], where=case.scan.name) if is_nifti else (1, 1)
+    return ReadScan(case=case, raw=read_case(case), form_codes=codes)

@@ -169,8 +169,6 @@ def _predict_one(
     _refuse_to_overwrite(stem, names)
     record = examined.record
     notes = list(record.notes)
-    if prompts is None:
-        check_planes(record, predictor.model.task.inference())
     placed = _slice_prompts(prompts, scan, examined, notes)
     masks = segment_examined(predictor, examined, prompts=placed, form_codes=_form_codes(scan), on_slices=on_slices)
     values = {**expected, "input": scan.name, "voxels": masks.count_voxels(), "notes": notes}
@@ -192,8 +190,14 @@ def segment_examined(
     form_codes: tuple[int, int] = (1, 1),
     on_slices: OnSlices | None = None,
 ) -> NativeMasks:
-    """Segment a scan that passed its checks, on the scan's own grid."""
+    """Segment a scan that passed its checks, on the scan's own grid.
+
+    Raises:
+        DataError: If the model segments in several planes and the scan has only one.
+    """
     record = examined.record
+    if prompts is None:
+        check_planes(record, predictor.model.task.inference())
     labels_zyx = predictor(examined.images[record.plane], prompts=prompts, stats=record.stats, on_slices=on_slices)
     return NativeMasks(
         labels_ijk=to_native(labels_zyx, record.grid, record.plane),

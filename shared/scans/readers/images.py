@@ -217,7 +217,7 @@ def _pixels(page: Image.Image, head: bytes, *, where: str, as_label: bool, notes
         _check_alpha(array[..., -1], where=where)
         notes.add("transparency dropped, it is the same everywhere")
         array = array[..., 0] if page.mode == "LA" else array[..., :3]
-    return array if array.ndim == 2 else _gray_of_color(array, where=where, notes=notes)
+    return array if array.ndim == 2 else gray_of_color(array, where=where, notes=notes)
 
 
 def _check_alpha(alpha_HW: Any, *, where: str) -> None:
@@ -227,7 +227,7 @@ def _check_alpha(alpha_HW: Any, *, where: str) -> None:
         )
 
 
-def _gray_of_color(array: Any, *, where: str, notes: set[str]) -> Any:
+def gray_of_color(array: Any, *, where: str, notes: set[str]) -> Any:
     """Return one channel of a gray picture that was saved as RGB, and refuse real color."""
     if not (np.array_equal(array[..., 0], array[..., 1]) and np.array_equal(array[..., 0], array[..., 2])):
         raise DataError("a slice must be gray, got color. Export gray pictures.", where=where)

@@ -1,0 +1,1 @@
+"""The napari plugin, which opens scans, segments layers, and saves labels."""
