@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from samgraft.shared.counting import counted
 from samgraft.shared.errors import DataError, NumericalError, UsageError
 from samgraft.shared.scans.volume import IGNORE_LABEL as IGNORE_LABEL
 from samgraft.shared.store.series import SeriesRecord
@@ -267,21 +268,21 @@ def _check_labels(store: SliceStore, present: Sequence[int], learnable: Collecti
     num_labelled = sum(record.has_label for record in store.series)
     if not num_labelled:
         raise DataError(
-            f"the store has no labels (0 of {len(store.series)} scans). Put the label files next to the scans and "
-            "build the store again.",
+            f"the store has no labels (0 of {counted(len(store.series), 'scan')}). Put the label files next to the "
+            "scans and build the store again.",
             where=store.path.name,
             next_command="samgraft store build FOLDER --out STORE.zarr --modality mri",
         )
     if not present:
         raise DataError(
-            f"the labels of all {num_labelled} labelled scans are empty: every voxel is background ({BACKGROUND}). "
-            "Check the label files and build the store again.",
+            f"the labels of all {counted(num_labelled, 'labelled scan is', 'labelled scans are')} empty: every voxel "
+            f"is background ({BACKGROUND}). Check the label files and build the store again.",
             where=store.path.name,
         )
     if not learnable:
         raise DataError(
-            f"no patient of the training part has labels, although {num_labelled} scans of the store have. Make a "
-            "split with labelled patients in train.",
+            f"no patient of the training part has labels, although {counted(num_labelled, 'scan')} of the store "
+            "have. Make a split with labelled patients in train.",
             where=store.path.name,
         )
 

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from samgraft.finetune.classes import ClassTable
+from samgraft.shared.counting import counted
 from samgraft.shared.errors import DataError
 from samgraft.shared.samples.leaks import count_rules, find_patients_again
 from samgraft.shared.samples.split import Split
@@ -76,9 +77,10 @@ class PseudoLabels:
         ignored = 100 * ignored_share(self.labels)
         dropped = sum(int(ignored_slices(record).sum()) for record in records)
         return (
-            f"{len(records)} scans of {len(self.patients)} patients have pseudo-labels of "
-            f"{', '.join(self.facts.teachers)} (round {self.facts.round}); {dropped} of "
-            f"{sum(record.shape_zyx[0] for record in records)} slices and {ignored:.1f} % of the voxels are ignored"
+            f"{counted(len(records), 'scan')} of {counted(len(self.patients), 'patient has', 'patients have')} "
+            f"pseudo-labels of {', '.join(self.facts.teachers)} (round {self.facts.round}); {dropped} of "
+            f"{counted(sum(record.shape_zyx[0] for record in records), 'slice')} and {ignored:.1f} % of the voxels "
+            "are ignored"
         )
 
     @property

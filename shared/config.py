@@ -28,6 +28,7 @@ from typing import Annotated, Any, Final, TypeVar, get_args, get_origin, get_typ
 import yaml
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import TypeAdapter, ValidationError
+from samgraft.shared.counting import counted
 from samgraft.shared.errors import UsageError
 from samgraft.shared.settings import Setting, read_override, read_settings_file
 
@@ -439,7 +440,7 @@ class _Check:
             lines = [f"  - {text.rstrip('.')} ({place})" for text, place in found[:MAX_LISTED_PROBLEMS]]
             if len(found) > MAX_LISTED_PROBLEMS:
                 lines.append(f"  and {len(found) - MAX_LISTED_PROBLEMS} more")
-            raise UsageError("\n".join([f"{len(found)} settings are wrong.", *lines]))
+            raise UsageError("\n".join([f"{counted(len(found), 'setting is', 'settings are')} wrong.", *lines]))
 
     def _unknown(self, key: str) -> str:
         if key in RENAMED_KEYS:

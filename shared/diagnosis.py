@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from packaging.requirements import Requirement
+from samgraft.shared.counting import counted
 from samgraft.shared.errors import ExitCode, SamgraftError
 from samgraft.shared.machine import granted_cores, granted_memory
 from samgraft.shared.runs.environment import code_revision, software_versions, thread_count
@@ -192,7 +193,7 @@ def _check_devices() -> list[DoctorFinding]:
             )
         )
     bf16 = "fast" if cpu_has_fast_bf16() else "slow, float32 is used"
-    cores = f"{granted_cores()} of {os.cpu_count()} cores, {thread_count()} threads, bf16 {bf16}"
+    cores = f"{granted_cores()} of {os.cpu_count()} cores, {counted(thread_count(), 'thread')}, bf16 {bf16}"
     findings.append(DoctorFinding(area="device", name="CPU", text=cores))
     # Inside a container the machine's memory is visible, but only the granted part may be used.
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
@@ -214,8 +215,8 @@ def _check_store(path: Path | str) -> DoctorFinding:
     slices = sum(record.shape_zyx[0] for record in store.series)
     labelled = sum(record.has_label for record in store.series)
     text = (
-        f"{store.modality.value}, {len(store.patient_ids)} patients, {len(store.series)} series "
-        f"({labelled} labelled), {slices} slices"
+        f"{store.modality.value}, {counted(len(store.patient_ids), 'patient')}, {len(store.series)} series "
+        f"({labelled} labelled), {counted(slices, 'slice')}"
     )
     return DoctorFinding(area="data", name=store.path.name, text=text)
 
@@ -228,7 +229,7 @@ def _check_scans(path: Path | str) -> list[DoctorFinding]:
         text, advice = "cannot be read as scans", "samgraft store check FOLDER shows the reason"
         return [DoctorFinding(area="data", name="scans", status=Status.PROBLEM, text=text, advice=advice)]
     reasons = ", ".join(f"{number} x {reason}" for reason, number in report.left_out.most_common())
-    text = f"{report.num_scans} in {report.num_files} files ({report.layout})"
+    text = f"{report.num_scans} in {counted(report.num_files, 'file')} ({report.layout})"
     text += f"; left out: {reasons}" if reasons else ""
     text += "" if report.kinds else "; no personal data found in headers and names"
     findings = [DoctorFinding(area="data", name="scans", text=text)]
@@ -239,10 +240,10 @@ def _check_scans(path: Path | str) -> list[DoctorFinding]:
         else:
             status = Status.WARNING
             advice = "stays out of stores, pixels do not; de-identify before the scans leave this machine"
-        text = f"{count} of {report.num_scans} scans: {kind}"
+        text = f"{count} of {counted(report.num_scans, 'scan')}: {kind}"
         findings.append(DoctorFinding(area="data", name="privacy", status=status, text=text, advice=advice))
     for reason, count in report.refused.most_common():
-        text = f"{count} of {report.num_scans} scans: {reason}"
+        text = f"{count} of {counted(report.num_scans, 'scan')}: {reason}"
         advice = "store build refuses them; samgraft store check FOLDER names them"
         findings.append(DoctorFinding(area="data", name="scans", status=Status.PROBLEM, text=text, advice=advice))
     return findings

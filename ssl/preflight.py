@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from samgraft.shared.counting import counted
 from samgraft.shared.errors import DataError, UsageError
 from samgraft.shared.runs.inputs import load_run_split
 from samgraft.shared.samples.dataset import SliceDataset, batch_to_input, collate_slices
@@ -99,8 +100,8 @@ def find_left_out(store: SliceStore, labelled: Sequence[tuple[SliceStore, Split]
         patients |= found.keys()
         rules = f" ({count_rules(found)})" if found else ""
         lines.append(
-            f"left out {len(found)} of {len(store.patient_ids)} patients of {store.path.name}{rules}: they are among "
-            f"the {len(split.held_out)} validation and test patients of {other.path.name}"
+            f"left out {len(found)} of {counted(len(store.patient_ids), 'patient')} of {store.path.name}{rules}: "
+            f"they are among the {len(split.held_out)} validation and test patients of {other.path.name}"
         )
         if not have_one_salt(store, other):
             log.warning(
@@ -173,8 +174,8 @@ def describe_data(store: SliceStore, split: Split, slices: Sequence[SliceRef]) -
     """Return patients, volumes and slices after filters, in one line."""
     series = {ref.series_id for ref in slices}
     return (
-        f"{store.path.name} ({store.modality.value}): {len(slices)} training slices, volumes: {len(series)}, "
-        f"patients: {len(split.train)} for training, {len(split.val)} held out"
+        f"{store.path.name} ({store.modality.value}): {counted(len(slices), 'training slice')}, volumes: "
+        f"{len(series)}, patients: {len(split.train)} for training, {len(split.val)} held out"
     )
 
 
@@ -198,8 +199,8 @@ def preflight(
     batch_size = config.data.batch_size
     if batch_size * device.devices * device.num_nodes > len(dataset):
         raise UsageError(
-            f"batch_size must not exceed the {len(dataset)} training slices, got {batch_size} on each of "
-            f"{device.devices * device.num_nodes} processes.",
+            f"batch_size must not exceed the {counted(len(dataset), 'training slice')}, got {batch_size} on each of "
+            f"{counted(device.devices * device.num_nodes, 'process', 'processes')}.",
             where="data.batch_size",
         )
     slices_seen = config.trainer.max_steps * config.trainer.accumulate * batch_size * device.world_size
@@ -221,7 +222,7 @@ def preflight(
             "model": f"{objective.encoder.spec.title} at {config.model.image_size} px, "
             f"trained {describe_trained_share(objective)}",
             "objective": config.objective.name,
-            "epochs": f"{slices_seen / len(dataset):.3g} over {len(dataset)} slices",
+            "epochs": f"{slices_seen / len(dataset):.3g} over {counted(len(dataset), 'slice')}",
             "probe": monitored.probe.describe() if monitored.probe else "off, because probe.store is not set",
             "boxes": monitored.box_check_note,
             "pictures": show,

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from samgraft.shared.cli import Command, keywords
+from samgraft.shared.counting import counted
 from samgraft.shared.errors import ExitCode, UsageError
 
 if TYPE_CHECKING:
@@ -334,8 +335,8 @@ def _postprocessing(scored: _Scored, batch_size: int, *, choose: bool) -> PostPr
     if choose:
         chosen = choose_on_validation(model, scored.store, scored.split, batch_size=batch_size)
         path = chosen.write(model.folder)
-        log.info("post-processing chosen on %d validation patients: %s (%s)", chosen.num_patients,
-                 chosen.describe(classes), path.name)  # fmt: skip
+        patients = counted(chosen.num_patients, "validation patient")
+        log.info("post-processing chosen on %s: %s (%s)", patients, chosen.describe(classes), path.name)
         return chosen
     found = read_postprocessing(model.folder, weights_sha256=model.card.weights_sha256, classes=classes)
     if found.steps:

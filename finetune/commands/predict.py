@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from samgraft.shared.cli import Command, local_path
+from samgraft.shared.counting import counted
 from samgraft.shared.errors import DataError, ExitCode, StoppedAndSaved, UsageError
 
 if TYPE_CHECKING:
@@ -108,8 +109,8 @@ def _formats(text: str | None, inputs: Inputs) -> tuple[str, ...]:
     num_dicom = sum(scan.is_dicom for scan in inputs.scans)
     if chosen == ("dicom-seg",) and num_dicom < len(inputs.scans):
         raise UsageError(
-            f"--formats=dicom-seg gives no mask for {len(inputs.scans) - num_dicom} scans that are not DICOM. Add "
-            "nifti or nrrd."
+            f"--formats=dicom-seg gives no mask for {counted(len(inputs.scans) - num_dicom, 'scan')} that are not "
+            "DICOM. Add nifti or nrrd."
         )
     if "dicom-seg" in chosen and num_dicom and not is_available():
         if text:
@@ -120,7 +121,7 @@ def _formats(text: str | None, inputs: Inputs) -> tuple[str, ...]:
 
 
 def _log_start(inputs: Inputs, device: str, postprocessing: str) -> None:
-    log.info("%d scans; %s; post-processing: %s", len(inputs.scans), device, postprocessing)
+    log.info("%s; %s; post-processing: %s", counted(len(inputs.scans), "scan"), device, postprocessing)
     for reason, count in inputs.left_out.most_common():
         log.info("left out: %d x %s", count, reason)
     for note in inputs.notes:
@@ -159,12 +160,12 @@ def _finish(report: PredictReport, out: Path, *, total: int) -> int:
         log.info("note: %d x %s", number, note)
     if (more := len(report.notes) - MAX_NOTES) > 0:
         log.info("note: %d more in the records beside the masks", more)
-    log.info("%d scans: %s; masks in %s", total, ", ".join(parts), out)
+    log.info("%s: %s; masks in %s", counted(total, "scan"), ", ".join(parts), out)
     if report.refused:
         shown = "; ".join(f"{name}: {reason}" for name, reason in list(report.refused.items())[:5])
         raise DataError(
-            f"{len(report.refused)} of {total} scans could not be segmented. {shown}",
-            kept=f"{len(report.written) + len(report.skipped)} masks",
+            f"{len(report.refused)} of {counted(total, 'scan')} could not be segmented. {shown}",
+            kept=f"{counted(len(report.written) + len(report.skipped), 'mask')}",
             next_command="repair or remove them and run the same command again; finished scans are skipped",
         )
     return int(ExitCode.OK)
@@ -209,7 +210,7 @@ class _ProgressLines:
     def _raise_if_stopped(self, total: int) -> None:
         if self.stop.requested:
             raise StoppedAndSaved(
-                f"{self.stop.signal_name} after {self.finished} of {total} scans.",
+                f"{self.stop.signal_name} after {self.finished} of {counted(total, 'scan')}.",
                 kept="every finished scan",
                 next_command="run the same command again; finished scans are skipped",
             )

@@ -24,6 +24,7 @@ from samgraft.finetune.evaluation.scores import (
     render_csv,
 )
 from samgraft.finetune.evaluation.statistics import compare_paired, holm
+from samgraft.shared.counting import counted
 from samgraft.shared.errors import DataError, UsageError
 from samgraft.shared.files import write_json, write_private_text, write_text
 from samgraft.shared.store.names import NAMES_WORD, Names
@@ -222,7 +223,7 @@ def render_pair(row: Row) -> str:
     text += f", effect {row['effect']:+.3f}"
     text += ", too few patients for a test" if row["p_holm"] is None else f", p (Holm) {row['p_holm']:.3g}"
     dropped = f", {row['num_patients_dropped']} without a value in one run" if row["num_patients_dropped"] else ""
-    return f"{text}, {row['num_patients']} patients{dropped}"
+    return f"{text}, {counted(row['num_patients'], 'patient')}{dropped}"
 
 
 def _check_comparable(runs: Sequence[EvaluatedRun], metrics: Sequence[str]) -> None:

@@ -33,6 +33,7 @@ from samgraft.finetune.evaluation.surface import DEFAULT_TOLERANCE_MM
 from samgraft.finetune.evaluation.validation import CaseResult, labelled_series
 from samgraft.finetune.inference import segment_series
 from samgraft.finetune.model_folder import FinishedModel
+from samgraft.shared.counting import counted
 from samgraft.shared.errors import DataError
 from samgraft.shared.files import write_json, write_private_text, write_text
 from samgraft.shared.samples.leaks import find_leaks
@@ -91,7 +92,7 @@ class Evaluation:
         if self.overall.mean < SMALLEST_DICE:
             none = all(row["predicted_voxels"] == 0 for row in self.rows)
             what = "predicted no voxel of any class" if none else "found no voxel of any class where it is"
-        found.append(f"The model {what} in {self.num_cases} scans.")
+        found.append(f"The model {what} in {counted(self.num_cases, 'scan')}.")
         return found
 
     @cached_property
@@ -328,8 +329,8 @@ def check_patients(model: FinishedModel, store: SliceStore, split: Split, part: 
     }
     if leaked:
         raise DataError(
-            f"{len(leaked)} patients of {part} were trained on ({', '.join(sorted(leaked)[:3])}). "
-            "Use the split that the model was trained with.",
+            f"{counted(len(leaked), f'patient of {part} was', f'patients of {part} were')} trained on "
+            f"({', '.join(sorted(leaked)[:3])}). Use the split that the model was trained with.",
             where=f"{store.path.name}, part {part}",
         )
 
@@ -341,8 +342,8 @@ def _note_pretrained(model: FinishedModel, store: SliceStore, split: Split, part
     if part == "train" or not (leaks := find_leaks(manifest, scored, store)):
         return None
     return (
-        f"{len(leaks[0].patients)} of these patients were in the pretraining of the encoder, without labels. Scores of "
-        "new patients may be lower."
+        f"{counted(len(leaks[0].patients), 'of these patients was', 'of these patients were')} in the pretraining of "
+        "the encoder, without labels. Scores of new patients may be lower."
     )
 
 

@@ -32,6 +32,7 @@ from samgraft.finetune.evaluation.scores import (
 from samgraft.finetune.evaluation.statistics import Interval
 from samgraft.finetune.evaluation.subgroups import Subgroups
 from samgraft.finetune.evaluation.viewer import ViewedCase, fetch_bundle, viewer_html, viewer_scripts
+from samgraft.shared.counting import counted
 from samgraft.shared.files import write_private_text, write_text
 from samgraft.shared.report.page import (
     FIGURE_COLORS,
@@ -115,7 +116,7 @@ def write_evaluation_report(
         Section(title="How it was measured", parts=[KeyValues(items=_facts(evaluation, provenance))]),
         *next_section(next_commands),
     ]
-    subtitle = f"evaluation on {evaluation.part}, {evaluation.num_cases} scans"
+    subtitle = f"evaluation on {evaluation.part}, {counted(evaluation.num_cases, 'scan')}"
     subtitle += ", with the names of patients: do not share" if names else ""
     page = render_report(title, sections, subtitle=subtitle, scripts=scripts)
     path = folder / (f"report{NAMES_WORD}html" if names else "report.html")
@@ -162,8 +163,8 @@ def _headline(evaluation: Evaluation) -> list[SectionPart]:
         warnings.append("The model was chosen on these patients. Only the test part estimates new ones.")
     if one_sided := count_one_sided(rows):
         warnings.append(
-            f"In {one_sided} of {len(rows)} rows a class is only true (missed) or only predicted (invented). "
-            "Dice is 0 and distances are the diagonal of the scan in these rows."
+            f"In {one_sided} of {counted(len(rows), 'row')} a class is only true (missed) or only predicted "
+            "(invented). Dice is 0 and distances are the diagonal of the scan in these rows."
         )
     # What failed comes first, and nothing is marked as good then.
     failed = [Text(text=warning, kind="warning") for warning in evaluation.warnings]
@@ -274,9 +275,10 @@ def _viewer(
 
 
 def _facts(evaluation: Evaluation, provenance: Mapping[str, Any]) -> dict[str, Any]:
+    num_patients = len({row["patient_id"] for row in evaluation.rows})
     return {
         "part": evaluation.part,
-        "cases": f"{evaluation.num_cases} scans of {len({row['patient_id'] for row in evaluation.rows})} patients",
+        "cases": f"{counted(evaluation.num_cases, 'scan')} of {counted(num_patients, 'patient')}",
         "grid": "the scans' own, nothing was resampled before measuring",
         "averages": AVERAGING,
         "empty cases": EMPTY_RULE,

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+from samgraft.shared.counting import counted
 from scipy import stats
 
 MIN_PATIENTS = 6
@@ -36,7 +37,7 @@ class Interval:
 
     def render(self) -> str:
         """Return a text such as ``0.812 (0.774 to 0.846, 40 patients)``."""
-        patients = f"{self.num_patients} patient{'s' * (self.num_patients != 1)}"
+        patients = counted(self.num_patients, "patient")
         if self.low is None or self.high is None:
             return f"{self.mean:.3f} ({patients}: too few for an interval)"
         return f"{self.mean:.3f} ({self.low:.3f} to {self.high:.3f}, {patients})"

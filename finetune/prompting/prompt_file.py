@@ -41,6 +41,7 @@ import numpy as np
 import numpy.typing as npt
 from samgraft.finetune.classes import ClassTable
 from samgraft.finetune.prompting.prompts import NEGATIVE, POSITIVE
+from samgraft.shared.counting import counted
 from samgraft.shared.errors import UsageError
 from samgraft.shared.files import file_sha256
 from samgraft.shared.scans.readers.registry import format_by_suffix, scan_suffix
@@ -258,7 +259,7 @@ def _refuse_contradiction(group: Sequence[SlicePrompt]) -> None:
 def _find_scan(prompt: FilePrompt, names: Sequence[str]) -> str:
     if prompt.case is None:
         if len(names) != 1:
-            raise UsageError(f"with {len(names)} scans every prompt must name its case.", where=prompt.where)
+            raise UsageError(f"with {counted(len(names), 'scan')} every prompt must name its case.", where=prompt.where)
         return names[0]
     # The exact name comes first, because "a" may be the name of a series beside a file "a.nii".
     found = [name for name in names if name == prompt.case] or [n for n in names if _plain_name(n) == prompt.case]
@@ -266,13 +267,14 @@ def _find_scan(prompt: FilePrompt, names: Sequence[str]) -> str:
         return found[0]
     if found:
         raise UsageError(
-            f"case {prompt.case!r} fits {len(found)} scans ({', '.join(found[:3])}). Write the name with its ending.",
+            f"case {prompt.case!r} fits {counted(len(found), 'scan')} ({', '.join(found[:3])}). Write the name with "
+            "its ending.",
             where=prompt.where,
         )
     close = difflib.get_close_matches(prompt.case, names, n=3, cutoff=0.5) or list(names)[:3]
     raise UsageError(
-        f"a prompt must name one of the {len(names)} scans, got {prompt.case!r}. Write the name that predict prints, "
-        f"such as {', '.join(close)}.",
+        f"a prompt must name a scan, got {prompt.case!r} for {counted(len(names), 'scan')}. Write the name that "
+        f"predict prints, such as {', '.join(close)}.",
         where=prompt.where,
     )
 

@@ -15,6 +15,7 @@ from samgraft.finetune.evaluation.scores import METRIC_BY_KEY, class_names, inte
 from samgraft.finetune.evaluation.statistics import Interval
 from samgraft.finetune.model_folder import BASE_FILE
 from samgraft.finetune.task import Task
+from samgraft.shared.counting import counted
 from samgraft.shared.encoders.base import SAM_PIXEL_MEAN
 from samgraft.shared.release.card_page import (
     LIMITS,
@@ -121,7 +122,10 @@ def _results(title: str, scores: TestScores | None) -> dict[str, Any]:
     if scores is None or scores.mean is None:
         return {}
     metric = {"type": "dice", "name": "Dice, mean over patients", "value": round(scores.mean, 4)}
-    dataset = {"type": "custom", "name": f"test part ({scores.num_patients} patients, {scores.num_cases} scans)"}
+    dataset = {
+        "type": "custom",
+        "name": f"test part ({counted(scores.num_patients, 'patient')}, {counted(scores.num_cases, 'scan')})",
+    }
     result = {"task": {"type": "image-segmentation"}, "dataset": dataset, "metrics": [metric]}
     return {"model-index": [{"name": title, "results": [result]}]}
 

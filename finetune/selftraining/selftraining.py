@@ -33,6 +33,7 @@ from samgraft.finetune.training.preparation import Prepared, describe_data, open
 from samgraft.finetune.training.train import prepare_seeded
 from samgraft.finetune.training.unlabelled import UnlabelledScans, choose_unlabelled
 from samgraft.shared.config import config_to_yaml
+from samgraft.shared.counting import counted
 from samgraft.shared.errors import DataError, ExitCode, SamgraftError, StoppedAndSaved, UsageError
 from samgraft.shared.files import write_text
 from samgraft.shared.machine import granted_cores
@@ -192,7 +193,7 @@ def run_selftraining(
                 # Later rounds use teachers that exist already.
                 if one.number == 1:
                     _run_parts(one.trained_teachers, plan, processes, num_parallel=num_parallel, run=run)
-                log.info("round %d: labelling %d scans", one.number, len(plan.scans.series))
+                log.info("round %d: labelling %s", one.number, counted(len(plan.scans.series), "scan"))
                 label_scans(one, plan.scans, plan.config, device, check_stop=check_stop)
                 _run_parts([one.student], plan, processes, num_parallel=1, run=run)
             write_report(

@@ -21,6 +21,7 @@ from samgraft.finetune.study.results import (
     score_settings,
     short_names,
 )
+from samgraft.shared.counting import counted
 from samgraft.shared.files import write_text
 from samgraft.shared.report.page import (
     FIGURE_STYLE,
@@ -161,7 +162,8 @@ def _summary(
     done = sum(cell.key in results for cell in cells)
     parts: list[Text | KeyValues] = []
     if done < len(cells):
-        text = f"{done} of {len(cells)} cells are complete. Tables and ranks below contain only these."
+        cells_are = counted(len(cells), "cell is", "cells are")
+        text = f"{done} of {cells_are} complete. Tables and ranks below contain only these."
         parts.append(Text(text=text, kind="warning"))
     titles = {cell.key: cell.title for cell in cells}
     parts += [
@@ -170,9 +172,9 @@ def _summary(
     ]
     if config.folds:
         text = (
-            f"Scores are pooled over {len(config.folds)} folds: every patient was scored by a model that did not train "
-            "on it. The best step of each model was chosen on the same patients, so that the scores are a little "
-            "higher than those of new patients, for all settings alike."
+            f"Scores are pooled over {counted(len(config.folds), 'fold')}: every patient was scored by a model that "
+            "did not train on it. The best step of each model was chosen on the same patients, so that the scores "
+            "are a little higher than those of new patients, for all settings alike."
         )
         parts.append(Text(text=text, kind="warning"))
     if any(data_set.synthetic_patients for data_set in config.data_sets):

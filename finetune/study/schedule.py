@@ -16,6 +16,7 @@ from typing import Any
 
 from samgraft.finetune.study.cell_run import CellFolder, Outcome, Processes, Runner, run_cell, run_samgraft
 from samgraft.finetune.study.cells import Cell
+from samgraft.shared.counting import counted
 from samgraft.shared.errors import UsageError
 from samgraft.shared.files import write_text
 from samgraft.shared.invocation import is_library_call
@@ -117,7 +118,7 @@ def run_on_slurm(
     if cluster is None:
         executor.update_parameters(slurm_array_parallelism=num_parallel)
     jobs = executor.map_array(run_stored_cell, [str(folder.root)] * len(cells), [write_cell(c, folder) for c in cells])
-    log.info("%d cells submitted as job %s", len(jobs), jobs[0].job_id.split("_")[0])
+    log.info("%s submitted as job %s", counted(len(jobs), "cell"), jobs[0].job_id.split("_")[0])
     outcomes: list[Outcome] = []
     waiting = dict(zip([c.key for c in cells], jobs, strict=True))
     # Polled, because submitit has no call that waits for whichever job ends first.

@@ -21,6 +21,7 @@ from samgraft.finetune.study.report import table_lines, write_results
 from samgraft.finetune.study.schedule import run_locally, run_on_slurm
 from samgraft.finetune.training.report import release_command
 from samgraft.shared.config import config_to_yaml, load_config
+from samgraft.shared.counting import counted
 from samgraft.shared.errors import DataError, ExitCode, SamgraftError, StoppedAndSaved, UsageError
 from samgraft.shared.files import write_text
 from samgraft.shared.machine import format_duration
@@ -145,16 +146,16 @@ def _finish(plan: StudyPlan, outcomes: list[Outcome]) -> Path:
     counts = Counter(outcome.status for outcome in outcomes)
     if counts["stopped"]:
         raise StoppedAndSaved(
-            f"the study was stopped with {len(results)} of {len(cells)} cells complete.",
+            f"the study was stopped with {len(results)} of {counted(len(cells), 'cell')} complete.",
             kept="every complete cell and the last states of the others",
             next_command="run the same command to resume",
         )
     if failed:
         first = next(iter(failed))
         raise StudyIncomplete(
-            f"{len(failed)} of {len(cells)} cells failed, the first one with: {failed[first]}",
+            f"{len(failed)} of {counted(len(cells), 'cell')} failed, the first one with: {failed[first]}",
             where=str(folder.file(first, ".log")),
-            kept=f"{len(results)} complete cells, which are in table and report",
+            kept=f"{counted(len(results), 'complete cell')}, which are in table and report",
             next_command="fix the cause and run the same command: complete cells are not run again",
         )
     for word, command in zip(("next", "then"), next_commands(plan, results), strict=False):
@@ -182,7 +183,9 @@ def log_plan(plan: StudyPlan) -> None:
     notes = [f"{grid.num_duplicates} more with equal work"] if grid.num_duplicates else []
     notes += [f"{grid.num_skipped} left out by skip"] if grid.num_skipped else []
     extra = f" ({', '.join(notes)})" if notes else ""
-    log.info("study %s: %d cells%s, %d complete already", plan.config.name, num, extra, num - len(plan.missing))
+    log.info(
+        "study %s: %s%s, %d complete already", plan.config.name, counted(num, "cell"), extra, num - len(plan.missing)
+    )
 
 
 def _fetch_demo_weights(grid: Grid) -> None:

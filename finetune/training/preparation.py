@@ -26,6 +26,7 @@ from samgraft.finetune.segmenter import Segmenter, add_class_tokens
 from samgraft.finetune.training.cached_slices import CachedSlices, fill_cache, plan_cache
 from samgraft.finetune.training.sampling import balance_foreground, has_foreground
 from samgraft.finetune.training.unlabelled import FurtherScans, UnlabelledScans, choose_unlabelled
+from samgraft.shared.counting import counted
 from samgraft.shared.errors import DataError, UsageError
 from samgraft.shared.runs.inputs import load_run_split
 from samgraft.shared.samples.augment import SliceAugmentation
@@ -93,7 +94,7 @@ def prepare(config: FinetuneConfig, *, run_path: Path | None = None) -> Prepared
     val_series = labelled_series(store, split.val)
     if not val_series:
         raise DataError(
-            f"validation must have at least one labelled scan, got {len(split.val)} patients and 0 scans. "
+            f"validation must have at least one labelled scan, got {counted(len(split.val), 'patient')} and 0 scans. "
             "Make another split.",
             where=store.path.name,
         )
@@ -497,14 +498,15 @@ def describe(prepared: Prepared) -> list[str]:
 def describe_data(prepared: Prepared) -> list[str]:
     """Return the pre-flight lines on store, classes and split."""
     store, split, classes = prepared.store, prepared.split, prepared.classes
-    lines = [f"data: {store.path.name} ({store.modality.value}), {len(store.series)} scans"]
+    lines = [f"data: {store.path.name} ({store.modality.value}), {counted(len(store.series), 'scan')}"]
     for channel, name in enumerate(classes.names):
         ids = classes.store_ids(channel)
         counts = ", ".join(f"{part} {_voxels(store, split.part(part), ids):,}" for part in ("train", "val", "test"))
         lines.append(f"class {'+'.join(map(str, ids))} {name}: voxels {counts}")
     lines.append(
         f"patients: train {len(split.train)}, val {len(split.val)}, test {len(split.test)}; "
-        f"{len(prepared.dataset)} training slices per epoch, {len(prepared.val_series)} validation scans"
+        f"{counted(len(prepared.dataset), 'training slice')} per epoch, "
+        f"{counted(len(prepared.val_series), 'validation scan')}"
     )
     if prepared.further is not None:
         lines.append(f"self-training: {prepared.further.describe()}")
@@ -526,7 +528,7 @@ def describe_embeddings(prepared: Prepared, config: FinetuneConfig, device: Devi
     cache, cached = plan_cache(prepared.dataset, prepared.segmenter, config, precision=device.precision)
     size = cache.num_records * cache.shape.expected_bytes / 1e9
     state = "all cached" if cache.is_complete else f"{cache.check_disk() / 1e9:.2f} GB of it to compute and write"
-    return [f"embeddings: {len(cached.unique)} slices x {cached.variants} variants, {size:.2f} GB, {state}"]
+    return [f"embeddings: {counted(len(cached.unique), 'slice')} x {cached.variants} variants, {size:.2f} GB, {state}"]
 
 
 def use_cached_embeddings(prepared: Prepared, config: FinetuneConfig, device: DeviceChoice) -> Prepared:

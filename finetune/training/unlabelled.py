@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from samgraft.finetune.pseudo_labels import held_out_patients
+from samgraft.shared.counting import counted
 from samgraft.shared.errors import DataError
 from samgraft.shared.samples.leaks import count_rules, join_manifests, pretrain_manifest
 from samgraft.shared.samples.split import Split
@@ -79,8 +80,8 @@ class UnlabelledScans:
         reasons = ", ".join(f"{number} {reason}" for reason, number in self.left_out.items() if number)
         suffix = f" (left out: {reasons})" if reasons else ""
         return (
-            f"{self.images.path.name}, {len(self.series)} scans of {len(self.patients)} patients, "
-            f"{self.num_slices} slices without labels{suffix}"
+            f"{self.images.path.name}, {counted(len(self.series), 'scan')} of "
+            f"{counted(len(self.patients), 'patient')}, {counted(self.num_slices, 'slice')} without labels{suffix}"
         )
 
 

@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from samgraft.shared.counting import counted
 from samgraft.shared.errors import DataError
 from samgraft.shared.samples.split import Split, first_ids, group_patients
 from samgraft.shared.scans.privacy import SALT_FILE
@@ -34,8 +35,8 @@ class Leak:
     def render(self) -> str:
         """Return one clause without a full stop."""
         return (
-            f"{len(self.patients)} {self.part} patients were in the pretraining set ({self.rule}: "
-            f"{first_ids(self.patients)})"
+            f"{counted(len(self.patients), f'{self.part} patient was', f'{self.part} patients were')} in the "
+            f"pretraining set ({self.rule}: {first_ids(self.patients)})"
         )
 
 

@@ -13,6 +13,7 @@ import shlex
 from collections.abc import Iterable
 from pathlib import Path
 
+from samgraft.shared.counting import counted
 from samgraft.shared.errors import DataError, UsageError
 from samgraft.shared.samples.split import PARTS, Fold, Split, check_split, first_ids
 from samgraft.shared.store.names import require_names
@@ -153,7 +154,8 @@ def _refuse_overlap(folds: tuple[Fold, ...], path: Path) -> None:
             counts[patient] = counts.get(patient, 0) + 1
     if twice := sorted(patient for patient, count in counts.items() if count > 1):
         raise DataError(
-            f"{len(twice)} patients are validated in several folds ({first_ids(twice)}). Scores over all folds need "
-            "each patient once. If scans of one patient have several names there, put them into one fold.",
+            f"{counted(len(twice), 'patient is', 'patients are')} validated in several folds ({first_ids(twice)}). "
+            "Scores over all folds need each patient once. If scans of one patient have several names there, put "
+            "them into one fold.",
             where=path.name,
         )

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from samgraft.shared.counting import counted
 from samgraft.shared.errors import DataError
 from samgraft.shared.samples.split import Split
 from samgraft.shared.scans.orientation import Plane
@@ -76,7 +77,7 @@ def select_slices(
                     refs.append(SliceRef(record.series_id, index, plane))
     left_out = ", ".join(f"{number} {reason}" for reason, number in counts.items() if number)
     suffix = f" (left out: {left_out})" if left_out else ""
-    log.info("%s: %d slices of %d patients%s", store.path.name, len(refs), len(wanted), suffix)
+    log.info("%s: %s of %s%s", store.path.name, counted(len(refs), "slice"), counted(len(wanted), "patient"), suffix)
     if not refs:
         raise DataError(
             f"0 usable slices: {left_out or 'no patient of the list is in the store'}.", where=store.path.name

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from samgraft.shared.counting import counted
 from samgraft.shared.errors import DataError, UsageError
 from samgraft.shared.files import write_json
 from samgraft.shared.store.files import LocalFiles
@@ -213,8 +214,8 @@ def refuse_empty_parts(split: Split, fractions: Sequence[float], *, where: str) 
     if empty:
         num_patients = sum(len(split.part(name)) for name in PARTS)
         raise DataError(
-            f"{' and '.join(empty)} would be empty (got {num_patients} patients, and those with equal voxels stay "
-            "together). If several patients count as one, build the store again with --patient-pattern.",
+            f"{' and '.join(empty)} would be empty (got {counted(num_patients, 'patient')}, and those with equal "
+            "voxels stay together). If several patients count as one, build the store again with --patient-pattern.",
             where=where,
             next_command="the same command with --fractions 1,0,0, if every patient is meant for training",
         )
@@ -226,7 +227,7 @@ def describe_split(split: Split) -> str:
     if not split.folds:
         return ", ".join(f"{name} {number}" for name, number in counts.items()) + " patients"
     validated = ", ".join(str(len(fold.val)) for fold in split.folds)
-    return f"{len(split.folds)} folds that validate {validated} patients, test {counts['test']} patients"
+    return f"{counted(len(split.folds), 'fold')} that validate {validated} patients, test {counts['test']} patients"
 
 
 def group_patients(store: SliceStore, *, by_site: bool = False) -> list[tuple[str, ...]]:
@@ -287,8 +288,8 @@ def choose_fold(split: Split, number: int | None) -> Split:
         return split.fold(number)
     if split.folds:
         raise UsageError(
-            f"the split has {len(split.folds)} folds, and one of them must be chosen (got none, expected data.fold=0 "
-            f"to {len(split.folds) - 1}). Add data.fold=0, or run all of them as a study with folds.",
+            f"the split has {counted(len(split.folds), 'fold')}, and one of them must be chosen (got none, expected "
+            f"data.fold=0 to {len(split.folds) - 1}). Add data.fold=0, or run all of them as a study with folds.",
             where="data.fold",
         )
     return split
@@ -377,7 +378,8 @@ def check_split(split: Split, store: SliceStore) -> None:
     known = set(store.patient_ids)
     if unknown := sorted({p for one in variants for p in one.part(ALL_PARTS)} - known):
         raise DataError(
-            f"the split has {len(unknown)} patients that the store does not have ({first_ids(unknown)}).", where=where
+            f"the split has {counted(len(unknown), 'patient')} that the store does not have ({first_ids(unknown)}).",
+            where=where,
         )
     if leaks := [leak for one in variants for leak in (*_shared_patients(one), *_shared_voxels(one, store))]:
         more = f"; and {len(leaks) - MAX_WARNINGS} more" if len(leaks) > MAX_WARNINGS else ""
@@ -394,7 +396,7 @@ def _shared_patients(split: Split) -> Iterable[str]:
     """Yield a clause for each two parts that have patients in common."""
     for first, second in (("train", "val"), ("train", "test"), ("val", "test")):
         if both := sorted(set(split.part(first)) & set(split.part(second))):
-            yield f"{len(both)} patients are in both {first} and {second} ({first_ids(both)})"
+            yield f"{counted(len(both), 'patient is', 'patients are')} in both {first} and {second} ({first_ids(both)})"
 
 
 def _shared_voxels(split: Split, store: SliceStore) -> Iterable[str]:
@@ -419,7 +421,8 @@ def _warn_near_duplicates(part_of: Mapping[str, str], store: SliceStore) -> None
     for one, other in near[:MAX_WARNINGS]:
         log.warning("%s and %s are near-duplicates. Check whether they are one patient under two ids.", one, other)
     if len(near) > MAX_WARNINGS:
-        log.warning("%d more pairs of near-duplicates are in different parts.", len(near) - MAX_WARNINGS)
+        more = counted(len(near) - MAX_WARNINGS, "more pair of near-duplicates is", "more pairs of near-duplicates are")
+        log.warning("%s in different parts.", more)
 
 
 def refuse_empty_train(split: Split, store: SliceStore) -> None:

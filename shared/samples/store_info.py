@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from samgraft.shared.counting import counted
 from samgraft.shared.samples.split import PARTS, load_split_beside
 from samgraft.shared.store.build_report import add_spacing_rows, spacing_ranges
 from samgraft.shared.store.store import SliceStore
@@ -47,8 +48,9 @@ def print_description(values: dict[str, Any], console: Console) -> None:
     table.add_row("fingerprint", values["fingerprint"])
     table.add_row(
         "content",
-        f"{values['num_patients']} patients, {values['num_series']} series ({values['num_labelled']} labelled), "
-        f"{values['num_slices']} slices, {values['num_sites'] or 'no'} sites",
+        f"{counted(values['num_patients'], 'patient')}, {values['num_series']} series ({values['num_labelled']} "
+        f"labelled), {counted(values['num_slices'], 'slice')}, "
+        f"{counted(values['num_sites'], 'site') if values['num_sites'] else 'no sites'}",
     )
     table.add_row("planes", ", ".join(f"{n} {p}" for p, n in values["planes"].items()))
     table.add_row("slices", ", ".join(f"{n} series of {s} px" for s, n in values["sizes_hw"].items()))

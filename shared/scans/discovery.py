@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
+from samgraft.shared.counting import counted
 from samgraft.shared.errors import DataError, UsageError
 from samgraft.shared.scans.case import IGNORE_NAME, LabelFiles, SourceCase
 from samgraft.shared.scans.names import patient_folder, patient_of_stem, without_contrasts
@@ -142,7 +143,10 @@ class Discovery:
             spellings[_one_spelling(case.patient_key)].add(case.patient_key)
         self.cases = [replace(case, patient_key=min(spellings[_one_spelling(case.patient_key)])) for case in self.cases]
         if many := sum(1 for keys in spellings.values() if len(keys) > 1):
-            self.notes.append(f"{many} patients are written in several ways (upper case, spaces) and count as one each")
+            self.notes.append(
+                f"{counted(many, 'patient is', 'patients are')} written in several ways (upper case, spaces) and "
+                "count as one each"
+            )
 
     def _note_shared_labels(self) -> None:
         patients: dict[Path, set[str]] = defaultdict(set)
@@ -150,7 +154,10 @@ class Discovery:
             for label in case.labels:
                 patients[label.scan.paths[0]].add(case.patient_key)
         if shared := sorted(path.name for path, keys in patients.items() if len(keys) > 1):
-            self.notes.append(f"{len(shared)} labels belong to scans of several patients each, e.g. {shared[0]}")
+            self.notes.append(
+                f"{counted(len(shared), 'label belongs', 'labels belong')} to scans of several patients each, e.g. "
+                f"{shared[0]}"
+            )
 
 
 class NameRules:
@@ -216,8 +223,8 @@ def merge_patients(id_of: Mapping[str, str], found: Discovery, what: str = "scan
     if num := sum(1 for case in merged if counts[id_of[case]] > 1):
         patients = sum(1 for count in counts.values() if count > 1)
         found.notes.append(
-            f"{num} {what} count as {patients} patients, because their names differ only in frame, time point, "
-            "contrast or side; else give --patient-pattern"
+            f"{num} {what} count as {counted(patients, 'patient')}, because their names differ only in frame, time "
+            "point, contrast or side; else give --patient-pattern"
         )
     return merged
 
@@ -329,8 +336,8 @@ def _note_folders(by_folder: Mapping[str, str], found: Discovery) -> None:
             stems[folder].add(stem)
     if len(by_folder) > 1 and len(set(by_folder.values())) == 1:
         found.notes.append(
-            f"{len(by_folder)} scans are below one folder and count as one patient: give the folder below it, or "
-            "--patient-pattern"
+            f"{counted(len(by_folder), 'scan is', 'scans are')} below one folder and count as one patient: give the "
+            "folder below it, or --patient-pattern"
         )
     elif many := sorted(folder for folder, below in subfolders.items() if len(below) > 3):
         found.notes.append(

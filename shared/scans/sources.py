@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
+from samgraft.shared.counting import counted
 from samgraft.shared.errors import DataError, UsageError
 from samgraft.shared.scans.case import LabelFiles, SourceCase
 from samgraft.shared.scans.dicom_index import group_dicom, series_of_segmentation
@@ -198,9 +199,13 @@ def _pictures(index: FileIndex, options: SourceOptions, found: Discovery) -> lis
             chosen = tuple(paths[place] for place in group.members)
             scans.append(_stack(folder.relative_to(index.root), chosen, group, classes if is_label else None))
     if many := sum(1 for scan in scans if scan.slices and scan.relative.name != "stack"):
-        found.notes.append(f"{many} stacks of pictures share a folder with others and are separated by their names")
+        found.notes.append(
+            f"{counted(many, 'stack of pictures shares', 'stacks of pictures share')} a folder with others, and files are "
+            "separated by their names"
+        )
     if gaps := [scan.files.name for scan in scans if len(set(np.diff(scan.slices))) > 1]:
-        found.notes.append(f"{len(gaps)} stacks of pictures lack slices by their numbers, e.g. {gaps[0]}")
+        stacks = counted(len(gaps), "stack of pictures lacks", "stacks of pictures lack")
+        found.notes.append(f"{stacks} slices by their numbers, e.g. {gaps[0]}")
     return scans
 
 
@@ -286,7 +291,9 @@ def _pair_labels(
                 )
         pairs += [(image, label, class_name) for image in owners]
     if shared:
-        found.notes.append(f"{shared} labels belong to several images each (channels of one case)")
+        found.notes.append(
+            f"{counted(shared, 'label belongs', 'labels belong')} to several images each (channels of one case)"
+        )
     class_ids = class_ids_of((name for _, _, name in pairs if name), options, found)
     return _label_files(pairs, class_ids, options, found)
 
@@ -312,7 +319,10 @@ def _label_files(
             )
         )
     if several := sorted(name for name, count in unnamed.items() if count > 1):
-        found.notes.append(f"{len(several)} scans have several labels, they are merged: {', '.join(several[:3])}")
+        found.notes.append(
+            f"{counted(len(several), 'scan has', 'scans have')} several labels, they are merged: "
+            f"{', '.join(several[:3])}"
+        )
     return labels_of
 
 

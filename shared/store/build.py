@@ -22,6 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from samgraft.shared.counting import counted
 from samgraft.shared.errors import DataError, SamgraftError, StorageError, UsageError
 from samgraft.shared.machine import exit_with_parent
 from samgraft.shared.scans.case import LabelGridError, SourceCase
@@ -80,7 +81,8 @@ class CasesRefused(DataError):
         if len(lines) > MAX_LISTED:
             lines = [*lines[:MAX_LISTED], f"... and {len(lines) - MAX_LISTED} more"]
         super().__init__(
-            f"{len(report.refused)} of {len(report.results)} cases are refused:\n    " + "\n    ".join(lines),
+            f"{len(report.refused)} of {counted(len(report.results), 'case is', 'cases are')} refused:\n    "
+            + "\n    ".join(lines),
             where=where,
             kept=f"{len(report.records)} finished series; the store is marked incomplete",
             next_command="repair them and run the same command again, or add --skip-refused",

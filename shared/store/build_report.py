@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from samgraft.shared.counting import counted
 from samgraft.shared.scans.discovery import Discovery
 from samgraft.shared.store.build import BuildReport
 from samgraft.shared.store.near_duplicates import near_duplicates
@@ -96,7 +97,8 @@ def print_report(values: Mapping[str, Any], console: Console) -> None:
     """Print the report as a table of the scans and one list for every kind of finding."""
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_row("layout", str(values["layout"]))
-    table.add_row("series", f"{values['num_series']} of {values['num_cases']}, {values['num_patients']} patients")
+    patients = counted(values["num_patients"], "patient")
+    table.add_row("series", f"{values['num_series']} of {values['num_cases']}, {patients}")
     table.add_row("slices", f"{values['num_slices']}; series: {_join_counts(values['planes'])}")
     add_spacing_rows(table, values["spacing_mm"])
     orientations = _join_counts(values["orientations"])

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from samgraft.shared.counting import counted
 from samgraft.shared.errors import DataError
 from samgraft.shared.files import file_sha256
 from samgraft.shared.scans.volume import IGNORE_LABEL, content_sha256
@@ -61,7 +62,7 @@ def refuse_problems(check: StoreCheck) -> None:
         lines = "\n    ".join(check.problems[:MAX_LISTED])
         more = f"\n    ... and {len(check.problems) - MAX_LISTED} more" if len(check.problems) > MAX_LISTED else ""
         raise DataError(
-            f"{len(check.problems)} problems in {check.num_series} series:\n    {lines}{more}",
+            f"{counted(len(check.problems), 'problem')} in {check.num_series} series:\n    {lines}{more}",
             where=check.path.name,
             kept="the source scans",
             next_command="build the store again; undamaged series are kept",

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from samgraft.shared.counting import counted
 from samgraft.shared.errors import DataError, StorageError, UsageError
 from samgraft.shared.files import write_json
 from samgraft.shared.machine import granted_cores
@@ -216,7 +217,7 @@ def _show_report(request: ScanRequest, found: Discovery, report: BuildReport) ->
 
 def _refusal(report: BuildReport, *, where: Path, kept: str | None = None) -> DataError:
     return DataError(
-        f"{len(report.refused)} of {len(report.results)} cases are refused (reasons above).",
+        f"{len(report.refused)} of {counted(len(report.results), 'case is', 'cases are')} refused (reasons above).",
         where=str(where),
         kept=kept,
         next_command="repair them and run the same command again, or build with --skip-refused",

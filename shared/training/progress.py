@@ -17,6 +17,7 @@ import pytorch_lightning as pl
 from rich.console import Console
 from rich.progress import BarColumn, TaskID, TextColumn
 from rich.progress import Progress as Bar
+from samgraft.shared.counting import counted
 from samgraft.shared.machine import format_duration
 from samgraft.shared.runs.metrics import TensorBoardFile, add_to_curves, curves_of
 from samgraft.shared.runs.run_folder import RunFolder
@@ -163,11 +164,10 @@ class ProgressMeter(pl.Callback):
         max_steps, save_every = self.config.max_steps, self.config.save_every_steps
         to_save = min(save_every - step % save_every, max_steps - step)
         return (
-            f"step {step}/{max_steps}  epoch {float(values['train/epochs']):.2f}  "
-            f"loss {float(values.get('train/loss', float('nan'))):.4g}  "
-            f"lr {_rates(values)}  {format_rate(self.slices_per_s)} slices/s  "
-            f"data wait {100 * self.data_wait_share:.0f} %  ETA {self._eta(max_steps - step)}  "
-            f"next save in {to_save} step{'s' * (to_save != 1)}"
+            f"step {step}/{max_steps}  epoch {float(values['train/epochs']):.2f}  loss "
+            f"{float(values.get('train/loss', float('nan'))):.4g}  lr {_rates(values)}  "
+            f"{format_rate(self.slices_per_s)} slices/s  data wait {100 * self.data_wait_share:.0f} %  ETA "
+            f"{self._eta(max_steps - step)}  next save in {counted(to_save, 'step')}"
         )
 
     def _eta(self, steps_left: int) -> str:

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from samgraft.shared.config import load_config, read_stored_config
+from samgraft.shared.counting import counted
 from samgraft.shared.errors import DataError, UsageError, WeightsError
 from samgraft.shared.runs.inputs import load_run_split
 from samgraft.shared.samples.dataset import SliceDataset, batch_to_input, collate_slices
@@ -63,9 +64,11 @@ class MembershipAudit:
         return (
             "Attack by reconstruction error, AUC (0.5 is chance): members against held-out patients "
             f"**{self.auc_held_out:.3f}**; control, one half of the members against the other "
-            f"**{self.auc_control:.3f}**. {members} slices of {self.num_member_patients} member patients, {others} "
-            f"slices of {self.num_held_out_patients} held-out patients, {NUM_MASKS} masks each. With few patients both "
-            "numbers depend more on those patients than on the attack. No differential privacy was used."
+            f"**{self.auc_control:.3f}**. {counted(members, 'slice')} of "
+            f"{counted(self.num_member_patients, 'member patient')}, {others} slices of "
+            f"{counted(self.num_held_out_patients, 'held-out patient')}, {counted(NUM_MASKS, 'mask')} each. With few "
+            "patients both numbers depend more on those patients than on the attack. No differential privacy was "
+            "used."
         )
 
 

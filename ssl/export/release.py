@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from samgraft.shared.counting import counted
 from samgraft.shared.encoders.base import SAM_PIXEL_MEAN
 from samgraft.shared.errors import WeightsError
 from samgraft.shared.files import file_sha256
@@ -116,9 +117,9 @@ def write_encoder_card(
     sections = {
         "": (
             f"Segment Anything's image encoder ({card.arch}, {card.image_size} px) after self-supervised training "
-            f"({card.objective}) on unlabelled {modality} slices: {card.steps} steps, {card.slices_seen} slices "
-            f"seen{_epochs(card)}. "
-            f"Base weights: {card.base_name or 'unknown'}, sha256 `{card.base_sha256}`."
+            f"({card.objective}) on unlabelled {modality} slices: {counted(card.steps, 'step')}, "
+            f"{counted(card.slices_seen, 'slice')} seen{_epochs(card)}. Base weights: {card.base_name or 'unknown'}, "
+            f"sha256 `{card.base_sha256}`."
         ),
         "What it learned": _learned(request.run),
         "Files": contents_section([*artefacts, *state]),
@@ -156,7 +157,7 @@ def _epochs(card: Card) -> str:
     """Return the epochs in parentheses, or nothing for a card of an earlier version."""
     if card.epochs is None:
         return ""
-    return f" ({card.epochs:.3g} epochs over {card.slices_available} slices)"
+    return f" ({card.epochs:.3g} epochs over {counted(card.slices_available, 'slice')})"
 
 
 def _learned(run: Path) -> str:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from samgraft.shared.counting import counted
 from samgraft.shared.errors import DataError
 from samgraft.shared.samples.dataset import SliceDataset, batch_to_input, collate_slices
 from samgraft.shared.samples.frame import InputFrame
@@ -149,4 +150,4 @@ def _read(
 
 def _count(slices: LabelledSlices) -> str:
     patients = slices.num_patients
-    return f"{len(slices)} slices of {patients} patient{'s' * (patients != 1)}"
+    return f"{counted(len(slices), 'slice')} of {counted(patients, 'patient')}"

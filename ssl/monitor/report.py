@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
+from samgraft.shared.counting import counted
 from samgraft.shared.demo.heads import demo_paths
 from samgraft.shared.encoders.registry import DEFAULT_ARCH
 from samgraft.shared.files import write_text
@@ -159,7 +160,7 @@ def _summary(lines: Lines, monitored: MonitorData, *, result: FitResult, exporte
     facts: dict[str, Any] = {
         "steps": result.step,
         "slices seen": result.slices_seen,
-        "epochs": f"{result.epochs:.3g} over {result.slices_available} slices",
+        "epochs": f"{result.epochs:.3g} over {counted(result.slices_available, 'slice')}",
     }
     if result.slices_per_s:  # Zero if the run was finished already and trained nothing in this session.
         facts["time of the last session"] = format_duration(result.seconds)
@@ -291,9 +292,9 @@ def _loss_parts(lines: Lines, objective: Objective, held_out: HeldOut | None, ex
     if held_out is not None:
         curves["held-out slices"] = curve(lines, "held_out/loss")
         caption = (
-            f"Training loss, and loss on {len(held_out.refs)} slices of held-out patients ({held_out.num_patients}), "
-            "which were never trained on, always with the same random numbers (masks, views). The slices are spread "
-            "evenly by rule."
+            f"Training loss, and loss on {counted(len(held_out.refs), 'slice')} of held-out patients "
+            f"({held_out.num_patients}), which were never trained on, always with the same random numbers (masks, "
+            "views). The slices are spread evenly by rule."
         )
         if objective.anchor is not None:
             caption += " The training loss contains the penalty of the anchor."

@@ -15,7 +15,7 @@ from samgraft.finetune.prediction.predictor import Predictor
 from samgraft.finetune.prompting.prompt_file import read_prompts
 from store_factory import make_scan, write_nifti
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 @pytest.mark.skipif(not napari_session.has_display(), reason="no display, and Xvfb is not installed")
@@ -29,7 +29,7 @@ def test_session__layers_are_the_masks_of_the_predictor(tmp_path):
 
     program = [sys.executable, napari_session.__file__, str(lab.run), str(scan), str(tmp_path)]
     with napari_session.display() as environment:
-        done = subprocess.run(program, env=environment, capture_output=True, text=True, check=False, timeout=280)
+        done = subprocess.run(program, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])
 

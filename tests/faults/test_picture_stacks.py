@@ -96,7 +96,7 @@ def test_plain_cases__names_without_numbers_are_no_stack(tmp_path):
 def test_plain_cases__missing_slices_are_noted(tmp_path):
     write_stack(tmp_path / "p", ["1", "2", "3", "7", "8"])
     found, _ = examine(tmp_path)
-    assert "1 stacks of pictures lack slices by their numbers, e.g. p" in found.notes
+    assert "1 stack of pictures lacks slices by their numbers, e.g. p" in found.notes
 
 
 # Voxel sizes ---------------------------------------------------------------------------------------------------------

@@ -269,4 +269,4 @@ def test_s3__split_is_written_to_out(server, tmp_path):
 
 def test_s3__doctor_describes_the_store(server, capsys):
     assert main(["doctor", "--data", "s3://bucket/store.zarr"]) == 0
-    assert "store.zarr: mri, 1 patients, 1 series" in capsys.readouterr().out
+    assert "store.zarr: mri, 1 patient, 1 series" in capsys.readouterr().out

@@ -286,7 +286,7 @@ def test_discover__labels_and_images_without_partner_are_listed(tmp_path):
     assert [case.name for case in found.cases] == ["alone.nii.gz", "both.nii.gz"]
     assert found.images_without_label == ["alone.nii.gz"]
     assert found.labels_without_image == ["orphan_label.nii.gz"]
-    assert any("1 scans have several labels" in note for note in found.notes)
+    assert any("1 scan has several labels" in note for note in found.notes)
 
 
 @pytest.mark.parametrize(

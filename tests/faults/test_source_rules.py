@@ -104,7 +104,7 @@ def test_discover__label_of_a_case_belongs_to_all_its_channels(tmp_path):
     found = pairs(tmp_path)
     assert {name: found[name] for name in names} == {name: ["BRA_1_seg.nii.gz"] for name in names}
     assert found["BRA_10_t1.nii.gz"] == []
-    assert "1 labels belong to several images each (channels of one case)" in discover(tmp_path).notes
+    assert "1 label belongs to several images each (channels of one case)" in discover(tmp_path).notes
 
 
 def test_discover__ambiguous_label_is_listed_and_not_guessed(tmp_path):
@@ -481,7 +481,7 @@ def test_discover__label_of_several_patients_is_noted(tmp_path):
     write(tmp_path, "a.nii.gz", "b.nii.gz", "x_seg.nii.gz")
     (tmp_path / "list.csv").write_text("image,label\na.nii.gz,x_seg.nii.gz\nb.nii.gz,x_seg.nii.gz\n")
     assert (
-        "1 labels belong to scans of several patients each, e.g. x_seg.nii.gz" in discover(tmp_path / "list.csv").notes
+        "1 label belongs to scans of several patients each, e.g. x_seg.nii.gz" in discover(tmp_path / "list.csv").notes
     )
 
 

@@ -116,7 +116,7 @@ def test_check_store__damage_is_named(store, damage, message, capsys):
     assert len(problems) == 1
     assert re.search(message, problems[0])
     assert main(["store", "check", str(store.path)]) == 3
-    assert "1 problems in 2 series" in capsys.readouterr().err
+    assert "1 problem in 2 series" in capsys.readouterr().err
 
 
 def test_read_slice__damaged_shard_index_is_refused(store):

@@ -149,7 +149,7 @@ def test_prepare__split_file_with_a_patient_in_two_parts_is_refused(tmp_path):
     Split(train=(a, b), val=(b,), test=(c, d), seed=0, store_fingerprint=store.fingerprint).save(
         tmp_path / "store.split.json"
     )
-    with pytest.raises(DataError, match=f"1 patients are in both train and val \\({b}\\)"):
+    with pytest.raises(DataError, match=f"1 patient is in both train and val \\({b}\\)"):
         prepare(config(tmp_path))
 
 

@@ -54,9 +54,9 @@ def evaluation(dice, *, predicted=0, notes=()):
 @pytest.mark.parametrize(
     ("scored", "warnings"),
     [
-        (evaluation(0.0), ["The model predicted no voxel of any class in 1 scans."]),
-        (evaluation(0.0, predicted=3), ["The model found no voxel of any class where it is in 1 scans."]),
-        (evaluation(0.04, predicted=3), ["The model segments hardly anything in 1 scans."]),
+        (evaluation(0.0), ["The model predicted no voxel of any class in 1 scan."]),
+        (evaluation(0.0, predicted=3), ["The model found no voxel of any class where it is in 1 scan."]),
+        (evaluation(0.04, predicted=3), ["The model segments hardly anything in 1 scan."]),
         (evaluation(0.5, predicted=3, notes=("It ended badly.",)), ["It ended badly."]),
         (evaluation(0.5, predicted=3), []),
     ],

@@ -93,7 +93,7 @@ def test_choose_classes__class_outside_training_is_refused_with_the_classes_insi
 @pytest.mark.parametrize(
     ("label_voxels", "message"),
     [
-        ([None], r"the store has no labels \(0 of 1 scans\)"),
+        ([None], r"the store has no labels \(0 of 1 scan\)"),
         ([{0: 50, 1: 0}], r"the labels of all 1 labelled scans are empty"),
         ([None, {1: 5}], "no patient of the training part has labels"),
     ],

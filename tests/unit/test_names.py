@@ -155,7 +155,7 @@ def test_read_own_split__nnunet_case_means_every_channel(tmp_path):
             "a.json",
             '[{"train": ["patient00"], "val": ["patient01"]}, {"train": ["patient00"], "val": ["patient01"]}]',
             DataError,
-            "1 patients are validated in several folds",
+            "1 patient is validated in several folds",
         ),
     ],
 )

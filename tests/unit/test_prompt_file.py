@@ -95,7 +95,7 @@ def test_read_prompts__bad_file_is_refused(tmp_path, change, text):
 
 def test_with_scan_names__unknown_or_missing_case_is_refused(tmp_path):
     file = read_prompts(write(tmp_path, GOOD), CLASSES)
-    with pytest.raises(UsageError, match=r"one of the 1 scans, got 'a\.nii\.gz'. Write .* such as b"):
+    with pytest.raises(UsageError, match=r"name a scan, got 'a\.nii\.gz' for 1 scan\. Write .* such as b"):
         file.with_scan_names(["b.nii.gz"])
     nameless = read_prompts(write(tmp_path, GOOD.replace("case: a.nii.gz, ", "")), CLASSES)
     assert len(nameless.with_scan_names(["b.nii.gz"]).for_case("b.nii.gz")) == 2
@@ -114,8 +114,8 @@ def test_with_scan_names__unknown_or_missing_case_is_refused(tmp_path):
         ("a.nii", ["a.nii", "a.nii.gz"], "a.nii"),
         ("series 1.2", ["series 1.2", "series 1"], "series 1.2"),
         ("a", ["a.nii", "a.nrrd"], "fits 2 scans (a.nii, a.nrrd). Write the name with its ending"),
-        ("series 1", ["series 1.2"], "must name one of the 1 scans, got 'series 1'"),
-        ("t1", ["P1/t1.nrrd"], "must name one of the 1 scans, got 't1'"),
+        ("series 1", ["series 1.2"], "must name a scan, got 'series 1'"),
+        ("t1", ["P1/t1.nrrd"], "must name a scan, got 't1'"),
     ],
 )
 def test_with_scan_names__ending_may_be_left_out(tmp_path, case, names, expected):

@@ -106,7 +106,7 @@ def test_load_split__leaking_file_is_refused(store, tmp_path):
     """Its own hash is right, so only the check of the content can find the leak."""
     split = make_split(store)
     dataclasses.replace(split, val=(*split.val, split.train[0])).save(tmp_path / "s.json")
-    with pytest.raises(DataError, match="1 patients are in both train and val"):
+    with pytest.raises(DataError, match="1 patient is in both train and val"):
         load_split(tmp_path / "s.json", store)
 
 
@@ -217,7 +217,7 @@ def test_check_split__leak_in_one_fold_is_refused(store):
     split = make_folds(store, num_folds=3)
     last = split.folds[2]
     leaking = dataclasses.replace(last, train=(*last.train, last.val[0]))
-    with pytest.raises(DataError, match="1 patients are in both train and val"):
+    with pytest.raises(DataError, match="1 patient is in both train and val"):
         check_split(dataclasses.replace(split, folds=(*split.folds[:2], leaking)), store)
 
 

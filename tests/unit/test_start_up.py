@@ -62,7 +62,7 @@ def test_finetune__leak_is_refused_before_networks_are_imported(lab):
     root, store, split = lab
     code, printed, modules = loaded_by("finetune", "--ckpt", str(root), "--data", str(store.path), "--runs", str(root))
     assert (code, modules) == (3, [])
-    assert "error: 1 test patients were in the pretraining set" in printed
+    assert "error: 1 test patient was in the pretraining set" in printed
     assert split.test[0] in printed
 
 
