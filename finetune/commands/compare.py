@@ -14,6 +14,7 @@ from samgraft.shared.errors import ExitCode, UsageError
 
 if TYPE_CHECKING:
     from pandas import DataFrame
+    from samgraft.finetune.evaluation.comparison import EvaluatedRun
     from samgraft.shared.store.names import Names
 
 log = logging.getLogger(__name__)
@@ -85,6 +86,7 @@ def compare(
     Raises:
         SamgraftError: If a run was not evaluated, or not on the same patients.
     """
+    from samgraft.finetune.commands.evaluate import log_next, next_commands
     from samgraft.finetune.evaluation.comparison import (
         compare_runs,
         patient_differences,
@@ -96,6 +98,7 @@ def compare(
     )
     from samgraft.finetune.evaluation.comparison_report import write_comparison_report
     from samgraft.finetune.evaluation.scores import METRIC_BY_KEY, interval_of
+    from samgraft.shared.report.page import path_for_report
     from samgraft.shared.store.from_data import progress_bar
 
     keys = _metric_names(metrics)
@@ -117,12 +120,16 @@ def compare(
         log.info("%s", render_patient(row))
     # The tables are printed in any case, because a comparison is often only looked at.
     folder = Path(out) if out else None
+    best = _best_model(evaluated, keys[0])
     if folder:
         write_comparison(evaluated, results, folder, metrics=keys)
-        write_comparison_report(evaluated, results, folder, metrics=keys)
+        commands = next_commands(Path(best.path), path_for_report(best.path)) if best else []
+        write_comparison_report(evaluated, results, folder, metrics=keys, next_commands=commands)
         log.info("written: comparison.csv, comparison.json and report.html in %s", folder)
         if owner:
             log.info("with names, for you only: %s", write_patients(patients, folder).name)
+    if best:
+        log_next(Path(best.path))
     return ComparisonResult(path=folder, rows=results)
 
 
@@ -132,6 +139,16 @@ def _metric_names(metrics: Sequence[str] | str) -> list[str]:
     if not keys:
         raise UsageError("--metrics must name at least one column of cases.csv, got none.")
     return keys
+
+
+def _best_model(runs: Sequence[EvaluatedRun], metric: str) -> EvaluatedRun | None:
+    """Return the run or release with the best mean of a metric, or None if only tables were compared."""
+    from samgraft.finetune.evaluation.scores import METRIC_BY_KEY, interval_of
+
+    better = METRIC_BY_KEY[metric].better
+    found = [(run, interval_of(run.rows, metric)) for run in runs if not (Path(run.path) / "cases.csv").is_file()]
+    means = [(interval.mean, run) for run, interval in found if interval]
+    return max(means, key=lambda pair: pair[0] if better == "higher" else -abs(pair[0]))[1] if means else None
 
 
 def _read_names(runs: Sequence[Path]) -> Names:

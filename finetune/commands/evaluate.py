@@ -159,7 +159,7 @@ def evaluate(
     steps = _postprocessing(scored, batch_size, choose=choose_postprocessing) if postprocessing else None
     evaluation = _score(scored, names, batch_size=batch_size, tolerance_mm=tolerance_mm, postprocessing=steps)
     _write(evaluation, scored, folder, subgroups=subgroups, log_images=log_images, names=names)
-    _log_next(Path(model))
+    log_next(Path(model))
     return EvaluationResult(path=folder)
 
 
@@ -271,7 +271,7 @@ def _write(
         provenance=provenance,
         subgroups=subgroups,
         pictured=_pictured(scored) if log_images or scored.may_be_shown else None,
-        next_commands=_next_commands(scored.path, path_for_report(scored.path)),
+        next_commands=next_commands(scored.path, path_for_report(scored.path)),
     )
     write_report()
     _log_result(evaluation)
@@ -367,12 +367,13 @@ def _log_result(evaluation: Evaluation) -> None:
         one_sided, len(evaluation.rows))  # fmt: skip
 
 
-def _log_next(model: Path) -> None:
-    for word, command in zip(("next", "then"), _next_commands(model, str(model)), strict=False):
+def log_next(model: Path) -> None:
+    """Log the commands that use an evaluated model."""
+    for word, command in zip(("next", "then"), next_commands(model, str(model)), strict=False):
         log.info("  %s     %s", word, command)
 
 
-def _next_commands(model: Path, shown: str) -> list[str]:
+def next_commands(model: Path, shown: str) -> list[str]:
     """Return the commands that use an evaluated model, under the path that is shown."""
     from samgraft.finetune.training.report import release_command
 

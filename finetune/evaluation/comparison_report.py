@@ -20,12 +20,18 @@ from samgraft.shared.report.page import (
     Table,
     Text,
     figure_png,
+    next_section,
     render_report,
 )
 
 
 def write_comparison_report(
-    runs: Sequence[EvaluatedRun], rows: Sequence[Row], folder: Path, *, metrics: Sequence[str]
+    runs: Sequence[EvaluatedRun],
+    rows: Sequence[Row],
+    folder: Path,
+    *,
+    metrics: Sequence[str],
+    next_commands: Sequence[str] = (),
 ) -> Path:
     """Write ``report.html`` into the folder of a comparison and return its path."""
     sections = [
@@ -35,6 +41,7 @@ def write_comparison_report(
             for metric in metrics
         ),
         Section(title="How it was compared", parts=[KeyValues(items=_facts(runs))]),
+        *next_section(next_commands),
     ]
     names = " and ".join(run.name for run in runs) if len(runs) == 2 else f"{len(runs)} runs"
     page = render_report(f"Comparison of {names}", sections, subtitle=f"part {runs[0].summary.get('part')}")

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import csv
 import io
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+import numpy as np
 from matplotlib.figure import Figure
 from samgraft.finetune.evaluation.scores import csv_cell
 from samgraft.finetune.study.cells import SETTING_AXES, Cell
@@ -21,6 +23,7 @@ from samgraft.finetune.study.results import (
     score_settings,
     short_names,
 )
+from samgraft.finetune.training.report import release_command
 from samgraft.shared.counting import counted
 from samgraft.shared.files import write_text
 from samgraft.shared.report.page import (
@@ -32,6 +35,8 @@ from samgraft.shared.report.page import (
     Text,
     curve_figure,
     figure_png,
+    next_section,
+    path_for_report,
     render_report,
     strip_folders,
 )
@@ -68,9 +73,30 @@ def write_results(
     sections.append(
         Section(title="Quality and cost", parts=[Picture(png=cost_figure(rows), caption=_COST)] if rows else [])
     )
+    sections += next_section(next_commands(cells, results, path_for_report(folder)))
     page = render_report(f"Study: {config.name}", sections, subtitle=config.question)
     write_text(folder / "report.html", page)
     return rows
+
+
+def next_commands(cells: Sequence[Cell], results: Mapping[str, Mapping[str, Any]], folder: Path | str) -> list[str]:
+    """Return the command that completes a study, or those that use the best of its models.
+
+    Args:
+        cells: All cells.
+        results: Results of the complete ones by key.
+        folder: Folder of the study as it is shown.
+    """
+    if len(results) < len(cells):
+        file, root = Path(folder) / "study.yaml", Path(folder).parent
+        return [f"samgraft study {shlex.quote(str(file))} --studies {shlex.quote(str(root))}"]
+    best = max(cells, key=lambda cell: float(np.mean([*results[cell.key]["dice_per_patient"].values()])))
+    run = str(Path(folder) / "runs" / best.key)
+    # Scores of validation patients chose the model. Only test patients show what it is worth.
+    first = f"make evaluate RUN={shlex.quote(run)} SPLIT=test"
+    if best.part == "test":
+        first = f"make predict RUN={shlex.quote(run)} DATA=SCANS OUT=masks"
+    return [first, release_command(run)]
 
 
 _COST = "Mean Dice against trainable parameters and wall minutes of training, which depend on the load of the machine."

@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 from samgraft.finetune.study.cell_run import CellFolder, Outcome, Runner, run_samgraft
 from samgraft.finetune.study.cells import Cell, Grid, expand
 from samgraft.finetune.study.config import StudyConfig
-from samgraft.finetune.study.report import table_lines, write_results
+from samgraft.finetune.study.report import next_commands, table_lines, write_results
 from samgraft.finetune.study.schedule import run_locally, run_on_slurm
 from samgraft.finetune.training.report import release_command
 from samgraft.shared.config import config_to_yaml, load_config
@@ -143,6 +143,8 @@ def _finish(plan: StudyPlan, outcomes: list[Outcome]) -> Path:
     report = folder.root / "report.html"
     log.info("  table    %s", folder.root / "table.csv")
     log.info("  report   %s", report)
+    for word, command in zip(("next", "then"), next_commands(cells, results, folder.root), strict=False):
+        log.info("  %s     %s", word, command)
     counts = Counter(outcome.status for outcome in outcomes)
     if counts["stopped"]:
         raise StoppedAndSaved(

@@ -200,7 +200,8 @@ def _pictures(index: FileIndex, options: SourceOptions, found: Discovery) -> lis
             scans.append(_stack(folder.relative_to(index.root), chosen, group, classes if is_label else None))
     if many := sum(1 for scan in scans if scan.slices and scan.relative.name != "stack"):
         found.notes.append(
-            f"{counted(many, 'stack of pictures shares', 'stacks of pictures share')} a folder with others, and files are "
+            f"{counted(many, 'stack of pictures shares', 'stacks of pictures share')} a folder with others, and files "
+            "are "
             "separated by their names"
         )
     if gaps := [scan.files.name for scan in scans if len(set(np.diff(scan.slices))) > 1]:

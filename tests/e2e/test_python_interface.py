@@ -158,7 +158,9 @@ def test_compare__returns_the_pairs_as_a_table(lab, tmp_path):
     assert list(result.table["metric"].unique()) == ["dice"]
     assert {result.table["first"][0], result.table["second"][0]} == {"seg", "other"}
     assert result.report is not None
-    assert result.report.is_file()
+    [difference] = result.table[result.table["class"] == "lesion"].to_dict("records")
+    best = difference["second" if difference["difference"] > 0 else "first"]
+    assert f"samgraft predict {best} SCANS --out masks" in result.report.read_text()
     assert sg.compare([lab.run, lab.root / "runs" / "other"]).report is None
 
 
