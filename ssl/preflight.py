@@ -260,8 +260,8 @@ def _describe_export(config: PretrainConfig) -> str:
     kept = "no anchor" if anchor.kind is AnchorKind.NONE else f"anchor {anchor.kind.value} of weight {anchor.weight:g}"
     if shares == [1.0]:
         return f"the trained encoder ({kept})"
-    listed = ", ".join(f"{share:g}" for share in shares)
-    return f"one of {listed} of the way from the initial to the trained weights ({kept})"
+    listed = ", ".join(f"{100 * share:g}" for share in shares)
+    return f"one of {listed} % of the way from the initial to the trained weights ({kept})"
 
 
 def _first_batch(config: PretrainConfig, dataset: SliceDataset, device: DeviceChoice) -> torch.Tensor:

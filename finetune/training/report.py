@@ -36,6 +36,7 @@ from samgraft.shared.report.page import (
     render_report,
 )
 from samgraft.shared.runs.run_folder import RunFolder
+from samgraft.shared.training.progress import format_rate
 
 MAX_PICTURED_SCANS = 12
 NO_TEST_PART = (
@@ -65,7 +66,7 @@ def write_report(
         Section(title="Data", parts=[Text(text="\n\n".join(describe_data(prepared)))]),
         *next_section(next_commands(path_for_report(run.path), prepared.split.test)),
     ]
-    subtitle = f"stage 2, {prepared.store.modality.value}, {slices_per_s:.2g} slices/s in training"
+    subtitle = f"stage 2, {prepared.store.modality.value}, {format_rate(slices_per_s)} slices/s in training"
     write_text(run.report, render_report(f"Fine-tuning {run.path.name}", sections, subtitle=subtitle))
 
 

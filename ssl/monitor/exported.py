@@ -33,7 +33,8 @@ class Exported:
         if not self.reason:
             return ""
         return (
-            f"the exported encoder is {self.share:g} of the way from the initial to the trained weights ({self.reason})"
+            f"the exported encoder is {100 * self.share:g} % of the way from the initial to the trained weights "
+            f"({self.reason})"
         )
 
 

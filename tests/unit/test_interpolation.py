@@ -53,7 +53,7 @@ def test_choose_share__without_boxes_uses_the_probe_alone():
 def test_choose_share__without_labels_takes_the_middle(shares, share):
     chosen = choose_share(shares, {})
     assert chosen.share == share
-    assert f"{share:g} of the way" in chosen.describe()
+    assert f"{100 * share:g} % of the way" in chosen.describe()
 
 
 def test_choose_share__trained_weights_alone_need_no_words():
@@ -83,10 +83,10 @@ def test_run__without_labels_exports_the_middle(tmp_path):
     for name in moved:
         torch.testing.assert_close(middle[name], (initial[name] + ends[name]) / 2)
     (note,) = json.loads((mixed / "encoder" / "card.json").read_text())["notes"]
-    assert "0.5 of the way" in note
+    assert "50 % of the way" in note
     assert "no labels" in note
     report = (mixed / "report.html").read_text()
-    assert "0.5 of the way" in report
+    assert "50 % of the way" in report
     assert "exported encoder with the trained decoder" in report
     assert "exported encoder" not in (trained / "report.html").read_text()
     # Everything else is what the run without interpolation leaves behind.
