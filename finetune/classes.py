@@ -275,8 +275,8 @@ def _check_labels(store: SliceStore, present: Sequence[int], learnable: Collecti
         )
     if not present:
         raise DataError(
-            f"the labels of all {counted(num_labelled, 'labelled scan is', 'labelled scans are')} empty: every voxel "
-            f"is background ({BACKGROUND}). Check the label files and build the store again.",
+            f"the labels of the store ({counted(num_labelled, 'labelled scan')}) are empty: every voxel is background "
+            f"({BACKGROUND}). Check the label files and build the store again.",
             where=store.path.name,
         )
     if not learnable:

@@ -65,7 +65,7 @@ def test_pretrain__split_that_changed_afterwards_stops_a_resume(lab):
     before = set(make_split(labelled).held_out)
     other = next(s for s in (make_split(labelled, seed=n) for n in range(50)) if not before & set(s.held_out))
     other.save(default_split_path(labelled.path))
-    with pytest.raises(DataError, match="were in the pretraining set"):
+    with pytest.raises(DataError, match="in the pretraining set"):
         run(lab, "run", "masked_image", *settings(lab))
 
 

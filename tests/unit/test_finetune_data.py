@@ -94,7 +94,7 @@ def test_choose_classes__class_outside_training_is_refused_with_the_classes_insi
     ("label_voxels", "message"),
     [
         ([None], r"the store has no labels \(0 of 1 scan\)"),
-        ([{0: 50, 1: 0}], r"the labels of all 1 labelled scans are empty"),
+        ([{0: 50, 1: 0}], r"the labels of the store \(1 labelled scan\) are empty"),
         ([None, {1: 5}], "no patient of the training part has labels"),
     ],
     ids=["no label files", "background only", "labels in other parts"],

@@ -236,7 +236,7 @@ def test_check_leaks__scored_patients_of_the_probe_are_refused(tmp_path) -> None
     split = make_split_file(store, tmp_path / "s.json")
     config = config_of(tmp_path, split=str(tmp_path / "s.json"))
     opened = open_probe_store(config.probe)
-    with pytest.raises(DataError, match="1 val patients were in the pretraining set") as refusal:
+    with pytest.raises(DataError, match="1 val patient was in the pretraining set") as refusal:
         check_leaks(config.data, store, store.patient_ids, probe=opened)
     assert "(probe)" in str(refusal.value.where)
     assert check_leaks(config.data, store, split.train, probe=opened) == [

@@ -59,7 +59,7 @@ def test_conclusions__linear_probe_comes_first(end, words, kind):
     remarks = conclusions(with_probe(0.5, end), PROBED)
     assert words in remarks[0].text
     assert remarks[0].kind == kind
-    counted = "(lesion of labelled.zarr: fitted on 1 slices of 1 patient, scored on 1 slices of 1 patient.)"
+    counted = "(lesion of labelled.zarr: fitted on 1 slice of 1 patient, scored on 1 slice of 1 patient.)"
     assert remarks[0].text.endswith(counted)
     assert "With box prompts, SAM's own decoder has a Dice of 0.700" in remarks[1].text
     assert "50 % lower than before training" in remarks[2].text

@@ -77,7 +77,7 @@ def test_finetune__missing_weights_are_reported_before_networks_are_imported(lab
 def test_known_leak__with_settings_that_change_it_is_left_to_the_later_check(lab, key):
     root, store, _ = lab
     given = {"data.store": str(store.path), "model.ckpt": str(root)}
-    with pytest.raises(DataError, match="were in the pretraining set"):
+    with pytest.raises(DataError, match="was in the pretraining set"):
         refuse_known_leak(given)
     refuse_known_leak({**given, key: "1"})
 
