@@ -34,6 +34,7 @@ NOT_EXECUTED = {
     "install.md": "installs packages and builds images from the network",
     "troubleshooting.md": "each command is the remedy for another fault, and is tested with that fault",
     "unlabelled.md": "the commands are those of quick_start.md and howto/self_training.md",
+    "privacy.md": "has samgraft doctor alone, which tests/unit/test_doctor.py runs",
     "howto/self_training.md": "trains models in processes of their own, as tests/unit/test_selftraining.py does",
     "howto/slurm.md": "needs SLURM or several processes",
     "howto/small_gpu.md": "needs a GPU, or is quick_start.md with one setting more",
@@ -41,13 +42,24 @@ NOT_EXECUTED = {
 """Reason of every page that is not run. Its commands are parsed by tests/contract/test_docs.py."""
 SKIPPED = {
     "make pretrain MODALITY=mri": "downloads the demo",
-    "make finetune CKPT=runs/mri-vit_t-masked_image": "needs the run of the demo",
+    "CKPT=runs/mri-vit_t-masked_image": "needs the run of the demo",
     "samgraft demo": "downloads the demo",
-    "pip install 'samgraft[napari]'": "installs packages",
+    "pip install": "installs packages",
+    "--push": "uploads to the Hugging Face Hub",
+    "--known-identifiers": "needs a file of identifiers, for a release that exists by then",
 }
+"""Reason by a part of every command that is left out of these pages."""
 SHORT = ["trainer.max_steps=2", "data.batch_size=2", "model.image_size=64", "optim.warmup_steps=1"]
 ADDED = {
-    "pretrain": [*SHORT, "watch.every_n_steps=2", "data.num_held_out_slices=2", "watch.num_panel_rows=2"],
+    # The default are the demo's weights, which would be downloaded.
+    "pretrain": [
+        "--base",
+        "data/weights/lite_medsam.pth",
+        *SHORT,
+        "watch.every_n_steps=2",
+        "data.num_held_out_slices=2",
+        "watch.num_panel_rows=2",
+    ],
     "finetune": [*SHORT, "watch.validate_every_n_steps=2", "watch.num_overlays=1"],
     # Two steps may end below the start by chance.
     "release": ["--force"],
@@ -55,14 +67,15 @@ ADDED = {
 
 
 def commands_of(page):
-    return [command for command in shell_commands(DOCS / page) if command not in SKIPPED]
+    return [one for one in shell_commands(DOCS / page) if not any(part in one for part in SKIPPED)]
 
 
 def test_docs__every_page_with_commands_is_run_or_has_a_reason():
     pages = {path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md") if "reference" not in path.parts}
     with_commands = {page for page in pages if not page.startswith("commands/") and shell_commands(DOCS / page)}
     assert with_commands | {"../README.md"} == {*EXECUTED, *NOT_EXECUTED}
-    assert set(SKIPPED) <= {command for page in EXECUTED for command in shell_commands(DOCS / page)}
+    shown = [command for page in EXECUTED for command in shell_commands(DOCS / page)]
+    assert [part for part in SKIPPED if not any(part in command for command in shown)] == []
 
 
 def write_labelled(folder, patients, *, shape_zyx=(4, 40, 36), layout="{}_label.nii.gz"):
