@@ -51,7 +51,7 @@ class LayerScan:
 
     def to_file(self, array_abc: Array) -> Array:
         """Return an array of the layer on the axes of the file."""
-        return (array_abc[None] if self.is_picture else array_abc).transpose(np.argsort(self.order))
+        return (array_abc[None] if self.is_picture else array_abc).transpose(tuple(np.argsort(self.order).tolist()))
 
     def to_layer(self, array_ijk: Array) -> Array:
         """Return an array of the file on the axes of the layer."""

@@ -42,6 +42,8 @@ class SegmentWidget(Container):
         self.viewer = napari_viewer
         self.predictor: Predictor | None = None
         self.stop_requested = threading.Event()
+        # The worker's thread must not touch widgets of Qt.
+        self._show_progress: Any = ensure_main_thread(self._set_progress)
         self.scan = create_widget(annotation="napari.layers.Image", label="Scan")
         self.model = FileEdit(label="Run or release", mode="d", tooltip="Folder of a finished run or of a release.")
         self.axes = LineEdit(
@@ -152,8 +154,7 @@ class SegmentWidget(Container):
             raise _Stopped
         self._show_progress(done, total)
 
-    @ensure_main_thread
-    def _show_progress(self, done: int, total: int) -> None:
+    def _set_progress(self, done: int, total: int) -> None:
         self.progress.max = total
         self.progress.value = done
 
