@@ -205,8 +205,8 @@ def _pictures(index: FileIndex, options: SourceOptions, found: Discovery) -> lis
             "separated by their names"
         )
     if gaps := [scan.files.name for scan in scans if len(set(np.diff(scan.slices))) > 1]:
-        stacks = counted(len(gaps), "stack of pictures lacks", "stacks of pictures lack")
-        found.notes.append(f"{stacks} slices by their numbers, e.g. {gaps[0]}")
+        lacking = counted(len(gaps), "stack of pictures lacks", "stacks of pictures lack")
+        found.notes.append(f"{lacking} slices by their numbers, e.g. {gaps[0]}")
     return scans
 
 
