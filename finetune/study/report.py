@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
-import numpy as np
 from matplotlib.figure import Figure
 from samgraft.finetune.evaluation.scores import csv_cell
 from samgraft.finetune.study.cells import SETTING_AXES, Cell
@@ -80,7 +79,7 @@ def write_results(
 
 
 def next_commands(cells: Sequence[Cell], results: Mapping[str, Mapping[str, Any]], folder: Path | str) -> list[str]:
-    """Return the command that completes a study, or those that use the best of its models.
+    """Return the command that completes a study, or those that judge and release the best of its models.
 
     Args:
         cells: All cells.
@@ -90,11 +89,16 @@ def next_commands(cells: Sequence[Cell], results: Mapping[str, Mapping[str, Any]
     if len(results) < len(cells):
         file, root = Path(folder) / "study.yaml", Path(folder).parent
         return [f"samgraft study {shlex.quote(str(file))} --studies {shlex.quote(str(root))}"]
-    best = max(cells, key=lambda cell: float(np.mean([*results[cell.key]["dice_per_patient"].values()])))
-    run = str(Path(folder) / "runs" / best.key)
-    # Scores of validation patients chose the model. Only test patients show what it is worth.
-    first = f"make evaluate RUN={shlex.quote(run)} SPLIT=test"
-    if best.part == "test":
+    # By validation, because the scores of the table must not choose a model and judge it as well.
+    ranked = sorted(cells, key=lambda cell: results[cell.key].get("validation_dice") or 0.0, reverse=True)
+    best, runs = ranked[0], Path(folder) / "runs"
+    run = str(runs / best.key)
+    same = [cell for cell in ranked[1:] if (cell.store, cell.split, cell.fold) == (best.store, best.split, best.fold)]
+    if best.part != "test":
+        first = f"make evaluate RUN={shlex.quote(run)} SPLIT=test"
+    elif same:
+        first = f"samgraft compare {shlex.quote(run)} {shlex.quote(str(runs / same[0].key))} --split test"
+    else:
         first = f"make predict RUN={shlex.quote(run)} DATA=SCANS OUT=masks"
     return [first, release_command(run)]
 

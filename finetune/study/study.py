@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import logging
 import re
-import shlex
 import time
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,6 @@ from samgraft.finetune.study.cells import Cell, Grid, expand
 from samgraft.finetune.study.config import StudyConfig
 from samgraft.finetune.study.report import next_commands, table_lines, write_results
 from samgraft.finetune.study.schedule import run_locally, run_on_slurm
-from samgraft.finetune.training.report import release_command
 from samgraft.shared.config import config_to_yaml, load_config
 from samgraft.shared.counting import counted
 from samgraft.shared.errors import DataError, ExitCode, SamgraftError, StoppedAndSaved, UsageError
@@ -160,23 +157,7 @@ def _finish(plan: StudyPlan, outcomes: list[Outcome]) -> Path:
             kept=f"{counted(len(results), 'complete cell')}, which are in table and report",
             next_command="fix the cause and run the same command: complete cells are not run again",
         )
-    for word, command in zip(("next", "then"), next_commands(plan, results), strict=False):
-        log.info("  %s     %s", word, command)
     return report
-
-
-def next_commands(plan: StudyPlan, results: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Return the commands that release the best model of a complete study and compare it with the second best."""
-    # By validation, because the scores of the table must not choose a model and judge it as well.
-    cells = sorted(plan.grid.cells, key=lambda cell: results[cell.key].get("validation_dice") or 0.0, reverse=True)
-    best = cells[0]
-    runs = plan.folder.runs
-    commands = [release_command(str(runs / best.key))]
-    same = [cell for cell in cells[1:] if (cell.store, cell.split, cell.fold) == (best.store, best.split, best.fold)]
-    if same:
-        paths = " ".join(shlex.quote(str(runs / cell.key)) for cell in (best, same[0]))
-        commands.insert(0, f"samgraft compare {paths} --split {plan.config.part}")
-    return commands
 
 
 def log_plan(plan: StudyPlan) -> None:

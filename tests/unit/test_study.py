@@ -155,8 +155,8 @@ def test_write_results__next_is_the_rest_of_the_study_or_its_best_model(tmp_path
     first, best = cells(seeds=[0])
     cost = {"train_seconds": 60, "peak_mib": 1, "trainable_millions": 1.0}
     results = {
-        first.key: {"dice_per_patient": {"a": 0.9, "b": 0.1}, **cost},
-        best.key: {"dice_per_patient": {"a": 0.6, "b": 0.7}, **cost},
+        first.key: {"dice_per_patient": {"a": 0.9, "b": 0.9}, "validation_dice": 0.5, **cost},
+        best.key: {"dice_per_patient": {"a": 0.6, "b": 0.7}, "validation_dice": 0.7, **cost},
     }
     folder = tmp_path / "studies" / "tiny"
     folder.mkdir(parents=True)
@@ -166,12 +166,14 @@ def test_write_results__next_is_the_rest_of_the_study_or_its_best_model(tmp_path
     assert "make release" not in page
     report.write_results(config(seeds=[0]), [first, best], results, folder, failed={})
     page = (folder / "report.html").read_text()
-    assert f"make predict RUN=tiny/runs/{best.key} DATA=SCANS OUT=masks" in page
+    assert f"samgraft compare tiny/runs/{best.key} tiny/runs/{first.key} --split test" in page
     assert f"make release RUN=tiny/runs/{best.key} OUT=releases/{best.key}" in page
     on_validation = [dataclasses.replace(cell, part="val") for cell in (first, best)]
     of_validation = {cell.key: result for cell, result in zip(on_validation, results.values(), strict=True)}
     [evaluate, _] = report.next_commands(on_validation, of_validation, "studies/tiny")
     assert evaluate == f"make evaluate RUN=studies/tiny/runs/{on_validation[1].key} SPLIT=test"
+    [predict, _] = report.next_commands([best], results, "studies/tiny")
+    assert predict == f"make predict RUN=studies/tiny/runs/{best.key} DATA=SCANS OUT=masks"
 
 
 def test_score_settings__folds_are_pooled_over_patients():
