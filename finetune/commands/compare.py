@@ -97,7 +97,6 @@ def compare(
         write_patients,
     )
     from samgraft.finetune.evaluation.comparison_report import write_comparison_report
-    from samgraft.finetune.evaluation.scores import METRIC_BY_KEY, interval_of
     from samgraft.shared.report.page import path_for_report
     from samgraft.shared.store.from_data import progress_bar
 
@@ -106,13 +105,7 @@ def compare(
     owner = _read_names([Path(path) for path in runs]) if show_names else None
     with progress_bar("comparing") as on_progress:
         results = compare_runs(evaluated, metrics=keys, on_progress=on_progress)
-    for one in evaluated:
-        for warning in one.summary.get("warnings", ()):
-            log.warning("%s: %s", one.name, warning)
-    for metric in keys:
-        for one in evaluated:
-            interval = interval_of(one.rows, metric)
-            log.info("%s, %s: %s", METRIC_BY_KEY[metric].title, one.name, interval.render() if interval else "n/a")
+    _log_scores(evaluated, keys)
     for result in results:
         log.info("%s", render_pair(result))
     patients = patient_differences(evaluated, owner, metrics=keys) if owner else []
@@ -120,7 +113,7 @@ def compare(
         log.info("%s", render_patient(row))
     # The tables are printed in any case, because a comparison is often only looked at.
     folder = Path(out) if out else None
-    best = _best_model(evaluated, keys[0])
+    best = _best_model(evaluated)
     if folder:
         write_comparison(evaluated, results, folder, metrics=keys)
         commands = next_commands(Path(best.path), path_for_report(best.path)) if best else []
@@ -141,14 +134,26 @@ def _metric_names(metrics: Sequence[str] | str) -> list[str]:
     return keys
 
 
-def _best_model(runs: Sequence[EvaluatedRun], metric: str) -> EvaluatedRun | None:
-    """Return the run or release with the best mean of a metric, or None if only tables were compared."""
+def _log_scores(runs: Sequence[EvaluatedRun], metrics: Sequence[str]) -> None:
+    """Print the warnings of every run and its scores with their intervals."""
     from samgraft.finetune.evaluation.scores import METRIC_BY_KEY, interval_of
 
-    better = METRIC_BY_KEY[metric].better
-    found = [(run, interval_of(run.rows, metric)) for run in runs if not (Path(run.path) / "cases.csv").is_file()]
-    means = [(interval.mean, run) for run, interval in found if interval]
-    return max(means, key=lambda pair: pair[0] if better == "higher" else -abs(pair[0]))[1] if means else None
+    for one in runs:
+        for warning in one.summary.get("warnings", ()):
+            log.warning("%s: %s", one.name, warning)
+    for metric in metrics:
+        for one in runs:
+            interval = interval_of(one.rows, metric)
+            log.info("%s, %s: %s", METRIC_BY_KEY[metric].title, one.name, interval.render() if interval else "n/a")
+
+
+def _best_model(runs: Sequence[EvaluatedRun]) -> EvaluatedRun | None:
+    """Return the run or release that was best on its validation patients, or None if only tables were compared."""
+    from samgraft.finetune.model_folder import read_task
+
+    # The compared scores are often of test patients, which must not choose a model.
+    models = [run for run in runs if not (Path(run.path) / "cases.csv").is_file()]
+    return max(models, key=lambda run: read_task(Path(run.path)).validation.get("best") or 0.0, default=None)
 
 
 def _read_names(runs: Sequence[Path]) -> Names:

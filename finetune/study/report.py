@@ -79,7 +79,7 @@ def write_results(
 
 
 def next_commands(cells: Sequence[Cell], results: Mapping[str, Mapping[str, Any]], folder: Path | str) -> list[str]:
-    """Return the command that completes a study, or those that judge and release the best of its models.
+    """Return the command that completes a study, or those that score and release the best of its models.
 
     Args:
         cells: All cells.
