@@ -89,12 +89,13 @@ def render(records: Sequence[Record]) -> str:
         f"# What do unlabelled scans buy? {datetime.date.today()}",
         "",
         "Every seed draws other labelled patients; all other training patients are scans without labels. The test "
-        "patients are looked at once per model, nothing is chosen on them, and the weights of the last step count "
-        "(moving averages). Dice is the mean over scans and classes per patient on the scan's own grid. The interval "
-        "over patients does not cover the choice of the labelled ones. The interval over seeds (t, from three on) "
-        "covers that choice and everything else that a training draws, not the test patients. The pseudo-labels are "
-        "compared with the labels that no training saw, without their ignored voxels. Core-minutes are processor time "
-        "of the training, teachers and labelling included, unless another arm has them.",
+        "patients are looked at once per model, nothing is chosen on them unless the words below say so, and the "
+        "weights of the last step count (moving averages). Dice is the mean over scans and classes per patient on the "
+        "scan's own grid. The interval over patients does not cover the choice of the labelled ones. The interval "
+        "over seeds (t, from three on) covers that choice and everything else that a training draws, not the test "
+        "patients. The pseudo-labels are compared with the labels that no training saw, without their ignored voxels. "
+        "Core-minutes are processor time of the training, teachers and labelling included, unless another arm has "
+        "them.",
         "",
     ]
     for data in DATA_SETS:
@@ -135,7 +136,7 @@ def draw(records: Sequence[Record], path: Path) -> None:
         for data in DATA_SETS
         for labels in label_numbers(records, data)
         for arm in ARMS
-        if paired_cells(records, data=data, arm=arm, labels=labels)
+        if ARMS[arm].short and paired_cells(records, data=data, arm=arm, labels=labels)
     ]
     figure = Figure(figsize=(8, 1.3 + 1.05 * max(1, len(rows))), layout="constrained")
     axes = figure.subplots()
