@@ -24,7 +24,9 @@ def test_session__layers_are_the_masks_of_the_predictor(tmp_path):
     lab = make_lab(tmp_path)
     image, _ = make_scan(shape_zyx=(4, 32, 30), seed=7)
     scan = write_nifti(tmp_path / "scan.nii.gz", image)
-    turned = nib.load(scan).as_reoriented(nib.orientations.axcodes2ornt(("S", "R", "A")))
+    loaded = nib.load(scan)
+    as_file = nib.orientations.axcodes2ornt(("S", "R", "A"))
+    turned = loaded.as_reoriented(nib.orientations.ornt_transform(nib.io_orientation(loaded.affine), as_file))
     nib.save(nib.Nifti1Image(np.asarray(turned.dataobj), turned.affine), scan)
 
     program = [sys.executable, napari_session.__file__, str(lab.run), str(scan), str(tmp_path)]
