@@ -5,6 +5,7 @@ import inspect
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -152,16 +153,23 @@ def test_settings__of_python_types_equal_the_typed_ones(lab, tmp_path):
 
 
 def test_compare__returns_the_pairs_as_a_table(lab, tmp_path):
-    for name in ("seg", "other"):
-        sg.evaluate(lab.root / "runs" / name)
-    result = sg.compare([lab.run, lab.root / "runs" / "other"], metrics=["dice"], out=tmp_path / "c")
+    runs = []
+    # The scores of the table are those of test patients, which must not choose a model.
+    for name, on_validation in (("seg", 0.8), ("other", 0.7)):
+        runs.append(shutil.copytree(lab.root / "runs" / name, tmp_path / name))
+        task = json.loads((runs[-1] / "model" / "task.json").read_text())
+        task["validation"] = {"zero_shot": 0.1, "start": 0.1, "best": on_validation, "best_step": 2}
+        (runs[-1] / "model" / "task.json").write_text(json.dumps(task))
+        sg.evaluate(runs[-1])
+    result = sg.compare(runs, metrics=["dice"], out=tmp_path / "c")
     assert list(result.table["metric"].unique()) == ["dice"]
     assert {result.table["first"][0], result.table["second"][0]} == {"seg", "other"}
     assert result.report is not None
     [difference] = result.table[result.table["class"] == "lesion"].to_dict("records")
-    best = difference["second" if difference["difference"] > 0 else "first"]
-    assert f"samgraft predict {best} SCANS --out masks" in result.report.read_text()
-    assert sg.compare([lab.run, lab.root / "runs" / "other"]).report is None
+    assert difference["difference"] != 0
+    assert "samgraft predict seg SCANS --out masks" in result.report.read_text()
+    assert "samgraft predict other" not in result.report.read_text()
+    assert sg.compare(runs).report is None
 
 
 def test_predict__path_image_and_array_give_the_labels_of_the_command(lab, model, scan, tmp_path):

@@ -49,7 +49,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ),
         pytest.param(
             ["--data", "store.zarr", "--base", "tiny", "trainer.max_steps=4"], 2,
-            ["warmup_steps must be at least 0 and below max_steps, got 4 of 4"], id="warm-up as long as the run",
+            ["warmup_steps must be at least 0 and below max_steps, got 12 of 4"], id="warm-up as long as the run",
         ),
         pytest.param(["--data", "nowhere.zarr"], 3, ["the store does not exist", "samgraft store build"], id="none"),
         pytest.param(["--data", "half.zarr"], 3, ["is not a slice store"], id="a folder that is no store"),
@@ -184,7 +184,7 @@ def with_runs(lab: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
         ("a/b", "must be a plain folder name"),
         ("file", "file is a file"),
         ("foreign", "contains no run"),
-        ("before", "another configuration, 1 difference: optim.lr: 3e-05 -> 0.0003"),
+        ("before", "another configuration, 1 difference: optim.lr: 2e-05 -> 0.0003"),
     ],
 )
 def test_dry_run__run_folder_that_a_run_would_refuse_is_refused(

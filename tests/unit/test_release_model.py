@@ -187,7 +187,7 @@ def test_command__finds_the_stage_by_the_files_of_the_run(run, tmp_path):
     with pytest.raises(WeightsError, match="does not exist"):
         _releaser(tmp_path / "no")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(WeightsError, match="is not finished"):
+    with pytest.raises(WeightsError, match="neither a run nor a release"):
         _releaser(tmp_path / "empty")
 
 
