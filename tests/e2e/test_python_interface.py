@@ -172,6 +172,18 @@ def test_compare__returns_the_pairs_as_a_table(lab, tmp_path):
     assert sg.compare(runs).report is None
 
 
+def test_predict__thick_slices_are_refused_by_a_model_of_several_planes(lab, tmp_path):
+    run = shutil.copytree(lab.run, tmp_path / "run")
+    task = json.loads((run / "model" / "task.json").read_text())
+    task["planes"] = ["axial", "coronal", "sagittal"]
+    (run / "model" / "task.json").write_text(json.dumps(task))
+    model = sg.load(run, device="cpu", precision="fp32")
+    values = np.random.default_rng(0).integers(0, 100, (24, 24, 24)).astype(np.int16)
+    assert model.predict(values, spacing=(1, 1, 1), axes="RAS").labels.shape == (24, 24, 24)
+    with pytest.raises(DataError, match="needs near-isotropic scans"):
+        model.predict(values, spacing=(1, 1, 5), axes="RAS")
+
+
 def test_predict__path_image_and_array_give_the_labels_of_the_command(lab, model, scan, tmp_path):
     assert main(["predict", str(lab.run), str(scan), "--out", str(tmp_path), "--device", "cpu", "--formats", "nifti",
                  "--precision", "fp32"]) == 0  # fmt: skip
