@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from statistics import median
 
 import torch
@@ -23,7 +24,9 @@ RISEN_SHARE = 1.1
 PATIENT_ROUNDS = 4
 """Monitoring rounds before a loss that does not fall is reported, because the warm-up comes first."""
 PROBE_NOISE = 0.02
-"""Dice by which the linear probe may change by chance with some dozen slices."""
+"""Dice by which the linear probe may change by chance with some dozen slices of several patients."""
+NUM_PROBES = 4
+"""Number of probes in a run from which on their changes from round to round say how much of a change is chance."""
 DRIFTED_SHARE = 0.5
 """Share of the initial box-prompt Dice below which a run warns."""
 ONE_PROTOTYPE, ALL_PROTOTYPES = 0.01, 0.99
@@ -151,9 +154,26 @@ def _check_entropy(curves: Curves, is_final: bool) -> str | None:
     return f"Teacher entropy is {100 * entropy[-1]:.1f} % of its maximum: {text}"
 
 
+def probe_noise(dice: Sequence[float]) -> float:
+    """Return the Dice by which the linear probe of a run may change by chance.
+
+    Every round fits a new head, and with slices of one patient its Dice can move by 0.1 and back. Two standard
+    deviations of the change from one round to the next are chance, and never less than ``PROBE_NOISE``. The median
+    estimates this deviation, so that one change that stays is no chance.
+
+    Args:
+        dice: Dice of all rounds, the first one before training.
+    """
+    if len(dice) < NUM_PROBES:
+        return PROBE_NOISE
+    # The median of the absolute values of a normal variable is its standard deviation divided by 1.4826.
+    deviation = 1.4826 * median(abs(after - before) for before, after in pairwise(dice))
+    return max(PROBE_NOISE, 2 * deviation)
+
+
 def _check_probe(curves: Curves, is_final: bool) -> str | None:
     first, last = _first_and_last(curves, "probe/dice")
-    if first is None or last >= first - PROBE_NOISE:
+    if first is None or last >= first - probe_noise(curves["probe/dice"]):
         return None
     return (
         f"The linear probe fell to a Dice of {last:.3f} ({first:.3f} before training), so a linear head segments the "

@@ -35,7 +35,7 @@ from samgraft.shared.weights.load import read_weights
 from samgraft.shared.weights.official import official_name
 from samgraft.ssl.config import RANDOM, PretrainConfig
 from samgraft.ssl.monitor.exported import MEASURES, Exported
-from samgraft.ssl.monitor.health import PROBE_NOISE, has_moving_target, health_warnings
+from samgraft.ssl.monitor.health import has_moving_target, health_warnings, probe_noise
 from samgraft.ssl.monitor.held_out import HeldOut, held_out_panel, split_picture
 from samgraft.ssl.monitor.monitor import MonitorData, panel_path
 from samgraft.ssl.objectives import Objective, Panel
@@ -118,7 +118,8 @@ def _probe_conclusion(lines: Lines) -> Text | None:
     if len(dice) < 2:
         return None
     change = f"a Dice of {dice[-1]:.3f} ({dice[0]:.3f} {BEFORE})"
-    if dice[-1] > dice[0] + PROBE_NOISE:
+    noise = probe_noise(dice)
+    if dice[-1] > dice[0] + noise:
         # Not marked as good. In our own comparison (benchmarks/results/ssl_helps-2026-11-26.md) the probe rose for
         # encoders that fine-tuned worse, and fell for the one that fine-tuned better.
         return Text(
@@ -126,7 +127,10 @@ def _probe_conclusion(lines: Lines) -> Text | None:
             "before. This is a sign only, and it did not predict which encoder fine-tunes better in our comparison. "
             "Fine-tune from both encoders and compare."
         )
-    return Text(text=f"The linear probe did not change: {change}. A difference below {PROBE_NOISE:g} is noise.")
+    return Text(
+        text=f"The linear probe did not change by more than chance: {change}. In this run, a difference below "
+        f"{noise:.2f} is noise."
+    )
 
 
 def _box_prompt_conclusion(lines: Lines) -> Text | None:

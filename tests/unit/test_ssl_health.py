@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from samgraft.ssl.monitor.health import feature_health, health_warnings
+from samgraft.ssl.monitor.health import feature_health, health_warnings, probe_noise
 from samgraft.ssl.monitor.held_out import (
     HeldOut,
     held_out_loss,
@@ -68,6 +68,29 @@ def test_health_warnings__each_condition_gives_its_warning_alone(changed, word):
     found = health_warnings({**HEALTHY, **changed}, is_final=True)
     assert len(found) == 1
     assert word in found[0].text
+
+
+@pytest.mark.parametrize(
+    ("dice", "noise"),
+    [
+        ([0.6, 0.9], 0.02),
+        ([0.6, 0.9, 0.6], 0.02),
+        # One change that stays, and values that hardly change.
+        ([0.7, 0.5, 0.5, 0.5], 0.02),
+        ([0.60, 0.605, 0.60, 0.605], 0.02),
+        # Changes of 0.1, 0.1, 0.12 and 0.02, whose median is 0.1.
+        ([0.6, 0.7, 0.6, 0.72, 0.7], 2 * 1.4826 * 0.1),
+    ],
+)
+def test_probe_noise__grows_with_the_changes_from_round_to_round(dice, noise):
+    assert probe_noise(dice) == pytest.approx(noise)
+
+
+@pytest.mark.parametrize("end", [0.45, 0.75])
+def test_health_warnings__a_probe_that_moves_up_and_down_gives_none(end):
+    assert health_warnings({**HEALTHY, "probe/dice": [0.6, 0.7, 0.6, 0.72, end]}, is_final=True) == []
+    steady = {**HEALTHY, "probe/dice": [0.6, 0.6, 0.6, 0.6, 0.6, end]}
+    assert len(health_warnings(steady, is_final=True)) == (end < 0.6)
 
 
 def test_health_warnings__loss_of_a_moving_teacher_is_not_checked():
