@@ -64,6 +64,19 @@ def granted_cores(groups: ControlGroups | None = None) -> int:
     return max(1, min([_pinned_cores(), *quotas]))
 
 
+def threads_per_process(num_processes: int) -> int:
+    """Return the number of OpenMP threads of each of several processes that run at a time.
+
+    They share the granted cores, because processes with all cores each would slow each other down. A smaller number
+    that the user has set is kept, because other work may have the remaining cores. A thread without a core of its own
+    makes every operation wait for it.
+    """
+    share = max(1, granted_cores() // max(1, num_processes))
+    # OpenMP also accepts one number per nesting level.
+    wanted = os.environ.get(THREADS, "").partition(",")[0].strip()
+    return min(share, int(wanted)) if wanted.isdecimal() and int(wanted) > 0 else share
+
+
 def granted_memory(groups: ControlGroups | None = None) -> tuple[int, int] | None:
     """Return the limit and the free memory of the tightest group in bytes, or None without a limit.
 

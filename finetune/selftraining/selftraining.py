@@ -36,7 +36,7 @@ from samgraft.shared.config import config_to_yaml
 from samgraft.shared.counting import counted
 from samgraft.shared.errors import DataError, ExitCode, SamgraftError, StoppedAndSaved, UsageError
 from samgraft.shared.files import write_text
-from samgraft.shared.machine import granted_cores
+from samgraft.shared.machine import threads_per_process
 from samgraft.shared.runs.inputs import record_run_inputs, save_run_split
 from samgraft.shared.runs.run_folder import RunFolder, check_run_folder, read_run_json
 from samgraft.shared.samples.split import Split
@@ -213,8 +213,7 @@ def run_selftraining(
 def _run_parts(
     parts: Sequence[Part], plan: SelftrainingPlan, processes: Processes, *, num_parallel: int, run: Runner
 ) -> None:
-    # The cores are shared out, because N processes with all cores each would slow each other down.
-    num_threads = max(1, granted_cores() // min(num_parallel, len(parts) or 1))
+    num_threads = threads_per_process(min(num_parallel, len(parts)))
     with ThreadPoolExecutor(max_workers=num_parallel) as pool:
         futures = [pool.submit(_run_part, part, plan, processes, num_threads, run) for part in parts]
     for future in futures:

@@ -20,7 +20,7 @@ from samgraft.shared.counting import counted
 from samgraft.shared.errors import UsageError
 from samgraft.shared.files import write_text
 from samgraft.shared.invocation import is_library_call
-from samgraft.shared.machine import granted_cores
+from samgraft.shared.machine import threads_per_process
 from samgraft.shared.training.signals import STOP_SIGNALS
 
 log = logging.getLogger(__name__)
@@ -48,8 +48,7 @@ def run_locally(
     if num_parallel < 1:
         raise UsageError(f"--parallel must be at least 1, got {num_parallel}.")
     processes = Processes()
-    # The cores are shared out, because N processes with all cores each would slow each other down.
-    num_threads = max(1, granted_cores() // num_parallel)
+    num_threads = threads_per_process(num_parallel)
     outcomes: list[Outcome] = []
     with forward_stop_signals(processes), ThreadPoolExecutor(max_workers=num_parallel) as pool:
 
@@ -155,5 +154,5 @@ def run_stored_cell(root: str, name: str) -> dict[str, Any]:
     # SLURM sends SIGTERM at the time limit. The cell then saves, and the next call of the study resumes it.
     processes = Processes()
     with forward_stop_signals(processes):
-        outcome = run_cell(cell, folder, num_threads=granted_cores(), processes=processes)
+        outcome = run_cell(cell, folder, num_threads=threads_per_process(1), processes=processes)
     return dataclasses.asdict(outcome)

@@ -6,7 +6,13 @@ import sys
 
 import pytest
 from samgraft.shared import machine as job_limits
-from samgraft.shared.machine import ControlGroups, configure_openmp, granted_cores, granted_memory
+from samgraft.shared.machine import (
+    ControlGroups,
+    configure_openmp,
+    granted_cores,
+    granted_memory,
+    threads_per_process,
+)
 
 GIB = 2**30
 
@@ -52,6 +58,33 @@ def test_granted_cores__without_groups_counts_pinned_cores(groups, monkeypatch, 
     assert granted_cores(nothing) == 2
     monkeypatch.delattr(os, "sched_getaffinity")
     assert granted_cores(nothing) == 64
+
+
+@pytest.mark.parametrize(
+    ("set_by_user", "num_processes", "num_threads"),
+    [
+        (None, 1, 6),
+        (None, 2, 3),
+        (None, 9, 1),
+        (None, 0, 6),
+        ("1", 1, 1),
+        ("2", 2, 2),
+        # Job scripts often set the number of all cores, which several processes cannot have each.
+        ("6", 2, 3),
+        ("2,1", 1, 2),
+        ("0", 1, 6),
+        ("many", 1, 6),
+        ("", 1, 6),
+    ],
+)
+def test_threads_per_process__is_a_share_of_the_cores_or_what_the_user_set(
+    monkeypatch, set_by_user, num_processes, num_threads
+):
+    monkeypatch.setattr("samgraft.shared.machine.granted_cores", lambda _groups=None: 6)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if set_by_user is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", set_by_user)
+    assert threads_per_process(num_processes) == num_threads
 
 
 def test_granted_memory__counts_cached_files_as_free(groups):
