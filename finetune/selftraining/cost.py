@@ -29,13 +29,21 @@ class PartCost:
     """Seconds per optimizer step, without data loading and validation."""
     slice_s: float
     """Seconds to label one slice."""
+    thread_advice: str | None = None
+    """What to do if one thread is faster than several."""
 
 
 def measure_part(part: Part, prepared: Prepared, scans: UnlabelledScans, device: DeviceChoice) -> PartCost:
     """Measure a training step and the labelling of some slices."""
     step = measure_cost(prepared, part.config, device)
     slice_s = _measure_slice(prepared.segmenter, prepared.inference, scans, device)
-    return PartCost(name=part.name, num_steps=part.config.trainer.max_steps, step_s=step.seconds, slice_s=slice_s)
+    return PartCost(
+        name=part.name,
+        num_steps=part.config.trainer.max_steps,
+        step_s=step.seconds,
+        slice_s=slice_s,
+        thread_advice=step.thread_advice(),
+    )
 
 
 def measure_teacher(teacher: Teacher, model: FinishedModel, scans: UnlabelledScans, device: DeviceChoice) -> PartCost:
@@ -86,4 +94,6 @@ def describe_costs(costs: Sequence[PartCost], rounds: Sequence[Round], *, num_sl
         seconds = num_slices * passes * sum(by_name.get(teacher.name, student).slice_s for teacher in one.teachers)
         total += seconds
         lines.append(f"labels of round {one.number}: {num_slices} slices, about {format_duration(seconds)}")
-    return [*lines, f"self-training: about {format_duration(total)} together, without validation"]
+    # The advice is the same for all parts.
+    advice = [cost.thread_advice for cost in costs if cost.thread_advice][:1]
+    return [*lines, *advice, f"self-training: about {format_duration(total)} together, without validation"]

@@ -15,7 +15,7 @@ from statistics import median
 
 import torch
 from samgraft.shared.errors import StorageError
-from samgraft.shared.machine import format_duration, granted_memory
+from samgraft.shared.machine import THREADS, format_duration, granted_memory
 from samgraft.shared.runs.training_state import find_leftovers, finished_states
 from samgraft.shared.training.config import TrainerConfig
 from samgraft.shared.training.device import DeviceChoice, use_channels_last
@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 MEASURE_S = 8.0
 """Seconds after which no further micro-step is measured, even if only the warm-up was."""
 MAX_MEASURED_STEPS = 5
+MAX_SHARE_OF_ONE_THREAD = 0.8
+"""Share of the time with several threads below which one thread is recommended."""
 LOGS_BYTES = 2**26
 """Allowance for metrics, events, images and the report."""
 GIB = 2**30
@@ -43,6 +45,18 @@ class StepCost:
     """Number of measured micro-steps, after one as warm-up. A slow warm-up is the only measured one."""
     saved_bytes: int
     """Memory of the activations that the forward pass keeps for the backward pass."""
+    one_thread_s: float | None = None
+    """Seconds of one optimizer step with one thread, None if that is not faster or was not measured."""
+
+    def thread_advice(self) -> str | None:
+        """Return what to do if one thread is faster than several, and None otherwise."""
+        if self.one_thread_s is None:
+            return None
+        return (
+            f"with 1 thread instead of {torch.get_num_threads()} a step takes {self.one_thread_s:.2f} s instead of "
+            f"{self.seconds:.2f} s, because other programs use the cores or the slices are small. Start again with "
+            f"{THREADS}=1 in front of the command"
+        )
 
 
 def measure_step(
@@ -83,13 +97,38 @@ def measure_step(
             while len(times) < 1 + MAX_MEASURED_STEPS and (not times or time.perf_counter() - started < MEASURE_S):
                 counting = contextlib.nullcontext() if times else saved.count()
                 times.append(_time_micro_step(module, compute_loss, counting, device))
+            one_thread_s = _time_one_thread(module, compute_loss, device, several_s=median(times[1:] or times))
         except torch.OutOfMemoryError as error:
             raise explain_out_of_memory(batch_size=batch_size, accumulate=config.accumulate) from error
     # The trial steps have moved batch norm's statistics and, in some objectives, centers and counters.
     for buffer, before in buffers:
         buffer.copy_(before)
     measured = times[1:] or times
-    return StepCost(seconds=config.accumulate * median(measured), num_measured=len(measured), saved_bytes=saved.total)
+    return StepCost(
+        seconds=config.accumulate * median(measured),
+        num_measured=len(measured),
+        saved_bytes=saved.total,
+        one_thread_s=None if one_thread_s is None else config.accumulate * one_thread_s,
+    )
+
+
+def _time_one_thread(
+    module: nn.Module, compute_loss: Callable[[], Tensor], device: DeviceChoice, *, several_s: float
+) -> float | None:
+    """Return the seconds of a micro-step with one thread if it is clearly faster than with several.
+
+    With other programs on the same cores, each operation waits for the thread whose core is taken.
+    """
+    num_threads = torch.get_num_threads()
+    # One thread takes at most as many times as long as there are threads.
+    if device.torch_device.type != "cpu" or num_threads == 1 or several_s * num_threads > MEASURE_S:
+        return None
+    torch.set_num_threads(1)
+    try:
+        steps = [_time_micro_step(module, compute_loss, contextlib.nullcontext(), device) for _ in range(2)]
+    finally:
+        torch.set_num_threads(num_threads)
+    return min(steps) if min(steps) < MAX_SHARE_OF_ONE_THREAD * several_s else None
 
 
 def _time_micro_step(
@@ -139,9 +178,11 @@ def describe_cost(
     """
     seconds = config.max_steps * cost.seconds + (evaluation_s or 0.0)
     included = "without validation" if evaluation_s is None else "with evaluation rounds"
+    advice = cost.thread_advice()
     return {
         "time": f"{cost.seconds:.2f} s per step of {batch_size * config.accumulate} slices "
         f"(median of {cost.num_measured}); {config.max_steps} steps take about {format_duration(seconds)} {included}",
+        **({"threads": advice} if advice else {}),
         "memory": check_memory(
             module, cost, device=device.torch_device, batch_size=batch_size, has_average=has_average
         ),
