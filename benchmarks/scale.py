@@ -229,6 +229,7 @@ def main() -> None:
     )
     text += f"{per_patient} series per patient, {NUM_SLICES} slices per series.\n\n" + "\n".join(lines) + "\n"
     name = f"scale-{today}.md" if per_patient == 1 else f"scale-{per_patient}-series-{today}.md"
+    arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / name).write_text(text)
     sys.stdout.write(text)
 

@@ -219,8 +219,13 @@ def average_planes(
     return mean_CZHW
 
 
-def check_planes(record: SeriesRecord, config: InferenceConfig) -> None:
+def check_planes(record: SeriesRecord, config: InferenceConfig, *, name: str) -> None:
     """Refuse a scan that cannot be segmented in the planes of a model.
+
+    Args:
+        record: Geometry of the scan.
+        config: Planes of the model.
+        name: Name of the scan for the message.
 
     Raises:
         DataError: If its voxels are not near-isotropic, or it has one slice only.
@@ -232,7 +237,7 @@ def check_planes(record: SeriesRecord, config: InferenceConfig) -> None:
             f"the model segments in {len(config.planes)} planes and needs near-isotropic scans (spacing ratio "
             f"{ratio:.2g} with {record.shape_zyx[0]} slices, expected at most {NEAR_ISOTROPIC_RATIO:g}). Use a model "
             "that was trained without data.planes.",
-            where=record.series_id,
+            where=name,
         )
 
 
@@ -282,7 +287,7 @@ def segment_series(
     segmenter: Segmenter, store: SliceStore, series_id: str, classes: ClassTable, config: InferenceConfig
 ) -> npt.NDArray[np.int32]:
     """Segment one series of a store on its own grid, from prompts of its labels if the model needs prompts."""
-    check_planes(store.record(series_id), config)
+    check_planes(store.record(series_id), config, name=series_id)
     volume_ZHW, stats = store.read_volume(series_id), store.record(series_id).stats
     if not config.prompt.is_prompted:
         return segment_volume(segmenter, volume_ZHW, stats, classes, config)

@@ -198,7 +198,14 @@ def segment_scan(
             shape_zyx=record.shape_zyx,
             on_note=notes.append,
         )
-    masks = segment_examined(predictor, examined, prompts=placed, form_codes=read.form_codes, on_slices=on_slices)
+    masks = segment_examined(
+        predictor,
+        examined,
+        name=read.case.name,
+        prompts=placed,
+        form_codes=read.form_codes,
+        on_slices=on_slices,
+    )
     return Segmentation(masks=masks, notes=tuple(notes))
 
 

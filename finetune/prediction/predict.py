@@ -170,7 +170,14 @@ def _predict_one(
     record = examined.record
     notes = list(record.notes)
     placed = _slice_prompts(prompts, scan, examined, notes)
-    masks = segment_examined(predictor, examined, prompts=placed, form_codes=_form_codes(scan), on_slices=on_slices)
+    masks = segment_examined(
+        predictor,
+        examined,
+        name=scan.name,
+        prompts=placed,
+        form_codes=_form_codes(scan),
+        on_slices=on_slices,
+    )
     values = {**expected, "input": scan.name, "voxels": masks.count_voxels(), "notes": notes}
     with _written_together(stem) as folder:
         for name in formats:
@@ -186,6 +193,7 @@ def segment_examined(
     predictor: Predictor,
     examined: Examined,
     *,
+    name: str,
     prompts: Sequence[SlicePrompt] | None = None,
     form_codes: tuple[int, int] = (1, 1),
     on_slices: OnSlices | None = None,
@@ -197,7 +205,7 @@ def segment_examined(
     """
     record = examined.record
     if prompts is None:
-        check_planes(record, predictor.model.task.inference())
+        check_planes(record, predictor.model.task.inference(), name=name)
     labels_zyx = predictor(examined.images[record.plane], prompts=prompts, stats=record.stats, on_slices=on_slices)
     return NativeMasks(
         labels_ijk=to_native(labels_zyx, record.grid, record.plane),

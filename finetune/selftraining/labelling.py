@@ -197,7 +197,7 @@ def _plane_probabilities(
     inference: InferenceConfig,
 ) -> npt.NDArray[np.float32]:
     """Return the probabilities (1 + C, Z, H, W) of a model, averaged over its planes if it has several."""
-    check_planes(record, inference)
+    check_planes(record, inference, name=record.series_id)
 
     def segment(cut_ZHW: npt.NDArray[Any], plane: Plane) -> npt.NDArray[np.float32]:
         flips = allowed_flips(config, plane)

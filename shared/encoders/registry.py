@@ -72,7 +72,8 @@ def spec_from_tensors(tensors: Mapping[str, Tensor]) -> EncoderSpec:
                 return family.from_tensors(encoder)
             except KeyError as err:
                 raise WeightsError(
-                    f"image encoder must be complete, {ENCODER_PREFIX}{err.args[0]} is missing."
+                    f"the image encoder must be complete, {ENCODER_PREFIX}{err.args[0]} is missing. It is of the "
+                    f"family of {family.published()[0].arch}; use a file with all tensors of the model."
                 ) from err
             except IndexError as err:
                 raise WeightsError("image encoder has tensors with too few dimensions. The file is damaged.") from err

@@ -115,8 +115,11 @@ def find_family(names: Iterable[str], families: Collection[ForeignFamily]) -> Fo
     return next((f for f in families if any(f.pattern.search(name) for name in listed)), None)
 
 
+def describe_family(family: ForeignFamily) -> str:
+    """Return what a file of a foreign family is, why SAM cannot take it as it is, and the way in."""
+    return f"weights are {family.name}. {family.reason} {family.way_in}"
+
+
 def family_error(family: ForeignFamily, *, name: str, next_command: str | None = None) -> WeightsError:
     """Return the refusal of a file of a foreign family."""
-    return WeightsError(
-        f"weights are {family.name}. {family.reason} {family.way_in}", where=name, next_command=next_command
-    )
+    return WeightsError(describe_family(family), where=name, next_command=next_command)

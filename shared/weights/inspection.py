@@ -9,6 +9,7 @@ import torch
 from samgraft.shared.encoders.sam import build_sam
 from samgraft.shared.files import write_tensors
 from samgraft.shared.weights.checks import count_mask_outputs
+from samgraft.shared.weights.families import EXTRA_TENSORS, describe_family, find_family
 from samgraft.shared.weights.formats import PARTS
 from samgraft.shared.weights.load import WeightsFile, card_of, read_weights
 from samgraft.shared.weights.safe_read import read_tensors_only
@@ -21,7 +22,9 @@ def describe(path: Path) -> dict[str, Any]:
         WeightsError: If the file contains no weights, or is damaged or unsafe.
     """
     weights = read_weights(path)
-    card = card_of(weights)
+    card, parts = card_of(weights), _count_parts(weights)
+    # The encoder of such a file may be usable, so that it is described and not refused.
+    family = find_family([name for part in parts.values() for name in part["unexpected"]], EXTRA_TENSORS)
     return {
         "file": weights.name,
         "format": weights.format,
@@ -37,9 +40,9 @@ def describe(path: Path) -> dict[str, Any]:
         "intensity": card.intensity,
         "base": card.base_name if weights.card else None,
         "license": card.license,
-        "parts": _count_parts(weights),
+        "parts": parts,
         "sha256": weights.sha256,
-        "notes": weights.notes,
+        "notes": [*weights.notes, *([describe_family(family)] if family else [])],
     }
 
 

@@ -146,12 +146,13 @@ def test_average_planes__each_plane_has_its_own_weight(volume):
 )
 def test_check_planes__only_near_isotropic_axial_volumes_are_cut(spacing, plane, shape, is_refused):
     class Record:
-        spacing_mm, shape_zyx, series_id = spacing, shape, "s"
+        spacing_mm, shape_zyx = spacing, shape
 
     Record.plane = plane
-    check_planes(Record, settings())
+    check_planes(Record, settings(), name="head.nii.gz")
     if is_refused:
-        with pytest.raises(DataError, match="needs near-isotropic scans"):
-            check_planes(Record, settings(planes=(Plane.AXIAL,)))
+        with pytest.raises(DataError, match="needs near-isotropic scans") as refused:
+            check_planes(Record, settings(planes=(Plane.AXIAL,)), name="head.nii.gz")
+        assert refused.value.where == "head.nii.gz"
     else:
-        check_planes(Record, settings(planes=(Plane.AXIAL,)))
+        check_planes(Record, settings(planes=(Plane.AXIAL,)), name="head.nii.gz")

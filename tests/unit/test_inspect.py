@@ -36,6 +36,36 @@ def test_inspect__lists_missing_and_unexpected_tensors(tmp_path: Path, capsys: p
     assert decoder["unexpected"] == ["mask_decoder.odd"]
 
 
+@pytest.mark.parametrize(
+    ("tensor", "words"),
+    [
+        ("mask_decoder.hf_token.weight", "weights are SAM-HQ."),
+        ("image_encoder.blocks.0.Adapter.channel.0.weight", "weights are SAM-Med2D."),
+        ("image_encoder.blocks.0.Space_Adapter.D_fc1.weight", "weights are a SAM with bottleneck adapters"),
+        ("mask_decoder.odd", None),
+    ],
+)
+def test_inspect__family_of_additional_tensors_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], tensor: str, words: str | None
+) -> None:
+    tensors = dict(make_sam(tiny_plain_spec(), image_size=160).state_dict())
+    torch.save({**tensors, tensor: torch.ones(1)}, tmp_path / "w.pth")
+    assert main(["inspect", str(tmp_path / "w.pth")]) == 0
+    notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  note: weights are")]
+    assert [words in note for note in notes] == ([True] if words else [])
+
+
+def test_inspect__encoder_without_a_block_is_refused_with_its_family(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = to_sam2(make_sam(tiny_hiera_spec(), image_size=64).state_dict())
+    kept = {key: value for key, value in model.items() if "trunk.blocks.0.attn" not in key}
+    torch.save({"model": kept}, tmp_path / "w.pt")
+    assert main(["inspect", str(tmp_path / "w.pt")]) == 4
+    shown = capsys.readouterr()
+    assert "It is of the family of sam2_t; use a file with all tensors of the model." in shown.out + shown.err
+
+
 def test_inspect__run_folder_shows_its_card(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     encoder = make_sam(tiny_vit_t_spec(), image_size=64).image_encoder
     card = Card(
