@@ -171,6 +171,11 @@ class AdapterConfig:
                 f"got {self.method}. Use adapter.heads=needed."
             )
 
+    def describe(self) -> str:
+        """Return method and scope, and the rank of methods that have one."""
+        rank = [f"rank {self.r}"] if self.spec.reads("r") else []
+        return ", ".join([self.method, self.scope.value, *rank])
+
     def unused_options(self) -> list[str]:
         """Return options that were changed from their default and that this method does not read."""
         default = AdapterConfig()

@@ -105,7 +105,8 @@ def compare_runs(
         on_progress: Function of the number of finished comparisons and of all.
 
     Returns:
-        Rows of ``comparison.csv``: per metric the mean over classes (class ``all``), then every class, for every pair.
+        Rows of ``comparison.csv``: per metric the mean over classes (class ``all``), then every class of several, for
+        every pair.
         ``num_patients_dropped`` counts patients with a value in one of the runs only. Holm's correction uses all tests
         of one metric.
 
@@ -116,10 +117,13 @@ def compare_runs(
     _check_comparable(runs, metrics)
     rows: list[dict[str, Any]] = []
     pairs = list(combinations([run.name for run in runs], 2))
-    total = len(metrics) * (1 + len(class_names(runs[0].rows))) * len(pairs)
+    names = class_names(runs[0].rows)
+    # The mean over one class is that class. Counted twice, it would double its p-values in Holm's correction.
+    classes = (None, *names) if len(names) > 1 else (None,)
+    total = len(metrics) * len(classes) * len(pairs)
     for metric in metrics:
         family: list[dict[str, Any]] = []
-        for class_name in (None, *class_names(runs[0].rows)):
+        for class_name in classes:
             values = {run.name: per_patient(run.rows, metric, class_name=class_name) for run in runs}
             for first, second in pairs:
                 named = {"metric": metric, "class": class_name or ALL_CLASSES, "first": first, "second": second}

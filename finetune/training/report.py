@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from samgraft.finetune.adapters import TensorGroup
+from samgraft.finetune.baselines.networks import as_baseline
 from samgraft.finetune.config import FinetuneConfig
 from samgraft.finetune.evaluation.overlays import (
     TRUTH_AND_PREDICTION,
@@ -157,8 +158,11 @@ def _curves(run: RunFolder, record: Record) -> list[Picture]:
     steps = [float(line["step"]) for line in lines]
     loss = curve_figure({"loss": (steps, [line["train/loss"] for line in lines])}, ylabel="Dice + CE loss", smooth=9)
     rounds = sorted(record.rounds)
+    # The value before training is the first point, so that a run with one round has a curve too.
+    start = [] if record.start is None or 0 in record.rounds else [(0.0, record.start)]
+    points = [*start, *((float(step), record.rounds[step]) for step in rounds)]
     dice = curve_figure(
-        {"validation": ([float(s) for s in rounds], [record.rounds[s] for s in rounds])},
+        {"validation": ([step for step, _ in points], [value for _, value in points])},
         ylabel="foreground Dice",
         baseline=("before training", record.start or 0.0),
     )
@@ -186,8 +190,10 @@ def _trained(
 
 
 def _facts(config: FinetuneConfig, prepared: Prepared) -> dict[str, Any]:
-    return {
-        "method": f"{config.adapter.method}, {config.adapter.scope.value}, rank {config.adapter.r}",
+    baseline = as_baseline(config.model.arch)
+    facts = {
+        # A baseline has no adapter, whatever the settings of adapters say.
+        "method": f"{baseline.value}, all weights" if baseline else config.adapter.describe(),
         "steps": f"{config.trainer.max_steps} of {config.trainer.accumulate * config.data.batch_size} slices",
         "image size": f"{prepared.segmenter.image_size} px",
         "intensity": prepared.inference.intensity.name,
@@ -196,6 +202,8 @@ def _facts(config: FinetuneConfig, prepared: Prepared) -> dict[str, Any]:
         "tensors": "; ".join(f"{r.part} {r.num_loaded}/{r.num_requested} from {r.source}" for r in prepared.reports),
         "pretraining leak": "allowed by the user (transductive)" if prepared.transductive else "none found",
     }
+    # Networks from random weights have read no tensors.
+    return {name: value for name, value in facts.items() if value != ""}
 
 
 def next_commands(run_path: str, test_patients: Sequence[str]) -> list[str]:

@@ -217,8 +217,8 @@ def test_compare_runs__three_runs_give_three_corrected_pairs(tmp_path):
     winner = results["a", "b"]
     assert winner["effect"] == 1.0
     assert winner["low"] > 0.1
-    # Six tests, of three pairs over all classes and in the only class.
-    assert winner["p_holm"] == pytest.approx(winner["p_wilcoxon"] * 6)
+    # Three tests of three pairs, because the mean over classes is that of the only class.
+    assert winner["p_holm"] == pytest.approx(winner["p_wilcoxon"] * 3)
     assert results["a", "c"]["p_holm"] > 0.05
     assert "p (Holm)" in render_pair(winner)
     write_comparison(runs, list(results.values()), tmp_path / "out", metrics=["dice"])
@@ -226,6 +226,19 @@ def test_compare_runs__three_runs_give_three_corrected_pairs(tmp_path):
         lines = list(csv.DictReader(file))
     assert [line["second"] for line in lines] == ["b", "c", "c"]
     assert float(lines[0]["difference"]) == pytest.approx(winner["difference"], abs=1e-4)
+
+
+def test_compare_runs__several_classes_are_tests_of_their_own(tmp_path):
+    dice = [0.1, 0.3, 0.5, 0.7, 0.2, 0.6]
+    runs = []
+    for name, gain in (("a", 0.0), ("b", 0.1)):
+        rows = [*table([d + gain for d in dice]), *table([d + gain + 0.05 for d in dice], name="edge")]
+        runs.append(read_evaluated_run(write_run(tmp_path / name, rows), part="test"))
+    results = compare_runs(runs, metrics=["dice"])
+    assert [row["class"] for row in results] == ["all", "core", "edge"]
+    # All gains are equal, so that each of three tests has the smallest p-value of six patients, 2 / 2**6.
+    assert [row["p_wilcoxon"] for row in results] == pytest.approx([1 / 32] * 3)
+    assert [row["p_holm"] for row in results] == pytest.approx([3 / 32] * 3)
 
 
 def test_compare_runs__rows_in_another_order_are_paired_by_patient(tmp_path):
