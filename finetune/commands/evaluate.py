@@ -375,11 +375,12 @@ def log_next(model: Path) -> None:
 
 def next_commands(model: Path, shown: str) -> list[str]:
     """Return the commands that use an evaluated model, under the path that is shown."""
+    from samgraft.finetune.task import Task
     from samgraft.finetune.training.report import release_command
 
     commands = [f"make predict RUN={shlex.quote(shown)} DATA=SCANS OUT=masks"]
-    # A release was made from a run, and is not released again.
-    if (model / "model").is_dir():
+    # A release was made from a run, and is not released again. That of a model that failed would be refused.
+    if (model / "model").is_dir() and Task.read(model / "model").warning is None:
         commands.append(release_command(shown))
     return commands
 

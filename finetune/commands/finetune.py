@@ -289,8 +289,16 @@ def default_name(weights: str, data: str | None, *, command: str, fold: str | No
     return "-".join([*parts, command, *([f"fold{fold}"] if fold else [])])
 
 
-def log_end(path: Path, test_patients: Sequence[str], *, seconds: float) -> None:
-    """Print where the results of a run are and the commands that use them."""
+def log_end(path: Path, test_patients: Sequence[str], *, seconds: float, best: Path | None = None) -> None:
+    """Print where the results of a run are and the commands that use them.
+
+    Args:
+        path: Folder of the run.
+        test_patients: Patients of the test part.
+        seconds: Duration of the session.
+        best: Run to use instead, if another one is better.
+    """
+    from samgraft.finetune.task import Task
     from samgraft.finetune.training.report import NO_TEST_PART, next_commands
 
     log.info("done in %.1f min", seconds / 60)
@@ -298,9 +306,10 @@ def log_end(path: Path, test_patients: Sequence[str], *, seconds: float) -> None
     log.info("  report   %s", path / "report.html")
     if not test_patients:
         log.warning("%s", NO_TEST_PART)
-    evaluate, release = next_commands(str(path), test_patients)
-    log.info("  next     %s", evaluate)
-    log.info("  then     %s", release)
+    best = best or path
+    is_good = Task.read(best / "model").warning is None
+    for word, command in zip(("next", "then"), next_commands(str(best), test_patients, is_good=is_good), strict=False):
+        log.info("  %s     %s", word, command)
 
 
 COMMAND = Command(

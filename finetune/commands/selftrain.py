@@ -129,6 +129,7 @@ def _check_processes(num_parallel: int) -> None:
 def _run_offline(
     config: FinetuneConfig, *, data: str | None, path: Path, num_parallel: int, dry_run: bool
 ) -> TrainingResult:
+    from samgraft.finetune.selftraining.report import best_model
     from samgraft.finetune.selftraining.selftraining import plan_selftraining, run_selftraining
     from samgraft.shared.runs.result import MODEL_FOLDER, TrainingResult
     from samgraft.shared.store.from_data import describe_dry_run
@@ -151,7 +152,8 @@ def _run_offline(
         return result
     run_selftraining(plan, device, num_parallel=num_parallel)
     log.info("  teachers and pseudo-labels: %s", path / "selftraining.html")
-    finetune.log_end(path, plan.split.test, seconds=time.monotonic() - started)
+    best = best_model(plan.rounds).path
+    finetune.log_end(path, plan.split.test, seconds=time.monotonic() - started, best=best)
     return result
 
 

@@ -39,9 +39,16 @@ SUMMARY_FILE = "selftraining.json"
 NUM_PICTURES = 6
 
 
+def best_model(rounds: Sequence[Round]) -> Teacher:
+    """Return the last student, or the best teacher if the student is not better on validation."""
+    teacher = max(rounds[0].teachers, key=validation_dice)
+    student = rounds[-1].student
+    return student if validation_dice(student) > validation_dice(teacher) else teacher
+
+
 def write_report(
     path: Path, rounds: Sequence[Round], scans: UnlabelledScans, *, log_images: bool, test_patients: Sequence[str]
-) -> bool:
+) -> None:
     """Write ``selftraining.html`` and ``selftraining.json``.
 
     Args:
@@ -50,20 +57,17 @@ def write_report(
         scans: Scans with pseudo-labels.
         log_images: True if pictures of the scans may be shown.
         test_patients: Patients of the test part, which the next command scores.
-
-    Returns:
-        True if the last student is better than every teacher on validation.
     """
     teachers = rounds[0].teachers
     dice = {part.name: validation_dice(part) for part in (*teachers, *(one.student for one in rounds))}
     best_teacher = max(teachers, key=lambda part: dice[part.name])
-    student = rounds[-1].student
-    is_better = dice[student.name] > dice[best_teacher.name]
+    student, best = rounds[-1].student, best_model(rounds)
+    is_better = best is student
     text = (
         f"Foreground Dice on validation: {dice[student.name]:.3f} of the student, {dice[best_teacher.name]:.3f} of the "
         f"best teacher ({best_teacher.name.removeprefix('teacher ')})."
     )
-    task = Task.read(student.path / "model")
+    task, best_task = Task.read(student.path / "model"), Task.read(best.path / "model")
     if not is_better:
         text += " The student is not better. Use the teacher, or train the student longer."
     if task.warning:
@@ -89,7 +93,7 @@ def write_report(
             title="Accepted and ignored regions",
             parts=_pictures(scans, stores[-1], task.classes, log_images=log_images),
         ),
-        *next_section(next_commands(path_for_report(path), test_patients)),
+        *next_section(next_commands(path_for_report(best.path), test_patients, is_good=not best_task.warning)),
     ]
     write_text(path / REPORT_FILE, render_report(f"Self-training {path.name}", sections))
     write_json(
@@ -97,7 +101,6 @@ def write_report(
         {"validation_dice": dice, "rounds": rows, "left_out": scans.left_out, "transductive": scans.transductive},
         sort_keys=False,
     )
-    return is_better
 
 
 CAPTION = (

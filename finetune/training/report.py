@@ -65,7 +65,7 @@ def write_report(
         Section(title="Training", parts=_curves(run, record)),
         Section(title="What was trained", parts=_trained(trainable, groups, _facts(config, prepared))),
         Section(title="Data", parts=[Text(text="\n\n".join(describe_data(prepared)))]),
-        *next_section(next_commands(path_for_report(run.path), prepared.split.test)),
+        *next_section(next_commands(path_for_report(run.path), prepared.split.test, is_good=record.ending.is_good)),
     ]
     subtitle = f"stage 2, {prepared.store.modality.value}, {format_rate(slices_per_s)} slices/s in training"
     write_text(run.report, render_report(f"Fine-tuning {run.path.name}", sections, subtitle=subtitle))
@@ -206,15 +206,17 @@ def _facts(config: FinetuneConfig, prepared: Prepared) -> dict[str, Any]:
     return {name: value for name, value in facts.items() if value != ""}
 
 
-def next_commands(run_path: str, test_patients: Sequence[str]) -> list[str]:
+def next_commands(run_path: str, test_patients: Sequence[str], *, is_good: bool) -> list[str]:
     """Return the commands that evaluate and release a finished run.
 
     Args:
         run_path: Path of the run as the user types it.
         test_patients: Patients of the test part. Without any, the validation part is evaluated.
+        is_good: False for a model that segments hardly anything or did not improve, whose release would be refused.
     """
     part = "test" if test_patients else "val"
-    return [f"make evaluate RUN={shlex.quote(run_path)} SPLIT={part}", release_command(run_path)]
+    evaluate = f"make evaluate RUN={shlex.quote(run_path)} SPLIT={part}"
+    return [evaluate, release_command(run_path)] if is_good else [evaluate]
 
 
 def release_command(run_path: str) -> str:

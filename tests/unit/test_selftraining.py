@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 import signal
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from samgraft.finetune.model_folder import read_model
 from samgraft.finetune.selftraining import labelling, selftraining
 from samgraft.finetune.selftraining.labelling import choose_labels
 from samgraft.finetune.selftraining.parts import plan_rounds, plan_teachers
+from samgraft.finetune.selftraining.report import write_report
 from samgraft.finetune.selftraining.selftraining import PartFailed, plan_selftraining, run_selftraining
 from samgraft.finetune.training import train
 from samgraft.finetune.training.module import FinetuneModule
@@ -95,6 +97,28 @@ def test_run_selftraining__student_learns_from_teachers_in_an_ordinary_run(whole
     assert main(["evaluate", str(whole), "--split", "test"]) == 0
     summary = json.loads((whole / "selftraining.json").read_text())
     assert list(summary["validation_dice"]) == ["teacher lora", "teacher dynunet2d", "student 1"]
+
+
+@pytest.mark.parametrize(
+    ("dice", "best"),
+    [((0.6, 0.7, 0.8), "student"), ((0.6, 0.8, 0.7), "second"), ((0.8, 0.7, 0.8), "first")],
+)
+def test_write_report__next_commands_use_the_model_that_validation_prefers(whole, tmp_path, dice, best):
+    """Equal Dice is no reason for the student, which costs more."""
+    paths = [shutil.copytree(whole, tmp_path / name) for name in ("first", "second", "student")]
+    for path, value in zip(paths, dice, strict=True):
+        task = json.loads((path / "model" / "task.json").read_text())
+        task["validation"] = {"zero_shot": 0.1, "start": 0.1, "best": value, "best_step": 2}
+        (path / "model" / "task.json").write_text(json.dumps(task))
+    first, second, student = (SimpleNamespace(name=path.name, path=path) for path in paths)
+    pseudo_path = whole / "round-1" / "pseudo_labels.zarr"
+    one = SimpleNamespace(number=1, teachers=(first, second), student=student, pseudo_path=pseudo_path)
+    scans = SimpleNamespace(describe=lambda: "", left_out={}, transductive=False)
+    write_report(tmp_path, [one], scans, log_images=False, test_patients=["p_1"])
+    page = (tmp_path / "selftraining.html").read_text()
+    assert f"samgraft evaluate {best} --split test" in page
+    assert page.count("samgraft evaluate") == 1
+    assert ("The student is not better." in page) == (best != "student")
 
 
 PLACES = ["in a teacher", "between teachers", "in the student"]
