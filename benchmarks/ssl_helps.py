@@ -167,13 +167,18 @@ def run_stage_1(plan: Plan, *, name: str, method: str, settings: Sequence[str]) 
     command += [f"trainer.max_steps={plan.stage_1_steps}", f"optim.warmup_steps={min(50, plan.stage_1_steps // 4)}"]
     command += [f"data.split={plan.work / 'pretrain.split.json'}", f"trainer.device={plan.device}", *settings]
     run(command, plan, log=f"pretrain-{name}")
-    lines = [json.loads(text) for text in (plan.work / "runs" / name / "metrics.jsonl").read_text().splitlines()]
+    return {"steps": plan.stage_1_steps, **start_and_end(plan.work / "runs" / name)}
+
+
+def start_and_end(folder: Path) -> dict[str, Any]:
+    """Return the epochs of a stage-1 run and the first and last value of what it measured."""
+    lines = [json.loads(text) for text in (folder / "metrics.jsonl").read_text().splitlines()]
     ends: dict[str, Any] = {}
     for key in ("probe/dice", "drift/box_dice", "held_out/loss", "held_out/effective_rank", "held_out/feature_std"):
         values = [line[key] for line in lines if key in line]
         if values:
             ends[key] = [round(values[0], 4), round(values[-1], 4)]
-    return {"steps": plan.stage_1_steps, "epochs": round(lines[-1]["train/epochs"], 3), "ends": ends}
+    return {"epochs": round(lines[-1]["train/epochs"], 3), "ends": ends}
 
 
 def finetune(plan: Plan, *, init: str, seed: int, size: str) -> dict[str, Any]:

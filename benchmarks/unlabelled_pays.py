@@ -35,8 +35,8 @@ from samgraft.finetune.task import Task
 from samgraft.shared.samples.leaks import find_patients_again
 from samgraft.shared.scans.volume import IGNORE_LABEL
 from samgraft.shared.store.store import SliceStore
-from ssl_helps import RESULTS, finish_cell, run, save, say, subject_dice, subjects
-from unlabelled_pays_plan import ARMS, DATA_SETS, Arm, DataSet, Plan
+from ssl_helps import RESULTS, finish_cell, run, save, say, start_and_end, subject_dice, subjects
+from unlabelled_pays_plan import ARMS, DATA_SETS, STAGE_1_KIND, UNET_3D, Arm, DataSet, Plan
 from unlabelled_pays_table import draw, render
 
 FIGURE = Path(__file__).parents[1] / "docs" / "pictures" / "unlabelled_pays.png"
@@ -88,6 +88,9 @@ def cells(plan: Plan, arms: list[str], seeds: range) -> Iterator[tuple[str, dict
 def run_cell(plan: Plan, name: str, what: dict[str, Any]) -> None:
     """Train and test one cell unless its result is there."""
     arm = ARMS[what["arm"]]
+    # Trained before the first cell that needs it, so that its time is not counted there.
+    if arm.stage_1:
+        pretrain(plan)
 
     def compute() -> dict[str, Any]:
         before = cpu_minutes()
@@ -106,13 +109,33 @@ def run_cell(plan: Plan, name: str, what: dict[str, Any]) -> None:
     finish_cell(plan, name, {"kind": "pays", **what}, compute)
 
 
+def pretrain(plan: Plan) -> None:
+    """Train an encoder on all training patients of the data set, once."""
+    name = plan.stage_1.name
+
+    def compute() -> dict[str, Any]:
+        before = cpu_minutes()
+        command = ["pretrain", "--data", str(plan.store), "--preset", "cpu", "--name", name]
+        command += ["--base", str(plan.base), f"data.split={plan.split}", f"trainer.device={plan.device}"]
+        command += [f"model.image_size={DATA_SETS[plan.data].image_size}", *DATA_SETS[plan.data].stage_1]
+        command += ["trainer.save_every_steps=200", "watch.every_n_steps=500", "watch.log_images=false"]
+        run(command, plan, log=name)
+        return {"cpu_minutes": round(cpu_minutes() - before, 1), **start_and_end(plan.stage_1)}
+
+    finish_cell(plan, name, {"kind": STAGE_1_KIND, "data": plan.data}, compute)
+
+
 def train(plan: Plan, name: str, arm: Arm, *, num: int | None, seed: int) -> Path:
-    """Train one arm and return its run. The teacher of another arm, with equal settings, is not trained again."""
+    """Train one arm and return its run. A finished teacher of another arm is its run where the settings are equal."""
     if arm.teacher_of is not None:
         owner = plan.work / "runs" / plan.cell(arm.teacher_of, num, seed)
-        return owner / "round-1" / "teachers" / arm.teacher
+        teacher = owner / "round-1" / "teachers" / arm.teacher
+        if (teacher / "model" / "task.json").is_file():
+            return teacher
     data = DATA_SETS[plan.data]
     command = [arm.command, "--data", str(plan.store), "--name", name, "--preset", "cpu_long", "--runs", "runs"]
+    if arm.stage_1:
+        command += ["--ckpt", str(plan.stage_1)]
     command += [*network_settings(plan, arm, data), f"seed={seed}", f"data.split={plan.split}"]
     if num is not None:
         command += [f"data.few_shot.num={num}", f"data.few_shot.repeat={seed}"]
@@ -137,6 +160,8 @@ def num_steps(plan: Plan, arm: Arm) -> int:
 def network_settings(plan: Plan, arm: Arm, data: DataSet) -> list[str]:
     """Return the settings of the arm's network on a data set."""
     size = [f"model.image_size={data.image_size}"]
+    if arm.network == "unet3d":
+        return ["--model", "dynunet3d", *UNET_3D]
     if arm.network == "unet":
         return ["--model", "dynunet2d", *size, *data.unet]
     return ["--base", str(plan.base), *size, *data.sam]

@@ -26,6 +26,8 @@ class DataSet:
     """Settings of the U-Net."""
     student: tuple[str, ...]
     """Settings of self-training."""
+    stage_1: tuple[str, ...]
+    """Settings of stage 1, on all training patients."""
     steps: dict[str, int]
     """Steps by network, which an arm may multiply."""
     unit: str
@@ -37,7 +39,7 @@ class Arm:
 
     title: str
     network: str
-    """``sam``, LoRA on LiteMedSAM's ViT-T, or ``unet``, nnU-Net's 2D network from random weights."""
+    """``sam``, LoRA on LiteMedSAM's ViT-T, or ``unet`` or ``unet3d``, nnU-Net's networks from random weights."""
     command: str = "finetune"
     settings: tuple[str, ...] = ()
     """Further settings, in which ``{seed}`` stands for the seed."""
@@ -47,6 +49,8 @@ class Arm:
     """Arm of the same network and steps without unlabelled scans, which it is compared with."""
     short: str = ""
     """Name in the figure, which shows the arms that have one."""
+    stage_1: bool = False
+    """True for an encoder that stage 1 has trained before."""
     teacher_of: str | None = None
     """Arm whose teacher this is, so that it is not trained twice."""
     teacher: str = "dynunet2d"
@@ -63,12 +67,22 @@ UNET = (
     "optim.lr=3e-3",
     "optim.weight_decay=1e-4",
     "data.min_foreground_fraction=0",
-    # A step of this network takes 1.1 to 1.4 times as long in the memory layout of the preset, which is SAM's.
-    "trainer.channels_last=false",
     *EMA,
 )
+# About 30 epochs, without an anchor: LoRA trains encoder and decoder afterwards, so that they may grow apart.
+STAGE_1 = (
+    "--method=masked_image",
+    "data.batch_size=8",
+    "optim.lr=5e-5",
+    "optim.head_lr_factor=20",
+    "optim.warmup_steps=50",
+)
+# A batch of two whole scans. Their networks are as wide as those on slices.
+UNET_3D = ("baseline.base_channels=16", "data.batch_size=2", "optim.lr=3e-3", "optim.weight_decay=1e-4", *EMA)
 SAM = ("data.batch_size=4", "data.min_foreground_fraction=0", *EMA)
 
+STAGE_1_KIND = "pays_stage_1"
+"""Kind of the record of a stage-1 run. All other records are those of cells."""
 DATA_SETS = {
     "hc18": DataSet(
         title="HC18 (ultrasound, head of the fetus)",
@@ -81,6 +95,7 @@ DATA_SETS = {
         # Five fetuses have five to eight images, and labels alone cannot fill a larger batch.
         unet=(*UNET, "data.batch_size=4"),
         student=(),
+        stage_1=(*STAGE_1, "trainer.max_steps=2500"),
         steps={"sam": 400, "unet": 600},
         unit="fetuses",
     ),
@@ -96,7 +111,8 @@ DATA_SETS = {
         unet=("data.planes=[axial,coronal,sagittal]", *UNET),
         # Many unlabelled slices for each labelled one.
         student=("data.pseudo_fraction=0.75",),
-        steps={"sam": 600, "unet": 800},
+        stage_1=(*STAGE_1, "trainer.max_steps=4000", "data.planes=[axial,coronal,sagittal]"),
+        steps={"sam": 600, "unet": 800, "unet3d": 1200},
         unit="subjects",
     ),
 }
@@ -137,20 +153,44 @@ ARMS = {
         pseudo_labels_of="unet_unlabelled",
         baseline="sam",
     ),
+    "sam_stage_1": Arm(
+        title="SAM (LoRA) after stage 1, labels alone",
+        short="SAM, stage 1",
+        network="sam",
+        stage_1=True,
+        baseline="sam",
+    ),
+    "sam_stage_1_unlabelled": Arm(
+        title="SAM (LoRA) after stage 1, labels and unlabelled scans",
+        short="SAM, stage 1 and self-training",
+        network="sam",
+        stage_1=True,
+        pseudo_labels_of="unet_unlabelled",
+        baseline="sam",
+    ),
     "unet_all": Arm(title="U-Net, all labels", network="unet", once=True),
     # Many slices need more steps than few. These arms tell what the steps above leave unlearned.
-    "unet_long": Arm(
-        title="U-Net, labels alone, three times the steps",
-        network="unet",
-        times_steps=3,
-        teacher_of="unet_converged",
-    ),
     "unet_converged": Arm(
         title="U-Net, labels and unlabelled scans, three times the steps",
         short="U-Net, self-training, long",
         network="unet",
         command="selftrain",
         settings=(*TEACHERS, *ALL_VOXELS),
+        times_steps=3,
+        baseline="unet_long",
+    ),
+    "unet_long": Arm(
+        title="U-Net, labels alone, three times the steps",
+        network="unet",
+        times_steps=3,
+        teacher_of="unet_converged",
+    ),
+    "unet_long_online": Arm(
+        title="U-Net, labels and unlabelled scans, one run of three times the steps",
+        short="U-Net, online, long",
+        network="unet",
+        command="selftrain",
+        settings=("selftrain.mode=online", "data.pseudo_fraction=0.5"),
         times_steps=3,
         baseline="unet_long",
     ),
@@ -168,6 +208,8 @@ ARMS = {
         pseudo_labels_of="unet_unlabelled",
         baseline="unet_long",
     ),
+    "unet3d": Arm(title="3D U-Net, labels alone", network="unet3d"),
+    "unet3d_all": Arm(title="3D U-Net, all labels", network="unet3d", once=True),
     "unet_long_all": Arm(
         title="U-Net, all labels, three times the steps",
         network="unet",
@@ -196,6 +238,11 @@ class Plan:
     def split(self) -> Path:
         """Split file of the data set."""
         return self.work / f"{self.data}.split.json"
+
+    @property
+    def stage_1(self) -> Path:
+        """Run of the encoder that is trained on all training patients."""
+        return self.work / "runs" / f"{self.data}-stage_1"
 
     def cell(self, arm: str, num: int | None, seed: int) -> str:
         """Return the name of a cell and of its run."""

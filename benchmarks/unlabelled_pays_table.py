@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from samgraft.finetune.evaluation.statistics import bootstrap_mean
 from ssl_helps_table import gain_cells, patient_means, seed_interval
-from unlabelled_pays_plan import ARMS, DATA_SETS
+from unlabelled_pays_plan import ARMS, DATA_SETS, STAGE_1_KIND
 
 Record = dict[str, Any]
 HEAD = (
@@ -27,7 +27,7 @@ def arm_cells(records: Sequence[Record], *, data: str, arm: str, labels: int | N
     return {
         record["seed"]: record
         for record in records
-        if (record["data"], record["arm"], record["labels"]) == (data, arm, labels)
+        if record["kind"] != STAGE_1_KIND and (record["data"], record["arm"], record["labels"]) == (data, arm, labels)
     }
 
 
@@ -54,7 +54,7 @@ def row_of(records: Sequence[Record], *, data: str, arm: str, labels: int | None
 
 def label_numbers(records: Sequence[Record], data: str) -> list[int]:
     """Return the numbers of labelled patients of which a data set has cells."""
-    return sorted({r["labels"] for r in records if r["data"] == data and r["labels"] is not None})
+    return sorted({r["labels"] for r in records if r["data"] == data and r.get("labels") is not None})
 
 
 def cell_dice(cell: Record) -> float:
@@ -85,6 +85,7 @@ def paired_gain(
 
 def render(records: Sequence[Record]) -> str:
     """Return the whole result as Markdown."""
+    stage_1 = {record["data"]: record for record in records if record["kind"] == STAGE_1_KIND}
     lines = [
         f"# What do unlabelled scans buy? {datetime.date.today()}",
         "",
@@ -101,6 +102,8 @@ def render(records: Sequence[Record]) -> str:
     for data in DATA_SETS:
         for labels in label_numbers(records, data):
             lines += [*section(records, data=data, labels=labels), ""]
+            if data in stage_1:
+                lines += [describe_stage_1(stage_1[data]), ""]
     hardware = sorted({f"{r['hardware']}, torch {r['torch']}, code {r['code_revision'][:9]}" for r in records})
     lines += ["Hardware: " + "; ".join(hardware) + ". Other work ran beside it.", ""]
     lines += [
@@ -109,6 +112,16 @@ def render(records: Sequence[Record]) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def describe_stage_1(record: Record) -> str:
+    """Return one sentence on the stage-1 run of a data set."""
+    first, last = record["ends"]["held_out/loss"]
+    return (
+        f"Stage 1: `masked_image` from LiteMedSAM's weights, {record['epochs']:.0f} epochs over the training patients, "
+        f"{record['cpu_minutes']:.0f} core-minutes. The loss on held-out slices went from {first:.3f}, the error of "
+        f"smoothing, to {last:.3f}. The encoder half way between the initial and the trained weights was fine-tuned."
+    )
 
 
 def section(records: Sequence[Record], *, data: str, labels: int) -> list[str]:

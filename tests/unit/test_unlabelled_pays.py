@@ -1,5 +1,7 @@
 """The comparison of ``benchmarks/unlabelled_pays.py``, with commands that only pretend to train."""
 
+import json
+
 import numpy as np
 import pytest
 import unlabelled_pays
@@ -30,6 +32,7 @@ GAIN = {
 def record(arm, seed, *, labels=5, data="hippocampus"):
     dice = {f"p{i}": 0.7 + i / 100 + seed / 1000 + GAIN[arm] for i in range(6)}
     return {
+        "kind": "pays",
         "data": data,
         "arm": arm,
         "labels": labels,
@@ -48,6 +51,14 @@ def plan(tmp_path, monkeypatch):
 
     def pretend(arguments, plan, *, log):
         commands.append([*arguments])
+        folder = plan.work / "runs" / log
+        if arguments[0] == "selftrain":
+            (folder / "round-1" / "teachers" / "dynunet2d" / "model").mkdir(parents=True, exist_ok=True)
+            (folder / "round-1" / "teachers" / "dynunet2d" / "model" / "task.json").touch()
+        if arguments[0] == "pretrain":
+            folder.mkdir(parents=True)
+            lines = [{"train/epochs": 0, "held_out/loss": 0.4}, {"train/epochs": 29.6, "held_out/loss": 0.3}]
+            (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         if arguments[0] == "evaluate":
             scores = plan.work / "scores" / arguments[arguments.index("--out") + 1].rsplit("/", 1)[1]
             scores.mkdir(parents=True)
@@ -85,6 +96,23 @@ def test_cells__run_once_with_equal_draws_and_steps(plan):
     assert {"data.few_shot.num=5", "data.few_shot.repeat=1", "seed=1", "trainer.max_steps=600"} <= alone
     assert any("seed=10001" in text for text in trained["hippocampus-unet_unlabelled-5-1"])
     assert not any("few_shot" in text for text in trained["hippocampus-unet_all-all-0"])
+    # All seeds fine-tune from one encoder, whose time is counted in its own record.
+    assert [c[0] for c in commands].count("pretrain") == 1
+    encoder = str(plan.work / "runs" / "hippocampus-stage_1")
+    assert set(trained["hippocampus-sam_stage_1-5-1"]) ^ alone == {
+        "hippocampus-sam_stage_1-5-1",
+        "hippocampus-sam-5-1",
+        "--ckpt",
+        encoder,
+    }
+
+
+def test_train__labels_alone_are_trained_where_no_self_training_did_it(plan):
+    plan, commands = plan
+    run_cell(plan, "hippocampus-unet_long-5-3", {"arm": "unet_long", "data": "hippocampus", "labels": 5, "seed": 3})
+    assert commands[0][0] == "finetune"
+    assert {"trainer.max_steps=2400", "data.few_shot.repeat=3"} <= set(commands[0])
+    assert commands[1][:2] == ["evaluate", str(plan.work / "runs" / "hippocampus-unet_long-5-3")]
 
 
 def test_subject_dice__is_the_mean_over_scans_and_classes(tmp_path):
@@ -109,6 +137,17 @@ def test_render__gives_gains_with_both_intervals(tmp_path):
     reach = 4.302653 * np.std([0.03, 0.03, 0.06], ddof=1) / np.sqrt(3)
     assert "+0.040 (+0.040 to +0.040), 3 seeds" in text
     assert f"{0.04 - reach:+.3f} to {0.04 + reach:+.3f}" in text
+    stage_1 = {
+        "kind": "pays_stage_1",
+        "data": "hippocampus",
+        "epochs": 29.6,
+        "ends": {"held_out/loss": [0.4, 0.3]},
+        "cpu_minutes": 48.6,
+        **{key: records[0][key] for key in ("hardware", "torch", "code_revision")},
+    }
+    records.append(stage_1)
+    sentence = "30 epochs over the training patients, 49 core-minutes. The loss on held-out slices went from 0.400"
+    assert sentence in render(records)
     draw(records, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 1000
 
