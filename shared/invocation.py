@@ -50,7 +50,9 @@ _VARIABLE = re.compile(rf"(?<![\w/$.-])(?P<name>{'|'.join(VARIABLES)})=(?P<value
 _BARE = re.compile(r"(?<![\w/$.-])(CKPT|BASE)(?![\w=.-]|'s)")
 _OPTION = re.compile(r"(?<![\w-])--([a-z][a-z-]+)")
 _ARGUMENTS = re.compile(r"(?<![\w/$.-])ARGS='([^']*)'")
-_PROGRAM = re.compile(r"(?<![\w/.-])samgraft (?=(?:store|compare|evaluate|inspect|study|demo-data|doctor|release) )")
+# Targets of make and the commands without one.
+_NAMES = "|".join([*COMMANDS, "compare", "average", "demo"])
+_PROGRAM = re.compile(rf"(?<![\w/.-])samgraft (?=(?:{_NAMES}) |--help)")
 
 # Not an argument: the functions between a command and the training loop have nothing to do with it. Threads of a
 # program each have their own value.

@@ -3,6 +3,7 @@
 import logging
 import shlex
 import sys
+from importlib.metadata import entry_points
 
 import pytest
 import samgraft.api as sg
@@ -51,6 +52,19 @@ def test_for_terminal__program_outside_path_is_named_by_its_path(monkeypatch):
     assert for_terminal(text) == ".venv/bin/samgraft store check data/a.zarr, and samgraft reads it"
     monkeypatch.setattr(invocation.shutil, "which", lambda _: ".venv/bin/samgraft")
     assert for_terminal(text) == text
+
+
+@pytest.mark.parametrize("command", [point.name for point in entry_points(group="samgraft.commands")])
+def test_for_terminal__every_command_is_named_by_the_path_of_the_program(command, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["env/bin/samgraft"])
+    monkeypatch.setattr(invocation.shutil, "which", lambda _: None)
+    assert for_terminal(f"next     samgraft {command} runs/a") == f"next     env/bin/samgraft {command} runs/a"
+
+
+def test_for_terminal__target_of_make_becomes_a_command_with_the_path_of_the_program(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["env/bin/samgraft"])
+    monkeypatch.setattr(invocation.shutil, "which", lambda _: None)
+    assert for_terminal("next     make finetune CKPT=runs/a") == "next     env/bin/samgraft finetune --ckpt runs/a"
 
 
 @pytest.mark.parametrize("front_end", ["make", ""])
