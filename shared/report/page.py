@@ -198,7 +198,8 @@ def curve_figure(
         if high - low < min_span:
             axes.set_ylim((low + high - min_span) / 2, (low + high + min_span) / 2)
         if from_zero:
-            axes.set_ylim(bottom=0)
+            # The margin of nearly constant values is too small to show a line at the upper edge.
+            axes.set_ylim(0, max(axes.get_ylim()[1], 1.05 * axes.dataLim.y1))
         axes.set_xlabel(xlabel)
         axes.set_ylabel(ylabel)
         if len(curves) + (baseline is not None) > 1 or smooth > 1:

@@ -46,7 +46,7 @@ OUTPUT_COLUMN = "output"
 SMOOTH_STEPS = 5
 DICE_SPAN = 0.2
 """Least height of a Dice axis, so that noise does not fill the figure."""
-NO_LOSS_PARTS = ("train/loss", "train/lr", "train/grad_norm", "train/epochs")
+NO_LOSS_PARTS = ("train/loss", "train/lr", "train/lr_min", "train/grad_norm", "train/epochs")
 BEFORE = "before training"
 TRAINED = Exported()
 

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 from samgraft.finetune.training.report import next_commands
+from samgraft.shared.report import page
 from samgraft.shared.report.page import (
     KeyValues,
     Picture,
@@ -80,6 +82,18 @@ def test_curve_figure__min_span_and_from_zero_change_the_ordinate() -> None:
     assert curve_figure(flat, ylabel="Dice", from_zero=True) != plain
 
 
+@pytest.mark.parametrize("values", [[0.037, 0.038], [12.86, 12.868], [0.5, 0.5], [0.0, 0.0]])
+def test_curve_figure__from_zero_leaves_space_above_the_highest_value(values, monkeypatch) -> None:
+    """Half of a line was cut off at the upper edge when values were nearly constant."""
+    drawn: list[Figure] = []
+    monkeypatch.setattr(page, "figure_png", lambda figure: drawn.append(figure) or b"")
+    curve_figure({"a": ([0, 4], values)}, ylabel="a", baseline=("start", values[0]), from_zero=True)
+    bottom, top = drawn[0].axes[0].get_ylim()
+    assert bottom == 0
+    assert top >= 1.04 * max(values)
+    assert top > 0
+
+
 def test_curve_figure__with_long_tick_labels_shows_the_whole_ordinate_name() -> None:
     """The name was cut off when the first layout changed the ticks and with them the free space."""
     spread = [0.01988176256418228, 0.020064570009708405, 0.01764027588069439, 0.017218083143234253, 0.0170596782118082]
@@ -112,11 +126,21 @@ def test_finetune_report__names_the_run_without_its_folders(runs: str, shown: st
     assert f"RUN={shown} OUT='releases/a b'" in text
 
 
-def test_report__pictures_scroll_on_narrow_screens_and_their_captions_stay():
+def test_report__pictures_are_whole_at_500_px_and_scroll_only_on_narrower_screens():
     picture = Picture(png=b"", caption="Stays.")
-    page = render_report("Run", [Section(title="One", parts=[picture])])
-    assert re.search(r'<div class="scroll"><img [^>]*></div>\s*<figcaption>Stays.</figcaption>', page)
-    assert ".scroll img { max-width: none; width: 40rem; }" in page[page.index("@media (max-width: 40rem)") :]
+    html = render_report("Run", [Section(title="One", parts=[picture])])
+    assert re.search(r'<div class="scroll"><img [^>]*></div>\s*<figcaption>Stays.</figcaption>', html)
+    # 28rem are 448 px, and 468 px are left between the margins of a page of 500 px.
+    narrow = html[html.index("@media (max-width: 40rem)") :]
+    assert ".scroll img { max-width: none; width: max(100%, 28rem); }" in narrow
+
+
+def test_report__texts_of_a_table_keep_a_width_and_numbers_are_not_wrapped():
+    table = Table(columns=["pair", "p", "class"], rows=[["a-long-name-of-a-run - another", 9.1e-7, "label 1"]])
+    html = render_report("Run", [Section(title="One", parts=[table])])
+    assert re.search(r'<td class="long">.*<td class="n">.*<td class="short">', html)
+    assert "td.n, td.short { white-space: nowrap; }" in html
+    assert "td.long { min-width: 9rem; }" in html
 
 
 def test_next_section__without_commands_is_left_out():
