@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from samgraft.shared.counting import counted
 from samgraft.shared.errors import DataError, UsageError
 from samgraft.shared.scans.case import LabelFiles, SourceCase
 from samgraft.shared.scans.discovery import (
@@ -42,7 +43,11 @@ _IGNORED_ENTITIES = ("desc-", "space-", "label-", "atlas-", "res-")
 
 
 def detect_layout(root: Path) -> str:
-    """Return the layout of a source by its marks (``csv``, ``nnunet``, ``msd``, ``bids`` or ``plain``)."""
+    """Return the layout of a source by its marks (``csv``, ``nnunet``, ``msd``, ``bids`` or ``plain``).
+
+    Raises:
+        DataError: If the source is a folder of data sets.
+    """
     if root.is_file() and root.suffix.lower() in (".csv", ".tsv"):
         return "csv"
     if (root / "dataset.json").is_file():
@@ -55,7 +60,26 @@ def detect_layout(root: Path) -> str:
             return "nnunet" if has_channels and not _any_listed(values, root) else "msd"
     if (root / "dataset_description.json").is_file() or any(root.glob("sub-*/anat")) or any(root.glob("sub-*/ses-*")):
         return "bids"
+    _refuse_folder_of_data_sets(root)
     return "plain"
+
+
+def _refuse_folder_of_data_sets(root: Path) -> None:
+    """Refuse a folder whose subfolders are data sets, such as ``nnUNet_raw``.
+
+    Read as plain folders, every data set would count as one patient and its lists of labels would not be read.
+    """
+    marked = {
+        path.parent for mark in ("dataset.json", "dataset_description.json") for path in root.glob(f"[!.]*/{mark}")
+    }
+    names = sorted(folder.name for folder in marked if detect_layout(folder) != "plain")
+    if names:
+        shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+        raise DataError(
+            f"the folder has {counted(len(names), 'data set')} below it ({shown}), whose patients and labels would not "
+            "be read as they are listed. Give one of them, or list the scans of several in a CSV file.",
+            where=root.name,
+        )
 
 
 def nnunet_cases(root: Path, options: SourceOptions) -> Discovery:

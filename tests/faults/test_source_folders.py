@@ -170,6 +170,44 @@ def test_discover__pipes_and_sockets_are_not_opened(tmp_path):
     assert len(report.records) == 1
 
 
+def nnunet(folder, **values):
+    write_nifti(folder / "imagesTr" / "a_0000.nii.gz", IMAGE)
+    write_nifti(folder / "labelsTr" / "a.nii.gz", LABEL)
+    facts = {"channel_names": {"0": "MRI"}, "labels": {"background": 0, "core": 1}, "file_ending": ".nii.gz", **values}
+    (folder / "dataset.json").write_text(json.dumps(facts))
+
+
+def bids(folder):
+    write_nifti(folder / "sub-1" / "anat" / "sub-1_T1w.nii.gz", IMAGE)
+    (folder / "dataset_description.json").write_text(json.dumps({"Name": "a", "BIDSVersion": "1.8.0"}))
+
+
+def decathlon(folder):
+    write_nifti(folder / "imagesTr" / "a.nii.gz", IMAGE)
+    write_nifti(folder / "labelsTr" / "a.nii.gz", LABEL)
+    listed = [{"image": "./imagesTr/a.nii.gz", "label": "./labelsTr/a.nii.gz"}]
+    (folder / "dataset.json").write_text(json.dumps({"labels": {"0": "background", "1": "core"}, "training": listed}))
+
+
+@pytest.mark.parametrize("write", [nnunet, bids, decathlon])
+def test_discover__folder_of_data_sets_is_refused_with_their_names(tmp_path, write):
+    """Every data set would count as one patient."""
+    write(tmp_path / "raw" / "Dataset002_Heart")
+    nnunet(tmp_path / "raw" / "Dataset001_Head")
+    with pytest.raises(DataError, match=r"2 data sets below it \(Dataset001_Head, Dataset002_Heart\)"):
+        discover(tmp_path / "raw")
+    assert len(discover(tmp_path / "raw" / "Dataset001_Head").cases) == 1
+
+
+def test_discover__folder_of_patients_with_other_json_files_is_plain(tmp_path):
+    write_nifti(tmp_path / "P1" / "t1.nii.gz", IMAGE)
+    (tmp_path / "P1" / "dataset.json").write_text(json.dumps({"scanner": "a"}))
+    (tmp_path / ".hidden").mkdir()
+    (tmp_path / ".hidden" / "dataset_description.json").write_text("{}")
+    found = discover(tmp_path)
+    assert (found.layout, len(found.cases)) == ("plain folder", 1)
+
+
 @pytest.mark.slow
 def test_index_files__twenty_thousand_files_take_less_than_a_minute(tmp_path):
     for number in range(20_000):
