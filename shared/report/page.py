@@ -198,10 +198,9 @@ def curve_figure(
         if high - low < min_span:
             axes.set_ylim((low + high - min_span) / 2, (low + high + min_span) / 2)
         if from_zero:
-            # The margin of nearly constant values is too small to show a line at the upper edge.
+            # Nearly constant values have hardly a margin above them.
             axes.set_ylim(0, max(axes.get_ylim()[1], 1.05 * axes.dataLim.y1))
-        axes.set_xlabel(xlabel)
-        axes.set_ylabel(ylabel)
+        axes.set(xlabel=xlabel, ylabel=ylabel)
         if len(curves) + (baseline is not None) > 1 or smooth > 1:
             axes.legend(loc="best")
         # The first layout may change the ticks, and with them the space that the name of the ordinate needs.

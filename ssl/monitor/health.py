@@ -26,7 +26,7 @@ PATIENT_ROUNDS = 4
 PROBE_NOISE = 0.02
 """Dice by which the linear probe may change by chance with some dozen slices of several patients."""
 NUM_PROBES = 4
-"""Number of probes in a run from which on their changes from round to round say how much of a change is chance."""
+"""Number of probes in a run from which on the changes from round to round measure how much of a change is chance."""
 DRIFTED_SHARE = 0.5
 """Share of the initial box-prompt Dice below which a run warns."""
 ONE_PROTOTYPE, ALL_PROTOTYPES = 0.01, 0.99
