@@ -72,7 +72,7 @@ def _refuse_folder_of_data_sets(root: Path) -> None:
     marked = {
         path.parent for mark in ("dataset.json", "dataset_description.json") for path in root.glob(f"[!.]*/{mark}")
     }
-    names = sorted(folder.name for folder in marked if detect_layout(folder) != "plain")
+    names = sorted(folder.name for folder in marked if detect_layout(folder) in {"bids", "msd", "nnunet"})
     if names:
         shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
         raise DataError(
