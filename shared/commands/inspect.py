@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from samgraft.shared.cli import Command
+from samgraft.shared.invocation import for_terminal
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,7 +42,7 @@ def _run(arguments: argparse.Namespace) -> int:
         sys.stdout.write(f"{count} tensors written to {arguments.save_tensors}; no code of the file was run\n")
         return 0
     facts = describe(arguments.file)
-    text = json.dumps(facts, indent=2) if arguments.json else _render(facts)
+    text = json.dumps(facts, indent=2) if arguments.json else for_terminal(_render(facts))
     sys.stdout.write(text + "\n")
     return 0
 

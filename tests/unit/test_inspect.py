@@ -51,8 +51,12 @@ def test_inspect__family_of_additional_tensors_is_named(
     tensors = dict(make_sam(tiny_plain_spec(), image_size=160).state_dict())
     torch.save({**tensors, tensor: torch.ones(1)}, tmp_path / "w.pth")
     assert main(["inspect", str(tmp_path / "w.pth")]) == 0
-    notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  note: weights are")]
+    shown = capsys.readouterr().out
+    notes = [line for line in shown.splitlines() if line.startswith("  note: weights are")]
     assert [words in note for note in notes] == ([True] if words else [])
+    # Started by the command and not by make, so that options are named.
+    assert "CKPT=" not in shown
+    assert "BASE=" not in shown
 
 
 def test_inspect__encoder_without_a_block_is_refused_with_its_family(
