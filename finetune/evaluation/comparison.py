@@ -106,9 +106,8 @@ def compare_runs(
 
     Returns:
         Rows of ``comparison.csv``: per metric the mean over classes (class ``all``), then every class of several, for
-        every pair.
-        ``num_patients_dropped`` counts patients with a value in one of the runs only. Holm's correction uses all tests
-        of one metric.
+        every pair. ``num_patients_dropped`` counts patients with a value in one of the runs only. Holm's correction
+        uses all tests of one metric.
 
     Raises:
         UsageError: With fewer than two runs, equal names, or an unknown metric.

@@ -159,7 +159,7 @@ def probe_noise(dice: Sequence[float]) -> float:
 
     Every round fits a new head, and with slices of one patient its Dice can move by 0.1 and back. Two standard
     deviations of the change from one round to the next are chance, and never less than ``PROBE_NOISE``. The median
-    estimates this deviation, so that one change that stays is no chance.
+    estimates this deviation, so that a single lasting change does not count as chance.
 
     Args:
         dice: Dice of all rounds, the first one before training.
