@@ -36,7 +36,7 @@ from samgraft.shared.samples.leaks import find_patients_again
 from samgraft.shared.scans.volume import IGNORE_LABEL
 from samgraft.shared.store.store import SliceStore
 from ssl_helps import RESULTS, finish_cell, run, save, say, start_and_end, subject_dice, subjects
-from unlabelled_pays_plan import ARMS, DATA_SETS, STAGE_1_KIND, UNET_3D, Arm, DataSet, Plan
+from unlabelled_pays_plan import ARMS, CELL_KIND, DATA_SETS, STAGE_1_KIND, UNET_3D, Arm, DataSet, Plan
 from unlabelled_pays_table import draw, render
 
 FIGURE = Path(__file__).parents[1] / "docs" / "pictures" / "unlabelled_pays.png"
@@ -106,7 +106,7 @@ def run_cell(plan: Plan, name: str, what: dict[str, Any]) -> None:
             **pseudo_quality(plan, folder),
         }
 
-    finish_cell(plan, name, {"kind": "pays", **what}, compute)
+    finish_cell(plan, name, {"kind": CELL_KIND, **what}, compute)
 
 
 def pretrain(plan: Plan) -> None:
@@ -226,9 +226,11 @@ def main() -> None:
         for name, what in cells(plan, given.arms.split(","), range(given.first_seed, given.seeds)):
             run_cell(plan, name, what)
     records = [json.loads(path.read_text()) for path in sorted((plan.work / "cells").glob("*.json"))]
+    stage_1 = [record for record in records if record["kind"] == STAGE_1_KIND]
+    finished = [record for record in records if record["kind"] == CELL_KIND]
     out = RESULTS / f"unlabelled_pays-{datetime.date.today()}.md"
-    out.write_text(render(records) + words_of(out))
-    draw(records, FIGURE)
+    out.write_text(render(finished, stage_1=stage_1) + words_of(out))
+    draw(finished, FIGURE)
     say(f"written: {out.name}")
 
 

@@ -81,8 +81,8 @@ STAGE_1 = (
 UNET_3D = ("baseline.base_channels=16", "data.batch_size=2", "optim.lr=3e-3", "optim.weight_decay=1e-4", *EMA)
 SAM = ("data.batch_size=4", "data.min_foreground_fraction=0", *EMA)
 
-STAGE_1_KIND = "pays_stage_1"
-"""Kind of the record of a stage-1 run. All other records are those of cells."""
+CELL_KIND, STAGE_1_KIND = "pays", "pays_stage_1"
+"""Kinds of records, of a cell and of a stage-1 run."""
 DATA_SETS = {
     "hc18": DataSet(
         title="HC18 (ultrasound, head of the fetus)",

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from samgraft.finetune.evaluation.statistics import bootstrap_mean
 from ssl_helps_table import gain_cells, patient_means, seed_interval
-from unlabelled_pays_plan import ARMS, DATA_SETS, STAGE_1_KIND
+from unlabelled_pays_plan import ARMS, DATA_SETS
 
 Record = dict[str, Any]
 HEAD = (
@@ -27,7 +27,7 @@ def arm_cells(records: Sequence[Record], *, data: str, arm: str, labels: int | N
     return {
         record["seed"]: record
         for record in records
-        if record["kind"] != STAGE_1_KIND and (record["data"], record["arm"], record["labels"]) == (data, arm, labels)
+        if (record["data"], record["arm"], record["labels"]) == (data, arm, labels)
     }
 
 
@@ -54,7 +54,7 @@ def row_of(records: Sequence[Record], *, data: str, arm: str, labels: int | None
 
 def label_numbers(records: Sequence[Record], data: str) -> list[int]:
     """Return the numbers of labelled patients of which a data set has cells."""
-    return sorted({r["labels"] for r in records if r["data"] == data and r.get("labels") is not None})
+    return sorted({r["labels"] for r in records if r["data"] == data and r["labels"] is not None})
 
 
 def cell_dice(cell: Record) -> float:
@@ -83,9 +83,8 @@ def paired_gain(
     return [more[p] - alone[p] for p in more], per_seed
 
 
-def render(records: Sequence[Record]) -> str:
-    """Return the whole result as Markdown."""
-    stage_1 = {record["data"]: record for record in records if record["kind"] == STAGE_1_KIND}
+def render(records: Sequence[Record], *, stage_1: Sequence[Record] = ()) -> str:
+    """Return the whole result as Markdown, from the records of the cells and of the stage-1 runs."""
     lines = [
         f"# What do unlabelled scans buy? {datetime.date.today()}",
         "",
@@ -102,9 +101,11 @@ def render(records: Sequence[Record]) -> str:
     for data in DATA_SETS:
         for labels in label_numbers(records, data):
             lines += [*section(records, data=data, labels=labels), ""]
-            if data in stage_1:
-                lines += [describe_stage_1(stage_1[data]), ""]
-    hardware = sorted({f"{r['hardware']}, torch {r['torch']}, code {r['code_revision'][:9]}" for r in records})
+        for record in stage_1:
+            if record["data"] == data:
+                lines += [describe_stage_1(record), ""]
+    everything = (*records, *stage_1)
+    hardware = sorted({f"{r['hardware']}, torch {r['torch']}, code {r['code_revision'][:9]}" for r in everything})
     lines += ["Hardware: " + "; ".join(hardware) + ". Other work ran beside it.", ""]
     lines += [
         "Command: `python benchmarks/unlabelled_pays.py FOLDER --data NAME --base lite_medsam.pth --work WORK`, then "
