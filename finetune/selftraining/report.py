@@ -39,10 +39,14 @@ SUMMARY_FILE = "selftraining.json"
 NUM_PICTURES = 6
 
 
+def best_teacher(rounds: Sequence[Round]) -> Teacher:
+    """Return the teacher of the first round that is best on validation."""
+    return max(rounds[0].teachers, key=validation_dice)
+
+
 def best_model(rounds: Sequence[Round]) -> Teacher:
     """Return the last student, or the best teacher if the student is not better on validation."""
-    teacher = max(rounds[0].teachers, key=validation_dice)
-    student = rounds[-1].student
+    teacher, student = best_teacher(rounds), rounds[-1].student
     return student if validation_dice(student) > validation_dice(teacher) else teacher
 
 
@@ -58,14 +62,12 @@ def write_report(
         log_images: True if pictures of the scans may be shown.
         test_patients: Patients of the test part, which the next command scores.
     """
-    teachers = rounds[0].teachers
-    dice = {part.name: validation_dice(part) for part in (*teachers, *(one.student for one in rounds))}
-    best_teacher = max(teachers, key=lambda part: dice[part.name])
-    student, best = rounds[-1].student, best_model(rounds)
+    dice = {part.name: validation_dice(part) for part in (*rounds[0].teachers, *(one.student for one in rounds))}
+    teacher, student, best = best_teacher(rounds), rounds[-1].student, best_model(rounds)
     is_better = best is student
     text = (
-        f"Foreground Dice on validation: {dice[student.name]:.3f} of the student, {dice[best_teacher.name]:.3f} of the "
-        f"best teacher ({best_teacher.name.removeprefix('teacher ')})."
+        f"Foreground Dice on validation: {dice[student.name]:.3f} of the student, {dice[teacher.name]:.3f} of the best "
+        f"teacher ({teacher.name.removeprefix('teacher ')})."
     )
     task, best_task = Task.read(student.path / "model"), Task.read(best.path / "model")
     if not is_better:
