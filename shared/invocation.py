@@ -10,12 +10,13 @@ keeps its own signal handlers.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import shlex
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
@@ -109,6 +110,12 @@ def for_terminal(text: str) -> str:
     text = in_typed_grammar(text)
     program = typed_program()
     return text if program == "samgraft" else _PROGRAM.sub(f"{program} ", text)
+
+
+def log_next(log: logging.Logger, commands: Sequence[str]) -> None:
+    """Log the commands that follow a result, in the order of their use."""
+    for number, command in enumerate(commands):
+        log.info("  %-8s %s", "then" if number else "next", command)
 
 
 def typed_program() -> str:

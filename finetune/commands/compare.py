@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from samgraft.shared.cli import Command, keywords
 from samgraft.shared.errors import ExitCode, UsageError
+from samgraft.shared.invocation import log_next
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -86,7 +87,7 @@ def compare(
     Raises:
         SamgraftError: If a run was not evaluated, or not on the same patients.
     """
-    from samgraft.finetune.commands.evaluate import log_next, next_commands
+    from samgraft.finetune.commands.evaluate import next_commands
     from samgraft.finetune.evaluation.comparison import (
         compare_runs,
         patient_differences,
@@ -122,7 +123,7 @@ def compare(
         if owner:
             log.info("with names, for you only: %s", write_patients(patients, folder).name)
     if best:
-        log_next(Path(best.path))
+        log_next(log, next_commands(Path(best.path), str(Path(best.path))))
     return ComparisonResult(path=folder, rows=results)
 
 

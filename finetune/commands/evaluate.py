@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from samgraft.shared.cli import Command, keywords
 from samgraft.shared.counting import counted
 from samgraft.shared.errors import ExitCode, UsageError
+from samgraft.shared.invocation import log_next
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -159,7 +160,7 @@ def evaluate(
     steps = _postprocessing(scored, batch_size, choose=choose_postprocessing) if postprocessing else None
     evaluation = _score(scored, names, batch_size=batch_size, tolerance_mm=tolerance_mm, postprocessing=steps)
     _write(evaluation, scored, folder, subgroups=subgroups, log_images=log_images, names=names)
-    log_next(Path(model))
+    log_next(log, next_commands(Path(model), str(Path(model))))
     return EvaluationResult(path=folder)
 
 
@@ -365,12 +366,6 @@ def _log_result(evaluation: Evaluation) -> None:
     if one_sided := count_one_sided(evaluation.rows):
         log.info("%d of %d rows are missed or have no truth: Dice is 0 and distances are the scan's diagonal",
         one_sided, len(evaluation.rows))  # fmt: skip
-
-
-def log_next(model: Path) -> None:
-    """Log the commands that use an evaluated model."""
-    for word, command in zip(("next", "then"), next_commands(model, str(model)), strict=False):
-        log.info("  %s     %s", word, command)
 
 
 def next_commands(model: Path, shown: str) -> list[str]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from samgraft.finetune.baselines import Baseline
 from samgraft.shared.cli import Command, keywords
 from samgraft.shared.errors import ExitCode, UsageError
+from samgraft.shared.invocation import log_next
 
 if TYPE_CHECKING:
     from samgraft.finetune.config import FinetuneConfig
@@ -308,8 +309,7 @@ def log_end(path: Path, test_patients: Sequence[str], *, seconds: float, best: P
         log.warning("%s", NO_TEST_PART)
     best = best or path
     is_good = Task.read(best / "model").warning is None
-    for word, command in zip(("next", "then"), next_commands(str(best), test_patients, is_good=is_good), strict=False):
-        log.info("  %s     %s", word, command)
+    log_next(log, next_commands(str(best), test_patients, is_good=is_good))
 
 
 COMMAND = Command(

@@ -23,6 +23,7 @@ from samgraft.finetune.evaluation.scores import per_patient, read_cases
 from samgraft.finetune.study.cells import Cell
 from samgraft.shared.errors import ExitCode
 from samgraft.shared.files import write_json
+from samgraft.shared.machine import THREADS
 
 log = logging.getLogger(__name__)
 
@@ -102,7 +103,7 @@ def run_samgraft(
     arguments: Sequence[str], log_file: Path, num_threads: int, processes: Processes
 ) -> tuple[int, float, float]:
     """Run one command in a process of its own and return exit code, seconds and peak MiB."""
-    environment = {**os.environ, "OMP_NUM_THREADS": str(num_threads), "PYTHONUNBUFFERED": "1"}
+    environment = {**os.environ, THREADS: str(num_threads), "PYTHONUNBUFFERED": "1"}
     started = time.monotonic()
     with log_file.open("a", encoding="utf-8") as out:
         # Nothing is written to the pipe. The system closes it when this process ends for any reason, even SIGKILL, and

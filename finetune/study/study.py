@@ -21,6 +21,7 @@ from samgraft.shared.config import config_to_yaml, load_config
 from samgraft.shared.counting import counted
 from samgraft.shared.errors import DataError, ExitCode, SamgraftError, StoppedAndSaved, UsageError
 from samgraft.shared.files import write_text
+from samgraft.shared.invocation import log_next
 from samgraft.shared.machine import format_duration
 from samgraft.shared.synthetic import synthetic_store
 
@@ -140,8 +141,7 @@ def _finish(plan: StudyPlan, outcomes: list[Outcome]) -> Path:
     report = folder.root / "report.html"
     log.info("  table    %s", folder.root / "table.csv")
     log.info("  report   %s", report)
-    for word, command in zip(("next", "then"), next_commands(cells, results, folder.root), strict=False):
-        log.info("  %s     %s", word, command)
+    log_next(log, next_commands(cells, results, folder.root))
     counts = Counter(outcome.status for outcome in outcomes)
     if counts["stopped"]:
         raise StoppedAndSaved(

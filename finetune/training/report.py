@@ -159,7 +159,7 @@ def _curves(run: RunFolder, record: Record) -> list[Picture]:
     loss = curve_figure({"loss": (steps, [line["train/loss"] for line in lines])}, ylabel="Dice + CE loss", smooth=9)
     rounds = sorted(record.rounds)
     # The value before training is the first point, so that a run with one round has a curve too.
-    start = [] if record.start is None or 0 in record.rounds else [(0.0, record.start)]
+    start = [] if record.start is None else [(0.0, record.start)]
     points = [*start, *((float(step), record.rounds[step]) for step in rounds)]
     dice = curve_figure(
         {"validation": ([step for step, _ in points], [value for _, value in points])},
