@@ -179,7 +179,15 @@ def _build(arguments: argparse.Namespace) -> list[str]:
     if arguments.dry_run:
         return ["dry run: nothing was written"]
     state = "already complete" if result.build.already_complete else "complete"
-    return [f"{result.path}: {state}. next: samgraft store split {shlex.quote(str(result.path))}"]
+    return [f"{result.path}: {state}", f"  next     {_command_that_uses(result.path)}"]
+
+
+def _command_that_uses(path: Path) -> str:
+    """Return the training for which a store was built, stage 2 where it has labels."""
+    from samgraft.shared.store.store import SliceStore
+
+    has_labels = any(record.has_label for record in SliceStore.open(path).series)
+    return f"make {'finetune' if has_labels else 'pretrain'} DATA={shlex.quote(str(path))}"
 
 
 def build_store(

@@ -152,7 +152,7 @@ def _sort_in(path: Path, size: int, index: FileIndex) -> None:
     elif unread is not None:
         index.left_out[f"{NAMED_BUT_NOT_READ[unread]} ({unread}) is not read: convert it"] += 1
     elif path.suffix.lower() in DESCRIPTIONS:
-        index.left_out["text or description"] += 1
+        index.left_out["text or description (not a scan)"] += 1
     elif name == "dicomdir":
         index.left_out["DICOMDIR (files are found without it)"] += 1
     elif (found := format_by_content(path)) is not None:  # DICOM exports often have no suffix

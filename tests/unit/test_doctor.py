@@ -95,7 +95,7 @@ def clinic(folder: Path) -> Path:
 
 def test_diagnose__identifying_content_of_scans_is_counted(tmp_path: Path) -> None:
     findings = [finding for finding in diagnose(tmp_path, data=[clinic(tmp_path / "in")]) if finding.area == "data"]
-    assert findings[0].text == "3 in 7 files (plain folder); left out: 1 x text or description"
+    assert findings[0].text == "3 in 7 files (plain folder); left out: 1 x text or description (not a scan)"
     assert [finding.name for finding in findings] == ["scans", *["privacy"] * 6]
     said = {finding.text.removeprefix("1 of 3 scans: "): finding.status for finding in findings[1:]}
     assert said == {

@@ -92,16 +92,19 @@ def test_next_commands__quote_a_path_with_spaces():
     assert next_commands("runs/my run", ["p1"], is_good=False) == [evaluate]
 
 
-def test_store_build__prints_a_command_that_splits_its_store(monkeypatch, capsys, tmp_path):
+@pytest.mark.parametrize("labelled", [True, False])
+def test_store_build__prints_the_training_that_its_store_is_for(labelled, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
     for number in range(4):
         image, label = make_scan(shape_zyx=(3, 24, 24), seed=number)
         write_nifti(tmp_path / "my scans" / f"P{number}" / "t1.nii.gz", image)
-        write_nifti(tmp_path / "my scans" / f"P{number}" / "t1_seg.nii.gz", label)
-    assert main(["store", "build", "my scans", "--out", "my store.zarr"]) == 0
-    command = re.search(r"(samgraft store split '[^']+')", printed(capsys))[1]
-    assert main([*arguments_of(command, tmp_path), "--fractions", "0.5,0.25,0.25"]) == 0
-    assert (tmp_path / "my store.split.json").is_file()
+        if labelled:
+            write_nifti(tmp_path / "my scans" / f"P{number}" / "t1_seg.nii.gz", label)
+    for state in ("complete", "already complete"):
+        assert main(["store", "build", "my scans", "--out", "my store.zarr"]) == 0
+        found = re.search(rf"my store.zarr: {state} next (samgraft (\w+) .*)$", printed(capsys).strip())
+        assert found[2] == ("finetune" if labelled else "pretrain")
+        assert arguments_of(found[1], tmp_path) == [found[2], "--data", "my store.zarr"]
 
 
 def test_store_build__refused_cases_can_be_skipped_as_the_message_says(monkeypatch, capsys, tmp_path):
