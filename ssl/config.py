@@ -24,6 +24,8 @@ from samgraft.ssl.ssl_state import StateUse
 
 RANDOM = "random"
 """Value of ``model.base`` for an encoder with random weights."""
+OFF = "off"
+"""Value of ``probe.store`` without linear probe."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +140,8 @@ class ProbeConfig:
     """Linear probe and box-prompt check, which measure segmentation on labelled slices during training."""
 
     store: str | None = None
-    """Path of a labelled store (``*.zarr``). null switches linear probe and box-prompt check off."""
+    """Path of a labelled store (``*.zarr``). null takes the first of ``data.labelled`` in which training and validation
+    patients have labels. ``off`` or no such store switches linear probe and box-prompt check off."""
     split: str | None = None
     """Split of that store by patient. The head is fitted on ``train`` and scored on ``val``. ``test`` is never used.
     None takes <store>.split.json next to the store, or else draws one with seed 0, as stage 2 does."""
@@ -155,7 +158,7 @@ class ProbeConfig:
     """Number of boxes of the box-prompt check. 0 switches it off."""
 
     def __post_init__(self) -> None:
-        if self.store is None and self.split is not None:
+        if self.store in {None, OFF} and self.split is not None:
             raise ValueError("probe.split would be ignored without probe.store. Set probe.store too.")
 
 
@@ -165,8 +168,8 @@ class ExportConfig:
 
     interpolate: list[PositiveShare] = field(default_factory=lambda: [1.0])
     """Shares of the way from the initial to the trained weights, of which one is exported. 1 is the trained encoder. Of
-    several, the one with the best change of linear probe and box-prompt check is exported, or the one nearest to 0.5 if
-    probe.store is not set."""
+    several, the one with the best change of linear probe and box-prompt check is exported, or the one nearest to 0.5
+    without labels."""
 
     def __post_init__(self) -> None:
         if not self.interpolate or len(set(self.interpolate)) < len(self.interpolate):

@@ -28,6 +28,7 @@ from samgraft.shared.training.device import DeviceChoice
 from samgraft.shared.training.preflight import StepCost, describe_cost, log_preflight, measure_step
 from samgraft.ssl.config import DataConfig, PretrainConfig
 from samgraft.ssl.initial_weights import describe_trained_share
+from samgraft.ssl.monitor.labelled import NO_LABELS
 from samgraft.ssl.monitor.monitor import MonitorData
 from samgraft.ssl.objectives import Objective
 from samgraft.ssl.objectives.anchor import AnchorKind
@@ -218,12 +219,12 @@ def preflight(
         {
             "device": device.reason,
             "data": describe_data(dataset.store, split, dataset.slices),
-            "leak check": "; ".join(leaks) or "not done, because no labelled store is given (data.test_stores)",
+            "leak check": "; ".join(leaks) or "not done, because no labels are given (LABELLED=STORE.zarr)",
             "model": f"{objective.encoder.spec.title} at {config.model.image_size} px, "
             f"trained {describe_trained_share(objective)}",
             "objective": config.objective.name,
             "epochs": f"{slices_seen / len(dataset):.3g} over {counted(len(dataset), 'slice')}",
-            "probe": monitored.probe.describe() if monitored.probe else "off, because probe.store is not set",
+            "probe": monitored.probe.describe() if monitored.probe else NO_LABELS,
             "boxes": monitored.box_check_note,
             "pictures": show,
             "export": _describe_export(config),

@@ -20,6 +20,7 @@ from samgraft.shared.store.store import SliceStore
 from samgraft.shared.weights.load import read_weights
 from samgraft.shared.weights.official import official_name
 from samgraft.ssl.config import RANDOM, PretrainConfig
+from samgraft.ssl.monitor.labelled import can_probe
 from samgraft.ssl.objectives import OBJECTIVES
 
 log = logging.getLogger(__name__)
@@ -76,9 +77,16 @@ def _with_fitting_size(config: PretrainConfig) -> PretrainConfig:
 
 
 def _with_labelled_stores(config: PretrainConfig) -> PretrainConfig:
-    """Return the settings with a store in the place of every folder of scans with labels."""
+    """Return the settings with a store in the place of every folder of scans with labels.
+
+    The linear probe takes the first of them that it can use, unless it has a store or is off.
+    """
     stores = [str(store_from_data(path, modality=config.modality)) for path in config.data.labelled]
-    return replace(config, data=replace(config.data, labelled=stores))
+    config = replace(config, data=replace(config.data, labelled=stores))
+    if config.probe.store is not None:
+        return config
+    usable = (name for name in stores if can_probe(SliceStore.open(name), modality=config.modality))
+    return replace(config, probe=replace(config.probe, store=next(usable, None)))
 
 
 def _find_arch(model: str | None, weights: str | None) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import logging
 from collections.abc import Mapping
 
 import torch
@@ -22,8 +21,6 @@ from samgraft.ssl.monitor.held_out import held_out_loss
 from samgraft.ssl.monitor.monitor import MonitorData, check_encoder
 from samgraft.ssl.objectives import Objective
 from samgraft.ssl.scope import merged_state
-
-log = logging.getLogger(__name__)
 
 State = Mapping[str, torch.Tensor]
 
@@ -50,7 +47,6 @@ def choose_encoder(objective: Objective, config: PretrainConfig, monitored: Moni
             encoder.load_state_dict(interpolate(initial, trained, share))
             measured[share] = check_encoder(encoder, monitored, config, device=device)
     exported = choose_share(shares, measured)
-    log.info("export: %s", exported.describe() or "the trained encoder")
     chosen = interpolate(initial, trained, exported.share)
     if exported.share < 1:
         encoder.load_state_dict(chosen)

@@ -24,7 +24,7 @@ from samgraft.shared.training.resume import preserve_rng
 from samgraft.shared.weights.load import load_sam, read_weights
 from samgraft.ssl.config import RANDOM, ModelConfig, ProbeConfig
 from samgraft.ssl.monitor.held_out import spread_evenly
-from samgraft.ssl.monitor.labelled import LabelledSlices, ProbeData
+from samgraft.ssl.monitor.labelled import NO_LABELS, LabelledSlices, ProbeData
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
@@ -127,7 +127,7 @@ def load_box_prompt_check(
         UsageError: If the decoder expects another embedding grid.
     """
     if data is None:
-        return None, "off, because probe.store is not set"
+        return None, NO_LABELS
     if config.num_boxes == 0:
         return None, "off (probe.num_boxes=0)"
     if model.base == RANDOM:

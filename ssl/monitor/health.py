@@ -21,8 +21,8 @@ LEARNED_SHARE = 0.98
 """Share of the initial held-out loss above which nothing was learned."""
 RISEN_SHARE = 1.1
 """Multiple of the best held-out loss above which the run overfits or diverges."""
-PATIENT_ROUNDS = 4
-"""Monitoring rounds before a loss that does not fall is reported, because the warm-up comes first."""
+PATIENT_ROUNDS = 6
+"""Monitoring rounds before a loss that does not fall is reported during a run. It often falls late."""
 PROBE_NOISE = 0.02
 """Dice by which the linear probe may change by chance with some dozen slices of several patients."""
 NUM_PROBES = 4

@@ -19,8 +19,13 @@ from samgraft.shared.samples.split import Split, load_split
 from samgraft.shared.scans.preset import ModalityPreset
 from samgraft.shared.scans.volume import IGNORE_LABEL
 from samgraft.shared.store.store import SliceStore
-from samgraft.ssl.config import PretrainConfig, ProbeConfig
+from samgraft.ssl.config import OFF, PretrainConfig, ProbeConfig
 from samgraft.ssl.monitor.held_out import spread_evenly
+
+NO_LABELS = "off, because no labels are given (LABELLED=STORE.zarr)"
+"""State of linear probe and box-prompt check without a labelled store."""
+_PARTS = ("train", "val")
+"""Parts of the split in which the head is fitted and scored."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,9 +66,15 @@ class ProbeData:
         )
 
 
+def can_probe(store: SliceStore, *, modality: str) -> bool:
+    """Return whether training and validation patients of a store have labels, and its scans the given modality."""
+    split = load_split(None, store)
+    return store.modality.value == modality and all(labelled_refs(store, split.part(name), 1) for name in _PARTS)
+
+
 def open_probe_store(config: ProbeConfig) -> tuple[SliceStore, Split] | None:
     """Open the labelled store and its split, or return None if no store is set."""
-    if config.store is None:
+    if config.store is None or config.store == OFF:
         return None
     store = SliceStore.open(config.store)
     return store, load_split(Path(config.split) if config.split else None, store)
@@ -89,7 +100,8 @@ def load_probe(
             where=store.path.name,
         )
     parts = []
-    for name, number in (("train", config.probe.num_train_slices), ("val", config.probe.num_test_slices)):
+    numbers = (config.probe.num_train_slices, config.probe.num_test_slices)
+    for name, number in zip(_PARTS, numbers, strict=True):
         refs = labelled_refs(store, split.part(name), number)
         if not refs:
             raise DataError(

@@ -232,9 +232,9 @@ def probe_parts(lines: Lines, monitored: MonitorData) -> list[Any]:
     if monitored.probe is None or not dice:
         return [
             Text(
-                text="Not measured, because no labelled store is set. With a few labelled patients, "
-                "ARGS='probe.store=STORE.zarr' measures in every monitoring round how well a linear head segments the "
-                "labels from the features. It is a sign before any fine-tuning."
+                text="Not measured, because no labels are given. With a few labelled patients, LABELLED=STORE.zarr "
+                "measures in every monitoring round how well a linear head segments the labels from the features. It "
+                "is a sign before any fine-tuning."
             )
         ]
     # The axis has a least height, so that noise of a hundredth does not look like a trend.

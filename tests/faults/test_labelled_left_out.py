@@ -13,10 +13,13 @@ from samgraft.shared.errors import DataError
 from samgraft.shared.invocation import in_typed_grammar
 from samgraft.shared.runs.inputs import load_run_split
 from samgraft.shared.samples.split import default_split_path, load_split, make_split
+from samgraft.shared.stage_config import TypedSettings
 from samgraft.shared.store.store import SliceStore
 from samgraft.shared.weights.card import Card
 from samgraft.shared.weights.save import save_sam
+from samgraft.ssl.monitor.labelled import open_probe_store
 from samgraft.ssl.preflight import find_left_out, open_labelled, pretraining_split
+from samgraft.ssl.prepare import prepare as resolve
 from store_factory import make_store
 from tiny_encoders import TINY_VIT
 from tiny_pretrain import config_of, make_lab, run
@@ -128,3 +131,27 @@ def test_finetune__leak_refusal_names_the_command_that_leaves_patients_out(lab):
         f"samgraft pretrain --data {lab / 'many.zarr'} --labelled {lab / 'labelled.zarr'} --name all-without "
         f"--model vit_t --method masked_image --base {base}" in in_typed_grammar(refusal.value.render())
     )
+
+
+def resolved(lab, *more):
+    typed = TypedSettings(overrides=("model.base=random", *settings(lab, *more)))
+    return resolve(typed, has_gpu=False)[0]
+
+
+def test_prepare__linear_probe_takes_the_labelled_store_unless_it_is_switched_off(lab):
+    store = str(lab / "labelled.zarr")
+    assert resolved(lab).probe.store == store
+    assert open_probe_store(resolved(lab, "probe.store=off").probe) is None
+    assert resolved(lab, f"probe.store={lab / 'other.zarr'}").probe.store == str(lab / "other.zarr")
+
+
+def test_prepare__linear_probe_takes_the_first_store_with_labels_to_fit_and_to_score(lab):
+    """A store of test patients only, and one without labels, say nothing about the encoder."""
+    make_store(lab, num_patients=3, shape_zyx=(4, 24, 20), seed=9, name="site.zarr")
+    site = SliceStore.open(lab / "site.zarr")
+    split = make_split(site, fractions=(0, 0, 1))
+    split.save(default_split_path(site.path))
+    unusable = [str(site.path), str(lab / "many.zarr")]
+    assert resolved(lab, f"data.labelled=[{','.join(unusable)}]").probe.store is None
+    stores = [*unusable, str(lab / "labelled.zarr")]
+    assert resolved(lab, f"data.labelled=[{','.join(stores)}]").probe.store == stores[-1]

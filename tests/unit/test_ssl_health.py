@@ -98,10 +98,10 @@ def test_health_warnings__loss_of_a_moving_teacher_is_not_checked():
 
 
 def test_health_warnings__loss_is_checked_after_the_warm_up():
-    slow = {**HEALTHY, "held_out/loss": [1.0, 0.999, 0.99]}
+    slow = {**HEALTHY, "held_out/loss": [1.0, 0.999, 0.99, 0.99, 0.99]}
     assert health_warnings(slow, is_final=False) == []
     assert (
-        health_warnings({**slow, "held_out/loss": [1.0, 0.999, 0.99, 0.99]}, is_final=False)[0].rule
+        health_warnings({**slow, "held_out/loss": [1.0, 0.999, 0.99, 0.99, 0.99, 0.99]}, is_final=False)[0].rule
         == "loss did not fall"
     )
 

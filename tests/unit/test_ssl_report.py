@@ -149,7 +149,7 @@ def test_measure_held_out__every_process_computes_pictures_and_the_first_writes_
 
 
 def test_parts__without_metrics_are_not_measured():
-    assert "no labelled store is set" in probe_parts([], NOTHING)[0].text
+    assert "no labels are given" in probe_parts([], NOTHING)[0].text
     assert feature_parts([]) == [Text(text="Not measured.")]
     assert training_parts([]) == [Text(text="Not measured.")]
 
