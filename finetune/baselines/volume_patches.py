@@ -43,11 +43,12 @@ class VolumePatches(Dataset[dict[str, Any]]):
         foreground_fraction: float,
         augment: AugmentConfig,
         seed: int,
+        labels: SliceStore | None = None,
     ) -> None:
         """Store the settings. Nothing is read.
 
         Args:
-            store: Labelled store.
+            store: Store of the scans.
             series_ids: Series of each index.
             patch_size: Slices, rows and columns.
             classes: Foreground classes.
@@ -55,8 +56,10 @@ class VolumePatches(Dataset[dict[str, Any]]):
             foreground_fraction: Share of patches around a voxel of a class; other patches are anywhere in the scan.
             augment: Settings of ``data.augment``; geometry changes within the plane of a slice only.
             seed: Seed of the run.
+            labels: Store that labels are read from, which has the same series. None reads those of ``store``.
         """
         self.store = store
+        self.labels = labels or store
         self.series_ids = tuple(series_ids)
         self.patch_size = tuple(patch_size)
         self.classes = classes
@@ -72,7 +75,7 @@ class VolumePatches(Dataset[dict[str, Any]]):
         index, sample_counter = item
         series_id = self.series_ids[index]
         rng = sample_generator(self.seed, sample_counter)
-        volume_ZHW, label_ZHW = self.store.read_volume(series_id), self.store.read_label_volume(series_id)
+        volume_ZHW, label_ZHW = self.store.read_volume(series_id), self.labels.read_label_volume(series_id)
         start = self._place(label_ZHW, rng)
         record = self.store.record(series_id)
         patch_ZHW = cut(volume_ZHW, start, self.patch_size, padding=volume_ZHW.min())

@@ -21,7 +21,7 @@ from samgraft.finetune.evaluation.validation import labelled_series
 from samgraft.finetune.few_shot import draw_few_shot
 from samgraft.finetune.inference import InferenceConfig
 from samgraft.finetune.initial_weights import InitialWeights, read_initial_weights
-from samgraft.finetune.pseudo_labels import PseudoLabels, open_pseudo_labels
+from samgraft.finetune.pseudo_labels import PseudoLabels, ignored_slices, open_pseudo_labels
 from samgraft.finetune.segmenter import Segmenter, add_class_tokens
 from samgraft.finetune.training.cached_slices import CachedSlices, fill_cache, plan_cache
 from samgraft.finetune.training.sampling import balance_foreground, has_foreground
@@ -30,7 +30,7 @@ from samgraft.shared.counting import counted
 from samgraft.shared.errors import DataError, UsageError
 from samgraft.shared.runs.inputs import load_run_split
 from samgraft.shared.samples.augment import SliceAugmentation
-from samgraft.shared.samples.dataset import JoinedSlices, SliceDataset
+from samgraft.shared.samples.dataset import JoinedSamples, SliceDataset
 from samgraft.shared.samples.leaks import find_leaks, refuse_leaks
 from samgraft.shared.samples.slices import SliceRef, keep_train_slices, select_slices
 from samgraft.shared.samples.split import Split, choose_fold, load_split, refuse_empty_train
@@ -57,7 +57,7 @@ class Prepared:
     store: SliceStore
     split: Split
     classes: ClassTable
-    dataset: SliceDataset | JoinedSlices | CachedSlices | VolumePatches
+    dataset: SliceDataset | JoinedSamples | CachedSlices | VolumePatches
     val_series: list[str]
     initial: InitialWeights | RandomWeights
     segmenter: Segmenter
@@ -242,11 +242,9 @@ def _prepare_baseline(
         spacing_zyx=np.median([r.spacing_mm for r in records], axis=0).tolist(),
     )
     log.info("%s: input %s, channels %s, from scratch", baseline.value, plan["sizes"], plan["channels"])
-    dataset: SliceDataset | JoinedSlices | VolumePatches
+    dataset: SliceDataset | JoinedSamples | VolumePatches
     if baseline.is_volume:
-        if further is not None:
-            raise UsageError(f"MODEL={baseline.value} cannot train on pseudo-labels. Use a 2D network.")
-        dataset = _patches(config, store, split, classes, [r.series_id for r in records], plan["sizes"])
+        dataset = _patches(config, store, split, classes, plan["sizes"], further=further)
     else:
         dataset = training_set(
             config, store, split, classes, store.intensity, num_neighbours=num_neighbours, further=further
@@ -278,27 +276,48 @@ def _patches(
     store: SliceStore,
     split: Split,
     classes: ClassTable,
-    series_ids: list[str],
     patch_size: list[int],
-) -> VolumePatches:
+    *,
+    further: PseudoLabels | UnlabelledScans | None,
+) -> VolumePatches | JoinedSamples:
+    """Return the training patches, those with labels and those with pseudo-labels."""
     if config.data.planes:
         raise UsageError("a 3D baseline trains on volumes, not on slices of planes. Remove data.planes.")
     if split.train_slices:
         raise UsageError(
             "a 3D baseline trains on volumes, not slices. Use data.few_shot.unit=patients or a 2D baseline."
         )
-    # Every sample is another random patch, so an epoch may contain a volume several times.
-    repeats = -(-config.data.batch_size // len(series_ids))
-    return VolumePatches(
-        store,
-        series_ids * repeats,
-        patch_size=patch_size,
-        classes=classes,
-        intensity=store.intensity,
-        foreground_fraction=config.data.foreground_fraction,
-        augment=config.data.augment,
-        seed=config.seed,
-    )
+    if isinstance(further, UnlabelledScans):
+        raise UsageError(
+            f"MODEL={config.model.arch} cannot label scans while it trains. Use selftrain.mode=offline or a 2D network."
+        )
+
+    def patches(scans: SliceStore, series_ids: list[str], num: int, labels: SliceStore | None = None) -> VolumePatches:
+        # Every sample is another random patch, so an epoch may contain a volume several times.
+        return VolumePatches(
+            scans,
+            series_ids * -(-num // len(series_ids)),
+            patch_size=patch_size,
+            classes=classes,
+            intensity=store.intensity,
+            foreground_fraction=config.data.foreground_fraction,
+            augment=config.data.augment,
+            seed=config.seed,
+            labels=labels,
+        )
+
+    labelled = [r.series_id for r in store.series if r.has_label and r.patient_id in set(split.train)]
+    if further is None:
+        return patches(store, labelled, config.data.batch_size)
+    num = config.num_pseudo_per_batch
+    usable = [r.series_id for r in further.labels.series if not ignored_slices(r).all()]
+    if not usable:
+        raise DataError("every voxel of the pseudo-labels is ignored. Lower selftrain.min_agreement.")
+    parts = [
+        patches(store, labelled, config.data.batch_size - num),
+        patches(further.images, usable, num, further.labels),
+    ]
+    return JoinedSamples(parts, per_batch=[config.data.batch_size - num, num])
 
 
 def _check_batch(dataset: SliceDataset, *, per_batch: int, kind: str = "") -> None:
@@ -318,7 +337,7 @@ def training_set(
     *,
     num_neighbours: int = 0,
     further: PseudoLabels | UnlabelledScans | None = None,
-) -> SliceDataset | JoinedSlices:
+) -> SliceDataset | JoinedSamples:
     """Return the augmented training slices, those with labels and those of a self-training.
 
     Raises:
@@ -343,7 +362,7 @@ def training_set(
         hide_labels=isinstance(further, UnlabelledScans),
     )
     _check_batch(others, per_batch=num_further, kind=" without labels of their own")
-    return JoinedSlices([labelled, others], per_batch=[config.data.batch_size - num_further, num_further])
+    return JoinedSamples([labelled, others], per_batch=[config.data.batch_size - num_further, num_further])
 
 
 def _further_slices(

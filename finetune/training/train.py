@@ -43,7 +43,7 @@ from samgraft.shared.errors import UsageError, WeightsError
 from samgraft.shared.runs.environment import code_revision
 from samgraft.shared.runs.inputs import check_run_inputs, record_run_inputs, save_run_split
 from samgraft.shared.runs.run_folder import RunFolder
-from samgraft.shared.samples.dataset import JoinedSlices, SliceDataset, batch_to_input, collate_slices
+from samgraft.shared.samples.dataset import JoinedSamples, SliceDataset, batch_to_input, collate_slices
 from samgraft.shared.samples.leaks import pretrain_manifest
 from samgraft.shared.samples.split import keep_drawn_split
 from samgraft.shared.training.device import DeviceChoice
@@ -134,7 +134,7 @@ def _fit(
             batch_size=config.data.batch_size,
             seed=config.seed,
             # Few labelled slices among many others would be rare in batches that are drawn from all of them.
-            batch_parts=dataset.parts if isinstance(dataset, JoinedSlices) else (),
+            batch_parts=dataset.parts if isinstance(dataset, JoinedSamples) else (),
             ema_decay=config.optim.ema_decay,
             callbacks=[_learning_rate(config)],
             periodic=[_validation(prepared, config, rounds)],
@@ -170,7 +170,7 @@ def measure_cost(prepared: Prepared, config: FinetuneConfig, device: DeviceChoic
     module = FinetuneModule(prepared.segmenter, config, prepared.classes).to(device.torch_device)
     batch_size, dataset = config.data.batch_size, prepared.dataset
     batch = _collate(dataset)([dataset[index, index] for index in range(batch_size)])
-    if isinstance(dataset, VolumePatches):
+    if "volume" in batch:
         batch = {key: value.to(device.torch_device) for key, value in batch.items()}
     was_training = module.training
     cost = measure_step(
@@ -188,7 +188,7 @@ def initialise_from_slices(prepared: Prepared, config: FinetuneConfig, device: D
     """Set the initial factors of eva from training slices, evenly spaced and without augmentation."""
     assert prepared.peft_model is not None
     segmenter = prepared.segmenter.to(device.torch_device).eval()
-    dataset = prepared.dataset.datasets[0] if isinstance(prepared.dataset, JoinedSlices) else prepared.dataset
+    dataset = _labelled_part(prepared.dataset)
     if not isinstance(dataset, SliceDataset):
         raise UsageError(
             "adapter.method=eva needs the encoder's activations, which cached embeddings do not have. Use "
@@ -404,7 +404,12 @@ def _panel(prepared: Prepared, result: CaseResult, *, number: int) -> np.ndarray
 def _collate(dataset: object) -> Callable[[Any], Any]:
     if isinstance(dataset, CachedSlices):
         return collate_cached
-    return default_collate if isinstance(dataset, VolumePatches) else collate_slices
+    return default_collate if isinstance(_labelled_part(dataset), VolumePatches) else collate_slices
+
+
+def _labelled_part(dataset: object) -> object:
+    """Return the training samples with labels, without those of a self-training."""
+    return dataset.datasets[0] if isinstance(dataset, JoinedSamples) else dataset
 
 
 def _learning_rate(config: FinetuneConfig) -> LearningRate:

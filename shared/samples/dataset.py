@@ -7,7 +7,7 @@ S = side of the encoder's input.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NotRequired, TypedDict
+from typing import Any, NotRequired, Protocol, TypedDict
 
 import numpy as np
 import torch
@@ -159,10 +159,20 @@ class SliceDataset(Dataset[SliceSample]):
         return np.stack([slices[number] for number in numbers])
 
 
-class JoinedSlices(Dataset[SliceSample]):
-    """Slices of several datasets, each with a fixed number of places in every batch."""
+class SizedDataset(Protocol):
+    """Dataset with a length, whose items are ``(index, sample_counter)``."""
 
-    def __init__(self, datasets: Sequence[SliceDataset], *, per_batch: Sequence[int]) -> None:
+    def __len__(self) -> int:
+        """Return the number of samples."""
+
+    def __getitem__(self, item: tuple[int, int]) -> Any:
+        """Return one sample."""
+
+
+class JoinedSamples(Dataset[Any]):
+    """Slices or patches of several datasets, each with a fixed number of places in every batch."""
+
+    def __init__(self, datasets: Sequence[SizedDataset], *, per_batch: Sequence[int]) -> None:
         self.datasets = tuple(datasets)
         self.parts = tuple(
             BatchPart(num_samples=len(dataset), per_batch=number)
@@ -172,7 +182,7 @@ class JoinedSlices(Dataset[SliceSample]):
     def __len__(self) -> int:
         return sum(len(dataset) for dataset in self.datasets)
 
-    def __getitem__(self, item: tuple[int, int]) -> SliceSample:
+    def __getitem__(self, item: tuple[int, int]) -> Any:
         index, sample_counter = item
         for dataset in self.datasets:
             if index < len(dataset):

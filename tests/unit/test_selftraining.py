@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from model_factory import make_sam, tiny_vit_t_spec
+from samgraft.finetune.baselines.volume_patches import cut
 from samgraft.finetune.classes import ClassTable
 from samgraft.finetune.config import FinetuneConfig, SelftrainMode
 from samgraft.finetune.ending import Ending
@@ -22,6 +23,7 @@ from samgraft.finetune.selftraining.report import write_report
 from samgraft.finetune.selftraining.selftraining import PartFailed, plan_selftraining, run_selftraining
 from samgraft.finetune.training import train
 from samgraft.finetune.training.module import FinetuneModule
+from samgraft.finetune.training.preparation import prepare
 from samgraft.finetune.training.unlabelled import choose_unlabelled
 from samgraft.shared.cli import main
 from samgraft.shared.config import config_to_yaml, load_config
@@ -171,6 +173,33 @@ def stop_in_labelling(patch):
         return original(*arguments)
 
     patch.setattr(labelling, "find_consensus", find_consensus)
+
+
+VOLUMES = ("model.ckpt=null", "model.arch=dynunet3d")
+STILL = ("data.augment.max_rotation_deg=0", "data.augment.min_scale=1", "data.augment.max_scale=1",
+         "data.augment.max_shift=0", "data.augment.flip_columns_probability=0")  # fmt: skip
+
+
+def test_run_selftraining__3d_network_learns_whole_scans_of_pseudo_labels(lab):
+    path = selftrain(config_of(lab, *VOLUMES, "selftrain.teachers=[dynunet3d,dynunet2d]"), lab / "runs" / "volumes")
+    assert any("pseudo-labels of dynunet3d, dynunet2d" in note for note in read_model(path).card.notes)
+    labels = path / "round-1" / "pseudo_labels.zarr"
+    known, pseudo = prepare(config_of(lab, *VOLUMES, *STILL, f"data.pseudo_labels={labels}")).dataset.datasets
+    store, written = SliceStore.open(lab / "store.zarr"), SliceStore.open(labels)
+    assert not set(known.series_ids) & set(pseudo.series_ids)
+    assert set(pseudo.series_ids) == {record.series_id for record in written.series}
+    for patches, source in ((known, store), (pseudo, written)):
+        series_id = patches.series_ids[0]
+        label = patches[0, 0]["label"].numpy()
+        # The patch is larger than the scan, which is in its middle.
+        whole_ZHW = source.read_label_volume(series_id)
+        start = [-((side - size) // 2) for side, size in zip(label.shape, whole_ZHW.shape, strict=True)]
+        assert np.array_equal(label, cut(whole_ZHW, start, label.shape, padding=0))
+
+
+def test_prepare__3d_network_that_would_label_while_it_trains_is_refused_at_once(lab):
+    with pytest.raises(UsageError, match=r"selftrain\.mode=offline or a 2D network"):
+        prepare(config_of(lab, *VOLUMES, "selftrain.mode=online", "optim.ema_decay=0.9"))
 
 
 def test_run_selftraining__second_round_uses_the_first_student(lab):
