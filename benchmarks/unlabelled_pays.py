@@ -127,11 +127,8 @@ def pretrain(plan: Plan) -> None:
 
 def train(plan: Plan, name: str, arm: Arm, *, num: int | None, seed: int) -> Path:
     """Train one arm and return its run. A finished teacher of another arm is its run where the settings are equal."""
-    if arm.teacher_of is not None:
-        owner = plan.work / "runs" / plan.cell(arm.teacher_of, num, seed)
-        teacher = owner / "round-1" / "teachers" / arm.teacher
-        if (teacher / "model" / "task.json").is_file():
-            return teacher
+    if (finished := finished_teacher(plan, arm, num=num, seed=seed)) is not None:
+        return finished
     data = DATA_SETS[plan.data]
     command = [arm.command, "--data", str(plan.store), "--name", name, "--preset", "cpu_long", "--runs", "runs"]
     if arm.stage_1:
@@ -145,11 +142,24 @@ def train(plan: Plan, name: str, arm: Arm, *, num: int | None, seed: int) -> Pat
     if arm.command == "selftrain" or arm.pseudo_labels_of is not None:
         command += data.student
     command += [f"trainer.device={plan.device}", *(text.format(seed=seed) for text in arm.settings)]
+    if arm.teachers:
+        found = [finished_teacher(plan, ARMS[other], num=num, seed=seed) for other in arm.teachers]
+        runs = [plan.work / "runs" / plan.cell(other, num, seed) for other in arm.teachers]
+        teachers = [str(teacher or run_path) for teacher, run_path in zip(found, runs, strict=True)]
+        command += [f"selftrain.teachers=[{','.join(teachers)}]"]
     if arm.pseudo_labels_of is not None:
         owner = plan.work / "runs" / plan.cell(arm.pseudo_labels_of, num, seed)
         command += [f"data.pseudo_labels={owner / 'round-1' / 'pseudo_labels.zarr'}"]
     run(command, plan, log=name)
     return plan.work / "runs" / name
+
+
+def finished_teacher(plan: Plan, arm: Arm, *, num: int | None, seed: int) -> Path | None:
+    """Return the finished teacher of another arm that is this arm's model, or None."""
+    if arm.teacher_of is None:
+        return None
+    teacher = plan.work / "runs" / plan.cell(arm.teacher_of, num, seed) / "round-1" / "teachers" / arm.teacher
+    return teacher if (teacher / "model" / "task.json").is_file() else None
 
 
 def num_steps(plan: Plan, arm: Arm) -> int:

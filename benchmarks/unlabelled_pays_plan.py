@@ -54,6 +54,9 @@ class Arm:
     teacher_of: str | None = None
     """Arm whose teacher this is, so that it is not trained twice."""
     teacher: str = "dynunet2d"
+    """Name of that teacher."""
+    teachers: tuple[str, ...] = ()
+    """Arms whose finished models are the teachers. Networks in 2D and 3D make different errors."""
     pseudo_labels_of: str | None = None
     """Arm whose pseudo-labels it trains on."""
     once: bool = False
@@ -201,6 +204,15 @@ ARMS = {
         pseudo_labels_of="unet_converged",
         baseline="sam",
     ),
+    "sam_long": Arm(title="SAM (LoRA), labels alone, three times the steps", network="sam", times_steps=3),
+    "sam_long_converged": Arm(
+        title="SAM (LoRA), labels and pseudo-labels of the long U-Nets, three times the steps",
+        short="SAM, self-training, long",
+        network="sam",
+        times_steps=3,
+        pseudo_labels_of="unet_converged",
+        baseline="sam_long",
+    ),
     "unet_long_unlabelled": Arm(
         title="U-Net, labels and pseudo-labels of the short teachers, three times the steps",
         network="unet",
@@ -209,6 +221,16 @@ ARMS = {
         baseline="unet_long",
     ),
     "unet3d": Arm(title="3D U-Net, labels alone", network="unet3d"),
+    "unet3d_mixed": Arm(
+        title="3D U-Net, labels and unlabelled scans, teachers in 2D and 3D",
+        short="3D U-Net, self-training",
+        network="unet3d",
+        command="selftrain",
+        # One scan with labels and one with pseudo-labels in a batch.
+        settings=("selftrain.flips=false", *ALL_VOXELS, "data.pseudo_fraction=0.5"),
+        teachers=("unet3d", "unet_long"),
+        baseline="unet3d",
+    ),
     "unet3d_all": Arm(title="3D U-Net, all labels", network="unet3d", once=True),
     "unet_long_all": Arm(
         title="U-Net, all labels, three times the steps",
