@@ -72,7 +72,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="show files and patients by name, also in cases.names.csv and report.names.html, which must stay local",
     )
     parser.add_argument(
-        "--precision", default="fp32", choices=("fp32", "bf16", "auto"), help="number format (default fp32)"
+        "--precision",
+        default="auto",
+        choices=("auto", "bf16", "fp32"),
+        help="number format; auto is that of predict on this machine, fp32 gives equal scores on all machines",
     )
     parser.add_argument("--batch-size", type=int, default=8, help="slices per forward pass")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
@@ -124,7 +127,7 @@ def evaluate(
     postprocessing: bool = True,
     log_images: bool = False,
     show_names: bool = False,
-    precision: str = "fp32",
+    precision: str = "auto",
     batch_size: int = 8,
     device: str = "auto",
 ) -> EvaluationResult:
@@ -143,7 +146,7 @@ def evaluate(
         postprocessing: Apply the post-processing that was chosen.
         log_images: Put pictures of the scans into the report, for data that may be shared.
         show_names: Show files and patients by name, in further files that must stay local.
-        precision: ``fp32``, ``bf16`` or ``auto``.
+        precision: ``auto``, which is that of ``predict`` on this machine, ``bf16`` or ``fp32``.
         batch_size: Slices per forward pass.
         device: ``auto``, ``cpu`` or ``cuda``.
 
@@ -205,6 +208,7 @@ class _Scored:
             path, model, store, split_file=Path(split_file) if split_file else None, part=part
         )
         choice = choose_device(device, precision=precision)
+        log.info("device: %s", choice.reason)
         model.segmenter.to(choice.torch_device)
         return cls(
             path=path,

@@ -31,8 +31,14 @@ from samgraft.shared.store.names import NAMES_WORD, Names
 
 DEFAULT_METRICS = ("dice", "nsd", "hd95_mm")
 ALL_CLASSES = "all"
-SAME_KEYS = ("store_fingerprint", "split_sha256", "part", "surface_tolerance_mm")
-"""Keys of ``summary.json`` that must be equal, so that two tables have the same patients and measures."""
+SAME_KEYS = ("store_fingerprint", "split_sha256", "part", "surface_tolerance_mm", "precision")
+"""Keys of ``summary.json`` that must be equal, so that two tables have the same patients, measures and numerics."""
+_OPTIONS = {
+    "part": "SPLIT={}",
+    "surface_tolerance_mm": "ARGS='--tolerance-mm {}'",
+    "precision": "ARGS='--precision {}'",
+}
+"""Options of ``evaluate`` by key."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,11 +247,12 @@ def _check_comparable(runs: Sequence[EvaluatedRun], metrics: Sequence[str]) -> N
     for run in runs[1:]:
         for key in SAME_KEYS:
             if run.summary.get(key) != first.summary.get(key):
+                # The store and the split are not named in a summary, only their hashes.
+                again = _OPTIONS.get(key, f"with the store and --split-file of {first.name}")
                 raise DataError(
-                    f"runs must be evaluated on the same data, {key} of {run.name} differs from that of {first.name}.",
+                    f"runs must be evaluated in the same way, {key} of {run.name} differs from that of {first.name}.",
                     where=run.name,
-                    next_command=f"make evaluate RUN={shlex.quote(run.path)} with the store and --split-file of "
-                    f"{first.name}",
+                    next_command=f"make evaluate RUN={shlex.quote(run.path)} {again.format(first.summary.get(key))}",
                 )
         _check_same_cases(run.rows, first.rows, name=run.name, first=first.name)
 

@@ -138,7 +138,7 @@ def evaluate(
         batch_size: Slices per forward pass; changes speed and memory only.
         tolerance_mm: Tolerance of the surface Dice.
         postprocessing: Steps chosen earlier on validation patients; None applies none.
-        bf16: Compute in bf16 instead of the reference, float32.
+        bf16: Compute in bf16 instead of float32.
         on_case: Called after every scan.
 
     Raises:

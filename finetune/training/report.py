@@ -40,6 +40,8 @@ from samgraft.shared.runs.run_folder import RunFolder
 from samgraft.shared.training.progress import format_rate
 
 MAX_PICTURED_SCANS = 12
+FEW_EPOCHS = 5
+"""Number of times that each training slice must be seen before no longer training is suggested."""
 NO_TEST_PART = (
     "The split has no test patients. The model was chosen on the validation patients, so their scores are better than "
     "those of new patients."
@@ -59,7 +61,7 @@ def write_report(
 ) -> None:
     """Write the report. ``prepared.segmenter`` must be the finished model."""
     sections = [
-        Section(title="Result", parts=_result(record, prepared)),
+        Section(title="Result", parts=_result(record, prepared, short_training(config, prepared))),
         Section(title="Segmentations", parts=_pictures(config, prepared, results)),
         Section(title="Scores", parts=[_comparison(prepared, record), _cases(results)]),
         Section(title="Training", parts=_curves(run, record)),
@@ -71,9 +73,23 @@ def write_report(
     write_text(run.report, render_report(f"Fine-tuning {run.path.name}", sections, subtitle=subtitle))
 
 
-def _result(record: Record, prepared: Prepared) -> list[Text]:
+def short_training(config: FinetuneConfig, prepared: Prepared) -> str | None:
+    """Return a sentence if each training slice was seen a few times only, or None."""
+    num_seen, num_slices = config.trainer.max_steps * config.data.batch_size, len(prepared.dataset)
+    # The slices of a self-training are many, and the best number of steps does not grow with them.
+    if prepared.further is not None or num_seen >= FEW_EPOCHS * num_slices:
+        return None
+    steps = -(-10 * num_slices // config.data.batch_size)
+    return (
+        f"Each training slice was seen {num_seen / num_slices:.1f} times. Longer training is likely to give a better "
+        f"model: ARGS='trainer.max_steps={steps}' with another NAME= shows each slice 10 times."
+    )
+
+
+def _result(record: Record, prepared: Prepared, short: str | None) -> list[Text]:
     notes = [] if prepared.split.test else [Text(kind="warning", text=NO_TEST_PART)]
-    return [Text(kind="good" if record.ending.is_good else "warning", text=record.ending.text), *notes]
+    ending = Text(kind="good" if record.ending.is_good else "warning", text=record.ending.text)
+    return [ending, *([Text(text=short)] if short else []), *notes]
 
 
 def _comparison(prepared: Prepared, record: Record) -> Table:

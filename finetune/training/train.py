@@ -35,7 +35,7 @@ from samgraft.finetune.task import Task
 from samgraft.finetune.training.cached_slices import CachedSlices, collate_cached
 from samgraft.finetune.training.module import FinetuneModule
 from samgraft.finetune.training.preparation import Prepared, describe, prepare, use_cached_embeddings
-from samgraft.finetune.training.report import write_report
+from samgraft.finetune.training.report import short_training, write_report
 from samgraft.finetune.training.rounds import ValidationRounds
 from samgraft.finetune.training.unlabelled import joined_manifest
 from samgraft.shared.config import config_sha256, config_to_dict
@@ -111,6 +111,8 @@ def finetune(config: FinetuneConfig, run: RunFolder, device: DeviceChoice, prepa
     run.mark_complete(**best, world_size=result.world_size)
     ending = rounds.record.ending
     log.log(logging.INFO if ending.is_good else logging.WARNING, "%s", ending.text)
+    if (short := short_training(config, prepared)) is not None:
+        log.info("%s", short)
     return folder
 
 

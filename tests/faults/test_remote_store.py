@@ -215,7 +215,7 @@ def test_s3__evaluate_scores_the_same(lab, tmp_path, monkeypatch, given):
     """The report page is left out, because it takes seconds and does not depend on the place of the store."""
     monkeypatch.setattr("samgraft.finetune.evaluation.evaluation_report.write_evaluation_report", lambda *_, **__: None)
     (lab.run / "config.yaml").write_text(f"data: {{store: '{'nowhere' if given else LAB}'}}\n")
-    assert main(["evaluate", str(lab.run), "--out", str(tmp_path / "out"), *given]) == 0
+    assert main(["evaluate", str(lab.run), "--out", str(tmp_path / "out"), "--precision=fp32", *given]) == 0
     expected = evaluate(read_model(lab.run), lab.store, lab.split, part="test").rows
     rows = read_cases(tmp_path / "out" / "cases.csv")
     assert {row["patient_id"] for row in rows} == set(lab.split.test)

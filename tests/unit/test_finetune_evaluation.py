@@ -259,7 +259,7 @@ def test_compare_runs__patient_without_a_value_in_one_run_is_dropped(tmp_path):
     assert result["num_patients_dropped"] == 1
 
 
-@pytest.mark.parametrize("key", ["store_fingerprint", "split_sha256", "surface_tolerance_mm"])
+@pytest.mark.parametrize("key", ["store_fingerprint", "split_sha256", "surface_tolerance_mm", "precision"])
 def test_compare_runs__other_data_or_measure_is_refused(tmp_path, key):
     a, b = (read_evaluated_run(write_run(tmp_path / n, table([0.5, 0.6])), part="test") for n in "ab")
     other = dataclasses.replace(b, summary={**b.summary, key: "other"})

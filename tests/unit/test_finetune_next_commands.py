@@ -2,16 +2,19 @@
 
 import re
 import shlex
+from types import SimpleNamespace
 
 import pytest
 from doc_commands import arguments_of, fake_environment, parse
+from samgraft.finetune.config import DataConfig, FinetuneConfig, ModelConfig
 from samgraft.finetune.release import adapter_format
 from samgraft.finetune.task import Task
-from samgraft.finetune.training.report import next_commands
+from samgraft.finetune.training.report import next_commands, short_training
 from samgraft.shared.cli import main
 from samgraft.shared.files import write_tensors
 from samgraft.shared.samples.split import Split
 from samgraft.shared.store.store import SliceStore
+from samgraft.shared.training.config import TrainerConfig
 from store_factory import make_scan, make_store, write_nifti
 from tiny_sams import tiny_sam
 
@@ -90,6 +93,22 @@ def test_next_commands__quote_a_path_with_spaces():
     assert evaluate == "make evaluate RUN='runs/my run' SPLIT=test"
     assert release.startswith("make release RUN='runs/my run' OUT='releases/my run' ")
     assert next_commands("runs/my run", ["p1"], is_good=False) == [evaluate]
+
+
+@pytest.mark.parametrize(
+    ("steps", "further", "expected"), [(90, None, 768), (383, None, 768), (384, None, None), (9, 1, None)]
+)
+def test_short_training__names_the_steps_that_show_each_slice_ten_times(steps, further, expected):
+    """307 slices in batches of 4 take 767.5 steps for ten epochs, and 383.75 for five."""
+    config = FinetuneConfig(
+        modality="mri",
+        data=DataConfig(store="s.zarr", batch_size=4),
+        model=ModelConfig(base="b.pth"),
+        trainer=TrainerConfig(max_steps=steps),
+    )
+    note = short_training(config, SimpleNamespace(dataset=range(307), further=further))
+    assert (note is None) if expected is None else f"trainer.max_steps={expected}'" in note
+    assert expected is None or f"was seen {4 * steps / 307:.1f} times" in note
 
 
 @pytest.mark.parametrize("labelled", [True, False])
