@@ -142,8 +142,8 @@ def test_store__endings_of_build_check_and_split(lab, end):
         built = end(*build)
         assert built.code == 0
     assert end(*build, "--dry-run").commands == ()
-    [split] = built.commands
-    assert end(*split, "--fractions", "0.5,0.25,0.25").code == 0
+    assert built.commands == (["finetune", "--data", "my store.zarr"],)
+    assert end("store", "split", "my store.zarr", "--fractions", "0.5,0.25,0.25").code == 0
     assert default_split_path(lab / "my store.zarr").is_file()
     assert end("store", "check", "my store.zarr").commands == ()
 
