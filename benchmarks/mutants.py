@@ -36,6 +36,7 @@ from pathlib import Path
 
 import yaml
 from mutation import mutations
+from result_file import words_of
 
 ROOT = Path(__file__).resolve().parents[1]
 PLAN = Path(__file__).with_suffix(".yaml")
@@ -281,6 +282,16 @@ def table(state, plan) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def write_result(state, plan, *, per_module) -> Path:
+    """Write the result file of today and keep the section of it that people wrote."""
+    today = datetime.datetime.now(tz=datetime.UTC).date().isoformat()
+    path = RESULTS / f"mutants-{today}.md"
+    text = f"# Planted bugs that the fast tests find, {today}\n\nUp to {per_module} mutants per module, seed {SEED}; "
+    text += "each ran only the tests that `benchmarks/mutants.yaml` lists for its module.\n\n"
+    path.write_text(text + table(state, plan) + words_of(path))
+    return path
+
+
 def main() -> int:
     """Measure the modules that are left and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -307,10 +318,7 @@ def main() -> int:
                 measure_module(
                     module, plan["modules"][module], state, options, out_of_time=lambda: time.monotonic() > end
                 )
-    today = datetime.datetime.now(tz=datetime.UTC).date().isoformat()
-    text = f"# Planted bugs that the fast tests find, {today}\n\nUp to {options.per_module} mutants per module, seed "
-    text += f"{SEED}; each ran only the tests that `benchmarks/mutants.yaml` lists for its module.\n\n"
-    (RESULTS / f"mutants-{today}.md").write_text(text + table(state, plan))
+    write_result(state, plan, per_module=options.per_module)
     return 0
 
 

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from result_file import words_of
 from samgraft.finetune.evaluation.metrics import class_scores
 from samgraft.finetune.pseudo_labels import ignored_share
 from samgraft.finetune.task import Task
@@ -193,12 +194,6 @@ def pseudo_quality(plan: Plan, folder: Path) -> dict[str, Any]:
         kept = np.where(found == IGNORE_LABEL, IGNORE_LABEL, truth)
         dice += [score.dice for score in class_scores(found, kept, classes) if score.dice is not None]
     return {"pseudo_dice": round(float(np.mean(dice)), 4), "ignored_share": round(ignored_share(pseudo), 4)}
-
-
-def words_of(path: Path) -> str:
-    """Return the section that people write below the tables of a result file, empty without one."""
-    text = path.read_text() if path.is_file() else ""
-    return "".join(text.partition("\n## In words\n")[1:])
 
 
 def cpu_minutes() -> float:

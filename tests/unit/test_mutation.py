@@ -2,9 +2,10 @@
 
 import ast
 
+import mutants
 import pytest
 import yaml
-from mutants import PLAN, ROOT, reason_of, run_tests, sample, table
+from mutants import PLAN, ROOT, reason_of, run_tests, sample, table, write_result
 from mutation import mutations
 
 SOURCE = '''"""Module."""
@@ -92,6 +93,16 @@ def test_table__survivor_counts_unless_it_has_a_reason():
     assert "`1` to `2`: never read" in text
     assert reason_of("b.py", mutant, [reason]) is None
     assert reason_of("a.py", {**mutant, "after": "3"}, [reason]) is None
+
+
+def test_write_result__section_of_people_is_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(mutants, "RESULTS", tmp_path)
+    plan = {"modules": {}}
+    path = write_result({}, plan, per_module=3)
+    first = path.read_text()
+    path.write_text(first.replace("## Not found", "## Old") + "\n## In words\n\nRead by hand.\n")
+    again = write_result({}, plan, per_module=3)
+    assert again.read_text() == first + "\n## In words\n\nRead by hand.\n"
 
 
 @pytest.mark.slow
