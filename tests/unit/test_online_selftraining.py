@@ -2,10 +2,13 @@
 
 import os
 import signal
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from model_factory import make_sam, tiny_vit_t_spec
+from samgraft.finetune.classes import ClassTable
 from samgraft.finetune.config import FinetuneConfig
 from samgraft.finetune.model_folder import read_model
 from samgraft.finetune.segmenter import Segmenter
@@ -57,6 +60,8 @@ def run(lab, name, *overrides):
 
 class Threshold(Segmenter):
     """Network whose logit is high where a slice is bright."""
+
+    image_size = 32
 
     def __init__(self):
         torch.nn.Module.__init__(self)
@@ -119,7 +124,12 @@ def test_mix__pasted_pixels_keep_their_own_target(lab):
 
 @pytest.mark.parametrize(
     ("planes", "partners"),
-    [("ACCA", {0: 3, 1: 2, 2: 1, 3: 0}), ("AACS", {0: None, 1: None, 2: None, 3: None}), ("ASAA", {0: 2, 1: None})],
+    [
+        ("ACCA", {0: 3, 1: 2, 2: 1, 3: 0}),
+        ("AACS", {0: None, 1: None, 2: None, 3: None}),
+        ("ASAA", {0: 2, 1: None}),
+        ("AAAA", {0: 2, 1: 3, 2: 0, 3: 1}),
+    ],
 )
 def test_mix__pastes_between_slices_of_one_plane_only(lab, planes, partners):
     images = torch.zeros(4, 1, 16, 16) + torch.tensor([0.1, 0.2, 0.3, 0.4])[:, None, None, None]
@@ -132,6 +142,42 @@ def test_mix__pastes_between_slices_of_one_plane_only(lab, planes, partners):
         assert set(mixed.images_NCSS[place].unique().tolist()) == expected
 
 
+def pasted_boxes(teacher, first=0):
+    """Return the pixels of the pasted rectangle of each of four slices of one grey value, from the counter ``first``."""
+    images = torch.zeros(4, 1, 16, 16) + torch.tensor([0.1, 0.2, 0.3, 0.4])[:, None, None, None]
+    known, pseudo = torch.zeros(4, 16, 16, dtype=torch.long), torch.zeros(2, 16, 16, dtype=torch.long)
+    mixed = teacher.mix(images, known, pseudo, counters=range(first, first + 4), planes=(Plane.AXIAL,) * 4)
+    return [torch.nonzero(mixed.images_NCSS[place, 0] != images[place, 0]) for place in range(4)]
+
+
+def pasting_teacher(lab, *overrides):
+    on = ("selftrain.online.paste_probability=1", "selftrain.online.intensity_strength=0", *overrides)
+    return OnlineTeacher(config_of(lab, *on))
+
+
+def test_mix__pasted_rectangles_are_whole_and_reach_every_edge(lab):
+    """Rectangles are cut from slices as they were, because a mixed slice as a source would have a hole in them."""
+    corners = []
+    teacher = pasting_teacher(lab)
+    for first in range(0, 200, 4):
+        for pixels in pasted_boxes(teacher, first):
+            low, high = pixels.min(dim=0).values, pixels.max(dim=0).values
+            sides = high - low + 1
+            assert len(pixels) == int(sides.prod())
+            assert 5 <= int(sides.min()) <= int(sides.max()) <= 11
+            corners.append([*low.tolist(), *high.tolist()])
+    assert np.min(corners, axis=0)[:2].tolist() == [0, 0]
+    assert np.max(corners, axis=0)[2:].tolist() == [15, 15]
+
+
+def test_mix__seed_of_the_run_changes_the_rectangles(lab):
+    def boxes(seed):
+        return [pixels.tolist() for pixels in pasted_boxes(pasting_teacher(lab, f"seed={seed}"))]
+
+    assert boxes(1) != boxes(2)
+    assert boxes(1) == boxes(1)
+
+
 def test_mix__strong_view_changes_unlabelled_slices_only(lab):
     images, target = bright_squares(lab)
     images = 0.2 + 0.6 * images
@@ -141,9 +187,10 @@ def test_mix__strong_view_changes_unlabelled_slices_only(lab):
 
 
 def test_strong_intensity__keeps_changes_off_that_the_modality_switches_off():
-    weak = AugmentConfig(max_log_gamma=0.2, noise_std=0.0, blur_probability=0.6)
+    weak = AugmentConfig(max_log_gamma=0.2, noise_std=0.0, blur_probability=0.6, max_log_contrast=0.1, bias_field=0.25)
     strong = strong_intensity(weak, 2.0)
     assert (strong.max_log_gamma, strong.noise_std, strong.blur_probability) == (0.4, 0.0, 1.0)
+    assert (strong.max_log_contrast, strong.bias_field) == (0.2, 0.5)
 
 
 @pytest.mark.parametrize("steps", [("selftrain.online.ramp_up_steps=4", "trainer.max_steps=20"), ()])
@@ -162,6 +209,57 @@ def test_label__needs_no_gradient_and_leaves_the_model_in_its_mode(lab):
     assert torch.equal(labels, (images[:, 0] > 0.5).long())
     assert network.training
     assert not labels.requires_grad
+
+
+class QuarterLogits(Threshold):
+    """Network whose logits have a quarter of the input's side, as those of SAM, and rise along the columns."""
+
+    columns = (-4.0, -1.0, 2.0, 3.0)
+
+    def forward(self, images_NCSS):
+        return torch.tensor(self.columns).expand(len(images_NCSS), 1, 4, 4)
+
+
+def test_label__small_logits_are_enlarged_between_the_centres_of_their_pixels(lab):
+    channels = OnlineTeacher(config_of(lab, "selftrain.min_agreement=0.8")).label(
+        QuarterLogits(), torch.zeros(1, 1, 16, 16)
+    )
+    # The centre of column i of 16 is at (i + 0.5) / 4 - 0.5 of the 4 columns. Outside of them the edge is repeated.
+    logits = np.interp((np.arange(16) + 0.5) / 4 - 0.5, np.arange(4), QuarterLogits.columns)
+    probability = 1 / (1 + np.exp(-logits))
+    is_sure = np.maximum(probability, 1 - probability) >= 0.8
+    expected = np.where(is_sure, logits > 0, IGNORE_LABEL)
+    assert sorted(set(expected.tolist())) == sorted({0, 1, IGNORE_LABEL})
+    assert channels[0].tolist() == [expected.tolist()] * 16
+
+
+def test_label__agreement_at_the_border_is_kept(lab):
+    """A logit of 0 has the probability 0.5 exactly."""
+    labels = OnlineTeacher(config_of(lab, "selftrain.min_agreement=0.5")).label(
+        Threshold(), torch.full((1, 1, 4, 4), 0.5)
+    )
+    assert (labels == 0).all()
+
+
+def test_training_step__pseudo_labels_have_the_weight_of_their_step(lab):
+    """One slice of four is unlabelled. After 2 of 4 steps of the ramp its weight is exp(-5 / 4)."""
+    off = ("selftrain.online.paste_probability=0", "selftrain.online.intensity_strength=0", "data.pseudo_fraction=0.25")
+    module = FinetuneModule(Threshold(), config_of(lab, *off), ClassTable(ids=(7,), names=("bright",)))
+    images = torch.rand(4, 1, 32, 32, generator=torch.Generator().manual_seed(3))
+    labels = 7 * (torch.rand(4, 32, 32, generator=torch.Generator().manual_seed(4)) > 0.6).long()
+    labels[3] = IGNORE_LABEL
+    batch = {
+        "images": list(images),
+        "labels": list(labels),
+        "sample_counter": torch.arange(4),
+        "planes": [Plane.AXIAL] * 4,
+    }
+    module._trainer = SimpleNamespace(global_step=2, callbacks=[])
+    losses = module.training_step(batch, 0)
+    expected = losses["loss/labels"] + 0.2865048 * losses["loss/pseudo"]
+    assert losses["loss"].item() == pytest.approx(expected.item(), rel=1e-5)
+    assert losses["loss/labels"] > 2 * losses["loss/pseudo"] > 0
+    assert losses["pseudo_share"] == 0.25
 
 
 def test_training__averaged_weights_label_and_the_own_weights_train(lab, monkeypatch):

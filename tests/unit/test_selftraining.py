@@ -15,21 +15,30 @@ from samgraft.finetune.baselines.volume_patches import cut
 from samgraft.finetune.classes import ClassTable
 from samgraft.finetune.config import FinetuneConfig, SelftrainMode
 from samgraft.finetune.ending import Ending
+from samgraft.finetune.inference import NO_FLIPS
 from samgraft.finetune.model_folder import read_model
+from samgraft.finetune.pseudo_labels import pseudo_record
 from samgraft.finetune.selftraining import labelling, selftraining
-from samgraft.finetune.selftraining.labelling import choose_labels
-from samgraft.finetune.selftraining.parts import plan_rounds, plan_teachers
+from samgraft.finetune.selftraining.labelling import (
+    LEFT_RIGHT,
+    allowed_flips,
+    choose_labels,
+    find_consensus,
+    label_scans,
+)
+from samgraft.finetune.selftraining.parts import Round, Teacher, plan_rounds, plan_teachers
 from samgraft.finetune.selftraining.report import write_report
 from samgraft.finetune.selftraining.selftraining import PartFailed, plan_selftraining, run_selftraining
 from samgraft.finetune.training import train
 from samgraft.finetune.training.module import FinetuneModule
 from samgraft.finetune.training.preparation import prepare
-from samgraft.finetune.training.unlabelled import choose_unlabelled
+from samgraft.finetune.training.unlabelled import UnlabelledScans, choose_unlabelled
 from samgraft.shared.cli import main
 from samgraft.shared.config import config_to_yaml, load_config
 from samgraft.shared.errors import DataError, SamgraftError, StoppedAndSaved, UsageError
 from samgraft.shared.files import write_tensors
 from samgraft.shared.samples.split import make_split
+from samgraft.shared.scans.orientation import Plane
 from samgraft.shared.scans.volume import IGNORE_LABEL
 from samgraft.shared.store.store import SliceStore
 from samgraft.shared.training.device import choose_device
@@ -389,6 +398,80 @@ def test_choose_labels__slice_on_which_no_teacher_finds_a_class_is_background():
     found = choose_labels(mean, mean.argmax(axis=0) > 0, CLASSES, min_agreement=0.8, min_slice_agreement=1.0)
     assert found.label_ZHW.tolist() == [[[0, 0]]]
     assert found.slice_agreement_Z.tolist() == [1.0]
+
+
+def test_choose_labels__agreement_at_the_border_is_kept():
+    """0.75 and 0.5 are exact in float32."""
+    mean = probabilities([(0.75, 0.0), (0.75, 0.25)], [(0.5, 0.25), (0.0, 0.5)])
+    found = choose_labels(mean, np.ones((2, 1, 2), bool), CLASSES, min_agreement=0.75, min_slice_agreement=0.75)
+    assert found.label_ZHW[:, 0].tolist() == [[3, 3], [IGNORE_LABEL] * 2]
+    found = choose_labels(mean, np.ones((2, 1, 2), bool), CLASSES, min_agreement=0.5, min_slice_agreement=0.5)
+    assert found.label_ZHW[1, 0].tolist() == [3, 0]
+
+
+def test_find_consensus__every_teacher_counts(lab, monkeypatch):
+    """What only the first teacher finds in the second slice is a disagreement, although the last one finds nothing."""
+    store, series_id = SliceStore.open(lab / "store.zarr"), SliceStore.open(lab / "store.zarr").series[0].series_id
+    opinions = {
+        "first": probabilities([(0.9, 0.0), (0.0, 0.0)], [(0.7, 0.0), (0.0, 0.0)]),
+        "last": probabilities([(0.5, 0.1), (0.0, 0.0)], [(0.1, 0.0), (0.0, 0.2)]),
+    }
+    task = SimpleNamespace(inference=lambda batch_size: None, classes=CLASSES)
+    models = [SimpleNamespace(segmenter=name, task=task) for name in opinions]
+    monkeypatch.setattr(labelling, "_plane_probabilities", lambda model, *_: opinions[model.segmenter])
+    monkeypatch.setattr(SliceStore, "read_volume", lambda *_: np.zeros((2, 1, 2)))
+    found = find_consensus(models, store, series_id, config_of(lab), DEVICE)
+    np.testing.assert_allclose(found.agreement_ZHW[:, 0], [[0.7, 1.0], [0.6, 0.9]], atol=1e-6)
+    np.testing.assert_allclose(found.slice_agreement_Z, [0.7, 0.6], atol=1e-6)
+    assert found.label_ZHW[:, 0].tolist() == [[3, 0], [0, 0]]
+
+
+def test_allowed_flips__only_those_that_the_training_shows(lab):
+    assert allowed_flips(config_of(lab), Plane.CORONAL) == LEFT_RIGHT
+    assert allowed_flips(config_of(lab), Plane.SAGITTAL) == NO_FLIPS
+    assert allowed_flips(config_of(lab, "data.augment.flip_columns_probability=0"), Plane.AXIAL) == NO_FLIPS
+    assert allowed_flips(config_of(lab, "selftrain.flips=false"), Plane.AXIAL) == NO_FLIPS
+
+
+def test_label_scans__teacher_with_other_weights_under_one_name_labels_again(lab, whole, tmp_path):
+    store = SliceStore.open(lab / "store.zarr")
+    scans = UnlabelledScans(images=store, series=(store.series[0].series_id,))
+    config = config_of(lab)
+    found = []
+    for name in ("lora", "dynunet2d", "dynunet2d"):
+        teacher = Teacher(name="teacher", path=whole / "round-1" / "teachers" / name)
+        one = Round(number=1, teachers=(teacher,), pseudo_path=tmp_path / "pseudo.zarr", student=None)
+        labels = label_scans(one, scans, config, DEVICE, check_stop=lambda: None)
+        found.append(labels.fingerprint)
+    assert found[0] != found[1] == found[2]
+    percent = labels.read_volume(scans.series[0])
+    # The most probable of one class and background has at least half of the probability.
+    assert 50 <= percent.min() <= percent.max() <= 100
+
+
+def test_pseudo_record__pixels_are_those_of_each_slice(lab):
+    record = SliceStore.open(lab / "store.zarr").series[0]
+    label_ZHW = np.zeros(record.shape_zyx, dtype=np.int32)
+    label_ZHW[1, :3, :4], label_ZHW[2, 0, :5], label_ZHW[3, :2] = 7, 3, IGNORE_LABEL
+    table = pseudo_record(record, {record.plane: label_ZHW}, label_sha256="").planes[record.plane]
+    assert table.label_pixels == {7: (0, 12, 0, 0), 3: (0, 0, 5, 0), IGNORE_LABEL: (0, 0, 0, 2 * label_ZHW.shape[2])}
+
+
+def test_choose_unlabelled__scan_without_label_of_a_training_patient_is_labelled(lab):
+    store, split = open_store(lab)
+    drawn = dataclasses.replace(split, train=split.train[:2])
+    series_id = next(r.series_id for r in store.series if r.patient_id == drawn.train[0])
+    store.series = tuple(dataclasses.replace(r, has_label=r.series_id != series_id) for r in store.series)
+    scans = choose_unlabelled(store, store, drawn)
+    assert series_id in scans.series
+    assert scans.left_out["with labels in the training"] == 1
+
+
+def test_choose_unlabelled__other_slices_of_a_scan_with_drawn_slices_are_labelled(lab):
+    store, split = open_store(lab)
+    series = [r.series_id for r in store.series if r.patient_id in split.train]
+    drawn = dataclasses.replace(split, train=split.train[:1], train_slices=((series[0], 1),))
+    assert choose_unlabelled(store, store, drawn).series == tuple(series)
 
 
 def open_store(lab, name="store.zarr"):
