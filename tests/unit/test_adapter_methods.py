@@ -295,6 +295,22 @@ def test_initialise_eva__factors_are_the_main_directions_of_the_inputs():
     assert moved == expected_tensors(arch, "eva", TuningScope.ENCODER_DECODER)
 
 
+def test_rank_updates__penalty_is_the_mean_distance_of_the_factors_from_orthogonal_ones():
+    """Factors A have one row per rank and factors B one column."""
+    _, peft_model = adapted("vit_t", config_of("adalora"))
+    config, distances = peft_model.peft_config["default"], []
+    for name, factor in peft_model.named_parameters():
+        if ".lora_A." in name or ".lora_B." in name:
+            with torch.no_grad():
+                factor.copy_(torch.randn(factor.shape, generator=torch.Generator().manual_seed(len(distances))))
+            rows = factor.detach() if ".lora_A." in name else factor.detach().T
+            assert len(rows) == config.init_r
+            distances.append((rows @ rows.T - torch.eye(config.init_r)).square().sum().sqrt())
+    expected = config.orth_reg_weight * torch.stack(distances).mean()
+    assert config.orth_reg_weight != 1
+    torch.testing.assert_close(RankUpdates.of(peft_model).penalty(), expected)
+
+
 @pytest.mark.parametrize(("stop", "last"), [(37, 50), (65, 70)], ids=["while ranks move", "once they are fixed"])
 def test_rank_updates__resumed_run_moves_the_same_ranks(tmp_path, stop, last):
     arch = "vit_t"

@@ -1,7 +1,9 @@
 """The mean of the weights of several models, which must be alike."""
 
 import dataclasses
+import json
 import logging
+import shutil
 
 import pytest
 import samgraft.api as sg
@@ -10,6 +12,7 @@ from model_factory import make_sam, tiny_vit_t_spec
 from samgraft.finetune.commands.average import average
 from samgraft.finetune.config import FinetuneConfig
 from samgraft.finetune.model_folder import read_model
+from samgraft.finetune.release import averaging
 from samgraft.finetune.release.averaging import common_split, joined_card
 from samgraft.finetune.task import Task
 from samgraft.finetune.training import train
@@ -100,6 +103,30 @@ def test_average__other_models_are_refused_and_nothing_is_written(lab, tmp_path,
     assert not (tmp_path / "mean").exists()
 
 
+def test_average__every_member_and_the_mean_have_their_own_score(lab, tmp_path, monkeypatch):
+    """The score is replaced by the sum of the weights, which differs between the models."""
+
+    def sum_of(model):
+        return sum(float(p.detach().double().sum()) for p in model.segmenter.sam.parameters())
+
+    monkeypatch.setattr(averaging, "_dice", lambda model, *_: sum_of(model))
+    runs = [lab / "runs" / name for name in ("a", "b")]
+    result = average(runs, out=tmp_path / "mean", device="cpu")
+    members = [sum_of(read_model(path)) for path in runs]
+    assert members[0] != members[1]
+    assert result.member_dice == dict(zip(map(str, runs), members, strict=True))
+    assert result.dice == pytest.approx(sum(members) / 2, rel=1e-5)
+
+
+def test_average__encoders_of_other_pretrainings_are_refused(lab, tmp_path):
+    other = shutil.copytree(lab / "runs" / "b", tmp_path / "other")
+    card = json.loads((other / "model" / "card.json").read_text())
+    card["data_manifest"]["pretraining"] = {"fingerprint": "x"}
+    (other / "model" / "card.json").write_text(json.dumps(card))
+    with pytest.raises(UsageError, match="differs from a in pretraining of the encoder"):
+        average([lab / "runs" / "a", other], out=tmp_path / "mean", device="cpu")
+
+
 def test_average__existing_folder_is_kept(lab, tmp_path):
     (tmp_path / "mean").mkdir()
     with pytest.raises(StorageError, match="the folder exists"):
@@ -117,7 +144,11 @@ def test_common_split__what_a_member_trained_on_is_trained_on(lab):
 
 def test_joined_card__has_the_training_data_of_all(lab):
     card = read_model(lab / "runs" / "a").card
-    other = dataclasses.replace(card, data_manifest={**card.data_manifest, "patient_ids": ["x"]}, notes=["bad ending"])
+    card = dataclasses.replace(card, steps=2, slices_seen=30)
+    other = dataclasses.replace(
+        card, data_manifest={**card.data_manifest, "patient_ids": ["x"]}, notes=["bad ending"], steps=5, slices_seen=700
+    )
     joined = joined_card([card, other])
+    assert (joined.steps, joined.slices_seen) == (7, 730)
     assert set(joined.data_manifest["patient_ids"]) == {*card.data_manifest["patient_ids"], "x"}
     assert "bad ending" not in joined.notes

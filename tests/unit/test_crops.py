@@ -89,6 +89,47 @@ def test_multi_crop__each_option_changes_the_large_views(change):
     assert not torch.allclose(changed, torch.cat([images, images]), atol=1e-3)
 
 
+def test_multi_crop__contrast_keeps_the_mean_of_a_view():
+    images = 0.4 + 0.2 * slices()
+    views = crop(images, dataclasses.replace(STILL, max_contrast=2.0)).global_BCSS
+    both = torch.cat([images, images])
+    torch.testing.assert_close(views.mean((1, 2, 3)), both.mean((1, 2, 3)))
+    factors = views.std((1, 2, 3)) / both.std((1, 2, 3))
+    assert (factors.log().abs() < np.log(2)).all()
+    assert factors.log().abs().max() > 0.1
+
+
+def test_multi_crop__blur_is_equal_along_rows_and_columns():
+    image = torch.full((1, 1, 33, 33), 0.2)
+    image[..., 16, 16] = 1.0
+    config = dataclasses.replace(STILL, blur_probability=1.0, max_blur_sigma_px=2.0, num_local_crops=0)
+    for view in crop(image, config, counters=(5,)).global_BCSS[:, 0]:
+        torch.testing.assert_close(view, view.T)
+        assert view[16, 17] == pytest.approx(view[17, 16].item())
+        assert 0.23 < view[16, 17] < view[16, 16] < 0.9
+        torch.testing.assert_close(view.sum(), image.sum())
+
+
+def test_multi_crop__reduced_views_are_smoothed():
+    """Every fourth column is bright. Without antialiasing a view of a quarter of the side would miss all of them."""
+    image = torch.full((1, 1, 32, 32), 0.1)
+    image[..., ::4] = 0.9
+    config = dataclasses.replace(STILL, min_local_area=1.0, max_local_area=1.0)
+    view = crop(image, config, counters=(5,), size=8).local_BCss
+    torch.testing.assert_close(view[..., 1:-1], torch.full((1, 1, 8, 6), 0.3), atol=0.03, rtol=0)
+
+
+@pytest.mark.parametrize("axis", [-1, -2])
+def test_multi_crop__small_views_reach_both_ends_of_the_content(axis):
+    """Views of 16 of 32 rows or columns begin at any of 17 places, and keep their size."""
+    ramp = torch.linspace(0.1, 1, 32).expand(1, 1, 32, 32).contiguous()
+    ramp = ramp if axis == -1 else ramp.mT.contiguous()
+    config = dataclasses.replace(STILL, min_local_area=0.25, max_local_area=0.25, num_local_crops=4)
+    views = torch.cat([crop(ramp, config, counters=(counter,)).local_BCss for counter in range(40)])
+    assert views.amin().item() == pytest.approx(0.1)
+    assert views.amax().item() == pytest.approx(1.0)
+
+
 def test_multi_crop__flips_columns_and_small_views_are_parts():
     images = slices()
     flipped = crop(images, dataclasses.replace(STILL, flip_probability=1.0), planes=[Plane.AXIAL, Plane.CORONAL])

@@ -25,6 +25,15 @@ def test_draw_few_shot__patients_are_drawn_anew_per_repeat(store):
         draw_few_shot(split, store, FewShotConfig(num=99))
 
 
+@pytest.mark.parametrize("unit", list(Unit))
+def test_draw_few_shot__larger_draw_of_a_repeat_contains_the_smaller_one(store, unit):
+    split = make_split(store)
+    for repeat in range(6):
+        draws = [draw_few_shot(split, store, FewShotConfig(num=num, unit=unit, repeat=repeat)) for num in (1, 2, 3)]
+        kept = [set(d.train_slices or d.train) for d in draws]
+        assert kept[0] < kept[1] < kept[2]
+
+
 def test_draw_few_shot__only_the_drawn_slices_are_trained_on(store):
     drawn = draw_few_shot(make_split(store), store, FewShotConfig(num=3, unit=Unit.SLICES))
     kept = keep_train_slices(select_slices(store, drawn.train), drawn)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from model_factory import make_sam
 from safetensors.torch import load_file
 from samgraft.shared.errors import UsageError
 from samgraft.shared.weights.save import save_sam
+from samgraft.ssl.export import interpolation
 from samgraft.ssl.export.interpolation import interpolate
 from samgraft.ssl.monitor.exported import choose_share
 from tiny_encoders import TINY_VIT
@@ -67,6 +69,29 @@ def test_interpolate__mixes_numbers_and_keeps_counters():
     assert torch.equal(mixed["weight"], torch.tensor([0.5, 5.0]))
     assert mixed["count"] == 5
     assert interpolate(initial, trained, 1.0) is trained
+
+
+def test_choose_encoder__every_candidate_is_between_the_initial_and_the_trained_weights(monkeypatch):
+    """The measure is highest at the weight 3, which is half of the way from 1 to 5."""
+    initial, trained = (torch.nn.Linear(1, 1, bias=False).requires_grad_(False) for _ in range(2))
+    initial.weight.fill_(1.0)
+    trained.weight.fill_(5.0)
+    seen = []
+
+    def measure(encoder, *_, **__):
+        seen.append(encoder.weight.item())
+        return measures(-abs(encoder.weight.item() - 3.0))
+
+    monkeypatch.setattr(interpolation, "load_whole_encoder", lambda model: (initial, None))
+    monkeypatch.setattr(interpolation, "check_encoder", measure)
+    objective = SimpleNamespace(exported_encoder=trained, parameters=trained.parameters)
+    shares = SimpleNamespace(interpolate=[0.25, 0.5, 1.0])
+    config = SimpleNamespace(export=shares, model=None, data=SimpleNamespace(batch_size=1))
+    monitored = SimpleNamespace(probe="labels", held_out=None)
+    tensors, exported = interpolation.choose_encoder(objective, config, monitored)
+    assert seen == [1.0, 2.0, 3.0, 5.0]
+    assert exported.share == 0.5
+    assert tensors["weight"].item() == 3.0
 
 
 def test_run__without_labels_exports_the_middle(tmp_path):

@@ -19,7 +19,7 @@ from samgraft.shared.samples.leaks import (
 from samgraft.shared.samples.split import make_folds, make_split
 from samgraft.shared.scans.case import SourceCase
 from samgraft.shared.scans.intensity import IntensityPreset
-from samgraft.shared.scans.privacy import SALT_FILE
+from samgraft.shared.scans.privacy import SALT_FILE, pseudonym
 from samgraft.shared.scans.volume import Modality
 from samgraft.shared.store.build import build_store
 from samgraft.shared.store.examine import BuildSettings
@@ -105,8 +105,6 @@ def test_find_patients_again__every_rule_finds_its_patients(tmp_path):
 
 def sorted_by_scan(store):
     """Return the records in the order of the scans, which have the seed of their person in their voxels."""
-    from samgraft.shared.scans.privacy import pseudonym
-
     keys = ["anna", "ben", "cleo", "dan"] if len(store.series) == 4 else ["anna", "export 1", "export 2", "eva", "dan"]
     by_patient = {record.patient_id: record for record in store.series}
     return [by_patient[pseudonym("p", key, salt="lab")] for key in keys]
@@ -120,6 +118,39 @@ def test_find_patients_again__copies_of_a_found_patients_other_scans_are_found(t
     )
     found = find_patients_again(unlabelled, labelled, labelled.patient_ids)
     assert sorted(found.values()) == sorted([BY_ID, BY_VOXELS, BY_SIMILARITY])
+
+
+def patients_of(*keys):
+    return [pseudonym("p", key, salt="lab") for key in keys]
+
+
+def test_find_patients_again__patients_with_a_scan_of_a_near_duplicate_are_found(tmp_path):
+    """The rescaled scan and another one are of one patient, and that other scan has a second id."""
+    labelled = build(tmp_path / "l", [("anna", head(0))])
+    unlabelled = build(
+        tmp_path / "u",
+        [
+            ("export 1", (head(0) * 3.0).astype(np.float32)),
+            ("export 1", head(8)),
+            ("export 2", head(8)),
+            ("ben", head(6)),
+        ],
+    )
+    first, second = patients_of("export 1", "export 2")
+    found = find_patients_again(unlabelled, labelled, labelled.patient_ids)
+    assert found == {first: BY_SIMILARITY, second: BY_VOXELS}
+
+
+def test_find_patients_again__near_duplicates_of_a_copys_other_scans_are_found(tmp_path):
+    """Anna has a second id, under which there is another scan, and a rescaled one of that has a third id."""
+    labelled = build(tmp_path / "l", [("anna", head(0))])
+    rescaled = (head(9) * 3.0).astype(np.float32)
+    unlabelled = build(
+        tmp_path / "u", [("anna", head(5)), ("copy", head(5)), ("copy", head(9)), ("third", rescaled), ("ben", head(6))]
+    )
+    anna, copy, third = patients_of("anna", "copy", "third")
+    found = find_patients_again(unlabelled, labelled, labelled.patient_ids)
+    assert found == {anna: BY_ID, copy: BY_VOXELS, third: BY_SIMILARITY}
 
 
 def test_find_patients_again__another_salt_leaves_only_the_voxels(tmp_path):

@@ -42,15 +42,17 @@ def test_loss__normalised_targets_equal_a_calculation_by_hand():
     images, masks = images_of(), masks_of()
     ids_hidden = chosen_ids(masks.flatten(1))
     guess, _ = objective._predict(images, masks, ids_hidden)
-    errors = []
+    errors, grey_errors = [], []
     for image, answers, numbers in zip(images[:, 0], guess, ids_hidden, strict=True):
         for answer, number in zip(answers, numbers.tolist(), strict=True):
             row, column = divmod(number, 6)
             square = image[row * 16 : row * 16 + 16, column * 16 : column * 16 + 16].flatten()
             target = (square - square.mean()) / (square.var() + 1e-6).sqrt()
             errors.append((answer - target).square())
+            grey_errors.append((answer.detach() * (square.var() + 1e-6).sqrt() + square.mean() - square).abs())
     result = objective.loss(images, sample_counters=COUNTERS, step=0)
     torch.testing.assert_close(result.total, torch.cat(errors).mean())
+    torch.testing.assert_close(result.parts["grey_error"], torch.cat(grey_errors).mean())
     assert ids_hidden.shape == (2, 27)
     assert all(masks[b].flatten()[ids_hidden[b]].all() for b in range(2))
 
@@ -163,6 +165,21 @@ def test_panel__changes_hidden_pixels_only():
     assert torch.equal(filled[~hidden], given[~hidden])
     ramp = torch.linspace(0, 1, 256).view(16, 16).repeat(6, 6)
     assert torch.equal(filled[0][hidden[0]], ramp[hidden[0]])
+
+
+def test_panel__normalised_prediction_gets_the_mean_and_deviation_of_its_token():
+    """A prediction of 0 everywhere is the mean of the token, one of 1/2 is half a deviation brighter."""
+    objective, images = make_objective(), 0.3 + 0.3 * images_of()
+    hidden = upsample_mask(objective.draw_masks(COUNTERS, side=objective.grid), image_size=96)[:, 0]
+    for predicted in (0.0, 0.5):
+        with torch.no_grad():
+            objective.decoder.to_answer.weight.zero_()
+            objective.decoder.to_answer.bias.fill_(predicted)
+        given, _, filled = objective.panel(images, sample_counters=COUNTERS).images_KBHW
+        squares = given.unflatten(1, (6, 16)).unflatten(3, (6, 16)).movedim(2, 3).flatten(3)
+        grey = squares.mean(-1) + predicted * (squares.var(-1) + 1e-6).sqrt()
+        expected = grey.repeat_interleave(16, 1).repeat_interleave(16, 2)
+        torch.testing.assert_close(filled[hidden], expected[hidden])
 
 
 def test_loss__falls_when_trained():

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from model_factory import make_sam, tiny_vit_t_spec
+from pytorch_lightning import LightningModule
 from samgraft.finetune.classes import ClassTable
 from samgraft.finetune.config import FinetuneConfig
 from samgraft.finetune.model_folder import read_model
@@ -143,7 +144,7 @@ def test_mix__pastes_between_slices_of_one_plane_only(lab, planes, partners):
 
 
 def pasted_boxes(teacher, first=0):
-    """Return the pixels of the pasted rectangle of each of four slices of one grey value, from the counter ``first``."""
+    """Return the pixels of the pasted rectangle in each of four slices of one grey value."""
     images = torch.zeros(4, 1, 16, 16) + torch.tensor([0.1, 0.2, 0.3, 0.4])[:, None, None, None]
     known, pseudo = torch.zeros(4, 16, 16, dtype=torch.long), torch.zeros(2, 16, 16, dtype=torch.long)
     mixed = teacher.mix(images, known, pseudo, counters=range(first, first + 4), planes=(Plane.AXIAL,) * 4)
@@ -241,8 +242,8 @@ def test_label__agreement_at_the_border_is_kept(lab):
     assert (labels == 0).all()
 
 
-def test_training_step__pseudo_labels_have_the_weight_of_their_step(lab):
-    """One slice of four is unlabelled. After 2 of 4 steps of the ramp its weight is exp(-5 / 4)."""
+def module_and_batch(lab):
+    """Return a module after 2 of 4 steps of the ramp, and a batch whose last slice of four is unlabelled."""
     off = ("selftrain.online.paste_probability=0", "selftrain.online.intensity_strength=0", "data.pseudo_fraction=0.25")
     module = FinetuneModule(Threshold(), config_of(lab, *off), ClassTable(ids=(7,), names=("bright",)))
     images = torch.rand(4, 1, 32, 32, generator=torch.Generator().manual_seed(3))
@@ -255,11 +256,28 @@ def test_training_step__pseudo_labels_have_the_weight_of_their_step(lab):
         "planes": [Plane.AXIAL] * 4,
     }
     module._trainer = SimpleNamespace(global_step=2, callbacks=[])
+    return module, batch
+
+
+def test_training_step__pseudo_labels_have_the_weight_of_their_step(lab):
+    """After half of the ramp the weight is exp(-5 / 4)."""
+    module, batch = module_and_batch(lab)
     losses = module.training_step(batch, 0)
     expected = losses["loss/labels"] + 0.2865048 * losses["loss/pseudo"]
     assert losses["loss"].item() == pytest.approx(expected.item(), rel=1e-5)
     assert losses["loss/labels"] > 2 * losses["loss/pseudo"] > 0
     assert losses["pseudo_share"] == 0.25
+
+
+def test_module__rank_updates_add_their_penalty_and_count_the_step_that_is_done(lab, monkeypatch):
+    module, batch = module_and_batch(lab)
+    plain = module.training_step(batch, 0)["loss"].item()
+    steps = []
+    module.rank_updates = SimpleNamespace(penalty=lambda: torch.tensor(0.25), after_update=steps.append)
+    assert module.training_step(batch, 0)["loss"].item() == pytest.approx(plain + 0.25, rel=1e-5)
+    monkeypatch.setattr(LightningModule, "optimizer_step", lambda *_: None)
+    module.optimizer_step()
+    assert steps == [3]
 
 
 def test_training__averaged_weights_label_and_the_own_weights_train(lab, monkeypatch):

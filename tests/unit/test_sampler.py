@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from samgraft.shared.samples.sampler import StepBatchSampler, epoch_order, sample_generator
+from samgraft.shared.samples.sampler import BatchPart, StepBatchSampler, epoch_order, sample_generator
 
 
 def batches(**options):
@@ -45,6 +45,15 @@ def test_sampler__another_seed_gives_another_order():
     assert batches() == batches()
     assert batches() != batches(seed=6)
     assert sorted(epoch_order(50, seed=0, epoch=3)) == list(range(50))
+
+
+def test_sampler__parts_of_one_size_have_their_own_order():
+    parts = [BatchPart(num_samples=12, per_batch=1), BatchPart(num_samples=12, per_batch=1)]
+    found = list(StepBatchSampler(24, batch_size=2, seed=5, num_micro_steps=12, parts=parts))
+    first, second = ([batch[place][0] for batch in found] for place in (0, 1))
+    assert sorted(first) == list(range(12))
+    assert sorted(second) == list(range(12, 24))
+    assert first != [index - 12 for index in second]
 
 
 def test_sample_generator__depends_on_seed_and_counter_only():

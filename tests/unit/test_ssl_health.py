@@ -34,6 +34,17 @@ def test_feature_health__two_equal_directions_have_rank_two():
     assert health["feature_std"] == pytest.approx(0.5**0.5)
 
 
+def test_feature_health__rank_ignores_the_mean_and_follows_the_singular_values():
+    """Singular values in the ratio 2 to 1 have the shares 2/3 and 1/3, whose entropy is 0.6365."""
+    features = torch.tensor([[2.0, 0.0], [-2.0, 0.0], [0.0, 1.0], [0.0, -1.0]])
+    for offset in (0.0, 30.0):
+        assert feature_health(features + offset)["effective_rank"] == pytest.approx(1.8899, abs=1e-3)
+
+
+def test_health_warnings__small_gradients_of_the_first_steps_do_not_count():
+    assert health_warnings({**HEALTHY, "train/grad_norm": [0.1] * 20 + [1.0] * 20 + [5.0] * 20}, is_final=True) == []
+
+
 def test_feature_health__one_direction_has_rank_one():
     line = torch.arange(5.0)[:, None] * torch.tensor([[1.0, 2.0, 3.0]])
     assert feature_health(line)["effective_rank"] == pytest.approx(1.0, abs=1e-3)

@@ -92,6 +92,16 @@ def test_parameter_groups__contain_every_parameter_once_with_rate_and_decay() ->
     assert sum(len(g["params"]) for g in groups) == len(found)
 
 
+def test_build_optimizer__decays_of_both_moments_are_those_of_the_settings() -> None:
+    optimizer = build_optimizer(nn.Linear(2, 2), OptimizerConfig(beta1=0.8, beta2=0.7))
+    assert [group["betas"] for group in optimizer.param_groups] == [(0.8, 0.7)] * 2
+
+
+def test_learning_rate__ends_at_the_set_share_of_its_peak() -> None:
+    rate = LearningRate(warmup_steps=2, max_steps=10, final_factor=0.3)
+    assert [rate.factor(step) for step in (0, 2, 6, 10)] == pytest.approx([0.5, 1.0, 0.65, 0.3])
+
+
 def test_build_optimizer__without_trainable_parameters_is_refused() -> None:
     with pytest.raises(UsageError, match="at least one parameter must be trainable"):
         build_optimizer(nn.Linear(2, 2).requires_grad_(False), OptimizerConfig())
