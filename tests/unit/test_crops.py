@@ -1,6 +1,7 @@
 """Multi-crop views, which depend on slice, seed and counter only and lie in the content."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -185,16 +186,17 @@ def test_config__user_overrides_the_flip_probability():
 
 
 class Recorder(torch.nn.Module):
-    """Objective that records the planes of its slices."""
+    """Objective that records the planes of its slices and its steps."""
 
     def __init__(self):
         super().__init__()
-        self.seen = []
+        self.seen, self.steps = [], []
         self.anchor = None
 
     def loss(self, images, *, sample_counters, step, planes):
         assert len(images) == len(sample_counters) == len(planes)
         self.seen += planes
+        self.steps.append(step)
         return ObjectiveLoss(total=images.mean())
 
 
@@ -214,8 +216,10 @@ def test_planes__are_passed_in_training_monitoring_and_audit(tmp_path):
     layer |= {"model": {"base": "random", "image_size": 32}, "trainer": {"max_steps": 1}}
     config = load_config(PretrainConfig, layers=[layer])
     module = PretrainModule(trained, config)
+    module._trainer = SimpleNamespace(global_step=5)
     module.training_step(collate_slices([dataset[i, i] for i in range(6)]), 0)
     assert trained.seen == expected
+    assert trained.steps == [5]
 
     looked_at = Recorder()
     preset = load_preset("mri")

@@ -71,27 +71,61 @@ def test_interpolate__mixes_numbers_and_keeps_counters():
     assert interpolate(initial, trained, 1.0) is trained
 
 
+class OneWeight(torch.nn.Module):
+    """Objective whose encoder has one weight, 5 after the training."""
+
+    max_steps = 7
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = one_weight(5.0)
+        self.anchor = object()
+
+    @property
+    def exported_encoder(self):
+        return self.encoder
+
+    def references(self, images, *, sample_counters):
+        return {"mean": 1.0}
+
+
+def one_weight(value):
+    encoder = torch.nn.Linear(1, 1, bias=False).requires_grad_(False)
+    encoder.weight.fill_(value)
+    return encoder
+
+
+def choose(monkeypatch, *, measure=None, probe=None, held_out=None):
+    """Choose among the weights 2, 3 and 5, which is the trained one. The initial one is 1."""
+    monkeypatch.setattr(interpolation, "load_whole_encoder", lambda model: (one_weight(1.0), None))
+    monkeypatch.setattr(interpolation, "check_encoder", measure)
+    shares = SimpleNamespace(interpolate=[0.25, 0.5, 1.0])
+    config = SimpleNamespace(export=shares, model=None, data=SimpleNamespace(batch_size=1))
+    return interpolation.choose_encoder(OneWeight(), config, SimpleNamespace(probe=probe, held_out=held_out))
+
+
 def test_choose_encoder__every_candidate_is_between_the_initial_and_the_trained_weights(monkeypatch):
     """The measure is highest at the weight 3, which is half of the way from 1 to 5."""
-    initial, trained = (torch.nn.Linear(1, 1, bias=False).requires_grad_(False) for _ in range(2))
-    initial.weight.fill_(1.0)
-    trained.weight.fill_(5.0)
     seen = []
 
     def measure(encoder, *_, **__):
         seen.append(encoder.weight.item())
         return measures(-abs(encoder.weight.item() - 3.0))
 
-    monkeypatch.setattr(interpolation, "load_whole_encoder", lambda model: (initial, None))
-    monkeypatch.setattr(interpolation, "check_encoder", measure)
-    objective = SimpleNamespace(exported_encoder=trained, parameters=trained.parameters)
-    shares = SimpleNamespace(interpolate=[0.25, 0.5, 1.0])
-    config = SimpleNamespace(export=shares, model=None, data=SimpleNamespace(batch_size=1))
-    monitored = SimpleNamespace(probe="labels", held_out=None)
-    tensors, exported = interpolation.choose_encoder(objective, config, monitored)
+    tensors, exported = choose(monkeypatch, measure=measure, probe="labels")
     assert seen == [1.0, 2.0, 3.0, 5.0]
     assert exported.share == 0.5
     assert tensors["weight"].item() == 3.0
+
+
+def test_choose_encoder__grey_error_is_that_of_the_exported_encoder(monkeypatch):
+    def held_out_loss(objective, held_out, *, batch_size, step, device):
+        assert (objective.training, objective.anchor, step) == (False, None, 7)
+        return {"grey_error": objective.encoder.weight.item()}
+
+    monkeypatch.setattr(interpolation, "held_out_loss", held_out_loss)
+    held_out = SimpleNamespace(images_N1SS=torch.zeros(1, 1, 4, 4), sample_counters=[0])
+    assert choose(monkeypatch, held_out=held_out)[1].grey_error == 3.0
 
 
 def test_run__without_labels_exports_the_middle(tmp_path):

@@ -8,11 +8,12 @@ import pytest
 from model_factory import tiny_plain_spec, tiny_vit_t_spec
 from release_factory import InThisProcess, finished_encoder
 from samgraft.shared.commands.release import _releaser
-from samgraft.shared.config import load_config, packaged_config
+from samgraft.shared.config import load_config, packaged_config, read_stored_config
 from samgraft.shared.errors import DataError, UsageError, WeightsError
 from samgraft.shared.release import load_back
 from samgraft.shared.release.request import ReleaseRequest
 from samgraft.shared.samples.slices import select_slices
+from samgraft.shared.scans.orientation import Plane
 from samgraft.shared.store.store import SliceStore
 from samgraft.shared.weights.load import load_image_encoder
 from samgraft.ssl.config import PretrainConfig
@@ -20,6 +21,7 @@ from samgraft.ssl.export import membership
 from samgraft.ssl.export.membership import attack_auc, audit_membership, audit_slices
 from samgraft.ssl.export.release import release_encoder
 from samgraft.ssl.monitor import held_out
+from samgraft.ssl.objectives import ObjectiveLoss
 from store_factory import make_store
 
 
@@ -121,6 +123,36 @@ def test_audit_slices__are_as_many_as_said_and_of_as_many_patients_as_possible(
     assert passes == [1]  # one for every patient would cost the square of their number
     assert len(set(refs)) == len(refs)
     assert sorted(Counter(store.record(ref.series_id).patient_id for ref in refs).values()) == expected
+
+
+def test_audit__every_group_has_the_masks_of_the_finished_run_and_every_second_member(run, monkeypatch):
+    monkeypatch.setattr(membership, "NUM_SLICES", 2)
+    calls, groups = [], []
+    objective, fingerprint = membership.load_objective(run, config_of_run(run))
+
+    def loss(images, *, sample_counters, step, planes):
+        calls.append((tuple(sample_counters), step, tuple(planes)))
+        return ObjectiveLoss(total=images.mean(), parts={}, features_BC=None)
+
+    def slices_of(store, patients, config):
+        groups.append(list(patients))
+        return audit_slices(store, patients, config)
+
+    monkeypatch.setattr(objective, "loss", loss)
+    monkeypatch.setattr(membership, "load_objective", lambda *_: (objective, fingerprint))
+    monkeypatch.setattr(membership, "audit_slices", slices_of)
+    audit_membership(run)
+    masks = tuple(range(membership.AUDIT_COUNTER, membership.AUDIT_COUNTER + membership.NUM_MASKS))
+    steps = config_of_run(run).trainer.max_steps
+    assert steps > 0
+    assert set(calls) == {(masks, steps, (Plane.AXIAL,) * len(masks))}
+    train = sorted(groups[0] + groups[1])
+    assert groups[:2] == [train[0::2], train[1::2]]
+    assert not set(groups[2]) & set(train)
+
+
+def config_of_run(run):
+    return load_config(PretrainConfig, layers=[read_stored_config(run / "config.yaml")])
 
 
 def test_attack_auc__equals_a_calculation_by_hand():

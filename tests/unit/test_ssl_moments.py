@@ -48,6 +48,17 @@ def test_moments__are_restored_by_name_with_frozen_depths(lab, first):
             assert torch.equal(optimizer.state[parameter]["exp_avg_sq"], moments[f"{name}/exp_avg_sq"])
 
 
+def test_moments__tensors_of_another_shape_begin_with_zeros(lab, first):
+    objective, optimizer, _ = next_run(lab, first)
+    moments = dict(read_moments(str(first)))
+    name, parameter = next((n, p) for n, p in objective.named_parameters() if p.requires_grad and p.ndim == 1)
+    for part in ("exp_avg", "exp_avg_sq"):
+        moments[f"{name}/{part}"] = moments[f"{name}/{part}"][:-1]
+    total = sum(p.requires_grad for p in objective.parameters())
+    assert restore_moments(optimizer, objective, moments).endswith(f"for {total - 1}/{total} trained tensors")
+    assert parameter not in optimizer.state
+
+
 def test_moments__rates_are_those_of_the_new_run(lab, first):
     objective, optimizer, _ = next_run(lab, first, "optim.lr=0.5")
     restore_moments(optimizer, objective, read_moments(str(first)))

@@ -6,7 +6,7 @@ import pytest
 from samgraft.ssl.config import PretrainOptimizerConfig
 from samgraft.ssl.objectives.mae import MAE, MAEConfig
 from samgraft.ssl.objectives.masked_image import MaskedImage, MaskedImageConfig
-from samgraft.ssl.optimizer import pretrain_groups
+from samgraft.ssl.optimizer import build_pretrain_optimizer, build_schedule, pretrain_groups
 from tiny_encoders import plain_encoder, tiny_encoder
 
 NEVER_DECAYED = re.compile(r"bias$|biases$|norm\d?\.|\.bn\.|pos_embed|rel_pos_|mask_token|neck\.[13]\.")
@@ -51,3 +51,14 @@ def test_pretrain_groups__rate_halves_with_every_depth_towards_the_input(kind):
                 assert found[names[id(parameter)]][0] == pytest.approx(1e-3 * 0.5 ** (deepest - depth))
     heads = {rate for name, (rate, _) in found.items() if not name.startswith("encoder.")}
     assert list(heads) == [pytest.approx(3e-3)]
+
+
+def test_build_pretrain_optimizer__decays_of_both_moments_are_those_of_the_settings():
+    config = PretrainOptimizerConfig(beta1=0.8, beta2=0.7)
+    optimizer = build_pretrain_optimizer(objective_of("vit_t"), config)
+    assert {group["betas"] for group in optimizer.param_groups} == {(0.8, 0.7)}
+
+
+def test_build_schedule__has_the_warm_up_and_the_end_of_the_settings():
+    schedule = build_schedule(PretrainOptimizerConfig(warmup_steps=2, final_lr_factor=0.3), max_steps=10)
+    assert [schedule.factor(step) for step in (0, 2, 6, 10)] == pytest.approx([0.5, 1.0, 0.65, 0.3])
