@@ -17,15 +17,18 @@ from PIL import Image
 from samgraft.finetune.classes import ClassTable
 from samgraft.finetune.evaluation.postprocess import PostProcessing, apply_postprocessing
 from samgraft.finetune.prediction import predict as predict_module
+from samgraft.finetune.prediction import predictor as predictor_module
 from samgraft.finetune.prediction.predict import PredictSettings, predict_scans
 from samgraft.finetune.prediction.prediction_files import NativeMasks, write_label_list, write_nifti, write_seg_nrrd
 from samgraft.finetune.prediction.prediction_inputs import find_inputs, make_unique
 from samgraft.finetune.prediction.predictor import Predictor
-from samgraft.finetune.prompting.prompt_file import SlicePrompt
+from samgraft.finetune.prompting.prompt_file import SlicePrompt, read_prompts
 from samgraft.shared.cli import main
 from samgraft.shared.errors import DataError, NumericalError, UsageError
+from samgraft.shared.scans.intensity import measure_intensity
 from samgraft.shared.scans.readers.nifti import read_nifti
 from samgraft.shared.scans.sources import discover
+from samgraft.shared.scans.volume import Modality
 from store_factory import make_scan
 from store_factory import write_nifti as write_scan
 
@@ -252,6 +255,62 @@ def test_predict__other_weights_under_the_same_name_are_not_taken_for_finished(l
     assert main(["predict", str(model), str(scans), "--out", str(tmp_path / "out"), "--device", "cpu"]) == 0
     assert "3 scans: 3 segmented" in capsys.readouterr().err
     assert (tmp_path / "out" / "b_seg.nii.gz").read_bytes() != before
+
+
+def test_predict_scans__other_settings_prompts_and_volumes_are_not_taken_for_finished(
+    lab, scans, tmp_path, monkeypatch
+):
+    """Every change is made once. The same call again finds the scan finished."""
+    predictor = Predictor(lab.run, device="cpu", precision="fp32")
+    scan = make_scan(shape_zyx=(4, 32, 32), seed=0)[0].transpose(2, 1, 0)
+    nib.save(nib.Nifti1Image(np.stack([scan, scan[::-1]], axis=-1), np.diag([1.0, 1.0, 5.0, 1.0])), scans / "a.nii.gz")
+    one, two = (write_prompt(tmp_path / f"{side}.yaml", side) for side in (20, 24))
+
+    def is_written(*, frame=0, prompts=None, **settings):
+        inputs = find_inputs(scans / "a.nii.gz", frame=frame).scans
+        file = None if prompts is None else read_prompts(prompts, predictor.classes)
+        chosen = PredictSettings(formats=("nifti",), **settings)
+        return bool(predict_scans(predictor, inputs, tmp_path / "out", settings=chosen, prompts=file).written)
+
+    calls = [{}, {"frame": 1}, {"zero_non_finite": True}, {"prompts": one}, {"prompts": two}]
+    for call in calls:
+        assert is_written(**call), call
+        assert not is_written(**call), call
+    for name, value in {
+        "postprocessing": PostProcessing(steps={1: ["largest_component"]}),
+        "is_bf16": True,
+        "classes": ClassTable(ids=(1,), names=("another name",)),
+    }.items():
+        monkeypatch.setattr(Predictor, name, value, raising=False)
+        predictor.__dict__.pop(name, None)
+        assert is_written(), name
+        assert not is_written(), name
+
+
+def write_prompt(path, side):
+    path.write_text(
+        "version: 1\ncoordinates: voxel\nprompts:\n"
+        f"  - {{case: a.nii.gz, class: lesion, box: [[8, 8, 1], [{side}, {side}, 2]]}}\n"
+    )
+    return path
+
+
+def test_predictor__statistics_are_those_of_its_modality(lab, monkeypatch):
+    """A volume of CT has air far below its tissue, which is not found as in MR."""
+    volume = np.full((3, 16, 16), -1000, np.int16)
+    volume[:, 2:14, 3:12] = np.random.default_rng(0).integers(-100, 200, size=(3, 12, 9))
+    predictor = Predictor(lab.run, device="cpu", precision="fp32")
+    monkeypatch.setattr(Predictor, "modality", Modality.CT)
+    seen = []
+
+    def record(segmenter, volume, stats, *_, **__):
+        seen.append(stats)
+        return np.zeros(volume.shape, np.int32)
+
+    monkeypatch.setattr(predictor_module, "segment_volume", record)
+    predictor(volume)
+    assert seen == [measure_intensity(volume, modality=Modality.CT)]
+    assert seen != [measure_intensity(volume, modality=Modality.MRI)]
 
 
 def test_predict__card_with_pixel_std_0_is_refused(lab, scans, tmp_path, capsys):

@@ -72,6 +72,17 @@ def test_lora__is_in_the_linear_layers_and_changes_nothing_at_first(kind):
 
 
 @pytest.mark.parametrize("kind", ENCODERS)
+def test_merged_state__update_is_the_product_of_the_factors_times_alpha_over_rank(kind):
+    encoder = ENCODERS[kind]()
+    before = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
+    apply_scope(encoder, LORA, num_frozen_depths=0)
+    state = merged_state(disturb(encoder))
+    for name, layer in lora_layers(encoder).items():
+        product = layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+        torch.testing.assert_close(state[f"{name}.weight"] - before[f"{name}.weight"], 4 / 2 * product.detach())
+
+
+@pytest.mark.parametrize("kind", ENCODERS)
 def test_merged_state__equals_the_adapted_encoder_under_its_names(kind):
     encoder, fresh = ENCODERS[kind](), ENCODERS[kind](seed=5)
     names = encoder.state_dict().keys()
