@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections import OrderedDict
 from pathlib import Path
@@ -11,10 +12,11 @@ import torch
 from model_factory import make_sam, tiny_plain_spec, tiny_vit_t_spec
 from safetensors.torch import save_file
 from samgraft.shared.encoders.registry import arch_names, arch_spec, spec_from_tensors
-from samgraft.shared.encoders.sam import build_sam
+from samgraft.shared.encoders.sam import build_sam, to_pixels
 from samgraft.shared.encoders.tiny_vit import Stem
-from samgraft.shared.encoders.vit import ViTEncoder
+from samgraft.shared.encoders.vit import ViTEncoder, ViTSpec
 from samgraft.shared.errors import WeightsError
+from samgraft.shared.weights import load
 from samgraft.shared.weights.card import Card
 from samgraft.shared.weights.load import (
     absent_by_nature,
@@ -288,6 +290,34 @@ def test_resize_positions__relative_as_segment_anything_absolute_smooth_native_u
     torch.testing.assert_close(smaller[0, :, 0, 0], ramp[0, :, 0, 0].view(8, 2).mean(1), atol=5e-3, rtol=0)
     with pytest.raises(ValueError, match=r"table must have shape"):
         resize_positions(torch.zeros(3), 4)
+
+
+def test_windowed_table__of_another_size_is_refused_and_not_resized(tmp_path: Path, plain: Tensors) -> None:
+    """The window has one size at every image size, so that another table belongs to a damaged file."""
+    torch.save(plain, tmp_path / "a.pth")
+    weights = read_weights(tmp_path / "a.pth")
+    spec = weights.spec
+    assert isinstance(spec, ViTSpec)
+    name = f"image_encoder.blocks.{next(i for i in range(spec.depth) if i not in spec.global_blocks)}.attn.rel_pos_h"
+    damaged = dataclasses.replace(weights, tensors={**weights.tensors, name: weights.tensors[name][:-2]})
+    encoder = spec.build(image_size=weights.image_size)
+    before = {key: tensor.clone() for key, tensor in encoder.state_dict().items()}
+    with pytest.raises(WeightsError, match="1 of another shape"):
+        load_into(encoder, damaged, resize_positions=True)
+    assert same(dict(encoder.state_dict()), before)
+
+
+def test_medsam__its_own_file_takes_images_from_0_to_1(
+    tmp_path: Path, plain: Tensors, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its tensors are those of SAM, so that only the hash of the file shows it."""
+    torch.save(plain, tmp_path / "a.pth")
+    assert read_weights(tmp_path / "a.pth").spec.pixel_mean == pytest.approx((123.675, 116.28, 103.53))
+    monkeypatch.setattr(load, "MEDSAM_SHA256", read_weights(tmp_path / "a.pth").sha256)
+    weights = read_weights(tmp_path / "a.pth")
+    assert (weights.spec.pixel_mean, weights.spec.pixel_std) == ((0.0,) * 3, (255.0,) * 3)
+    image = torch.rand(1, 1, 4, 4)
+    torch.testing.assert_close(to_pixels(image, weights.spec), image.expand(-1, 3, -1, -1))
 
 
 def test_allow_missing__named_tensors_only(tmp_path: Path, plain: Tensors) -> None:
