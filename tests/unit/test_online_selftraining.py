@@ -215,7 +215,7 @@ def test_label__needs_no_gradient_and_leaves_the_model_in_its_mode(lab):
 class QuarterLogits(Threshold):
     """Network whose logits have a quarter of the input's side, as those of SAM, and rise along the columns."""
 
-    columns = (-4.0, -1.0, 2.0, 3.0)
+    columns = (-6.0, 2.0, 3.0, 4.0)
 
     def forward(self, images_NCSS):
         return torch.tensor(self.columns).expand(len(images_NCSS), 1, 4, 4)
@@ -278,6 +278,17 @@ def test_module__rank_updates_add_their_penalty_and_count_the_step_that_is_done(
     monkeypatch.setattr(LightningModule, "optimizer_step", lambda *_: None)
     module.optimizer_step()
     assert steps == [3]
+
+
+def test_module__mask_tokens_have_no_weight_decay(lab):
+    """All tokens are one tensor, of which classes use a part."""
+    config = config_of(lab, "optim.weight_decay=0.1")
+    prepared = train.prepare_seeded(config)
+    module = FinetuneModule(prepared.segmenter, config, prepared.classes)
+    decay = {id(p): g["weight_decay"] for g in module.configure_optimizers().param_groups for p in g["params"]}
+    found = {name: decay[id(p)] for name, p in module.named_parameters() if p.requires_grad}
+    assert {value for name, value in found.items() if "mask_tokens" in name} == {0.0}
+    assert {value for name, value in found.items() if name.endswith("lora_A.default.weight")} == {0.1}
 
 
 def test_training__averaged_weights_label_and_the_own_weights_train(lab, monkeypatch):

@@ -28,6 +28,7 @@ from samgraft.shared.weights.load import (
 )
 from samgraft.shared.weights.positions import resize_positions
 from samgraft.shared.weights.save import save_encoder, save_sam
+from samgraft.shared.weights.transformers_format import save_transformers
 from segment_anything.modeling.image_encoder import get_rel_pos
 
 Tensors = dict[str, torch.Tensor]
@@ -318,6 +319,25 @@ def test_medsam__its_own_file_takes_images_from_0_to_1(
     assert (weights.spec.pixel_mean, weights.spec.pixel_std) == ((0.0,) * 3, (255.0,) * 3)
     image = torch.rand(1, 1, 4, 4)
     torch.testing.assert_close(to_pixels(image, weights.spec), image.expand(-1, 3, -1, -1))
+
+
+def test_save_transformers__settings_are_those_of_the_encoder(tmp_path: Path, plain: Tensors) -> None:
+    """ImageNet's mean and deviation on the scale from 0 to 1, and segment_anything's own epsilon."""
+    torch.save(plain, tmp_path / "a.pth")
+    spec = read_weights(tmp_path / "a.pth").spec
+    assert isinstance(spec, ViTSpec)
+    save_transformers(plain, tmp_path / "folder", spec, image_size=160)
+    processor, config = (
+        json.loads((tmp_path / "folder" / name).read_text()) for name in ("preprocessor_config.json", "config.json")
+    )
+    assert processor["image_mean"] == pytest.approx([0.485, 0.456, 0.406])
+    assert processor["image_std"] == pytest.approx([0.229, 0.224, 0.225])
+    assert processor["size"] == {"longest_edge": 160}
+    assert processor["pad_size"] == {"height": 160, "width": 160}
+    vision = config["vision_config"]
+    assert vision["layer_norm_eps"] == 1e-6
+    assert tuple(vision["global_attn_indexes"]) == spec.global_blocks != ()
+    assert (vision["num_hidden_layers"], vision["window_size"]) == (spec.depth, spec.attn_window_size)
 
 
 def test_allow_missing__named_tensors_only(tmp_path: Path, plain: Tensors) -> None:
