@@ -154,6 +154,19 @@ def test_panel__has_input_visible_prediction_and_filling():
     assert torch.equal(filled[~hidden], given[~hidden])
 
 
+def test_panel__prediction_is_shown_in_grey_values():
+    """A prediction of one unit everywhere is one deviation of the visible pixels above their mean."""
+    objective, images, hidden = make_objective(), 0.3 * slices(), hidden_pixels()
+    with torch.no_grad():
+        objective.decoder.to_pixels.weight.zero_()
+        objective.decoder.to_pixels.bias.fill_(1.0)
+    guess = objective.panel(images, sample_counters=COUNTERS).images_KBHW[2]
+    for picture, image, hidden_1SS in zip(guess, images, hidden, strict=True):
+        visible = image[~hidden_1SS]
+        expected = visible.mean() + max(0.05, float(visible.std(correction=0)))
+        torch.testing.assert_close(picture, expected.expand_as(picture))
+
+
 def test_references__visible_mean_equals_the_untrained_decoder():
     objective = make_objective()
     images = slices()

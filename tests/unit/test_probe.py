@@ -14,6 +14,7 @@ from samgraft.shared.errors import DataError, UsageError, WeightsError
 from samgraft.shared.samples.frame import fit_frame
 from samgraft.shared.samples.split import Split, default_split_path
 from samgraft.shared.scans.preset import load_preset
+from samgraft.shared.scans.volume import IGNORE_LABEL
 from samgraft.shared.store.store import SliceStore
 from samgraft.shared.training.preflight import SavedBytes, describe_memory, free_bytes, training_bytes
 from samgraft.shared.weights.card import Card
@@ -165,6 +166,12 @@ def test_dice_count__is_a_mean_over_classes_and_patients() -> None:
     count.add("a", torch.tensor([[1, 0, 2, 0]]), label)  # 2/3 and 1
     count.add("b", torch.tensor([[1, 0, 0, 0]]), torch.tensor([[1, 0, 0, 0]]))  # class 2 is in neither
     assert count.dice() == pytest.approx(((2 / 3 + 1) / 2 + 1) / 2)
+
+
+def test_dice_count__ignored_pixels_count_nowhere() -> None:
+    count = DiceCount((1,))
+    count.add("a", torch.tensor([[1, 1, 1, 0]]), torch.tensor([[1, IGNORE_LABEL, IGNORE_LABEL, 1]]))
+    assert count.dice() == pytest.approx(2 / 3)
 
 
 def test_to_label_ids__without_a_positive_score_is_background() -> None:

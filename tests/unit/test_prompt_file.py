@@ -140,6 +140,25 @@ LPS = np.diag([-1.0, -1.0, 3.0, 1.0])
 """Orientation in which voxels of the file and pixels of the slices have equal numbers."""
 
 
+def test_slice_prompts__box_in_millimetres_of_an_oblique_scan_is_the_hull_of_its_corners(tmp_path):
+    """Voxel axes are turned by 45 degrees, and a step of a voxel is 3 mm along both axes of the world.
+
+    The corners (0, 0), (6, 0), (0, 6) and (6, 6) mm are the voxels (0, 0), (1, -1), (1, 1) and (2, 0) from the voxel
+    (4, 5), so that two opposite corners alone would give a box of one row.
+    """
+    oblique = np.array([[3.0, 3.0, 0, 0], [3.0, -3.0, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
+    x, y, _ = oblique[:3, :3] @ [4, 5, 0]
+    text = f"coordinates: ras_mm\nprompts:\n  - {{class: core, box: [[{x}, {y}, 2], [{x + 6}, {y + 6}, 2]]}}\n"
+    [prompt] = slice_prompts(
+        read_prompts(write(tmp_path, f"version: 1\n{text}"), CLASSES).prompts,
+        Frame.RAS_MM,
+        native_affine=oblique,
+        affine=oblique,
+        shape_zyx=(4, 12, 10),
+    )
+    assert (prompt.slice_index, prompt.box) == (2, (4.0, 4.0, 6.0, 6.0))
+
+
 @pytest.mark.parametrize("name", AFFINES)
 @pytest.mark.parametrize("frame", ["voxel", "ras_mm", "lps_mm"])
 def test_slice_prompts__marker_voxel_is_found_in_every_orientation(tmp_path, name, frame):
