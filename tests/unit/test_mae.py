@@ -9,6 +9,7 @@ from samgraft.shared.encoders.sam import to_pixels
 from samgraft.shared.errors import UsageError
 from samgraft.ssl.config import PretrainConfig
 from samgraft.ssl.objectives.decoders import (
+    Decoder,
     DecoderKind,
     chosen_ids,
     from_windows,
@@ -141,6 +142,19 @@ def test_layout__plain_vit_has_no_windows_and_no_relative_positions():
     torch.testing.assert_close(visible, expected, atol=1e-5, rtol=1e-5)
     _, windowed = make_objective()._predict(images, masks, chosen_ids(masks.flatten(1)))
     assert not torch.allclose(visible, windowed, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", list(DecoderKind))
+def test_decoder__visible_tokens_belong_to_their_places(kind):
+    """The order of the visible tokens is of no consequence, but their places are."""
+    torch.manual_seed(2)
+    shape = MAEConfig(decoder=kind, decoder_dim=16, num_decoder_heads=2, num_decoder_blocks=1).decoder_shape()
+    decoder = Decoder(5, shape, grid=6, out_dim=3)
+    hidden, kept = (chosen_ids(mask.flatten(1)) for mask in (masks_of(), ~masks_of()))
+    visible = torch.randn(2, kept.shape[1], 5)
+    expected = decoder(visible, kept, hidden)
+    torch.testing.assert_close(decoder(visible.flip(1), kept.flip(1), hidden), expected)
+    assert (decoder(visible, kept.flip(1), hidden) - expected).abs().amax(dim=(1, 2)).min() > 1e-3
 
 
 def test_decoder__windows_round_trip_and_do_not_mix():

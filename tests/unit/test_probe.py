@@ -222,6 +222,24 @@ def test_load_probe__train_and_test_have_different_patients(tmp_path) -> None:
     assert all(bool((label > 0).any()) for label in (*probe.train.labels, *probe.test.labels))
 
 
+def test_load_probe__pixels_that_are_not_annotated_are_no_class(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = SliceStore.open(make_store(tmp_path, num_patients=3, shape_zyx=(4, 24, 20), name="labelled.zarr"))
+    make_split_file(store, tmp_path / "s.json")
+    config = config_of(tmp_path, split=str(tmp_path / "s.json"))
+    read = SliceStore.read_label_slice
+
+    def read_partly_annotated(self: SliceStore, *arguments: object, **options: object) -> object:
+        label_HW = read(self, *arguments, **options).astype("int16")  # type: ignore[arg-type]
+        label_HW[:, :5] = IGNORE_LABEL
+        return label_HW
+
+    monkeypatch.setattr(SliceStore, "read_label_slice", read_partly_annotated)
+    probe = load_probe(open_probe_store(config.probe), config, preset=load_preset("mri"))
+    assert probe is not None
+    assert probe.class_ids == (1,)
+    assert all(bool((label == IGNORE_LABEL).any()) for label in probe.train.labels)
+
+
 def test_load_probe__split_without_scored_patients_is_refused(tmp_path) -> None:
     store = SliceStore.open(make_store(tmp_path, num_patients=2, shape_zyx=(4, 20, 20), name="labelled.zarr"))
     make_split_file(store, tmp_path / "s.json", train=2, val=0)
