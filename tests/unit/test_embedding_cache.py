@@ -16,6 +16,7 @@ from samgraft.shared.encoders.base import ImageFeatures
 from samgraft.shared.errors import DataError, StorageError, UsageError
 from samgraft.shared.files import write_tensors
 from samgraft.shared.samples.dataset import batch_to_input, collate_slices
+from samgraft.shared.scans.intensity import IntensityKind, IntensityPreset
 from samgraft.shared.store.store import SliceStore
 from samgraft.shared.training.device import choose_device
 from store_factory import make_store
@@ -225,14 +226,16 @@ def test_plan_cache__another_setting_has_another_key(place, change):
     assert key(config_for(place, **change)) != key(config_for(place))
 
 
-def test_plan_cache__other_weights_or_precision_have_another_key(place):
+def test_plan_cache__other_weights_precision_or_intensity_have_another_key(place):
     config = config_for(place)
     prepared = prepare(config)
     keys = [plan_cache(prepared.dataset, prepared.segmenter, config, precision=p)[0].key for p in ("32-true", "bf16")]
     with torch.no_grad():
         prepared.segmenter.sam.image_encoder.neck[0].weight.mul_(1.001)
     keys.append(plan_cache(prepared.dataset, prepared.segmenter, config, precision="32-true")[0].key)
-    assert len(set(keys)) == 3
+    prepared.dataset.intensity = IntensityPreset(kind=IntensityKind.WINDOW, window_center=50.0, window_width=100.0)
+    keys.append(plan_cache(prepared.dataset, prepared.segmenter, config, precision="32-true")[0].key)
+    assert len(set(keys)) == 4
 
 
 def test_fill_cache__second_run_computes_nothing(place, caplog):
@@ -245,6 +248,23 @@ def test_fill_cache__second_run_computes_nothing(place, caplog):
     prepared.segmenter.sam.image_encoder.forward = None  # would fail
     fill_cache(cached, prepared.dataset, prepared.segmenter, config, DEVICE)
     assert f"all {cache.num_records} are cached" in caplog.text
+
+
+def test_fill_cache__encoder_is_in_eval_mode_and_gets_its_mode_back(place, tmp_path, monkeypatch):
+    config = config_for(place, cache={"variants": 1, "folder": str(tmp_path)})
+    prepared = prepare(config)
+    encoder, embed, modes = prepared.segmenter.sam.image_encoder, prepared.segmenter.embed, set()
+    encoder.train()
+
+    def recorded(images):
+        modes.add((encoder.training, torch.is_grad_enabled()))
+        return embed(images)
+
+    monkeypatch.setattr(prepared.segmenter, "embed", recorded)
+    _, cached = plan_cache(prepared.dataset, prepared.segmenter, config, precision="32-true")
+    fill_cache(cached, prepared.dataset, prepared.segmenter, config, DEVICE)
+    assert modes == {(False, False)}
+    assert encoder.training
 
 
 def test_fill_cache__several_processes_are_refused(place, monkeypatch):
