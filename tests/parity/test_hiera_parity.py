@@ -175,3 +175,11 @@ def test_units__are_squares_in_z_order() -> None:
     assert units[0, :, :, 0].tolist()[1] == [4, 5, 12, 13, 6, 7, 14, 15, 20, 21, 28, 29, 22, 23, 30, 31]
     assert torch.equal(units_to_map(units, grid=2), numbers)
     assert torch.equal(units_to_map(map_to_units(numbers, grid=8), grid=8), numbers)
+
+
+def test_norms__have_the_epsilon_of_sam_2():
+    """SAM 2 builds every norm with 1e-6, which is not the default of torch."""
+    encoder = tiny_hiera_spec().build(image_size=64)
+    norms = [module for module in encoder.modules() if isinstance(module, torch.nn.LayerNorm)]
+    assert {norm.eps for norm in norms} == {1e-6}
+    assert len(norms) == 2 * sum(tiny_hiera_spec().depths)

@@ -1,5 +1,7 @@
 """Baseline networks, their plans and their patches."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -18,7 +20,9 @@ from samgraft.finetune.baselines.volume_patches import VolumePatches, augment_pa
 from samgraft.finetune.classes import ClassTable
 from samgraft.shared.errors import UsageError
 from samgraft.shared.samples.augment import AugmentConfig
+from samgraft.shared.scans.intensity import IntensityPreset, measure_intensity
 from samgraft.shared.scans.orientation import Plane
+from samgraft.shared.scans.volume import Modality
 from samgraft.shared.store.store import SliceStore
 from store_factory import make_store
 
@@ -44,6 +48,13 @@ def test_plan_levels__coarse_axis_is_halved_later():
     kernels, strides = plan_levels([16, 64, 64], [5.0, 1.0, 1.0])
     assert strides[:3] == [[1, 2, 2], [1, 2, 2], [2, 2, 2]]
     assert kernels[:3] == [[1, 3, 3], [1, 3, 3], [3, 3, 3]]
+
+
+def test_plan_levels__axis_of_twice_the_spacing_is_still_halved():
+    kernels, strides = plan_levels([16, 16, 16], [2.0, 1.0, 1.0])
+    assert (kernels[0], strides[0]) == ([3, 3, 3], [2, 2, 2])
+    kernels, strides = plan_levels([16, 16, 16], [2.01, 1.0, 1.0])
+    assert (kernels[0], strides[0]) == ([1, 3, 3], [1, 2, 2])
 
 
 def test_plan_levels__too_small_input_is_refused():
@@ -156,6 +167,21 @@ def test_volume_patches__label_moves_with_the_image(store):
     assert inside.mean() > outside.mean() + 0.2
 
 
+def test_volume_patches__patch_is_around_the_voxel_that_was_drawn():
+    volume, label = np.random.default_rng(0).uniform(0, 100, size=(12, 20, 24)), np.zeros((12, 20, 24), np.int32)
+    label[6, 9, 13] = 1
+    record = SimpleNamespace(stats=measure_intensity(volume, modality=Modality.MRI), plane=Plane.AXIAL)
+    store = SimpleNamespace(
+        read_volume=lambda _: volume, read_label_volume=lambda _: label, record=lambda _: record, series=[]
+    )
+    data = VolumePatches(
+        store, ["s"], patch_size=(4, 6, 8), classes=ONE, intensity=IntensityPreset(),
+        foreground_fraction=1.0, augment=STILL, seed=0,
+    )  # fmt: skip
+    for counter in range(3):
+        assert torch.nonzero(data[0, counter]["label"]).tolist() == [[2, 3, 4]]
+
+
 def test_volume_patches__small_scan_is_padded(store):
     sample = patches(store, patch_size=(8, 32, 32))[0, 0]
     assert sample["volume"].shape == (1, 8, 32, 32)
@@ -192,6 +218,33 @@ def test_augment_patch__sagittal_scan_is_never_mirrored():
     ]
     torch.testing.assert_close(outs[0], image.flip(-1))
     torch.testing.assert_close(outs[1], image)
+
+
+class ColumnNumber(torch.nn.Module):
+    """Network whose logit is the column of a voxel in its patch."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, patches):
+        return self.weight * torch.arange(patches.shape[-1], dtype=torch.float32).expand(patches.shape)
+
+
+def test_volume_baseline__middle_of_a_patch_has_most_influence():
+    """Patches of 4 columns begin at 0, 2 and 4. Column 3 is at the edge of the first and in the middle of the second.
+
+    Gaussian weights of deviation 1/2 are exp(-4.5) at the edge and exp(-0.5) beside the middle.
+    """
+    segmenter = VolumeBaseline(ColumnNumber(), num_classes=1, patch_size=(4, 4, 4), overlap=0.5)
+    volume = np.random.default_rng(0).uniform(0, 100, size=(4, 4, 8)).astype(np.float32)
+    stats = measure_intensity(volume, modality=Modality.MRI)
+    columns = segmenter.volume_logits(volume, stats, IntensityPreset())[0, 0, 1, 2].detach()
+    share = np.exp(-4.5) / (np.exp(-4.5) + np.exp(-0.5))
+    assert columns[0] == pytest.approx(0.0)
+    assert columns[2] == pytest.approx(2 - 2 * share, abs=0.03)
+    assert columns[3] == pytest.approx(1 + 2 * share, abs=0.03)
+    assert columns[7] == pytest.approx(3.0)
 
 
 def test_volume_baseline__segments_a_scan_on_its_own_grid(store):
