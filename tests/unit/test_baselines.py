@@ -167,19 +167,35 @@ def test_volume_patches__label_moves_with_the_image(store):
     assert inside.mean() > outside.mean() + 0.2
 
 
-def test_volume_patches__patch_is_around_the_voxel_that_was_drawn():
-    volume, label = np.random.default_rng(0).uniform(0, 100, size=(12, 20, 24)), np.zeros((12, 20, 24), np.int32)
-    label[6, 9, 13] = 1
+def patches_of_one(volume, label, patch_size):
+    """Return patches around the foreground of a scan in memory."""
     record = SimpleNamespace(stats=measure_intensity(volume, modality=Modality.MRI), plane=Plane.AXIAL)
     store = SimpleNamespace(
         read_volume=lambda _: volume, read_label_volume=lambda _: label, record=lambda _: record, series=[]
     )
-    data = VolumePatches(
-        store, ["s"], patch_size=(4, 6, 8), classes=ONE, intensity=IntensityPreset(),
+    return VolumePatches(
+        store, ["s"], patch_size=patch_size, classes=ONE, intensity=IntensityPreset(),
         foreground_fraction=1.0, augment=STILL, seed=0,
     )  # fmt: skip
+
+
+def test_volume_patches__patch_is_around_the_voxel_that_was_drawn():
+    volume, label = np.random.default_rng(0).uniform(0, 100, size=(12, 20, 24)), np.zeros((12, 20, 24), np.int32)
+    label[6, 9, 13] = 1
+    data = patches_of_one(volume, label, (4, 6, 8))
     for counter in range(3):
         assert torch.nonzero(data[0, counter]["label"]).tolist() == [[2, 3, 4]]
+
+
+def test_volume_patches__small_scan_is_in_the_middle_of_air():
+    """Sides of 3, 5 and 8 in a patch of 8 begin at 2, 1 and 0. The air of this scan is far below 0."""
+    volume, label = np.random.default_rng(0).uniform(-900, -500, size=(3, 5, 8)), np.zeros((3, 5, 8), np.int32)
+    label[1, 2, 3] = 1
+    sample = patches_of_one(volume, label, (8, 8, 8))[0, 0]
+    assert torch.nonzero(sample["label"]).tolist() == [[3, 3, 3]]
+    around = torch.ones(8, 8, 8, dtype=torch.bool)
+    around[2:5, 1:6] = False
+    assert (sample["volume"][0][around] == sample["volume"].min()).all()
 
 
 def test_volume_patches__small_scan_is_padded(store):
