@@ -225,6 +225,15 @@ def test_augment_patch__image_and_label_move_together():
     assert not torch.equal(moved, label)
 
 
+def test_augment_patch__magnified_labels_are_those_of_the_nearest_voxels():
+    """Every column of a patch of 23 has its own id. At 1.25 the centres of the columns come from 1.25 times nearer."""
+    label = torch.arange(23).expand(2, 9, 23).contiguous()
+    still = AugmentConfig(flip_columns_probability=0, min_scale=1.25, max_scale=1.25)
+    _, moved = augment_patch(torch.zeros(2, 9, 23), label, still, np.random.default_rng(1), plane=Plane.AXIAL)
+    centres = (np.arange(23) - 11) / 1.25 + 11
+    assert moved[1, 4].tolist() == np.floor(centres + 0.5).astype(int).tolist()
+
+
 def test_augment_patch__sagittal_scan_is_never_mirrored():
     image = torch.rand(2, 8, 8, generator=torch.Generator().manual_seed(0))
     config = AugmentConfig(flip_columns_probability=1.0)

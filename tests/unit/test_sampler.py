@@ -56,6 +56,14 @@ def test_sampler__parts_of_one_size_have_their_own_order():
     assert first != [index - 12 for index in second]
 
 
+def test_epoch_order__has_its_own_stream_and_the_first_part_that_of_a_run_without_parts():
+    """The streams 1, 2 and 3 are those of samples, splits and few-shot draws."""
+    expected = np.random.default_rng([5, 0, 2]).permutation(9)
+    assert epoch_order(9, seed=5, epoch=2).tolist() == expected.tolist()
+    second = np.random.default_rng([5, 0, 2, 1]).permutation(9)
+    assert epoch_order(9, seed=5, epoch=2, part=1).tolist() == second.tolist()
+
+
 def test_sample_generator__depends_on_seed_and_counter_only():
     draws = {float(sample_generator(0, c).random()) for c in range(100)}
     assert len(draws) == 100

@@ -66,6 +66,10 @@ def test_rounds__reference_and_summary_are_those_of_the_run(tmp_path):
     assert ValidationRounds(tmp_path).record.summary() == expected
 
 
+def test_rounds__run_without_a_round_has_a_bad_ending(tmp_path):
+    assert not ValidationRounds(tmp_path).record.ending.is_good
+
+
 def test_rounds__patients_count_once(tmp_path):
     """The second patient has three scans. Classes are averaged within a scan, scans within a patient."""
     results = [case("a", 0.2, 0.6), *(case("b", 0.9, 0.7, series=str(number)) for number in range(3))]
