@@ -9,6 +9,7 @@ from typing import Any
 
 from samgraft.finetune.adapters import TensorGroup
 from samgraft.finetune.baselines.networks import as_baseline
+from samgraft.finetune.baselines.volume_patches import VolumePatches
 from samgraft.finetune.config import FinetuneConfig
 from samgraft.finetune.evaluation.overlays import (
     TRUTH_AND_PREDICTION,
@@ -76,8 +77,9 @@ def write_report(
 def short_training(config: FinetuneConfig, prepared: Prepared) -> str | None:
     """Return a sentence if each training slice was seen a few times only, or None."""
     num_seen, num_slices = config.trainer.max_steps * config.data.batch_size, len(prepared.dataset)
-    # The slices of a self-training are many, and the best number of steps does not grow with them.
-    if prepared.further is not None or num_seen >= FEW_EPOCHS * num_slices:
+    # The slices of a self-training are many, and every patch of a scan is another one, so that epochs say little there.
+    is_counted = prepared.further is None and not isinstance(prepared.dataset, VolumePatches)
+    if not is_counted or num_seen >= FEW_EPOCHS * num_slices:
         return None
     steps = -(-10 * num_slices // config.data.batch_size)
     return (
